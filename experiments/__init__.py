@@ -1,0 +1,1 @@
+"""Runnable experiments: one readable script per algorithm, `python -m experiments.grpo --help`."""
