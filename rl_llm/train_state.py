@@ -1,0 +1,32 @@
+"""All that training changes, as one pytree: what a checkpoint holds and an update donates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class TrainState(NamedTuple):
+  """Together with (seed, step) this is everything that must survive a crash."""
+
+  step: chex.Array  # int32 scalar, optimiser updates attempted
+  params: Any  # the weights being trained
+  opt_state: Any  # the optimiser's moments
+  skipped: chex.Array  # int32 scalar, updates skipped because a gradient was not finite
+  skipped_in_a_row: chex.Array  # int32 scalar, of these the latest without a finite one between
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first update; `jax.eval_shape` of it is the tree a restore needs."""
+  # Separate arrays: a buffer that stood twice in a donated state could not be donated.
+  zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
+  return TrainState(zeros[0], params, optimizer.init(params), zeros[1], zeros[2])
+
+
+def parameter_count(params: Any) -> int:
+  """The number of scalars in a tree of weights."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

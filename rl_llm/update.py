@@ -1,0 +1,146 @@
+"""One optimiser update as a pure function: (state, batch, hparams) -> (state, metrics).
+
+The losses of this library are sums over weighted tokens, with the weights made once for the whole
+batch. So the gradients of microbatches simply *add*: no division follows, and the number of
+microbatches cannot change the result beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from rl_llm.train_state import TrainState
+
+# (params, microbatch, hparams) -> (scalar loss, {name: (sum, count)})
+LossFn = Callable[[Any, Any, Any], tuple[chex.Array, dict[str, tuple[chex.Array, chex.Array]]]]
+
+
+def make_optimizer(
+  *,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  max_grad_norm: float = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW's direction after clipping by global norm; the update applies the learning rate.
+
+  Keeping the learning rate out lets schedules and sweeps change it without recompiling. Weight
+  decay is decoupled, and leaves vectors (norms and biases) alone.
+
+  Args:
+    b1: decay of the mean gradient.
+    b2: decay of the mean squared gradient; 0.95 forgets a bad batch sooner than 0.999.
+    eps: added to the root of the mean square.
+    weight_decay: fraction of each matrix taken off per unit of learning rate.
+    max_grad_norm: longer gradients are scaled to this L2 norm; 0 does not clip.
+  """
+
+  def matrices(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+  return optax.chain(
+    optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(),
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    optax.add_decayed_weights(weight_decay, mask=matrices) if weight_decay else optax.identity(),
+  )
+
+
+def make_update(
+  loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, tuple[chex.Array, chex.Array]]]]:
+  """Builds the jitted update `(state, batch, hparams) -> (state, metrics)`; the state is donated.
+
+  The batch's rows are split into `microbatches` equal parts, taken one after another by `lax.scan`,
+  and their gradients summed in float32. If any entry of the summed gradient is not finite, the
+  whole update is skipped on the device: parameters and moments stay as they were, and
+  `state.skipped` counts it.
+
+  Args:
+    loss_fn: (params, microbatch, hparams) -> (loss, metrics); a sum over weighted tokens, not a
+      mean.
+    optimizer: a direction without learning rate, such as `make_optimizer` gives.
+    microbatches: how many parts; must divide the batch's rows.
+
+  Returns:
+    The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is the
+    loss's. Metrics are (sum, count) pairs: the loss's own, summed over microbatches, and "loss",
+    "grad_norm", "update_skipped".
+
+  Raises:
+    ValueError: at trace time, when the batch's rows are not divisible.
+  """
+  if microbatches < 1:
+    raise ValueError(f"microbatches: {microbatches}; allowed: 1 or more")
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def accumulate(params, batch, hparams):
+    if microbatches == 1:
+      return value_and_grad(params, batch, hparams)
+    parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, value_and_grad(params, part, hparams)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first, hparams)
+    )
+    return jax.lax.scan(add, zeros, parts)[0]
+
+  def update(state: TrainState, batch: Any, hparams: dict[str, chex.Array]):
+    (loss, metrics), grads = accumulate(state.params, batch, hparams)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm)
+    direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(
+      lambda p, d: (p - hparams["learning_rate"] * d).astype(p.dtype), state.params, direction
+    )
+
+    def keep(new, old):
+      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    skipped = (~finite).astype(jnp.int32)
+    one = jnp.ones((), jnp.float32)
+    return TrainState(
+      step=state.step + 1,
+      params=keep(params, state.params),
+      opt_state=keep(opt_state, state.opt_state),
+      skipped=state.skipped + skipped,
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    ), {
+      **metrics,
+      "loss": (loss, one),
+      "grad_norm": (grad_norm, one),
+      "update_skipped": (skipped.astype(jnp.float32), one),
+    }
+
+  # Donated: the state, whose buffers the new state takes over. Not the batch: later epochs read it
+  # again.
+  return jax.jit(update, donate_argnums=0)
+
+
+def _split(x: chex.Array, parts: int) -> chex.Array:
+  if x.shape[0] % parts:
+    raise ValueError(
+      f"microbatches: {parts} does not divide the batch's {x.shape[0]} rows; choose a divisor of it"
+    )
+  return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+
+def first_nonfinite(tree: Any) -> str | None:
+  """The path of the first leaf with an entry that is not finite, for a diagnosis; else None.
+
+  >>> first_nonfinite({"a": jnp.zeros(2), "b": {"c": jnp.array([1.0, jnp.nan])}})
+  "['b']['c']"
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
+      return jax.tree_util.keystr(path)
+  return None

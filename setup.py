@@ -1,0 +1,40 @@
+"""Packaging: `pip install .` gives the losses and the library; extras add what each optional part needs."""
+
+import pathlib
+
+import setuptools
+
+EXTRAS = {
+  # Hugging Face checkpoints, tokenizers and chat templates.
+  "hf": ["tokenizers>=0.21", "safetensors>=0.5", "jinja2>=3.1.5"],
+  # GGUF files, such as the demo model's.
+  "gguf": ["gguf>=0.17", "tokenizers>=0.21", "jinja2>=3.1.5"],
+  # `--task=reasoning_gym:<name>`.
+  "tasks": ["reasoning-gym>=0.1.23"],
+  # Developers: tests, linting.
+  "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+  # Regenerating the committed goldens against transformers.
+  "parity": ["torch>=2.6", "transformers>=4.57", "gguf>=0.17", "sentencepiece"],
+}
+
+setuptools.setup(
+  name="rl_llm",
+  version="0.1.0",
+  description="Reinforcement learning of language models in JAX",
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["rl_llm", "rl_llm.*", "experiments", "experiments.*"]),
+  install_requires=[
+    "jax>=0.10,<0.13",
+    "flax>=0.12",
+    "optax>=0.2.5",
+    "chex>=0.1.90",
+    "orbax-checkpoint>=0.12.3",
+    "absl-py>=2.1",
+    "numpy>=2.0",
+    "rich>=13",
+  ],
+  extras_require=EXTRAS,
+)
