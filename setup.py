@@ -29,7 +29,7 @@ setuptools.setup(
   install_requires=[
     "jax>=0.10,<0.13",
     "flax>=0.12",
-    "optax>=0.2.5",
+    "optax>=0.2.6",
     "chex>=0.1.90",
     "orbax-checkpoint>=0.12.3",
     "absl-py>=2.1",

@@ -96,7 +96,7 @@ def make_update(
 
   def update(state: TrainState, batch: Any, hparams: dict[str, chex.Array]):
     (loss, metrics), grads = accumulate(state.params, batch, hparams)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(

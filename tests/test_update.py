@@ -1,0 +1,140 @@
+"""One update: gradients add over microbatches, nothing recompiles, bad gradients are skipped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rl_llm.train_state import init_state, parameter_count
+from rl_llm.update import first_nonfinite, make_optimizer, make_update
+
+
+def regression_loss(params, batch, hparams):
+  """A weighted sum, as every loss of the library is, plus l2 |p|^2 sum_b w_b."""
+  error = batch["x"] @ params["p"] + params["b"] - batch["y"]
+  penalty = hparams["l2"] * jnp.sum(params["p"] ** 2)
+  loss = jnp.sum(batch["w"] * (error**2 + penalty))
+  return loss, {"error": (jnp.sum(jnp.abs(error)), jnp.float32(error.size))}
+
+
+def make_problem(rows=12, width=5, seed=0):
+  rng = np.random.default_rng(seed)
+  batch = {
+    "x": jnp.asarray(rng.normal(size=(rows, width)), jnp.float32),
+    "y": jnp.asarray(rng.normal(size=rows), jnp.float32),
+    "w": jnp.asarray(rng.uniform(size=rows) * (rng.uniform(size=rows) > 0.3) / rows, jnp.float32),
+  }
+  params = {"p": jnp.asarray(rng.normal(size=width), jnp.float32), "b": jnp.zeros(())}
+  return params, batch, {"learning_rate": jnp.float32(0.1), "l2": jnp.float32(0.01)}
+
+
+def sgd_gradient(microbatches):
+  """The gradient the update applied, read off one step of plain descent at learning rate 1."""
+  params, batch, hparams = make_problem()
+  hparams["learning_rate"] = jnp.float32(1.0)
+  before = jax.tree.map(np.asarray, params)
+  update = make_update(regression_loss, optax.identity(), microbatches=microbatches)
+  state, metrics = update(init_state(params, optax.identity()), batch, hparams)
+  return jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params), metrics
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 12])
+def test_microbatches_add_up_to_the_whole_batch(microbatches):
+  params, batch, hparams = make_problem()
+  exact, _ = jax.grad(regression_loss, has_aux=True)(params, batch, hparams)
+  gradient, metrics = sgd_gradient(microbatches)
+  for name in exact:
+    np.testing.assert_allclose(gradient[name], exact[name], rtol=1e-5, atol=1e-6)
+  loss, _ = regression_loss(params, batch, hparams)
+  np.testing.assert_allclose(metrics["loss"][0], loss, rtol=1e-5)
+  np.testing.assert_allclose(metrics["error"][1], 12)
+  np.testing.assert_allclose(metrics["grad_norm"][0], optax.tree.norm(exact), rtol=1e-5)
+
+
+def test_rows_that_do_not_divide_name_the_numbers():
+  params, batch, hparams = make_problem()
+  update = make_update(regression_loss, optax.identity(), microbatches=5)
+  with pytest.raises(ValueError, match="microbatches: 5 does not divide the batch's 12 rows"):
+    update(init_state(params, optax.identity()), batch, hparams)
+
+
+def test_adamw_takes_the_steps_its_formula_gives():
+  """Two steps written out: clip by norm, moments with bias correction, decay of matrices only."""
+  optimizer = make_optimizer(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=0.5)
+
+  def loss_fn(params, batch, hparams):
+    return jnp.sum(params["m"] * batch["g"][0]) + jnp.sum(params["v"] * batch["h"][0]), {}
+
+  params = {"m": jnp.array([[1.0, -2.0]]), "v": jnp.array([3.0])}
+  expected = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+  update = make_update(loss_fn, optimizer)
+  state = init_state(params, optimizer)
+  mean = {name: 0.0 for name in expected}
+  square = {name: 0.0 for name in expected}
+  for step, scale in [(1, 1.0), (2, 0.1)]:
+    gradients = {"m": np.array([[0.6, -0.8]]) * scale, "v": np.array([2.4]) * scale}
+    batch = {"g": jnp.asarray(gradients["m"][None]), "h": jnp.asarray(gradients["v"][None])}
+    state, _ = update(state, batch, {"learning_rate": jnp.float32(0.01)})
+    norm = np.sqrt(sum(np.sum(g**2) for g in gradients.values()))
+    for name, gradient in gradients.items():
+      gradient = gradient * min(1.0, 0.5 / norm)
+      mean[name] = 0.9 * mean[name] + 0.1 * gradient
+      square[name] = 0.95 * square[name] + 0.05 * gradient**2
+      direction = (mean[name] / (1 - 0.9**step)) / (
+        np.sqrt(square[name] / (1 - 0.95**step)) + 1e-8
+      )
+      decay = 0.1 * expected[name] if name == "m" else 0.0
+      expected[name] = expected[name] - 0.01 * (direction + decay)
+  for name in expected:
+    np.testing.assert_allclose(state.params[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, microbatches):
+  optimizer = make_optimizer()
+  params, batch, hparams = make_problem()
+  update = make_update(regression_loss, optimizer, microbatches=microbatches)
+  state, _ = update(init_state(params, optimizer), batch, hparams)
+  before = jax.tree.map(np.asarray, state)
+  poisoned = {**batch, "y": batch["y"].at[3].set(bad), "w": batch["w"].at[3].set(1.0)}
+  state, metrics = update(state, poisoned, hparams)
+  jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+  jax.tree.map(np.testing.assert_array_equal, state.opt_state, before.opt_state)
+  assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (2, 1, 1)
+  assert float(metrics["update_skipped"][0]) == 1
+  state, _ = update(state, poisoned, hparams)
+  assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 2)
+  state, metrics = update(state, batch, hparams)
+  assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 0)
+  assert float(metrics["update_skipped"][0]) == 0
+  assert not np.array_equal(state.params["p"], before.params["p"])
+
+
+def test_hyperparameters_are_data_and_nothing_recompiles():
+  optimizer = make_optimizer()
+  params, batch, hparams = make_problem()
+  update = make_update(regression_loss, optimizer)
+  state = init_state(params, optimizer)
+  for rate in (0.1, 0.2, 0.0):
+    before = np.asarray(state.params["p"])
+    state, _ = update(state, batch, {**hparams, "learning_rate": jnp.float32(rate)})
+    assert np.array_equal(before, state.params["p"]) == (rate == 0.0)
+  assert update._cache_size() == 1
+
+
+def test_the_state_is_donated():
+  optimizer = make_optimizer()
+  params, batch, hparams = make_problem()
+  state = init_state(params, optimizer)
+  make_update(regression_loss, optimizer)(state, batch, hparams)
+  assert state.params["p"].is_deleted()
+  assert not batch["x"].is_deleted()
+
+
+def test_the_first_bad_leaf_is_named():
+  tree = {"a": jnp.zeros(2), "b": [jnp.ones(1), jnp.array([1.0, jnp.inf])], "n": jnp.arange(2)}
+  assert first_nonfinite(tree) == "['b'][1]"
+  assert first_nonfinite({"a": jnp.zeros(2)}) is None
+  assert parameter_count(tree) == 7
