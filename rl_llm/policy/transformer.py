@@ -1,0 +1,419 @@
+"""A decoder-only transformer as pure functions of its weights.
+
+Weights are a plain nested dict, one subtree a layer, so that paths read like
+`layers_3/attention/query/kernel`. Layers are unrolled rather than stacked and scanned: a decode
+loop over stacked layers slices, and so copies, every weight at every token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_llm.policy.configs import RopeScaling, TransformerConfig
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+  """Keys and values of what has been read, so that a decode step computes one token. S columns, of
+  which `cursor` are written.
+
+  Every leaf but `cursor` has the batch first, so rows can be repeated or gathered with
+  `jax.tree.map`.
+  """
+
+  keys: tuple[chex.Array, ...]  # one a layer, [B, S, K, H] in the compute dtype, rotated
+  values: tuple[chex.Array, ...]  # one a layer, [B, S, K, H] in the compute dtype
+  segment_ids: chex.Array  # [B, S] int32, -1 = padding or not yet written
+  positions: chex.Array  # [B, S] int32
+  cursor: chex.Array  # int32 scalar, the column the next token is written to, the same for all rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A language model as pure functions; hashable, so it can be a static argument. Weights are
+  always an argument, never held.
+
+  The token at column t of `tokens` sees, and `hidden[:, t]` predicts the token at t + 1 from, the
+  keys at columns s <= t with
+
+      segment_ids[s] != -1  and  segment_ids[s] in (segment_ids[t], 0)
+
+  so -1 is padding on either side, 0 a prefix that everyone sees, and 1, 2, ... sequences packed in
+  one row (or responses that share the prefix) that do not see one another. Sliding layers also need
+  `positions[t] - positions[s] < sliding_window`.
+  """
+
+  config: TransformerConfig
+  # init(key) -> params, float32
+  init: Callable[[chex.Array], Params]
+  # hidden(params, tokens [B, T], positions [B, T], segment_ids=None [B, T], cache=None)
+  #   -> (hidden [B, T, D] in the compute dtype, cache). Without segment_ids nothing is padding.
+  #   With a cache the T tokens are written at columns cursor .. cursor + T, which the caller keeps
+  #   within the cache's length, and also see what it holds.
+  hidden: Callable[..., tuple[chex.Array, Cache | None]]
+  # unembed(params) -> [V, D], the matrix whose rows score hidden states
+  unembed: Callable[[Params], chex.Array]
+  # init_cache(batch, length) -> an empty Cache of S = length columns
+  init_cache: Callable[[int, int], Cache]
+  # logits(params, hidden [..., D]) -> [..., V] float32, soft-capped where the model is
+  logits: Callable[[Params, chex.Array], chex.Array]
+
+
+@functools.cache
+def make_policy(
+  config: TransformerConfig, *, dtype: Any = jnp.float32, remat: bool = False
+) -> Policy:
+  """The pure functions of a model of this shape; the same arguments give the same object, so
+  nothing compiles twice.
+
+  >>> from rl_llm.policy.configs import tiny_config
+  >>> policy = make_policy(tiny_config(vocab_size=32))
+  >>> params = policy.init(jax.random.key(0))
+  >>> tokens, positions = jnp.array([[5, 6, 7]]), jnp.array([[0, 1, 2]])
+  >>> hidden, _ = policy.hidden(params, tokens, positions)
+  >>> hidden.shape, policy.logits(params, hidden).shape
+  ((1, 3, 64), (1, 3, 32))
+
+  Args:
+    config: the model's shape.
+    dtype: of the arithmetic between float32 islands (norms, RoPE, softmax, logits). Weights stay as
+      they are and are cast where they are used: a decode loop in bfloat16 wants them cast once,
+      before it.
+    remat: forget each layer's activations and compute them again in the backward pass: memory for
+      about a third more time.
+
+  Returns:
+    A `Policy`.
+  """
+  model = Transformer(config, dtype, remat)
+
+  def init(key: chex.Array) -> Params:
+    token = jnp.zeros((1, 1), jnp.int32)
+    return model.init(key, token, token, token, None)["params"]
+
+  def hidden(
+    params: Params,
+    tokens: chex.Array,
+    positions: chex.Array,
+    segment_ids: chex.Array | None = None,
+    cache: Cache | None = None,
+  ) -> tuple[chex.Array, Cache | None]:
+    if segment_ids is None:
+      segment_ids = jnp.zeros_like(positions)
+    if tokens.ndim != 2:
+      raise ValueError(f"tokens: shape {tokens.shape}, must be [B, T]; add the batch axis")
+    for name, value in (("positions", positions), ("segment_ids", segment_ids)):
+      if value.shape != tokens.shape:
+        raise ValueError(f"{name}: shape {value.shape}, must be that of tokens, {tokens.shape}")
+    if cache is not None and (
+      cache.positions.shape[0] != tokens.shape[0] or cache.positions.shape[1] < tokens.shape[1]
+    ):
+      raise ValueError(
+        f"cache: made for [B, S] = {cache.positions.shape}, tokens are [B, T] = {tokens.shape}; "
+        f"use init_cache({tokens.shape[0]}, length) with length >= all tokens to be read"
+      )
+    positions, segment_ids = positions.astype(jnp.int32), segment_ids.astype(jnp.int32)
+    return model.apply({"params": params}, tokens, positions, segment_ids, cache)
+
+  def unembed(params: Params) -> chex.Array:
+    return params["embed" if config.tie_embeddings else "unembed"]["embedding"]
+
+  def init_cache(batch: int, length: int) -> Cache:
+    shape = (batch, length, config.n_kv_heads, config.head_dim)
+    return Cache(
+      keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)),
+      values=tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)),
+      segment_ids=jnp.full((batch, length), -1, jnp.int32),
+      positions=jnp.zeros((batch, length), jnp.int32),
+      cursor=jnp.zeros((), jnp.int32),
+    )
+
+  def logits(params: Params, hidden: chex.Array) -> chex.Array:
+    table = unembed(params).astype(hidden.dtype)
+    scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    return softcap(scores, config.final_softcap)
+
+  return Policy(config, init, hidden, unembed, init_cache, logits)
+
+
+def softcap(x: chex.Array, cap: float | None) -> chex.Array:
+  """cap * tanh(x / cap): nearly x where |x| is small beside `cap`, never beyond it; None leaves x
+  alone.
+
+  >>> round(float(softcap(jnp.array(30.0), 30.0)), 2)  # 30 tanh(1)
+  22.85
+  """
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+  """Radians per position of each rotated pair: theta^(-2i / head_dim), slowed down as `scaling`
+  says.
+
+  >>> rope_frequencies(4, 10_000.0).tolist()
+  [1.0, 0.01]
+  >>> rope_frequencies(4, 10_000.0, RopeScaling("linear", 2.0)).tolist()
+  [0.5, 0.005]
+
+  Args:
+    head_dim: H, floats per head.
+    theta: base of the wavelengths.
+    scaling: None for none.
+
+  Returns:
+    [H / 2] float64.
+  """
+  frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+  if scaling is None:
+    return frequencies
+  if scaling.kind == "linear":
+    return frequencies / scaling.factor
+  # How many full turns a pair makes within the original context decides: few -> slowed, many ->
+  # kept.
+  turns = scaling.original_max_position * frequencies / (2 * np.pi)
+  span = scaling.high_freq_factor - scaling.low_freq_factor
+  keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+  return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def apply_rope(x: chex.Array, cos: chex.Array, sin: chex.Array) -> chex.Array:
+  """Rotates pair (i, i + H / 2) of every head by its angle, in float32.
+
+  A quarter turn takes (1, 0) to (0, 1):
+
+  >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+  >>> apply_rope(x, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))).tolist()
+  [[[[0.0, 1.0]]]]
+
+  Args:
+    x: [B, T, heads, H] float.
+    cos: [B, T, H / 2] float32, of the angles position * frequency.
+    sin: [B, T, H / 2] float32.
+
+  Returns:
+    [B, T, heads, H] in x's dtype.
+  """
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)
+
+
+def attention_mask(
+  query_segments: chex.Array,
+  key_segments: chex.Array,
+  query_positions: chex.Array,
+  key_positions: chex.Array,
+  first_column: chex.Array | int = 0,
+  window: int | None = None,
+) -> chex.Array:
+  """Which keys each query sees: the one place where causality, padding, packing and windows are
+  decided (see `Policy`).
+
+  Padding, then a two-token sequence:
+
+  >>> segments, positions = jnp.array([[-1, 0, 0]]), jnp.array([[0, 0, 1]])
+  >>> attention_mask(segments, segments, positions, positions)[0, 0].astype(int).tolist()
+  [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+
+  Args:
+    query_segments: [B, T] int32.
+    key_segments: [B, S] int32, -1 = never seen.
+    query_positions: [B, T] int32.
+    key_positions: [B, S] int32.
+    first_column: the key column that holds the first query's own key.
+    window: how many positions back a query sees, its own included; None for all.
+
+  Returns:
+    [B, 1, T, S] bool.
+  """
+  query, key = query_segments[:, :, None], key_segments[:, None, :]
+  columns = jnp.arange(key_segments.shape[1])
+  causal = columns[None, :] <= first_column + jnp.arange(query_segments.shape[1])[:, None]
+  seen = (key != -1) & ((key == query) | (key == 0)) & causal
+  if window is not None:
+    seen &= query_positions[:, :, None] - key_positions[:, None, :] < window
+  return seen[:, None]
+
+
+def attend(
+  query: chex.Array,
+  key: chex.Array,
+  value: chex.Array,
+  mask: chex.Array,
+  *,
+  scale: float,
+  cap: float | None = None,
+) -> chex.Array:
+  """Grouped-query attention, softmax in float32: query head n reads key and value head n // (N /
+  K).
+
+  Args:
+    query: [B, T, N, H] float.
+    key: [B, S, K, H] float.
+    value: [B, S, K, H] float.
+    mask: [B, 1, T, S] bool; a query that sees nothing gets a finite value that means nothing.
+    scale: multiplies query-key products.
+    cap: soft cap of the scaled products (Gemma 2), or None.
+
+  Returns:
+    [B, T, N, H].
+  """
+  if cap is None:
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+  batch, length, heads, head_dim = query.shape
+  kv_heads = key.shape[2]
+  grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+  scores = softcap(scores * scale, cap)
+  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps) * scale, in float32; Gemma's scale is stored less 1."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: chex.Array) -> chex.Array:
+    plus_one = self.config.norm_plus_one
+    initializer = nn.initializers.zeros if plus_one else nn.initializers.ones
+    scale = self.param("scale", initializer, (x.shape[-1],)).astype(jnp.float32)
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + self.config.rms_eps)
+    return (normed * (1.0 + scale if plus_one else scale)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  config: TransformerConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, rope, mask, cached, cursor):
+    """x [B, T, D], rope (cos, sin) [B, T, H / 2], mask [B, 1, T, S], cached (keys, values) or
+    None."""
+    config = self.config
+
+    def project(name: str, heads: int) -> chex.Array:
+      dense = nn.Dense(
+        heads * config.head_dim, use_bias=config.qkv_bias, dtype=self.dtype, name=name
+      )
+      return dense(x).reshape(*x.shape[:2], heads, config.head_dim)
+
+    query = project("query", config.n_heads)
+    key = project("key", config.n_kv_heads)
+    value = project("value", config.n_kv_heads)
+    if config.qk_norm:
+      query = RMSNorm(config, name="query_norm")(query)
+      key = RMSNorm(config, name="key_norm")(key)
+    query, key = apply_rope(query, *rope), apply_rope(key, *rope)
+    if cached is not None:
+      key = jax.lax.dynamic_update_slice(cached[0], key, (0, cursor, 0, 0))
+      value = jax.lax.dynamic_update_slice(cached[1], value, (0, cursor, 0, 0))
+    out = attend(query, key, value, mask, scale=config.attention_scale, cap=config.attn_softcap)
+    dense = nn.Dense(config.width, use_bias=False, dtype=self.dtype, name="output")
+    return dense(out.reshape(*x.shape[:2], -1)), (key, value)
+
+
+class MLP(nn.Module):
+  config: TransformerConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+    gate = dense(self.config.mlp_width, name="gate")(x)
+    gate = nn.silu(gate) if self.config.activation == "silu" else nn.gelu(gate, approximate=True)
+    return dense(self.config.width, name="down")(gate * dense(self.config.mlp_width, name="up")(x))
+
+
+class Block(nn.Module):
+  config: TransformerConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, rope, mask, cached, cursor):
+    config = self.config
+
+    def post(name: str, y: chex.Array) -> chex.Array:
+      return RMSNorm(config, name=name)(y) if config.post_norms else y
+
+    y, cached = Attention(config, self.dtype, name="attention")(
+      RMSNorm(config, name="attention_norm")(x), rope, mask, cached, cursor
+    )
+    x = x + post("attention_post_norm", y)
+    y = MLP(config, self.dtype, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
+    return x + post("mlp_post_norm", y), cached
+
+
+class Table(nn.Module):
+  """A [V, D] matrix, one row a token."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self) -> chex.Array:
+    shape = (self.config.vocab_size, self.config.width)
+    return self.param("embedding", nn.initializers.normal(0.02), shape)
+
+
+class Transformer(nn.Module):
+  config: TransformerConfig
+  dtype: Any
+  remat: bool
+
+  @nn.compact
+  def __call__(self, tokens, positions, segment_ids, cache):
+    config = self.config
+    if not config.tie_embeddings:
+      Table(config, name="unembed")()  # Only `unembed` reads it; made here so that init does.
+    x = jnp.take(Table(config, name="embed")(), tokens, axis=0).astype(self.dtype)
+    x = x * jnp.asarray(config.embed_scale, self.dtype)
+
+    key_segments, key_positions, cursor = segment_ids, positions, 0
+    if cache is not None:
+      cursor = cache.cursor
+      key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cursor))
+      key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cursor))
+
+    def mask(window: int | None) -> chex.Array:
+      return attention_mask(segment_ids, key_segments, positions, key_positions, cursor, window)
+
+    def rope(theta: float, scaling: RopeScaling | None) -> tuple[chex.Array, chex.Array]:
+      frequencies = jnp.asarray(rope_frequencies(config.head_dim, theta, scaling), jnp.float32)
+      angles = positions[:, :, None].astype(jnp.float32) * frequencies
+      return jnp.cos(angles), jnp.sin(angles)
+
+    full = rope(config.rope_theta, config.rope_scaling), mask(None)
+    sliding = full
+    if "sliding" in config.layer_types:
+      local = config.rope_local_theta
+      sliding = rope(local, None) if local else full[0], mask(config.sliding_window)
+
+    block = nn.remat(Block) if self.remat else Block
+    keys, values = [], []
+    for layer in range(config.n_layers):
+      cached = None if cache is None else (cache.keys[layer], cache.values[layer])
+      x, (key, value) = block(config, self.dtype, name=f"layers_{layer}")(
+        x, *(sliding if config.is_sliding(layer) else full), cached, cursor
+      )
+      keys.append(key)
+      values.append(value)
+    x = RMSNorm(config, name="final_norm")(x)
+    if cache is None:
+      return x, None
+    cursor = cursor + tokens.shape[1]
+    return x, Cache(tuple(keys), tuple(values), key_segments, key_positions, cursor)
