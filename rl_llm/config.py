@@ -1,0 +1,610 @@
+"""Frozen dataclasses as the only source of defaults, and the command line derived from them.
+
+A default written twice goes stale once, so an experiment writes each of its settings in one place,
+with the help and the allowed range beside it, and everything else (flags, `--help`, checks, the
+record in the run's directory) is read off the dataclass:
+
+    @dataclasses.dataclass(frozen=True)
+    class Loss:
+      '''The policy term.'''
+      clip_high: float = option(0.2, "how far above 1 the ratio may matter", above=0)
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+      batch: int = option(8, "problems per step", min=1)
+      system_prompt: str | None = option(None, "text put before every prompt")
+      loss: Loss = Loss()
+
+    if __name__ == "__main__":
+      config.run(main, Config)        # --batch=4 --loss.clip_high=0.28 --system_prompt=none --help
+
+Fields may be int, float, str, bool, Literal of strings, tuple[int | float | str, ...], any of these
+`| None`, or a nested frozen dataclass. Library functions receive fields, never the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from absl import app, flags
+
+_METADATA = frozenset({"help", "min", "above", "max", "below", "choices"})
+_KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
+_PLURALS = {int: "integers", float: "finite numbers", str: "texts"}
+
+_TOKEN = re.compile(
+  r"(?<![A-Za-z0-9])("
+  r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v\d_[A-Za-z0-9_]{16,}|[0-9a-f]{40}"
+  r"|gh[opsu]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{35}"
+  r")(?![A-Za-z0-9])"
+)
+_SECRET_NAME = re.compile(r"(^|_)(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
+
+
+def redact(text: str, *, environ: Mapping[str, str] | None = None) -> str:
+  """Replaces what looks like a credential by "[redacted]"; every writer of this library calls it.
+
+  A token given as a flag, or repeated by a model that saw it in a prompt, must not end in a report
+  that is sent around. Two rules: the published shapes of tokens (`hf_...`, `sk-...`, W&B's 40
+  hexadecimal digits, GitHub, AWS, Google), and the exact values, of 8 characters or more, of
+  environment variables named like a secret (`HF_TOKEN`, `WANDB_API_KEY`, `DB_PASSWORD`).
+
+  >>> redact("push with hf_abcdefghijklmnopqrstuvwx")
+  'push with [redacted]'
+  >>> redact("password hunter22", environ={"DB_PASSWORD": "hunter22"})
+  'password [redacted]'
+
+  Args:
+    text: any text about to be printed or written.
+    environ: name -> value; the process environment when None.
+
+  Returns:
+    The text, with each credential replaced.
+  """
+  for name, value in (os.environ if environ is None else environ).items():
+    if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
+      text = text.replace(value, "[redacted]")
+  return _TOKEN.sub("[redacted]", text)
+
+
+class ConfigError(ValueError):
+  """A setting that cannot work, in one line: the field, the value, what is allowed, the fix.
+
+  >>> print(ConfigError("batch", 6, "a multiple of microbatch (4)", "try --batch=8"))
+  --batch=6: must be a multiple of microbatch (4); try --batch=8
+
+  Args:
+    field: dotted path of the field, which is also its flag.
+    value: what was given.
+    allowed: what would do, as the end of "must be ...".
+    fix: what to type instead; may be empty.
+  """
+
+  def __init__(self, field: str, value: Any, allowed: str, fix: str = ""):
+    self.field, self.value, self.allowed, self.fix = field, value, allowed, fix
+    shown = "none" if value is None else redact(str(value))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    text = f"--{field}={shown}: must be {allowed}" + (f"; {fix}" if fix else "")
+    super().__init__(_one_line(redact(text)))
+
+
+def option(
+  default: Any,
+  help: str,
+  *,
+  min: float | None = None,
+  above: float | None = None,
+  max: float | None = None,
+  below: float | None = None,
+  choices: Iterable[Any] | None = None,
+) -> Any:
+  """A dataclass field with its help and bounds, so that the range stands beside the default.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   learning_rate: float = option(1e-5, "AdamW's step size", above=0)
+  >>> replace(Config(), {"learning_rate": -1.0})
+  Traceback (most recent call last):
+  rl_llm.config.ConfigError: --learning_rate=-1.0: must be a finite number > 0
+
+  Args:
+    default: the value when nothing is given.
+    help: one sentence for `--help`; units belong here.
+    min: smallest value allowed; for a tuple, of each item.
+    above: value to stay strictly above.
+    max: largest value allowed.
+    below: value to stay strictly below.
+    choices: the only values allowed, where a `Literal` cannot say it because they are computed.
+
+  Returns:
+    A `dataclasses.field` whose metadata holds what was given.
+  """
+  given = {"min": min, "above": above, "max": max, "below": below}
+  metadata = {"help": help} | {name: bound for name, bound in given.items() if bound is not None}
+  if choices is not None:
+    metadata["choices"] = tuple(choices)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Leaf(NamedTuple):
+  """One field that holds a value, seen from the root: what its flag needs to know."""
+
+  path: str
+  kind: type  # int, float, str or bool; of each item where `is_tuple`
+  is_tuple: bool
+  optional: bool
+  choices: tuple[Any, ...]  # () where any value of the kind will do
+  bounds: Mapping[str, float]
+  help: str
+  default: Any
+  group: str  # what the dataclass that holds it says of itself
+
+
+def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_Leaf]:
+  """Every leaf of a config class, in the order written; refuses what flags cannot represent."""
+  where = config_class.__qualname__
+  if not (dataclasses.is_dataclass(config_class) and config_class.__dataclass_params__.frozen):
+    raise TypeError(
+      f"{where} must be a frozen dataclass: write @dataclasses.dataclass(frozen=True)"
+    )
+  for field in dataclasses.fields(config_class):
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+      raise TypeError(f"{where}.{field.name} needs a default, since defaults live here alone")
+  default = config_class() if default is None else default
+  hints = typing.get_type_hints(config_class)
+  leaves = []
+  for field in dataclasses.fields(config_class):
+    path = prefix + field.name
+    hint, value = hints[field.name], getattr(default, field.name)
+    if dataclasses.is_dataclass(hint):
+      leaves += _leaves(hint, path + ".", value)
+    else:
+      leaves.append(_leaf(path, hint, value, field.metadata, config_class))
+  return leaves
+
+
+def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: type) -> _Leaf:
+  where = f"{config_class.__qualname__}.{path.rpartition('.')[2]}"
+  if not metadata.get("help"):
+    raise TypeError(f"{where} needs a help text: write option(default, 'help') for its field")
+  if set(metadata) - _METADATA:
+    raise TypeError(
+      f"{where} has metadata {sorted(set(metadata) - _METADATA)}; known are {sorted(_METADATA)}"
+    )
+  if path in ("flagfile", "undefok", "help", "h"):
+    raise TypeError(f"{where}: --{path} is taken by absl; choose another name")
+  unsupported = TypeError(
+    f"{where} has the type {hint}; a field may be int, float, str, bool, a Literal of strings, "
+    "tuple[int, ...], tuple[float, ...], tuple[str, ...], one of these | None, or a dataclass"
+  )
+  optional = False
+  if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    members = [member for member in typing.get_args(hint) if member is not types.NoneType]
+    optional = len(members) < len(typing.get_args(hint))
+    if len(members) != 1 or not optional:
+      raise unsupported
+    hint = members[0]
+  is_tuple = typing.get_origin(hint) is tuple
+  if is_tuple:
+    hint, *rest = typing.get_args(hint)
+    if rest != [...] or hint not in (int, float, str):
+      raise unsupported
+  choices = tuple(metadata.get("choices", ()))
+  if typing.get_origin(hint) is Literal:
+    hint, choices = str, typing.get_args(hint)
+  if hint not in _KIND_NAMES or any(type(choice) is not hint for choice in choices):
+    raise unsupported
+  bounds = {name: metadata[name] for name in ("min", "above", "max", "below") if name in metadata}
+  group = (config_class.__doc__ or "").strip().split("\n")[0]
+  if group.startswith(config_class.__name__ + "("):  # what dataclasses writes where nobody else did
+    group = ""
+  leaf = _Leaf(path, hint, is_tuple, optional, choices, bounds, metadata["help"], default, group)
+  _check(leaf, default)
+  return leaf
+
+
+def _allowed(leaf: _Leaf) -> str:
+  """What the leaf accepts, in words: the end of "must be ..." and the note in `--help`."""
+  if leaf.choices:
+    text = "one of " + ", ".join(map(str, leaf.choices))
+    text = f"a comma list, each {text}" if leaf.is_tuple else text
+  else:
+    text = f"a comma list of {_PLURALS[leaf.kind]}" if leaf.is_tuple else _KIND_NAMES[leaf.kind]
+  signs = {"min": ">=", "above": ">", "max": "<=", "below": "<"}
+  text += "".join(
+    f" {'and ' if i else ''}{signs[name]} {bound}"
+    for i, (name, bound) in enumerate(leaf.bounds.items())
+  )
+  return text + (", or none" if leaf.optional else "")
+
+
+def _check(leaf: _Leaf, value: Any) -> Any:
+  """The value as its field stores it (a list as a tuple, an int as a float), or a ConfigError."""
+  if value is None and leaf.optional:
+    return None
+  items = list(value) if leaf.is_tuple and isinstance(value, (tuple, list)) else [value]
+  if leaf.is_tuple and not isinstance(value, (tuple, list)):
+    raise ConfigError(leaf.path, value, _allowed(leaf))
+  items = [float(item) if leaf.kind is float and type(item) is int else item for item in items]
+  inside = {
+    "min": lambda item, bound: item >= bound,
+    "above": lambda item, bound: item > bound,
+    "max": lambda item, bound: item <= bound,
+    "below": lambda item, bound: item < bound,
+  }
+  for item in items:
+    fits = (
+      type(item) is leaf.kind
+      and (leaf.kind is not float or math.isfinite(item))
+      and (not leaf.choices or item in leaf.choices)
+      and all(inside[name](item, bound) for name, bound in leaf.bounds.items())
+    )
+    if not fits:
+      near = difflib.get_close_matches(str(item), map(str, leaf.choices), n=1)
+      raise ConfigError(
+        leaf.path, value, _allowed(leaf), f"did you mean {near[0]}?" if near else ""
+      )
+  return tuple(items) if leaf.is_tuple else items[0]
+
+
+def _parse(leaf: _Leaf, text: str) -> Any:
+  """The value a flag's text stands for, before its bounds are checked."""
+  if leaf.optional and text.strip().lower() in ("", "none"):
+    return None
+  try:
+    if not leaf.is_tuple:
+      return _parse_item(leaf.kind, text)
+    if text.lstrip().startswith("["):
+      return tuple(json.loads(text))
+    return tuple(_parse_item(leaf.kind, item) for item in text.split(",")) if text.strip() else ()
+  except (ValueError, OverflowError, RecursionError):
+    raise ConfigError(leaf.path, text, _allowed(leaf)) from None
+
+
+def _parse_item(kind: type, text: str) -> Any:
+  if kind is bool:
+    return {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(
+      text.lower(), text
+    )
+  if kind is str and text.startswith('"'):
+    try:
+      return json.loads(text)
+    except ValueError:
+      return text  # a text that merely begins with a quotation mark
+  return kind(text)
+
+
+def _text(leaf: _Leaf, value: Any) -> str:
+  """The flag text that `_parse` reads back as `value`; ASCII on one line, whatever the value."""
+  if value is None:
+    return "none"
+  if leaf.is_tuple:
+    texts = [str(item) if leaf.kind is str else repr(item) for item in value]
+    plain = texts and all(
+      _is_plain(text) and text and not text.startswith("[") and "," not in text for text in texts
+    )
+    return ",".join(texts) if plain else json.dumps(list(value))
+  if leaf.kind is bool:
+    return str(value).lower()
+  if leaf.kind is not str:
+    return repr(value)
+  clears = leaf.optional and value.strip().lower() in ("", "none")
+  return value if _is_plain(value) and not clears else json.dumps(value)
+
+
+def _is_plain(text: str) -> bool:
+  """Whether a flagfile keeps the text: absl strips its lines, in the locale's encoding."""
+  return text.isascii() and text.isprintable() and text == text.strip() and not text.startswith('"')
+
+
+class _LeafParser(flags.ArgumentParser):
+  def __init__(self, leaf: _Leaf):
+    self.leaf = leaf
+    self.syntactic_help = _allowed(leaf)
+
+  def parse(self, argument: Any) -> Any:
+    value = _parse(self.leaf, argument) if isinstance(argument, str) else argument
+    return _check(self.leaf, value)
+
+
+class _LeafSerializer(flags.ArgumentSerializer):
+  def __init__(self, leaf: _Leaf):
+    self.leaf = leaf
+
+  def serialize(self, value: Any) -> str:
+    return _text(self.leaf, value)
+
+
+def define_flags(config_class: type, *, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines one absl flag per field, nested ones dotted: `--loss.clip_high`.
+
+  Args:
+    config_class: a frozen dataclass; every field has a default and a help text.
+    flag_values: where to define; absl's global FLAGS unless a test brings its own.
+
+  Raises:
+    TypeError: the class is not frozen, or a field lacks a help text or a default, or has a type no
+      flag can hold.
+    ConfigError: a default is outside its own bounds.
+    flags.DuplicateFlagError: a name is already a flag.
+  """
+  for leaf in _leaves(config_class):
+    flag = flags.Flag(
+      _LeafParser(leaf=leaf),
+      _LeafSerializer(leaf),
+      leaf.path,
+      None if leaf.default is None else _text(leaf, leaf.default),
+      leaf.help,
+      boolean=leaf.kind is bool and not leaf.is_tuple and not leaf.optional,
+    )
+    flags.DEFINE_flag(flag, flag_values, module_name=config_class.__module__)
+
+
+def from_flags(
+  config_class: type,
+  *,
+  overrides: Mapping[str, Any] | None = None,
+  flag_values: flags.FlagValues = flags.FLAGS,
+) -> Any:
+  """The frozen config that the parsed flags describe.
+
+  A preset is a dictionary of overrides: it changes the defaults, so whatever the user typed wins
+  over it.
+
+  Args:
+    config_class: the class whose flags were defined.
+    overrides: dotted path -> value, applied to the flags that the command line (or its flagfile)
+      did not give.
+    flag_values: parsed flags.
+
+  Returns:
+    An instance of `config_class`, checked.
+
+  Raises:
+    ConfigError: an override names no field, or a value is outside its bounds.
+  """
+  leaves = _leaves(config_class)
+  overrides = dict(overrides or {})
+  _refuse_unknown(config_class, leaves, overrides)
+  values = {}
+  for leaf in leaves:
+    flag = flag_values[leaf.path]
+    preset = leaf.path in overrides and not flag.present
+    values[leaf.path] = _check(leaf, overrides[leaf.path] if preset else flag.value)
+  return _build(config_class, values)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+  """The config as one flat dictionary, dotted path -> value, in the order of the fields.
+
+  Args:
+    config: an instance of a frozen dataclass.
+
+  Returns:
+    A new dictionary; tuples stay tuples. `replace(type(config)(), flatten(config)) == config`.
+  """
+  return {leaf.path: leaf.default for leaf in _leaves(type(config), default=config)}
+
+
+def replace(config: Any, changes: Mapping[str, Any]) -> Any:
+  """A copy of the config with some fields changed, as a preset or a trial of a sweep names them.
+
+  Args:
+    config: an instance of a frozen dataclass.
+    changes: dotted path -> value; a list will do for a tuple, and an int for a float.
+
+  Returns:
+    A new config of the same class, checked.
+
+  Raises:
+    ConfigError: a path names no field (with the nearest one), or a value has the wrong type or is
+      outside its bounds.
+  """
+  leaves = _leaves(type(config), default=config)
+  _refuse_unknown(type(config), leaves, changes)
+  values = {leaf.path: _check(leaf, changes.get(leaf.path, leaf.default)) for leaf in leaves}
+  return _build(type(config), values)
+
+
+def validate(config: Any) -> Any:
+  """Checks a config that was built by hand, as `from_flags` checks one built from flags.
+
+  Args:
+    config: an instance of a frozen dataclass.
+
+  Returns:
+    The config itself, so that the check can stand inside an expression.
+
+  Raises:
+    ConfigError: a value has the wrong type, is not finite, or is outside its bounds.
+  """
+  _leaves(type(config), default=config)
+  return config
+
+
+def _build(config_class: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+  hints = typing.get_type_hints(config_class)
+  return config_class(
+    **{
+      field.name: _build(hints[field.name], values, f"{prefix}{field.name}.")
+      if dataclasses.is_dataclass(hints[field.name])
+      else values[prefix + field.name]
+      for field in dataclasses.fields(config_class)
+    }
+  )
+
+
+def _refuse_unknown(config_class: type, leaves: list[_Leaf], changes: Mapping[str, Any]) -> None:
+  paths = [leaf.path for leaf in leaves]
+  for path, value in changes.items():
+    if path not in paths:
+      raise ConfigError(
+        path, value, f"a field of {config_class.__qualname__}", _did_you_mean(path, paths)
+      )
+
+
+def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
+  """A question naming the nearest of `names`, or "" where none is near."""
+  names = sorted(names)
+  last = name.rpartition(".")[2]
+  near = [known for known in names if known.rpartition(".")[2] == last]
+  near = near or difflib.get_close_matches(name, names, n=1)
+  near = near or [
+    known for known in names if difflib.get_close_matches(last, [known.rpartition(".")[2]])
+  ]
+  return f"did you mean {dashes}{near[0]}?" if near else ""
+
+
+def to_flagfile(config: Any) -> str:
+  """The config as the text of a flagfile: `--flagfile=<path>` gives the equal config again.
+
+  Every field is in it, so that the file still means the same after a default has changed.
+
+  Strings that a flagfile would damage (line ends, outer spaces, non-ASCII) are written as JSON
+  strings, lists of such as JSON lists; the flags read both. A credential is written "[redacted]"
+  and is the one thing that does not come back.
+
+  Args:
+    config: an instance of a frozen dataclass.
+
+  Returns:
+    One `--path=value` line per field, ASCII.
+  """
+  leaves = _leaves(type(config), default=config)
+  return "".join(f"--{leaf.path}={_text(leaf, _redacted(leaf.default))}\n" for leaf in leaves)
+
+
+def _redacted(value: Any) -> Any:
+  if isinstance(value, tuple):
+    return tuple(_redacted(item) for item in value)
+  return redact(value) if isinstance(value, str) else value
+
+
+def write_config(config: Any, run_dir: str | os.PathLike) -> None:
+  """Writes what a run was into its directory.
+
+  config.json and defaults.json are flat dictionaries, for programs; flags.txt runs it again.
+
+  Args:
+    config: an instance of a frozen dataclass.
+    run_dir: the run's directory, which exists.
+  """
+  run_dir = Path(run_dir)
+  for name, values in (
+    ("config.json", flatten(config)),
+    ("defaults.json", flatten(type(config)())),
+  ):
+    values = {path: _redacted(value) for path, value in values.items()}
+    (run_dir / name).write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
+  (run_dir / "flags.txt").write_text(to_flagfile(config), encoding="ascii")
+
+
+def run(
+  main: Callable[[Any], Any],
+  config_class: type,
+  *,
+  overrides: Callable[[Any], Mapping[str, Any]] | None = None,
+  errors: tuple[type[Exception], ...] = (),
+  argv: list[str] | None = None,
+) -> NoReturn:
+  """Runs an experiment from the command line, with one clear line for whatever the user got wrong.
+
+  A wrong flag costs a second, not a traceback after a minute of compilation: an unknown flag (with
+  the nearest one), a wrong type, a value outside its bounds or a stray argument prints `error: ...`
+  to stderr and exits with code 2. So do ConfigError and the `errors` when `main` raises them.
+  `--help` prints the module's docstring and every field. absl's own flags work as ever.
+
+  Args:
+    main: called with the config; its return value is the exit code.
+    config_class: a frozen dataclass.
+    overrides: from the config as typed to a preset's `overrides` for `from_flags`.
+    errors: further exception classes whose message alone tells the user what to do (a missing model
+      directory, a broken file).
+    argv: the command line with the program's name first; sys.argv when None.
+  """
+  define_flags(config_class)
+
+  def parse(args: list[str]) -> list[str]:
+    flags.DEFINE_flag(_HelpFlag(config_class))
+    try:
+      rest = flags.FLAGS(args)
+    except flags.UnrecognizedFlagError as error:
+      tip = _did_you_mean(error.flagname, flags.FLAGS, "--") or "--help lists them all"
+      _fail(f"unknown flag --{error.flagname}; {tip}")
+    except (flags.Error, ValueError) as error:
+      cause = error.__context__  # absl wraps what a flag's parser raised
+      _fail(cause if isinstance(cause, ConfigError) else str(error).removeprefix("ERROR:: "))
+    if len(rest) > 1:
+      _fail(f"unexpected argument {rest[1]!r}; write every setting as --name=value")
+    return rest
+
+  def with_config(_: list[str]) -> Any:
+    try:
+      config = from_flags(config_class)
+      if overrides is not None:
+        config = from_flags(config_class, overrides=overrides(config))
+      return main(config)
+    except (ConfigError, *errors) as error:
+      _fail(error)
+
+  app.run(with_config, sys.argv if argv is None else argv, flags_parser=parse)
+
+
+def _fail(error: object) -> NoReturn:
+  sys.stdout.flush()
+  sys.stderr.write(f"error: {_one_line(redact(str(error)))}\n")
+  sys.exit(2)
+
+
+def _one_line(text: str) -> str:
+  return " ".join("".join(ch if ch.isprintable() else " " for ch in text).split())
+
+
+class _HelpFlag(flags.BooleanFlag):
+  """absl's --help shows one module's flags and exits with 1; ours shows the config and exits 0."""
+
+  def __init__(self, config_class: type):
+    super().__init__("help", False, "show this help", short_name="h", allow_override=True)
+    self.config_class = config_class
+
+  def parse(self, argument: Any) -> None:
+    if self._parse(argument):
+      sys.stdout.write(_help_text(self.config_class, min(shutil.get_terminal_size().columns, 100)))
+      sys.exit(0)
+
+
+def _help_text(config_class: type, width: int) -> str:
+  """The docstring of the class's module, then its fields: flag with default, help, allowed."""
+  lines = [
+    (sys.modules[config_class.__module__].__doc__ or "").strip(),
+    "",
+    "Flags, with their defaults:",
+  ]
+  group = ""
+  for leaf in _leaves(config_class):
+    prefix = leaf.path.rpartition(".")[0]
+    if prefix != group:
+      group = prefix
+      lines += ["", f"{group}: {leaf.group}".rstrip(": ") if group else "More:"]
+    lines.append(f"  --{leaf.path}={_text(leaf, leaf.default)}")
+    note = f"{leaf.help} ({_allowed(leaf)})"
+    lines += textwrap.wrap(note, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+  lines += [
+    "",
+    "--flagfile=FILE reads flags from a file; --helpfull lists absl's own flags too.",
+    "",
+  ]
+  return "\n".join(lines).lstrip("\n")

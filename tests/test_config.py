@@ -1,0 +1,429 @@
+"""What a config promises: derived flags, one clear line per mistake, a record that reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rl_llm import config as config_lib
+from rl_llm.config import ConfigError, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """The policy term."""
+
+  clip_high: float = option(0.2, "how far above 1 the ratio may matter", above=0)
+  kind: Literal["ppo", "grpo"] = option("grpo", "which loss")
+  normalize: bool = option(True, "divide by the length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  batch: int = option(8, "problems per step", min=1, max=4096)
+  learning_rate: float = option(1e-5, "AdamW's step size", above=0)
+  name: str = option("run", "what to call the run")
+  prompt: str | None = option(None, "text before every prompt")
+  limit: int | None = option(4, "steps at most")
+  preset: str = option("grpo", "recipe", choices=("grpo", "dapo"))
+  buckets: tuple[int, ...] = option((16, 32), "lengths, in tokens", min=1)
+  names: tuple[str, ...] = option((), "names of things")
+  scales: tuple[float, ...] | None = option(None, "factors")
+  loss: Loss = Loss()
+
+
+def parsed(*args, config_class=Config):
+  values = flags.FlagValues()
+  config_lib.define_flags(config_class, flag_values=values)
+  values(["program", *args])
+  return values
+
+
+def build(*args, overrides=None, config_class=Config):
+  values = parsed(*args, config_class=config_class)
+  return config_lib.from_flags(config_class, overrides=overrides, flag_values=values)
+
+
+def test_doctests():
+  assert doctest.testmod(config_lib).failed == 0
+
+
+def test_no_flags_give_the_defaults():
+  assert build() == Config()
+
+
+@pytest.mark.parametrize(
+  ("arg", "changes"),
+  [
+    ("--batch=4", {"batch": 4}),
+    ("--learning_rate=1", {"learning_rate": 1.0}),
+    ("--learning_rate=3e-4", {"learning_rate": 3e-4}),
+    ("--name=", {"name": ""}),
+    ("--name=none", {"name": "none"}),
+    ("--prompt=Be brief.", {"prompt": "Be brief."}),
+    ('--prompt="none"', {"prompt": "none"}),
+    ('--prompt="a" and "b"', {"prompt": '"a" and "b"'}),
+    ("--limit=none", {"limit": None}),
+    ("--limit=", {"limit": None}),
+    ("--buckets=8", {"buckets": (8,)}),
+    ("--buckets=8,16,64", {"buckets": (8, 16, 64)}),
+    ("--buckets=", {"buckets": ()}),
+    ("--names=a,b", {"names": ("a", "b")}),
+    ('--names=["a,b", ""]', {"names": ("a,b", "")}),
+    ("--scales=1,0.5", {"scales": (1.0, 0.5)}),
+    ("--preset=dapo", {"preset": "dapo"}),
+    ("--loss.clip_high=0.28", {"loss.clip_high": 0.28}),
+    ("--loss.kind=ppo", {"loss.kind": "ppo"}),
+    ("--noloss.normalize", {"loss.normalize": False}),
+    ("--loss.normalize=false", {"loss.normalize": False}),
+  ],
+)
+def test_every_kind_of_flag_changes_its_field_and_no_other(arg, changes):
+  config = build(arg)
+  assert config_lib.flatten(config) == config_lib.flatten(Config()) | changes
+  assert config == config_lib.replace(Config(), changes)
+  floats = [value for value in config_lib.flatten(config).values() if isinstance(value, float)]
+  assert len(floats) == 2  # an int given for a float is stored as a float
+
+
+@pytest.mark.parametrize(
+  ("arg", "field", "allowed"),
+  [
+    ("--batch=1.5", "batch", "an integer"),
+    ("--batch=many", "batch", "an integer"),
+    ("--batch=0", "batch", ">= 1"),
+    ("--batch=5000", "batch", "<= 4096"),
+    ("--batch=none", "batch", "an integer"),
+    ("--learning_rate=nan", "learning_rate", "a finite number > 0"),
+    ("--learning_rate=inf", "learning_rate", "finite"),
+    ("--learning_rate=1e999", "learning_rate", "finite"),
+    ("--learning_rate=0", "learning_rate", "> 0"),
+    ("--limit=x", "limit", "an integer, or none"),
+    ("--buckets=8,x", "buckets", "a comma list of integers"),
+    ("--buckets=8,0", "buckets", ">= 1"),
+    ("--buckets=[8, 1.5]", "buckets", "integers"),
+    ("--buckets=" + "[" * 100_000, "buckets", "integers"),
+    ("--scales=[NaN]", "scales", "finite"),
+    ("--preset=dappo", "preset", "did you mean dapo?"),
+    ("--loss.kind=ppu", "loss.kind", "one of ppo, grpo; did you mean ppo?"),
+    ("--loss.normalize=maybe", "loss.normalize", "true or false"),
+  ],
+)
+def test_a_wrong_value_names_its_flag_and_what_is_allowed(arg, field, allowed):
+  with pytest.raises((ConfigError, flags.IllegalFlagValueError)) as caught:
+    build(arg)
+  error = caught.value if isinstance(caught.value, ConfigError) else caught.value.__context__
+  assert isinstance(error, ConfigError) and error.field == field
+  message = str(error)
+  assert message.startswith(f"--{field}=") and allowed in message
+  assert "\n" not in message and len(message) < 300
+
+
+def test_an_override_changes_the_default_and_an_explicit_flag_wins():
+  overrides = {"loss.clip_high": 0.28, "batch": 16, "buckets": [64]}
+  config = build("--batch=8", overrides=overrides)
+  assert (config.loss.clip_high, config.batch, config.buckets) == (0.28, 8, (64,))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"loss.clip_hihg": 0.3},
+      "--loss.clip_hihg=0.3: must be a field of Config; did you mean loss.clip_high?",
+    ),
+    (
+      {"clip_high": 0.3},
+      "--clip_high=0.3: must be a field of Config; did you mean loss.clip_high?",
+    ),
+    ({"loss": 1}, "--loss=1: must be a field of Config"),
+    ({"batch": "4"}, "--batch=4: must be an integer >= 1 and <= 4096"),
+    ({"batch": True}, "--batch=True: must be an integer >= 1 and <= 4096"),
+    ({"batch": None}, "--batch=none: must be an integer >= 1 and <= 4096"),
+    ({"names": "ab"}, "--names=ab: must be a comma list of texts"),
+    ({"learning_rate": float("nan")}, "--learning_rate=nan: must be a finite number > 0"),
+  ],
+)
+def test_replace_refuses_with_the_nearest_name(changes, message):
+  with pytest.raises(ConfigError) as caught:
+    config_lib.replace(Config(), changes)
+  assert str(caught.value).startswith(message)
+  with pytest.raises(ConfigError):
+    build(overrides=changes)
+
+
+def test_validate_checks_what_was_built_by_hand():
+  assert config_lib.validate(Config(batch=2)) == Config(batch=2)
+  with pytest.raises(ConfigError, match="--loss.clip_high=-1: must be a finite number > 0"):
+    config_lib.validate(Config(loss=Loss(clip_high=-1)))
+
+
+def class_with(hint, field, **kwargs):
+  return dataclasses.make_dataclass("Bad", [("size", hint, field)], frozen=True, **kwargs)
+
+
+@pytest.mark.parametrize(
+  ("config_class", "message"),
+  [
+    (class_with(int, dataclasses.field(default=1)), "Bad.size needs a help text"),
+    (class_with(int, dataclasses.field(metadata={"help": "x"})), "Bad.size needs a default"),
+    (class_with(dict, option(None, "x")), "Bad.size has the type"),
+    (class_with(int | str, option(1, "x")), "Bad.size has the type"),
+    (class_with(tuple[int, int], option((1, 2), "x")), "Bad.size has the type"),
+    (
+      class_with(int, dataclasses.field(default=1, metadata={"help": "x", "minimum": 0})),
+      "minimum",
+    ),
+    (class_with(str, option("a", "x", choices=(1, 2))), "Bad.size has the type"),
+    (
+      dataclasses.make_dataclass("Bad", [("help", int, option(1, "x"))], frozen=True),
+      "taken by absl",
+    ),
+    (
+      dataclasses.make_dataclass("Bad", [("size", int, option(1, "x"))]),
+      "must be a frozen dataclass",
+    ),
+  ],
+)
+def test_a_class_that_flags_cannot_hold_is_refused_at_definition(config_class, message):
+  with pytest.raises(TypeError, match=message):
+    config_lib.define_flags(config_class, flag_values=flags.FlagValues())
+
+
+def test_a_default_outside_its_own_bounds_is_refused_at_definition():
+  with pytest.raises(ConfigError, match="--size=0: must be an integer >= 1"):
+    config_lib.define_flags(class_with(int, option(0, "x", min=1)), flag_values=flags.FlagValues())
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+any_text = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
+  [
+    "none",
+    " none",
+    "",
+    '"',
+    '"a"',
+    "a b ",
+    "--batch=9",
+    "# x",
+    "a\nb",
+    "é",
+    "\x85",
+    "\ud800",
+    "[1]",
+    "'",
+  ]
+)
+configs = st.builds(
+  Config,
+  batch=st.integers(1, 4096),
+  learning_rate=finite.filter(lambda x: x > 0),
+  name=any_text,
+  prompt=st.none() | any_text,
+  limit=st.none() | st.integers(),
+  preset=st.sampled_from(["grpo", "dapo"]),
+  buckets=st.lists(st.integers(1), max_size=3).map(tuple),
+  names=st.lists(any_text, max_size=3).map(tuple),
+  scales=st.none() | st.lists(finite, max_size=3).map(tuple),
+  loss=st.builds(
+    Loss,
+    clip_high=finite.filter(lambda x: x > 0),
+    kind=st.sampled_from(["ppo", "grpo"]),
+    normalize=st.booleans(),
+  ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(config=configs)
+def test_a_flagfile_reads_back_as_the_equal_config(config, tmp_path_factory):
+  path = tmp_path_factory.getbasetemp() / "flags.txt"
+  path.write_text(config_lib.to_flagfile(config), encoding="ascii")
+  assert build(f"--flagfile={path}") == config
+  # Every field is in the file, so that other defaults (here: a preset's) cannot creep in.
+  overrides = config_lib.flatten(Config(batch=77, names=("x",), loss=Loss(kind="ppo")))
+  assert build(f"--flagfile={path}", overrides=overrides) == config
+
+
+@settings(max_examples=50, deadline=None)
+@given(config=configs)
+def test_flatten_and_replace_are_inverse(config):
+  flat = config_lib.flatten(config)
+  assert list(flat)[0] == "batch" and list(flat)[-1] == "loss.normalize"
+  assert config_lib.replace(Config(), flat) == config
+  jsonable = json.loads(json.dumps(flat))
+  assert config_lib.replace(Config(), jsonable) == config
+
+
+@settings(max_examples=200, deadline=None)
+@given(field=st.sampled_from(sorted(config_lib.flatten(Config()))), text=any_text)
+def test_no_text_given_to_a_flag_causes_any_other_error(field, text):
+  try:
+    config = build(f"--{field}={text}")
+  except (ConfigError, flags.IllegalFlagValueError) as error:
+    assert field in str(error)
+  else:
+    assert config_lib.validate(config) is config
+
+
+SECRETS = {
+  "hf": "hf_" + "aB3" * 11,
+  "openai": "sk-proj-" + "Zz9_" * 8,
+  "wandb": "0123456789abcdef0123456789abcdef01234567",
+  "github": "ghp_" + "a1B2" * 9,
+}
+
+
+@pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
+def test_secrets_are_redacted_wherever_a_config_is_written_or_shown(secret, tmp_path):
+  config = Config(name=f"x {secret} y", names=(secret, "b"))
+  config_lib.write_config(config, tmp_path)
+  for path in tmp_path.iterdir():
+    assert secret not in path.read_text(encoding="utf-8")
+  assert secret not in str(ConfigError("name", secret, "short"))
+  assert config_lib.redact(f"({secret})") == "([redacted])"
+
+
+def test_redact_leaves_ordinary_text_alone():
+  text = "task-specific hf_model sk-learn " + "0123456789abcdef" * 4 + " half_open_interval"
+  assert (
+    config_lib.redact(text, environ={"TOKENIZERS_PARALLELISM": "ordinary", "API_TOKEN": "half"})
+    == text
+  )
+
+
+def test_write_config_records_the_config_its_defaults_and_its_flags(tmp_path):
+  config = Config(batch=3, buckets=(4,))
+  config_lib.write_config(config, tmp_path)
+  stored = json.loads((tmp_path / "config.json").read_text())
+  assert config_lib.replace(Config(), stored) == config
+  assert (
+    config_lib.replace(config, json.loads((tmp_path / "defaults.json").read_text())) == Config()
+  )
+  assert build(f"--flagfile={tmp_path / 'flags.txt'}") == config
+
+
+PROGRAM = '''
+"""Counts to three.
+
+Takes a second.
+"""
+import dataclasses
+from absl import logging
+from rl_llm import config
+from rl_llm.config import option
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """The policy term."""
+  clip_high: float = option(0.2, "how far above 1 the ratio may matter", above=0)
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  learning_rate: float = option(1e-5, "step size", above=0)
+  preset: str = option("grpo", "recipe", choices=("grpo", "dapo"))
+  shuffle: bool = option(False, "whether to shuffle")
+  loss: Loss = Loss()
+
+def main(c):
+  if c.learning_rate == 7:
+    raise config.ConfigError("learning_rate", 7, "small")
+  if c.learning_rate == 8:
+    raise FileNotFoundError("no model\\nat x")
+  if c.learning_rate == 9:
+    raise KeyError("a bug")
+  logging.info("informed")
+  print(c.learning_rate, c.loss.clip_high, c.shuffle)
+
+config.run(main, Config, errors=(FileNotFoundError,),
+           overrides=lambda c: {"loss.clip_high": 0.28} if c.preset == "dapo" else {})
+'''
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+  path = tmp_path_factory.mktemp("program") / "count.py"
+  path.write_text(PROGRAM)
+
+  def call(*args, **env):
+    root = str(Path(config_lib.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "COLUMNS": "80", **env}
+    done = subprocess.run([sys.executable, path, *args], capture_output=True, text=True, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+  return call
+
+
+def test_run_gives_main_the_config_and_absl_flags_work(program):
+  code, out, err = program("--preset=dapo", "--shuffle", "--verbosity=0")
+  assert (code, out) == (0, "1e-05 0.28 True\n") and "informed" in err
+  code, out, err = program("--preset=dapo", "--loss.clip_high", "0.2", "--verbosity=-1")
+  assert (code, out, err) == (0, "1e-05 0.2 False\n", "")
+
+
+@pytest.mark.parametrize(
+  ("args", "line"),
+  [
+    (["--lerning_rate=1"], "unknown flag --lerning_rate; did you mean --learning_rate?"),
+    (["--clip_high=1"], "unknown flag --clip_high; did you mean --loss.clip_high?"),
+    (["--zzzzzz"], "unknown flag --zzzzzz; --help lists them all"),
+    (["--learning_rate=fast"], "--learning_rate=fast: must be a finite number > 0"),
+    (["--learning_rate=nan"], "--learning_rate=nan: must be a finite number > 0"),
+    (["--learning_rate"], "Missing value for flag --learning_rate"),
+    (["--noshuffle=1"], "--noshuffle=1 does not take an argument"),
+    (["--shuffle", "False"], "unexpected argument 'False'; write every setting as --name=value"),
+    (
+      ["--flagfile=/nowhere/x"],
+      "Unable to open flagfile: [Errno 2] No such file or directory: '/nowhere/x'",
+    ),
+    (["--learning_rate=7"], "--learning_rate=7: must be small"),
+    (["--learning_rate=8"], "no model at x"),
+    ([SECRETS["hf"]], "unexpected argument '[redacted]'; write every setting as --name=value"),
+    (["--preset=my-own-secret"], "--preset=[redacted]: must be one of grpo, dapo"),
+  ],
+)
+def test_each_mistake_is_one_line_and_exit_code_2(program, args, line):
+  assert program(*args, MY_TOKEN="my-own-secret") == (2, "", f"error: {line}\n")
+
+
+def test_a_bug_keeps_its_traceback(program):
+  code, _, err = program("--learning_rate=9")
+  assert code == 1 and "Traceback" in err and "a bug" in err
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_the_docstring_then_each_field_with_its_default(program, flag):
+  code, out, err = program(flag)
+  assert (code, err) == (0, "")
+  expected = """\
+    Counts to three.
+
+    Takes a second.
+
+    Flags, with their defaults:
+      --learning_rate=1e-05
+          step size (a finite number > 0)
+      --preset=grpo
+          recipe (one of grpo, dapo)
+      --shuffle=false
+          whether to shuffle (true or false)
+
+    loss: The policy term.
+      --loss.clip_high=0.2
+          how far above 1 the ratio may matter (a finite number > 0)
+
+    --flagfile=FILE reads flags from a file; --helpfull lists absl's own flags too.
+    """
+  assert out == textwrap.dedent(expected)
