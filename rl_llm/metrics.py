@@ -1,0 +1,269 @@
+"""The record of a run: one flushed JSON line per step, from which all that is shown is read.
+
+A run can be killed at any moment and go on from its last checkpoint. The record must then be what
+an uninterrupted run would have written, no step lost and none twice, so the writer repairs it when
+it opens: a line cut in the middle goes, and so do the steps that the resumed run will do again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl_llm.config import redact
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+  """Replaces a file in one move, so that a crash leaves the old one or the new one, never half.
+
+  Args:
+    path: file to create or replace; its directory exists.
+    content: bytes of the whole file.
+  """
+  path = Path(path)
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+class MetricsWriter:
+  """Appends rows of a step to a JSONL file, and repairs the file when a run goes on.
+
+  >>> import tempfile
+  >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+  >>> with MetricsWriter(path) as writer:
+  ...   writer.write(1, {"loss": 0.5})
+  ...   writer.write(2, {"loss": np.float32(0.25), "kl": float("inf")})
+  >>> with MetricsWriter(path, resume_step=1) as writer:  # the checkpoint is of step 1
+  ...   writer.write(2, {"loss": 0.125})
+  >>> print(path.read_text(), end="")
+  {"step": 1, "loss": 0.5}
+  {"step": 2, "loss": 0.125}
+
+  Each call is one write, flushed and synced, so a crash loses at most the call in flight. Write a
+  step's rows before its checkpoint: what the checkpoint holds is then always on record. A line has
+  "step" first and the other keys sorted. Floats are written so that they read back exactly;
+  non-finite ones, which JSON lacks, as the strings "nan", "inf" and "-inf", which `float` reads
+  back. Credentials in texts are redacted.
+
+  Args:
+    path: the file; its directory exists.
+    resume_step: the step of the checkpoint that the run goes on from: rows of later steps are
+      dropped. None begins a new record and drops all that was there.
+
+  Raises:
+    ValueError: a line before the last is not a JSON object with an int "step".
+  """
+
+  def __init__(self, path: str | os.PathLike, *, resume_step: int | None = None):
+    self.path = Path(path)
+    kept = []
+    if resume_step is not None and self.path.exists():
+      kept = [line for line, row in _lines(self.path) if row["step"] <= resume_step]
+    write_atomically(self.path, b"".join(line + b"\n" for line in kept))
+    self._last_step = json.loads(kept[-1])["step"] if kept else None
+    self._file = open(self.path, "ab", buffering=0)
+
+  def write(self, step: int, *rows: Mapping[str, Any]) -> None:
+    """Appends the step's rows: one in metrics.jsonl, as many as there are samples in samples.jsonl.
+
+    Args:
+      step: the step, not before the last one written.
+      rows: dicts of scalars: numbers (Python's, NumPy's or JAX's), bools, texts or None.
+
+    Raises:
+      ValueError: the step is before the last one written.
+      TypeError: a value is not a scalar; the message names its key.
+    """
+    step = int(step)
+    if self._last_step is not None and step < self._last_step:
+      raise ValueError(f"step is {step}, must be at least {self._last_step}, the last one written")
+    self._last_step = step
+    self._file.write("".join(_line(step, row) + "\n" for row in rows).encode("ascii"))
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    """Closes the file; what was written is already on disk."""
+    self._file.close()
+
+  def __enter__(self) -> MetricsWriter:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def _line(step: int, row: Mapping[str, Any]) -> str:
+  if "step" in row:
+    raise ValueError('a row has its own "step"; the step is the first argument of write')
+  values = {"step": step} | {key: _scalar(key, row[key]) for key in sorted(row)}
+  return json.dumps(values, allow_nan=False)
+
+
+def _scalar(key: str, value: Any) -> Any:
+  """A value that JSON holds, equal to the one given."""
+  if value is None or isinstance(value, bool):
+    return value
+  if isinstance(value, str):
+    return redact(value)
+  if not isinstance(value, (int, float)):
+    array = np.asarray(value)
+    if array.ndim or array.dtype == object:
+      kind, shape = type(value).__name__, f" of shape {array.shape}" if array.ndim else ""
+      raise TypeError(f"{key!r} is a {kind}{shape}, must be a scalar: reduce it before writing")
+    if array.dtype == bool:
+      return bool(array)
+    value = int(array) if np.issubdtype(array.dtype, np.integer) else float(array)
+  return value if isinstance(value, int) or math.isfinite(value) else str(float(value))
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict]]:
+  """The complete lines of a file and the rows they hold; the last may have been cut."""
+  *lines, last = path.read_bytes().split(b"\n")
+  numbered = list(enumerate([*lines, last], 1))
+  if not last:
+    numbered.pop()
+  rows = []
+  for number, line in numbered:
+    try:
+      row = json.loads(line)
+      if type(row["step"]) is not int:
+        raise TypeError
+    except (ValueError, TypeError, KeyError, RecursionError):
+      if number == numbered[-1][0]:
+        break
+      raise ValueError(
+        f'{path}:{number}: must be a JSON object with an int "step"; only the last line may be '
+        "cut. Move the file away to begin a new record"
+      ) from None
+    rows.append((line, row))
+  return rows
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+  """The rows of a record, also of a run that is still writing: a last line cut short is left out.
+
+  Args:
+    path: a file that `MetricsWriter` wrote.
+
+  Returns:
+    One dict per line, "step" among its keys; non-finite numbers are strings that `float` reads.
+
+  Raises:
+    ValueError: a line before the last is broken; the message names the file and the line.
+    FileNotFoundError: there is no such file.
+  """
+  return [row for _, row in _lines(Path(path))]
+
+
+def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
+  """The rows without the keys under "time/": what an interrupted and a straight run must share.
+
+  >>> without_timings([{"step": 1, "loss": 0.5, "time/step": 2.1}])
+  [{'step': 1, 'loss': 0.5}]
+
+  Args:
+    rows: rows of a record.
+
+  Returns:
+    New rows, in the same order.
+  """
+  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def finalize(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float | None]:
+  """Divides metrics that were added up as (sum, count) pairs over microbatches and hosts.
+
+  Averages cannot be averaged where counts differ. 3 tokens of which 1 was clipped and 1 token that
+  was: half were, though the mean of the two means is 0.67.
+
+  >>> finalize({"clip_fraction": (1.0 + 1.0, 3 + 1), "kl": (0.0, 0)})
+  {'clip_fraction': 0.5, 'kl': None}
+
+  Args:
+    metrics: name -> (sum, count), scalars of any kind.
+
+  Returns:
+    name -> sum / count, and None where nothing was counted.
+  """
+  pairs = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
+  return {name: total / count if count else None for name, (total, count) in pairs.items()}
+
+
+def proportion_interval(
+  correct_counts: Any, samples_per_problem: int
+) -> tuple[float, float, float]:
+  """The accuracy over problems that were each tried several times, with a 95 % interval.
+
+  Ten answers to one problem are not ten problems: they share its difficulty, and an interval that
+  counts each as independent is far too narrow. Problems are the independent units, so their spread
+  says how many independent answers the N * S answers are worth:
+
+      p_i = correct_i / S        p = mean(p_i)        v = sum((p_i - p)^2) / (N (N - 1))
+      n   = p (1 - p) / v, kept within [N, N S]                      (effective sample size)
+      low, high = (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  z = 1.96
+
+  This is Wilson's interval at n answers, so it stays inside [0, 1] and has width also where all
+  answers are right or all are wrong; there the spread says nothing, and n = N. With one sample per
+  problem n = N too. A good approximation from about 30 problems on.
+
+  Two problems, one right 4 times of 4, the other never, say no more than two answers do:
+
+  >>> [round(x, 3) for x in proportion_interval([4, 0], 4)]
+  [0.5, 0.095, 0.905]
+  >>> [round(x, 3) for x in proportion_interval([1, 0], 1)]
+  [0.5, 0.095, 0.905]
+
+  Args:
+    correct_counts: [N] ints, how many of a problem's samples were right.
+    samples_per_problem: S, at least 1.
+
+  Returns:
+    (mean, low, high), each in [0, 1].
+
+  Raises:
+    ValueError: no problems, or a count outside 0 ... S.
+
+  Reference: Wilson, 1927, Probable inference, the law of succession, and statistical inference;
+  Korn and Graubard, 1998, Confidence intervals for proportions with small expected number of
+  positive counts estimated from survey data (the effective sample size).
+  """
+  counts = np.asarray(correct_counts, dtype=np.float64)
+  if counts.ndim != 1 or not counts.size:
+    raise ValueError(f"correct_counts has shape {counts.shape}, must be [N] with N at least 1")
+  if samples_per_problem < 1:
+    raise ValueError(f"samples_per_problem is {samples_per_problem}, must be at least 1")
+  if not ((counts >= 0) & (counts <= samples_per_problem)).all():
+    raise ValueError(
+      f"correct_counts has values from {counts.min()} to {counts.max()}, must be within 0 and "
+      f"samples_per_problem ({samples_per_problem})"
+    )
+  problems = counts.size
+  each = counts / samples_per_problem
+  mean = float(each.mean())
+  variance = float(((each - mean) ** 2).sum()) / (problems * max(problems - 1, 1))
+  largest = problems * samples_per_problem
+  if mean in (0.0, 1.0) or problems == 1:
+    effective = problems
+  else:
+    effective = mean * (1 - mean) / variance if variance else largest
+  n = min(max(effective, problems), largest)
+  z = 1.959963984540054
+  center = (mean + z * z / (2 * n)) / (1 + z * z / n)
+  half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+  return mean, min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean)
