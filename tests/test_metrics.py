@@ -38,7 +38,7 @@ def samples_of(step):
   kills=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 80)), max_size=4),
 )
 def test_killed_and_resumed_the_record_equals_an_uninterrupted_one(every, kills, tmp_path_factory):
-  """A run of 12 steps with a checkpoint every few; each kill cuts the file inside the last write."""
+  """A run of 12 steps with a checkpoint every few; each kill cuts the file in its last write."""
   folder = tmp_path_factory.mktemp("run")
 
   def advance(name, start, stop, resume_step):

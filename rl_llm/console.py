@@ -1,0 +1,256 @@
+"""What a person sees while a run goes on: a live display on a terminal, plain lines elsewhere.
+
+A model that is being trained writes anything: terminal escapes that would clear the screen,
+brackets that a markup language would swallow, a megabyte of one letter. A person must see what it
+wrote, so all of it is shown literally, with control characters as escapes and long texts cut.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+import rich.box
+import rich.console
+import rich.live
+import rich.progress
+import rich.table
+import rich.text
+
+from rl_llm.config import redact
+
+
+def printable(text: str, *, limit: int | None = None, keep_newlines: bool = False) -> str:
+  r"""The text as it can be shown anywhere: one character, one mark, nothing that acts.
+
+  Control characters, invisible ones, direction changes and lone surrogates become escapes;
+  credentials are redacted. A text over the limit loses its middle, since a prompt's question is
+  often at its end.
+
+  >>> printable("\x1b[31mred\x1b[0m\n")
+  '\\x1b[31mred\\x1b[0m\\n'
+  >>> printable("0123456789" * 5, limit=20)
+  '01234567890 ... 6789'
+
+  Args:
+    text: anything, as a model wrote it.
+    limit: characters at most, at least 12; None for all.
+    keep_newlines: whether line ends stay, for where text may take several lines.
+
+  Returns:
+    The text; it encodes as UTF-8.
+  """
+  text = redact(text)
+  if limit is not None and len(text) > limit:
+    tail = limit // 5
+    text = f"{text[: limit - tail - 5]} ... {text[len(text) - tail :]}"
+  return "".join(
+    ch if ch.isprintable() or (keep_newlines and ch == "\n") else _escape(ch) for ch in text
+  )
+
+
+def _escape(character: str) -> str:
+  # A non-ASCII space is only wide or narrow; everything else that is not printable acts or is
+  # hidden.
+  if unicodedata.category(character) == "Zs":
+    return " "
+  return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def number(value: Any, digits: int = 3) -> str:
+  """A figure for a person: few digits, and a dash where there is none.
+
+  >>> number(0.123456), number(1234.5), number(12), number(None), number("nan")
+  ('0.123', '1234', '12', '-', 'nan')
+
+  Args:
+    value: a number, a record's text for a non-finite one, or None.
+    digits: significant ones, of a fraction.
+
+  Returns:
+    A short text.
+  """
+  if value is None:
+    return "-"
+  if isinstance(value, int):
+    return str(value)
+  value = float(value)
+  return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+  """A time for a person.
+
+  >>> duration(42.4), duration(600), duration(9000)
+  ('42s', '10m', '2.5h')
+
+  Args:
+    seconds: a time in seconds.
+
+  Returns:
+    Seconds, minutes or hours, whichever reads best.
+  """
+  if seconds < 120:
+    return f"{seconds:.0f}s"
+  return f"{seconds / 60:.0f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
+
+
+class Console:
+  """Shows a run on a stream; everything is flushed at once, so an interrupted run has shown all.
+
+  On a terminal a progress bar with the latest figures stays at the bottom, and what is said scrolls
+  above it. Anywhere else (a pipe, a file, a dumb terminal) each step is one plain line.
+
+      with Console(total_steps=100) as console:
+        console.say("compiling on 2 CPU cores")
+        console.step(1, {"reward_mean": 0.25, "time/step": 2.0})
+
+  Args:
+    stream: where to; standard output when None.
+    total_steps: steps of the whole run, for the progress bar and the time left.
+  """
+
+  def __init__(self, stream: TextIO | None = None, *, total_steps: int):
+    self._stream = sys.stdout if stream is None else stream
+    self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
+    self._total_steps = total_steps
+    self._seconds: list[float] = []  # of the last steps, for the time left
+    terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+    self._rich = rich.console.Console(
+      file=self._stream,
+      force_terminal=terminal,
+      force_jupyter=False,
+      width=None if terminal else 80,
+      color_system="auto" if terminal else None,
+      markup=False,
+      highlight=False,
+      emoji=False,
+    )
+    self._live = None
+    if terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.SpinnerColumn("line"),
+        rich.progress.TextColumn("step {task.completed}/{task.total}"),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.TimeElapsedColumn(),
+        expand=True,
+      )
+      self._task = self._bar.add_task("", total=total_steps)
+      self._live = rich.live.Live(self._bar, console=self._rich, refresh_per_second=4)
+      self._live.start()
+
+  def __enter__(self) -> Console:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Leaves the last state of the display on the screen, and the terminal as it was."""
+    if self._live is not None:
+      self._live.stop()
+      self._live = None
+    self._stream.flush()
+
+  def say(self, line: str) -> None:
+    """Shows a line (or several), whole and literally.
+
+    Args:
+      line: any text.
+    """
+    self._rich.print(self._text(line, keep_newlines=True), soft_wrap=True)
+    self._stream.flush()
+
+  def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Shows a table that fits the screen: texts fold, figures stand right.
+
+    Args:
+      title: its heading.
+      columns: names of the columns.
+      rows: one sequence of cells per row; a cell is a text, a number or None.
+    """
+    rows = [list(row) for row in rows]
+    table = rich.table.Table(
+      title=self._text(title), title_justify="left", box=rich.box.HORIZONTALS, show_lines=True
+    )
+    for index, column in enumerate(columns):
+      numeric = bool(rows) and not any(isinstance(row[index], str) for row in rows)
+      justify = "right" if numeric else "left"
+      table.add_column(self._text(column), justify=justify, no_wrap=numeric, overflow="fold")
+    for row in rows:
+      cells = [cell if isinstance(cell, str) else number(cell) for cell in row]
+      table.add_row(*(self._text(cell, limit=240) for cell in cells))
+    self._rich.print(table)
+    self._stream.flush()
+
+  def sizes(self, values: Mapping[str, Any]) -> None:
+    """Shows the sizes that follow from the config, which is where a wrong setting shows first.
+
+    Args:
+      values: name -> size, such as "problems per step", "responses per problem", "microbatch".
+    """
+    width = max(map(len, values), default=0)
+    self.say("\n".join(f"  {name:<{width}}  {value}" for name, value in values.items()))
+
+  def samples(self, step: int, rows: Iterable[Mapping[str, Any]], *, count: int = 4) -> None:
+    """Shows what the model wrote: prompt, response, reward, advantage.
+
+    Args:
+      step: the step they were sampled in.
+      rows: rows of samples.jsonl; a reward that failed shows its status.
+      count: rows at most.
+    """
+    cells = [
+      (
+        row["prompt"],
+        row["response"],
+        row["status"] if row.get("reward") is None else row["reward"],
+        row.get("advantage"),
+      )
+      for row in list(rows)[:count]
+    ]
+    self.table(f"samples of step {step}", ("prompt", "response", "reward", "advantage"), cells)
+
+  def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Shows a step that is done, and its evaluation where it has one.
+
+    Args:
+      step: its number, of `total_steps`.
+      metrics: its line of metrics.jsonl; figures it lacks are left out.
+    """
+    for key, shown in (("sampled", "sampled"), ("greedy", "greedy")):
+      if metrics.get(f"eval/{key}_accuracy") is not None:
+        low, high = (number(metrics.get(f"eval/{key}_{end}"), 2) for end in ("low", "high"))
+        accuracy = number(metrics[f"eval/{key}_accuracy"], 2)
+        self.say(f"step {step} held-out accuracy, {shown}: {accuracy} (95% {low} to {high})")
+    figures = self._figures(step, metrics)
+    if self._live is None:
+      self.say(f"step {step}/{self._total_steps} {figures}")
+    else:
+      self._bar.update(self._task, completed=step)
+      self._live.update(rich.console.Group(self._bar, self._text(figures)))
+
+  def _figures(self, step: int, metrics: Mapping[str, Any]) -> str:
+    names = {
+      "reward": "reward_mean",
+      "accuracy": "accuracy",
+      "length": "response_length_mean",
+      "entropy": "entropy",
+    }
+    parts = [
+      f"{name} {number(metrics[key], 2 if name != 'length' else 3)}"
+      for name, key in names.items()
+      if metrics.get(key) is not None
+    ]
+    if metrics.get("time/step") is not None:
+      self._seconds = [*self._seconds[-9:], float(metrics["time/step"])]
+      left = sum(self._seconds) / len(self._seconds) * max(self._total_steps - step, 0)
+      parts += [f"{number(self._seconds[-1], 2)}s/step", f"ETA {duration(left)}"]
+    return " ".join(parts)
+
+  def _text(self, text: str, **how: Any) -> rich.text.Text:
+    shown = printable(text, **how)
+    return rich.text.Text(shown.encode(self._encoding, "backslashreplace").decode(self._encoding))
