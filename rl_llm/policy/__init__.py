@@ -1,15 +1,65 @@
-"""Language models as pure functions, and their weights from and to files. The only package that
-imports flax."""
+"""Language models as pure functions, and their weights from and to files.
 
-from rl_llm.policy.configs import RopeScaling, TransformerConfig, WeightsError, tiny_config
-from rl_llm.policy.transformer import Cache, Policy, make_policy
+The only package that imports flax.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rl_llm.policy.configs import (
+  RopeScaling,
+  TransformerConfig,
+  WeightsError,
+  config_from_hf,
+  config_to_hf,
+  tiny_config,
+)
+from rl_llm.policy.gguf import demo_gguf_path, load_gguf
+from rl_llm.policy.hf import load_hf, save_hf
+from rl_llm.policy.transformer import Cache, Params, Policy, make_policy
+
+
+def load_weights(path_or_name: str | os.PathLike) -> tuple[TransformerConfig, Params]:
+  """Reads a pretrained model, by what the path is.
+
+  Args:
+    path_or_name: "smollm2", the demo model; a Hugging Face directory; or a .gguf file.
+
+  Returns:
+    The config, and the weights as float32: `make_policy(config)` runs them.
+
+  Raises:
+    WeightsError: none of these, or the file cannot be used.
+  """
+  if path_or_name == "smollm2":
+    return load_gguf(demo_gguf_path())
+  path = Path(path_or_name)
+  if path.is_dir():
+    return load_hf(path)
+  if path.suffix == ".gguf":
+    return load_gguf(path)
+  raise WeightsError(
+    f"{os.fspath(path_or_name)}: no such model directory or .gguf file; give 'smollm2', a Hugging "
+    "Face directory (config.json and safetensors), or a file ending in .gguf"
+  )
+
 
 __all__ = [
   "Cache",
+  "Params",
   "Policy",
   "RopeScaling",
   "TransformerConfig",
   "WeightsError",
+  "config_from_hf",
+  "config_to_hf",
+  "demo_gguf_path",
+  "load_gguf",
+  "load_hf",
+  "load_weights",
   "make_policy",
+  "save_hf",
   "tiny_config",
 ]

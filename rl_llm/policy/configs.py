@@ -1,4 +1,4 @@
-"""What a decoder-only transformer looks like: one frozen dataclass for Llama, Mistral, Qwen, Gemma."""
+"""What a decoder looks like: one frozen dataclass for Llama, Mistral, Qwen and Gemma."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class TransformerConfig:
       )
     if not set(self.layer_types) <= {"full", "sliding"}:
       raise ValueError(
-        f"TransformerConfig.layer_types: {sorted(set(self.layer_types))} must be 'full' or 'sliding'"
+        f"TransformerConfig.layer_types: {sorted(set(self.layer_types))} must be full or sliding"
       )
     if "sliding" in self.layer_types and not (self.sliding_window or 0) >= 1:
       raise ValueError(

@@ -1,0 +1,304 @@
+"""Hugging Face model directories, in and out: `config.json` and safetensors, single or sharded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_llm.policy.configs import TransformerConfig, WeightsError, config_from_hf, config_to_hf
+from rl_llm.policy.transformer import Params, make_policy
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16", "F64")
+
+# Our path inside a layer -> theirs. Gemma, which norms after attention too, uses the name
+# post_attention_layernorm for that; elsewhere it is the norm before the MLP.
+_LAYER_NAMES = {
+  "attention/query": "self_attn.q_proj",
+  "attention/key": "self_attn.k_proj",
+  "attention/value": "self_attn.v_proj",
+  "attention/output": "self_attn.o_proj",
+  "attention/query_norm": "self_attn.q_norm",
+  "attention/key_norm": "self_attn.k_norm",
+  "mlp/gate": "mlp.gate_proj",
+  "mlp/up": "mlp.up_proj",
+  "mlp/down": "mlp.down_proj",
+  "attention_norm": "input_layernorm",
+}
+_PRE_NORM_NAMES = {"mlp_norm": "post_attention_layernorm"}
+_POST_NORM_NAMES = {
+  "attention_post_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "mlp_post_norm": "post_feedforward_layernorm",
+}
+_TOP_NAMES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "unembed": "lm_head"}
+
+
+def hf_name(config: TransformerConfig, path: str) -> str:
+  """Hugging Face's name of the leaf at `path`; kernels are stored there transposed.
+
+  >>> from rl_llm.policy.configs import tiny_config
+  >>> hf_name(tiny_config(32), "layers_1/attention/query/kernel")
+  'model.layers.1.self_attn.q_proj.weight'
+  """
+  module, leaf = path.rsplit("/", 1)
+  suffix = "bias" if leaf == "bias" else "weight"
+  match = re.fullmatch(r"layers_(\d+)/(.+)", module)
+  if not match:
+    return f"{_TOP_NAMES[module]}.{suffix}"
+  norms = _POST_NORM_NAMES if config.post_norms else _PRE_NORM_NAMES
+  return f"model.layers.{match[1]}.{(_LAYER_NAMES | norms)[match[2]]}.{suffix}"
+
+
+def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of every leaf of the parameters, nothing allocated.
+
+  >>> from rl_llm.policy.configs import tiny_config
+  >>> leaf_shapes(tiny_config(32))["layers_0/attention/key/kernel"]
+  (64, 32)
+  """
+  abstract = jax.eval_shape(make_policy(config).init, jax.random.key(0))
+  return {path: leaf.shape for path, leaf in _leaves(abstract)}
+
+
+def assemble(
+  config: TransformerConfig,
+  name_of: Callable[[str], str],
+  shapes: dict[str, tuple[int, ...]],
+  read: Callable[[str], np.ndarray],
+  source: str,
+) -> Params:
+  """Builds the parameters from a file's tensors, checking names and shapes before any is read.
+
+  Args:
+    config: the model's shape.
+    name_of: our path -> the file's name.
+    shapes: the file's name -> shape as stored: kernels [out, in].
+    read: the file's name -> the tensor.
+    source: what the tensors come from, for errors.
+
+  Returns:
+    Parameters, float32.
+
+  Raises:
+    WeightsError: a tensor is missing, is not part of the model, or has another shape.
+  """
+  wanted = leaf_shapes(config)
+  names = {path: name_of(path) for path in wanted}
+  missing = sorted(set(names.values()) - set(shapes))
+  if missing:
+    raise WeightsError(
+      f"{source}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are); "
+      "download the model again"
+    )
+  unexpected = sorted(set(shapes) - set(names.values()))
+  if unexpected:
+    raise WeightsError(
+      f"{source}: tensor '{unexpected[0]}' has no place in this architecture ({len(unexpected)} "
+      "such tensors); use the config.json that belongs to these weights, of a plain language model"
+    )
+  for path, shape in wanted.items():
+    stored = shape[::-1] if path.endswith("kernel") else shape
+    if tuple(shapes[names[path]]) != stored:
+      raise WeightsError(
+        f"{source}: leaf '{path}' (tensor '{names[path]}') has shape {tuple(shapes[names[path]])}, "
+        f"the config says {stored}; use the config that belongs to these weights"
+      )
+  params: Params = {}
+  for path, name in names.items():
+    array = np.asarray(read(name), np.float32)
+    *parents, leaf = path.split("/")
+    node = params
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = jnp.array(array.T if leaf == "kernel" else array)
+  return params
+
+
+def load_hf(directory: str | os.PathLike) -> tuple[TransformerConfig, Params]:
+  """Reads a Hugging Face model directory. No pickle is read, and no file outside the directory.
+
+  Args:
+    directory: holds config.json and model.safetensors, or its index and shards.
+
+  Returns:
+    The config, and the weights as float32 (from float32, float16 or bfloat16).
+
+  Raises:
+    WeightsError: a file is missing, damaged, outside the directory, or not of a supported model.
+  """
+  safetensors = _import_safetensors()
+  directory = Path(directory)
+  if not directory.is_dir():
+    raise WeightsError(f"{directory}: no such model directory; check the path")
+  config_path = _inside(directory, "config.json", "is missing; download the whole model")
+  config = config_from_hf(_read_json(config_path), str(config_path))
+
+  if (directory / _SINGLE).exists():
+    shards = {_SINGLE}
+  elif (directory / _INDEX).exists():
+    index_path = _inside(directory, _INDEX, "is missing")
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+      raise WeightsError(f"{index_path}: 'weight_map' is not a table of names; download it again")
+    shards = set(weight_map.values())
+  else:
+    raise WeightsError(
+      f"{directory}: neither {_SINGLE} nor {_INDEX} is there; download the model's safetensors "
+      "(pickled .bin weights are never read)"
+    )
+
+  files: dict[str, Any] = {}
+  try:
+    for shard in sorted(shards):
+      path = _inside(directory, shard, f"is missing, though {_INDEX} names it; download it again")
+      handle = safetensors.safe_open(path, framework="numpy")
+      for name in handle.keys():
+        if name in files:
+          raise WeightsError(f"{path}: tensor '{name}' is in another shard too; download again")
+        dtype = handle.get_slice(name).get_dtype()
+        if dtype not in _DTYPES:
+          raise WeightsError(
+            f"{path}: tensor '{name}' is {dtype}, not one of {', '.join(_DTYPES)}; "
+            "use unquantised weights"
+          )
+        files[name] = handle
+    # Derived or duplicated tensors that some checkpoints carry.
+    for name in list(files):
+      tied = name == "lm_head.weight" and config.tie_embeddings
+      if tied or name.endswith("rotary_emb.inv_freq"):
+        del files[name]
+    return config, assemble(
+      config,
+      lambda path: hf_name(config, path),
+      {name: tuple(handle.get_slice(name).get_shape()) for name, handle in files.items()},
+      lambda name: files[name].get_tensor(name),
+      str(directory),
+    )
+  except (safetensors.SafetensorError, OSError) as error:
+    raise WeightsError(
+      f"{path}: damaged or truncated ({error}); download the file again"
+    ) from error
+
+
+def save_hf(
+  directory: str | os.PathLike,
+  config: TransformerConfig,
+  params: Params,
+  *,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a directory that `load_hf` and `transformers` read, float32. Whole or not at all: it is
+  written beside its place under a temporary name, then renamed.
+
+  Args:
+    directory: must not exist yet, or be empty.
+    config: the model's shape.
+    params: its weights.
+    max_shard_bytes: a file larger than this is split.
+
+  Raises:
+    WeightsError: the directory holds something, the config has no Hugging Face architecture, or
+      the weights are not of this config.
+  """
+  _import_safetensors()
+  from safetensors.numpy import save_file
+
+  directory = Path(directory)
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise WeightsError(f"{directory}: already exists; give a new directory, or remove this one")
+  entries = config_to_hf(config)
+  leaves = dict(_leaves(params))
+  wanted = leaf_shapes(config)
+  for path in sorted(wanted.keys() | leaves.keys()):
+    shape = leaves[path].shape if path in leaves else None
+    if shape != wanted.get(path):
+      raise WeightsError(
+        f"params: leaf '{path}' has shape {shape}, the config says {wanted.get(path)}; "
+        "pass the config these weights were made with"
+      )
+
+  shards: list[list[str]] = [[]]
+  size = total = 0
+  for path, shape in wanted.items():
+    nbytes = 4 * int(np.prod(shape))
+    total += nbytes
+    if shards[-1] and size + nbytes > max_shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(path)
+    size += nbytes
+
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+  try:
+    os.chmod(partial, 0o755)
+    weight_map = {}
+    for number, paths in enumerate(shards, start=1):
+      sharded = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+      file_name = sharded if len(shards) > 1 else _SINGLE
+      tensors = {}
+      for path in paths:
+        array = np.asarray(leaves[path], np.float32)
+        tensors[hf_name(config, path)] = np.ascontiguousarray(
+          array.T if path.endswith("kernel") else array
+        )
+      save_file(tensors, partial / file_name, metadata={"format": "pt"})
+      weight_map |= dict.fromkeys(tensors, file_name)
+    if len(shards) > 1:
+      index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+      (partial / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (partial / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
+    os.replace(partial, directory)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def _leaves(tree: Params) -> Iterator[tuple[str, Any]]:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    yield "/".join(entry.key for entry in path), leaf
+
+
+def _inside(directory: Path, name: str, if_missing: str) -> Path:
+  """The path of a file of the directory, links followed and found to stay within."""
+  path = directory / name
+  if not path.resolve().is_relative_to(directory.resolve()):
+    raise WeightsError(
+      f"{path}: leads outside the model directory, which is never read; copy the real files into "
+      f"one directory (cp -rL)"
+    )
+  if not path.is_file():
+    raise WeightsError(f"{path}: {if_missing}")
+  return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    entries = json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise WeightsError(f"{path}: not valid JSON ({error}); download it again") from error
+  if not isinstance(entries, dict):
+    raise WeightsError(f"{path}: holds {type(entries).__name__}, not a table; download it again")
+  return entries
+
+
+def _import_safetensors() -> Any:
+  try:
+    import safetensors
+  except ImportError as error:
+    raise WeightsError(
+      "Hugging Face weights need the package safetensors: pip install 'rl_llm[hf]'"
+    ) from error
+  return safetensors
