@@ -1,0 +1,272 @@
+"""The processes that graders run in; started by `rl_llm.rewards.pool`, not imported by it.
+
+    trainer --- server                imports the reward function once, under the first restrictions; never sees text
+                  `- minder           one per worker, exists to be killed: its end is the worker's end
+                       `- worker      process 1 of its own process namespace, in a directory of its own
+                            `- child  a fresh fork per sample: what text breaks or changes ends with its sample
+
+A fork costs a millisecond, an import of the grader up to seconds, so a worker killed at its deadline is replaced at
+once. Frames are four bytes of length (big endian), then JSON. Standard library only: `python -I -S -B worker.py FD`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+
+if __name__ == "__main__":  # run as a file, where no package is importable yet
+  _path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox.py")
+  _spec = importlib.util.spec_from_file_location("sandbox", _path)
+  sandbox = importlib.util.module_from_spec(_spec)
+  _spec.loader.exec_module(sandbox)
+else:
+  from rl_llm.rewards import sandbox
+
+MAX_REPLY = 1 << 16  # bytes: a reply fits into a pipe, so that writing it never blocks
+MAX_DETAIL = 2000  # characters of an exception that are kept
+COMMAND = struct.Struct(">cQ")  # b"S" (start, with a socket) or b"E" (end), and the worker's number
+
+
+def write_frame(write: Callable[[bytes], object], message: object) -> None:
+  """Sends one message. JSON in ASCII: lone surrogates of broken text pass unharmed."""
+  body = json.dumps(message).encode("ascii")
+  write(struct.pack(">I", len(body)) + body)
+
+
+def read_frame(read: Callable[[int], bytes], limit: int | None = None) -> object | None:
+  """Receives one message; None when the other side has ended, or breaks the form."""
+
+  def exactly(count: int) -> bytes | None:
+    parts = []
+    while count:
+      part = read(min(count, 1 << 20))
+      if not part:
+        return None
+      parts.append(part)
+      count -= len(part)
+    return b"".join(parts)
+
+  header = exactly(4)
+  if header is None:
+    return None
+  length = struct.unpack(">I", header)[0]
+  if limit is not None and length > limit:
+    return None
+  body = exactly(length)
+  try:
+    return None if body is None else json.loads(body)
+  except ValueError:
+    return None
+
+
+def load_function(location: str, function: str) -> Callable:
+  """Imports the reward function from a `.py` file or from a module."""
+  if location.endswith(".py"):
+    spec = importlib.util.spec_from_file_location("reward_file", location)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reward_file"] = module
+    spec.loader.exec_module(module)
+  else:
+    module = importlib.import_module(location)
+  found = getattr(module, function, None)
+  if not callable(found):
+    names = sorted(
+      n for n, value in vars(module).items() if callable(value) and not n.startswith("_")
+    )
+    raise AttributeError(f"no function {function!r} in it; it has: {', '.join(names) or 'none'}")
+  return found
+
+
+def grade(function: Callable, request: dict) -> dict:
+  """Calls the function on one sample; the reply says "value", "raised", "invalid" or "broken" (contract)."""
+  columns = {name: [value] for name, value in request["columns"].items()}
+  try:
+    rewards = function([request["prompt"]], [request["completion"]], **columns)
+  except BaseException as error:  # SystemExit too: a grader must not end quietly
+    return {"raised": f"{type(error).__name__}: {error}"[:MAX_DETAIL]}
+  if isinstance(rewards, (str, bytes, dict)) or not hasattr(rewards, "__len__"):
+    return {
+      "broken": f"returned {type(rewards).__name__}, must return a list with one number per completion"
+    }
+  if len(rewards) != 1:
+    return {
+      "broken": f"returned {len(rewards)} rewards for 1 completion, must return one per completion"
+    }
+  value = rewards[0]
+  if hasattr(value, "item") and not isinstance(value, (int, float)):
+    value = value.item()  # a scalar of numpy, jax or torch
+  if value is not None and not isinstance(value, (bool, int, float)):
+    return {"invalid": f"a reward of type {type(value).__name__}, must be a number or None"}
+  try:
+    return {"value": None if value is None else float(value)}
+  except OverflowError:
+    return {"invalid": "an integer too large for a float"}
+
+
+def grade_in_child(
+  function: Callable, request: dict, inherited: int, alone: bool, processes: int | None
+) -> dict:
+  """Grades one sample in a fresh fork, and leaves nothing of it behind.
+
+  Args:
+    inherited: the descriptor of the trainer's socket, which the child must not hold.
+    alone: whether this process is process 1 of its own namespace, so that "all processes" means the child's.
+    processes: how many processes of this kind of user the child may bring about; None for no limit. It binds the
+      child only, so that a fork bomb cannot keep the other workers from forking.
+  """
+  reading, writing = os.pipe()
+  child = os.fork()
+  if child == 0:
+    try:
+      sandbox.die_with_parent()
+      os.close(inherited)
+      os.close(reading)
+      os.setpgid(0, 0)
+      sandbox.limit_processes(processes)
+      try:
+        reply = grade(function, request)
+      except BaseException as error:  # a reward object whose methods raise
+        reply = {"raised": f"{type(error).__name__}: {error}"[:MAX_DETAIL]}
+      write_frame(lambda frame: os.write(writing, frame), reply)
+    finally:
+      os._exit(0)
+  os.close(writing)
+  try:
+    reply = read_frame(lambda count: os.read(reading, count), MAX_REPLY)
+  finally:
+    os.close(reading)
+  try:
+    os.setpgid(child, child)
+  except OSError:
+    pass
+  status = 0
+  for kill in (
+    lambda: os.killpg(child, signal.SIGKILL),
+    lambda: alone and os.kill(-1, signal.SIGKILL),
+  ):
+    try:
+      kill()
+    except OSError:
+      pass
+  try:
+    while True:
+      ended, ended_status = os.waitpid(-1, 0)
+      status = ended_status if ended == child else status
+  except ChildProcessError:
+    pass
+  for name in os.listdir("."):
+    shutil.rmtree(name) if os.path.isdir(name) and not os.path.islink(name) else os.unlink(name)
+  if isinstance(reply, dict):
+    return reply
+  if os.WIFSIGNALED(status):
+    return {"died": f"killed by {signal.Signals(os.WTERMSIG(status)).name}"}
+  return {"died": f"exited with code {os.WEXITSTATUS(status)} and no reward"}
+
+
+def work(
+  function: Callable, connection: socket.socket, config: dict, layers: list[str], alone: bool
+) -> None:
+  """A worker's life: the last restrictions, then one sample after another."""
+  sandbox.die_with_parent()
+  layers = list(layers) + (["processes"] if alone else [])
+  directory = config["directory"]
+  if sandbox.own_directory(directory, config["file_mb"]):
+    layers.append("own file system")
+  else:
+    directory = os.path.join(directory, str(os.getpid()))
+    os.makedirs(directory, exist_ok=True)
+  os.chdir(directory)
+  os.environ["TMPDIR"] = os.environ["HOME"] = directory
+  sandbox.no_tracing()
+  if sandbox.no_new_privileges():
+    layers.append("no new privileges")
+  devices = ["/dev/null", "/dev/zero", "/dev/urandom"]
+  if sandbox.only_files(config["readable"] + devices[1:], [directory, devices[0]]):
+    layers.append("files")
+  # Since Linux 5.14 processes are counted per user namespace; before, all of the user's own would count.
+  release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+  counted_apart = "user" in layers and tuple(map(int, release.groups())) >= (5, 14)
+  processes = 64 if counted_apart else None
+  sandbox.limit_resources(memory_mb=config["memory_mb"], file_mb=config["file_mb"])
+  layers.append("limits")
+  write_frame(connection.sendall, {"layers": layers})
+  while (request := read_frame(connection.recv)) is not None:
+    reply = grade_in_child(function, request, connection.fileno(), alone, processes)
+    write_frame(connection.sendall, reply)
+
+
+def start_worker(
+  function: Callable, control: socket.socket, fd: int, config: dict, layers: list[str]
+) -> int:
+  """Forks a minder and, under it, a worker that talks on `fd`; returns the minder's process id."""
+  minder = os.fork()
+  if minder:
+    os.close(fd)
+    return minder
+  try:
+    sandbox.die_with_parent()
+    control.close()
+    os.setsid()
+    alone = sandbox.next_child_is_init()
+    worker = os.fork()
+    if worker == 0:
+      work(function, socket.socket(fileno=fd), config, layers, alone)
+    else:
+      os.close(fd)
+      os.waitpid(worker, 0)
+  finally:
+    os._exit(0)
+
+
+def serve(control: socket.socket) -> None:
+  """The server's life: import the function, then start and end workers until the trainer is gone."""
+  config = read_frame(control.recv)
+  signal.alarm(
+    config["start_deadline"]
+  )  # an import that hangs ends, even if the trainer is gone by then
+  try:
+    if os.geteuid() == 0:
+      os.chown(config["directory"], sandbox.NOBODY, sandbox.NOBODY)
+    steps = {
+      "user": sandbox.own_user,
+      "network": sandbox.no_network,
+      "ipc": sandbox.no_shared_names,
+    }
+    layers = [name for name, step in steps.items() if step()]
+    sys.path.extend(path for path in config["sys_path"] if path not in sys.path)
+    function = load_function(config["location"], config["function"])
+  except BaseException as error:
+    write_frame(control.sendall, {"error": f"{type(error).__name__}: {error}"[:MAX_DETAIL]})
+    return
+  signal.alarm(0)
+  write_frame(control.sendall, {"layers": layers})
+  minders = {}
+  while True:
+    command, fds, _, _ = socket.recv_fds(control, COMMAND.size, 1)
+    if len(command) < COMMAND.size:
+      return
+    kind, number = COMMAND.unpack(command)
+    if kind == b"S":
+      minders[number] = start_worker(function, control, fds[0], config, layers)
+    elif number in minders:
+      # A minder stays a zombie until here, so its process id cannot have passed to another process.
+      minder = minders.pop(number)
+      for kill in (os.killpg, os.kill):
+        try:
+          kill(minder, signal.SIGKILL)
+        except OSError:
+          pass
+      os.waitpid(minder, 0)
+
+
+if __name__ == "__main__":
+  serve(socket.socket(fileno=int(sys.argv[1])))

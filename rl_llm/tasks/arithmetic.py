@@ -1,0 +1,148 @@
+"""Sums, differences and products of two numbers: a task a small language model learns in minutes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from rl_llm.rewards import RewardSource
+from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, rng_for
+
+_NUMBER = re.compile(r"(?<![\w.)])[-−]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class ArithmeticOptions:
+  """The options of `arithmetic`; each is a flag of the experiments."""
+
+  operators: str = field(default="+", metadata={"help": "which of + - * to use, e.g. '+-'"})
+  operand_min: int = field(default=1, metadata={"help": "smallest operand"})
+  operand_max: int = field(default=20, metadata={"help": "largest operand"})
+  held_out: int = field(
+    default=100, metadata={"help": "problems kept for evaluation; a+b and b+a count as one"}
+  )
+  question: str = field(
+    default="What is {a} {op} {b}? Answer with the number only.",
+    metadata={"help": "the prompt, with {a}, {op} and {b}"},
+  )
+
+  def __post_init__(self):
+    name = "arithmetic."
+    operators = self.operators
+    check_option(
+      name + "operators",
+      operators,
+      bool(operators) and set(operators) <= set("+-*") and len(set(operators)) == len(operators),
+      "one or more of + - *, each once",
+    )
+    check_option(
+      name + "operand_max",
+      self.operand_max,
+      self.operand_max >= self.operand_min,
+      f"at least operand_min={self.operand_min}",
+    )
+    most = self.identities() // 2
+    check_option(
+      name + "held_out",
+      self.held_out,
+      0 <= self.held_out <= most,
+      f"in 0..{most} (half of the {self.identities()} problems of this range); lower it or widen the operands",
+    )
+    used = set(re.findall(r"\{(.*?)\}", self.question))
+    check_option(
+      name + "question",
+      self.question,
+      used == {"a", "op", "b"},
+      "text with {a}, {op} and {b} and no other braces",
+    )
+
+  def identities(self) -> int:
+    """How many different problems there are, where a+b and b+a are one."""
+    n = self.operand_max - self.operand_min + 1
+    return sum(n * n if op == "-" else n * (n + 1) // 2 for op in self.operators)
+
+
+def _key(a: int, op: str, b: int) -> str:
+  first, second = (a, b) if op == "-" else sorted((a, b))
+  return f"{first} {op} {second}"
+
+
+def _problem(a: int, op: str, b: int, question: str) -> Problem:
+  answer = {"+": a + b, "-": a - b, "*": a * b}[op]
+  content = question.replace("{a}", str(a)).replace("{op}", op).replace("{b}", str(b))
+  columns = {"answer": str(answer), "expression": f"{a} {op} {b}"}
+  return Problem([{"role": "user", "content": content}], columns, _key(a, op, b))
+
+
+def arithmetic_task(options: ArithmeticOptions) -> Task:
+  """Problems "What is 7 + 5?" with operands and operators drawn uniformly.
+
+  >>> task = arithmetic_task(ArithmeticOptions(operand_max=9, held_out=10))
+  >>> problem = task.sample(0, 0, 1)[0]
+  >>> problem.key in {p.key for p in task.held_out}, len(task.held_out)
+  (False, 10)
+
+  The held-out problems are fixed by the options: the seed does not matter, and 3+8 and 8+3 are on one side.
+  """
+  low, high, operators = options.operand_min, options.operand_max, options.operators
+  width = high - low + 1
+
+  held_out: dict[str, Problem] = {}
+  numbers = hashed_numbers("arithmetic held out")
+  while len(held_out) < options.held_out:
+    op = operators[next(numbers) % len(operators)]
+    a, b = low + next(numbers) % width, low + next(numbers) % width
+    held_out.setdefault(_key(a, op, b), _problem(a, op, b, options.question))
+
+  def draw(seed: int, step: int, index: int) -> Problem:
+    rng = rng_for(seed, step, index)
+    while True:
+      op = operators[rng.integers(len(operators))]
+      a, b = (int(x) for x in rng.integers(low, high, size=2, endpoint=True))
+      if _key(a, op, b) not in held_out:
+        return _problem(a, op, b, options.question)
+
+  def sample(seed: int, step: int, count: int) -> list[Problem]:
+    return [draw(seed, step, index) for index in range(count)]
+
+  return Task(
+    name="arithmetic",
+    sample=sample,
+    held_out=tuple(held_out.values()),
+    reward=RewardSource("rl_llm.tasks.arithmetic", "reward"),
+    note=f"{options.identities()} different problems, {len(held_out)} held out",
+  )
+
+
+def is_answer(completion: str, answer: str, expression: str) -> bool:
+  """Whether the completion commits to the right number.
+
+  Accepting any right number in the text rewards listing guesses, so a completion must name one number: repeating
+  the question is allowed (as asked, or swapped for + and *), and repeating the answer; a second number is not.
+
+  >>> is_answer("7 + 5 = 12.", "12", "7 + 5")
+  True
+  >>> is_answer("11 or 12", "12", "7 + 5")
+  False
+
+  Args:
+    completion: what the model wrote.
+    answer: the right integer, as text.
+    expression: the question as "a op b".
+  """
+  a, op, b = expression.split(" ")
+  text = completion.replace("×", "*").replace("−", "-").replace("\\times", "*")
+  for first, second in ((a, b), (b, a)) if op != "-" else ((a, b),):
+    echo = rf"(?<![\w.])\(?{re.escape(first)}\s*{re.escape(op)}\s*\(?{re.escape(second)}(?![\w]|[.,][0-9])\)*"
+    text = re.sub(echo, " ", text)
+  numbers = {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
+  return numbers == {Decimal(answer)}
+
+
+def reward(prompts, completions, answer, expression, **columns) -> list[float]:
+  """1 where `is_answer`, else 0."""
+  return [
+    float(is_answer(completion, right, asked))
+    for completion, right, asked in zip(completions, answer, expression, strict=True)
+  ]

@@ -1,0 +1,137 @@
+"""Repeat a short string: what a model that starts from random weights can learn in a minute."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from rl_llm.rewards import RewardSource
+from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, rng_for
+
+
+@dataclass(frozen=True)
+class CopyOptions:
+  """The options of `copy`; each is a flag of the experiments."""
+
+  alphabet: str = field(default="abcd", metadata={"help": "the characters of the strings"})
+  min_length: int = field(default=1, metadata={"help": "length of the shortest string"})
+  max_length: int = field(default=3, metadata={"help": "length of the longest string"})
+  held_out: int = field(default=20, metadata={"help": "strings kept for evaluation"})
+
+  def __post_init__(self):
+    name, alphabet = "copy.", self.alphabet
+    check_option(
+      name + "alphabet",
+      alphabet,
+      bool(alphabet) and len(set(alphabet)) == len(alphabet) and ">" not in alphabet,
+      "one or more different characters other than '>', which ends the prompt",
+    )
+    check_option(name + "min_length", self.min_length, self.min_length >= 1, "an integer >= 1")
+    check_option(
+      name + "max_length",
+      self.max_length,
+      self.max_length >= self.min_length,
+      f"at least min_length={self.min_length}",
+    )
+    most = self.strings() // 2
+    check_option(
+      name + "held_out",
+      self.held_out,
+      0 <= self.held_out <= most,
+      f"in 0..{most} (half of the {self.strings()} strings); lower it or widen the strings",
+    )
+
+  def strings(self) -> int:
+    """How many different strings there are."""
+    return sum(
+      len(self.alphabet) ** length for length in range(self.min_length, self.max_length + 1)
+    )
+
+
+def _problem(text: str) -> Problem:
+  return Problem(text + ">", {"answer": text}, text)
+
+
+def _string(index: int, options: CopyOptions) -> str:
+  """The string at a place in the list of all strings, shortest first."""
+  n, length = len(options.alphabet), options.min_length
+  while index >= n**length:
+    index -= n**length
+    length += 1
+  characters = []
+  for _ in range(length):
+    index, character = divmod(index, n)
+    characters.append(options.alphabet[character])
+  return "".join(reversed(characters))
+
+
+def copy_task(options: CopyOptions) -> Task:
+  """Prompts "abca>" whose right response is "abca" and then the end.
+
+  Training draws a length, then a string, so that short ones show up often enough to be learned first; held-out
+  strings are drawn from all alike, hence mostly long.
+
+  >>> task = copy_task(CopyOptions())
+  >>> problem = task.sample(0, 0, 1)[0]
+  >>> problem.prompt == problem.columns["answer"] + ">", len(task.held_out)
+  (True, 20)
+  """
+  total, held_out = options.strings(), {}
+  numbers = hashed_numbers("copy held out")
+  while len(held_out) < options.held_out:
+    text = _string(next(numbers) % total, options)
+    held_out.setdefault(text, _problem(text))
+  sizes = range(options.min_length, options.max_length + 1)
+  lengths = [
+    length
+    for length in sizes
+    if sum(len(text) == length for text in held_out) < len(options.alphabet) ** length
+  ]
+
+  def draw(seed: int, step: int, index: int) -> Problem:
+    rng = rng_for(seed, step, index)
+    length = lengths[rng.integers(len(lengths))]
+    while True:
+      letters = rng.integers(len(options.alphabet), size=length)
+      text = "".join(options.alphabet[letter] for letter in letters)
+      if text not in held_out:
+        return _problem(text)
+
+  def sample(seed: int, step: int, count: int) -> list[Problem]:
+    return [draw(seed, step, index) for index in range(count)]
+
+  return Task(
+    name="copy",
+    sample=sample,
+    held_out=tuple(held_out.values()),
+    reward=RewardSource("rl_llm.tasks.copy_text", "reward"),
+    note=f"{total} different strings, {len(held_out)} held out",
+  )
+
+
+def credit(completion: str, answer: str) -> float:
+  """1 for the exact string; otherwise at most 0.6, so that a model from nothing has a slope to climb.
+
+      credit = 0.5 * leading / longest + 0.1 * shared / longest
+
+  `leading` counts the right characters up to the first wrong one, `shared` the characters that occur in the
+  answer at all, `longest` is the longer of the two lengths: writing on after the answer costs. Random bytes hit
+  the first character once in 256 tries, but some character of the answer far more often.
+
+  >>> credit("abc", "abc"), credit("abx", "abc")
+  (1.0, 0.4)
+
+  (2 of 3 lead and 2 of 3 are shared: 0.5 * 2/3 + 0.1 * 2/3 = 0.4.)
+  """
+  if completion == answer:
+    return 1.0
+  longest = max(len(completion), len(answer))
+  pairs = zip(completion, answer, strict=False)
+  leading = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+  shared = sum(character in answer for character in completion)
+  return (5 * leading + shared) / (10 * longest)
+
+
+def reward(prompts, completions, answer, **columns) -> list[float]:
+  """The `credit` of each completion."""
+  return [credit(completion, right) for completion, right in zip(completions, answer, strict=True)]

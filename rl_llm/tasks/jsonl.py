@@ -1,0 +1,177 @@
+"""Problems from a file, graded by a function of one's own: `jsonl:<path>`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl_llm.data import read_rows
+from rl_llm.rewards import RewardSource, graders
+from rl_llm.tasks.problem import Problem, Task, TaskError, check_option, hashed, rng_for
+
+
+@dataclass(frozen=True)
+class JsonlOptions:
+  """The options of `jsonl:<path>`; each is a flag of the experiments."""
+
+  prompt_column: str = field(
+    default="prompt",
+    metadata={"help": "the key of the prompt: text, or messages with role and content"},
+  )
+  instruction: str = field(
+    default="", metadata={"help": "text put after each prompt that is text, on a line of its own"}
+  )
+  reward_file: str = field(
+    default="",
+    metadata={"help": "Python file with reward(prompts, completions, **columns) -> list"},
+  )
+  reward_function: str = field(
+    default="reward",
+    metadata={"help": "the function's name in reward_file; without a file: gsm8k or exact_match"},
+  )
+  max_reward: float = field(
+    default=1.0, metadata={"help": "a response counts as correct if its reward is at least this"}
+  )
+  held_out_file: str = field(
+    default="", metadata={"help": "JSONL file of problems for evaluation; else a fraction is taken"}
+  )
+  held_out_fraction: float = field(
+    default=0.1, metadata={"help": "fraction of the rows kept for evaluation, chosen by hash"}
+  )
+  lenient: bool = field(
+    default=False, metadata={"help": "drop and count broken rows instead of stopping at the first"}
+  )
+
+  def __post_init__(self):
+    name = "jsonl."
+    check_option(
+      name + "held_out_fraction",
+      self.held_out_fraction,
+      0 <= self.held_out_fraction < 1,
+      "at least 0 and below 1",
+    )
+    check_option(
+      name + "prompt_column", self.prompt_column, bool(self.prompt_column), "a key of the rows"
+    )
+    reserved = ("prompts", "completions")
+    check_option(
+      name + "prompt_column",
+      self.prompt_column,
+      self.prompt_column not in reserved,
+      "none of the reward function's own arguments, prompts and completions",
+    )
+
+
+def _source(options: JsonlOptions) -> RewardSource:
+  if options.reward_file:
+    check_option(
+      "jsonl.reward_file",
+      options.reward_file,
+      options.reward_file.endswith(".py"),
+      "the path of a Python file ending in .py",
+    )
+    return RewardSource(options.reward_file, options.reward_function)
+  if options.reward_function not in graders.FUNCTIONS:
+    raise TaskError(
+      f"jsonl.reward_function={options.reward_function!r} without jsonl.reward_file: must be one of "
+      f"{', '.join(graders.FUNCTIONS)}; or give a file with --jsonl.reward_file=FILE.py"
+    )
+  return RewardSource("rl_llm.rewards.graders", options.reward_function)
+
+
+def _check_row(row: dict[str, Any], prompt_column: str) -> str:
+  """What is wrong with a row, for `read_rows`."""
+  if prompt_column not in row:
+    return (
+      f"no key {prompt_column!r} (it has {', '.join(map(repr, row))}); add it or set prompt_column"
+    )
+  for name in ("prompts", "completions"):
+    if name in row:
+      return f"a key {name!r}, which is an argument of the reward function; rename it"
+  prompt = row[prompt_column]
+  if isinstance(prompt, str):
+    return "" if prompt.strip() else f"{prompt_column!r} is empty; write a prompt"
+  if not isinstance(prompt, list):
+    return (
+      f"{prompt_column!r} is of type {type(prompt).__name__}; must be text or a list of messages"
+    )
+  for message in prompt:
+    if not isinstance(message, dict) or not all(
+      isinstance(message.get(key), str) for key in ("role", "content")
+    ):
+      return f"{prompt_column!r} holds a message without role and content as text; give both"
+  return "" if prompt else f"{prompt_column!r} has no message; write one"
+
+
+def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
+  prompt = row[options.prompt_column]
+  key = json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+  if options.instruction and isinstance(prompt, str):
+    prompt = f"{prompt}\n{options.instruction}"
+  columns = {
+    name: value for name, value in row.items() if name not in (options.prompt_column, "prompt")
+  }
+  return Problem(prompt, columns, key)
+
+
+def jsonl_task(path: str, options: JsonlOptions) -> Task:
+  """Problems from the rows of a file: `{"prompt": text or messages, ...columns}`, plain or gzip.
+
+  All other keys of a row go to the reward function by name. Each step draws rows without repeating one within the
+  step; over many steps every row comes up equally often on average. Rows are held out by a hash of their prompt,
+  so equal prompts lie on one side, and adding rows moves none. With a held-out file, training rows whose
+  prompt is in it are left out, and `note` says how many.
+
+  Args:
+    path: the training rows.
+    options: keys, reward function and split.
+
+  Raises:
+    DataError: a file is missing or a row broken, as `path:line: what; fix`.
+    TaskError: an option does not fit, or one side of the split is empty.
+  """
+  source = _source(options)
+
+  def read(file: str) -> tuple[list[Problem], int]:
+    found = read_rows(
+      file, check=lambda row: _check_row(row, options.prompt_column), strict=not options.lenient
+    )
+    return [_problem(row, options) for row in found.rows], len(found.errors)
+
+  problems, dropped = read(path)
+  if options.held_out_file:
+    held_out, dropped_there = read(options.held_out_file)
+    dropped += dropped_there
+  else:
+    bound = int(options.held_out_fraction * 2**64)
+    held_out = [problem for problem in problems if hashed(problem.key) < bound]
+  keys = {problem.key for problem in held_out}
+  training = [problem for problem in problems if problem.key not in keys]
+  if not training:
+    raise TaskError(f"{path}: no row is left to train on; all {len(problems)} are held out")
+  if options.held_out_fraction and not held_out:
+    raise TaskError(
+      f"jsonl.held_out_fraction={options.held_out_fraction:g}: takes none of the {len(problems)} rows; raise it, "
+      "give --jsonl.held_out_file, or set it to 0 for a run without evaluation"
+    )
+
+  def sample(seed: int, step: int, count: int) -> list[Problem]:
+    order: list[int] = []
+    lap = 0
+    while len(order) < count:
+      order.extend(rng_for(seed, step, lap).permutation(len(training)).tolist())
+      lap += 1
+    return [training[index] for index in order[:count]]
+
+  return Task(
+    name="jsonl",
+    sample=sample,
+    held_out=tuple(held_out),
+    reward=source,
+    max_reward=options.max_reward,
+    note=(
+      f"{len(training)} rows to train on, {len(held_out)} held out, {dropped} broken dropped, "
+      f"{len(problems) - len(training) - (0 if options.held_out_file else len(held_out))} left out as held out"
+    ),
+  )

@@ -1,0 +1,78 @@
+"""What a task is: problems as a pure function of (seed, step), a held-out set, and where its grader is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rl_llm.rewards import RewardSource
+
+
+class TaskError(ValueError):
+  """A task or one of its options cannot be used; the message names it, what is allowed, and the fix."""
+
+
+class Problem(NamedTuple):
+  """One problem to put to the model.
+
+  Attributes:
+    prompt: text, or messages `{"role", "content"}` for a chat template.
+    columns: what the reward function gets besides prompt and completion, by name; JSON types only.
+    key: who this problem is: two with the same key never lie on different sides of the held-out split.
+  """
+
+  prompt: str | list[dict[str, str]]
+  columns: dict[str, Any]
+  key: str
+
+
+@dataclass(frozen=True)
+class Task:
+  """A source of problems and their grader.
+
+  Attributes:
+    name: for logs, e.g. "arithmetic".
+    sample: `sample(seed, step, count)` gives `count` training problems. It depends on its arguments alone, so a
+      resumed run meets the same problems, and asking for more does not change the first ones.
+    held_out: problems for evaluation, the same for every seed, whose keys `sample` never draws.
+    reward: where the reward function is, for `RewardPool`.
+    max_reward: a response counts as correct if and only if its reward is at least this.
+    note: one line for the log: sizes, and what was left out.
+  """
+
+  name: str
+  sample: Callable[[int, int, int], list[Problem]]
+  held_out: tuple[Problem, ...]
+  reward: RewardSource
+  max_reward: float = 1.0
+  note: str = ""
+
+
+def check_option(name: str, value: object, fits: bool, allowed: str) -> None:
+  """Raises TaskError unless the value fits; the flag's name and the fix are in the message."""
+  if not fits:
+    raise TaskError(f"{name}={value!r}: must be {allowed}")
+
+
+def rng_for(seed: int, step: int, index: int) -> np.random.Generator:
+  """The generator of one problem; a function of its arguments, so problems do not depend on each other."""
+  for name, value in (("seed", seed), ("step", step)):
+    check_option(name, value, value >= 0, "an integer >= 0")
+  return np.random.default_rng(np.random.SeedSequence([seed, step, index]))
+
+
+def hashed(text: str) -> int:
+  """A 64-bit number from text, the same on every machine and for every version of Python and numpy."""
+  return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def hashed_numbers(name: str) -> Iterator[int]:
+  """An endless fixed sequence of 64-bit numbers; what held-out sets are drawn with."""
+  count = 0
+  while True:
+    yield hashed(f"{name} {count}")
+    count += 1
