@@ -134,8 +134,8 @@ def load_tokenizer(path_or_name: str | pathlib.Path) -> Tokenizer:
     A `Tokenizer`.
 
   Raises:
-    TokenizerError: nothing there, a kind that is not supported, a damaged file, or a missing package
-      (with the pip command that installs it).
+    TokenizerError: nothing there, a kind that is not supported, a damaged file, or a missing
+      package (with the pip command for it).
   """
   name = str(path_or_name)
   if name == "byte":
@@ -228,9 +228,9 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
 
 
 # How text is cut before the merges, by the name GGUF files use; each expression cuts what the one
-# before it left. The names and what they stand for are llama.cpp's. Its "smollm" first isolates each
-# digit, so that in "x  5" the two spaces are one token; GPT-2's rule alone gives the second one to the
-# digit, which is what some converters do.
+# before it left. The names and their meaning are llama.cpp's. "smollm" first isolates each digit,
+# so that in "x  5" the two spaces are one token; GPT-2's rule alone, which some converters use for
+# it, cuts the second one off.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -249,8 +249,8 @@ _SPLITS = {
 }
 _CONTROL, _USER_DEFINED = 3, 4
 
-# Control tokens that end a turn or a text whatever else the file names: a model tuned to stop at one
-# may still draw the other. llama.cpp treats these alike.
+# Control tokens that end a turn or a text whatever else the file names: a model tuned to stop at
+# one may still draw the other. llama.cpp treats these alike.
 _ENDINGS = (
   "<|im_end|>",
   "<|endoftext|>",
@@ -268,7 +268,7 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   Vocabularies of the kind "gpt2" (byte-level BPE) are supported, with the ways of cutting text that
   are listed in this file. SentencePiece ones (Llama 2, Gemma) are refused: their Hugging Face
   directories hold the exact tokenizer. Bytes for which the vocabulary has no token are dropped, as
-  llama.cpp and transformers do: SmolLM2 lacks six control characters and a few bytes of rare scripts.
+  llama.cpp and transformers do: SmolLM2 lacks six control characters and bytes of rare scripts.
 
   Args:
     path: the file.
@@ -366,13 +366,13 @@ def format_prompts(
   [[51, 43, 52, 61]]
 
   Args:
-    prompts: each a str, or a list of `{"role": ..., "content": ...}` messages that does not end with
-      the assistant's; a str is one user's message.
+    prompts: each a str, or a list of `{"role": ..., "content": ...}` messages that does not end
+      with the assistant's; a str is one user's message.
     tokenizer: the model's.
     prompt_format: "chat" renders the tokenizer's chat template, with the header of the assistant's
       turn at the end. "plain" encodes a str as it is, after BOS if the model expects one.
-    system_prompt: None leaves the system message to the template (some write one of their own); "" is
-      an empty one; a text is that text. A conversation with its own system message keeps it.
+    system_prompt: None leaves the system message to the template (some write one of their own); ""
+      is an empty one; a text is that text. A conversation with its own system message keeps it.
 
   Returns:
     One list of ids per prompt.
