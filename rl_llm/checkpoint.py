@@ -1,0 +1,521 @@
+"""Checkpoints that are either whole or do not count.
+
+A run that is killed goes on from its newest checkpoint, so everything rests on that one being
+right. Orbax writes the arrays; by itself it lists a half-made directory as the newest step in some
+modes, reads flipped bits in array data without a word, casts dtypes silently, and stores two leaves
+whose dotted names agree as one. This module adds what is missing:
+
+    DIRECTORY/40/state/...        the arrays, written by Orbax
+    DIRECTORY/40/manifest.json    size and SHA-256 of every file; path, dtype, shape of every leaf;
+                                  and `extra`
+    DIRECTORY/.saving-50/         a save under way, or cut off: never read, removed by the next save
+
+A step is written aside, flushed to the disk, described by its manifest (which carries its own hash
+in its first line), and only then renamed to its number. It is read only after every file has been
+hashed again and the tree of leaves compared with the one asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging as python_logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+FORMAT_VERSION = 1
+
+_MANIFEST = "manifest.json"
+_STATE = "state"
+_SAVING = ".saving-"
+_DELETING = ".deleting-"
+_MAX_LISTED = 10  # leaf paths in one message
+_DATA_FILE_BYTES = 256 * 1024**2  # several files, so that they are hashed in parallel
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written, trusted or used; the message says which, and what to do."""
+
+
+class _DamagedError(CheckpointError):
+  """A step whose files are not those its manifest describes."""
+
+
+def abstract(state: Any) -> Any:
+  """The shapes, dtypes and shardings of `state`, to restore into: it holds no memory.
+
+  `jax.eval_shape` gives the same without ever building the state, but drops the shardings.
+
+  >>> abstract({"w": jnp.zeros((2, 3))})["w"].shape
+  (2, 3)
+
+  Args:
+    state: any pytree of jax arrays.
+
+  Returns:
+    The same pytree with a `jax.ShapeDtypeStruct` in place of each array.
+  """
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+class Checkpointer:
+  """The checkpoints of one run, in one directory that belongs to it.
+
+  Nothing is cached and nothing stays open: when `save` has returned, the step is on the disk, and
+  every call reads the directory anew. In a run of several processes all of them make the same calls
+  on one shared directory.
+
+  >>> import tempfile
+  >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+  ...   checkpointer.save(40, {"w": jnp.arange(3.0)}, {"seed": 7})
+  ...   step, state, extra = checkpointer.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+  >>> step, state["w"].tolist(), extra
+  (40, [0.0, 1.0, 2.0], {'seed': 7})
+
+  Args:
+    directory: where the steps go; made if it is not there. A local or network file system, mounted.
+    keep: how many steps remain after a save, >= 1; older ones go once the new one is whole.
+
+  Raises:
+    CheckpointError: the directory cannot be made, or is an object-store address such as gs://.
+    ValueError: keep < 1.
+  """
+
+  def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+    if keep < 1:
+      raise ValueError(f"keep is {keep}; it must be at least 1, for the newest checkpoint")
+    if "://" in str(directory):
+      raise CheckpointError(
+          f"directory is {directory}; a file system path is needed: mount the bucket (gcsfuse, "
+          "s3fs) and give the path of the mount")
+    self.directory = Path(directory).absolute()
+    self.keep = keep
+    self._reported: set[int] = set()  # damaged steps, so that each is reported once
+    python_logging.getLogger("absl").addFilter(_quiet_orbax)
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise CheckpointError(
+          f"cannot make the checkpoint directory {self.directory}: {error.strerror}. "
+          "Give a writable path") from None
+
+  def __enter__(self) -> Checkpointer:
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    """Nothing to wait for: a save is finished when `save` returns."""
+
+  def save(
+      self, step: int, state: Any, extra: dict | None = None, *, allow_nonfinite: bool = False
+  ) -> None:
+    """Writes one step; on return it is on the disk, and the oldest steps beyond `keep` are gone.
+
+    Killed, out of space or interrupted at any point, it leaves the earlier steps as they were and
+    no half step.
+
+    Args:
+      step: the step's number, >= 0. A number already taken by a sound step is refused; anything
+        else there is replaced.
+      state: any pytree of jax arrays (typed PRNG keys and bfloat16 included). Python numbers belong
+        in `extra`.
+      extra: a small dict that JSON can hold (config, seed, versions, position in the metrics file).
+        Tuples come back as lists.
+      allow_nonfinite: save although a leaf holds NaN or infinity: otherwise refused, since a run
+        that has diverged would go on from it. The check runs on the device.
+
+    Raises:
+      CheckpointError: as above, or the step could not be written; the message names the path.
+      TypeError: a leaf is not a jax array, or `extra` is nothing JSON can hold.
+      ValueError: step is not an int >= 0.
+    """
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+      raise ValueError(f"step is {step!r}; it must be an int >= 0 (for an array: int(step))")
+    leaves = _named_leaves(state)
+    for name, leaf in leaves.items():
+      if not isinstance(leaf, jax.Array):
+        raise TypeError(f"state leaf {name} is a {type(leaf).__name__}; make it a jax array "
+                        "(jnp.asarray) or put it in `extra`")
+    extra = _checked_extra(extra)
+    if not allow_nonfinite:
+      _refuse_nonfinite(step, leaves)
+    final, aside = self.directory / str(step), self.directory / f"{_SAVING}{step}"
+    if step in self._steps() and self._sound(step):
+      raise CheckpointError(
+          f"{final} holds a sound checkpoint already; save under another number, or move that "
+          "directory away first")
+    first = jax.process_index() == 0
+    try:
+      if first:
+        self._remove_leftovers()
+        aside.mkdir()
+      _wait_for_all(f"rl_llm_checkpoint_made_{step}")
+      # Orbax refuses empty arrays; the manifest says all there is to know about them.
+      stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
+      if stored:
+        with _orbax_context():
+          ocp.save(aside / _STATE, _nested(stored))
+      if first:
+        _write_manifest(aside, step, leaves, extra)
+        if os.path.lexists(final):
+          os.rename(final, self.directory / f"{_DELETING}{step}")
+        os.rename(aside, final)
+        _sync(self.directory)
+        self._reported.discard(step)
+      _wait_for_all(f"rl_llm_checkpoint_done_{step}")
+    except BaseException as error:
+      if first:
+        shutil.rmtree(aside, ignore_errors=True)
+      if isinstance(error, Exception):
+        raise CheckpointError(
+            f"step {step} could not be saved in {self.directory}: {_brief(error)}. Earlier "
+            f"checkpoints are untouched. {_save_hint(self.directory, error)}") from None
+      raise
+    if first:
+      try:
+        self._prune(step)
+      except OSError as error:
+        logging.warning("step %d is saved; older ones could not be deleted: %s", step, error)
+
+  def latest(self) -> int | None:
+    """The newest step that verifies, or None.
+
+    Every file of it has been hashed, so this reads the whole step (about 1 GB/s per core). A newer
+    step that does not verify is passed over, with one line in the log naming the file and what is
+    wrong with it.
+
+    Raises:
+      CheckpointError: the newest sound step is of a later format than this package reads.
+    """
+    found = self._newest()
+    return None if found is None else found["step"]
+
+  def restore(
+      self, abstract_state: Any, step: int | None = None, *, cast: bool = False
+  ) -> tuple[int, Any, dict]:
+    """Reads a step into the structure, dtypes and shardings of `abstract_state`.
+
+    The two trees are compared first, leaf by leaf, by path, shape and dtype. Only the paths count:
+    a NamedTuple may become a dict with the same names.
+
+    Args:
+      abstract_state: a pytree of `jax.ShapeDtypeStruct` (from `jax.eval_shape` or `abstract`) or of
+        arrays. A leaf with a sharding is read into it, on whatever devices it names; one without
+        goes to the first local device.
+      step: which step; by default the newest that verifies.
+      cast: read floats into other floats and ints into other ints, where the dtypes differ.
+
+    Returns:
+      The step, the state, and `extra` as given to `save`.
+
+    Raises:
+      CheckpointError: there is no such step, it does not verify, or the trees differ (up to ten
+        leaves are listed).
+    """
+    if step is None:
+      manifest = self._newest()
+      if manifest is None:
+        raise CheckpointError(
+            f"no sound checkpoint in {self.directory}; start from scratch, or check the path")
+    else:
+      manifest = _verified(self.directory / str(step), step)
+    wanted = _named_leaves(abstract_state)
+    _compare_trees(self.directory / str(manifest["step"]), manifest["leaves"], wanted, cast)
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
+        for name, leaf in wanted.items()
+    }
+    stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
+    arrays = {
+        name: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        for name, leaf in wanted.items() if not leaf.size
+    }
+    path = self.directory / str(manifest["step"]) / _STATE
+    if stored:
+      try:
+        with _orbax_context():
+          arrays |= _named_leaves(ocp.load(path, _nested(stored)))
+      except Exception as error:
+        raise CheckpointError(
+            f"{path} verifies but could not be read: {_brief(error)}. Check the memory, and that "
+            "the shardings of abstract_state divide the shapes") from None
+    ordered = [arrays[name] for name in wanted]
+    state = jax.tree.unflatten(jax.tree.structure(abstract_state), ordered)
+    return manifest["step"], state, manifest["extra"]
+
+  def _steps(self) -> list[int]:
+    """Numbers of the directories that look like ours, ascending; links and files are ignored."""
+    try:
+      entries = list(os.scandir(self.directory))
+    except OSError as error:
+      raise CheckpointError(
+          f"cannot read the checkpoint directory {self.directory}: {error.strerror}. "
+          "Was it moved or deleted?") from None
+    return sorted(
+        int(entry.name) for entry in entries
+        if entry.name.isascii() and entry.name.isdigit() and str(int(entry.name)) == entry.name
+        and entry.is_dir(follow_symlinks=False)
+        and any(os.path.lexists(os.path.join(entry.path, name)) for name in (_MANIFEST, _STATE)))
+
+  def _sound(self, step: int) -> dict | None:
+    """The step's manifest if it verifies; a damaged one is reported, once, and gives None."""
+    try:
+      return _verified(self.directory / str(step), step)
+    except _DamagedError as error:
+      if step not in self._reported:
+        self._reported.add(step)
+        logging.error("DAMAGED CHECKPOINT, passed over: %s", error)
+    return None
+
+  def _newest(self) -> dict | None:
+    sound = (self._sound(step) for step in reversed(self._steps()))
+    return next((manifest for manifest in sound if manifest is not None), None)
+
+  def _prune(self, step: int) -> None:
+    """Deletes all but the newest `keep` up to `step`; a step known to be damaged is not kept."""
+    older = [s for s in self._steps() if s < step]
+    kept = sorted(set(older) - self._reported, reverse=True)[:self.keep - 1]
+    for old in older:
+      if old not in kept:  # renamed first: a deletion cut short must not look like damage
+        os.rename(self.directory / str(old), self.directory / f"{_DELETING}{old}")
+    self._remove_leftovers()
+
+  def _remove_leftovers(self) -> None:
+    for entry in list(os.scandir(self.directory)):
+      if entry.name.startswith((_SAVING, _DELETING)):
+        if entry.is_dir(follow_symlinks=False):
+          shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+          os.unlink(entry.path)
+
+
+# Trees
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+  """{"params/layer_0/kernel": leaf}, in the tree's order; the kinds of containers do not show."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") or "value" for path, _ in flat]
+  _refuse_clashes(names)
+  return dict(zip(names, (leaf for _, leaf in flat), strict=True))
+
+
+def _refuse_clashes(names: list[str]) -> None:
+  """Orbax joins keys with dots: {"a.b": x, "a": {"b": y}} would come back as x twice."""
+  seen: dict[str, str] = {}
+  for name in names:
+    dotted = name.replace("/", ".")
+    if dotted in seen:
+      raise CheckpointError(f"state leaves {seen[dotted]!r} and {name!r} would be stored as one; "
+                            "rename one of the keys")
+    seen[dotted] = name
+  for name in names:  # {"a/b": x, "a": y}: a leaf cannot also be a folder of leaves
+    parents = {name[:i] for i, character in enumerate(name) if character == "/"}
+    for parent in parents.intersection(names):
+      raise CheckpointError(f"state leaves {parent!r} and {name!r} would be stored one inside the "
+                            "other; rename one of the keys")
+
+
+def _nested(leaves: dict[str, Any]) -> dict:
+  """The leaves as nested dicts, so that any Orbax program reads `state` without our classes."""
+  tree: dict = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def _describe(leaves: dict[str, Any]) -> list[list]:
+  return [[name, str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()]
+
+
+def _compare_trees(path: Path, saved: list[list], wanted: dict[str, Any], cast: bool) -> None:
+  """Raises CheckpointError listing the first leaves whose presence, shape or dtype differs."""
+  have = {name: (dtype, tuple(shape)) for name, dtype, shape in saved}
+  want = {name: (dtype, tuple(shape)) for name, dtype, shape in _describe(wanted)}
+  structure, dtypes = [], []
+  for name in [*have, *(name for name in want if name not in have)]:
+    if name not in want:
+      structure.append(f"{name}: in the checkpoint, not in the state asked for")
+    elif name not in have:
+      structure.append(f"{name}: in the state asked for, not in the checkpoint")
+    elif have[name][1] != want[name][1]:
+      structure.append(
+          f"{name}: shape {have[name][1]} in the checkpoint, {want[name][1]} asked for")
+    elif have[name][0] != want[name][0] and not (cast and _castable(have[name][0], want[name][0])):
+      dtypes.append(f"{name}: dtype {have[name][0]} in the checkpoint, {want[name][0]} asked for")
+  differences = structure + dtypes
+  if differences:
+    lines = differences[:_MAX_LISTED]
+    if len(differences) > len(lines):
+      lines.append(f"and {len(differences) - len(lines)} more")
+    fix = ("use the model and optimiser settings it was saved with" if structure or cast else
+           "use the dtypes it was saved with, or pass cast=True to convert")
+    listed = "\n  ".join(lines)
+    raise CheckpointError(f"{path} does not fit the state asked for; {len(differences)} leaves "
+                          f"differ:\n  {listed}\nFix: {fix}")
+
+
+def _castable(saved: str, wanted: str) -> bool:
+  if "key<" in saved + wanted:
+    return False
+  return any(jnp.issubdtype(jnp.dtype(saved), kind) and jnp.issubdtype(jnp.dtype(wanted), kind)
+             for kind in (jnp.floating, jnp.integer))
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return getattr(leaf, "sharding", None) or first
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(x))
+
+
+def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
+  floats = [name for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  finite = jax.device_get([_all_finite(leaves[name]) for name in floats])
+  bad = [name for name, good in zip(floats, finite, strict=True) if not good]
+  if bad:
+    listed = ", ".join(bad[:_MAX_LISTED])
+    raise CheckpointError(
+        f"step {step} is not saved: {len(bad)} of {len(leaves)} leaves hold NaN or infinity, first "
+        f"{listed}. Go on from the last checkpoint with a lower learning rate, or pass "
+        "allow_nonfinite=True")
+
+
+# Files
+
+def _checked_extra(extra: dict | None) -> dict:
+  try:
+    return json.loads(json.dumps({} if extra is None else extra, allow_nan=False))
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+        f"extra must hold what JSON can (dict, list, str, finite number, bool, None): {error}"
+    ) from None
+
+
+def _manifest_text(body: dict) -> str:
+  """JSON whose first line is the SHA-256 of all the others, so that it vouches for itself."""
+  rest = json.dumps(body, indent=1)[1:].lstrip("\n")
+  digest = hashlib.sha256(rest.encode()).hexdigest()
+  return f'{{"manifest_sha256": "{digest}",\n{rest}'
+
+
+def _write_manifest(path: Path, step: int, leaves: dict[str, Any], extra: dict) -> None:
+  """Flushes every file of a step, then writes their sizes and hashes, then flushes that."""
+  directories, files = [path], []
+  for root, names, filenames in os.walk(path):
+    directories += [Path(root, name) for name in names]
+    files += [Path(root, name) for name in filenames]
+  for item in [*files, *directories]:
+    _sync(item)
+  body = {
+      "format_version": FORMAT_VERSION,
+      "step": step,
+      "extra": extra,
+      "leaves": _describe(leaves),
+      "files": dict(zip((str(f.relative_to(path)) for f in files), _hashes(files), strict=True)),
+  }
+  (path / _MANIFEST).write_text(_manifest_text(body))
+  _sync(path / _MANIFEST)
+  _sync(path)
+
+
+def _verified(path: Path, step: int) -> dict:
+  """The manifest of a step whose files are all as it says; else _DamagedError naming the file."""
+  if not path.is_dir():
+    raise CheckpointError(f"no checkpoint {path}; give a step that is there, or none for the "
+                          "newest")
+  instruction = "Restore the files from a copy, or delete the step's directory"
+  try:
+    text = (path / _MANIFEST).read_bytes().decode()
+    head, _, rest = text.partition("\n")
+    if head != f'{{"manifest_sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",':
+      raise _DamagedError(f"{path / _MANIFEST} does not match its own hash. {instruction}")
+    manifest = json.loads(text)
+    if manifest["format_version"] > FORMAT_VERSION:
+      raise CheckpointError(
+          f"{path} has format {manifest['format_version']}, this rl_llm reads up to "
+          f"{FORMAT_VERSION}: upgrade rl_llm to open it")
+    if manifest["step"] != step:
+      raise _DamagedError(f"{path} holds step {manifest['step']}: rename it back")
+    files = [path / name for name in manifest["files"]]
+    for file, (size, _) in zip(files, manifest["files"].values(), strict=True):
+      if file.stat().st_size != size:
+        raise _DamagedError(
+            f"{file} has {file.stat().st_size} bytes, {size} were written. {instruction}")
+    for file, found, written in zip(files, _hashes(files), manifest["files"].values(), strict=True):
+      if found != written:
+        raise _DamagedError(
+            f"{file} has changed since it was written (SHA-256 differs). {instruction}")
+  except OSError as error:
+    raise _DamagedError(
+        f"{error.filename or path} cannot be read: {error.strerror}. {instruction}") from None
+  except UnicodeDecodeError:
+    raise _DamagedError(f"{path / _MANIFEST} is not text. {instruction}") from None
+  return manifest
+
+
+def _hashes(files: list[Path]) -> list[list]:
+  """[bytes, SHA-256] of each file, in threads: hashing releases the interpreter lock."""
+  def one(file: Path) -> list:
+    with open(file, "rb") as stream:
+      return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+
+  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    return list(pool.map(one, files))
+
+
+def _sync(path: Path) -> None:
+  """Waits until a file, or a directory's list of names, is on the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+# Orbax
+
+def _orbax_context() -> ocp.Context:
+  context = ocp.Context()
+  context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+  context.array.saving.use_compression = False  # 8 % smaller is not worth 4 times the wait
+  context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
+  return context
+
+
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    ocp.multihost.sync_global_processes(name)
+
+
+def _quiet_orbax(record: python_logging.LogRecord) -> bool:
+  """Drops Orbax's chatter and its tracebacks: what goes wrong is raised, and told in one line."""
+  ours = f"{os.sep}orbax{os.sep}" not in record.pathname
+  return ours or (record.levelno >= python_logging.WARNING and not record.exc_info)
+
+
+def _brief(error: Exception) -> str:
+  """An error's first line, shortened: TensorStore appends hundreds of lines of its specs."""
+  lines = str(error).strip().splitlines() or [""]
+  return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def _save_hint(directory: Path, error: Exception) -> str:
+  if not directory.is_dir():
+    return "The directory is gone: was it moved or deleted?"
+  if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
+    return "The disk is full: free some space, lower `keep`, or choose another disk"
+  return "Check that the directory is writable"
