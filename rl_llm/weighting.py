@@ -1,0 +1,377 @@
+"""How much each token counts: every aggregation of a loss, as an array of weights.
+
+Every loss here is `sum(per_token * weights)`. What other code calls a loss mode (token mean, sequence
+mean, Dr. GRPO) and what it calls a correction (truncated importance sampling, IcePop, top-entropy masks)
+are then both the same thing: numbers in a [B, T] array. Weights (first half of this file) sum to one mean; factors (second half) are multiplied
+into them.
+
+A common misconception is that weights may be made per microbatch, since each is "a mean". The mean of
+means is not the mean of ragged rows. Two rows, of 3 tokens with loss 1 and of 1 token with
+loss 0, have the token mean 3/4; the mean of their own means is 1/2:
+
+>>> mask = jnp.array([[True, True, True], [True, False, False]])
+>>> loss = jnp.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+>>> float(jnp.sum(loss * token_mean(mask)))
+0.75
+>>> float(jnp.mean(jnp.array([jnp.sum(loss[i] * token_mean(mask[i:i+1])[0]) for i in (0, 1)])))
+0.5
+
+So make the weights once, for the whole batch of one optimiser step, and split them along with the
+tokens: the gradients of the microbatches then add up to that of the whole.
+
+In other words: the mask says which tokens belong to a response, the weights how much they count.
+A factor of 0 changes weights and never membership.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rl_llm.types import (
+  Array,
+  check_above,
+  check_between,
+  check_choice,
+  check_mask,
+  check_ndim,
+  check_same_shape,
+)
+
+
+def token_mean(mask) -> Array:
+  """Weights for the mean over all tokens of the batch; long responses count more (DAPO).
+
+      weights[b, t] = mask[b, t] / sum(mask)
+
+  Three tokens in two responses count 1/3 each, so the response of two tokens counts 2/3:
+
+  >>> token_mean(jnp.array([[True, True], [True, False]])).tolist()
+  [[0.3333333432674408, 0.3333333432674408], [0.3333333432674408, 0.0]]
+
+  Args:
+    mask: [B, T] bool, the tokens the policy produced, of the whole batch of one optimiser step.
+
+  Returns:
+    [B, T] float32, summing to 1; all 0 if the mask is empty.
+
+  Raises:
+    ValueError: `mask` is not a bool array of two axes.
+
+  Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
+  """
+  _check(mask)
+  return mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+
+
+def sequence_mean(mask, *, count_empty=False) -> Array:
+  """Weights for the mean over responses of each one's token mean; each response counts the same (GRPO).
+
+      weights[b, t] = mask[b, t] / (n_b * B)        n_b = sum_t mask[b, t]
+
+  The response of two tokens and the response of one both count 1/2:
+
+  >>> sequence_mean(jnp.array([[True, True], [True, False]])).tolist()
+  [[0.25, 0.25], [0.5, 0.0]]
+
+  A row without tokens is not a response: by default it is left out of the count, so adding one changes nothing.
+  With `count_empty=True` it counts in B (TRL does so, verl, OpenRLHF and Tunix do not):
+
+  >>> float(sequence_mean(jnp.array([[True, True], [False, False]])).sum())
+  1.0
+  >>> float(sequence_mean(jnp.array([[True, True], [False, False]]), count_empty=True).sum())
+  0.5
+
+  Args:
+    mask: [B, T] bool, the tokens the policy produced, of the whole batch of one optimiser step.
+    count_empty: whether rows without tokens count in B.
+
+  Returns:
+    [B, T] float32.
+
+  Raises:
+    ValueError: `mask` is not a bool array of two axes.
+
+  Reference: Shao et al., 2024, DeepSeekMath, https://arxiv.org/abs/2402.03300
+  """
+  return sequence_sum(mask, count_empty=count_empty) / jnp.maximum(_lengths(mask), 1)
+
+
+def sequence_sum(mask, *, count_empty=False) -> Array:
+  """Weights for the mean over responses of each one's sum over tokens.
+
+      weights[b, t] = mask[b, t] / B
+
+  The gradient of the sum of a response's log-probs is that of the log-prob of the response, so this is the
+  textbook policy gradient: no division by a length that the policy itself chooses.
+
+  >>> sequence_sum(jnp.array([[True, True], [True, False]])).tolist()
+  [[0.5, 0.5], [0.5, 0.0]]
+
+  Args:
+    mask: [B, T] bool, the tokens the policy produced, of the whole batch of one optimiser step.
+    count_empty: whether rows without tokens count in B, see `sequence_mean`.
+
+  Returns:
+    [B, T] float32.
+
+  Raises:
+    ValueError: `mask` is not a bool array of two axes.
+  """
+  _check(mask)
+  rows = mask.shape[0] if count_empty else jnp.maximum(jnp.sum(jnp.any(mask, axis=1)), 1)
+  return mask / jnp.asarray(rows, jnp.float32)
+
+
+def constant_length(mask, *, length, count_empty=False) -> Array:
+  """Weights for the sum over tokens divided by the same length for every response (Dr. GRPO).
+
+      weights[b, t] = mask[b, t] / (length * B)
+
+  Dividing each response by its own length makes a wrong answer cheaper the longer it gets: the same
+  push is spread over more tokens. One constant for all removes that, and keeps the scale of a token mean:
+
+  >>> constant_length(jnp.array([[True, True], [True, False]]), length=4).tolist()
+  [[0.125, 0.125], [0.125, 0.0]]
+
+  Args:
+    mask: [B, T] bool, the tokens the policy produced, of the whole batch of one optimiser step.
+    length: a constant of the run, such as the maximum number of new tokens; > 0. Not the padded width, which
+      changes with the batch.
+    count_empty: whether rows without tokens count in B, see `sequence_mean`.
+
+  Returns:
+    [B, T] float32.
+
+  Raises:
+    ValueError: `mask` is not a bool array of two axes, or `length` is not above 0.
+
+  Reference: Liu et al., 2025, Understanding R1-Zero-Like Training, https://arxiv.org/abs/2503.20783
+  """
+  check_above("length", length, 0)
+  return sequence_sum(mask, count_empty=count_empty) / length
+
+
+def prompt_mean(mask, *, group_size) -> Array:
+  """Weights for the mean over prompts of the token mean among each prompt's responses.
+
+      weights[b, t] = mask[b, t] / (tokens of the group of b * P)
+
+  Each prompt counts the same, however long its answers; among its answers the long ones count more. Two groups of two responses,
+  with three tokens and one:
+
+  >>> mask = jnp.array([[True, True], [True, False], [True, False], [False, False]])
+  >>> [round(float(w), 3) for w in prompt_mean(mask, group_size=2).sum(axis=1)]
+  [0.333, 0.167, 0.5, 0.0]
+
+  Args:
+    mask: [B, T] bool, the tokens the policy produced; rows are `b = p * group_size + g`.
+    group_size: G, responses per prompt.
+
+  Returns:
+    [B, T] float32, summing to 1; prompts without any token are left out of the count P.
+
+  Raises:
+    ValueError: `mask` is not a bool array of two axes, or B is not a multiple of `group_size`.
+  """
+  _check(mask)
+  if group_size < 1 or mask.shape[0] % group_size:
+    raise ValueError(
+      f"group_size is {group_size}; it must be positive and divide the {mask.shape[0]} rows of mask."
+    )
+  tokens = jnp.sum(jnp.reshape(mask, (-1, group_size * mask.shape[1])), axis=1)
+  prompts = jnp.maximum(jnp.sum(tokens > 0), 1)
+  per_row = jnp.repeat(jnp.maximum(tokens, 1) * prompts, group_size)
+  return mask / per_row[:, None].astype(jnp.float32)
+
+
+def truncated_importance(
+  old_logprobs, sampler_logprobs, mask, *, level="token", low=0.0, high=2.0, mode="truncate"
+) -> Array:
+  """Factors that correct for a sampler whose probabilities differ from the trainer's (TIS, IcePop).
+
+  Two programs, or two precisions, give one token two probabilities. The policy gradient is then an
+  average over the wrong distribution; importance weights repair it, but their variance is unbounded, so
+  they are limited:
+
+      w     = exp(old_logprobs - sampler_logprobs)        level "token"
+      w     = exp(sum_t mask * log-ratio)                 level "sequence"
+      w     = exp(sum_t mask * log-ratio / n)             level "geometric"
+      factor = clip(w, low, high)                         mode "truncate": TIS is low 0, high 2
+      factor = w if low <= w <= high else 0               mode "mask": IcePop is low 0.5, high 5
+      factor = 1 if low <= w <= high else 0               mode "reject": keeps or drops, unweighted
+
+  A token that the trainer finds three times as likely as the sampler did counts twice, or not at all:
+
+  >>> old, sampler = jnp.log(jnp.array([[0.6, 0.3]])), jnp.log(jnp.array([[0.2, 0.3]]))
+  >>> mask = jnp.array([[True, True]])
+  >>> truncated_importance(old, sampler, mask).tolist()
+  [[2.0, 1.0]]
+  >>> truncated_importance(old, sampler, mask, low=0.5, high=2.0, mode="mask").tolist()
+  [[0.0, 1.0]]
+
+  Args:
+    old_logprobs: [B, T] float, the trainer's log-probs before this batch's updates, in nats; a constant.
+    sampler_logprobs: [B, T] float, what the sampler reported, in nats; a constant.
+    mask: [B, T] bool, the tokens the policy produced.
+    level: "token", or "sequence" and "geometric", which give one factor to all tokens of a row.
+    low: the lower limit, >= 0.
+    high: the upper limit, above `low`.
+    mode: what happens outside the limits, as above.
+
+  Returns:
+    [B, T] float32 factors to multiply weights by; 0 outside the mask.
+
+  Raises:
+    ValueError: shapes differ, or `level` or `mode` is none of the above.
+
+  Reference: Yao et al., 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training,
+    https://fengyao.notion.site/off-policy-rl; Ling Team, 2025, Every Step Evolves (IcePop),
+    https://arxiv.org/abs/2510.18855
+  """
+  check_choice("level", level, ("token", "sequence", "geometric"))
+  check_choice("mode", mode, ("truncate", "mask", "reject"))
+  check_between("low", low, 0, float("inf"))
+  if isinstance(low, int | float):
+    check_above("high", high, low)
+  _check(mask)
+  check_same_shape("old_logprobs", old_logprobs, "mask", mask)
+  check_same_shape("sampler_logprobs", sampler_logprobs, "mask", mask)
+  log_ratio = _masked_difference(old_logprobs, sampler_logprobs, mask)
+  if level == "sequence":
+    log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
+  elif level == "geometric":
+    log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(_lengths(mask), 1)
+  ratio = jnp.exp(log_ratio)
+  inside = (low <= ratio) & (ratio <= high)
+  if mode == "truncate":
+    factors = jnp.clip(ratio, low, high)
+  elif mode == "mask":
+    factors = jnp.where(inside, ratio, 0)
+  else:
+    factors = inside.astype(jnp.float32)
+  return jax.lax.stop_gradient(jnp.where(mask, factors, 0))
+
+
+def drop_truncated(mask, truncated) -> Array:
+  """Factors that silence responses cut off at the length limit (DAPO's overlong filter).
+
+  A response that ran out of room was never finished; scoring it as wrong punishes sound reasoning for its length.
+
+  >>> drop_truncated(jnp.array([[True, True], [True, True]]), jnp.array([True, False])).tolist()
+  [[0.0, 0.0], [1.0, 1.0]]
+
+  As factors, they leave the dropped tokens in the denominator that the weights were made with. To
+  count as if the response had never been sampled, drop it from the mask before making the weights:
+  `token_mean(mask & ~truncated[:, None])`.
+
+  Args:
+    mask: [B, T] bool, the tokens the policy produced.
+    truncated: [B] bool, from the sampler's stop reason.
+
+  Returns:
+    [B, T] float32 factors to multiply weights by; 0 outside the mask.
+
+  Raises:
+    ValueError: an argument is not bool, or `truncated` has not one entry per row.
+
+  Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
+  """
+  _check(mask)
+  check_mask("truncated", truncated)
+  _check_rows("truncated", truncated, mask)
+  return (mask & ~jnp.asarray(truncated)[:, None]).astype(jnp.float32)
+
+
+def top_entropy(entropies, mask, *, fraction) -> Array:
+  """Factors that keep the tokens at which the policy was least sure (the 80/20 rule).
+
+      factor = 1 where entropy >= the (1 - fraction) quantile over all masked tokens, else 0
+
+  Most tokens of a chain of thought follow from the one before; the few forks decide the answer, and have the
+  highest entropy. Of four tokens the top half:
+
+  >>> entropies = jnp.array([[0.1, 2.0, 0.3, 1.0]])
+  >>> top_entropy(entropies, jnp.ones((1, 4), bool), fraction=0.5).tolist()
+  [[0.0, 1.0, 0.0, 1.0]]
+
+  The quantile is one number for the batch: compute it before the batch is split. Dropped tokens stay in the
+  denominator of the weights. Tokens tied with the quantile are all kept.
+
+  Args:
+    entropies: [B, T] float, in nats; a constant.
+    mask: [B, T] bool, the tokens the policy produced.
+    fraction: the share of tokens to keep, between 0 and 1.
+
+  Returns:
+    [B, T] float32 factors to multiply weights by; 0 outside the mask.
+
+  Raises:
+    ValueError: shapes differ, or `fraction` is outside [0, 1].
+
+  Reference: Wang et al., 2025, Beyond the 80/20 Rule, https://arxiv.org/abs/2506.01939
+  """
+  check_between("fraction", fraction, 0, 1)
+  _check(mask)
+  check_same_shape("entropies", entropies, "mask", mask)
+  entropies = jax.lax.stop_gradient(jnp.asarray(entropies))
+  quantile = jnp.nanquantile(jnp.where(mask, entropies, jnp.nan), 1 - fraction)
+  return (mask & (entropies >= quantile)).astype(jnp.float32)
+
+
+def off_policy_mask(logprobs, sampler_logprobs, advantages, mask, *, threshold) -> Array:
+  """Factors that drop bad responses which the policy has already moved away from (DeepSeek-V3.2).
+
+      factor = 0 where advantage < 0 and mean_t(sampler_logprobs - logprobs) > threshold, else 1
+
+  The mean estimates KL(sampler || policy) on that response. A wrong answer that the policy would hardly give any
+  more teaches little, and pushing it down further moves probability to nobody knows where; a good answer is
+  kept, however old. The first row has fallen from 0.5 to 0.1, log 5 = 1.61 above the limit, and was bad:
+
+  >>> sampler, now = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.1], [0.1]]))
+  >>> off_policy_mask(now, sampler, jnp.array([-1.0, 1.0]), jnp.ones((2, 1), bool), threshold=1.0).tolist()
+  [[0.0], [1.0]]
+
+  Args:
+    logprobs: [B, T] float, of the policy being trained, in nats; a constant here.
+    sampler_logprobs: [B, T] float, what the sampler reported, in nats; a constant.
+    advantages: [B] float; a constant.
+    mask: [B, T] bool, the tokens the policy produced.
+    threshold: the mean log-ratio in nats above which a bad response is dropped.
+
+  Returns:
+    [B, T] float32 factors to multiply weights by; 0 outside the mask.
+
+  Raises:
+    ValueError: shapes differ.
+
+  Reference: DeepSeek-AI, 2025, DeepSeek-V3.2, https://arxiv.org/abs/2512.02556
+  """
+  _check(mask)
+  check_same_shape("logprobs", logprobs, "mask", mask)
+  check_same_shape("sampler_logprobs", sampler_logprobs, "mask", mask)
+  _check_rows("advantages", advantages, mask)
+  moved = jnp.sum(_masked_difference(sampler_logprobs, logprobs, mask), axis=1, keepdims=True)
+  moved = moved / jnp.maximum(_lengths(mask), 1)
+  dropped = (jnp.asarray(advantages)[:, None] < 0) & (moved > threshold)
+  return jax.lax.stop_gradient((mask & ~dropped).astype(jnp.float32))
+
+
+def _check(mask):
+  check_mask("mask", mask)
+  check_ndim("mask", mask, 2, "[B, T]")
+
+
+def _check_rows(name, x, mask):
+  if jnp.shape(x) != jnp.shape(mask)[:1]:
+    raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be [B] = {jnp.shape(mask)[:1]}.")
+
+
+def _lengths(mask):
+  return jnp.sum(mask, axis=1, keepdims=True).astype(jnp.float32)
+
+
+def _masked_difference(a, b, mask):
+  """a - b in float32, 0 outside the mask, where either may be infinite."""
+  difference = jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32)
+  return jnp.where(mask, difference, 0)

@@ -1,0 +1,184 @@
+"""Log-probs and entropies against float64 numpy; the chunked form against the dense one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rl_llm import logprobs as lp
+
+B, T, D, V = 2, 5, 6, 11
+RNG = np.random.default_rng(0)
+HIDDEN = RNG.normal(size=(B, T, D)).astype(np.float32)
+UNEMBEDDING = RNG.normal(size=(V, D)).astype(np.float32)
+TOKENS = RNG.integers(0, V, size=(B, T))
+
+
+def exact(logits, tokens, temperature):
+  z = np.asarray(logits, np.float64) / temperature
+  logp = z - z.max(-1, keepdims=True)
+  logp = logp - np.log(np.exp(logp).sum(-1, keepdims=True))
+  chosen = np.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+  return chosen, -(np.exp(logp) * logp).sum(-1)
+
+
+def dense(hidden, unembedding, tokens, temperature=1.0, softcap=None):
+  logits = jnp.einsum("...d,vd->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
+  return (lp.token_logprobs(logits, tokens, temperature=temperature),
+          lp.entropy(logits, temperature=temperature))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_dense_forms_match_float64(temperature):
+  logits = HIDDEN @ UNEMBEDDING.T
+  chosen, entropies = exact(logits, TOKENS, temperature)
+  got = lp.token_logprobs(logits, TOKENS, temperature=temperature)
+  np.testing.assert_allclose(got, chosen, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(lp.entropy(logits, temperature=temperature), entropies, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_softmax_is_shift_invariant_and_survives_huge_logits(shift):
+  logits = np.array([[0.0, 1.0, -2.0]], np.float32)
+  tokens = np.array([2])
+  for f in (lambda z: lp.token_logprobs(z, tokens), lp.entropy):
+    np.testing.assert_allclose(f(logits + shift), f(logits), rtol=1e-6)
+  spread = jnp.array([[shift, 0.0, -shift]])
+  gradient = jax.grad(lambda z: (lp.token_logprobs(z, tokens) + lp.entropy(z)).sum())(spread)
+  assert np.isfinite(gradient).all() and np.isfinite(lp.token_logprobs(spread, tokens)).all()
+
+
+def test_a_forbidden_token_is_as_if_absent():
+  logits = jnp.array([[0.5, -jnp.inf, 1.5]])
+  rest = jnp.array([[0.5, 1.5]])
+  f = lambda z: lp.entropy(z).sum()  # noqa: E731
+  np.testing.assert_allclose(f(logits), f(rest), rtol=1e-6)
+  np.testing.assert_allclose(jax.grad(f)(logits)[:, [0, 2]], jax.grad(f)(rest), rtol=1e-6)
+  assert jax.grad(f)(logits)[0, 1] == 0
+
+
+def value_and_gradients(f, hidden, unembedding):
+  """Values, and the gradients of a sum in which each log-prob and each entropy counts differently."""
+  a, b = jnp.asarray(np.random.default_rng(1).normal(size=(2, *hidden.shape[:-1])))
+
+  def scalar(hidden, unembedding):
+    logprobs, entropies = f(hidden, unembedding)
+    return jnp.sum(a * logprobs + b * entropies), (logprobs, entropies)
+
+  return jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))(hidden, unembedding)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, 10, 64])
+@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.7, 2.0)])
+def test_chunked_equals_dense_in_value_and_both_gradients(chunk_size, temperature, softcap):
+  kwargs = {"temperature": temperature, "softcap": softcap}
+  expected = value_and_gradients(
+    lambda h, w: dense(h, w, TOKENS, **kwargs), jnp.asarray(HIDDEN), jnp.asarray(UNEMBEDDING))
+  got = value_and_gradients(
+    lambda h, w: lp.chunked_logprobs_and_entropy(h, w, TOKENS, chunk_size=chunk_size, **kwargs),
+    jnp.asarray(HIDDEN), jnp.asarray(UNEMBEDDING))
+  for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(left, right, rtol=2e-5, atol=2e-6)
+
+
+def test_chunked_gradient_matches_finite_differences_in_float64():
+  def loss(hidden, unembedding):
+    z = 2 * np.tanh((hidden @ unembedding.T) / 2)
+    chosen, entropies = exact(z, TOKENS, 0.7)
+    return np.sum(chosen + 0.5 * entropies)
+
+  def chunked(hidden, unembedding):
+    logprobs, entropies = lp.chunked_logprobs_and_entropy(
+      hidden, unembedding, TOKENS, chunk_size=4, temperature=0.7, softcap=2.0)
+    return jnp.sum(logprobs + 0.5 * entropies)
+
+  gradients = jax.grad(chunked, (0, 1))(HIDDEN, UNEMBEDDING)
+  arrays = [HIDDEN.astype(np.float64), UNEMBEDDING.astype(np.float64)]
+  for i, index in [(0, (0, 0, 0)), (0, (1, 4, 5)), (1, (0, 0)), (1, (TOKENS[0, 0], 3))]:
+    sides = []
+    for step in (1e-5, -1e-5):
+      moved = [a.copy() for a in arrays]
+      moved[i][index] += step
+      sides.append(loss(*moved))
+    slope = (sides[0] - sides[1]) / 2e-5
+    np.testing.assert_allclose(gradients[i][index], slope, rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_accepts_bfloat16_and_accumulates_in_float32():
+  hidden, unembedding = jnp.asarray(HIDDEN, jnp.bfloat16), jnp.asarray(UNEMBEDDING, jnp.bfloat16)
+  for w in (unembedding, unembedding.astype(jnp.float32)):
+    f = functools.partial(lp.chunked_logprobs_and_entropy, tokens=TOKENS, chunk_size=3)
+    (value, aux), (of_h, of_w) = value_and_gradients(f, hidden, w)
+    (exact_value, _), (exact_h, exact_w) = value_and_gradients(
+      lambda h, w: dense(h, w, TOKENS), hidden.astype(jnp.float32), w.astype(jnp.float32))
+    assert aux[0].dtype == jnp.float32 and of_h.dtype == hidden.dtype and of_w.dtype == w.dtype
+    np.testing.assert_allclose(value, exact_value, rtol=1e-5)
+    half_ulp = 2.0**-8  # the gradient itself is rounded to bfloat16 once
+    np.testing.assert_allclose(of_h.astype(np.float32), exact_h, rtol=half_ulp, atol=1e-5)
+    np.testing.assert_allclose(of_w.astype(np.float32), exact_w, rtol=half_ulp, atol=1e-5)
+
+
+def test_chunked_takes_traced_settings_any_rank_and_no_tokens():
+  def f(temperature, softcap):
+    return lp.chunked_logprobs_and_entropy(
+      HIDDEN, UNEMBEDDING, TOKENS, chunk_size=4, temperature=temperature, softcap=softcap)
+
+  for got, expected in zip(jax.jit(f)(0.7, 3), f(0.7, 3), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+  assert jax.grad(lambda t: f(t, None)[0].sum())(0.7) == 0  # a constant, by contract
+  one = lp.chunked_logprobs_and_entropy(HIDDEN[0, 0], UNEMBEDDING, TOKENS[0, 0], chunk_size=4)
+  assert one[0].shape == ()
+  none = lp.chunked_logprobs_and_entropy(HIDDEN[:0], UNEMBEDDING, TOKENS[:0], chunk_size=4)
+  assert none[0].shape == (0, T)
+
+
+def test_chunked_survives_huge_logits():
+  hidden = jnp.asarray(HIDDEN) * 1e4
+  (_, values), gradients = value_and_gradients(
+    lambda h, w: lp.chunked_logprobs_and_entropy(h, w, TOKENS, chunk_size=4),
+    hidden, jnp.asarray(UNEMBEDDING))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves((values, gradients)))
+
+
+def test_chunked_never_builds_the_logits():
+  tokens, width, vocabulary = 512, 4, 2048
+  shapes = (jax.ShapeDtypeStruct((tokens, width), jnp.float32),
+            jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
+            jax.ShapeDtypeStruct((tokens,), jnp.int32))
+
+  def temporaries(f):
+    scalar = lambda h, w, t: sum(x.sum() for x in f(h, w, t))  # noqa: E731
+    compiled = jax.jit(jax.value_and_grad(scalar, (0, 1))).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  chunked = functools.partial(lp.chunked_logprobs_and_entropy, chunk_size=32)
+  assert temporaries(chunked) < temporaries(dense) / 8
+
+
+def test_sequence_logprobs_sums_or_averages_the_response():
+  logprobs = np.array([[-1.0, -2.0, -4.0], [np.nan, -np.inf, -1.0]], np.float32)
+  mask = np.array([[True, True, False], [False, False, False]])
+  np.testing.assert_array_equal(lp.sequence_logprobs(logprobs, mask), [-3.0, 0.0])
+  np.testing.assert_array_equal(lp.sequence_logprobs(logprobs, mask, average=True), [-1.5, 0.0])
+
+
+chunked = functools.partial(lp.chunked_logprobs_and_entropy, chunk_size=4)
+
+
+@pytest.mark.parametrize("call, message", [
+  (lambda: lp.token_logprobs(HIDDEN, TOKENS[:1]), r"tokens has shape \(1, 5\); it must be \(2, 5\)"),
+  (lambda: lp.token_logprobs(HIDDEN, TOKENS * 1.0), "tokens has dtype float"),
+  (lambda: lp.token_logprobs(HIDDEN, TOKENS, temperature=0.0), "temperature is 0.0.*above 0"),
+  (lambda: lp.entropy(TOKENS), "logits has dtype int"),
+  (lambda: chunked(HIDDEN, UNEMBEDDING.T, TOKENS), "unembedding has shape .6, 11.*transpose"),
+  (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS[:1]), "tokens has shape"),
+  (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS, softcap=-1), "softcap is -1"),
+  (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS, chunk_size=0), "chunk_size is 0"),
+])
+def test_errors_name_the_argument(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
