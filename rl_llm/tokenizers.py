@@ -447,12 +447,11 @@ def _guard(
   token, and the pieces together are the text. Without special tokens the messages come back as they
   are, with an empty mark, so that ordinary prompts are encoded in one piece.
   """
-  theirs = [m for m in messages if m.get("role") != "assistant"]
-  texts = list(_strings(theirs))
+  texts = list(_strings(messages))
   names = [n for n in special_tokens if len(n) > 1 and any(n in text for text in texts)]
   if not names:
     return messages, ""
-  everything = "".join(_strings(messages))
+  everything = "".join(texts)
   # Noncharacters, which no text contains; the number settles it for a text made to contain them.
   mark = next(m for n in itertools.count() if (m := f"\ufdd0{n}\ufdd1") not in everything)
   first = re.compile(f"(?=(?:{'|'.join(map(re.escape, names))}))(.)", re.DOTALL)
