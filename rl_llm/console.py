@@ -63,8 +63,8 @@ def _escape(character: str) -> str:
 def number(value: Any, digits: int = 3) -> str:
   """A figure for a person: few digits, and a dash where there is none.
 
-  >>> number(0.123456), number(1234.5), number(12), number(None), number("nan")
-  ('0.123', '1234', '12', '-', 'nan')
+  >>> number(0.123456), number(1234.5), number(12), number(2e-5), number(None), number("nan")
+  ('0.123', '1234', '12', '2e-5', '-', 'nan')
 
   Args:
     value: a number, a record's text for a non-finite one, or None.
@@ -78,7 +78,8 @@ def number(value: Any, digits: int = 3) -> str:
   if isinstance(value, int):
     return str(value)
   value = float(value)
-  return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.{digits}g}"
+  text = f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.{digits}g}"
+  return text.replace("e-0", "e-").replace("e+0", "e")
 
 
 def duration(seconds: float) -> str:

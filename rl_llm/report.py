@@ -46,9 +46,8 @@ _PLOTS = (
     "Held-out accuracy",
     "fraction right",
     (("eval/sampled_accuracy", "sampled"), ("eval/greedy_accuracy", "greedy")),
-    "Problems that training never draws, with 95 % bands. This is the curve that counts: a reward "
-    "that rises while it stays flat means that the model learns the training problems, or the "
-    "grader's weaknesses.",
+    "The curve that counts, on problems that training never draws, with 95 % bands: a reward that"
+    " rises while it stays flat means that the model learns the grader's weaknesses.",
     0.0,
     1.0,
   ),
@@ -56,31 +55,30 @@ _PLOTS = (
     "Reward",
     "mean of the batch",
     (("reward_mean", "reward"), ("accuracy", "fraction right")),
-    "The batch of each step, so noisy: look for the trend. Flat from the start, the model never "
-    "finds a right answer to learn from, or the grader never sees one.",
+    "The batch of each step, so look through the noise for the trend: flat from the start, the "
+    "model never finds a right answer to learn from.",
   ),
   _Plot(
     "Response length",
     "tokens",
     (("response_length_mean", "mean"),),
-    "Length that climbs without accuracy is padding that the loss rewards; length that falls to "
-    "nothing is a grader that pays for silence.",
+    "Length that climbs without accuracy is padding that the loss rewards, and length that falls "
+    "to nothing is a grader that pays for silence.",
     0.0,
   ),
   _Plot(
     "Entropy",
     "nats per token",
     (("entropy", "entropy"),),
-    "How undecided the model is. Some fall is what learning looks like; at 0 all samples of a "
-    "problem are the same, no group has spread, and learning stops. A steep rise is a policy that "
-    "falls apart.",
+    "How undecided the model is: some fall is what learning looks like, but at 0 all samples of a"
+    " problem are the same and learning stops, while a steep rise is a policy that falls apart.",
     0.0,
   ),
   _Plot(
     "KL to the reference",
     "nats",
     (("kl_ref", "KL"),),
-    "How far the model has moved from where it began. A steady climb is the price of learning; a "
+    "How far the model has moved from where it began: a steady climb is the price of learning, a "
     "jump is an update that was too large.",
     0.0,
   ),
@@ -88,30 +86,30 @@ _PLOTS = (
     "KL of one step's updates",
     "nats",
     (("approx_kl", "KL"),),
-    "How far the updates on one batch move the policy from the one that sampled it. With a single "
-    "update per batch it is 0; growing above about 0.1, the batch no longer describes the policy.",
+    "How far one batch's updates move the policy from the one that sampled it: above about 0.1 "
+    "the batch no longer describes the policy.",
   ),
   _Plot(
     "Gradient norm",
     "before clipping",
     (("grad_norm", "norm"),),
-    "Spikes are batches that pull hard; a norm that grows step by step announces divergence.",
+    "Spikes are batches that pull hard, and a norm that grows step by step announces divergence.",
     0.0,
   ),
   _Plot(
-    "Sampler-trainer gap",
-    "nats, |difference| of log-probs",
+    "Sampler-trainer log-prob gap",
+    "nats",
     (("logprob_gap_mean", "mean"), ("logprob_gap_max", "largest")),
-    "Sampler and trainer should compute the same probabilities, so only rounding is left. A gap "
-    "that grows means that the trainer learns from another distribution than the sampled one.",
+    "Sampler and trainer should compute the same log-probs up to rounding, so a gap that grows "
+    "means that the model learns from another distribution than the sampled one.",
     0.0,
   ),
   _Plot(
     "Groups with no spread, responses cut short",
     "fraction",
     (("frac_zero_std", "groups with no spread"), ("truncated_fraction", "cut at the limit")),
-    "A group whose rewards are all equal teaches nothing: near 1 the problems are too easy or too "
-    "hard. A response cut at the length limit never came to its answer.",
+    "A group whose rewards are all equal teaches nothing (near 1, the problems are too easy or "
+    "too hard), and a response cut at the length limit never came to its answer.",
     0.0,
     1.0,
   ),
@@ -119,8 +117,8 @@ _PLOTS = (
     "Clipped tokens",
     "fraction",
     (("clip_low_fraction", "below"), ("clip_high_fraction", "above")),
-    "Tokens whose update the loss cut off. 0 with one update per batch; above about 0.2 the steps "
-    "are too large or too many.",
+    "Tokens whose update the loss cut off: none where each batch is used once, and above about "
+    "0.2 the steps are too large or too many.",
     0.0,
   ),
   _Plot(
@@ -131,16 +129,16 @@ _PLOTS = (
       ("rewards_timed_out", "timed out"),
       ("rewards_not_applicable", "not applicable"),
     ),
-    "Responses without a reward; they are left out of the update, not counted as 0. Raised and "
-    "timed out should stay at 0: they are faults of the grader, not of the model.",
+    "Responses without a reward, which are left out of the update rather than counted as 0: those"
+    " that raised or timed out are faults of the grader and should stay at 0.",
     0.0,
   ),
   _Plot(
     "Loss",
     "dimensionless",
     (("loss", "loss"),),
-    "Not a measure of progress: advantages average to zero, so the policy's loss hovers around 0 "
-    "however well it learns.",
+    "Not a measure of progress: advantages average to about zero, so a policy's loss hovers "
+    "around 0 however well it learns.",
   ),
   _Plot(
     "Learning rate",
@@ -282,7 +280,10 @@ def _accuracy_card(how: str, rows: Sequence[Mapping]) -> str:
   intervals = [f"{percent(row, 'low')} to {percent(row, 'high')} %" for row in ends]
   note = f"95 % interval: {intervals[0]}"
   if len(ends) == 2:
-    note = f"step {ends[0]['step']}: {intervals[0]}<br>step {ends[1]['step']}: {intervals[1]}"
+    note = "<br>".join(
+      f"95 % interval at step {row['step']}: {interval}"
+      for row, interval in zip(ends, intervals, strict=True)
+    )
   return _card(f"Held-out accuracy, {how}", figure, note, "wide")
 
 
@@ -317,10 +318,9 @@ def _config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
   if not config:
     return ""
   others = {key: value for key, value in config.items() if key not in changed}
-  summary = f"all {len(config)} settings"
-  if changed:
-    count = len(changed)
-    summary += f", the {count} changed {'one' if count == 1 else 'ones'} first"
+  summary = f"{len(config)} settings"
+  if defaults:
+    summary += f", of which {len(changed)} changed from the default (first)"
   content = f"<details><summary>{summary}</summary>{table(changed | others)}</details>"
   return _section("Config", content)
 
@@ -491,10 +491,7 @@ def _time_figure(phases: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> st
           f"{number(seconds)} s</title></rect>"
         )
       base += seconds
-  caption = (
-    "Where the time goes; the first steps also compile. Sampling usually takes most of it, which "
-    "is where a larger batch or shorter responses pay."
-  )
+  caption = "Where the time goes: the first steps also compile, so judge by the later ones."
   return _figure("Time per phase", phases, drawing, caption)
 
 
