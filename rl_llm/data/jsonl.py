@@ -1,8 +1,9 @@
 """Rows of a JSONL file, each of them good or named by file and line.
 
-A data set of ten thousand rows has a few broken ones, and what a reader does silently with them (a BOM inside the
-first key, a second `"answer"` that replaces the first, half a character) trains into the model. So the rules are
-few, the same for every file, and what breaks one is either an error or counted.
+A data set of ten thousand rows has a few broken ones, and what a reader does silently with them (a
+BOM inside the first key, a second `"answer"` that replaces the first, half a character) trains into
+the model. So the rules are few, the same for every file, and what breaks one is either an error or
+counted.
 """
 
 from __future__ import annotations
@@ -100,9 +101,10 @@ def read_rows(
 ) -> Rows:
   r"""Reads JSONL, plain or gzip, one object per line.
 
-  The rules: a byte order mark at the start is skipped; lines end in LF or CRLF; blank lines are skipped. A row is
-  broken if it is not UTF-8, not a JSON object, has a key twice, NaN or Infinity, a NUL, a lone surrogate, more
-  than `max_row_bytes`, or if `check` says so. The text U+2028 does not end a line.
+  The rules: a byte order mark at the start is skipped; lines end in LF or CRLF; blank lines are
+  skipped. A row is broken if it is not UTF-8, not a JSON object, has a key twice, NaN or Infinity,
+  a NUL, a lone surrogate, more than `max_row_bytes`, or if `check` says so. The text U+2028 does
+  not end a line.
 
   >>> import tempfile
   >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
@@ -115,8 +117,10 @@ def read_rows(
 
   Args:
     path: the file; compressed if its first bytes say so, whatever its name.
-    check: what is wrong with a parsed row and how to repair it, "" if nothing: missing keys, wrong types.
-    strict: whether the first broken row is an error; otherwise broken rows are dropped, each with its message.
+    check: what is wrong with a parsed row and how to repair it, "" if nothing: missing keys, wrong
+      types.
+    strict: whether the first broken row is an error; otherwise broken rows are dropped, each with
+      its message.
     max_row_bytes: longest line, in bytes; a longer one is never held in memory.
 
   Returns:

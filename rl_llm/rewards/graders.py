@@ -1,4 +1,4 @@
-"""Reward functions that need no file of one's own: `--jsonl.reward_function=gsm8k` or `=exact_match`."""
+"""Reward functions for JSONL tasks without a file of their own: `gsm8k` and `exact_match`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _NUMBER = re.compile(r"[-−]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 
 
 def final_number(text: str) -> Decimal | None:
-  """The number a worked solution ends in: the first after the last "####", else the last one of the text.
+  """The number a worked solution ends in: the first after the last "####", else the last one.
 
   >>> final_number("48 / 2 = 24, so 24 + 48 = 72. #### 72")
   Decimal('72')
@@ -24,7 +24,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def gsm8k(prompts, completions, answer, **columns) -> list[float | None]:
-  """1 where the completion ends in the number that the worked `answer` ends in; None where the answer has none."""
+  """1 where the completion ends in the number `answer` ends in; None where that has none."""
   rewards = []
   for completion, solution in zip(completions, answer, strict=True):
     right = final_number(str(solution))

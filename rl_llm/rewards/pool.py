@@ -1,8 +1,9 @@
 """Rewards from worker processes, with a deadline and a status per sample.
 
-A grader meets text nobody has read. In the trainer's own process one endless loop stops the run, one crash ends
-it, and a failure that becomes a silent 0 teaches the model that the answer was wrong. So each sample is graded in
-a process that may hang, crash or be attacked at no cost to the others, and what did not yield a number says so.
+A grader meets text nobody has read. In the trainer's own process one endless loop stops the run,
+one crash ends it, and a failure that becomes a silent 0 teaches the model that the answer was
+wrong. So each sample is graded in a process that may hang, crash or be attacked at no cost to the
+others, and what did not yield a number says so.
 """
 
 from __future__ import annotations
@@ -37,13 +38,16 @@ class RewardError(RuntimeError):
 
 
 class RewardSource(NamedTuple):
-  """Where a worker finds a reward function `f(prompts, completions, **columns) -> list[float | None]`.
+  """Where a worker finds a reward function.
+
+  Its signature is `f(prompts, completions, **columns) -> list[float | None]`.
 
   Attributes:
-    location: the path of a file ending in `.py`, or an importable module such as `"rl_llm.tasks.arithmetic"`.
+    location: the path of a file ending in `.py`, or an importable module such as
+      `"rl_llm.tasks.arithmetic"`.
     function: the function's name in it.
-    runs_text: whether the function runs parts of a completion as a program. Then a pool refuses to start where
-      the kernel offers no barrier to files and network.
+    runs_text: whether the function runs parts of a completion as a program. Then a pool refuses to
+      start where the kernel offers no barrier to files and network.
   """
 
   location: str
@@ -56,8 +60,9 @@ class RewardResult(NamedTuple):
 
   Attributes:
     value: the reward, finite and at most 1e6 in size; None unless `status` is "ok".
-    status: "ok"; "not_applicable" (the function returned None); "raised"; "timed_out"; "died" (the process ended:
-      `os._exit`, a segmentation fault, out of memory); "invalid" (not a number, NaN, infinite, beyond 1e6).
+    status: "ok"; "not_applicable" (the function returned None); "raised"; "timed_out"; "died" (the
+      process ended: `os._exit`, a segmentation fault, out of memory); "invalid" (not a number, NaN,
+      infinite, beyond 1e6).
     detail: one line that says why, empty for "ok" and "not_applicable".
   """
 
@@ -69,7 +74,7 @@ class RewardResult(NamedTuple):
 def to_arrays(results: Sequence[RewardResult]) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
   """Rewards as arrays, with what failed masked out instead of counted as wrong.
 
-  >>> values, ok, counts = to_arrays([RewardResult(0.5, "ok"), RewardResult(None, "timed_out", "5 s")])
+  >>> values, ok, counts = to_arrays([RewardResult(0.5, "ok"), RewardResult(None, "timed_out")])
   >>> values.tolist(), ok.tolist()
   ([0.5, 0.0], [True, False])
   >>> counts["ok"], counts["timed_out"], counts["raised"]
@@ -79,7 +84,8 @@ def to_arrays(results: Sequence[RewardResult]) -> tuple[np.ndarray, np.ndarray, 
     results: N results.
 
   Returns:
-    [N] float32 values, 0 where there is none; [N] bool, True where there is one; the number of each status.
+    [N] float32 values, 0 where there is none; [N] bool, True where there is one; the number of each
+    status.
   """
   ok = np.array([result.status == "ok" for result in results], dtype=bool)
   values = np.array([result.value or 0.0 for result in results], dtype=np.float32)
@@ -88,7 +94,7 @@ def to_arrays(results: Sequence[RewardResult]) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _result(reply: dict | None, name: str) -> RewardResult:
-  """Judges a worker's reply. It may be forged by the text it graded, so nothing in it is taken on trust."""
+  """Judges a worker's reply, which the text it graded may have forged: nothing is trusted."""
   if reply is None:
     return RewardResult(None, "died", "the worker process ended")
   if "broken" in reply:
@@ -110,7 +116,7 @@ def _result(reply: dict | None, name: str) -> RewardResult:
 
 @dataclass(eq=False)
 class _Worker:
-  """One worker process, seen from the trainer. `sample` is None while it starts or waits for work."""
+  """One worker process, seen from the trainer; `sample` is None while it has no work."""
 
   number: int
   connection: socket.socket
@@ -181,17 +187,19 @@ def _import_path(source: RewardSource) -> tuple[list[str], list[str]]:
 class RewardPool:
   """Grades samples in isolated worker processes; use it as a context manager.
 
-  The reward function is imported once, in a process of its own, when the pool is made: a file that does not
-  import is an error before any training. Every sample is then one call, `f([prompt], [completion], answer=[...])`,
-  in a fresh fork, so it sees no other sample and a failure touches no other. State that the function keeps
-  between calls is lost.
+  The reward function is imported once, in a process of its own, when the pool is made: a file that
+  does not import is an error before any training. Every sample is then one call, `f([prompt],
+  [completion], answer=[...])`, in a fresh fork, so it sees no other sample and a failure touches no
+  other. State that the function keeps between calls is lost.
 
-  A worker that exceeds the deadline is killed with everything it started, and replaced. While some are slow,
-  spares grade the rest, so a batch of 64 with 8 that hang takes about one deadline, not four.
+  A worker that exceeds the deadline is killed with everything it started, and replaced. While some
+  are slow, spares grade the rest, so a batch of 64 with 8 that hang takes about one deadline, not
+  four.
 
-  Where the kernel allows (Linux; no root needed) a worker has no network, no other processes in sight, a 16 MB
-  directory in memory of its own, and no files to read but Python, system libraries and the directory of the
-  reward file: `active_layers` says which hold. What the function prints is dropped; its environment is empty.
+  Where the kernel allows (Linux; no root needed) a worker has no network, no other processes in
+  sight, a 16 MB directory in memory of its own, and no files to read but Python, system libraries
+  and the directory of the reward file: `active_layers` says which hold. What the function prints is
+  dropped; its environment is empty.
 
   >>> with RewardPool(RewardSource("rl_llm.tasks.arithmetic"), workers=1) as pool:
   ...   pool.score(["What is 7 + 5?"], ["7 + 5 = 12"], [{"answer": "12", "expression": "7 + 5"}])
@@ -203,13 +211,15 @@ class RewardPool:
     spares: how many more may run while that many samples are slow, >= 0.
     deadline: seconds of wall clock one sample may take, > 0.
     memory_mb: address space of one worker in MB, including what the function's imports map.
-    max_failure_rate: fraction of a batch, in [0, 1], that may fail (raise, time out, die, be invalid) before
-      `score` gives up on the function; 1 never does.
+    max_failure_rate: fraction of a batch, in [0, 1], that may fail (raise, time out, die, be
+      invalid) before `score` gives up on the function; 1 never does.
     start_deadline: seconds that importing the function may take.
-    allow_weak_sandbox: grade with a function that runs model text even where files or network stay open to it.
+    allow_weak_sandbox: grade with a function that runs model text even where files or network stay
+      open to it.
 
   Raises:
-    RewardError: the function cannot be imported, or it runs model text and the barriers it needs are missing.
+    RewardError: the function cannot be imported, or it runs model text and the barriers it needs
+      are missing.
     ValueError: an argument is out of range.
   """
 
@@ -272,9 +282,9 @@ class RewardPool:
       missing = [layer for layer in REQUIRED_LAYERS if layer not in self._layers]
       if source.runs_text and missing and not allow_weak_sandbox:
         raise RewardError(
-          f"reward function {self._name} runs model text as a program, and this system cannot bar it from "
-          f"{' and '.join(missing)}; run on Linux 5.13+ with user namespaces, or pass allow_weak_sandbox=True "
-          "if the machine holds nothing worth protecting"
+          f"reward function {self._name} runs model text as a program, and this system cannot "
+          f"bar it from {' and '.join(missing)}; run on Linux 5.13+ with user namespaces, or "
+          "pass allow_weak_sandbox=True if the machine holds nothing worth protecting"
         )
     except BaseException:
       self.close()
@@ -287,7 +297,7 @@ class RewardPool:
     self.close()
 
   def active_layers(self) -> tuple[str, ...]:
-    """The barriers that hold on this machine, e.g. ("user", "network", "ipc", "processes", "files", "limits")."""
+    """The barriers that hold on this machine, e.g. ("user", "network", "files", "limits")."""
     return self._layers
 
   @property
@@ -313,12 +323,13 @@ class RewardPool:
 
     Raises:
       ValueError: the lengths differ, or a column is not of JSON types.
-      RewardError: the function returned something other than one reward per completion, or more than
-        `max_failure_rate` of the batch failed, or workers cannot be started.
+      RewardError: the function returned something other than one reward per completion, or more
+        than `max_failure_rate` of the batch failed, or workers cannot be started.
     """
     if not len(prompts) == len(completions) == len(columns):
       raise ValueError(
-        f"{len(prompts)} prompts, {len(completions)} completions and {len(columns)} columns: must be as many of each"
+        f"{len(prompts)} prompts, {len(completions)} completions and {len(columns)} columns: "
+        "must be as many of each"
       )
     requests = []
     for index, (prompt, completion, extra) in enumerate(
@@ -342,8 +353,9 @@ class RewardPool:
     if len(failed) > self._max_failure_rate * len(results):
       first = failed[0]
       raise RewardError(
-        f"reward function {self._name} failed on {len(failed)} of {len(results)} samples, more than "
-        f"max_failure_rate={self._max_failure_rate:g} allows; sample {first} {results[first].status}: "
+        f"reward function {self._name} failed on {len(failed)} of {len(results)} samples, "
+        f"more than max_failure_rate={self._max_failure_rate:g} allows; "
+        f"sample {first} {results[first].status}: "
         f"{results[first].detail}"
       )
     return results
@@ -394,13 +406,15 @@ class RewardPool:
       reply = protocol.read_frame(self._control.recv)
     except TimeoutError:
       raise RewardError(
-        f"reward function {self._name}: importing it took over {self._start_deadline} s; give it less to do, or a larger start_deadline"
+        f"reward function {self._name}: importing it took over {self._start_deadline} s; "
+        "give it less to do, or a larger start_deadline"
       ) from None
     except OSError:
       reply = None
     if reply is None:
       raise RewardError(
-        f"reward function {self._name}: the process died while importing it (code {self._server.wait()})"
+        f"reward function {self._name}: the process died while importing it "
+        f"(code {self._server.wait()})"
       )
     if "error" in reply:
       raise RewardError(f"reward function {self._name}: {reply['error']}")
@@ -448,7 +462,7 @@ class RewardPool:
         raise RewardError(f"reward function {self._name}: a worker did not start")
 
   def _listen(self, timeout: float) -> list[tuple[_Worker, dict | None]]:
-    """Waits for workers; returns what each busy one sent, None for one that ended, and drops the ended."""
+    """Waits; returns what busy workers sent, None for one that ended, and drops the ended."""
     events = []
     for key, _ in self._selector.select(timeout):
       worker = key.data
@@ -462,7 +476,7 @@ class RewardPool:
         else:
           ended = True  # a message nobody asked for: something has gone wrong inside
       if ended:
-        if not replies:
+        if worker.sample is None or not replies:
           events.append((worker, None))
         self._forget(worker)
     return events
@@ -512,7 +526,7 @@ class RewardPool:
           results[worker.sample] = _result(reply, self._name)
           worker.sample = None
           failed_starts = 0
-        elif not worker.ready:
+        elif reply is None:
           failed_starts += 1
       now = time.monotonic()
       for worker in list(self._live):

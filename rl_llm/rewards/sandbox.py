@@ -1,9 +1,10 @@
 """What a process gives up before it meets text written by a model.
 
-Some graders run model text as a program, and any of them may hang or crash on it. Each function below takes one
-right away from the calling process, by the kernel's own means, and says whether the kernel agreed. Nothing here
-needs root. Standard library only, since it runs in a bare interpreter. On a system other than Linux every
-function returns False, and only the limits of `limit_resources` are left.
+Some graders run model text as a program, and any of them may hang or crash on it. Each function
+below takes one right away from the calling process, by the kernel's own means, and says whether the
+kernel agreed. Nothing here needs root. Standard library only, since it runs in a bare interpreter.
+On a system other than Linux every function returns False, and only the limits of `limit_resources`
+are left.
 
 Patching `socket` or `__builtins__` is not a sandbox: the text being graded can undo it.
 """
@@ -56,9 +57,9 @@ def die_with_parent() -> None:
 def own_user() -> bool:
   """Moves into a user namespace of its own, as nobody where it was root.
 
-  The namespace lets an ordinary process make the other namespaces, and takes from root its power over the
-  machine. A limit on the number of processes does not bind root, so root becomes nobody (65534) inside. The map
-  of ids must be written from outside the namespace, hence the helper.
+  The namespace lets an ordinary process make the other namespaces, and takes from root its power
+  over the machine. A limit on the number of processes does not bind root, so root becomes nobody
+  (65534) inside. The map of ids must be written from outside the namespace, hence the helper.
   """
   uid, gid = os.geteuid(), os.getegid()
   inside, target = ("0 0 1\n65534 65534 1", NOBODY) if uid == 0 else (f"{uid} {uid} 1", uid)
@@ -102,17 +103,17 @@ def no_network() -> bool:
 
 
 def no_shared_names() -> bool:
-  """Own System V IPC objects and host name, so that shared memory of other processes is out of reach."""
+  """Own System V IPC objects and host name: shared memory of others is out of reach."""
   return _unshare(_NEW_IPC | _NEW_UTS)
 
 
 def next_child_is_init() -> bool:
-  """The next fork is process 1 of a new process namespace: it sees no other, and its end ends all it started."""
+  """The next fork is process 1 of a new namespace; its end ends all it started."""
   return _unshare(_NEW_PID)
 
 
 def own_directory(path: str, megabytes: int) -> bool:
-  """Puts a small file system in memory over `path`, which vanishes with the last process that uses it."""
+  """Puts a small file system in memory over `path`; it vanishes with its last process."""
   if not _unshare(_NEW_MOUNT):
     return False
   private = 0x4000 | 0x40000  # MS_REC | MS_PRIVATE: what is mounted here shows nowhere else
@@ -141,7 +142,7 @@ def limit_resources(*, memory_mb: int, file_mb: int) -> None:
 
 
 def limit_processes(processes: int | None) -> None:
-  """No more forks once the user (within its namespace) has that many processes; None leaves it open."""
+  """No more forks once the user, within its namespace, has so many processes."""
   if processes is not None:
     _limit(resource.RLIMIT_NPROC, processes)
 
@@ -154,20 +155,20 @@ def no_new_privileges() -> bool:
 
 
 def no_tracing() -> bool:
-  """Other processes of the same user can no longer trace this one or read its memory (until it execs)."""
+  """Processes of the same user can no longer trace this one or read its memory."""
   return _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
 
 
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL = (
-  1 << n for n in (0, 1, 2, 3, 14, 15)
-)
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
+_TRUNCATE, _IOCTL = 1 << 14, 1 << 15
 
 
 def only_files(read: Iterable[str], write: Iterable[str]) -> bool:
-  """Landlock: from here on, the files under `read` can be read, those under `write` changed, and no others.
+  """Landlock: from now on files under `read` can be read, those under `write` changed, no others.
 
-  Also refuses TCP and signals to outside processes, where the kernel knows how. Paths that do not exist are
-  skipped. Call `no_new_privileges` first: without it the kernel does not let an ordinary process do this.
+  Also refuses TCP and signals to outside processes, where the kernel knows how. Paths that do not
+  exist are skipped. Call `no_new_privileges` first: without it the kernel does not let an ordinary
+  process do this.
 
   Args:
     read: directories or files, with all below them.

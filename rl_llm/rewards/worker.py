@@ -1,12 +1,13 @@
 """The processes that graders run in; started by `rl_llm.rewards.pool`, not imported by it.
 
-    trainer --- server                imports the reward function once, under the first restrictions; never sees text
-                  `- minder           one per worker, exists to be killed: its end is the worker's end
-                       `- worker      process 1 of its own process namespace, in a directory of its own
-                            `- child  a fresh fork per sample: what text breaks or changes ends with its sample
+    trainer --- server          imports the reward function once; never sees text
+                  `- minder     one per worker, exists to be killed: its end is the worker's end
+                       `- worker     process 1 of its own process namespace, in its own directory
+                            `- child      a fresh fork per sample: what text breaks ends with it
 
-A fork costs a millisecond, an import of the grader up to seconds, so a worker killed at its deadline is replaced at
-once. Frames are four bytes of length (big endian), then JSON. Standard library only: `python -I -S -B worker.py FD`.
+A fork costs a millisecond, an import of the grader up to seconds, so a worker killed at its
+deadline is replaced at once. Frames are four bytes of length (big endian), then JSON. Standard
+library only: `python -I -S -B worker.py FD`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def load_function(location: str, function: str) -> Callable:
 
 
 def grade(function: Callable, request: dict) -> dict:
-  """Calls the function on one sample; the reply says "value", "raised", "invalid" or "broken" (contract)."""
+  """Calls the function on one sample; replies "value", "raised", "invalid" or "broken"."""
   columns = {name: [value] for name, value in request["columns"].items()}
   try:
     rewards = function([request["prompt"]], [request["completion"]], **columns)
@@ -95,7 +96,7 @@ def grade(function: Callable, request: dict) -> dict:
     return {"raised": f"{type(error).__name__}: {error}"[:MAX_DETAIL]}
   if isinstance(rewards, (str, bytes, dict)) or not hasattr(rewards, "__len__"):
     return {
-      "broken": f"returned {type(rewards).__name__}, must return a list with one number per completion"
+      "broken": f"returned {type(rewards).__name__}, must return a list: one number per completion"
     }
   if len(rewards) != 1:
     return {
@@ -119,9 +120,10 @@ def grade_in_child(
 
   Args:
     inherited: the descriptor of the trainer's socket, which the child must not hold.
-    alone: whether this process is process 1 of its own namespace, so that "all processes" means the child's.
-    processes: how many processes of this kind of user the child may bring about; None for no limit. It binds the
-      child only, so that a fork bomb cannot keep the other workers from forking.
+    alone: whether this process is process 1 of its own namespace, so that "all processes" means the
+      child's.
+    processes: how many processes of this kind of user the child may bring about; None for no limit.
+      It binds the child only, so that a fork bomb cannot keep the other workers from forking.
   """
   reading, writing = os.pipe()
   child = os.fork()
@@ -192,7 +194,7 @@ def work(
   devices = ["/dev/null", "/dev/zero", "/dev/urandom"]
   if sandbox.only_files(config["readable"] + devices[1:], [directory, devices[0]]):
     layers.append("files")
-  # Since Linux 5.14 processes are counted per user namespace; before, all of the user's own would count.
+  # Since Linux 5.14 processes are counted per user namespace; before, all of the user's are.
   release = re.match(r"(\d+)\.(\d+)", os.uname().release)
   counted_apart = "user" in layers and tuple(map(int, release.groups())) >= (5, 14)
   processes = 64 if counted_apart else None
@@ -207,7 +209,7 @@ def work(
 def start_worker(
   function: Callable, control: socket.socket, fd: int, config: dict, layers: list[str]
 ) -> int:
-  """Forks a minder and, under it, a worker that talks on `fd`; returns the minder's process id."""
+  """Forks a minder and, under it, a worker that talks on `fd`; returns the minder's id."""
   minder = os.fork()
   if minder:
     os.close(fd)
@@ -228,7 +230,7 @@ def start_worker(
 
 
 def serve(control: socket.socket) -> None:
-  """The server's life: import the function, then start and end workers until the trainer is gone."""
+  """The server's life: import the function, then start and end workers until the end."""
   config = read_frame(control.recv)
   signal.alarm(
     config["start_deadline"]

@@ -1,4 +1,4 @@
-"""Tasks: problems by (seed, step), a held-out set that training never draws, and a grader for each."""
+"""Tasks: problems by (seed, step), a held-out set training never draws, and a grader."""
 
 from __future__ import annotations
 
@@ -58,14 +58,15 @@ def task_family(spec: str) -> str:
 
 
 def load_task(spec: str, **options) -> Task:
-  """The task of a name such as "arithmetic", "copy", "reasoning_gym:leg_counting" or "jsonl:train.jsonl".
+  """The task of a name: "arithmetic", "copy", "reasoning_gym:leg_counting", "jsonl:train.jsonl".
 
   >>> load_task("arithmetic", operand_max=9, held_out=20).note
   '45 different problems, 20 held out'
 
   Args:
     spec: the name; after a colon the puzzle or the path.
-    **options: fields of `ArithmeticOptions`, `CopyOptions`, `ReasoningGymOptions` or `JsonlOptions`.
+    **options: fields of `ArithmeticOptions`, `CopyOptions`, `ReasoningGymOptions` or
+      `JsonlOptions`.
 
   Raises:
     TaskError: the name, an option's name or its value does not fit.

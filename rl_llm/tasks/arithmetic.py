@@ -1,4 +1,4 @@
-"""Sums, differences and products of two numbers: a task a small language model learns in minutes."""
+"""Sums, differences and products of two numbers: what a small model learns in minutes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ArithmeticOptions:
       name + "held_out",
       self.held_out,
       0 <= self.held_out <= most,
-      f"in 0..{most} (half of the {self.identities()} problems of this range); lower it or widen the operands",
+      f"in 0..{most} (half of the {self.identities()} problems); lower it or widen the operands",
     )
     used = set(re.findall(r"\{(.*?)\}", self.question))
     check_option(
@@ -83,7 +83,8 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
   >>> problem.key in {p.key for p in task.held_out}, len(task.held_out)
   (False, 10)
 
-  The held-out problems are fixed by the options: the seed does not matter, and 3+8 and 8+3 are on one side.
+  The held-out problems are fixed by the options: the seed does not matter, and 3+8 and 8+3 are on
+  one side.
   """
   low, high, operators = options.operand_min, options.operand_max, options.operators
   width = high - low + 1
@@ -118,8 +119,9 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
 def is_answer(completion: str, answer: str, expression: str) -> bool:
   """Whether the completion commits to the right number.
 
-  Accepting any right number in the text rewards listing guesses, so a completion must name one number: repeating
-  the question is allowed (as asked, or swapped for + and *), and repeating the answer; a second number is not.
+  Accepting any right number in the text rewards listing guesses, so a completion must name one
+  number: repeating the question is allowed (as asked, or swapped for + and *), and repeating the
+  answer; a second number is not.
 
   >>> is_answer("7 + 5 = 12.", "12", "7 + 5")
   True
@@ -134,7 +136,8 @@ def is_answer(completion: str, answer: str, expression: str) -> bool:
   a, op, b = expression.split(" ")
   text = completion.replace("×", "*").replace("−", "-").replace("\\times", "*")
   for first, second in ((a, b), (b, a)) if op != "-" else ((a, b),):
-    echo = rf"(?<![\w.])\(?{re.escape(first)}\s*{re.escape(op)}\s*\(?{re.escape(second)}(?![\w]|[.,][0-9])\)*"
+    asked = r"\s*".join(re.escape(part) for part in (first, op, second))
+    echo = rf"(?<![\w.]){asked}(?!\w|[.,][0-9])"
     text = re.sub(echo, " ", text)
   numbers = {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
   return numbers == {Decimal(answer)}

@@ -68,8 +68,8 @@ def _string(index: int, options: CopyOptions) -> str:
 def copy_task(options: CopyOptions) -> Task:
   """Prompts "abca>" whose right response is "abca" and then the end.
 
-  Training draws a length, then a string, so that short ones show up often enough to be learned first; held-out
-  strings are drawn from all alike, hence mostly long.
+  Training draws a length, then a string, so that short ones show up often enough to be learned
+  first; held-out strings are drawn from all alike, hence mostly long.
 
   >>> task = copy_task(CopyOptions())
   >>> problem = task.sample(0, 0, 1)[0]
@@ -110,13 +110,14 @@ def copy_task(options: CopyOptions) -> Task:
 
 
 def credit(completion: str, answer: str) -> float:
-  """1 for the exact string; otherwise at most 0.6, so that a model from nothing has a slope to climb.
+  """1 for the exact string; else below 0.6, so that a model from nothing has a slope to climb.
 
       credit = 0.5 * leading / longest + 0.1 * shared / longest
 
-  `leading` counts the right characters up to the first wrong one, `shared` the characters that occur in the
-  answer at all, `longest` is the longer of the two lengths: writing on after the answer costs. Random bytes hit
-  the first character once in 256 tries, but some character of the answer far more often.
+  `leading` counts the right characters up to the first wrong one, `shared` the characters that
+  occur in the answer at all, `longest` is the longer of the two lengths: writing on after the
+  answer costs. Random bytes hit the first character once in 256 tries, but some character of the
+  answer far more often.
 
   >>> credit("abc", "abc"), credit("abx", "abc")
   (1.0, 0.4)

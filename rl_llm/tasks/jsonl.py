@@ -74,8 +74,8 @@ def _source(options: JsonlOptions) -> RewardSource:
     return RewardSource(options.reward_file, options.reward_function)
   if options.reward_function not in graders.FUNCTIONS:
     raise TaskError(
-      f"jsonl.reward_function={options.reward_function!r} without jsonl.reward_file: must be one of "
-      f"{', '.join(graders.FUNCTIONS)}; or give a file with --jsonl.reward_file=FILE.py"
+      f"jsonl.reward_function={options.reward_function!r} without jsonl.reward_file: must be "
+      f"one of {', '.join(graders.FUNCTIONS)}; or give a file with --jsonl.reward_file=FILE.py"
     )
   return RewardSource("rl_llm.rewards.graders", options.reward_function)
 
@@ -109,19 +109,17 @@ def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
   key = json.dumps(prompt, sort_keys=True, ensure_ascii=False)
   if options.instruction and isinstance(prompt, str):
     prompt = f"{prompt}\n{options.instruction}"
-  columns = {
-    name: value for name, value in row.items() if name not in (options.prompt_column, "prompt")
-  }
+  columns = {name: value for name, value in row.items() if name != options.prompt_column}
   return Problem(prompt, columns, key)
 
 
 def jsonl_task(path: str, options: JsonlOptions) -> Task:
   """Problems from the rows of a file: `{"prompt": text or messages, ...columns}`, plain or gzip.
 
-  All other keys of a row go to the reward function by name. Each step draws rows without repeating one within the
-  step; over many steps every row comes up equally often on average. Rows are held out by a hash of their prompt,
-  so equal prompts lie on one side, and adding rows moves none. With a held-out file, training rows whose
-  prompt is in it are left out, and `note` says how many.
+  All other keys of a row go to the reward function by name. Each step draws rows without repeating
+  one within the step; over many steps every row comes up equally often on average. Rows are held
+  out by a hash of their prompt, so equal prompts lie on one side, and adding rows moves none. With
+  a held-out file, training rows whose prompt is in it are left out, and `note` says how many.
 
   Args:
     path: the training rows.
@@ -152,9 +150,12 @@ def jsonl_task(path: str, options: JsonlOptions) -> Task:
     raise TaskError(f"{path}: no row is left to train on; all {len(problems)} are held out")
   if options.held_out_fraction and not held_out:
     raise TaskError(
-      f"jsonl.held_out_fraction={options.held_out_fraction:g}: takes none of the {len(problems)} rows; raise it, "
+      f"jsonl.held_out_fraction={options.held_out_fraction:g}: takes none of "
+      f"the {len(problems)} rows; raise it, "
       "give --jsonl.held_out_file, or set it to 0 for a run without evaluation"
     )
+
+  overlap = len(problems) - len(training) - (0 if options.held_out_file else len(held_out))
 
   def sample(seed: int, step: int, count: int) -> list[Problem]:
     order: list[int] = []
@@ -172,6 +173,6 @@ def jsonl_task(path: str, options: JsonlOptions) -> Task:
     max_reward=options.max_reward,
     note=(
       f"{len(training)} rows to train on, {len(held_out)} held out, {dropped} broken dropped, "
-      f"{len(problems) - len(training) - (0 if options.held_out_file else len(held_out))} left out as held out"
+      f"{overlap} left out of training as held out"
     ),
   )

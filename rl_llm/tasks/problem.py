@@ -1,4 +1,4 @@
-"""What a task is: problems as a pure function of (seed, step), a held-out set, and where its grader is."""
+"""What a task is: problems by (seed, step), a held-out set, and where its grader is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rl_llm.rewards import RewardSource
 
 
 class TaskError(ValueError):
-  """A task or one of its options cannot be used; the message names it, what is allowed, and the fix."""
+  """A task or one of its options cannot be used; the message names it and the fix."""
 
 
 class Problem(NamedTuple):
@@ -22,7 +22,8 @@ class Problem(NamedTuple):
   Attributes:
     prompt: text, or messages `{"role", "content"}` for a chat template.
     columns: what the reward function gets besides prompt and completion, by name; JSON types only.
-    key: who this problem is: two with the same key never lie on different sides of the held-out split.
+    key: who this problem is: two with the same key never lie on different sides of the held-out
+      split.
   """
 
   prompt: str | list[dict[str, str]]
@@ -36,8 +37,9 @@ class Task:
 
   Attributes:
     name: for logs, e.g. "arithmetic".
-    sample: `sample(seed, step, count)` gives `count` training problems. It depends on its arguments alone, so a
-      resumed run meets the same problems, and asking for more does not change the first ones.
+    sample: `sample(seed, step, count)` gives `count` training problems. It depends on its arguments
+      alone, so a resumed run meets the same problems, and asking for more does not change the first
+      ones.
     held_out: problems for evaluation, the same for every seed, whose keys `sample` never draws.
     reward: where the reward function is, for `RewardPool`.
     max_reward: a response counts as correct if and only if its reward is at least this.
@@ -59,14 +61,14 @@ def check_option(name: str, value: object, fits: bool, allowed: str) -> None:
 
 
 def rng_for(seed: int, step: int, index: int) -> np.random.Generator:
-  """The generator of one problem; a function of its arguments, so problems do not depend on each other."""
+  """The generator of one problem, so that problems do not depend on each other."""
   for name, value in (("seed", seed), ("step", step)):
     check_option(name, value, value >= 0, "an integer >= 0")
   return np.random.default_rng(np.random.SeedSequence([seed, step, index]))
 
 
 def hashed(text: str) -> int:
-  """A 64-bit number from text, the same on every machine and for every version of Python and numpy."""
+  """A 64-bit number from text, the same on every machine and with every version of numpy."""
   return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
