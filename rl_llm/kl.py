@@ -1,19 +1,22 @@
 """Estimators of the KL divergence to a reference policy, per sampled token.
 
-The exact KL needs all V probabilities at each position. From the one token that was sampled, with d = logprobs - ref_logprobs:
+The exact KL needs all V probabilities at each position. From the one token that was sampled, with d
+= logprobs - ref_logprobs:
 
     k1 = d                   unbiased, but of either sign
     k2 = d^2 / 2             biased, never negative
     k3 = exp(-d) + d - 1     unbiased and never negative
 
-A misconception is that an estimator which is right as a *value* is right as a *loss*. Autodiff differentiates the
-estimator at fixed samples, and forgets that the samples would change too. For tokens sampled from the policy:
+A misconception is that an estimator which is right as a *value* is right as a *loss*. Autodiff
+differentiates the estimator at fixed samples, and forgets that the samples would change too. For
+tokens sampled from the policy:
 
     E[grad k1] = 0                    adds noise and regularises nothing
     E[grad k2] = grad KL(policy || reference)       the reverse KL, which is usually meant
     E[grad k3] = grad KL(reference || policy)       the forward KL
 
-In other words: report k3 (or put k1 in the reward), and differentiate k2. `kl_penalty` takes both by name.
+In other words: report k3 (or put k1 in the reward), and differentiate k2. `kl_penalty` takes both
+by name.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import jax.numpy as jnp
 from rl_llm.types import Array, at_least_float32, check_choice, check_float, check_same_shape
 
 ESTIMATORS = ("k1", "k2", "k3")
-# exp(20) = 4.9e8: where a policy has left its reference this far, the value says so and stays finite.
+# exp(20) = 4.9e8: where a policy has left its reference this far, the value says so and stays
+# finite.
 LOG_RATIO_LIMIT = 20.0
 
 
@@ -83,8 +87,8 @@ def k3(logprobs, ref_logprobs) -> Array:
 
       k3 = exp(-d) + d - 1        d = logprobs - ref_logprobs, limited to +-20
 
-  It is k1 plus exp(-d) - 1, whose mean is 0 and which cancels most of k1's noise. A token of probability 1/2 where the
-  reference has 1/4 gives 1/2 + log 2 - 1:
+  It is k1 plus exp(-d) - 1, whose mean is 0 and which cancels most of k1's noise. A token of
+  probability 1/2 where the reference has 1/4 gives 1/2 + log 2 - 1:
 
   >>> round(float(k3(jnp.log(0.5), jnp.log(0.25))), 3)
   0.193
@@ -117,8 +121,10 @@ def kl_penalty(logprobs, ref_logprobs, *, value="k3", gradient="k2", ratio=None)
   >>> [round(float(y), 3) for y in jax.value_and_grad(f)(jnp.log(0.5))]
   [0.193, 0.693]
 
-  Tokens sampled by an older policy need importance weights. What `ratio = exp(logprobs - old_logprobs)` should carry depends on the
-  gradient: with "k3" differentiate through it, since grad(ratio * k3) = ratio * d * grad(logprobs) (DeepSeek-V3.2; TRL);
+  Tokens sampled by an older policy need importance weights. What `ratio = exp(logprobs -
+  old_logprobs)` should carry depends on the
+  gradient: with "k3" differentiate through it, since grad(ratio * k3) = ratio * d * grad(logprobs)
+    (DeepSeek-V3.2; TRL);
   with "k2" pass `stop_gradient(ratio)`, which gives the same.
 
   Args:
@@ -126,7 +132,8 @@ def kl_penalty(logprobs, ref_logprobs, *, value="k3", gradient="k2", ratio=None)
     ref_logprobs: the same under the reference, in nats; a constant.
     value: the estimator to report, "k1", "k2" or "k3".
     gradient: the estimator to differentiate, "k1", "k2" or "k3".
-    ratio: None, or the shape of `logprobs`: importance weights, differentiated through as they are passed.
+    ratio: None, or the shape of `logprobs`: importance weights, differentiated through as they are
+      passed.
 
   Returns:
     The shape of `logprobs`, at least float32, in nats.

@@ -1,12 +1,13 @@
 """Log-probabilities and entropies of sampled tokens, from logits or straight from hidden states.
 
-Both are those of the *tempered* distribution, softmax(logits / temperature): the one tokens were drawn
-from. A sampler at temperature 0.7 and a trainer at 1 are two policies, and the KL between
+Both are those of the *tempered* distribution, softmax(logits / temperature): the one tokens were
+drawn from. A sampler at temperature 0.7 and a trainer at 1 are two policies, and the KL between
 them is not zero even if their weights are equal; so temperature is an argument everywhere.
 
-The misconception is that memory goes into the network. A vocabulary of 49,152 makes the logits of 8 responses of 1,024 tokens
-1.6 GB in float32, and autodiff keeps more than one such array; the network that made them, SmolLM2, has 0.5 GB of weights.
-`chunked_logprobs_and_entropy` never builds that array.
+The misconception is that memory goes into the network. A vocabulary of 49,152 makes the logits of 8
+responses of 1,024 tokens 1.6 GB in float32, and autodiff keeps more than one such array; the
+network that made them, SmolLM2, has 0.5 GB of weights. `chunked_logprobs_and_entropy` never builds
+that array.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ def token_logprobs(logits, tokens, *, temperature=1.0) -> Array:
 
       logprobs = (logits / temperature)[tokens] - logsumexp(logits / temperature)
 
-  Logits log 1 and log 3 are probabilities 1/4 and 3/4; at temperature 1/2 the odds are squared, 1/10 and 9/10:
+  Logits log 1 and log 3 are probabilities 1/4 and 3/4; at temperature 1/2 the odds are squared,
+  1/10 and 9/10:
 
   >>> logits = jnp.log(jnp.array([[1.0, 3.0]]))
-  >>> [round(float(jnp.exp(token_logprobs(logits, jnp.array([1]), temperature=t))[0]), 3) for t in (1, 0.5)]
+  >>> p = lambda t: jnp.exp(token_logprobs(logits, jnp.array([1]), temperature=t))
+  >>> [round(float(p(t)[0]), 3) for t in (1, 0.5)]
   [0.75, 0.9]
 
   Args:
@@ -83,7 +86,7 @@ def entropy(logits, *, temperature=1.0) -> Array:
   check_float("logits", logits)
   logp = _log_softmax(logits, temperature)
   possible = jnp.isfinite(logp)  # 0 log 0 = 0; replaced before the product, or its gradient is nan
-  return -jnp.sum(jnp.where(possible, jnp.exp(logp) * jnp.where(possible, logp, 0), 0), axis=-1)
+  return jnp.sum(jnp.where(possible, -jnp.exp(logp) * jnp.where(possible, logp, 0), 0), axis=-1)
 
 
 def sequence_logprobs(logprobs, mask, *, average=False) -> Array:
@@ -115,7 +118,7 @@ def sequence_logprobs(logprobs, mask, *, average=False) -> Array:
 def chunked_logprobs_and_entropy(
   hidden, unembedding, tokens, *, chunk_size, temperature=1.0, softcap=None
 ) -> tuple[Array, Array]:
-  """Log-probs and entropies of the sampled tokens, from hidden states, without ever building [B, T, V].
+  """Log-probs and entropies of sampled tokens from hidden states, without building [B, T, V].
 
       z       = hidden @ unembedding.T
       z       = softcap * tanh(z / softcap)        only if softcap is given
@@ -123,8 +126,9 @@ def chunked_logprobs_and_entropy(
       logprob = z[token] - logsumexp(z)
       entropy = logsumexp(z) - sum(softmax(z) * z)
 
-  At most `chunk_size` tokens have logits at a time, forward and backward: memory grows with `chunk_size * V`, not with
-  `B * T * V`. The backward pass computes the logits of a chunk once more instead of keeping them (one matrix product in four), with
+  At most `chunk_size` tokens have logits at a time, forward and backward: memory grows with
+  `chunk_size * V`, not with `B * T * V`. The backward pass computes the logits of a chunk once more
+  instead of keeping them (one matrix product in four), with
 
       d logprob / d z_v = 1[v = token] - p_v        d entropy / d z_v = -p_v (log p_v + entropy)
 
@@ -162,8 +166,8 @@ def chunked_logprobs_and_entropy(
   width = hidden.shape[-1]
   if unembedding.shape[1] != width:
     raise ValueError(
-      f"unembedding has shape {unembedding.shape}; it must be [V, D] with D = {width} as in hidden: "
-      "transpose it if it is stored as [D, V]."
+      f"unembedding has shape {unembedding.shape}; it must be [V, D] with D = {width} as in "
+      "hidden: transpose it if it is stored as [D, V]."
     )
   count = tokens.size
   if count == 0:
@@ -171,7 +175,8 @@ def chunked_logprobs_and_entropy(
   chunks = -(-count // chunk_size)
   rows = -(-count // chunks)
   padding = rows * chunks - count
-  # Chunk i takes every `chunks`-th token: if the batch is sharded, so is each chunk, over all devices.
+  # Chunk i takes every `chunks`-th token: if the batch is sharded, so is each chunk, over all
+  # devices.
   hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0)))
   hidden = hidden.reshape(rows, chunks, width).swapaxes(0, 1)
   flat = jnp.pad(tokens.reshape(count), (0, padding)).reshape(rows, chunks).swapaxes(0, 1)

@@ -1,8 +1,8 @@
 """Sums, means and variances in which masked items behave as if they were absent.
 
-Responses are ragged, arrays are not. A plain mean over a padded array counts the padding; multiplying by
-the mask is no cure, since 0 * inf is nan. Here masked values are replaced *before* anything
-is computed, so neither they nor their gradients can leak, and an empty selection gives 0.
+Responses are ragged, arrays are not. A plain mean over a padded array counts the padding;
+multiplying by the mask is no cure, since 0 * inf is nan. Here masked values are replaced *before*
+anything is computed, so neither they nor their gradients can leak, and an empty selection gives 0.
 A nan at an unmasked position stays a nan: real faults are not hidden.
 """
 
@@ -93,8 +93,9 @@ def whiten(x, mask, *, ddof=1, eps=1e-8, shift_mean=True) -> Array:
 
       whitened = (x - mean) / sqrt(var + eps)
 
-  Advantages of any scale then give updates of the same size. These are statistics of the whole batch: take them before it is
-  split into microbatches. Values 1 and 3 lie one standard deviation (ddof 0) from their mean 2:
+  Advantages of any scale then give updates of the same size. These are statistics of the whole
+  batch: take them before it is split into microbatches. Values 1 and 3 lie one standard deviation
+  (ddof 0) from their mean 2:
 
   >>> x, mask = jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])
   >>> [round(float(v), 3) for v in whiten(x, mask, ddof=0)]

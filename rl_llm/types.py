@@ -1,4 +1,4 @@
-"""What an array must look like: the names of the array types, and the checks that public functions begin with.
+"""What an array must look like: names of array types, and the checks public functions begin with.
 
 A check raises `ValueError` with the argument's name, the value seen, what is allowed, and the fix.
 Only what is known while tracing (shapes, dtypes, Python numbers) is checked, so a check costs
@@ -26,7 +26,7 @@ def at_least_float32(x) -> Array:
 
 
 def check_ndim(name: str, x, ndim: int, axes: str) -> None:
-  """Raises unless `x` has `ndim` axes; `axes` is how the docstring writes them, such as "[B, T]"."""
+  """Raises unless `x` has `ndim` axes; `axes` is how docstrings write them, such as "[B, T]"."""
   if jnp.ndim(x) != ndim:
     raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be {axes}, with {ndim} axes.")
 

@@ -1,13 +1,13 @@
 """How much each token counts: every aggregation of a loss, as an array of weights.
 
-Every loss here is `sum(per_token * weights)`. What other code calls a loss mode (token mean, sequence
-mean, Dr. GRPO) and what it calls a correction (truncated importance sampling, IcePop, top-entropy masks)
-are then both the same thing: numbers in a [B, T] array. Weights (first half of this file) sum to one mean; factors (second half) are multiplied
-into them.
+Every loss here is `sum(per_token * weights)`. What other code calls a loss mode (token mean,
+sequence mean, Dr. GRPO) and what it calls a correction (truncated importance sampling, IcePop,
+top-entropy masks) are then both the same thing: numbers in a [B, T] array. Weights (first half of
+this file) sum to one mean; factors (second half) are multiplied into them.
 
-A common misconception is that weights may be made per microbatch, since each is "a mean". The mean of
-means is not the mean of ragged rows. Two rows, of 3 tokens with loss 1 and of 1 token with
-loss 0, have the token mean 3/4; the mean of their own means is 1/2:
+A common misconception is that weights may be made per microbatch, since each is "a mean". The mean
+of means is not the mean of ragged rows. Two rows, of 3 tokens with loss 1 and of 1 token with loss
+0, have the token mean 3/4; the mean of their own means is 1/2:
 
 >>> mask = jnp.array([[True, True, True], [True, False, False]])
 >>> loss = jnp.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
@@ -65,7 +65,7 @@ def token_mean(mask) -> Array:
 
 
 def sequence_mean(mask, *, count_empty=False) -> Array:
-  """Weights for the mean over responses of each one's token mean; each response counts the same (GRPO).
+  """Weights for the mean over responses of their token means; each counts the same (GRPO).
 
       weights[b, t] = mask[b, t] / (n_b * B)        n_b = sum_t mask[b, t]
 
@@ -74,8 +74,9 @@ def sequence_mean(mask, *, count_empty=False) -> Array:
   >>> sequence_mean(jnp.array([[True, True], [True, False]])).tolist()
   [[0.25, 0.25], [0.5, 0.0]]
 
-  A row without tokens is not a response: by default it is left out of the count, so adding one changes nothing.
-  With `count_empty=True` it counts in B (TRL does so, verl, OpenRLHF and Tunix do not):
+  A row without tokens is not a response: by default it is left out of the count, so adding one
+  changes nothing. With `count_empty=True` it counts in B (TRL does so, verl, OpenRLHF and Tunix do
+  not):
 
   >>> float(sequence_mean(jnp.array([[True, True], [False, False]])).sum())
   1.0
@@ -102,8 +103,8 @@ def sequence_sum(mask, *, count_empty=False) -> Array:
 
       weights[b, t] = mask[b, t] / B
 
-  The gradient of the sum of a response's log-probs is that of the log-prob of the response, so this is the
-  textbook policy gradient: no division by a length that the policy itself chooses.
+  The gradient of the sum of a response's log-probs is that of the log-prob of the response, so this
+  is the textbook policy gradient: no division by a length that the policy itself chooses.
 
   >>> sequence_sum(jnp.array([[True, True], [True, False]])).tolist()
   [[0.5, 0.5], [0.5, 0.0]]
@@ -129,15 +130,16 @@ def constant_length(mask, *, length, count_empty=False) -> Array:
       weights[b, t] = mask[b, t] / (length * B)
 
   Dividing each response by its own length makes a wrong answer cheaper the longer it gets: the same
-  push is spread over more tokens. One constant for all removes that, and keeps the scale of a token mean:
+  push is spread over more tokens. One constant for all removes that, and keeps the scale of a token
+  mean:
 
   >>> constant_length(jnp.array([[True, True], [True, False]]), length=4).tolist()
   [[0.125, 0.125], [0.125, 0.0]]
 
   Args:
     mask: [B, T] bool, the tokens the policy produced, of the whole batch of one optimiser step.
-    length: a constant of the run, such as the maximum number of new tokens; > 0. Not the padded width, which
-      changes with the batch.
+    length: a constant of the run, such as the maximum number of new tokens; > 0. Not the padded
+      width, which changes with the batch.
     count_empty: whether rows without tokens count in B, see `sequence_mean`.
 
   Returns:
@@ -157,8 +159,8 @@ def prompt_mean(mask, *, group_size) -> Array:
 
       weights[b, t] = mask[b, t] / (tokens of the group of b * P)
 
-  Each prompt counts the same, however long its answers; among its answers the long ones count more. Two groups of two responses,
-  with three tokens and one:
+  Each prompt counts the same, however long its answers; among its answers the long ones count more.
+  Two groups of two responses, with three tokens and one:
 
   >>> mask = jnp.array([[True, True], [True, False], [True, False], [False, False]])
   >>> [round(float(w), 3) for w in prompt_mean(mask, group_size=2).sum(axis=1)]
@@ -191,8 +193,8 @@ def truncated_importance(
   """Factors that correct for a sampler whose probabilities differ from the trainer's (TIS, IcePop).
 
   Two programs, or two precisions, give one token two probabilities. The policy gradient is then an
-  average over the wrong distribution; importance weights repair it, but their variance is unbounded, so
-  they are limited:
+  average over the wrong distribution; importance weights repair it, but their variance is
+  unbounded, so they are limited:
 
       w     = exp(old_logprobs - sampler_logprobs)        level "token"
       w     = exp(sum_t mask * log-ratio)                 level "sequence"
@@ -201,7 +203,8 @@ def truncated_importance(
       factor = w if low <= w <= high else 0               mode "mask": IcePop is low 0.5, high 5
       factor = 1 if low <= w <= high else 0               mode "reject": keeps or drops, unweighted
 
-  A token that the trainer finds three times as likely as the sampler did counts twice, or not at all:
+  A token that the trainer finds three times as likely as the sampler did counts twice, or not at
+  all:
 
   >>> old, sampler = jnp.log(jnp.array([[0.6, 0.3]])), jnp.log(jnp.array([[0.2, 0.3]]))
   >>> mask = jnp.array([[True, True]])
@@ -211,7 +214,8 @@ def truncated_importance(
   [[0.0, 1.0]]
 
   Args:
-    old_logprobs: [B, T] float, the trainer's log-probs before this batch's updates, in nats; a constant.
+    old_logprobs: [B, T] float, the trainer's log-probs before this batch's updates, in nats; a
+      constant.
     sampler_logprobs: [B, T] float, what the sampler reported, in nats; a constant.
     mask: [B, T] bool, the tokens the policy produced.
     level: "token", or "sequence" and "geometric", which give one factor to all tokens of a row.
@@ -225,9 +229,9 @@ def truncated_importance(
   Raises:
     ValueError: shapes differ, or `level` or `mode` is none of the above.
 
-  Reference: Yao et al., 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training,
-    https://fengyao.notion.site/off-policy-rl; Ling Team, 2025, Every Step Evolves (IcePop),
-    https://arxiv.org/abs/2510.18855
+  Reference: Yao et al., 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training, https://fengyao.notion.site/off-policy-rl; Ling Team, 2025, Every Step Evolves
+    (IcePop), https://arxiv.org/abs/2510.18855
   """
   check_choice("level", level, ("token", "sequence", "geometric"))
   check_choice("mode", mode, ("truncate", "mask", "reject"))
@@ -256,7 +260,8 @@ def truncated_importance(
 def drop_truncated(mask, truncated) -> Array:
   """Factors that silence responses cut off at the length limit (DAPO's overlong filter).
 
-  A response that ran out of room was never finished; scoring it as wrong punishes sound reasoning for its length.
+  A response that ran out of room was never finished; scoring it as wrong punishes sound reasoning
+  for its length.
 
   >>> drop_truncated(jnp.array([[True, True], [True, True]]), jnp.array([True, False])).tolist()
   [[0.0, 0.0], [1.0, 1.0]]
@@ -288,15 +293,15 @@ def top_entropy(entropies, mask, *, fraction) -> Array:
 
       factor = 1 where entropy >= the (1 - fraction) quantile over all masked tokens, else 0
 
-  Most tokens of a chain of thought follow from the one before; the few forks decide the answer, and have the
-  highest entropy. Of four tokens the top half:
+  Most tokens of a chain of thought follow from the one before; the few forks decide the answer, and
+  have the highest entropy. Of four tokens the top half:
 
   >>> entropies = jnp.array([[0.1, 2.0, 0.3, 1.0]])
   >>> top_entropy(entropies, jnp.ones((1, 4), bool), fraction=0.5).tolist()
   [[0.0, 1.0, 0.0, 1.0]]
 
-  The quantile is one number for the batch: compute it before the batch is split. Dropped tokens stay in the
-  denominator of the weights. Tokens tied with the quantile are all kept.
+  The quantile is one number for the batch: compute it before the batch is split. Dropped tokens
+  stay in the denominator of the weights. Tokens tied with the quantile are all kept.
 
   Args:
     entropies: [B, T] float, in nats; a constant.
@@ -324,12 +329,14 @@ def off_policy_mask(logprobs, sampler_logprobs, advantages, mask, *, threshold) 
 
       factor = 0 where advantage < 0 and mean_t(sampler_logprobs - logprobs) > threshold, else 1
 
-  The mean estimates KL(sampler || policy) on that response. A wrong answer that the policy would hardly give any
-  more teaches little, and pushing it down further moves probability to nobody knows where; a good answer is
-  kept, however old. The first row has fallen from 0.5 to 0.1, log 5 = 1.61 above the limit, and was bad:
+  The mean estimates KL(sampler || policy) on that response. A wrong answer that the policy would
+  hardly give any more teaches little, and pushing it down further moves probability to nobody knows
+  where; a good answer is kept, however old. The first row has fallen from 0.5 to 0.1, log 5 = 1.61
+  above the limit, and was bad:
 
   >>> sampler, now = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.1], [0.1]]))
-  >>> off_policy_mask(now, sampler, jnp.array([-1.0, 1.0]), jnp.ones((2, 1), bool), threshold=1.0).tolist()
+  >>> advantages, mask = jnp.array([-1.0, 1.0]), jnp.ones((2, 1), bool)
+  >>> off_policy_mask(now, sampler, advantages, mask, threshold=1.0).tolist()
   [[0.0], [1.0]]
 
   Args:

@@ -60,9 +60,9 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("value, gradient", itertools.product(GRADIENTS, GRADIENTS))
+@pytest.mark.parametrize("value, gradient", list(itertools.product(GRADIENTS, repeat=2)))
 def test_expected_gradient_of_each_choice(value, gradient):
-  """k1 has none, k2 that of the reverse KL, k3 that of the forward one; the value is the other's."""
+  """k1 has none, k2 that of the reverse KL, k3 that of the forward KL."""
   f = expectation(lambda a, b: kl.kl_penalty(a, b, value=value, gradient=gradient))
   np.testing.assert_allclose(f(POLICY), expectation(getattr(kl, value))(POLICY), rtol=1e-6)
   exact = jax.grad(GRADIENTS[gradient])(POLICY)

@@ -1,0 +1,36 @@
+"""Losses for reinforcement learning of language models, as functions of arrays.
+
+A loss is one term of an objective, to minimise: `(loss, metrics)`, ready for
+`jax.value_and_grad(..., has_aux=True)`. The loss is `sum(per_token * weights)` with weights from
+`rl_llm.weighting`; metrics are a dict of `(sum, count)` pairs, which add across microbatches and
+hosts. An objective is their sum, written out by the caller:
+
+>>> import jax, jax.numpy as jnp
+>>> from rl_llm import losses, weighting
+>>> def objective(logprobs, ref_logprobs, old_logprobs, advantages, mask):
+...   weights = weighting.token_mean(mask)
+...   policy, metrics = losses.grpo_loss(logprobs, old_logprobs, advantages, weights)
+...   kl, kl_metrics = losses.kl_loss(logprobs, ref_logprobs, weights)
+...   return policy + 0.04 * kl, metrics | kl_metrics
+>>> logprobs, mask = jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([[True, True]])
+>>> gradient, metrics = jax.grad(objective, has_aux=True)(
+...   logprobs, logprobs, logprobs, jnp.array([1.0]), mask)
+>>> gradient.tolist()
+[[-0.5, -0.5]]
+
+Importing this package loads jax, numpy and chex, and nothing else.
+"""
+
+from rl_llm.losses.policy_gradient import grpo_loss, ppo_loss, reinforce_loss
+from rl_llm.losses.regularization import entropy_loss, kl_loss, value_loss
+from rl_llm.losses.supervised import sft_loss
+
+__all__ = [
+  "entropy_loss",
+  "grpo_loss",
+  "kl_loss",
+  "ppo_loss",
+  "reinforce_loss",
+  "sft_loss",
+  "value_loss",
+]

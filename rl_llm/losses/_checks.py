@@ -1,0 +1,71 @@
+"""What every loss over tokens does first: check, widen, select, and cut constants' gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rl_llm.types import (
+  Array,
+  at_least_float32,
+  check_float,
+  check_mask,
+  check_ndim,
+  check_same_shape,
+)
+
+# exp(20) = 4.9e8. Beyond it a ratio carries no information, and squares of its gradient overflow
+# float32.
+LOG_RATIO_LIMIT = 20.0
+
+
+def tokens(name, x, weights, mask=None) -> tuple[Array, Array, Array]:
+  """Prepares the trained [B, T] argument `x`, the weights, and the mask of members.
+
+  Positions outside the mask become 0 here, before any `exp` or product: masking after it would
+  leave the gradient 0 * inf = nan.
+
+  Returns:
+    `x` at least float32 and 0 outside the mask; weights likewise, without gradient; the mask.
+  """
+  check_ndim(name, x, 2, "[B, T]")
+  check_float(name, x)
+  check_same_shape("weights", weights, name, x)
+  check_float("weights", weights)
+  weights = jax.lax.stop_gradient(at_least_float32(weights))
+  if mask is None:
+    mask = weights != 0
+  else:
+    check_mask("mask", mask)
+    check_same_shape("mask", mask, name, x)
+  return jnp.where(mask, at_least_float32(x), 0), jnp.where(mask, weights, 0), jnp.asarray(mask)
+
+
+def constant(name, x, like_name, like, mask) -> Array:
+  """A constant of the shape of `like`: no gradient, and 0 outside the mask."""
+  check_same_shape(name, x, like_name, like)
+  check_float(name, x)
+  return jnp.where(mask, jax.lax.stop_gradient(at_least_float32(x)), 0)
+
+
+def per_token(name, x, mask) -> Array:
+  """A constant per sequence [B] or per token [B, T], made [B, T] and 0 outside the mask."""
+  shape = mask.shape
+  if jnp.shape(x) not in (shape, shape[:1]):
+    raise ValueError(
+      f"{name} has shape {jnp.shape(x)}; it must be [B] = {shape[:1]} or [B, T] = {shape}."
+    )
+  x = jax.lax.stop_gradient(at_least_float32(x))
+  x = x[:, None] if x.ndim == 1 else x
+  return jnp.where(mask, x, 0)
+
+
+def ratio_of(log_ratio) -> Array:
+  """exp(log_ratio), with the log-ratio limited to +-20 so that value and gradient stay finite."""
+  return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def metric(x, mask) -> tuple[Array, Array]:
+  """(sum, count) of `x` over the members, without gradient."""
+  x = jax.lax.stop_gradient(jnp.where(mask, at_least_float32(x), 0))
+  return jnp.sum(x), jnp.sum(mask).astype(jnp.float32)

@@ -1,0 +1,86 @@
+"""Named recipes: what each paper or system means by an algorithm's name, as keyword arguments.
+
+"GRPO" is at least eight different numbers in published code: they disagree on the standard
+deviation, on what is averaged over what, on the clip and on the KL term. A preset spells the
+choices out. It is data: four dicts, each with the `name` of a public function and that function's
+keywords, to read, print, change and pass on:
+
+>>> recipe = grpo("dapo")
+>>> recipe.loss
+{'name': 'grpo_loss', 'clip_low': 0.2, 'clip_high': 0.28}
+>>> recipe.weighting
+{'name': 'token_mean'}
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, NamedTuple
+
+
+class Recipe(NamedTuple):
+  """Four keyword dicts. Each but `kl` holds the function's "name" beside its keywords.
+
+  Fields:
+    advantage: of a function in `rl_llm.advantages`.
+    weighting: of a function in `rl_llm.weighting`.
+    loss: of a function in `rl_llm.losses`.
+    kl: {"coef", "value", "gradient"}: the coefficient of `kl_loss` and its keywords; coef 0 needs
+      no reference.
+  """
+
+  advantage: dict[str, Any]
+  weighting: dict[str, Any]
+  loss: dict[str, Any]
+  kl: dict[str, Any]
+
+
+def grpo(name: str) -> Recipe:
+  """The recipe of that name among GRPO's.
+
+  | name | differs from the paper in |
+  |---|---|
+  | grpo | nothing: (R - mean) / std, every response counts the same, clip 0.2, KL 0.04 * k3 |
+  | dr_grpo | no division by std nor by own length, no KL; `constant_length` needs a `length` |
+  | dapo | token mean, clip 0.2 below and 0.28 above, no KL |
+  | trl | eps 1e-4, token mean, no KL (with a coefficient, pass `ratio` to `kl_loss`) |
+  | verl | token mean, dual clip 3, no KL; a lone response has its raw reward there, 0 here |
+  | nexrl | token mean, no KL |
+
+  The papers say neither whether the variance divides by G or G - 1, nor what is added to a standard
+  deviation of 0; where they are silent, ours is G - 1 and 1e-6, as most systems have it.
+
+  Args:
+    name: one of the above.
+
+  Returns:
+    The recipe; the dicts are the caller's to change.
+
+  Raises:
+    ValueError: no such name; the message has the nearest one, and all.
+
+  Reference: Shao et al., 2024, DeepSeekMath, https://arxiv.org/abs/2402.03300; Liu et al., 2025,
+    Dr. GRPO, https://arxiv.org/abs/2503.20783; Yu et al., 2025, DAPO,
+    https://arxiv.org/abs/2503.14476
+  """
+  advantage = {"name": "group_relative", "scale": "std", "ddof": 1, "eps": 1e-6}
+  token_mean = {"name": "token_mean"}
+  clip = {"name": "grpo_loss", "clip_low": 0.2, "clip_high": 0.2}
+  no_kl = {"coef": 0.0, "value": "k3", "gradient": "k3"}
+  recipes = {
+    "grpo": Recipe(
+      advantage, {"name": "sequence_mean", "count_empty": False}, clip, no_kl | {"coef": 0.04}
+    ),
+    "dr_grpo": Recipe(
+      {"name": "group_relative", "scale": "none"}, {"name": "constant_length"}, clip, no_kl
+    ),
+    "dapo": Recipe(advantage, token_mean, clip | {"clip_high": 0.28}, no_kl),
+    "trl": Recipe(advantage | {"eps": 1e-4}, token_mean, clip, no_kl),
+    "verl": Recipe(advantage, token_mean, clip | {"dual_clip": 3.0}, no_kl),
+    "nexrl": Recipe(advantage, token_mean, clip, no_kl),
+  }
+  if name not in recipes:
+    nearest = difflib.get_close_matches(str(name), recipes, n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"name is {name!r}; it must be one of {', '.join(recipes)}.{hint}")
+  return recipes[name]
