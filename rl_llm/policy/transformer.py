@@ -24,18 +24,18 @@ Params = dict[str, Any]
 
 
 class Cache(NamedTuple):
-  """Keys and values of what has been read, so that a decode step computes one token. S columns, of
-  which `cursor` are written.
+  """What has been read, so that a decode step computes one token: S columns, `cursor` written.
 
   Every leaf but `cursor` has the batch first, so rows can be repeated or gathered with
-  `jax.tree.map`.
+  `jax.tree.map`. Keys and values lie as a decode step multiplies them: with heads after columns,
+  a CPU copies the whole cache at every token.
   """
 
-  keys: tuple[chex.Array, ...]  # one a layer, [B, S, K, H] in the compute dtype, rotated
-  values: tuple[chex.Array, ...]  # one a layer, [B, S, K, H] in the compute dtype
+  keys: tuple[chex.Array, ...]  # one a layer, [B, K, H, S] in the compute dtype, rotated
+  values: tuple[chex.Array, ...]  # one a layer, [B, K, S, H] in the compute dtype
   segment_ids: chex.Array  # [B, S] int32, -1 = padding or not yet written
   positions: chex.Array  # [B, S] int32
-  cursor: chex.Array  # int32 scalar, the column the next token is written to, the same for all rows
+  cursor: chex.Array  # int32 scalar, the column the next token goes to, the same for all rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +129,10 @@ def make_policy(
     return params["embed" if config.tie_embeddings else "unembed"]["embedding"]
 
   def init_cache(batch: int, length: int) -> Cache:
-    shape = (batch, length, config.n_kv_heads, config.head_dim)
+    heads, head_dim, layers = config.n_kv_heads, config.head_dim, range(config.n_layers)
     return Cache(
-      keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)),
-      values=tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)),
+      keys=tuple(jnp.zeros((batch, heads, head_dim, length), dtype) for _ in layers),
+      values=tuple(jnp.zeros((batch, heads, length, head_dim), dtype) for _ in layers),
       segment_ids=jnp.full((batch, length), -1, jnp.int32),
       positions=jnp.zeros((batch, length), jnp.int32),
       cursor=jnp.zeros((), jnp.int32),
@@ -248,37 +248,40 @@ def attention_mask(
 
 def attend(
   query: chex.Array,
-  key: chex.Array,
-  value: chex.Array,
+  keys: chex.Array,
+  values: chex.Array,
   mask: chex.Array,
   *,
   scale: float,
   cap: float | None = None,
 ) -> chex.Array:
-  """Grouped-query attention, softmax in float32: query head n reads key and value head n // (N /
-  K).
+  """Grouped-query attention over a cache's layout: query head n reads key head n // (N / K).
 
   Args:
     query: [B, T, N, H] float.
-    key: [B, S, K, H] float.
-    value: [B, S, K, H] float.
+    keys: [B, K, H, S] float.
+    values: [B, K, S, H] float.
     mask: [B, 1, T, S] bool; a query that sees nothing gets a finite value that means nothing.
     scale: multiplies query-key products.
     cap: soft cap of the scaled products (Gemma 2), or None.
 
   Returns:
-    [B, T, N, H].
+    [B, T, N, H]; the softmax is taken in float32.
   """
-  if cap is None:
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
   batch, length, heads, head_dim = query.shape
-  kv_heads = key.shape[2]
-  grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
-  scores = softcap(scores * scale, cap)
+  kv_heads = keys.shape[1]
+  group = heads // kv_heads
+  # All queries that read one key head become the rows of one product: no key is repeated.
+  rows = query.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+  rows = rows.reshape(batch, kv_heads, group * length, head_dim)
+  scores = jnp.einsum("bkrh,bkhs->bkrs", rows, keys, preferred_element_type=jnp.float32)
+  scores = softcap(scores * scale, cap).reshape(batch, kv_heads, group, length, -1)
   scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  weights = weights.reshape(batch, kv_heads, group * length, -1)
+  out = jnp.einsum("bkrs,bksh->bkrh", weights, values)
+  out = out.reshape(batch, kv_heads, group, length, head_dim)
+  return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 class RMSNorm(nn.Module):
@@ -303,8 +306,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, rope, mask, cached, cursor):
-    """x [B, T, D], rope (cos, sin) [B, T, H / 2], mask [B, 1, T, S], cached (keys, values) or
-    None."""
+    """x [B, T, D], rope (cos, sin), mask [B, 1, T, S], cached (keys, values) or None."""
     config = self.config
 
     def project(name: str, heads: int) -> chex.Array:
@@ -320,12 +322,18 @@ class Attention(nn.Module):
       query = RMSNorm(config, name="query_norm")(query)
       key = RMSNorm(config, name="key_norm")(key)
     query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-    if cached is not None:
-      key = jax.lax.dynamic_update_slice(cached[0], key, (0, cursor, 0, 0))
-      value = jax.lax.dynamic_update_slice(cached[1], value, (0, cursor, 0, 0))
-    out = attend(query, key, value, mask, scale=config.attention_scale, cap=config.attn_softcap)
+    scale, cap = config.attention_scale, config.attn_softcap
+    if cached is None and cap is None:
+      out = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+    else:
+      keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+      if cached is not None:
+        keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
+        values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
+        cached = keys, values
+      out = attend(query, keys, values, mask, scale=scale, cap=cap)
     dense = nn.Dense(config.width, use_bias=False, dtype=self.dtype, name="output")
-    return dense(out.reshape(*x.shape[:2], -1)), (key, value)
+    return dense(out.reshape(*x.shape[:2], -1)), cached
 
 
 class MLP(nn.Module):
@@ -404,16 +412,15 @@ class Transformer(nn.Module):
       sliding = rope(local, None) if local else full[0], mask(config.sliding_window)
 
     block = nn.remat(Block) if self.remat else Block
-    keys, values = [], []
+    layers = []
     for layer in range(config.n_layers):
       cached = None if cache is None else (cache.keys[layer], cache.values[layer])
-      x, (key, value) = block(config, self.dtype, name=f"layers_{layer}")(
+      x, cached = block(config, self.dtype, name=f"layers_{layer}")(
         x, *(sliding if config.is_sliding(layer) else full), cached, cursor
       )
-      keys.append(key)
-      values.append(value)
+      layers.append(cached)
     x = RMSNorm(config, name="final_norm")(x)
     if cache is None:
       return x, None
-    cursor = cursor + tokens.shape[1]
-    return x, Cache(tuple(keys), tuple(values), key_segments, key_positions, cursor)
+    keys, values = zip(*layers, strict=True)
+    return x, Cache(keys, values, key_segments, key_positions, cursor + tokens.shape[1])
