@@ -132,7 +132,6 @@ def grade_in_child(
       sandbox.die_with_parent()
       os.close(inherited)
       os.close(reading)
-      os.setpgid(0, 0)
       sandbox.limit_processes(processes)
       try:
         reply = grade(function, request)
@@ -146,18 +145,12 @@ def grade_in_child(
     reply = read_frame(lambda count: os.read(reading, count), MAX_REPLY)
   finally:
     os.close(reading)
-  try:
-    os.setpgid(child, child)
-  except OSError:
-    pass
   status = 0
-  for kill in (
-    lambda: os.killpg(child, signal.SIGKILL),
-    lambda: alone and os.kill(-1, signal.SIGKILL),
-  ):
+  os.kill(child, signal.SIGKILL)  # still ours: it has not been waited for
+  if alone:
     try:
-      kill()
-    except OSError:
+      os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
       pass
   try:
     while True:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -444,6 +445,34 @@ def test_to_arrays():
     "ok": 2, "not_applicable": 1, "raised": 1, "timed_out": 0, "died": 0, "invalid": 0
   }  # fmt: skip
   assert to_arrays([])[0].shape == (0,)
+
+
+def test_without_the_kernels_help_hangs_still_end(source, tmp_path, monkeypatch):
+  """A system that offers none of the barriers: statuses, deadlines and clean ends remain."""
+  directory = os.path.dirname(pool.__file__)
+  for name in ("worker.py", "sandbox.py"):
+    with open(os.path.join(directory, name)) as file:
+      text = file.read()
+    (tmp_path / name).write_text(re.sub(r"(?m)^_libc = .*", "_libc = None", text))
+  monkeypatch.setattr(pool.protocol, "__file__", str(tmp_path / "worker.py"))
+  with RewardPool(source, deadline=0.5, max_failure_rate=1.0) as made:
+    assert made.active_layers() == ("limits",)
+    texts = ["fine", "loop", "os exit", "4 GB", "sleep", "fine"]
+    results = made.score(["p"] * 6, texts, [{}] * 6)
+    statuses = ["ok", "timed_out", "died", "raised", "timed_out", "ok"]
+    assert [r.status for r in results] == statuses
+    one(made, "fine")
+  time.sleep(0.3)
+  assert not any(str(tmp_path) in command for command in _commands())
+
+
+def _commands():
+  for name in filter(str.isdigit, os.listdir("/proc")):
+    try:
+      with open(f"/proc/{name}/cmdline") as file:
+        yield file.read()
+    except OSError:
+      pass
 
 
 def test_worker_and_sandbox_need_only_the_standard_library():
