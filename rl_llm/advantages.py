@@ -75,7 +75,8 @@ def discounted_returns(rewards, mask, *, discount=1.0) -> Array:
 
   A reward of 1 after three tokens, each step back halving it:
 
-  >>> discounted_returns(jnp.array([[0.0, 0.0, 1.0]]), jnp.ones((1, 3), bool), discount=0.5).tolist()
+  >>> rewards, mask = jnp.array([[0.0, 0.0, 1.0]]), jnp.ones((1, 3), bool)
+  >>> discounted_returns(rewards, mask, discount=0.5).tolist()
   [[0.25, 0.5, 1.0]]
 
   Args:

@@ -179,7 +179,7 @@ def prompt_mean(mask, *, group_size) -> Array:
   _check(mask)
   if group_size < 1 or mask.shape[0] % group_size:
     raise ValueError(
-      f"group_size is {group_size}; it must be positive and divide the {mask.shape[0]} rows of mask."
+      f"group_size is {group_size}; it must divide the number of rows of mask, {mask.shape[0]}."
     )
   tokens = jnp.sum(jnp.reshape(mask, (-1, group_size * mask.shape[1])), axis=1)
   prompts = jnp.maximum(jnp.sum(tokens > 0), 1)

@@ -156,7 +156,7 @@ def test_off_policy_mask_drops_bad_and_stale_rows_alone():
   (lambda: weighting.token_mean(np.ones((2, 2))), "mask has dtype float64|mask has dtype float32"),
   (lambda: weighting.token_mean(np.ones(2, bool)), r"mask has shape \(2,\).*\[B, T\]"),
   (lambda: weighting.constant_length(MASK, length=0), "length is 0"),
-  (lambda: weighting.prompt_mean(MASK, group_size=3), "group_size is 3.*4 rows"),
+  (lambda: weighting.prompt_mean(MASK, group_size=3), "group_size is 3.*rows of mask, 4"),
   (lambda: weighting.truncated_importance(LOSS, LOSS[:1], MASK), "sampler_logprobs has shape"),
   (lambda: weighting.truncated_importance(LOSS, LOSS, MASK, mode="clip"), "mode is 'clip'.*'mask'"),
   (lambda: weighting.truncated_importance(LOSS, LOSS, MASK, low=3.0), "high is 2.0.*above 3.0"),

@@ -1,0 +1,264 @@
+"""What must hold of every public loss, as checks that take one.
+
+The losses are found by introspection, so that none can be forgotten: whatever `rl_llm.losses` exports
+is called with arrays made up from the names of its positional arguments. A loss with a new argument
+name fails until `ARRAYS` knows how to make it.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_llm import losses, weighting
+
+SHAPE = (4, 6)
+MASK = np.array([
+  [True, True, True, True, False, False],
+  [True, False, False, True, True, True],
+  [False, True, False, False, False, False],
+  [True, True, True, True, True, True],
+])
+
+# Positional arguments through which the gradient flows; all others are constants.
+TRAINED = {"logprobs", "entropies", "values"}
+ARRAYS = {
+  "logprobs": lambda rng: np.log(rng.uniform(0.2, 0.9, SHAPE)),
+  "old_logprobs": lambda rng: np.log(rng.uniform(0.2, 0.9, SHAPE)),
+  "ref_logprobs": lambda rng: np.log(rng.uniform(0.2, 0.9, SHAPE)),
+  "advantages": lambda rng: rng.normal(size=SHAPE[:1]),
+  "entropies": lambda rng: rng.uniform(0, 2, SHAPE),
+  "values": lambda rng: rng.normal(size=SHAPE),
+  "old_values": lambda rng: rng.normal(size=SHAPE),
+  "returns": lambda rng: rng.normal(size=SHAPE),
+}
+# Two settings of each numeric keyword.
+SETTINGS = {
+  "clip_low": (0.1, 0.3),
+  "clip_high": (0.1, 0.3),
+  "dual_clip": (2.0, 3.0),
+  "delta": (1.5, 4.0),
+  "clip": (0.1, 0.5),
+}
+# Where value and gradient are those of different functions by default, a choice that makes them agree.
+CONSISTENT = {"kl_loss": {"gradient": "k3"}}
+
+PUBLIC = {name: getattr(losses, name) for name in losses.__all__}
+
+
+def defined():
+  """The names of all losses in the family files, exported or not."""
+  found = set()
+  for module in pkgutil.iter_modules(losses.__path__):
+    members = vars(importlib.import_module(f"rl_llm.losses.{module.name}"))
+    found |= {name for name in members if name.endswith("_loss") and not name.startswith("_")}
+  return found
+
+
+def arguments(name, seed=0):
+  """The positional arguments of a loss as a dict of float32 arrays, weights last."""
+  rng = np.random.default_rng(seed)
+  parameters = inspect.signature(PUBLIC[name]).parameters.values()
+  positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+  assert positional[-1] == "weights", f"{name}: weights are the last array"
+  arrays = {p: ARRAYS[p](rng).astype(np.float32) for p in positional[:-1]}
+  return arrays | {"weights": np.asarray(weighting.sequence_mean(MASK))}
+
+
+def numeric_keywords(name):
+  parameters = inspect.signature(PUBLIC[name]).parameters.values()
+  return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in SETTINGS]
+
+
+@functools.cache
+def compiled(name):
+  """arrays -> ((loss, metrics), gradients of every array), compiled once per shape."""
+  f = PUBLIC[name]
+  return jax.jit(jax.value_and_grad(lambda arrays: f(**arrays), has_aux=True))
+
+
+def run(name, arrays):
+  (loss, metrics), gradients = compiled(name)(arrays)
+  return loss, metrics, gradients
+
+
+def trained(gradients):
+  return {k: v for k, v in gradients.items() if k in TRAINED}
+
+
+def close(left, right, rtol=1e-5, atol=1e-7):
+  for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+def rows(arrays, index):
+  return {k: v[index] for k, v in arrays.items()}
+
+
+def check_is_a_float32_scalar_with_sum_and_count_metrics(name):
+  loss, metrics, gradients = run(name, arguments(name))
+  assert loss.shape == () and loss.dtype == jnp.float32 and np.isfinite(loss)
+  assert metrics, "a loss reports something"
+  for key, (total, count) in metrics.items():
+    assert total.shape == count.shape == () and np.isfinite(total), key
+    assert count == MASK.sum(), key
+  assert all(np.any(g) for g in trained(gradients).values()), "the trained array gets a gradient"
+
+
+def check_jit_changes_nothing(name):
+  arrays = arguments(name)
+  loss, metrics, _ = run(name, arrays)
+  close(PUBLIC[name](**arrays), (loss, metrics))
+
+
+def check_padding_and_empty_rows_change_nothing(name):
+  arrays = arguments(name)
+  shape = (SHAPE[0] + 2, SHAPE[1] + 3)
+  mask = np.zeros(shape, bool)
+  mask[1:-1, 2:-1] = MASK
+  padded = {}
+  for key, x in arrays.items():
+    pad = ((1, 1), (2, 1))[:x.ndim]
+    padded[key] = np.pad(x, pad, constant_values=0.5)
+  padded["weights"] = np.asarray(weighting.sequence_mean(mask))
+  loss, metrics, gradients = run(name, arrays)
+  padded_loss, padded_metrics, padded_gradients = run(name, padded)
+  close((padded_loss, padded_metrics), (loss, metrics))
+  for key, gradient in trained(padded_gradients).items():
+    close(gradient[1:-1, 2:-1], gradients[key])
+    assert not np.any(np.asarray(gradient)[~mask])
+
+
+def check_the_order_of_rows_changes_nothing(name):
+  arrays = arguments(name)
+  order = np.array([2, 0, 3, 1])
+  loss, metrics, gradients = run(name, arrays)
+  moved_loss, moved_metrics, moved = run(name, rows(arrays, order))
+  close((moved_loss, moved_metrics), (loss, metrics))
+  close(trained(moved), rows(trained(gradients), order))
+
+
+def check_duplicating_the_batch_changes_nothing(name):
+  arrays = arguments(name)
+  twice = {k: np.concatenate([v, v]) for k, v in arrays.items()}
+  twice["weights"] = np.asarray(weighting.sequence_mean(np.concatenate([MASK, MASK])))
+  close(run(name, twice)[0], run(name, arrays)[0])
+
+
+def check_microbatches_add_up_to_the_whole(name):
+  arrays = arguments(name)
+  loss, metrics, gradients = run(name, arrays)
+  parts = [run(name, rows(arrays, slice(i, i + 2))) for i in (0, 2)]
+  close(sum(part[0] for part in parts), loss)
+  close(jax.tree.map(jnp.add, parts[0][1], parts[1][1]), metrics)
+  whole = jax.tree.map(lambda *x: jnp.concatenate(x), *(trained(part[2]) for part in parts))
+  close(whole, trained(gradients))
+
+
+def check_all_masked_is_zero(name):
+  arrays = arguments(name)
+  arrays["weights"] = np.zeros(SHAPE, np.float32)
+  loss, metrics, gradients = run(name, arrays)
+  assert loss == 0 and not any(np.any(x) for x in jax.tree.leaves((metrics, gradients)))
+
+
+def check_garbage_outside_the_mask_is_not_seen(name):
+  arrays = arguments(name)
+  clean = run(name, arrays)
+  for garbage in (1e4, -1e4, np.inf, -np.inf, np.nan):
+    for key in arrays:
+      if arrays[key].shape == SHAPE and key != "weights":
+        dirty = arrays | {key: np.where(MASK, arrays[key], np.float32(garbage))}
+        close(run(name, dirty), clean)
+    everywhere = {
+      k: np.where(MASK, v, np.float32(garbage)) if v.shape == SHAPE and k != "weights" else v
+      for k, v in arrays.items()
+    }
+    close(run(name, everywhere), clean)
+
+
+def check_extremes_inside_the_mask_stay_finite(name):
+  arrays = arguments(name)
+  for key in TRAINED & arrays.keys():
+    for extreme in (100.0, -100.0, 1e4, -1e4):
+      loss, metrics, gradients = run(name, arrays | {key: arrays[key] + np.float32(extreme)})
+      assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, metrics, gradients)))
+
+
+def check_constants_receive_no_gradient(name):
+  _, _, gradients = run(name, arguments(name))
+  for key, gradient in gradients.items():
+    assert key in TRAINED or not np.any(gradient), key
+
+
+def check_bfloat16_is_computed_in_float32(name):
+  arrays = {k: jnp.asarray(v, jnp.bfloat16) for k, v in arguments(name).items()}
+  loss, _, gradients = run(name, arrays)
+  exact, _, exact_gradients = run(name, {k: v.astype(jnp.float32) for k, v in arrays.items()})
+  assert loss.dtype == jnp.float32
+  close(loss, exact)
+  rounded = {k: v.astype(jnp.bfloat16) for k, v in trained(exact_gradients).items()}
+  close(jax.tree.map(lambda x: x.astype(jnp.float32), trained(gradients)),
+        jax.tree.map(lambda x: x.astype(jnp.float32), rounded), rtol=2**-7)
+
+
+def check_wrong_arguments_are_named(name):
+  arrays = arguments(name)
+  for key, x in arrays.items():
+    others = [k for k in arrays if arrays[k].shape == SHAPE]
+    for wrong in (x[:1], x[..., None], np.float32(1.0)):
+      message = error(name, arrays | {key: wrong})
+      # The first array sets the shape: where it still has two axes, the next is named against it.
+      named = key if key != others[0] or wrong.ndim != 2 else f"the shape of {key}"
+      assert message.startswith(named) or (named != key and named in message), message
+    if key != "advantages":
+      message = error(name, arrays | {key: np.ones(x.shape, np.int32)})
+      assert message.startswith(f"{key} has dtype int32"), message
+  message = error(name, arrays | {"weights": MASK})
+  assert message.startswith("weights has dtype bool"), message
+
+
+def error(name, arrays):
+  try:
+    PUBLIC[name](**arrays)
+  except ValueError as problem:
+    return str(problem)
+  raise AssertionError(f"{name} accepted {jax.tree.map(np.shape, arrays)}")
+
+
+def check_settings_may_be_traced_and_vmapped(name):
+  arrays = arguments(name)
+  keywords = numeric_keywords(name)
+  settings = {k: np.array(SETTINGS[k], np.float32) for k in keywords}
+  f = lambda s: PUBLIC[name](**arrays, **s)[0]  # noqa: E731
+  together = jax.jit(jax.vmap(f))(settings) if keywords else []
+  for i, loss in enumerate(together):
+    np.testing.assert_allclose(loss, f({k: SETTINGS[k][i] for k in keywords}), rtol=1e-5)
+
+
+def check_new_values_do_not_recompile(name):
+  keywords = numeric_keywords(name)
+  step = jax.jit(lambda arrays, settings: PUBLIC[name](**arrays, **settings))
+  for seed in range(3):
+    step(arguments(name, seed), {k: SETTINGS[k][seed % 2] for k in keywords})
+  assert step._cache_size() == 1
+
+
+def check_gradient_matches_finite_differences_in_float64(name):
+  with jax.enable_x64(True):
+    arrays = {k: jnp.asarray(v, jnp.float64) for k, v in arguments(name).items()}
+    key = next(k for k in arrays if k in TRAINED)
+    f = lambda x: PUBLIC[name](**arrays | {key: x}, **CONSISTENT.get(name, {}))[0]  # noqa: E731
+    x = arrays[key]
+    steps = 1e-6 * np.eye(x.size).reshape(-1, *x.shape)
+    slope = lambda step: (f(x + step) - f(x - step)) / 2e-6  # noqa: E731
+    gradient, slopes = jax.jit(lambda steps: (jax.grad(f)(x), jax.vmap(slope)(steps)))(steps)
+    assert gradient.dtype == jnp.float64
+    np.testing.assert_allclose(gradient, slopes.reshape(x.shape), rtol=1e-6, atol=1e-9)
+
+
+CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}
