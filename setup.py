@@ -6,9 +6,9 @@ import setuptools
 
 EXTRAS = {
   # Hugging Face checkpoints, tokenizers and chat templates.
-  "hf": ["tokenizers>=0.21", "safetensors>=0.5", "jinja2>=3.1.5"],
+  "hf": ["tokenizers>=0.21", "safetensors>=0.5", "jinja2>=3.1.6"],
   # GGUF files, such as the demo model's.
-  "gguf": ["gguf>=0.17", "tokenizers>=0.21", "jinja2>=3.1.5"],
+  "gguf": ["gguf>=0.17", "tokenizers>=0.21", "jinja2>=3.1.6"],
   # `--task=reasoning_gym:<name>`.
   "tasks": ["reasoning-gym>=0.1.23"],
   # Developers: tests, linting.

@@ -215,18 +215,26 @@ class Console:
     ]
     self.table(f"samples of step {step}", ("prompt", "response", "reward", "advantage"), cells)
 
+  def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Shows the held-out accuracies of a step.
+
+    Args:
+      step: how many steps the evaluated weights have been trained.
+      metrics: a line of metrics.jsonl, or its part with the keys "eval/...".
+    """
+    for kind in ("sampled", "greedy"):
+      if metrics.get(f"eval/{kind}_accuracy") is not None:
+        low, high = (number(metrics.get(f"eval/{kind}_{end}"), 2) for end in ("low", "high"))
+        accuracy = number(metrics[f"eval/{kind}_accuracy"], 2)
+        self.say(f"step {step} held-out accuracy, {kind}: {accuracy} (95% {low} to {high})")
+
   def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Shows a step that is done, and its evaluation where it has one.
+    """Shows a step that is done.
 
     Args:
       step: its number, of `total_steps`.
       metrics: its line of metrics.jsonl; figures it lacks are left out.
     """
-    for key, shown in (("sampled", "sampled"), ("greedy", "greedy")):
-      if metrics.get(f"eval/{key}_accuracy") is not None:
-        low, high = (number(metrics.get(f"eval/{key}_{end}"), 2) for end in ("low", "high"))
-        accuracy = number(metrics[f"eval/{key}_accuracy"], 2)
-        self.say(f"step {step} held-out accuracy, {shown}: {accuracy} (95% {low} to {high})")
     figures = self._figures(step, metrics)
     if self._live is None:
       self.say(f"step {step}/{self._total_steps} {figures}")

