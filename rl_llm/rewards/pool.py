@@ -16,6 +16,7 @@ import os
 import selectors
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -193,8 +194,8 @@ class RewardPool:
   other. State that the function keeps between calls is lost.
 
   A worker that exceeds the deadline is killed with everything it started, and replaced. While some
-  are slow, spares grade the rest, so a batch of 64 with 8 that hang takes about one deadline, not
-  four.
+  samples take much longer than others, spares grade the rest, so a batch of 64 with 8 that hang
+  takes about one deadline, not four.
 
   Where the kernel allows (Linux; no root needed) a worker has no network, no other processes in
   sight, a 16 MB directory in memory of its own, and no files to read but Python, system libraries
@@ -267,7 +268,7 @@ class RewardPool:
     self._workers, self._spares, self._deadline = workers, spares, deadline
     self._memory_mb, self._start_deadline = memory_mb, start_deadline
     self._max_failure_rate = max_failure_rate
-    self._slow_after = min(0.25, deadline / 4)
+    self._durations: collections.deque[float] = collections.deque(maxlen=64)
     self._live: list[_Worker] = []
     self._next_number = 0
     self._layers: tuple[str, ...] = ()
@@ -448,6 +449,17 @@ class RewardPool:
     except OSError:  # the server has ended, and with it all workers
       pass
 
+  def _slow_after(self) -> tuple[float, int]:
+    """From how many seconds on a sample counts as slow, and how many spares that may call in.
+
+    Slow means ten times what others took: a grader that needs a second for every sample gains
+    nothing from spares, and would miss its deadline with too many of them on the same cores. While
+    none has finished, a sixth of the deadline and as many spares as workers.
+    """
+    if not self._durations:
+      return self._deadline / 6, min(self._spares, self._workers)
+    return max(self._deadline / 20, 10 * statistics.median(self._durations)), self._spares
+
   def _end_busy(self) -> None:
     for worker in [w for w in self._live if w.sample is not None]:
       self._forget(worker)
@@ -502,9 +514,10 @@ class RewardPool:
         self._control.close()
         self._start_server()
       now = time.monotonic()
-      slow = sum(w.sample is not None and now - w.since > self._slow_after for w in self._live)
+      slow_after, spares = self._slow_after()
+      slow = sum(w.sample is not None and now - w.since > slow_after for w in self._live)
       busy = sum(w.sample is not None for w in self._live)
-      wanted = min(self._workers + min(slow, self._spares), busy + len(waiting))
+      wanted = min(self._workers + min(slow, spares), busy + len(waiting))
       while len(self._live) < wanted:
         self._start_worker()
       for worker in self._live:
@@ -516,14 +529,13 @@ class RewardPool:
         for w in self._live
         if w.sample is not None or not w.ready
       ]
-      turns = (
-        [w.since + self._slow_after for w in self._live if w.sample is not None] if waiting else []
-      )
+      turns = [w.since + slow_after for w in self._live if w.sample is not None] if waiting else []
       now = time.monotonic()
       timeout = min([moment - now for moment in ends + turns if moment > now], default=0.0)
       for worker, reply in self._listen(timeout + 0.001):
         if worker.sample is not None:
           results[worker.sample] = _result(reply, self._name)
+          self._durations.append(time.monotonic() - worker.since)
           worker.sample = None
           failed_starts = 0
         elif reply is None:

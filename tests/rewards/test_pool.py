@@ -39,6 +39,8 @@ def reward(prompts, completions, **columns):
   if text == "exit": raise SystemExit(0)
   if text == "loop":
     while True: pass
+  if text == "work":
+    while time.process_time() < 0.3: pass
   if text == "sleep": time.sleep(1e9)
   if text == "power": return [9 ** 9 ** 9]
   if text == "regex": re.match(r"(a+)+$", "a" * 40 + "b")
@@ -170,17 +172,25 @@ def test_a_failure_has_a_status_and_a_bounded_reason(graders, text, status, deta
   assert one(graders, "fine").value == 1.0
 
 
-def test_hangs_cost_one_deadline_and_no_other_sample(graders):
+def test_hangs_cost_one_deadline_and_no_other_sample(source):
   hangs = ["loop", "sleep", "power", "regex", "deaf", "loop", "sleep", "regex"]
   texts = ["fine"] * 64
   for index, hang in enumerate(hangs):
     texts[8 * index + 3] = hang
-  start = time.monotonic()
-  results = graders.score(["p"] * 64, texts, [{}] * 64)
-  assert time.monotonic() - start < DEADLINE + 2
+  with RewardPool(source, deadline=DEADLINE) as graders:
+    start = time.monotonic()
+    results = graders.score(["p"] * 64, texts, [{}] * 64)
+    assert time.monotonic() - start < DEADLINE + 2
+    assert graders.size == 2
+    assert one(graders, "fine").value == 1.0
   assert [r.status for r in results] == ["timed_out" if text in hangs else "ok" for text in texts]
-  assert graders.size == 2
-  assert one(graders, "fine").value == 1.0
+
+
+def test_spares_do_not_crowd_out_a_grader_that_is_slow_on_every_sample(source):
+  """0.3 s of processor time each: 12 at once would need 1.8 s each on two cores."""
+  with RewardPool(source, deadline=1.5) as made:
+    results = made.score(["p"] * 12, ["work"] * 12, [{}] * 12)
+    assert [r.status for r in results] == ["ok"] * 12
 
 
 def test_without_spares_hangs_come_one_after_another(source):
@@ -419,11 +429,11 @@ def test_bad_batches(graders):
 
 
 def test_memory_limit_is_the_one_asked_for(source):
-  text = "def reward(prompts, completions, **c): return [float(len(bytearray(1 << 30)) > 0)]"
+  text = "def reward(prompts, completions, **c): return [float(len(bytearray(400 << 20)) > 0)]"
   path = os.path.join(os.path.dirname(source.location), "memory.py")
   with open(path, "w") as file:
     file.write(text)
-  for memory_mb, status in ((512, "raised"), (4096, "ok")):
+  for memory_mb, status in ((300, "raised"), (2048, "ok")):
     with RewardPool(
       RewardSource(path), workers=1, memory_mb=memory_mb, max_failure_rate=1.0
     ) as made:
