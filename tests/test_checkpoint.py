@@ -13,11 +13,13 @@ import random
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -100,11 +102,11 @@ def errors(monkeypatch):
 W = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
 
 
-def run_python(code, *, devices=1, timeout=120, prefix=()):
+def run_python(code, *, devices=1, timeout=120, prefix=(), arguments=()):
   environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT),
                      XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
-  return subprocess.run([*prefix, sys.executable, "-c", textwrap.dedent(code)], env=environment,
-                        capture_output=True, text=True, timeout=timeout)
+  command = [*prefix, sys.executable, "-c", textwrap.dedent(code), *arguments]
+  return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 # Round trip
@@ -135,6 +137,7 @@ def test_keeps_the_newest_and_restores_any_of_them(tmp_path):
     checkpointer = Checkpointer(tmp_path / str(keep), keep=keep)
     for step in (2, 10, 9, 30, 100):
       checkpointer.save(step, {"w": jnp.full(3, float(step))})
+      assert step != 9 or checkpointer.latest() == 10  # a newer step is never pruned
     names = sorted(int(p.name) for p in (tmp_path / str(keep)).iterdir())
     assert names == [2, 9, 10, 30, 100][-keep:]
     assert checkpointer.latest() == 100
@@ -178,6 +181,39 @@ def test_restores_onto_other_devices(tmp_path):
   assert step == 2 and (np.asarray(state["w"]) == value).all()
 
 
+TWO_PROCESSES = """
+    import sys
+    import jax, jax.numpy as jnp, numpy as np
+    jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    from rl_llm.checkpoint import Checkpointer
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    make = jax.jit(lambda: jnp.arange(8.0).reshape(4, 2), out_shardings=split)
+    checkpointer = Checkpointer({directory!r}, keep=1)
+    for step in (1, 2):
+      checkpointer.save(step, {{"w": make() * step}})
+    wanted = {{"w": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=split)}}
+    step, state, _ = checkpointer.restore(wanted)
+    shard, = state["w"].addressable_shards
+    assert step == 2 and (shard.data == 2 * np.arange(8).reshape(4, 2)[shard.index]).all()
+"""
+
+
+def test_two_processes_write_one_checkpoint_together(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  code = TWO_PROCESSES.format(port=port, directory=str(tmp_path))
+  with ThreadPoolExecutor(2) as pool:
+    ranks = list(pool.map(lambda rank: run_python(code, arguments=[str(rank)]), range(2)))
+  assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-1500:]
+  wanted = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
+  step, state, _ = Checkpointer(tmp_path).restore(wanted)
+  assert step == 2 and state["w"].ravel().tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+  assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
 # What must not be saved
 
 
@@ -187,7 +223,7 @@ def test_nonfinite_state_is_refused_unless_asked_for(tmp_path):
   checkpointer.save(1, {"w": jnp.ones(3)})
   for bad in (jnp.nan, jnp.inf, -jnp.inf):
     state = {"n": jnp.arange(3), "w": jnp.ones(3).at[1].set(bad)}
-    with pytest.raises(CheckpointError, match="step 2 is not saved: 1 of 2 .* first w. .*allow_non"):
+    with pytest.raises(CheckpointError, match=r"step 2 is not saved: 1 of 2 .* first w\. .*allow_"):
       checkpointer.save(2, state)
     assert checkpointer.latest() == 1
   checkpointer.save(2, state, allow_nonfinite=True)
@@ -265,6 +301,8 @@ def test_every_missing_or_short_file_is_detected_and_told_once(two_steps, errors
     step, state, extra = checkpointer.restore(W)
     assert step == 1 and state["w"].tolist() == [1, 2, 3] and extra == {"step": 1}
     assert len(errors) == 1 and str(file) in errors[0] and "Restore the files" in errors[0]
+    if damage == "truncate" and file.name != "manifest.json":
+      assert f"has {size - 1} bytes, {size} were written" in errors[0]
     shutil.rmtree(two_steps / "2")
     shutil.copytree(two_steps.parent / "good", two_steps / "2")
   assert Checkpointer(two_steps).latest() == 2
