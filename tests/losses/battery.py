@@ -1,8 +1,8 @@
 """What must hold of every public loss, as checks that take one.
 
-The losses are found by introspection, so that none can be forgotten: whatever `rl_llm.losses` exports
-is called with arrays made up from the names of its positional arguments. A loss with a new argument
-name fails until `ARRAYS` knows how to make it.
+The losses are found by introspection, so that none can be forgotten: whatever `rl_llm.losses`
+exports is called with arrays made up from the names of its positional arguments. A loss with a new
+argument name fails until `ARRAYS` knows how to make it.
 """
 
 import functools
@@ -44,7 +44,7 @@ SETTINGS = {
   "delta": (1.5, 4.0),
   "clip": (0.1, 0.5),
 }
-# Where value and gradient are those of different functions by default, a choice that makes them agree.
+# Where value and gradient belong to different functions, a choice that makes them agree.
 CONSISTENT = {"kl_loss": {"gradient": "k3"}}
 
 PUBLIC = {name: getattr(losses, name) for name in losses.__all__}

@@ -1,0 +1,27 @@
+"""Runs the examples of every module: a docstring whose number is wrong is a failing test."""
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+
+import pytest
+
+import rl_llm
+
+# Modules whose examples need the package of an extra.
+NEEDS = {
+  "rl_llm.chat_template": "jinja2",
+  "rl_llm.tasks.reasoning_gym_reward": "reasoning_gym",
+}
+
+MODULES = ["rl_llm", *(m.name for m in pkgutil.walk_packages(rl_llm.__path__, "rl_llm."))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+  package = NEEDS.get(name)
+  if package and importlib.util.find_spec(package) is None:
+    pytest.skip(f"{package} is not installed")
+  result = doctest.testmod(importlib.import_module(name))
+  assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed"
