@@ -67,7 +67,7 @@ class TransformerConfig:
   post_norms: bool = False  # Gemma: a norm after attention and MLP too, before the residual sum
   attn_softcap: float | None = None  # Gemma 2: logits become cap * tanh(logits / cap)
   final_softcap: float | None = None  # Gemma 2: the same for the vocabulary's logits
-  query_pre_attn_scalar: float | None = None  # its root divides query-key products; None: head_dim
+  query_pre_attn_scalar: int | None = None  # its root divides query-key products; None: head_dim
   sliding_window: int | None = None  # tokens a sliding layer sees, the current one included
   layer_types: tuple[Literal["full", "sliding"], ...] = ()  # one a layer; (): all "full"
   max_position: int = 8192  # tokens the model was trained to read; a record, not a limit
@@ -233,7 +233,7 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
       post_norms=gemma,
       attn_softcap=cap("attn_logit_softcapping", 50.0),
       final_softcap=cap("final_logit_softcapping", 30.0),
-      query_pre_attn_scalar=float(get("query_pre_attn_scalar", _NUMBER, 256)) if gemma else None,
+      query_pre_attn_scalar=get("query_pre_attn_scalar", int, 256) if gemma else None,
       sliding_window=window,
       layer_types=layer_types,
       max_position=get("max_position_embeddings", int, 8192),
@@ -414,7 +414,7 @@ def _canonical(config: TransformerConfig) -> TransformerConfig:
   sliding = "sliding" in config.layer_types
   return dataclasses.replace(
     config,
-    query_pre_attn_scalar=float(config.query_pre_attn_scalar or config.head_dim),
+    query_pre_attn_scalar=config.query_pre_attn_scalar or config.head_dim,
     sliding_window=config.sliding_window if sliding else None,
     layer_types=config.layer_types if sliding else (),
   )

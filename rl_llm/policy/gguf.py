@@ -175,7 +175,7 @@ def _config(fields: _Fields, tensors: dict[str, Any]) -> TransformerConfig:
   scalar = None
   if gemma:
     is_27b = n_layers == _GEMMA_27B_LAYERS[architecture]
-    scalar = float(width / n_heads if is_27b else head_dim)
+    scalar = width // n_heads if is_27b else head_dim
   theta = float(get("rope.freq_base", 1e6 if gemma3 else 1e4))
   period = 6 if gemma3 else 2
   layer_types = tuple("sliding" if (layer + 1) % period else "full" for layer in range(n_layers))

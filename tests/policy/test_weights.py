@@ -345,7 +345,7 @@ def gguf_family(family):
   if family.startswith("gemma"):
     period = 6 if family == "gemma3" else 2
     types = tuple("sliding" if (i + 1) % period else "full" for i in range(config.n_layers))
-    changes = {"query_pre_attn_scalar": float(config.head_dim), "layer_types": types}
+    changes = {"query_pre_attn_scalar": config.head_dim, "layer_types": types}
   return dataclasses.replace(config, **changes), params
 
 
