@@ -49,11 +49,14 @@ class RewardSource(NamedTuple):
     function: the function's name in it.
     runs_text: whether the function runs parts of a completion as a program. Then a pool refuses to
       start where the kernel offers no barrier to files and network.
+    own_grader: whether it is one of this library's, which only compare text. It then needs no fresh
+      process per sample, which is most of the time of grading a short answer.
   """
 
   location: str
   function: str = "reward"
   runs_text: bool = False
+  own_grader: bool = False
 
 
 class RewardResult(NamedTuple):
@@ -401,6 +404,7 @@ class RewardPool:
         "directory": self._directory,
         "memory_mb": self._memory_mb,
         "file_mb": 16,
+        "own_grader": self._source.own_grader,
         "start_deadline": self._start_deadline,
       }
       protocol.write_frame(self._control.sendall, config)

@@ -111,7 +111,7 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
     name="arithmetic",
     sample=sample,
     held_out=tuple(held_out.values()),
-    reward=RewardSource("rl_llm.tasks.arithmetic", "reward"),
+    reward=RewardSource("rl_llm.tasks.arithmetic", own_grader=True),
     note=f"{options.identities()} different problems, {len(held_out)} held out",
   )
 

@@ -104,7 +104,7 @@ def copy_task(options: CopyOptions) -> Task:
     name="copy",
     sample=sample,
     held_out=tuple(held_out.values()),
-    reward=RewardSource("rl_llm.tasks.copy_text", "reward"),
+    reward=RewardSource("rl_llm.tasks.copy_text", own_grader=True),
     note=f"{total} different strings, {len(held_out)} held out",
   )
 

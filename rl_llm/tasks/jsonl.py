@@ -77,7 +77,7 @@ def _source(options: JsonlOptions) -> RewardSource:
       f"jsonl.reward_function={options.reward_function!r} without jsonl.reward_file: must be "
       f"one of {', '.join(graders.FUNCTIONS)}; or give a file with --jsonl.reward_file=FILE.py"
     )
-  return RewardSource("rl_llm.rewards.graders", options.reward_function)
+  return RewardSource("rl_llm.rewards.graders", options.reward_function, own_grader=True)
 
 
 def _check_row(row: dict[str, Any], prompt_column: str) -> str:
