@@ -18,6 +18,12 @@ ADVANTAGES = RNG.normal(size=SHAPE)
 MASK = np.arange(5) < np.array([[5], [3], [1], [4]])
 WEIGHTS = np.asarray(weighting.sequence_mean(MASK))
 
+# ((loss, metrics), gradient) of each loss; eager calls would compile operation by operation.
+REINFORCE, PPO, GRPO = (
+  jax.jit(jax.value_and_grad(f, has_aux=True))
+  for f in (losses.reinforce_loss, losses.ppo_loss, losses.grpo_loss)
+)
+
 
 def ppo_loop(advantages, low, high, dual, delta):
   total = 0.0
@@ -34,11 +40,11 @@ def ppo_loop(advantages, low, high, dual, delta):
 @pytest.mark.parametrize("low, high, dual, delta", [
   (0.2, 0.2, None, None), (0.1, 0.4, None, None), (0.2, 0.2, 1.3, None), (0.2, 0.2, None, 1.4),
 ])
-@pytest.mark.parametrize("loss", [losses.ppo_loss, losses.grpo_loss])
-def test_ppo_and_grpo_match_the_loop(loss, low, high, dual, delta):
+@pytest.mark.parametrize("f", [PPO, GRPO], ids=["ppo", "grpo"])
+def test_ppo_and_grpo_match_the_loop(f, low, high, dual, delta):
   for advantages in (ADVANTAGES, ADVANTAGES[:, 0]):
-    got, _ = loss(LOGPROBS, OLD, advantages, WEIGHTS,
-                  clip_low=low, clip_high=high, dual_clip=dual, delta=delta)
+    (got, _), _ = f(LOGPROBS, OLD, advantages, WEIGHTS,
+                    clip_low=low, clip_high=high, dual_clip=dual, delta=delta)
     full = np.broadcast_to(advantages if advantages.ndim == 2 else advantages[:, None], SHAPE)
     np.testing.assert_allclose(got, ppo_loop(full, low, high, dual, delta), rtol=1e-5)
     if dual or delta:  # the limit is reached in this data, or the row would prove nothing
@@ -46,7 +52,7 @@ def test_ppo_and_grpo_match_the_loop(loss, low, high, dual, delta):
 
 
 def test_reinforce_matches_its_formula():
-  got, _ = losses.reinforce_loss(LOGPROBS, ADVANTAGES, WEIGHTS)
+  (got, _), _ = REINFORCE(LOGPROBS, ADVANTAGES, WEIGHTS)
   np.testing.assert_allclose(got, -np.sum(WEIGHTS * ADVANTAGES * LOGPROBS), rtol=1e-5)
 
 
@@ -72,10 +78,9 @@ CLIP_TABLE = [
 
 @pytest.mark.parametrize("advantage, ratio, value, gradient, limit", CLIP_TABLE)
 def test_clip_table(advantage, ratio, value, gradient, limit):
-  old = jnp.log(jnp.full((1, 1), 0.1))
-  f = jax.value_and_grad(losses.ppo_loss, has_aux=True)
-  (loss, metrics), slope = f(
-    old + jnp.log(ratio), old, jnp.array([advantage]), jnp.ones((1, 1)), **limit)
+  old = np.full((1, 1), np.log(0.1))
+  (loss, metrics), slope = PPO(
+    old + np.log(ratio), old, np.array([advantage]), np.ones((1, 1)), **limit)
   np.testing.assert_allclose(loss, value, rtol=1e-5)
   np.testing.assert_allclose(slope[0, 0], gradient, rtol=1e-5)
   assert metrics["clip_low_fraction"] == (float(advantage < 0 and ratio < 0.8), 1)
@@ -84,16 +89,16 @@ def test_clip_table(advantage, ratio, value, gradient, limit):
 
 def test_at_ratio_one_ppo_has_the_gradient_of_reinforce():
   for weights in (WEIGHTS, np.asarray(weighting.token_mean(MASK))):
-    reinforce, _ = jax.grad(losses.reinforce_loss, has_aux=True)(OLD, ADVANTAGES, weights)
-    ppo, _ = jax.grad(losses.ppo_loss, has_aux=True)(OLD, OLD, ADVANTAGES, weights)
+    _, reinforce = REINFORCE(OLD, ADVANTAGES, weights)
+    _, ppo = PPO(OLD, OLD, ADVANTAGES, weights)
     np.testing.assert_allclose(ppo, reinforce, rtol=1e-6)
 
 
 def test_a_zero_factor_leaves_membership_to_the_mask():
   """A token whose weight a correction set to 0 still belongs to its response."""
   weights = WEIGHTS * (ADVANTAGES > 0)
-  by_weights = losses.ppo_loss(LOGPROBS, OLD, ADVANTAGES, weights)
-  by_mask = losses.ppo_loss(LOGPROBS, OLD, ADVANTAGES, weights, mask=MASK)
+  by_weights, _ = PPO(LOGPROBS, OLD, ADVANTAGES, weights)
+  by_mask, _ = PPO(LOGPROBS, OLD, ADVANTAGES, weights, mask=MASK)
   np.testing.assert_allclose(by_mask[0], by_weights[0], rtol=1e-6)
   assert by_weights[1]["ratio"][1] == np.sum(weights != 0)
   assert by_mask[1]["ratio"][1] == MASK.sum()
@@ -101,13 +106,13 @@ def test_a_zero_factor_leaves_membership_to_the_mask():
 
 def test_a_weight_outside_the_mask_counts_nothing():
   everywhere = np.ones(SHAPE, np.float32)
-  got, _ = losses.ppo_loss(LOGPROBS, OLD, ADVANTAGES, everywhere, mask=MASK)
-  expected, _ = losses.ppo_loss(LOGPROBS, OLD, ADVANTAGES, MASK.astype(np.float32))
+  (got, _), _ = PPO(LOGPROBS, OLD, ADVANTAGES, everywhere, mask=MASK)
+  (expected, _), _ = PPO(LOGPROBS, OLD, ADVANTAGES, MASK.astype(np.float32))
   np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_metrics_match_their_formulas():
-  _, metrics = losses.ppo_loss(LOGPROBS, OLD, ADVANTAGES, WEIGHTS)
+  (_, metrics), _ = PPO(LOGPROBS, OLD, ADVANTAGES, WEIGHTS)
   log_ratio, a = (LOGPROBS - OLD)[MASK], ADVANTAGES[MASK]
   ratio = np.exp(log_ratio)
   expected = {
@@ -125,9 +130,13 @@ def test_metrics_match_their_formulas():
 # Exact enumeration: all 9 responses of two tokens out of 3, the second depending on the first.
 RESPONSES = np.array(list(itertools.product(range(3), repeat=2)))
 REWARD = np.array([0.0, 1.0, -0.5, 0.3, 0.0, 2.0, 0.1, -1.0, 0.7])
-PARAMS = {"first": jnp.array([0.2, -0.3, 0.5]), "second": jnp.asarray(RNG.normal(size=(3, 3)))}
+PARAMS = {
+  "first": np.array([0.2, -0.3, 0.5], np.float32),
+  "second": RNG.normal(size=(3, 3)).astype(np.float32),
+}
 
 
+@jax.jit
 def response_logprobs(params):
   """[9, 2]: the log-prob of each token of each response."""
   first = jax.nn.log_softmax(params["first"])[RESPONSES[:, 0]]
@@ -141,7 +150,7 @@ def expected_reward(params):
 
 def assert_gradient_is(loss, scale):
   """The gradient of a loss in which sampling is a weight, against the exact one of the reward."""
-  got, exact = jax.jit(jax.grad(loss))(PARAMS), jax.jit(jax.grad(expected_reward))(PARAMS)
+  got, exact = jax.jit(lambda p: (jax.grad(loss)(p), jax.grad(expected_reward)(p)))(PARAMS)
   for key in got:
     np.testing.assert_allclose(got[key], scale * np.asarray(exact[key]), atol=1e-6)
 
@@ -150,8 +159,8 @@ def assert_gradient_is(loss, scale):
 @pytest.mark.parametrize("name", ["reinforce", "ppo"])
 def test_the_expected_gradient_is_that_of_the_expected_reward(name, baseline):
   """REINFORCE, with or without a constant baseline, and PPO at ratio 1 are unbiased."""
-  probability = jnp.exp(response_logprobs(PARAMS).sum(1))
-  weights = jnp.broadcast_to(probability[:, None], (9, 2))  # the sampling, as weights
+  probability = np.exp(np.asarray(response_logprobs(PARAMS)).sum(1))
+  weights = np.repeat(probability[:, None], 2, axis=1)  # the sampling, as weights
 
   def loss(params):
     logprobs = response_logprobs(params)
@@ -170,11 +179,11 @@ def test_group_baselines_are_unbiased_up_to_their_known_factor(estimator, scale)
   """All 81 groups of two responses: RLOO is exact, the group mean shrinks by (G - 1) / G."""
   pairs = np.array(list(itertools.product(range(9), repeat=2)))
   advantages = estimator(REWARD[pairs])
-  probability = jnp.exp(response_logprobs(PARAMS).sum(1))[pairs].prod(axis=1)
+  probability = np.exp(np.asarray(response_logprobs(PARAMS)).sum(1))[pairs].prod(axis=1)
+  weights = np.repeat(probability, 2)[:, None] * np.full((162, 2), 0.5, np.float32)
 
   def loss(params):
     logprobs = response_logprobs(params)[pairs].reshape(-1, 2)
-    weights = jnp.repeat(probability, 2)[:, None] * jnp.full((162, 2), 0.5)
     return losses.grpo_loss(
       logprobs, jax.lax.stop_gradient(logprobs), advantages.reshape(-1), weights)[0]
 
