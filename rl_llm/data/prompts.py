@@ -21,14 +21,14 @@ class PromptBatch(NamedTuple):
   lengths: np.ndarray  # [P] int32
 
 
-def bucket(length: int, *, minimum: int = 16) -> int:
-  """The least width of 16, 32, 48, 64, 96, 128, 192, ... that holds `length`.
+def bucket(length: int, *, minimum: int = 8) -> int:
+  """The least width of 8, 16, 24, 32, 48, 64, 96, 128, ... that holds `length`.
 
   Programs are compiled once a shape. With steps of at most a half, ragged lengths up to 4,096 make
-  at most 17 shapes, and no width is more than half padding.
+  at most 18 shapes, and no width is more than half padding.
 
-  >>> [bucket(n) for n in (1, 16, 17, 33, 49, 65, 97, 200)]
-  [16, 16, 32, 48, 64, 96, 128, 256]
+  >>> [bucket(n) for n in (1, 8, 9, 17, 25, 33, 65, 200)]
+  [8, 8, 16, 24, 32, 48, 96, 256]
 
   Args:
     length: tokens, >= 0.
@@ -47,7 +47,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, pad_id: int) -> PromptBatch
 
   >>> batch = pad_prompts([[5, 6], [7]], pad_id=0)
   >>> batch.tokens.shape, batch.tokens[:, -2:].tolist(), batch.lengths.tolist()
-  ((2, 16), [[5, 6], [0, 7]], [2, 1])
+  ((2, 8), [[5, 6], [0, 7]], [2, 1])
 
   Raises:
     ValueError: there are no prompts, or one is empty (there is nothing to predict from).

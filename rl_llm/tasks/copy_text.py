@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 
 from rl_llm.rewards import RewardSource
@@ -14,7 +13,7 @@ class CopyOptions:
   """The options of `copy`; each is a flag of the experiments."""
 
   alphabet: str = field(default="abcd", metadata={"help": "the characters of the strings"})
-  min_length: int = field(default=1, metadata={"help": "length of the shortest string"})
+  min_length: int = field(default=3, metadata={"help": "length of the shortest string"})
   max_length: int = field(default=3, metadata={"help": "length of the longest string"})
   held_out: int = field(default=20, metadata={"help": "strings kept for evaluation"})
 
@@ -112,25 +111,24 @@ def copy_task(options: CopyOptions) -> Task:
 def credit(completion: str, answer: str) -> float:
   """1 for the exact string; else below 0.6, so that a model from nothing has a slope to climb.
 
-      credit = 0.5 * leading / longest + 0.1 * shared / longest
+      credit = 0.5 * right / longest + 0.1 * shared / longest
 
-  `leading` counts the right characters up to the first wrong one, `shared` the characters that
-  occur in the answer at all, `longest` is the longer of the two lengths: writing on after the
-  answer costs. Random bytes hit the first character once in 256 tries, but some character of the
-  answer far more often.
+  `right` counts the places with the right character, `shared` the characters that occur in the
+  answer at all, `longest` is the longer of the two lengths: writing on after the answer costs.
+  Random bytes hit the character of a place once in 256 tries, but some character of the answer
+  more often, and learning which places are right needs no order.
 
   >>> credit("abc", "abc"), credit("abx", "abc")
   (1.0, 0.4)
 
-  (2 of 3 lead and 2 of 3 are shared: 0.5 * 2/3 + 0.1 * 2/3 = 0.4.)
+  (2 of 3 are right and 2 of 3 are shared: 0.5 * 2/3 + 0.1 * 2/3 = 0.4.)
   """
   if completion == answer:
     return 1.0
   longest = max(len(completion), len(answer))
-  pairs = zip(completion, answer, strict=False)
-  leading = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+  right = sum(a == b for a, b in zip(completion, answer, strict=False))
   shared = sum(character in answer for character in completion)
-  return (5 * leading + shared) / (10 * longest)
+  return (5 * right + shared) / (10 * longest)
 
 
 def reward(prompts, completions, answer, **columns) -> list[float]:
