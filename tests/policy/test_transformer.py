@@ -40,11 +40,10 @@ def rows_of(*parts):
   """(tokens, positions, segment_ids), [2, 24] twice the same row, of (tokens, positions, segment)
   parts: one shape for most tests, so that one compilation serves them."""
   tokens, positions, segments = (
-    jnp.concatenate([jnp.broadcast_to(jnp.asarray(part[i]), (len(part[0]),)) for part in parts])
-    for i in range(3)
+    np.concatenate([np.broadcast_to(part[i], (len(part[0]),)) for part in parts]) for i in range(3)
   )
   assert tokens.shape == (N_TOKENS,)
-  return tuple(jnp.stack([x, x]).astype(jnp.int32) for x in (tokens, positions, segments))
+  return tuple(np.stack([x, x]).astype(np.int32) for x in (tokens, positions, segments))
 
 
 # The parts, against explicit loops.
