@@ -48,7 +48,13 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy, WeightsError, save_hf
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError, RewardPool
-from rl_llm.rollout import STOP_LENGTH, generate, response_logprobs, row_keys
+from rl_llm.rollout import (
+  STOP_LENGTH,
+  generate,
+  prefix_is_worth_sharing,
+  response_logprobs,
+  row_keys,
+)
 from rl_llm.run_directory import open_run, write_result
 from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import (
@@ -179,7 +185,10 @@ class Config:
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
   epochs: int = option(1, "passes over a step's responses", min=1)
   minibatches: int = option(1, "optimiser updates a pass; divides prompts_per_step", min=1)
-  microbatch_rows: int = option(16, "responses whose activations are held at once", min=1)
+  microbatch_prompts: int = option(
+    2, "problems whose responses' activations are held at once; divides prompts_per_step / "
+    "minibatches, or is more than that", min=1
+  )
   remat: bool = option(False, "compute activations twice instead of holding them")
   samples_every: int = option(5, "steps between sample tables", min=1)
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
@@ -204,7 +213,7 @@ TINY = {
   "steps": 120,
   "prompts_per_step": 64,
   "max_new_tokens": 4,
-  "microbatch_rows": 512,
+  "microbatch_prompts": 64,
   "loss.entropy_coef": 0.1,  # Without it the model settles on one answer before it reads.
   "optimizer.learning_rate": 3e-3,
   "eval.every": 40,
@@ -333,9 +342,11 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
     weight_decay=optimizer_config.weight_decay,
     max_grad_norm=optimizer_config.max_grad_norm,
   )
-  rows = config.prompts_per_step // config.minibatches * config.responses_per_prompt
+  update_prompts = config.prompts_per_step // config.minibatches
   loss_fn = make_loss(config, policy)
-  update = make_update(loss_fn, optimizer, microbatches=max(1, rows // config.microbatch_rows))
+  update = make_update(
+    loss_fn, optimizer, microbatches=max(1, update_prompts // config.microbatch_prompts)
+  )
   logprobs_of = jax.jit(
     functools.partial(response_logprobs, policy=policy, temperature=config.sampling.temperature)
   )
@@ -369,7 +380,7 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
       "problems a step": config.prompts_per_step,
       "responses a problem": config.responses_per_prompt,
       "updates a step": config.epochs * config.minibatches,
-      "responses a microbatch": min(rows, config.microbatch_rows),
+      "problems a microbatch": min(update_prompts, config.microbatch_prompts),
       "tokens a response, at most": config.max_new_tokens,
       "steps": config.steps,
       "held-out problems": len(held_out.problems),
@@ -459,9 +470,12 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
         # A response without a reward is as if it had not been sampled.
         mask = rollout.mask & scores.ok.reshape(-1, 1)
         truncated = rollout.stop_reason == STOP_LENGTH
+        copies = 1 if prefix_is_worth_sharing(
+          prompts.tokens.shape[1], rollout.tokens.shape[1], group, policy.config.width
+        ) else group
         batch = {
-          "prompts": np.repeat(prompts.tokens, group, axis=0),
-          "prompt_lengths": np.repeat(prompts.lengths, group),
+          "prompts": np.repeat(prompts.tokens, copies, axis=0),
+          "prompt_lengths": np.repeat(prompts.lengths, copies),
           "tokens": rollout.tokens,
           "mask": mask,
           "sampler_logprobs": rollout.sampler_logprobs,
@@ -490,10 +504,11 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
         totals: dict[str, tuple[float, float]] = {}
         with clock("update"):
           if step == start:
-            console.say(f"compiling the update: {rows} responses of {batch['tokens'].shape[1]}")
-          for part in minibatches(config, step):
-            minibatch = {key: value[part] for key, value in batch.items()}
-            minibatch["weights"] = token_weights(config, mask[part], truncated[part])
+            console.say(f"compiling the update: responses of up to {mask.shape[1]} tokens")
+          for chosen in minibatches(config, step):
+            take = functools.partial(take_prompts, chosen=chosen, of=config.prompts_per_step)
+            minibatch = {key: take(value) for key, value in batch.items()}
+            minibatch["weights"] = token_weights(config, minibatch["mask"], take(truncated))
             state, metrics = update(state, minibatch, hparams)
             for key, (total, count) in jax.device_get(metrics).items():
               before = totals.get(key, (0.0, 0.0))
@@ -558,14 +573,13 @@ def check(config: Config) -> None:
       config.minibatches,
       f"a divisor of prompts_per_step ({config.prompts_per_step})",
     )
-  rows = config.prompts_per_step // config.minibatches * config.responses_per_prompt
-  if rows > config.microbatch_rows and rows % config.microbatch_rows:
+  problems = config.prompts_per_step // config.minibatches
+  if problems > config.microbatch_prompts and problems % config.microbatch_prompts:
     raise ConfigError(
-      "microbatch_rows",
-      config.microbatch_rows,
-      f"a divisor of the {rows} responses of an update (prompts_per_step / minibatches x "
-      "responses_per_prompt), or more than that",
-      f"try --microbatch_rows={math.gcd(rows, config.microbatch_rows)}",
+      "microbatch_prompts",
+      config.microbatch_prompts,
+      f"a divisor of the {problems} problems of an update (prompts_per_step / minibatches)",
+      f"try --microbatch_prompts={math.gcd(problems, config.microbatch_prompts)}",
     )
   if config.sampling.min_new_tokens > config.max_new_tokens:
     raise ConfigError(
@@ -599,14 +613,19 @@ def make_task(config: Config) -> Task:
 
 
 def minibatches(config: Config, step: int):
-  """Row numbers of each update's responses: every epoch deals the prompts out anew."""
-  rows = np.arange(config.prompts_per_step * config.responses_per_prompt)
-  by_prompt = rows.reshape(config.prompts_per_step, config.responses_per_prompt)
+  """The problems of each update: every epoch deals them out anew."""
   for epoch in range(config.epochs):
     rng = np.random.default_rng(np.random.SeedSequence([config.seed, step, epoch]))
-    order = rng.permutation(config.prompts_per_step) if config.minibatches > 1 else slice(None)
-    for part in np.split(by_prompt[order], config.minibatches):
-      yield part.reshape(-1)
+    yield from np.split(rng.permutation(config.prompts_per_step), config.minibatches)
+
+
+def take_prompts(x: np.ndarray, chosen: np.ndarray, *, of: int) -> np.ndarray:
+  """The rows of the chosen problems, however many rows each of the `of` problems has.
+
+  >>> take_prompts(np.array([10, 11, 20, 21]), np.array([1]), of=2).tolist()
+  [20, 21]
+  """
+  return x.reshape(of, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
 
 
 def mean(values: np.ndarray, where: np.ndarray) -> float | None:
