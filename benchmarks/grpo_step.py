@@ -1,0 +1,305 @@
+"""One GRPO step, ours against TRL's: same model, same weights, same prompts, same machine, one run.
+
+  make bench                                                 both sides, TRL in .venv-trl
+  python -m benchmarks.grpo_step --trl_python=/path/python   TRL from an interpreter that has it
+  python -m benchmarks.grpo_step --peer=none                 ours alone
+
+A step is: sample every response, grade it, and make one optimiser update. Each side is a process of
+its own. They take turns, one step at a time, ours first; while one works the other waits, so
+whatever else the machine does meets both alike. The first steps, which compile and allocate, are
+not counted. Before the clock starts the sides must agree on the ids of the prompts and on how
+likely the model finds them; after each step, on how many tokens were written.
+
+The floor is what the step's matrix products alone would take at the best rate either side reaches
+on a large square product, on this machine, in this run. It counts the least work that gives the
+exact result: each prompt is read once for all its responses, in the update as in the rollout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.peers import cores
+from rl_llm.config import ConfigError, option, run
+
+MATMUL = 2048  # side of the square product whose rate is the floor's
+
+
+class BenchmarkError(RuntimeError):
+  """A side cannot be run, or the sides do not do the same work; the message says which and how."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The step, and how each side is told to take it."""
+
+  model: str = option("smollm2", "smollm2, a Hugging Face directory, a .gguf file; tiny: ours only")
+  peer: Literal["trl", "none"] = option("trl", "whom to measure against")
+  prompts: int = option(4, "P, prompts a step", min=1)
+  responses: int = option(8, "G, responses a prompt", min=2)
+  prompt_tokens: int = option(46, "tokens of each prompt", min=8)
+  new_tokens: int = option(64, "tokens of each response, no fewer and no more", min=1)
+  steps: int = option(5, "steps timed on each side", min=1)
+  warmup: int = option(1, "steps before them, not counted", min=1)
+  microbatch_prompts: int = option(
+    2, "ours: prompts whose responses' activations are held at once", min=1
+  )
+  remat: bool = option(False, "ours: compute activations twice instead of holding them")
+  trl_python: str = option(".venv-trl/bin/python", "interpreter that has TRL")
+  trl_batch_rows: int = option(32, "TRL: responses a batch; the rest is accumulated", min=1)
+  trl_checkpointing: bool = option(
+    False, "TRL: compute activations twice; its own default, slower and smaller"
+  )
+
+
+def forward_flops(
+  *,
+  vocab_size: int,
+  width: int,
+  n_layers: int,
+  n_heads: int,
+  n_kv_heads: int,
+  head_dim: int,
+  mlp_width: int,
+  prompts: int,
+  responses: int,
+  prompt_tokens: int,
+  new_tokens: int,
+) -> int:
+  """Operations of the matrix products that read all prompts and responses once, 2 a multiply-add.
+
+      token      = 2 layers (2 D N H + 2 D K H + 3 D F)     for every token read
+      attention  = 4 layers N H                             for every key that a token sees
+      prediction = 2 D V                                    for every token written
+
+  A prompt is read once for all its responses, and the last token of a response by nobody. One layer
+  of width 1 with one head of size 1, an MLP of width 1, a vocabulary of 1, a prompt of one token
+  and a response of one: the prompt's token meets 7 weights and one key, 14 + 4, and the prediction
+  makes 2.
+
+  >>> ones = dict.fromkeys(("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim",
+  ...   "mlp_width", "prompts", "responses", "prompt_tokens", "new_tokens"), 1)
+  >>> forward_flops(**ones)
+  20
+
+  Args:
+    vocab_size: V.
+    width: D.
+    n_layers: layers.
+    n_heads: N.
+    n_kv_heads: K.
+    head_dim: H.
+    mlp_width: F.
+    prompts: P.
+    responses: G, per prompt.
+    prompt_tokens: L, tokens of each prompt.
+    new_tokens: T, tokens of each response.
+
+  Returns:
+    What generation costs; an update costs three times as much, since its backward pass has two
+    products for each of the forward one.
+  """
+  projections = 2 * width * (n_heads + n_kv_heads) * head_dim
+  token = 2 * n_layers * (projections + 3 * width * mlp_width)
+  attention = 4 * n_layers * n_heads * head_dim
+  prediction = 2 * width * vocab_size
+
+  def read(tokens: int) -> int:
+    """A row's first tokens; each sees itself and those before it."""
+    return tokens * token + attention * tokens * (tokens + 1) // 2
+
+  response = read(prompt_tokens + new_tokens - 1) - read(prompt_tokens) + new_tokens * prediction
+  return prompts * (read(prompt_tokens) + responses * response)
+
+
+class Side:
+  """A process of `benchmarks.peers`, seen from here."""
+
+  def __init__(self, name: str, python: str, job: dict[str, Any], log: Path):
+    self.name, self._log = name, log
+    root = Path(__file__).resolve().parents[1]
+    with open(log, "w") as errors:
+      self._process = subprocess.Popen(
+        [python, "-m", "benchmarks.peers", name, json.dumps(job)],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": str(cores()), "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+      )
+
+  def __enter__(self) -> Side:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self._process.stdin.close()
+    try:
+      self._process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      self._process.wait()
+
+  def read(self) -> dict[str, Any]:
+    """The side's next message."""
+    line = self._process.stdout.readline()
+    if not line:
+      tail = self._log.read_text(errors="replace").strip().splitlines()[-12:]
+      code = self._process.wait()
+      raise BenchmarkError(f"the side {self.name} ended with code {code}:\n  " + "\n  ".join(tail))
+    return json.loads(line)
+
+  def step(self) -> dict[str, Any]:
+    """One step, from being asked to all of its results being there."""
+    self._process.stdin.write("step\n")
+    self._process.stdin.flush()
+    return self.read()
+
+
+def check_same(ready: dict[str, dict[str, Any]], *, prompt_tokens: int) -> None:
+  """Refuses to compare sides that read other prompts or hold other weights.
+
+  Args:
+    ready: by side, what it said before its first step.
+    prompt_tokens: the length every prompt must have.
+
+  Raises:
+    BenchmarkError: they differ; the message says in what.
+  """
+  ours = ready["ours"]
+  for name, side in ready.items():
+    for ids in side["prompt_ids"]:
+      if len(ids) != prompt_tokens:
+        raise BenchmarkError(f"{name}: a prompt has {len(ids)} tokens, not {prompt_tokens}")
+    if side["prompt_ids"] != ours["prompt_ids"]:
+      raise BenchmarkError(f"{name}: reads the prompts as other ids than ours")
+    gap = abs(side["prompt_logprob"] - ours["prompt_logprob"])
+    if not gap < 1e-3:
+      raise BenchmarkError(
+        f"{name}: other weights than ours; mean log-prob of the first prompt's tokens "
+        f"{side['prompt_logprob']:.4f} against {ours['prompt_logprob']:.4f}"
+      )
+
+
+def table(
+  steps: dict[str, list[dict[str, float]]], *, forward: int, gflops: float
+) -> list[str]:
+  """The figures as lines: seconds a step and its parts (medians), peak memory, ratio, floor.
+
+  Args:
+    steps: by side, one dict a timed step, as `benchmarks.peers` reports it.
+    forward: what `forward_flops` gives.
+    gflops: 1e9 floating-point operations a second, the best measured.
+  """
+
+  def median(name: str, key: str) -> float:
+    return statistics.median(step[key] for step in steps[name])
+
+  def peak(name: str) -> float:
+    return max(step["peak_mb"] for step in steps[name])
+
+  columns = "{:<6} {:>9} {:>18} {:>12} {:>8} {:>9} {:>12}"
+  lines = [
+    columns.format("side", "s/step", "min .. max", "generation", "reward", "update", "peak GiB")
+  ]
+  for name, taken in steps.items():
+    seconds = [step["seconds"] for step in taken]
+    spread = f"{min(seconds):.2f} .. {max(seconds):.2f}"
+    parts = [f"{median(name, key):.2f}" for key in ("generation", "reward", "update")]
+    row = (name, f"{median(name, 'seconds'):.2f}", spread, *parts, f"{peak(name) / 1024:.2f}")
+    lines.append(columns.format(*row))
+  for name in steps.keys() - {"ours"}:
+    times = {
+      key: median(name, key) / median("ours", key) for key in ("seconds", "generation", "update")
+    }
+    lines.append(
+      f"ours is {times['seconds']:.2f} times as fast as {name} "
+      f"(generation {times['generation']:.2f}, update {times['update']:.2f}); "
+      f"{name} takes {peak(name) / peak('ours'):.2f} times the memory"
+    )
+  floor = {"generation": forward / gflops / 1e9, "update": 3 * forward / gflops / 1e9}
+  total = sum(floor.values())
+  lines.append(
+    f"floor: {4 * forward / 1e12:.2f} TFLOP at {gflops:.0f} GFLOP/s take {total:.2f} s "
+    f"(generation {floor['generation']:.2f}, update {floor['update']:.2f})"
+  )
+  for name in steps:
+    parts = ", ".join(f"{part} {median(name, part) / floor[part]:.2f}" for part in floor)
+    lines.append(f"{name} takes {median(name, 'seconds') / total:.2f} times the floor ({parts})")
+  return lines
+
+
+def main(config: Config) -> int:
+  rows = config.prompts * config.responses
+  for name, size in (("microbatch_prompts", config.prompts), ("trl_batch_rows", rows)):
+    value = getattr(config, name)
+    if value < size and size % value:
+      raise ConfigError(name, value, f"a divisor of {size}, or more than that")
+  if config.peer == "trl" and not shutil.which(config.trl_python):
+    raise BenchmarkError(
+      f"--trl_python={config.trl_python}: no such interpreter; `make bench-peers` makes .venv-trl "
+      "with TRL in it, --peer=none measures ours alone"
+    )
+  with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+    total = config.warmup + config.steps
+    job = dataclasses.asdict(config) | {"matmul": MATMUL, "total_steps": total}
+
+    def start(name: str, python: str) -> Side:
+      return stack.enter_context(Side(name, python, job, Path(scratch, f"{name}.log")))
+
+    sides = []
+    if config.peer == "trl":
+      job["directory"] = str(Path(scratch, "model"))
+      with Side("export", sys.executable, job, Path(scratch, "export.log")) as export:
+        job |= export.read()
+    # One after the other, so that neither loads while the other measures its matrix product.
+    ready = {}
+    interpreters = {"ours": sys.executable}
+    if config.peer == "trl":
+      # Not resolved: a virtual environment's interpreter is a link that knows where it stands.
+      interpreters["trl"] = os.path.abspath(shutil.which(config.trl_python))
+    for name, python in interpreters.items():
+      sides.append(start(name, python))
+      ready[name] = sides[-1].read()
+    check_same(ready, prompt_tokens=config.prompt_tokens)
+
+    print(
+      f"{config.model}, float32: {config.prompts} prompts of {config.prompt_tokens} tokens x "
+      f"{config.responses} responses of {config.new_tokens}; {platform.machine()}, {cores()} cores"
+    )
+    for name, message in ready.items():
+      print(f"{name}: {message['versions']}; {message['note']}; {message['gflops']:.0f} GFLOP/s")
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in ready}
+    for number in range(total):
+      for side in sides:
+        taken = side.step()
+        if taken["tokens"] != rows * config.new_tokens:
+          raise BenchmarkError(
+            f"{side.name}: wrote {taken['tokens']} tokens, not {rows * config.new_tokens}"
+          )
+        warm = number >= config.warmup
+        if warm:
+          steps[side.name].append(taken)
+        word = "" if warm else " (not counted)"
+        print(f"step {number} {side.name}: {taken['seconds']:.2f} s{word}", flush=True)
+    names = ("prompts", "responses", "prompt_tokens", "new_tokens")
+    sizes = {name: getattr(config, name) for name in names}
+    forward = forward_flops(**ready["ours"]["shape"], **sizes)
+    gflops = max(side["gflops"] for side in ready.values())
+    print(*table(steps, forward=forward, gflops=gflops), sep="\n")
+  return 0
+
+
+if __name__ == "__main__":
+  run(main, Config, errors=(BenchmarkError,))

@@ -1,0 +1,120 @@
+"""The benchmark's own arithmetic: what a step costs, that both sides do the same work, one run."""
+
+import contextlib
+import io
+
+import pytest
+
+from benchmarks.grpo_step import BenchmarkError, Config, check_same, forward_flops, main, table
+from benchmarks.peers import prompt_texts, reward
+
+SHAPE = {
+  "vocab_size": 11,
+  "width": 8,
+  "n_layers": 3,
+  "n_heads": 4,
+  "n_kv_heads": 2,
+  "head_dim": 6,
+  "mlp_width": 10,
+}
+
+
+def slow_forward(prompts, responses, prompt_tokens, new_tokens):
+  """Every product of every token, one after another: 2 per multiply-add."""
+
+  def read(column):
+    """One token through all layers, when columns 0 .. column are seen."""
+    flops = 0
+    for _ in range(3):
+      for rows, columns in [(8, 24), (8, 12), (8, 12), (24, 8), (8, 10), (8, 10), (10, 8)]:
+        flops += 2 * rows * columns
+      for _ in range(4):
+        for _ in range(column + 1):
+          flops += 2 * 6 + 2 * 6  # query . key, weight * value
+    return flops
+
+  total = 0
+  for _ in range(prompts):
+    for column in range(prompt_tokens):
+      total += read(column)
+    for _ in range(responses):
+      for token in range(new_tokens):
+        total += 2 * 8 * 11  # Its prediction.
+        if token < new_tokens - 1:  # The last token sampled is read by nobody.
+          total += read(prompt_tokens + token)
+  return total
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 1, 5, 1), (2, 3, 4, 5)])
+def test_flops_are_those_of_counting_every_product(sizes):
+  names = ("prompts", "responses", "prompt_tokens", "new_tokens")
+  assert forward_flops(**SHAPE, **dict(zip(names, sizes, strict=True))) == slow_forward(*sizes)
+
+
+def test_prompts_have_the_length_asked_for():
+  def encode(text):
+    return text.split(" ")
+
+  texts = prompt_texts(encode, count=3, tokens=20)
+  assert [len(encode(text)) for text in texts] == [20, 20, 20]
+  assert len(set(texts)) == 3
+  with pytest.raises(ValueError, match="prompt_tokens: 100000; .* fewer"):
+    prompt_texts(encode, count=1, tokens=100_000)
+
+
+def test_rewards_depend_on_the_text_and_lie_in_the_unit_interval():
+  completions = [str(number) for number in range(1000)]
+  rewards = reward(["?"] * 1000, completions)
+  assert rewards == reward(["!"] * 1000, completions)
+  assert 0 <= min(rewards) and max(rewards) <= 1
+  assert abs(sum(rewards) / 1000 - 0.5) < 0.05  # 5 standard errors of a uniform draw's mean.
+
+
+def test_table_shows_median_spread_ratio_and_floor():
+  def step(seconds, peak):
+    rest = {"generation": 0.25 * seconds, "reward": 0.0, "update": 0.75 * seconds, "tokens": 4}
+    return {"seconds": seconds, **rest, "peak_mb": peak}
+
+  steps = {
+    "ours": [step(2.0, 100.0), step(4.0, 300.0), step(2.5, 200.0)],
+    "trl": [step(10.0, 900.0), step(12.5, 900.0), step(15.0, 900.0)],
+  }
+  lines = table(steps, forward=2_500_000_000, gflops=10.0)
+  ours = next(line for line in lines if line.startswith("ours"))
+  assert ours.split() == ["ours", "2.50", "2.00", "..", "4.00", "0.62", "0.00", "1.88", "0.29"]
+  text = "\n".join(lines)
+  assert "ours is 5.00 times as fast as trl" in text  # 12.5 / 2.5
+  assert "3.00 times the memory" in text  # 900 / 300
+  assert "take 1.00 s (generation 0.25, update 0.75)" in text  # 4 x 2.5 GFLOP at 10 GFLOP/s
+  assert "ours takes 2.50 times the floor (generation 2.50, update 2.50)" in text
+  assert "trl takes 12.50 times the floor" in text
+
+
+def test_sides_that_do_not_do_the_same_work_are_refused():
+  ready = {"prompt_ids": [[1, 2, 3]], "prompt_logprob": -2.0}
+  check_same({"ours": ready, "trl": dict(ready)}, prompt_tokens=3)
+  for change, word in [
+    ({"prompt_ids": [[1, 2, 4]]}, "other ids"),
+    ({"prompt_logprob": -2.1}, "other weights"),
+  ]:
+    with pytest.raises(BenchmarkError, match=word):
+      check_same({"ours": ready, "trl": ready | change}, prompt_tokens=3)
+  with pytest.raises(BenchmarkError, match="3 tokens"):
+    check_same({"ours": ready}, prompt_tokens=4)
+
+
+def test_one_step_of_the_tiny_model_runs_end_to_end():
+  config = Config(
+    model="tiny", peer="none", prompts=2, responses=4, prompt_tokens=9, new_tokens=3, steps=1,
+    warmup=1, microbatch_prompts=1,
+  )
+  out = io.StringIO()
+  with contextlib.redirect_stdout(out):
+    assert main(config) == 0
+  assert "2 prompts of 9 tokens x 4 responses of 3" in out.getvalue()
+  assert "\nours" in out.getvalue()
+
+
+def test_a_missing_peer_is_one_line_with_the_command():
+  with pytest.raises(BenchmarkError, match="make bench-peers"):
+    main(Config(trl_python="nowhere/bin/python"))
