@@ -1,0 +1,114 @@
+"""The guides are held to the code: examples run, and every path, name and flag in them exists."""
+
+import doctest
+import importlib
+import pathlib
+import re
+import runpy
+
+import pytest
+
+from experiments.grpo import Config
+from rl_llm.config import flatten
+from rl_llm.rewards import RewardPool
+from rl_llm.tasks import load_task
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+# Flags of other programs (pip) and of absl itself.
+FOREIGN_FLAGS = {"no-deps", "help", "flagfile"}
+
+
+def name(path):
+  return path.name
+
+
+def missing_paths(text):
+  """The paths into the repository that a text names and that are not there."""
+  paths = re.findall(r"(?<![\w/.-])(?:rl_llm|experiments|benchmarks|tests|docs)/[\w./-]*", text)
+  return [path for path in paths if not (ROOT / path.rstrip(".")).exists()]
+
+
+def unknown_flags(text):
+  known = flatten(Config()).keys() | FOREIGN_FLAGS
+  return [flag for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text) if flag not in known]
+
+
+def unknown_names(text):
+  """Dotted names below rl_llm and experiments that are neither a module nor something in one."""
+  dotted = re.findall(r"\b(?:rl_llm|experiments)(?:\.[A-Za-z_]\w*)+", text)
+  return [each for each in dotted if not each.endswith(".py") and not exists(each)]
+
+
+def exists(dotted):
+  try:
+    importlib.import_module(dotted)
+    return True
+  except ImportError:
+    parent, _, last = dotted.rpartition(".")
+    return bool(parent) and last in vars(importlib.import_module(parent))
+
+
+def blocks(text):
+  """The Python programs of a guide by the file name in their first line."""
+  found = re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+  return dict(found)
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=name)
+def test_examples(path):
+  result = doctest.testfile(str(path), module_relative=False)
+  assert result.attempted > 0
+  assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=name)
+def test_what_is_named_exists(path):
+  text = path.read_text(encoding="utf-8")
+  assert not missing_paths(text)
+  assert not unknown_flags(text)
+  assert not unknown_names(text)
+
+
+def test_the_rules_themselves():
+  text = "`rl_llm/kl.py`, tests/no.py, [a](docs/no.md)."
+  assert missing_paths(text) == ["tests/no.py", "docs/no.md"]
+  assert unknown_flags("--model=tiny --loss.clip_hi=1 --no-deps a--b") == ["loss.clip_hi"]
+  assert unknown_names("rl_llm.kl.k3, rl_llm.kl.k4, rl_llm/kl.py") == ["rl_llm.kl.k4"]
+
+
+def test_the_source_tree_names_every_module():
+  tree = README.read_text(encoding="utf-8").partition("## Source tree")[2].partition("\n## ")[0]
+  entries = set(tree.replace("rl_llm/", "").split())
+  modules = [
+    path.name + "/" * path.is_dir()
+    for path in (ROOT / "rl_llm").iterdir()
+    if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
+  ]
+  assert [module for module in sorted(modules) if module not in entries] == []
+
+
+def test_the_readme_example_of_own_data(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  programs = blocks(README.read_text(encoding="utf-8"))
+  for file in ("make_data.py", "reward.py"):
+    (tmp_path / file).write_text(programs[file])
+  runpy.run_path("make_data.py")
+  task = load_task("jsonl:train.jsonl", reward_file="reward.py", held_out_fraction=0.3)
+  assert len(task.held_out) == 18, "as the README says"
+  problem = next(p for p in task.sample(0, 0, 20) if len(set(p.prompt)) == 4)
+  right = problem.prompt[:3][::-1]
+  with RewardPool(task.reward, workers=1) as pool:
+    results = pool.score(
+      [problem.prompt] * 3, [right, right + "x", right[::-1]], [problem.columns] * 3)
+  # All three places; three of four; only the middle one when all three letters differ.
+  assert [result.value for result in results] == [1.0, 3 / 4, 1 / 3]
+
+
+def test_the_readme_example_of_the_losses(tmp_path):
+  (tmp_path / "losses.py").write_text(blocks(README.read_text(encoding="utf-8"))["losses.py"])
+  found = runpy.run_path(str(tmp_path / "losses.py"))
+  # The first update: every ratio is 1, so the loss is minus the weighted mean advantage. The
+  # good response has three of the five tokens, with advantages +-1/sqrt(2).
+  assert float(found["loss"]) == pytest.approx(-(3 - 2) / 5 / 2**0.5, rel=1e-5)
