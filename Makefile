@@ -1,10 +1,12 @@
 # make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo/report.html
 # make test   the test suite;  make test-full adds the long trials;  make lint
+# make bench  a GRPO step against TRL's, which gets a .venv-trl of its own (about 1.5 GB)
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN_FLAGS ?=
+BENCH_FLAGS ?=
 BIN := $(VENV)/bin
 
 # Which interpreter a .venv was made with, and what was installed, are in its stamps: another PYTHON makes it anew, an
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-full lint bench clean
+.PHONY: run test test-full lint bench bench-peers clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -26,6 +28,18 @@ test-full: $(VENV)/test-$(VERSION)
 
 lint: $(VENV)/test-$(VERSION)
 	$(BIN)/ruff check .
+
+bench: $(VENV)/run-$(VERSION) bench-peers
+	$(BIN)/python -m benchmarks.grpo_step $(BENCH_FLAGS)
+
+bench-peers: .venv-trl/ready
+
+.venv-trl/ready:
+	@echo "Installing TRL, transformers and torch into .venv-trl."
+	@$(PYTHON) -m venv .venv-trl && echo '*' > .venv-trl/.gitignore
+	@.venv-trl/bin/python -m pip --disable-pip-version-check install -q \
+	  --extra-index-url https://download.pytorch.org/whl/cpu 'trl==1.16.*' 'transformers==5.*' torch
+	@touch $@
 
 $(VENV)/python-$(VERSION):
 	@test -n "$(VERSION)" || { echo "error: PYTHON=$(PYTHON) does not run; install Python 3.11 to 3.13 or set PYTHON=" >&2; exit 2; }
@@ -48,4 +62,4 @@ $(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-trl build *.egg-info
