@@ -317,9 +317,9 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
     return result
   devices = jax.devices()
   console.say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
+  task = make_task(config)
   model = load_model(config.model, seed=config.seed, remat=config.remat)
   policy, tokenizer = model.policy, model.tokenizer
-  task = make_task(config)
   layout = config.prompt_format
   if layout == "auto":
     layout = "chat" if tokenizer.chat_template else "plain"
@@ -450,7 +450,8 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
             jax.random.fold_in(jax.random.key(config.seed), step), config.prompts_per_step, group
           )
           sampling = SamplingConfig(
-            jnp.full(config.prompts_per_step * group, config.sampling.temperature),
+            # Of the type that evaluation has, or the same shape compiles twice.
+            jnp.full(config.prompts_per_step * group, config.sampling.temperature, jnp.float32),
             top_k=config.sampling.top_k,
             top_p=config.sampling.top_p,
             min_new_tokens=config.sampling.min_new_tokens,

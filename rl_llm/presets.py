@@ -68,9 +68,7 @@ def grpo(name: str) -> Recipe:
   clip = {"name": "grpo_loss", "clip_low": 0.2, "clip_high": 0.2}
   no_kl = {"coef": 0.0, "value": "k3", "gradient": "k3"}
   recipes = {
-    "grpo": Recipe(
-      advantage, {"name": "sequence_mean", "count_empty": False}, clip, no_kl | {"coef": 0.04}
-    ),
+    "grpo": Recipe(advantage, {"name": "sequence_mean"}, clip, no_kl | {"coef": 0.04}),
     "dr_grpo": Recipe(
       {"name": "group_relative", "scale": "none"}, {"name": "constant_length"}, clip, no_kl
     ),
