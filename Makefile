@@ -1,4 +1,4 @@
-# make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo/report.html
+# make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo-smollm2-arithmetic-seed0/
 # make test   the test suite;  make test-full adds the long trials;  make lint
 # make bench  a GRPO step against TRL's, which gets a .venv-trl of its own (about 1.5 GB)
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
