@@ -1,0 +1,518 @@
+"""GRPO end to end on a small model: what a run records, survives, refuses and obeys."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import grpo
+from rl_llm.checkpoint import Checkpointer
+from rl_llm.config import ConfigError, flatten, replace
+from rl_llm.data.prompts import bucket
+from rl_llm.metrics import read, without_timings
+from rl_llm.model import LanguageModel, load_model
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.rewards import RewardError
+from rl_llm.rollout import generate
+from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.train_state import init_state
+from rl_llm.update import make_optimizer
+
+FULL = bool(os.environ.get("RL_LLM_FULL"))
+ROOT = Path(__file__).parents[2]
+
+
+class Chatty(ByteTokenizer):
+  """Bytes with a chat template, and with ends so frequent that responses are ragged."""
+
+  eos_ids = (258, *range(0, 256, 6))
+  chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Equal programs are compiled once: most runs here differ by a number, not by a program."""
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  # Compiling is most of the time of such small runs.
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield settings
+  jax.config.update("jax_disable_most_optimizations", False)
+  for name, value in before.items():
+    jax.config.update(name, value)
+  jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """`--model=tiny` with one narrow layer and `Chatty`; the policy it runs."""
+  config = dataclasses.replace(tiny_config(ByteTokenizer.vocab_size), n_layers=1, width=32, n_heads=2, n_kv_heads=1, mlp_width=64)
+  policy = make_policy(config)
+  init = jax.jit(policy.init)
+
+  def load(name, *, seed, remat):
+    params = init(jax.random.key(seed))
+    params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
+    return LanguageModel(policy, params, Chatty())
+
+  monkeypatch.setattr(grpo, "load_model", load)
+  return policy
+
+
+REWARD = """
+import time
+
+def fraction(prompts, completions, **columns):
+  return [sum(map(ord, text)) % 8 / 8 for text in completions]
+
+def failing(prompts, completions, **columns):
+  kind = sum(map(ord, completions[0])) % 8
+  if kind == 1:
+    raise ValueError("no")
+  if kind == 2:
+    time.sleep(60)
+  return [None if kind == 3 else kind / 8]
+
+def hopeless(prompts, completions, **columns):
+  raise ValueError("always")
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """A JSONL task of ragged prompts, 3 to 23 bytes, and the rewards above."""
+  directory = tmp_path_factory.mktemp("task")
+  (directory / "reward.py").write_text(REWARD)
+  rows = [{"prompt": chr(97 + i) + "x" * (2 + 4 * (i % 6))} for i in range(24)]
+  (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return directory
+
+
+def settings(files, **changes) -> dict[str, Any]:
+  return {
+    "model": "tiny",
+    "task": f"jsonl:{files / 'rows.jsonl'}",
+    "jsonl.reward_file": str(files / "reward.py"),
+    "jsonl.reward_function": "fraction",
+    "jsonl.held_out_fraction": 0.3,
+    "prompt_format": "plain",
+    "steps": 2,
+    "prompts_per_step": 4,
+    "responses_per_prompt": 4,
+    "max_new_tokens": 8,
+    "microbatch_prompts": 4,
+    "eval.problems": 1,
+    "eval.samples": 3,  # 4 responses with the greedy one: the shape of training
+    "samples_every": 100,
+  } | changes
+
+
+# Two updates a step, and so large that ratios leave their clip range.
+BUSY = {
+  "epochs": 2,
+  "kl.coef": 0.1,
+  "loss.entropy_coef": 0.01,
+  "optimizer.learning_rate": 0.03,
+}
+
+
+class Outcome(NamedTuple):
+  metrics: list[dict]
+  samples: list[dict]
+  params: Any
+
+
+def run(workdir, changes, policy) -> Outcome:
+  grpo.train(replace(grpo.Config(), changes), str(workdir))
+  return outcome(workdir, policy)
+
+
+def outcome(workdir, policy) -> Outcome:
+  """All that a run leaves, timings aside."""
+  workdir = Path(workdir)
+  abstract = jax.eval_shape(
+    lambda key: init_state(policy.init(key), make_optimizer()), jax.random.key(0)
+  )
+  state = Checkpointer(workdir / "checkpoints").restore(abstract)[1]
+  return Outcome(
+    without_timings(read(workdir / "metrics.jsonl")),
+    read(workdir / "samples.jsonl"),
+    jax.tree.map(np.asarray, state.params),
+  )
+
+
+def equal(a, b) -> bool:
+  """Bit for bit."""
+  return all(x.tobytes() == y.tobytes() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+# The first update.
+
+
+@pytest.fixture
+def first_step(tmp_path, small, files):
+  """One update at temperature 0.7 with a KL term, from the weights that the reference has."""
+  changes = {"steps": 1, "sampling.temperature": 0.7, "kl.coef": 0.1}
+  return run(tmp_path, settings(files, **changes), small)
+
+
+def test_first_update_is_on_policy(first_step):
+  row = first_step.metrics[0]
+  assert row["response_length_mean"] < 7  # ragged
+  # Sampler and trainer agree, so the ratio is 1 to within the requirement's 1e-4 ...
+  assert 0 < row["logprob_gap_mean"] < 1e-4
+  # ... and k3 = exp(d) - 1 - d < d^2 of d < 1e-4. (The reference is scored by another program.)
+  assert 0 <= row["kl_ref"] < 1e-8
+  assert row["clip_low_fraction"] == row["clip_high_fraction"] == 0
+
+
+def test_fractional_rewards_survive_end_to_end(first_step):
+  rows = [row for row in first_step.samples if row["split"] == "train"]
+  rewards = np.array([row["reward"] for row in rows])
+  assert rewards.tolist() == [sum(map(ord, row["response"])) % 8 / 8 for row in rows]
+  assert len(set(rewards.tolist()) - {0.0, 1.0}) > 2
+  assert first_step.metrics[0]["reward_mean"] == pytest.approx(rewards.mean(), abs=1e-6)
+  groups = rewards.reshape(4, 4)
+  spread = groups.std(axis=1, ddof=1, keepdims=True) + 1e-6
+  wanted = (groups - groups.mean(axis=1, keepdims=True)) / spread
+  found = np.array([row["advantage"] for row in rows]).reshape(4, 4)
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+# Every flag does something.
+
+FLAGS = [
+  {"sampling.temperature": 0.7},
+  {"sampling.top_k": 20, "sampling.allow_truncated": True},
+  {"sampling.top_p": 0.5, "sampling.allow_truncated": True},
+  {"sampling.min_new_tokens": 4},
+  {"advantage.scale": "none"},
+  {"advantage.scale": "batch"},
+  {"advantage.ddof": 0},
+  {"advantage.eps": 0.5},
+  {"advantage.baseline": "leave_one_out"},
+  {"weighting.name": "sequence_mean"},
+  {"weighting.name": "sequence_sum"},
+  {"weighting.name": "constant_length"},
+  {"weighting.name": "constant_length", "weighting.length": 3},
+  {"weighting.name": "prompt_mean"},
+  {"weighting.drop_truncated": True},
+  {"loss.clip_low": 0.01},
+  {"loss.clip_high": 0.01},
+  {"loss.dual_clip": 1.01},
+  {"loss.delta": 1.01},
+  {"loss.entropy_coef": 0.5},
+  {"kl.coef": 1.0},
+  {"kl.gradient": "k1"},
+  {"kl.gradient": "k3"},
+  {"optimizer.learning_rate": 1e-3},
+  {"optimizer.schedule": "linear"},
+  {"optimizer.schedule": "cosine"},
+  {"optimizer.warmup_steps": 2},
+  {"optimizer.b1": 0.5},
+  {"optimizer.b2": 0.5},
+  {"optimizer.eps": 1e-2},
+  {"optimizer.weight_decay": 0.1},
+  {"optimizer.max_grad_norm": 0.01},
+  {"epochs": 1},
+  {"epochs": 3},
+  {"minibatches": 2},
+  {"overlong_prompt": "truncate_left", "max_prompt_tokens": 12},
+  {"overlong_prompt": "drop", "max_prompt_tokens": 12},
+  {"prompt_format": "chat"},
+  {"prompt_format": "chat", "system_prompt": "Be brief."},
+  {"max_new_tokens": 6},
+  {"seed": 1},
+]
+
+
+def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
+  """Each against the base run, and against each other: no two of these mean the same."""
+  base = settings(files, **BUSY)
+  weights = [run(tmp_path / "base", base, small).params]
+  for number, changes in enumerate(FLAGS):
+    weights.append(run(tmp_path / str(number), base | changes, small).params)
+    same = [i for i, earlier in enumerate(weights[:-1]) if equal(earlier, weights[-1])]
+    assert not same, (changes, ["base", *FLAGS][same[0]])
+
+
+def test_kl_value_is_what_is_reported_and_nothing_else(tmp_path, small, files):
+  base = settings(files, **BUSY)
+  runs = [run(tmp_path / kind, base | {"kl.value": kind}, small) for kind in ("k1", "k2", "k3")]
+  assert len({found.metrics[0]["kl_ref"] for found in runs}) == 3
+  assert equal(runs[0].params, runs[1].params) and equal(runs[0].params, runs[2].params)
+
+
+def test_microbatches_change_nothing(tmp_path, small, files):
+  # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.
+  base = settings(files, **BUSY) | {"optimizer.eps": 1e-2, "weighting.name": "sequence_mean"}
+  whole = run(tmp_path / "whole", base, small).params
+  parts = run(tmp_path / "parts", base | {"microbatch_prompts": 1}, small).params
+  for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+# Presets.
+
+
+@pytest.mark.parametrize(
+  ("preset", "fields"),
+  [
+    ("grpo", {"weighting.name": "sequence_mean", "kl.coef": 0.04, "advantage.scale": "std"}),
+    ("dr_grpo", {"weighting.name": "constant_length", "advantage.scale": "none", "kl.coef": 0}),
+    ("dapo", {"weighting.name": "token_mean", "loss.clip_low": 0.2, "loss.clip_high": 0.28}),
+    ("trl", {"weighting.name": "token_mean", "advantage.eps": 1e-4}),
+    ("verl", {"weighting.name": "token_mean", "loss.dual_clip": 3.0}),
+    ("nexrl", {"weighting.name": "token_mean", "loss.clip_high": 0.2}),
+  ],
+)
+def test_presets_set_their_fields_and_run(tmp_path, small, files, preset, fields):
+  typed = replace(grpo.Config(), {"model": "tiny", "preset": preset})
+  changes = {k: v for k, v in grpo.overrides(typed).items() if "." in k and k not in grpo.TINY}
+  config = replace(grpo.Config(), settings(files, steps=1) | {"preset": preset} | changes)
+  assert {path: flatten(config)[path] for path in fields} == fields
+  result = grpo.train(config, str(tmp_path))
+  assert result["steps"] == 1
+
+
+# Graders that fail.
+
+
+def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files):
+  changes = {"jsonl.reward_function": "failing", "reward_deadline": 0.5, "steps": 1}
+  found = run(tmp_path, settings(files, **changes), small)
+  rows = [row for row in found.samples if row["split"] == "train"]
+  statuses = {1: "raised", 2: "timed_out", 3: "not_applicable"}
+  kinds = [sum(map(ord, row["response"])) % 8 for row in rows]
+  assert {1, 2, 3} < set(kinds)
+  assert [row["status"] for row in rows] == [statuses.get(kind, "ok") for kind in kinds]
+  counts = collections.Counter(row["status"] for row in rows)
+  for status in ("ok", "raised", "timed_out", "not_applicable", "died", "invalid"):
+    assert found.metrics[0][f"rewards_{status}"] == counts[status]
+  for start in range(0, 16, 4):
+    group = rows[start : start + 4]
+    rewards = np.array([row["reward"] for row in group if row["status"] == "ok"])
+    for row in group:
+      if row["status"] != "ok":
+        assert row["reward"] is None and row["advantage"] == 0 and not row["correct"]
+      elif len(rewards) > 1:
+        wanted = (row["reward"] - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        assert row["advantage"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_grader_that_always_fails_stops_the_run(tmp_path, small, files):
+  changes = {"jsonl.reward_function": "hopeless"}
+  with pytest.raises(RewardError, match=r"hopeless.* failed on \d+ of \d+ samples.*always"):
+    run(tmp_path, settings(files, **changes), small)
+
+
+# Gradients that are not finite.
+
+
+def spoil(monkeypatch, calls):
+  """Advantages are NaN in these calls, counted from 0, one a step."""
+  original, count = grpo.advantages.group_relative, iter(range(1000))
+
+  def group_relative(*args, **kwargs):
+    found = original(*args, **kwargs)
+    return found * np.nan if next(count) in calls else found
+
+  monkeypatch.setattr(grpo.advantages, "group_relative", group_relative)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, small, files, monkeypatch):
+  spoil(monkeypatch, {1})
+  found = run(tmp_path, settings(files, steps=4), small)
+  assert [row["update_skipped"] for row in found.metrics[:4]] == [0, 1, 0, 0]
+  assert [row["updates_skipped"] for row in found.metrics[:4]] == [0, 1, 1, 1]
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
+
+
+def test_three_in_a_row_stop_the_run_with_a_diagnosis(
+  tmp_path, small, files, monkeypatch, capsys
+):
+  spoil(monkeypatch, {0, 2, 3, 4})
+  changes = {"steps": 9, "workdir": str(tmp_path / "run"), "optimizer.max_skipped": 3}
+  assert grpo.main(replace(grpo.Config(), settings(files, **changes))) == 1
+  error = capsys.readouterr().err.strip()
+  assert error.startswith("error: 3 updates in a row had a gradient that is not finite, first in [")
+  assert "--optimizer.learning_rate" in error and "\n" not in error
+  assert [row["step"] for row in read(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+# Compilations.
+
+
+def test_one_compilation_a_shape_over_fifty_ragged_steps(tmp_path, small, files, caplog):
+  """Shapes as the samples say they were; nothing is compiled twice, nothing by step."""
+  rows = [{"prompt": "abc"}, {"prompt": "a" * 20}, {"prompt": "b" * 7}, {"prompt": "c" * 11}]
+  held_out = tmp_path / "held_out.jsonl"
+  held_out.write_text(json.dumps({"prompt": "e"}) + "\n")
+  (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  changes = {
+    "task": f"jsonl:{tmp_path / 'rows.jsonl'}",
+    "jsonl.held_out_file": str(held_out),
+    "steps": 50,
+    "prompts_per_step": 1,
+    "microbatch_prompts": 1,
+    "max_new_tokens": 12,
+    "eval.every": 10,
+  }
+  before = generate._cache_size()
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    found = run(tmp_path / "run", settings(files, **changes), small)
+  compiled = collections.Counter(
+    match[1]
+    for record in caplog.records
+    if (match := re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()))
+  )
+  shapes = set()
+  for step in range(50):
+    rows = [row for row in found.samples if row["step"] == step and row["split"] == "train"]
+    columns = min(bucket(max(row["length"] for row in rows)), 12)
+    shapes.add((bucket(max(len(row["prompt"]) for row in rows)), columns))
+  widths = {width for width, _ in shapes} | {8}  # the held-out prompt's
+  assert widths == {8, 16, 24} and len({columns for _, columns in shapes}) == 2
+  assert generate._cache_size() - before == compiled["generate"] == len(widths)
+  assert compiled["update"] == len(shapes)
+
+
+# Interruptions, in processes of their own.
+
+COMMAND = (
+  "--model=tiny",
+  "--task=copy",
+  "--prompts_per_step=4",
+  "--responses_per_prompt=4",
+  "--eval.problems=4",
+  "--eval.samples=3",
+  "--eval.every=5",
+  "--checkpoint.every=3",
+  "--epochs=2",
+)
+
+
+def start(workdir, steps, cache, *flags):
+  names = {name.upper(): str(value) for name, value in cache.items()}
+  return subprocess.Popen(
+    [sys.executable, "-m", "experiments.grpo", *COMMAND, f"--steps={steps}"]
+    + [f"--workdir={workdir}", *flags],
+    cwd=ROOT,
+    env=os.environ | names | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def wait_for_step(process, workdir, step):
+  """Until the record holds the step."""
+  path = Path(workdir) / "metrics.jsonl"
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline:
+    assert process.poll() is None, process.communicate()[0]
+    if path.exists() and any(row["step"] >= step for row in read(path)):
+      return
+    time.sleep(0.005)
+  raise TimeoutError(f"no step {step}")
+
+
+@pytest.fixture(scope="module")
+def full_tiny():
+  return load_model("tiny").policy
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, compilation_cache, full_tiny):
+  """(workdir, what an uninterrupted run left, what interrupted ones left, steps)."""
+  kills = [signal.SIGKILL] * (10 if FULL else 2)
+  kills = [*kills[:1], signal.SIGINT, *kills[1:], signal.SIGTERM]
+  steps = 4 * (len(kills) + 1)
+  directory = tmp_path_factory.mktemp("interrupted")
+  process = start(directory / "straight", steps, compilation_cache)
+  output = process.communicate(timeout=300)[0]
+  assert process.returncode == 0, output
+  rng = np.random.default_rng(0)
+  for number, signum in enumerate(kills):
+    process = start(directory / "cut", steps, compilation_cache)
+    wait_for_step(process, directory / "cut", 4 * number + int(rng.integers(1, 4)))
+    time.sleep(rng.uniform(0, 0.1))
+    process.send_signal(signum)
+    sent = time.monotonic()
+    output = process.communicate(timeout=60)[0]
+    if signum == signal.SIGKILL:
+      assert process.returncode == -signal.SIGKILL, output
+    else:
+      assert process.returncode == 128 + signum, output
+      assert time.monotonic() - sent < 5
+      assert re.search(
+        rf"{signum.name}: saved at step \d+ of {steps}; the same command goes on from it", output
+      )
+  process = start(directory / "cut", steps, compilation_cache)
+  output = process.communicate(timeout=300)[0]
+  assert process.returncode == 0, output
+  assert "going on from the checkpoint at step" in output
+  return (
+    directory / "cut",
+    outcome(directory / "straight", full_tiny),
+    outcome(directory / "cut", full_tiny),
+    steps,
+  )
+
+
+def test_interrupted_runs_end_as_an_uninterrupted_one(interrupted):
+  _, straight, cut, steps = interrupted
+  assert [row["step"] for row in straight.metrics] == list(range(steps + 1))
+  assert cut.metrics == straight.metrics
+  assert cut.samples == straight.samples
+  assert equal(cut.params, straight.params)
+
+
+def test_a_finished_run_says_so_refuses_other_flags_and_goes_on_with_more_steps(
+  interrupted, tmp_path, capsys
+):
+  workdir, straight, _, steps = interrupted
+  recorded = json.loads((workdir / "config.json").read_text())
+  result = json.loads((workdir / "result.json").read_text())
+  config = replace(grpo.Config(), recorded)
+  assert grpo.main(config) == 0
+  assert f"{workdir} is finished; a larger --steps goes on" in capsys.readouterr().out
+  with pytest.raises(ConfigError, match=r"--optimizer\.learning_rate=0\.5.*another --workdir"):
+    grpo.train(replace(config, {"optimizer.learning_rate": 0.5}), str(workdir))
+  assert json.loads((workdir / "config.json").read_text()) == recorded
+
+  longer = grpo.train(replace(config, {"steps": steps + 2}), str(workdir))
+  assert (result["steps"], longer["steps"]) == (steps, steps + 2)
+  assert longer["before"] == result["before"]
+  rows = without_timings(read(workdir / "metrics.jsonl"))
+  assert [row["step"] for row in rows] == list(range(steps + 3))
+  assert rows[:steps] == straight.metrics[:steps]
+
+
+@pytest.mark.skipif(not FULL, reason="minutes of training: RL_LLM_FULL=1")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_tiny_model_learns_to_copy(tmp_path, seed):
+  changes = {"model": "tiny", "task": "copy", "seed": seed} | grpo.TINY
+  result = grpo.train(replace(grpo.Config(), changes), str(tmp_path))
+  assert result["before"]["eval/greedy_accuracy"] < 0.1
+  assert result["after"]["eval/greedy_accuracy"] >= 0.9
