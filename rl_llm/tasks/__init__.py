@@ -61,7 +61,7 @@ def load_task(spec: str, **options) -> Task:
   """The task of a name: "arithmetic", "copy", "reasoning_gym:leg_counting", "jsonl:train.jsonl".
 
   >>> load_task("arithmetic", operand_max=9, held_out=20).note
-  '45 different problems, 20 held out'
+  '100 different problems, 21 held out'
 
   Args:
     spec: the name; after a colon the puzzle or the path.

@@ -17,13 +17,14 @@ class ArithmeticOptions:
   """The options of `arithmetic`; each is a flag of the experiments."""
 
   operators: str = field(default="+", metadata={"help": "which of + - * to use, e.g. '+-'"})
-  operand_min: int = field(default=1, metadata={"help": "smallest operand"})
-  operand_max: int = field(default=20, metadata={"help": "largest operand"})
+  operand_min: int = field(default=0, metadata={"help": "smallest operand"})
+  operand_max: int = field(default=14, metadata={"help": "largest operand"})
   held_out: int = field(
-    default=100, metadata={"help": "problems kept for evaluation; a+b and b+a count as one"}
+    default=100,
+    metadata={"help": "at least so many problems are kept for evaluation; a+b and b+a together"},
   )
   question: str = field(
-    default="What is {a} {op} {b}? Answer with the number only.",
+    default="What is {a} {op} {b}? Reply with just the number.",
     metadata={"help": "the prompt, with {a}, {op} and {b}"},
   )
 
@@ -42,12 +43,12 @@ class ArithmeticOptions:
       self.operand_max >= self.operand_min,
       f"at least operand_min={self.operand_min}",
     )
-    most = self.identities() // 2
+    most = self.problems() // 2
     check_option(
       name + "held_out",
       self.held_out,
       0 <= self.held_out <= most,
-      f"in 0..{most} (half of the {self.identities()} problems); lower it or widen the operands",
+      f"in 0..{most} (half of the {self.problems()} problems); lower it or widen the operands",
     )
     used = set(re.findall(r"\{(.*?)\}", self.question))
     check_option(
@@ -57,22 +58,17 @@ class ArithmeticOptions:
       "text with {a}, {op} and {b} and no other braces",
     )
 
-  def identities(self) -> int:
-    """How many different problems there are, where a+b and b+a are one."""
-    n = self.operand_max - self.operand_min + 1
-    return sum(n * n if op == "-" else n * (n + 1) // 2 for op in self.operators)
-
-
-def _key(a: int, op: str, b: int) -> str:
-  first, second = (a, b) if op == "-" else sorted((a, b))
-  return f"{first} {op} {second}"
+  def problems(self) -> int:
+    """How many different problems there are; a+b and b+a are two."""
+    return len(self.operators) * (self.operand_max - self.operand_min + 1) ** 2
 
 
 def _problem(a: int, op: str, b: int, question: str) -> Problem:
   answer = {"+": a + b, "-": a - b, "*": a * b}[op]
   content = question.replace("{a}", str(a)).replace("{op}", op).replace("{b}", str(b))
-  columns = {"answer": str(answer), "expression": f"{a} {op} {b}"}
-  return Problem([{"role": "user", "content": content}], columns, _key(a, op, b))
+  expression = f"{a} {op} {b}"
+  columns = {"answer": str(answer), "expression": expression}
+  return Problem([{"role": "user", "content": content}], columns, expression)
 
 
 def arithmetic_task(options: ArithmeticOptions) -> Task:
@@ -81,7 +77,7 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
   >>> task = arithmetic_task(ArithmeticOptions(operand_max=9, held_out=10))
   >>> problem = task.sample(0, 0, 1)[0]
   >>> problem.key in {p.key for p in task.held_out}, len(task.held_out)
-  (False, 10)
+  (False, 11)
 
   The held-out problems are fixed by the options: the seed does not matter, and 3+8 and 8+3 are on
   one side.
@@ -94,15 +90,18 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
   while len(held_out) < options.held_out:
     op = operators[next(numbers) % len(operators)]
     a, b = low + next(numbers) % width, low + next(numbers) % width
-    held_out.setdefault(_key(a, op, b), _problem(a, op, b, options.question))
+    for first, second in ((a, b),) if op == "-" else ((a, b), (b, a)):
+      problem = _problem(first, op, second, options.question)
+      held_out.setdefault(problem.key, problem)
 
   def draw(seed: int, step: int, index: int) -> Problem:
     rng = rng_for(seed, step, index)
     while True:
       op = operators[rng.integers(len(operators))]
       a, b = (int(x) for x in rng.integers(low, high, size=2, endpoint=True))
-      if _key(a, op, b) not in held_out:
-        return _problem(a, op, b, options.question)
+      problem = _problem(a, op, b, options.question)
+      if problem.key not in held_out:
+        return problem
 
   def sample(seed: int, step: int, count: int) -> list[Problem]:
     return [draw(seed, step, index) for index in range(count)]
@@ -112,7 +111,7 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
     sample=sample,
     held_out=tuple(held_out.values()),
     reward=RewardSource("rl_llm.tasks.arithmetic", own_grader=True),
-    note=f"{options.identities()} different problems, {len(held_out)} held out",
+    note=f"{options.problems()} different problems, {len(held_out)} held out",
   )
 
 

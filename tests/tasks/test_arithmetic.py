@@ -9,37 +9,35 @@ from rl_llm.tasks.arithmetic import is_answer
 APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
-def identity(problem):
-  """(operator, operands), the operands without order for + and *: read from the prompt itself."""
+def read(problem):
+  """(operator, a, b), read from the prompt itself."""
   a, op, b = problem.prompt[0]["content"].split("is ")[1].split("?")[0].split(" ")
-  pair = (int(a), int(b))
-  return op, pair if op == "-" else tuple(sorted(pair))
+  return op, int(a), int(b)
 
 
 @pytest.mark.parametrize("operators, low, high", [("+", 1, 9), ("+-*", -3, 4), ("-", 0, 6)])
 def test_training_draws_every_problem_but_the_held_out(operators, low, high):
   width = high - low + 1
-  everything = {
-    (op, pair if op == "-" else tuple(sorted(pair)))
-    for op in operators
-    for pair in itertools.product(range(low, high + 1), repeat=2)
-  }
+  everything = set(itertools.product(operators, range(low, high + 1), range(low, high + 1)))
   options = ArithmeticOptions(
     operators=operators, operand_min=low, operand_max=high, held_out=len(everything) // 3
   )
-  assert options.identities() == len(everything)
+  assert options.problems() == len(everything)
   task = arithmetic_task(options)
-  held_out = {identity(problem) for problem in task.held_out}
-  assert len(held_out) == len(task.held_out) == len(everything) // 3
-  drawn = [identity(p) for p in task.sample(3, 0, 60 * width * width)]
-  assert set(drawn) == everything - held_out
+  held_out = {read(problem) for problem in task.held_out}
+  assert len(held_out) == len(task.held_out)
+  assert options.held_out <= len(held_out) <= options.held_out + 1
+  drawn = {read(p) for p in task.sample(3, 0, 60 * width * width)}
+  assert drawn == everything - held_out
+  for op, a, b in everything:  # Who has seen 3 + 8 knows 8 + 3.
+    assert op == "-" or ((op, a, b) in held_out) == ((op, b, a) in held_out)
 
 
 def test_the_defaults_hold_out_a_hundred():
   task = arithmetic_task(ArithmeticOptions())
-  assert len({identity(p) for p in task.held_out}) == 100
-  drawn = {identity(p) for step in range(50) for p in task.sample(0, step, 64)}
-  assert len(drawn) == 110 and not drawn & {identity(p) for p in task.held_out}
+  held_out = {read(p) for p in task.held_out}
+  drawn = {read(p) for step in range(50) for p in task.sample(0, step, 64)}
+  assert len(held_out) == 100 and len(drawn) == 125 and not drawn & held_out
 
 
 def test_samples_depend_on_seed_and_step_alone():
@@ -55,7 +53,7 @@ def test_problem_says_what_the_columns_say():
     (message,) = problem.prompt
     a, op, b = problem.columns["expression"].split(" ")
     assert message == {
-      "role": "user", "content": f"What is {a} {op} {b}? Answer with the number only."
+      "role": "user", "content": f"What is {a} {op} {b}? Reply with just the number."
     }  # fmt: skip
     assert int(problem.columns["answer"]) == APPLY[op](int(a), int(b))
 
@@ -139,8 +137,8 @@ def test_reward_in_a_worker():
     ({"operators": "/"}, "arithmetic.operators='/': must be one or more of"),
     ({"operators": ""}, "arithmetic.operators=''"),
     ({"operators": "++"}, "arithmetic.operators"),
-    ({"operand_max": 0}, "arithmetic.operand_max=0: must be at least operand_min=1"),
-    ({"held_out": 106}, r"arithmetic.held_out=106: must be in 0..105 \(half of the 210"),
+    ({"operand_max": -1}, "arithmetic.operand_max=-1: must be at least operand_min=0"),
+    ({"held_out": 113}, r"arithmetic.held_out=113: must be in 0..112 \(half of the 225"),
     ({"held_out": -1}, "arithmetic.held_out=-1"),
     ({"question": "What is {a}?"}, "arithmetic.question="),
     ({"question": "{a}{op}{b}{c}"}, "arithmetic.question="),
