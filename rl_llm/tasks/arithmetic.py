@@ -77,7 +77,7 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
   >>> task = arithmetic_task(ArithmeticOptions(operand_max=9, held_out=10))
   >>> problem = task.sample(0, 0, 1)[0]
   >>> problem.key in {p.key for p in task.held_out}, len(task.held_out)
-  (False, 11)
+  (False, 10)
 
   The held-out problems are fixed by the options: the seed does not matter, and 3+8 and 8+3 are on
   one side.
