@@ -263,6 +263,19 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
     assert not same, (changes, ["base", *FLAGS][same[0]])
 
 
+@pytest.mark.parametrize("overlong", ["drop", "truncate_left"])
+def test_overlong_prompts_are_dropped_or_cut_and_counted(tmp_path, small, files, overlong):
+  changes = {"overlong_prompt": overlong, "max_prompt_tokens": 12}
+  found = run(tmp_path, settings(files, **changes), small)
+  for row in found.metrics[:2]:
+    at = [sample for sample in found.samples if sample["step"] == row["step"]]
+    lengths = [len(sample["prompt"]) for sample in at if sample["split"] == "train"]
+    if overlong == "drop":
+      assert max(lengths) <= 12 and row["overlong_prompts"] > 0
+    else:
+      assert row["overlong_prompts"] == sum(length > 12 for length in lengths) / 4 > 0
+
+
 def test_kl_value_is_what_is_reported_and_nothing_else(tmp_path, small, files):
   base = settings(files, **BUSY)
   runs = [run(tmp_path / kind, base | {"kl.value": kind}, small) for kind in ("k1", "k2", "k3")]

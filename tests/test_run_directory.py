@@ -1,0 +1,84 @@
+"""A directory holds one run: other settings are refused, a finished one is known by its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from rl_llm.config import ConfigError, option
+from rl_llm.run_directory import open_run, write_result
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  clip: float = option(0.2, "how far")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  steps: int = option(3, "how many")
+  sizes: tuple[int, ...] = option((1, 2), "some")
+  prompt: str | None = option(None, "which")
+  loss: Loss = Loss()
+
+
+def test_the_same_command_opens_it_again_and_volatile_settings_may_change(tmp_path):
+  workdir = tmp_path / "runs" / "one"
+  assert open_run(workdir, Config(), volatile=("steps",)) is None
+  assert open_run(workdir, Config(), volatile=("steps",)) is None
+  assert open_run(workdir, Config(steps=9), volatile=("steps",)) is None
+  assert json.loads((workdir / "config.json").read_text())["steps"] == 9
+  assert "--steps=9\n" in (workdir / "flags.txt").read_text()
+
+
+@pytest.mark.parametrize(
+  ("config", "said"),
+  [
+    (Config(loss=Loss(0.3)), r"--loss\.clip=0\.3: must be 0\.2, as in the run that .*one holds"),
+    (Config(sizes=(2, 1)), r"--sizes=.*must be \[1, 2\]"),
+    (Config(prompt="hi"), "--prompt=hi: must be None"),
+    (Config(steps=4), "--steps=4: must be 3"),
+  ],
+)
+def test_other_settings_are_refused_and_change_nothing(tmp_path, config, said):
+  workdir = tmp_path / "one"
+  open_run(workdir, Config(), volatile=())
+  before = {path: path.read_bytes() for path in workdir.iterdir()}
+  with pytest.raises(ConfigError, match=said) as caught:
+    open_run(workdir, config, volatile=())
+  assert "another --workdir" in str(caught.value)
+  assert {path: path.read_bytes() for path in workdir.iterdir()} == before
+
+
+def test_a_result_is_the_proof_of_the_end(tmp_path):
+  open_run(tmp_path, Config(), volatile=())
+  write_result(tmp_path, {"steps": 3, "after": {"accuracy": 0.5}})
+  assert open_run(tmp_path, Config(), volatile=()) == {"steps": 3, "after": {"accuracy": 0.5}}
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    "config.json",
+    "defaults.json",
+    "flags.txt",
+    "result.json",
+  ]
+
+
+def test_a_field_the_record_lacks_is_not_held_against_it(tmp_path):
+  """A run of an older version goes on: a field that did not exist then had its default's effect."""
+  open_run(tmp_path, Config(), volatile=())
+  recorded = json.loads((tmp_path / "config.json").read_text())
+  del recorded["prompt"]
+  (tmp_path / "config.json").write_text(json.dumps(recorded))
+  assert open_run(tmp_path, Config(), volatile=()) is None
+
+
+def test_directories_that_cannot_be_used(tmp_path):
+  (tmp_path / "file").write_text("")
+  for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+    with pytest.raises(ConfigError, match="--workdir=.*a directory that can be written"):
+      open_run(workdir, Config(), volatile=())
+  (tmp_path / "cut").mkdir()
+  (tmp_path / "cut" / "config.json").write_text('{"steps": ')
+  with pytest.raises(ConfigError, match="whose JSON files are whole.*choose another"):
+    open_run(tmp_path / "cut", Config(), volatile=())
