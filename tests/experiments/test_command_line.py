@@ -23,7 +23,7 @@ import jax, experiments.grpo
 
 def compiled(event, *_, **__):
   if event == "/jax/core/compile/backend_compile_duration":
-    os.write(2, b"COMPILED\\n")
+    open(f"{number}.compiled", "w").close()
 
 for number, (arguments, blocked) in enumerate(json.load(sys.stdin)):
   child = os.fork()
