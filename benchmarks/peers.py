@@ -148,7 +148,7 @@ def ours(job: dict, channel: Channel) -> None:
   from rl_llm.experience import response_texts, score, trim
   from rl_llm.model import load_model
   from rl_llm.rewards import RewardPool, RewardSource
-  from rl_llm.rollout import STOP_LENGTH, generate, prefix_is_worth_sharing, row_keys
+  from rl_llm.rollout import STOP_LENGTH, generate, row_keys
   from rl_llm.sampling import SamplingConfig
   from rl_llm.tasks import Problem
   from rl_llm.train_state import init_state
@@ -187,10 +187,6 @@ def ours(job: dict, channel: Channel) -> None:
   fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
   state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer))(model.params)
   model = model._replace(params=None)
-  shared = prefix_is_worth_sharing(
-    prompts.tokens.shape[1], job["new_tokens"], group, policy.config.width
-  )
-  copies = 1 if shared else group
   with RewardPool(RewardSource(os.path.abspath(__file__), "reward")) as pool:
     channel.send({
       "prompt_ids": ids,
@@ -198,8 +194,7 @@ def ours(job: dict, channel: Channel) -> None:
       "gflops": gflops,
       "shape": {field: getattr(policy.config, field) for field in fields},
       "versions": f"jax {jax.__version__}",
-      "note": f"{microbatches} microbatches, {'one prompt' if shared else 'a prompt each'} for "
-      f"{group} responses, {'' if job['remat'] else 'no '}recomputation, "
+      "note": f"{microbatches} microbatches, {'' if job['remat'] else 'no '}recomputation, "
       "graded in sandboxed processes",
     })
     for step in itertools.count():
@@ -224,8 +219,8 @@ def ours(job: dict, channel: Channel) -> None:
         scores = score(pool, problems, response_texts(rollout, tokenizer), group_size=group)
       mask = rollout.mask & scores.ok.reshape(-1, 1)
       batch = {
-        "prompts": np.repeat(prompts.tokens, copies, axis=0),
-        "prompt_lengths": np.repeat(prompts.lengths, copies),
+        "prompts": prompts.tokens,
+        "prompt_lengths": prompts.lengths,
         "tokens": rollout.tokens,
         "mask": mask,
         "sampler_logprobs": rollout.sampler_logprobs,

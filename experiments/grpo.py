@@ -48,13 +48,7 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy, WeightsError, save_hf
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError, RewardPool
-from rl_llm.rollout import (
-  STOP_LENGTH,
-  generate,
-  prefix_is_worth_sharing,
-  response_logprobs,
-  row_keys,
-)
+from rl_llm.rollout import STOP_LENGTH, generate, response_logprobs, row_keys
 from rl_llm.run_directory import open_run, write_result
 from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import (
@@ -471,12 +465,9 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
         # A response without a reward is as if it had not been sampled.
         mask = rollout.mask & scores.ok.reshape(-1, 1)
         truncated = rollout.stop_reason == STOP_LENGTH
-        copies = 1 if prefix_is_worth_sharing(
-          prompts.tokens.shape[1], rollout.tokens.shape[1], group, policy.config.width
-        ) else group
         batch = {
-          "prompts": np.repeat(prompts.tokens, copies, axis=0),
-          "prompt_lengths": np.repeat(prompts.lengths, copies),
+          "prompts": prompts.tokens,
+          "prompt_lengths": prompts.lengths,
           "tokens": rollout.tokens,
           "mask": mask,
           "sampler_logprobs": rollout.sampler_logprobs,

@@ -214,19 +214,11 @@ def response_logprobs(
 ) -> tuple[chex.Array, chex.Array]:
   """Teacher-forced log-probs and entropies of responses: the trainer's side of `generate`.
 
-  G responses to a prompt are read behind one copy of it, each as a segment of its own that sees the
-  prompt and itself but not the others:
-
-      columns   | prompt, L | response 1 | response 2 | ...
-      segments  |  -1 or 0  |     1      |     2      | ...
-      positions |    0 ..   | n, n + 1 ..| n, n + 1 ..| ...      n = the prompt's length
-
-  That is exact, and for short answers to long questions several times less work than G copies. Pass
-  a prompt once for each response (P = B) for the plain form: it is better for long responses,
-  since all columns of a row meet in its attention matrix (`prefix_is_worth_sharing`).
-
-  Only the positions that predict response tokens meet the vocabulary, in chunks, so that [B, T, V]
-  never exists.
+  It reads as the sampler reads: each prompt once, its keys and values shared out to its G
+  responses, then all tokens of the responses at once instead of one by one. For short answers to
+  long questions that is several times less work than G copies of the prompt, and never more. Only
+  the positions that predict response tokens meet the vocabulary, in chunks, so that [B, T, V] never
+  exists. Gradients flow through the shared keys and values.
 
   Args:
     params: the weights to score under.
@@ -248,27 +240,22 @@ def response_logprobs(
   rows, steps = tokens.shape
   if rows % n_prompts:
     raise ValueError(f"tokens: {rows} rows are not a multiple of the {n_prompts} rows of prompts")
-  group, read = rows // n_prompts, steps - 1  # Nothing follows the last token: it is not read.
-
-  def behind_prompt(of_prompt: chex.Array, of_responses: chex.Array) -> chex.Array:
-    responses = of_responses.reshape(n_prompts, group * read)
-    return jnp.concatenate([of_prompt, responses.astype(jnp.int32)], axis=1)
-
+  share = functools.partial(_share, rows=n_prompts, copies=rows // n_prompts)
+  cache = policy.init_cache(n_prompts, columns + steps - 1)
   positions, segments = prompt_layout(prompt_lengths, columns)
-  start = jnp.repeat(prompt_lengths, group)[:, None]
-  number = jnp.tile(jnp.arange(1, group + 1), n_prompts)[:, None]
-  hidden, _ = policy.hidden(
-    params,
-    behind_prompt(prompts, tokens[:, :-1]),
-    behind_prompt(positions, start + jnp.arange(read)),
-    behind_prompt(segments, jnp.where(mask[:, :-1], number, -1)),
-  )
-  width = hidden.shape[-1]
-  # Every first token is predicted from its prompt's end, the others from the token before.
-  first = jnp.broadcast_to(hidden[:, None, columns - 1 : columns], (n_prompts, group, 1, width))
-  rest = hidden[:, columns:].reshape(n_prompts, group, read, width)
+  hidden, cache = policy.hidden(params, prompts, positions, segments, cache)
+  hidden = share(hidden[:, -1:])  # The prompt's end predicts the first token.
+  if steps > 1:  # Nothing follows the last token: it is not read.
+    following, _ = policy.hidden(
+      params,
+      tokens[:, :-1],
+      share(prompt_lengths)[:, None] + jnp.arange(steps - 1),
+      jnp.where(mask[:, :-1], 0, -1),
+      jax.tree.map(share, cache),
+    )
+    hidden = jnp.concatenate([hidden, following], axis=1)
   logprobs, entropies = chunked_logprobs_and_entropy(
-    jnp.concatenate([first, rest], axis=2).reshape(rows, steps, width),
+    hidden,
     policy.unembed(params),
     tokens,
     chunk_size=chunk_size,
@@ -276,27 +263,3 @@ def response_logprobs(
     softcap=policy.config.final_softcap,
   )
   return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropies, 0.0)
-
-
-def prefix_is_worth_sharing(prompt: int, response: int, group: int, width: int) -> bool:
-  """Whether reading G responses behind one prompt takes fewer operations than G separate rows.
-
-  A layer costs a token about 24 D^2 operations in its matrices, and 4 D for each column of its row
-  in attention, whether the column is seen or not. Sharing saves prompt tokens and lengthens rows.
-
-  >>> prefix_is_worth_sharing(prompt=46, response=16, group=8, width=576)
-  True
-  >>> prefix_is_worth_sharing(prompt=46, response=2048, group=8, width=576)
-  False
-
-  Args:
-    prompt: L, columns of a prompt.
-    response: T, columns of a response.
-    group: G.
-    width: D, of the model.
-  """
-
-  def cost(rows: int, columns: int) -> int:
-    return rows * columns * (24 * width + 4 * columns)
-
-  return cost(1, prompt + group * response) < cost(group, prompt + response)
