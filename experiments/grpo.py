@@ -141,7 +141,7 @@ class Optimizer:
 class Evaluation:
   """Accuracy on problems that training never draws."""
 
-  every: int = option(10, "steps between evaluations; first and last are always done", min=1)
+  every: int = option(15, "steps between evaluations; first and last are always done", min=1)
   problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
   samples: int = option(7, "responses a problem at temperature 1, beside the greedy one", min=1)
 

@@ -214,15 +214,12 @@ FLAGS = [
   {"sampling.top_p": 0.5, "sampling.allow_truncated": True},
   {"sampling.min_new_tokens": 4},
   {"advantage.scale": "none"},
-  {"advantage.scale": "batch"},
   {"advantage.ddof": 0},
   {"advantage.eps": 0.5},
   {"advantage.baseline": "leave_one_out"},
   {"weighting.name": "sequence_mean"},
-  {"weighting.name": "sequence_sum"},
   {"weighting.name": "constant_length"},
   {"weighting.name": "constant_length", "weighting.length": 3},
-  {"weighting.name": "prompt_mean"},
   {"weighting.drop_truncated": True},
   {"loss.clip_low": 0.01},
   {"loss.clip_high": 0.01},
@@ -230,27 +227,33 @@ FLAGS = [
   {"loss.delta": 1.01},
   {"loss.entropy_coef": 0.5},
   {"kl.coef": 1.0},
-  {"kl.gradient": "k1"},
   {"kl.gradient": "k3"},
   {"optimizer.learning_rate": 1e-3},
   {"optimizer.schedule": "linear"},
-  {"optimizer.schedule": "cosine"},
   {"optimizer.warmup_steps": 3},
   {"optimizer.b1": 0.5},
   {"optimizer.b2": 0.5},
   {"optimizer.eps": 1e-2},
   {"optimizer.weight_decay": 0.1},
   {"optimizer.max_grad_norm": 0.01},
-  {"epochs": 1},
   {"epochs": 3},
   {"minibatches": 2},
   {"overlong_prompt": "truncate_left", "max_prompt_tokens": 12},
-  {"overlong_prompt": "drop", "max_prompt_tokens": 12},
   {"prompt_format": "chat"},
   {"prompt_format": "chat", "system_prompt": "Be brief."},
-  {"max_new_tokens": 6},
   {"seed": 1},
 ]
+if FULL:  # Further values of the same flags.
+  FLAGS += [
+    {"advantage.scale": "batch"},
+    {"weighting.name": "sequence_sum"},
+    {"weighting.name": "prompt_mean"},
+    {"kl.gradient": "k1"},
+    {"optimizer.schedule": "cosine"},
+    {"epochs": 1},
+    {"overlong_prompt": "drop", "max_prompt_tokens": 12},
+    {"max_new_tokens": 6},
+  ]
 
 
 def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
@@ -278,9 +281,9 @@ def test_overlong_prompts_are_dropped_or_cut_and_counted(tmp_path, small, files,
 
 def test_kl_value_is_what_is_reported_and_nothing_else(tmp_path, small, files):
   base = settings(files, **BUSY)
-  runs = [run(tmp_path / kind, base | {"kl.value": kind}, small) for kind in ("k1", "k2", "k3")]
-  assert len({found.metrics[0]["kl_ref"] for found in runs}) == 3
-  assert equal(runs[0].params, runs[1].params) and equal(runs[0].params, runs[2].params)
+  runs = [run(tmp_path / kind, base | {"kl.value": kind}, small) for kind in ("k1", "k3")]
+  assert runs[0].metrics[0]["kl_ref"] != runs[1].metrics[0]["kl_ref"]
+  assert equal(runs[0].params, runs[1].params)
 
 
 def test_microbatches_change_nothing(tmp_path, small, files):
