@@ -321,7 +321,14 @@ def test_presets_set_their_fields_and_run(tmp_path, small, files, preset, fields
 # Graders that fail.
 
 
-def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files):
+def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkeypatch):
+  original, masks = grpo.token_weights, []
+
+  def token_weights(config, mask, truncated):
+    masks.append(mask)
+    return original(config, mask, truncated)
+
+  monkeypatch.setattr(grpo, "token_weights", token_weights)
   changes = {"jsonl.reward_function": "failing", "reward_deadline": 0.5, "steps": 1}
   found = run(tmp_path, settings(files, **changes), small)
   rows = [row for row in found.samples if row["split"] == "train"]
@@ -329,6 +336,10 @@ def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files):
   kinds = [sum(map(ord, row["response"])) % 8 for row in rows]
   assert {1, 2, 3} < set(kinds)
   assert [row["status"] for row in rows] == [statuses.get(kind, "ok") for kind in kinds]
+  trained = [row["length"] if row["status"] == "ok" else 0 for row in rows]
+  order = next(grpo.minibatches(replace(grpo.Config(), settings(files)), 0))  # of the problems
+  wanted = np.array(trained).reshape(4, 4)[order].reshape(-1)
+  np.testing.assert_array_equal(masks[0].sum(axis=1), wanted)
   counts = collections.Counter(row["status"] for row in rows)
   for status in ("ok", "raised", "timed_out", "not_applicable", "died", "invalid"):
     assert found.metrics[0][f"rewards_{status}"] == counts[status]
