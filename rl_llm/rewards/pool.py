@@ -194,7 +194,8 @@ class RewardPool:
   The reward function is imported once, in a process of its own, when the pool is made: a file that
   does not import is an error before any training. Every sample is then one call, `f([prompt],
   [completion], answer=[...])`, in a fresh fork, so it sees no other sample and a failure touches no
-  other. State that the function keeps between calls is lost.
+  other. State that the function keeps between calls is lost. (The library's own graders, which only
+  compare text, run in the worker itself: `RewardSource.own_grader`.)
 
   A worker that exceeds the deadline is killed with everything it started, and replaced. While some
   samples take much longer than others, spares grade the rest, so a batch of 64 with 8 that hang

@@ -4,6 +4,7 @@
                   `- minder     one per worker, exists to be killed: its end is the worker's end
                        `- worker     process 1 of its own process namespace, in its own directory
                             `- child      a fresh fork per sample: what text breaks ends with it
+                                          (not for this library's own graders)
 
 A fork costs a millisecond, an import of the grader up to seconds, so a worker killed at its
 deadline is replaced at once. Frames are four bytes of length (big endian), then JSON. Standard

@@ -172,6 +172,20 @@ def test_a_failure_has_a_status_and_a_bounded_reason(graders, text, status, deta
   assert one(graders, "fine").value == 1.0
 
 
+def test_the_library_s_own_graders_share_a_process_and_keep_every_status(source):
+  """Without a fork per sample, state is kept between samples; a death or a hang still costs one."""
+  with RewardPool(
+    source._replace(own_grader=True), workers=1, spares=0, deadline=DEADLINE, max_failure_rate=1.0
+  ) as pool:
+    texts = ["fine", "raise", "os exit", "fine", "sleep", "fine", "say none", "leave", "look"]
+    results = pool.score(["p"] * len(texts), texts, [{}] * len(texts))
+    assert [result.status for result in results] == [
+      "ok", "raised", "died", "ok", "timed_out", "ok", "not_applicable", "ok", "ok",
+    ]  # fmt: skip
+    assert results[-1].value == 2.0, "the file and the list entry that `leave` left are there"
+    assert pool.size == 1
+
+
 def test_hangs_cost_one_deadline_and_no_other_sample(source):
   hangs = ["loop", "sleep", "power", "regex", "deaf", "loop", "sleep", "regex"]
   texts = ["fine"] * 64
