@@ -1,4 +1,4 @@
-"""Packaging: `pip install .` gives the losses and the library; extras add what each optional part needs."""
+"""Packaging: `pip install .` gives the library; extras add what each optional part needs."""
 
 import pathlib
 
