@@ -88,7 +88,7 @@ def test_the_time_left_follows_the_last_ten_steps():
 
 def test_an_evaluated_step_says_its_accuracies_with_their_intervals():
   metrics = {"eval/sampled_accuracy": 0.81, "eval/sampled_low": 0.771, "eval/sampled_high": 0.85}
-  out = shown(lambda c: c.step(0, metrics))
+  out = shown(lambda c: c.evaluation(0, metrics))
   assert out.startswith("step 0 held-out accuracy, sampled: 0.81 (95% 0.77 to 0.85)\n")
   assert "greedy" not in out
 
