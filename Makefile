@@ -4,7 +4,7 @@
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 RUN_FLAGS ?=
 BENCH_FLAGS ?=
 BIN := $(VENV)/bin

@@ -10,6 +10,9 @@ reward model, no preference data: a grader and G answers a question.
   python -m experiments.grpo --preset=dapo --seed=1         a published recipe, another seed
 
 Rerunning the same command goes on from the last checkpoint; so does it after Ctrl-C or a kill.
+
+Measured with the first command, seed 0, on 2 cores shared with other work: 100 held-out sums, right
+at temperature 1 from 0.16 to 0.87, greedily from 0.67 to 0.89, in 983 s of training and evaluation.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import dataclasses
 import functools
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +91,7 @@ class Advantage:
   scale: Literal["std", "batch", "none"] = option("std", "divide by the spread of the group, of "
                                                   "the batch, or not at all (Dr. GRPO)")
   ddof: int = option(1, "1 divides the variance by G - 1, 0 by G", min=0, max=1)
-  eps: float = option(1e-6, "added to the standard deviation", min=0)
+  eps: float = option(1e-6, "added to the standard deviation", above=0)
   baseline: Literal["mean", "leave_one_out"] = option("mean", "what is subtracted")
 
 
@@ -216,7 +220,7 @@ TINY = {
 }
 
 # A run may be resumed with other values of these: they do not change what is computed.
-VOLATILE = ("workdir", "steps", "samples_every", "checkpoint.every", "checkpoint.keep", "export")
+VOLATILE = ("workdir", "steps", "samples_every", "checkpoint.every", "checkpoint.keep")
 
 
 def overrides(config: Config) -> dict[str, Any]:
@@ -327,6 +331,11 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
   )
   held_out = encode(first_problems(task.held_out, config.eval.problems))
   draw_problems(task, config.seed, 0, config.prompts_per_step, encode)  # An error comes now.
+  if not held_out.problems:
+    raise TaskError(
+      f"task={config.task!r}: no held-out problem to evaluate on; hold some out, or give a file of "
+      "them (see the task's flags)"
+    )
 
   optimizer_config = config.optimizer
   optimizer = make_optimizer(
@@ -396,6 +405,8 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
     abstract = jax.eval_shape(lambda p: init_state(p, optimizer), model.params)
     start, state, _ = checkpoints.restore(abstract)
     console.say(f"going on from the checkpoint at step {start}")
+    if start > config.steps:
+      raise ConfigError("steps", config.steps, f"at least {start}, which {workdir} has reached")
   model = model._replace(params=None)
   saved = start
 
@@ -549,6 +560,7 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
       raise
 
   if config.export:
+    shutil.rmtree(workdir / "model", ignore_errors=True)  # Of an earlier end of this run.
     save_hf(workdir / "model", policy.config, state.params)
   write_report(workdir)
   result = summary(read(workdir / "metrics.jsonl"))

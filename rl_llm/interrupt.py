@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -52,6 +53,8 @@ class StopSignals:
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     self._received = signum
     self._restore()
+    # Unbuffered and at once: a compilation may take a minute, and a second Ctrl-C would lose work.
+    os.write(2, b"\nstopping at the next safe point; a second signal stops at once\n")
 
   def _restore(self) -> None:
     for signum, handler in self._previous.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rl_llm.config import ConfigError, flatten, write_config
+from rl_llm.config import ConfigError, flatten, redact, write_config
 from rl_llm.metrics import write_atomically
 
 
@@ -30,8 +30,9 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    recorded = workdir / "config.json"
-    if recorded.exists():
+    recorded, metrics = workdir / "config.json", workdir / "metrics.jsonl"
+    # A start that failed before its first step binds nobody.
+    if recorded.exists() and metrics.exists() and metrics.stat().st_size:
       _refuse_other_settings(workdir, json.loads(recorded.read_text("ascii")), config, volatile)
     write_config(config, workdir)
     result = workdir / "result.json"
@@ -55,7 +56,8 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
 def _refuse_other_settings(
   workdir: Path, recorded: dict[str, Any], config: Any, volatile: Iterable[str]
 ) -> None:
-  wanted = json.loads(json.dumps(flatten(config)))
+  # What was recorded was redacted, so it is compared with what would be.
+  wanted = json.loads(redact(json.dumps(flatten(config))))
   volatile = set(volatile)
   for path, value in wanted.items():
     if path not in volatile and recorded.get(path, value) != value:

@@ -45,11 +45,27 @@ def test_the_same_command_opens_it_again_and_volatile_settings_may_change(tmp_pa
 def test_other_settings_are_refused_and_change_nothing(tmp_path, config, said):
   workdir = tmp_path / "one"
   open_run(workdir, Config(), volatile=())
+  (workdir / "metrics.jsonl").write_text('{"step": 0}\n')
   before = {path: path.read_bytes() for path in workdir.iterdir()}
   with pytest.raises(ConfigError, match=said) as caught:
     open_run(workdir, config, volatile=())
   assert "another --workdir" in str(caught.value)
   assert {path: path.read_bytes() for path in workdir.iterdir()} == before
+
+
+def test_a_start_that_recorded_no_step_binds_nobody(tmp_path):
+  open_run(tmp_path, Config(), volatile=())
+  (tmp_path / "metrics.jsonl").write_text("")
+  open_run(tmp_path, Config(prompt="hi"), volatile=())
+  assert json.loads((tmp_path / "config.json").read_text())["prompt"] == "hi"
+
+
+def test_a_setting_that_was_redacted_is_the_same_setting(tmp_path):
+  config = Config(prompt="snapshots/" + "0123456789" * 4)
+  open_run(tmp_path, config, volatile=())
+  (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+  assert "0123456789" not in (tmp_path / "config.json").read_text()
+  open_run(tmp_path, config, volatile=())
 
 
 def test_a_result_is_the_proof_of_the_end(tmp_path):
@@ -80,5 +96,6 @@ def test_directories_that_cannot_be_used(tmp_path):
       open_run(workdir, Config(), volatile=())
   (tmp_path / "cut").mkdir()
   (tmp_path / "cut" / "config.json").write_text('{"steps": ')
+  (tmp_path / "cut" / "metrics.jsonl").write_text('{"step": 0}\n')
   with pytest.raises(ConfigError, match="whose JSON files are whole.*choose another"):
     open_run(tmp_path / "cut", Config(), volatile=())
