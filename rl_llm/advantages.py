@@ -9,14 +9,17 @@ and recursions over time pass over them as if the tokens on both sides were neig
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from rl_llm.masked import masked_mean, masked_var
+from rl_llm.masked import masked_mean, masked_sum, masked_var, whiten
 from rl_llm.types import (
   Array,
   at_least_float32,
   check_above,
+  check_between,
   check_choice,
   check_mask,
   check_ndim,
@@ -126,7 +129,7 @@ def gae(
     values: [B, T] float, the value network's expectation before token t is chosen.
     mask: [B, T] bool; tokens outside it are skipped, and t + 1 is the next one inside.
     discount: between 0 and 1.
-    gae_lambda: between 0 and 1.
+    gae_lambda: between 0 and 1; a scalar, or [B] such as from `length_adaptive_lambda`.
     bootstrap: None, or [B] float, the value after the last token: for responses that were cut off,
       not ended. None is 0.
 
@@ -144,6 +147,10 @@ def gae(
   check_same_shape("values", values, "mask", mask)
   rewards, values = at_least_float32(rewards), at_least_float32(values)
   end = jnp.zeros_like(values[:, 0])
+  if jnp.shape(gae_lambda) not in ((), end.shape):
+    raise ValueError(
+      f"gae_lambda has shape {jnp.shape(gae_lambda)}; it must be a scalar or [B] = {end.shape}."
+    )
   if bootstrap is not None:
     if jnp.shape(bootstrap) != end.shape:
       raise ValueError(f"bootstrap has shape {jnp.shape(bootstrap)}; it must be [B] = {end.shape}.")
@@ -161,8 +168,121 @@ def gae(
   return advantages, jnp.where(mask, advantages + values, 0)
 
 
+def length_adaptive_lambda(mask, *, alpha=0.05) -> Array:
+  """VAPO's lambda for `gae`: nearer to 1, the longer the response.
+
+      gae_lambda = max(0, 1 - 1 / (alpha * n))        n = tokens of the response
+
+  The reward at the end reaches a token k steps before it with the factor lambda^k. With lambda 0.95
+  nothing of it is left after 1,000 tokens (0.95^1000 = 5e-23). Here every response is remembered
+  over a fixed share alpha of its length, for 1,000 tokens over 50 of them:
+
+  >>> round(float(length_adaptive_lambda(jnp.ones((1, 1000), bool))[0]), 3)
+  0.98
+
+  VAPO uses it for the policy alone: its value network is trained on the returns of another `gae`
+  with lambda 1.
+
+  Args:
+    mask: [B, T] bool, the tokens the policy produced.
+    alpha: the share of a response over which advantages look ahead, > 0.
+
+  Returns:
+    [B] float32 between 0 and 1; 0 for responses of at most 1 / alpha tokens.
+
+  Raises:
+    ValueError: `mask` is not a bool array of two axes, or `alpha` is not above 0.
+
+  Reference: Yue et al., 2025, VAPO, https://arxiv.org/abs/2504.05118
+  """
+  check_above("alpha", alpha, 0)
+  _check_mask(mask)
+  length = jnp.sum(mask, axis=1).astype(jnp.float32)
+  return jnp.maximum(0, 1 - 1 / (alpha * jnp.maximum(length, 1)))
+
+
+def reinforce_plus_plus(rewards, mask, *, discount=1.0, ddof=1, eps=1e-8) -> Array:
+  """REINFORCE++'s advantage: returns, whitened over all tokens of the batch.
+
+      advantages = (G - mean(G)) / sqrt(var(G) + eps)        G = discounted_returns(rewards, mask)
+
+  One response per prompt is enough: the baseline is the batch. So a prompt that is easy looks good
+  whatever was answered; `reinforce_plus_plus_baseline` first compares within the prompt. Returns of
+  1 and 0 lie half a unit, which is one standard deviation (ddof 0), from their mean:
+
+  >>> rewards, mask = jnp.array([[1.0], [0.0]]), jnp.ones((2, 1), bool)
+  >>> [round(float(a), 3) for a in reinforce_plus_plus(rewards, mask, ddof=0)[:, 0]]
+  [1.0, -1.0]
+
+  Long responses weigh more in both statistics, as each token is one item.
+
+  Args:
+    rewards: [B, T], such as from `token_rewards`, with the KL in it.
+    mask: [B, T] bool; tokens outside it are skipped.
+    discount: between 0 and 1.
+    ddof: of the variance; OpenRLHF has 0, most others 1.
+    eps: added to the variance, > 0.
+
+  Returns:
+    [B, T] float32; 0 outside the mask.
+
+  Raises:
+    ValueError: shapes differ, `mask` is not bool, or `eps` is not above 0.
+
+  Reference: Hu et al., 2025, REINFORCE++, https://arxiv.org/abs/2501.03262
+  """
+  check_above("eps", eps, 0)
+  return whiten(discounted_returns(rewards, mask, discount=discount), mask, ddof=ddof, eps=eps)
+
+
+def reinforce_plus_plus_baseline(rewards, mask, *, ddof=1, eps=1e-8, where=None) -> Array:
+  """REINFORCE++-baseline: centred within each prompt, whitened over all tokens of the batch.
+
+      centred    = rewards - mean of its group
+      advantages = centred on each token, divided by the spread over all tokens of the batch
+
+  GRPO divides by the spread of each prompt alone, which makes prompts that are nearly always or
+  nearly never solved count more; here one divisor serves all.
+
+  >>> advantages = reinforce_plus_plus_baseline(jnp.array([[1, 0]]), jnp.ones((2, 1), bool), ddof=0)
+  >>> [round(float(a), 3) for a in advantages[:, 0]]
+  [1.0, -1.0]
+
+  Args:
+    rewards: [P, G], G responses to each of P prompts.
+    mask: [B, T] bool, the tokens the policy produced; rows are `b = p * G + g`.
+    ddof: of the variance; OpenRLHF has 0, most others 1.
+    eps: added to the variance, > 0.
+    where: None, or [P, G] bool, as in `group_relative`.
+
+  Returns:
+    [B, T] float32; 0 outside the mask.
+
+  Raises:
+    ValueError: shapes differ, a mask is not bool, or `eps` is not above 0.
+
+  Reference: Hu et al., 2025, REINFORCE++, https://arxiv.org/abs/2501.03262
+  """
+  check_above("eps", eps, 0)
+  rewards, where = _groups(rewards, where)
+  _check_mask(mask)
+  if rewards.size != mask.shape[0]:
+    raise ValueError(f"mask has shape {mask.shape}; it needs P * G = {rewards.size} rows.")
+  centred = group_relative(rewards, scale="none", where=where).reshape(-1, 1)
+  mask = jnp.asarray(mask) & where.reshape(-1, 1)
+  return whiten(jnp.broadcast_to(centred, mask.shape), mask, ddof=ddof, eps=eps)
+
+
 def group_relative(
-  rewards, *, scale="std", ddof=1, eps=1e-6, baseline="mean", where=None
+  rewards,
+  *,
+  scale="std",
+  ddof=1,
+  eps=1e-6,
+  baseline="mean",
+  singleton="zero",
+  eps_rule="add",
+  where=None,
 ) -> Array:
   """GRPO's advantage: how a response compares with the others to the same prompt.
 
@@ -189,42 +309,46 @@ def group_relative(
   Args:
     rewards: [P, G], G responses to each of P prompts; integers are converted to float.
     scale: "std" divides by the group's standard deviation + `eps`, "batch" by that of all rewards,
-      "none" not at all.
+      "leave_one_out" by that of the *other* responses, where they differ (NeMo), "none" not at all.
     ddof: of the standard deviation, 1 divides by G - 1.
     eps: added to the standard deviation, > 0.
     baseline: "mean" of the group, or "leave_one_out", the mean of the *other* responses (RLOO).
+    singleton: what a group of one gets, "zero" or "raw", its reward (verl, SkyRL).
+    eps_rule: "add" divides by std + eps, "max" by max(std, eps) (Simply).
     where: None, or [P, G] bool; False marks a reward that failed. It enters no statistic, and its
-      advantage is 0.
+      advantage is 0. Where nan means "does not apply", as in TRL, pass `~isnan(rewards)`; a nan
+      that nobody marked stays one.
 
   Returns:
-    [P, G] float32; exactly 0 in a group without spread and in a group of one.
+    [P, G] float32; exactly 0 in a group without spread, and by default in a group of one.
 
   Raises:
     ValueError: shapes differ, a name is unknown, or `eps` is not above 0.
 
   Reference: Shao et al., 2024, DeepSeekMath, https://arxiv.org/abs/2402.03300
   """
-  check_choice("scale", scale, ("std", "batch", "none"))
+  check_choice("scale", scale, ("std", "batch", "leave_one_out", "none"))
   check_choice("baseline", baseline, ("mean", "leave_one_out"))
+  check_choice("singleton", singleton, ("zero", "raw"))
+  check_choice("eps_rule", eps_rule, ("add", "max"))
   check_above("eps", eps, 0)
-  check_ndim("rewards", rewards, 2, "[P, G]: reshape(P, G)")
-  rewards = at_least_float32(rewards)
-  where = jnp.ones(rewards.shape, bool) if where is None else jnp.asarray(where)
-  check_mask("where", where)
-  check_same_shape("where", where, "rewards", rewards)
-  # Equal rewards must give exactly 0, and their rounded mean may differ from them by one digit,
-  # which dividing by a std near 0 would blow up. Subtracting one of them first makes all of them 0.
-  anchor = jnp.max(jnp.where(where, rewards, -jnp.inf), axis=1, keepdims=True)
-  shifted = jnp.where(where, rewards - anchor, 0)
+  rewards, where = _groups(rewards, where)
+  count = jnp.sum(where, axis=1, keepdims=True)
+  shifted = _shifted(rewards, where)
   advantages = shifted - masked_mean(shifted, where, axis=1)[:, None]
   if baseline == "leave_one_out":
-    count = jnp.sum(where, axis=1, keepdims=True)
     advantages = advantages * (count / jnp.maximum(count - 1, 1))
-  if scale == "std":
-    advantages = advantages / (jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None] + eps)
-  elif scale == "batch":
-    advantages = advantages / (jnp.sqrt(masked_var(rewards, where, ddof=ddof)) + eps)
-  return jnp.where(where & (jnp.sum(where, axis=1, keepdims=True) > 1), advantages, 0)
+  if scale != "none":
+    if scale == "std":
+      std = jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None]
+    elif scale == "batch":
+      std = jnp.sqrt(masked_var(rewards, where, ddof=ddof))
+    else:
+      std = _std_of_others(shifted, where, ddof)
+    divisor = std + eps if eps_rule == "add" else jnp.maximum(std, eps)
+    advantages = advantages / jnp.where((std > 0) | (scale != "leave_one_out"), divisor, 1)
+  advantages = jnp.where(where & (count > 1), advantages, 0)
+  return jnp.where(where & (count == 1), rewards, advantages) if singleton == "raw" else advantages
 
 
 def leave_one_out(rewards, *, where=None) -> Array:
@@ -253,6 +377,402 @@ def leave_one_out(rewards, *, where=None) -> Array:
   Reference: Ahmadian et al., 2024, Back to Basics, https://arxiv.org/abs/2402.14740
   """
   return group_relative(rewards, scale="none", baseline="leave_one_out", where=where)
+
+
+def remax(rewards, greedy_rewards, *, where=None) -> Array:
+  """ReMax's advantage: the reward minus that of the greedy response to the same prompt.
+
+      advantage = R - R(greedy)
+
+  One greedy decode per prompt stands in for a value network. It is no part of the batch, so the
+  baseline depends on no sampled response. The greedy answer was half right:
+
+  >>> remax(jnp.array([[1.0, 0.0]]), jnp.array([0.5])).tolist()
+  [[0.5, -0.5]]
+
+  With rewards on several tokens it is the baseline of each return:
+  `discounted_returns(rewards, mask) - greedy_rewards[:, None]`.
+
+  Args:
+    rewards: [P, G], G responses to each of P prompts; ReMax has G = 1.
+    greedy_rewards: [P], of the response decoded at temperature 0.
+    where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
+
+  Returns:
+    [P, G] float32.
+
+  Raises:
+    ValueError: shapes differ.
+
+  Reference: Li et al., 2023, ReMax, https://arxiv.org/abs/2310.10505
+  """
+  rewards, where = _groups(rewards, where)
+  if jnp.shape(greedy_rewards) != rewards.shape[:1]:
+    raise ValueError(
+      f"greedy_rewards has shape {jnp.shape(greedy_rewards)}; it must be [P] = {rewards.shape[:1]}."
+    )
+  return jnp.where(where, rewards - at_least_float32(greedy_rewards)[:, None], 0)
+
+
+def opo(rewards, lengths, *, where=None) -> Array:
+  """OPO's advantage: the reward minus the length-weighted mean of its group.
+
+      advantage_i = R_i - sum_j n_j R_j / sum_j n_j
+
+  The baseline with the least variance weighs each reward by the squared norm of its response's
+  gradient, which grows about as its length. A right answer of 3 tokens and a wrong one of 1:
+
+  >>> opo(jnp.array([[1, 0]]), jnp.array([[3, 1]])).tolist()
+  [[0.25, -0.75]]
+
+  Args:
+    rewards: [P, G], G responses to each of P prompts.
+    lengths: [P, G], in tokens.
+    where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
+
+  Returns:
+    [P, G] float32; 0 in a group of one (verl: its reward).
+
+  Raises:
+    ValueError: shapes differ.
+
+  Reference: Hao et al., 2025, On-Policy RL with Optimal Reward Baseline,
+    https://arxiv.org/abs/2505.23585
+  """
+  rewards, where = _groups(rewards, where)
+  check_same_shape("lengths", lengths, "rewards", rewards)
+  lengths, shifted = at_least_float32(lengths), _shifted(rewards, where)
+  total = masked_sum(lengths, where, 1)[:, None]
+  mean = masked_sum(lengths * shifted, where, 1)[:, None] / jnp.where(total > 0, total, 1)
+  return jnp.where(where, shifted - mean, 0)
+
+
+def gpg(rewards, *, alpha="informative", where=None) -> Array:
+  """GPG's advantage: the centred reward, scaled up for the responses that teach nothing.
+
+      advantage = alpha * (R - mean of its group)        alpha = N / (N - M)
+
+  N counts the responses, and M those in groups without spread. Their gradient is 0, but a mean over
+  the batch still divides by them: the more prompts are solved, the smaller the step. Alpha undoes
+  that. One of two groups teaches, so it counts twice:
+
+  >>> gpg(jnp.array([[1.0, 0.0], [1.0, 1.0]])).tolist()
+  [[1.0, -1.0], [0.0, 0.0]]
+
+  Args:
+    rewards: [P, G], G responses to each of P prompts.
+    alpha: "informative" as above, or "nonzero": N / (number of rewards that are not 0) (verl).
+    where: None, or [P, G] bool; False marks a reward that failed. It counts in neither number.
+
+  Returns:
+    [P, G] float32; 0 in a group of one.
+
+  Raises:
+    ValueError: shapes differ, or `alpha` is unknown.
+
+  Reference: Chu et al., 2025, GPG, https://arxiv.org/abs/2504.02546
+  """
+  check_choice("alpha", alpha, ("informative", "nonzero"))
+  rewards, where = _groups(rewards, where)
+  teaches = informative_groups(rewards, where=where)[:, None]
+  counted = where & (teaches if alpha == "informative" else rewards != 0)
+  factor = jnp.sum(where) / jnp.maximum(jnp.sum(counted), 1)
+  return factor * group_relative(rewards, scale="none", where=where)
+
+
+def maxrl(rewards, *, eps=1e-6, where=None) -> Array:
+  """MaxRL's advantage: the centred reward, divided by the group's mean reward.
+
+      advantage = (R - mean) / (mean + eps)
+
+  The policy gradient raises the probability p of a right answer; maximum likelihood raises log p,
+  whose gradient is 1 / p times that. So a prompt solved once in four counts three times as much as
+  one solved three times in four:
+
+  >>> [round(float(a), 3) for a in maxrl(jnp.array([[1, 0, 0, 0]]))[0]]
+  [3.0, -1.0, -1.0, -1.0]
+  >>> [round(float(a), 3) for a in maxrl(jnp.array([[1, 1, 1, 0]]))[0]]
+  [0.333, 0.333, 0.333, -1.0]
+
+  Args:
+    rewards: [P, G], >= 0, such as 0 and 1.
+    eps: added to the mean, > 0.
+    where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
+
+  Returns:
+    [P, G] float32; 0 in a group without spread (none right among them) and in a group of one.
+
+  Raises:
+    ValueError: shapes differ, or `eps` is not above 0.
+
+  Reference: Tajwar et al., 2026, Maximum Likelihood Reinforcement Learning,
+    https://arxiv.org/abs/2602.02710
+  """
+  check_above("eps", eps, 0)
+  rewards, where = _groups(rewards, where)
+  mean = masked_mean(rewards, where, 1)[:, None]
+  return group_relative(rewards, scale="none", where=where) / (mean + eps)
+
+
+def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) -> Array:
+  """What a response adds to the best of k: the advantage for the pass@k objective.
+
+      advantage_i = mean over sets S of k responses of  1[i in S] * (max of S - max of S without i)
+
+  Trained for the mean reward, a policy gives up answers that are right now and then. Where k tries
+  are allowed it is the best that counts, and only a response that beats the others of its set adds
+  to it. With k = G, the default, the best of the group gets its lead over the second, all others 0:
+
+  >>> [round(float(a), 3) for a in pass_at_k(jnp.array([[0.2, 0.9, 0.5]]))[0]]
+  [0.0, 0.4, 0.0]
+
+  With k = 2 there are three pairs; 0.9 leads in two, by 0.7 and 0.4, and 0.5 in one, by 0.3:
+
+  >>> [round(float(a), 3) for a in pass_at_k(jnp.array([[0.2, 0.9, 0.5]]), k=2)[0]]
+  [0.0, 0.367, 0.1]
+
+  Its expectation is unbiased for the gradient of pass@k, up to the factor that the weights of the
+  loss carry (they divide by G, the objective does not). Chen et al. (2508.10751) whiten pass@k
+  rewards of subsets instead, so that wrong answers get a negative advantage; that is another one.
+
+  Args:
+    rewards: [P, G], G responses to each of P prompts.
+    k: tries, from 2 to G; None is G. In a group with fewer valid rewards, all of them.
+    scale: "none", or "std" divides by the group's standard deviation + `eps` (verl's default).
+    ddof: of the standard deviation.
+    eps: added to the standard deviation, > 0.
+    where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
+
+  Returns:
+    [P, G] float32, >= 0; 0 in a group without spread and in a group of one.
+
+  Raises:
+    ValueError: shapes differ, `scale` is unknown, or a number is out of range.
+
+  Reference: Tang et al., 2025, Optimizing Language Models for Inference Time Objectives,
+    https://arxiv.org/abs/2503.19595; any k: Walder and Karkhanis, 2025, Pass@K Policy Optimization,
+    https://arxiv.org/abs/2505.15201
+  """
+  check_choice("scale", scale, ("none", "std"))
+  check_above("eps", eps, 0)
+  rewards, where = _groups(rewards, where)
+  group = rewards.shape[1]
+  check_between("k", k, 2, group)
+  # i is the best of S and j the second best. Of S's other k - 2, all come from the `rank` responses
+  # below j, so j is second in comb(rank, k - 2) of the comb(n, k) sets. Row n: n valid rewards.
+  tries = [min(n, k or group) for n in range(group + 1)]
+  share = jnp.array([
+    [math.comb(rank, t - 2) / math.comb(n, t) if 2 <= t and rank < n else 0.0
+     for rank in range(group)]
+    for n, t in enumerate(tries)
+  ])
+  rank = jnp.argsort(jnp.argsort(jnp.where(where, rewards, jnp.inf), axis=1), axis=1)
+  second = jnp.take_along_axis(share[jnp.sum(where, axis=1)], rank, axis=1)
+  clean = jnp.where(where, rewards, 0)
+  lead = jnp.maximum(clean[:, :, None] - clean[:, None, :], 0)
+  advantages = jnp.where(where, jnp.sum(second[:, None, :] * lead, axis=2), 0)
+  if scale == "std":
+    shifted = _shifted(rewards, where)
+    advantages /= jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None] + eps
+  return advantages
+
+
+def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Array:
+  """GDPO's advantage: each of several rewards is normalised by itself, then they are added.
+
+      A_k        = group_relative(rewards[..., k])
+      total      = sum_k weights[k] * A_k
+      advantages = (total - mean) / (std + eps)        over all responses of the batch
+
+  Added first, rewards (1, 0) and (0, 1) are both 1, and the group seems to have no spread; the
+  reward with the largest numbers drowns the others. Normalised first, each counts by its weight:
+
+  >>> rewards = jnp.array([[[1.0, 0.0], [0.0, 10.0]]])
+  >>> [round(float(a), 3) for a in gdpo(rewards, jnp.array([2.0, 1.0]), ddof=0)[0]]
+  [1.0, -1.0]
+
+  verl whitens over tokens instead, so that long responses weigh more: `masked.whiten` of these
+  advantages, broadcast to [B, T], with the mask of the tokens. TRL and NeMo do as above.
+
+  Args:
+    rewards: [P, G, K], K rewards of each of G responses to each of P prompts.
+    weights: [K], how much each reward counts.
+    scale: of each reward, as in `group_relative`.
+    ddof: of the standard deviations.
+    eps: added to the standard deviations, > 0.
+    where: None, or [P, G, K] bool; False marks a reward that failed or does not apply, which adds 0
+      to its response.
+
+  Returns:
+    [P, G] float32; 0 for a response without any reward.
+
+  Raises:
+    ValueError: shapes differ, `scale` is unknown, or `eps` is not above 0.
+
+  Reference: Liu et al., 2026, GDPO, https://arxiv.org/abs/2601.05242
+  """
+  check_ndim("rewards", rewards, 3, "[P, G, K]")
+  if jnp.shape(weights) != jnp.shape(rewards)[2:]:
+    raise ValueError(
+      f"weights has shape {jnp.shape(weights)}; it must be [K] = {jnp.shape(rewards)[2:]}."
+    )
+  where = jnp.ones(jnp.shape(rewards), bool) if where is None else jnp.asarray(where)
+  check_mask("where", where)
+  check_same_shape("where", where, "rewards", rewards)
+  each = jax.vmap(
+    lambda x, valid: group_relative(x, scale=scale, ddof=ddof, eps=eps, where=valid),
+    in_axes=2, out_axes=2,
+  )(at_least_float32(rewards), where)
+  total, valid = each @ at_least_float32(weights), jnp.any(where, axis=2)
+  std = jnp.sqrt(masked_var(total, valid, ddof=ddof))
+  return jnp.where(valid, (total - masked_mean(total, valid)) / (std + eps), 0)
+
+
+def optimal_token_baseline(
+  returns, logprobs, sum_of_squares, mask, *, group_size, singleton="zero"
+) -> Array:
+  """The baseline with the least variance at each token, from how far the gradient has moved so far.
+
+      W_t = sum_{s <= t} (1 - 2 * p_s + sum_v p_s(v)^2)        p_s = exp(logprobs_s)
+      B_t = sum_j W_jt G_jt / sum_j W_jt                       over the responses j of the prompt
+      advantages = G - B
+
+  A response whose tokens were surprising has a large gradient, and its return varies the update
+  most: the baseline should be nearest to it. The squared distance of one-hot and softmax, summed up
+  to t, stands in for that norm. Of two responses the first took a token of probability 1/2 among
+  two (W 1/2), the other one it was sure of (W 0), so the baseline is the return of the first:
+
+  >>> returns, logprobs = jnp.array([[1.0], [0.0]]), jnp.log(jnp.array([[0.5], [1.0]]))
+  >>> advantages = optimal_token_baseline(
+  ...   returns, logprobs, jnp.array([[0.5], [1.0]]), jnp.ones((2, 1), bool), group_size=2)
+  >>> advantages.tolist()
+  [[0.0], [-1.0]]
+
+  Args:
+    returns: [B, T], such as from `discounted_returns`; rows are `b = p * group_size + g`.
+    logprobs: [B, T] float, of the sampled tokens, in nats.
+    sum_of_squares: [B, T] float, the sum of the squared probabilities of all tokens.
+    mask: [B, T] bool, the tokens the policy produced.
+    group_size: G, responses per prompt.
+    singleton: where one response of the group has a token at t, "zero" is the formula (its baseline
+      is its own return), "raw" keeps its return, as the end of the longest response has nothing to
+      be compared with.
+
+  Returns:
+    [B, T] float32; 0 outside the mask.
+
+  Raises:
+    ValueError: shapes differ, `mask` is not bool, or B is not a multiple of `group_size`.
+
+  Reference: Li et al., 2026, The Optimal Token Baseline, https://arxiv.org/abs/2602.07078
+  """
+  check_choice("singleton", singleton, ("zero", "raw"))
+  _check_mask(mask)
+  check_same_shape("returns", returns, "mask", mask)
+  check_same_shape("logprobs", logprobs, "mask", mask)
+  check_same_shape("sum_of_squares", sum_of_squares, "mask", mask)
+  rows, length = jnp.shape(mask)
+  if group_size < 1 or rows % group_size:
+    raise ValueError(f"group_size is {group_size}; it must divide the rows of mask, {rows}.")
+  shape = (-1, group_size, length)
+  returns = jnp.where(mask, at_least_float32(returns), 0)
+  p = jnp.exp(at_least_float32(logprobs))
+  distance = jnp.where(mask, jnp.maximum(1 - 2 * p + at_least_float32(sum_of_squares), 0), 0)
+  moved = jnp.where(mask, jnp.cumsum(distance, axis=1), 0).reshape(shape)
+  total = jnp.sum(moved, axis=1, keepdims=True)
+  baseline = jnp.sum(moved * returns.reshape(shape), axis=1, keepdims=True)
+  baseline = baseline / jnp.where(total > 0, total, 1)
+  advantages = (returns.reshape(shape) - baseline).reshape(rows, length)
+  alone = jnp.sum(jnp.reshape(mask, shape), axis=1, keepdims=True) == 1
+  alone = jnp.broadcast_to(alone, moved.shape).reshape(rows, length)
+  return jnp.where(mask, jnp.where(alone, returns if singleton == "raw" else 0, advantages), 0)
+
+
+def overlong_penalty(lengths, *, limit, cache) -> Array:
+  """DAPO's soft punishment for length, to be added to the reward.
+
+      penalty = clip((limit - cache - n) / cache, -1, 0)
+
+  A hard limit gives a sound answer that needed one token more the reward of nonsense. Here the
+  price rises over the last `cache` tokens before the limit. Limit 100, cache 20:
+
+  >>> overlong_penalty(jnp.array([80, 90, 100, 120]), limit=100, cache=20).tolist()
+  [0.0, -0.5, -1.0, -1.0]
+
+  Lengths are in tokens and come out of the sampler: the number of characters is another unit.
+
+  Args:
+    lengths: any shape, tokens of each response.
+    limit: the length at which the whole price is due, > 0.
+    cache: over how many tokens before it the price rises, > 0 and at most `limit`.
+
+  Returns:
+    The shape of `lengths`, float32 between -1 and 0.
+
+  Raises:
+    ValueError: `cache` is not above 0 or is above `limit`.
+
+  Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
+  """
+  check_above("cache", cache, 0)
+  if isinstance(limit, int | float):
+    check_between("cache", cache, 0, limit)
+  return jnp.clip((limit - cache - at_least_float32(lengths)) / cache, -1, 0)
+
+
+def informative_groups(rewards, *, where=None) -> Array:
+  """Which prompts teach something: those whose responses did not all earn the same (DAPO).
+
+  A group without spread has only advantages of 0: it costs a forward and a backward pass, and
+  makes every mean over the batch smaller. Dynamic sampling drops such prompts and draws others.
+
+  >>> informative_groups(jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]])).tolist()
+  [True, False, False]
+
+  Args:
+    rewards: [P, G], G responses to each of P prompts.
+    where: None, or [P, G] bool; False marks a reward that failed, which is not looked at.
+
+  Returns:
+    [P] bool.
+
+  Raises:
+    ValueError: shapes differ.
+
+  Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
+  """
+  rewards, where = _groups(rewards, where)
+  low = jnp.min(jnp.where(where, rewards, jnp.inf), axis=1)
+  return jnp.max(jnp.where(where, rewards, -jnp.inf), axis=1) > low
+
+
+def _groups(rewards, where):
+  """Checks [P, G] rewards and their mask; the rewards at least float32, the mask never None."""
+  check_ndim("rewards", rewards, 2, "[P, G]: reshape(P, G)")
+  rewards = at_least_float32(rewards)
+  where = jnp.ones(rewards.shape, bool) if where is None else jnp.asarray(where)
+  check_mask("where", where)
+  check_same_shape("where", where, "rewards", rewards)
+  return rewards, where
+
+
+def _shifted(rewards, where):
+  """Rewards minus the largest of the group.
+
+  Equal rewards must give exactly 0, and their rounded mean may differ from them by one digit, which
+  dividing by a std near 0 would blow up. Subtracting one of them first makes all of them 0.
+  """
+  largest = jnp.max(jnp.where(where, rewards, -jnp.inf), axis=1, keepdims=True)
+  return jnp.where(where, rewards - largest, 0)
+
+
+def _std_of_others(x, where, ddof):
+  """[P, G], the standard deviation of the other responses; exactly 0 where they are all equal."""
+  others = where[:, None, :] & ~jnp.eye(x.shape[1], dtype=bool)
+  each = jnp.broadcast_to(x[:, None, :], others.shape)
+  low = jnp.min(jnp.where(others, each, jnp.inf), axis=2)
+  differ = jnp.max(jnp.where(others, each, -jnp.inf), axis=2) > low
+  return jnp.where(differ, jnp.sqrt(masked_var(each, others, 2, ddof=ddof)), 0)
 
 
 def _check_mask(mask):
