@@ -38,6 +38,9 @@ from rl_llm.types import (
   check_same_shape,
 )
 
+# exp(20) = 4.9e8. Beyond it a ratio carries no information, and an infinite one times 0 is nan.
+LOG_RATIO_LIMIT = 20.0
+
 
 def token_mean(mask) -> Array:
   """Weights for the mean over all tokens of the batch; long responses count more (DAPO).
@@ -187,6 +190,38 @@ def prompt_mean(mask, *, group_size) -> Array:
   return mask / per_row[:, None].astype(jnp.float32)
 
 
+def length_power(mask, *, power) -> Array:
+  """Weights between the mean over responses and the mean over tokens (LBPO).
+
+      weights[b, t] = mask[b, t] * n_b^(power - 1) / sum_j n_j^power        n_b = sum_t mask[b, t]
+
+  A response of n tokens weighs as n^power in all. Power 0 is `sequence_mean`, 1 is `token_mean`.
+  Responses of 4 tokens and of 1 weigh 4 to 1 as tokens, 1 to 1 as responses, and with power 1/2
+  as 2 to 1:
+
+  >>> weights = length_power(jnp.arange(4) < jnp.array([[4], [1]]), power=0.5)
+  >>> [round(float(w), 3) for w in weights.sum(axis=1)]
+  [0.667, 0.333]
+
+  Args:
+    mask: [B, T] bool, the tokens the policy produced, of the whole batch of one optimiser step.
+    power: usually between 0 and 1.
+
+  Returns:
+    [B, T] float32, summing to 1; all 0 if the mask is empty. Rows without tokens are left out.
+
+  Raises:
+    ValueError: `mask` is not a bool array of two axes.
+
+  Reference: as "LBPO" in NexRL, https://github.com/nex-agi/NexRL
+  """
+  _check(mask)
+  lengths = _lengths(mask)
+  safe = jnp.maximum(lengths, 1)
+  total = jnp.sum(jnp.where(lengths > 0, safe**power, 0))
+  return jnp.where(mask, safe ** (power - 1) / jnp.where(total > 0, total, 1), 0)
+
+
 def truncated_importance(
   old_logprobs, sampler_logprobs, mask, *, level="token", low=0.0, high=2.0, mode="truncate"
 ) -> Array:
@@ -213,6 +248,19 @@ def truncated_importance(
   >>> truncated_importance(old, sampler, mask, low=0.5, high=2.0, mode="mask").tolist()
   [[0.0, 1.0]]
 
+  Factors multiply. A response may be judged as a whole by its geometric mean, whose bounds do not
+  depend on its length, and its tokens be weighted one by one ("seq-mask-tis"):
+
+  >>> whole = truncated_importance(
+  ...   old, sampler, mask, level="geometric", mode="reject", low=0.5, high=2.0)
+  >>> [round(float(w), 3) for w in (whole * truncated_importance(old, sampler, mask, high=1e6))[0]]
+  [3.0, 1.0]
+
+  Conventions: TIS caps at 2 per token in Tunix, verl, SkyRL and slime, where verl's default is the
+  level "sequence"; TRL masks sequences with `high` 3; IcePop's limits are 0.5 and 5; rejection by
+  geometric mean is 0.999 to 1.001 in verl. Some state bounds on -log w ("k1"), which mirrors them:
+  `low` 1 / hi and `high` 1 / lo here.
+
   Args:
     old_logprobs: [B, T] float, the trainer's log-probs before this batch's updates, in nats; a
       constant.
@@ -224,7 +272,8 @@ def truncated_importance(
     mode: what happens outside the limits, as above.
 
   Returns:
-    [B, T] float32 factors to multiply weights by; 0 outside the mask.
+    [B, T] float32 factors to multiply weights by; 0 outside the mask. Ratios are limited to
+    exp(20).
 
   Raises:
     ValueError: shapes differ, or `level` or `mode` is none of the above.
@@ -246,7 +295,7 @@ def truncated_importance(
     log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
   elif level == "geometric":
     log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(_lengths(mask), 1)
-  ratio = jnp.exp(log_ratio)
+  ratio = jnp.exp(jnp.minimum(log_ratio, LOG_RATIO_LIMIT))
   inside = (low <= ratio) & (ratio <= high)
   if mode == "truncate":
     factors = jnp.clip(ratio, low, high)

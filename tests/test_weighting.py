@@ -20,6 +20,7 @@ WEIGHTINGS = {
   "sequence_sum": weighting.sequence_sum,
   "constant_length": lambda mask: weighting.constant_length(mask, length=7),
   "prompt_mean": lambda mask: weighting.prompt_mean(mask, group_size=2),
+  "length_power": lambda mask: weighting.length_power(mask, power=0.3),
 }
 
 
@@ -35,6 +36,9 @@ def slow(name, loss, mask):
     return np.mean([row.sum() for row in full])
   if name == "constant_length":
     return np.mean([row.sum() / 7 for row in full])
+  if name == "length_power":
+    powers = [len(row) ** 0.3 for row in full]
+    return sum(w * row.mean() for w, row in zip(powers, full, strict=True)) / sum(powers)
   groups = [np.concatenate(rows[b:b + 2]) for b in range(0, len(rows), 2)]
   return np.mean([group.mean() for group in groups if len(group)])
 
@@ -76,6 +80,11 @@ def test_all_weightings_compile_and_take_a_traced_length():
   np.testing.assert_array_equal(traced, weighting.constant_length(MASK, length=7))
 
 
+def test_length_power_runs_from_the_sequence_mean_to_the_token_mean():
+  for power, f in ((0.0, weighting.sequence_mean), (1.0, weighting.token_mean)):
+    np.testing.assert_allclose(weighting.length_power(MASK, power=power), f(MASK), rtol=1e-6)
+
+
 def importance_loop(old, sampler, mask, level, low, high, mode):
   out = np.zeros(mask.shape)
   for b in range(mask.shape[0]):
@@ -111,6 +120,34 @@ def test_truncated_importance_is_finite_at_extremes(level, mode):
     old[0] = extreme
     for mask in (MASK, MASK & (old == 0)):
       assert np.isfinite(f(old, mask)).all()
+
+
+def test_a_rejected_sequence_is_silent_whatever_its_unclamped_token_weights():
+  """"seq-mask-tis": 1[lo <= exp(mean log w) <= hi] times w itself; exp(200) is inf in float32."""
+  old, sampler = 0.4 * np.random.default_rng(3).normal(size=(2, *MASK.shape))
+  old[0] = 200
+  bounds = {"low": 0.8, "high": 1.5}
+  product = weighting.truncated_importance(
+    old, sampler, MASK, level="geometric", mode="reject", **bounds
+  ) * weighting.truncated_importance(old, sampler, MASK, high=float("inf"))
+  keep = importance_loop(old, sampler, MASK, "geometric", 0.8, 1.5, "reject")
+  assert not keep[0].any() and keep[1:].any()
+  expected = keep * importance_loop(old, sampler, MASK, "token", 0, np.inf, "truncate")
+  np.testing.assert_allclose(product, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lo, hi", [(0.5, 2.0), (0.5, 5.0)])
+def test_bounds_on_minus_log_w_are_mirrored(lo, hi):
+  """verl's k1 options keep log lo <= -log w <= log hi: for 0.5 to 5 that is w in [0.2, 2]."""
+  w = np.array([[0.15, 0.25, 0.4, 1.0, 1.9, 2.1, 4.0, 6.0]])
+  k1 = -np.log(w)
+  expected = (np.log(lo) <= k1) & (k1 <= np.log(hi))
+  got = weighting.truncated_importance(
+    np.log(w), np.zeros_like(w), np.ones_like(w, bool), low=1 / hi, high=1 / lo, mode="reject")
+  np.testing.assert_array_equal(got, expected)
+  plain = weighting.truncated_importance(
+    np.log(w), np.zeros_like(w), np.ones_like(w, bool), low=lo, high=hi, mode="reject")
+  assert np.array_equal(got, plain) == (lo * hi == 1)
 
 
 def test_factors_pass_no_gradient():
