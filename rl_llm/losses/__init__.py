@@ -23,14 +23,31 @@ Importing this package loads jax, numpy and chex, and nothing else.
 
 from rl_llm.losses.policy_gradient import grpo_loss, ppo_loss, reinforce_loss
 from rl_llm.losses.regularization import entropy_loss, kl_loss, value_loss
+from rl_llm.losses.sequence_ratio import gmpo_loss, gspo_loss, gspo_token_loss, vespo_loss
 from rl_llm.losses.supervised import sft_loss
+from rl_llm.losses.token_ratio import (
+  cispo_loss,
+  dppo_kl_loss,
+  dppo_tv_loss,
+  dro_loss,
+  sapo_loss,
+)
 
 __all__ = [
+  "cispo_loss",
+  "dppo_kl_loss",
+  "dppo_tv_loss",
+  "dro_loss",
   "entropy_loss",
+  "gmpo_loss",
   "grpo_loss",
+  "gspo_loss",
+  "gspo_token_loss",
   "kl_loss",
   "ppo_loss",
   "reinforce_loss",
+  "sapo_loss",
   "sft_loss",
   "value_loss",
+  "vespo_loss",
 ]

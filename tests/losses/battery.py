@@ -43,9 +43,28 @@ SETTINGS = {
   "dual_clip": (2.0, 3.0),
   "delta": (1.5, 4.0),
   "clip": (0.1, 0.5),
+  "low": (0.5, 0.9),
+  "high": (1.1, 2.0),
+  "tau_positive": (0.5, 2.0),
+  "tau_negative": (0.5, 2.0),
+  "threshold_low": (0.05, 0.3),
+  "threshold_high": (0.05, 0.3),
+  "ratio_cap": (0.8, 1.5),
+  "k_positive": (1.0, 2.0),
+  "lambda_positive": (1.0, 3.0),
+  "k_negative": (1.0, 3.0),
+  "lambda_negative": (1.0, 2.0),
 }
+# Metrics over responses: their count is that of the rows with a member, not of the members.
+PER_RESPONSE = {"sequence_ratio"}
 # Where value and gradient belong to different functions, a choice that makes them agree.
-CONSISTENT = {"kl_loss": {"gradient": "k3"}}
+CONSISTENT = {
+  "kl_loss": {"gradient": "k3"},
+  "cispo_loss": {"low": 1.0, "high": 1.0},
+  "vespo_loss": {
+    "k_positive": 0.0, "lambda_positive": 0.0, "k_negative": 0.0, "lambda_negative": 0.0,
+  },
+}
 
 PUBLIC = {name: getattr(losses, name) for name in losses.__all__}
 
@@ -105,7 +124,8 @@ def check_is_a_float32_scalar_with_sum_and_count_metrics(name):
   assert metrics, "a loss reports something"
   for key, (total, count) in metrics.items():
     assert total.shape == count.shape == () and np.isfinite(total), key
-    assert count == MASK.sum(), key
+    size = MASK.any(axis=1).sum() if key in PER_RESPONSE else MASK.sum()
+    assert count == size, key
   assert all(np.any(g) for g in trained(gradients).values()), "the trained array gets a gradient"
 
 

@@ -1,0 +1,352 @@
+"""Surrogates whose ratio belongs to the whole response, as the reward does.
+
+A token's ratio rests on one sample, and a long response multiplies hundreds of them. The losses
+here first take a mean or a sum of the log-ratios of a response, over the tokens of its *mask*: a
+token whose weight a correction set to 0 still belongs to the response. Pass `mask` whenever
+weights hold such factors, since without it membership is `weights != 0`. The weight of a sequence
+is the sum of its tokens' weights.
+
+RLOO needs no function of its own: it is PPO on the summed log-probs of each response, one [B, 1]
+"token" per row. Two tokens with ratios 1.5 and 0.5 make a response of ratio 0.75:
+
+>>> from rl_llm.losses.policy_gradient import ppo_loss
+>>> now, old = jnp.log(jnp.array([[0.6, 0.1]])), jnp.log(jnp.array([[0.4, 0.2]]))
+>>> loss, _ = ppo_loss(now.sum(1, keepdims=True), old.sum(1, keepdims=True), jnp.ones(1),
+...                    jnp.ones((1, 1)))
+>>> round(float(loss), 3)
+-0.75
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rl_llm.losses import _checks
+from rl_llm.types import Array, Metrics, check_above, check_between
+
+
+def gspo_loss(
+  logprobs,
+  old_logprobs,
+  advantages,
+  weights,
+  *,
+  mask=None,
+  clip_low=3e-4,
+  clip_high=4e-4,
+) -> tuple[Array, Metrics]:
+  """GSPO: PPO's clipped surrogate, with one ratio for the whole response.
+
+  The reward judges a response, but PPO keeps or drops its tokens one by one, each on the evidence
+  of a single sample; in mixtures of experts, where one update reroutes many tokens, that noise
+  alone can end a run. GSPO takes the geometric mean of the ratios of a response and clips that:
+
+      s         = exp(mean over the mask of (logprobs - old_logprobs))
+      per_token = max(-s * A, -clip(s, 1 - clip_low, 1 + clip_high) * A)
+      loss      = sum(weights * per_token)
+
+  Two tokens, one twice as likely as before and one half: the response is as likely as it was, s is
+  1, and each token receives half of the gradient. PPO would have dropped the first:
+
+  >>> from rl_llm.losses.policy_gradient import ppo_loss
+  >>> now, old = jnp.log(jnp.array([[0.4, 0.25]])), jnp.log(jnp.array([[0.2, 0.5]]))
+  >>> weights = jnp.array([[0.5, 0.5]])
+  >>> gradient = lambda f: jax.grad(lambda x: f(x, old, jnp.ones(1), weights)[0])(now)
+  >>> [round(float(g), 2) for g in gradient(gspo_loss)[0]]
+  [-0.5, -0.5]
+  >>> [round(float(g), 2) + 0 for g in gradient(ppo_loss)[0]]
+  [0.0, -0.25]
+
+  A mean of log-ratios is small, hence the bounds of a few 1e-4: with PPO's 0.2, which several
+  systems leave in place, nothing is ever clipped.
+
+  With `sequence_mean` weights a response of n tokens moves each by 1/n: the paper's. With
+  `sequence_sum` weights it moves each by 1, and the loss is LUSPO:
+
+  >>> from rl_llm.weighting import sequence_mean, sequence_sum
+  >>> mask = jnp.array([[True, True, True, True]])
+  >>> for weighting in (sequence_mean, sequence_sum):
+  ...   same = jnp.zeros((1, 4))
+  ...   jax.grad(lambda x: gspo_loss(x, same, jnp.ones(1), weighting(mask))[0])(same).tolist()
+  [[-0.25, -0.25, -0.25, -0.25]]
+  [[-1.0, -1.0, -1.0, -1.0]]
+
+  Args:
+    logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
+    old_logprobs: [B, T] float, the same under the policy before this batch's updates; a constant.
+    advantages: [B] or [B, T]; a constant.
+    weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant. A
+      sequence counts the sum of its row.
+    mask: [B, T] bool, which tokens belong to a response, and so enter its mean. None is
+      `weights != 0`.
+    clip_low: how far below 1 the ratio may matter, > 0.
+    clip_high: how far above 1, > 0.
+
+  Returns:
+    The scalar loss, at least float32, and metrics {"sequence_ratio", "approx_kl",
+    "clip_low_fraction", "clip_high_fraction"}: the mean s over sequences; and over member tokens,
+    the k3 estimate of KL(old || policy), and how often each clip removed a gradient.
+
+  Raises:
+    ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
+      the argument.
+
+  Reference: Zheng et al., 2025, Group Sequence Policy Optimization,
+    https://arxiv.org/abs/2507.18071; LUSPO: Liu et al., 2026, Length-Unbiased Sequence Policy
+    Optimization, https://arxiv.org/abs/2602.05261
+  """
+  check_above("clip_low", clip_low, 0)
+  check_above("clip_high", clip_high, 0)
+  _, log_ratio, advantages, weights, mask = _prepare(
+    logprobs, old_logprobs, advantages, weights, mask
+  )
+  ratio = jnp.broadcast_to(_checks.ratio_of(_row_mean(log_ratio, mask)), log_ratio.shape)
+  return _clipped(ratio, log_ratio, advantages, weights, mask, clip_low, clip_high)
+
+
+def gspo_token_loss(
+  logprobs,
+  old_logprobs,
+  advantages,
+  weights,
+  *,
+  mask=None,
+  clip_low=3e-4,
+  clip_high=4e-4,
+) -> tuple[Array, Metrics]:
+  """GSPO-token: GSPO's ratio, with the gradient of each token its own.
+
+  In `gspo_loss` the gradient runs through the mean, so the advantages and weights of a response are
+  averaged and every token is pushed alike. When they differ from token to token (steps judged one
+  by one, a correction factor per token), each token should keep its own:
+
+      s         = stop_gradient(exp(mean over the mask of (logprobs - old_logprobs)))
+      ratio     = s * exp(logprobs - stop_gradient(logprobs))
+      per_token = max(-ratio * A, -clip(ratio, 1 - clip_low, 1 + clip_high) * A)
+      loss      = sum(weights * per_token)
+
+  The loss is that of `gspo_loss`; so is the gradient, where advantages and weights are constant
+  over the response. Here they are not, and only the first token was good:
+
+  >>> old, advantages, weights = jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]), jnp.ones((1, 2))
+  >>> for f in (gspo_loss, gspo_token_loss):
+  ...   gradient = jax.grad(lambda x: f(x, old, advantages, weights)[0])(old)
+  ...   [round(float(g), 2) + 0 for g in gradient[0]]
+  [-0.5, -0.5]
+  [-1.0, 0.0]
+
+  Args:
+    logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
+    old_logprobs: [B, T] float, the same under the policy before this batch's updates; a constant.
+    advantages: [B] or [B, T]; a constant.
+    weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
+    mask: [B, T] bool, as in `gspo_loss`.
+    clip_low: as in `gspo_loss`.
+    clip_high: as in `gspo_loss`.
+
+  Returns:
+    The scalar loss, at least float32, and the metrics of `gspo_loss`.
+
+  Raises:
+    ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
+      the argument.
+
+  Reference: Zheng et al., 2025, Group Sequence Policy Optimization,
+    https://arxiv.org/abs/2507.18071
+  """
+  check_above("clip_low", clip_low, 0)
+  check_above("clip_high", clip_high, 0)
+  logprobs, log_ratio, advantages, weights, mask = _prepare(
+    logprobs, old_logprobs, advantages, weights, mask
+  )
+  constant = jax.lax.stop_gradient
+  ratio = constant(_checks.ratio_of(_row_mean(log_ratio, mask)))
+  ratio = ratio * jnp.exp(logprobs - constant(logprobs))
+  return _clipped(ratio, log_ratio, advantages, weights, mask, clip_low, clip_high)
+
+
+def gmpo_loss(
+  logprobs,
+  old_logprobs,
+  advantages,
+  weights,
+  *,
+  mask=None,
+  clip_low=0.4,
+  clip_high=0.4,
+) -> tuple[Array, Metrics]:
+  """GMPO: the geometric mean of the token ratios, each clipped before the mean is taken.
+
+  GRPO's surrogate is an arithmetic mean of ratios, which one token of ratio 50 dominates. In a
+  geometric mean it counts with its logarithm, so the clip can be wide; and unlike in GSPO, one such
+  token loses its own gradient, not that of the whole response:
+
+      x         = logprobs - old_logprobs
+      c         = min(x, clip_high) where A > 0, max(x, -clip_low) elsewhere
+      g         = exp(mean over the mask of c)
+      per_token = -g * A
+      loss      = sum(weights * per_token)
+
+  Log-ratios 1 and 0 of a good response: the first is cut to 0.4 and has no gradient, the second
+  receives half of g = exp(0.2) = 1.221:
+
+  >>> old = jnp.log(jnp.array([[0.1, 0.1]]))
+  >>> gradient = jax.grad(lambda x: gmpo_loss(x, old, jnp.ones(1), jnp.full((1, 2), 0.5))[0])(
+  ...   old + jnp.array([[1.0, 0.0]]))
+  >>> [round(float(g), 3) + 0 for g in gradient[0]]
+  [0.0, -0.611]
+
+  The bounds are of the *logarithm*: 0.4 allows ratios from exp(-0.4) = 0.67 to exp(0.4) = 1.49. One
+  system averages over the sequences of the local microbatch, whatever weights were asked for; here
+  weights count as in every loss, and `sequence_mean` is the paper's.
+
+  Args:
+    logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
+    old_logprobs: [B, T] float, the same under the policy before this batch's updates; a constant.
+    advantages: [B] or [B, T]; a constant.
+    weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant. A
+      sequence counts the sum of its row.
+    mask: [B, T] bool, as in `gspo_loss`.
+    clip_low: how far below 0 the log-ratio of a bad token may matter, in nats, > 0.
+    clip_high: how far above 0 that of a good token may, > 0.
+
+  Returns:
+    The scalar loss, at least float32, and the metrics of `gspo_loss`, "sequence_ratio" being the
+    mean of g over sequences.
+
+  Raises:
+    ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
+      the argument.
+
+  Reference: Zhao et al., 2025, Geometric-Mean Policy Optimization,
+    https://arxiv.org/abs/2507.20673
+  """
+  check_above("clip_low", clip_low, 0)
+  check_above("clip_high", clip_high, 0)
+  _, log_ratio, advantages, weights, mask = _prepare(
+    logprobs, old_logprobs, advantages, weights, mask
+  )
+  clipped = jnp.where(
+    advantages > 0, jnp.minimum(log_ratio, clip_high), jnp.maximum(log_ratio, -clip_low)
+  )
+  ratio = _checks.ratio_of(_row_mean(clipped, mask))
+  metrics = _metrics(ratio, log_ratio, mask) | {
+    "clip_low_fraction": _checks.metric((advantages < 0) & (log_ratio < -clip_low), mask),
+    "clip_high_fraction": _checks.metric((advantages > 0) & (log_ratio > clip_high), mask),
+  }
+  return -jnp.sum(weights * ratio * advantages), metrics
+
+
+def vespo_loss(
+  logprobs,
+  old_logprobs,
+  advantages,
+  weights,
+  *,
+  mask=None,
+  k_positive=2.0,
+  lambda_positive=3.0,
+  k_negative=3.0,
+  lambda_negative=2.0,
+) -> tuple[Array, Metrics]:
+  """VESPO: REINFORCE, each response weighted by a soft function of its importance weight.
+
+  The importance weight of a response is the product of its token ratios. It is what the theory asks
+  for, and its variance grows with the length beyond any use. GSPO takes the n-th root, which
+  changes the question; VESPO keeps the product and lets very large and very small ones fade:
+
+      w         = exp(sum over the mask of (logprobs - old_logprobs))
+      phi(w)    = w^k * exp(lambda * (1 - w))     k, lambda = positive where A >= 0, else negative
+      per_token = -stop_gradient(phi(w)) * A * logprobs
+      loss      = sum(weights * per_token)
+
+  phi(1) is 1. A good response that has become twice as likely counts 2^2 * exp(-3) = 0.199, one
+  that has become half as likely 0.5^2 * exp(1.5) = 1.12:
+
+  >>> old, one = jnp.log(jnp.array([[0.4]])), jnp.ones((1, 1))
+  >>> for now in (0.8, 0.2):
+  ...   f = lambda x: vespo_loss(x, old, jnp.ones(1), one)[0]
+  ...   round(-float(jax.grad(f)(jnp.log(jnp.array([[now]])))[0, 0]), 3)
+  0.199
+  1.12
+
+  The largest weight is at w = k / lambda: 2/3 for good responses, 3/2 for bad ones, so what moved
+  the right way counts less, what moved the wrong way more. With all four 0 it is REINFORCE.
+
+  A sampler that disagrees with the trainer belongs into w: pass its log-probs as `old_logprobs`,
+  and no importance factors in the weights.
+
+  Args:
+    logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
+    old_logprobs: [B, T] float, the same under the policy that sampled them; a constant.
+    advantages: [B] or [B, T]; a constant.
+    weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
+    mask: [B, T] bool, as in `gspo_loss`: the tokens of the sum.
+    k_positive: the power of w for good responses, >= 0.
+    lambda_positive: how fast large w fade for good responses, >= 0.
+    k_negative: the same power for bad responses.
+    lambda_negative: the same rate for bad responses.
+
+  Returns:
+    The scalar loss, at least float32, and metrics {"phi", "approx_kl"}: means over member tokens.
+    log w is limited to +-20.
+
+  Raises:
+    ValueError: shapes differ, a dtype is not float, or a k or lambda is below 0; the message names
+      the argument.
+
+  Reference: Shen et al., 2026, VESPO: Variational Sequence-Level Soft Policy Optimization,
+    https://arxiv.org/abs/2602.10693
+  """
+  infinity = float("inf")
+  check_between("k_positive", k_positive, 0, infinity)
+  check_between("lambda_positive", lambda_positive, 0, infinity)
+  check_between("k_negative", k_negative, 0, infinity)
+  check_between("lambda_negative", lambda_negative, 0, infinity)
+  logprobs, log_ratio, advantages, weights, mask = _prepare(
+    logprobs, old_logprobs, advantages, weights, mask
+  )
+  w = jax.lax.stop_gradient(_checks.ratio_of(jnp.sum(log_ratio, axis=1, keepdims=True)))
+  k = jnp.where(advantages >= 0, k_positive, k_negative)
+  rate = jnp.where(advantages >= 0, lambda_positive, lambda_negative)
+  phi = jnp.exp(k * jnp.log(w) + rate * (1 - w))
+  metrics = {"phi": _checks.metric(phi, mask), "approx_kl": _approx_kl(log_ratio, mask)}
+  return -jnp.sum(weights * phi * advantages * logprobs), metrics
+
+
+def _prepare(logprobs, old_logprobs, advantages, weights, mask):
+  """Checks; the trained log-probs, their log-ratio, and the constants, all 0 outside the mask."""
+  like = logprobs
+  logprobs, weights, mask = _checks.tokens("logprobs", logprobs, weights, mask)
+  old_logprobs = _checks.constant("old_logprobs", old_logprobs, "logprobs", like, mask)
+  advantages = _checks.per_token("advantages", advantages, mask)
+  return logprobs, logprobs - old_logprobs, advantages, weights, mask
+
+
+def _row_mean(x, mask):
+  """[B, 1]: the mean over each row's members of x, which is 0 elsewhere; 0 without members."""
+  return jnp.sum(x, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+
+
+def _clipped(ratio, log_ratio, advantages, weights, mask, clip_low, clip_high):
+  """PPO's surrogate with a given [B, T] ratio, constant in value over each row."""
+  clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+  per_token = jnp.maximum(-ratio * advantages, -clipped * advantages)
+  metrics = _metrics(ratio[:, :1], log_ratio, mask) | {
+    "clip_low_fraction": _checks.metric((advantages < 0) & (ratio < 1 - clip_low), mask),
+    "clip_high_fraction": _checks.metric((advantages > 0) & (ratio > 1 + clip_high), mask),
+  }
+  return jnp.sum(weights * per_token), metrics
+
+
+def _metrics(sequence_ratio, log_ratio, mask):
+  return {
+    "sequence_ratio": _checks.metric(sequence_ratio, jnp.any(mask, axis=1, keepdims=True)),
+    "approx_kl": _approx_kl(log_ratio, mask),
+  }
+
+
+def _approx_kl(log_ratio, mask):
+  ratio = _checks.ratio_of(log_ratio)
+  return _checks.metric(ratio - 1 - jnp.log(ratio), mask)
