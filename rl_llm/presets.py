@@ -44,8 +44,24 @@ def grpo(name: str) -> Recipe:
   | dr_grpo | no division by std nor by own length, no KL; `constant_length` needs a `length` |
   | dapo | token mean, clip 0.2 below and 0.28 above, no KL |
   | trl | eps 1e-4, token mean, no KL (with a coefficient, pass `ratio` to `kl_loss`) |
-  | verl | token mean, dual clip 3, no KL; a lone response has its raw reward there, 0 here |
+  | verl | token mean, dual clip 3, no KL; a lone response has its raw reward there, 0 here (1) |
   | nexrl | token mean, no KL |
+  | openrlhf | eps 1e-9, token mean, no KL in the loss: 0.01 * k1 is in the reward (2) |
+  | nemo | mean and std of the *other* responses, token mean, KL 0.01 * k3 with k2's gradient (3) |
+  | tunix | KL 0.04 * k1, whose expected gradient is 0: it adds noise and holds nothing |
+  | simply | divides by max(std, 1e-5), ddof 0; token mean, ratio at most 10, KL 0.001 * k3 |
+  | skyrl | a lone response keeps its raw reward, token mean, KL 0.001 * k3 |
+
+  1. `group_relative(..., singleton="raw")` has verl's and SkyRL's rule.
+  2. `discounted_returns(token_rewards(advantages, mask, kl=k1, kl_coef=0.01), mask)` are OpenRLHF's
+     advantages, of rewards clipped to +-10.
+  3. NeMo multiplies k3 by exp(logprobs - stop_gradient(logprobs)), which has k2's gradient. One
+     response apart from others that nearly agree gets an advantage beyond 10, where mean and std of
+     all would give at most (G - 1) / sqrt(G).
+
+  Limits that only act where training has failed already (log-ratios and KL estimates cut at +-10 or
+  +-20 in some) are ours: log-ratios at +-20. Empty rows count in TRL's number of responses, not in
+  that of the others (`count_empty`); it matters for means over responses alone.
 
   The papers say neither whether the variance divides by G or G - 1, nor what is added to a standard
   deviation of 0; where they are silent, ours is G - 1 and 1e-6, as most systems have it.
@@ -76,6 +92,19 @@ def grpo(name: str) -> Recipe:
     "trl": Recipe(advantage | {"eps": 1e-4}, token_mean, clip, no_kl),
     "verl": Recipe(advantage, token_mean, clip | {"dual_clip": 3.0}, no_kl),
     "nexrl": Recipe(advantage, token_mean, clip, no_kl),
+    "openrlhf": Recipe(advantage | {"eps": 1e-9}, token_mean, clip, no_kl),
+    "nemo": Recipe(
+      advantage | {"scale": "leave_one_out", "baseline": "leave_one_out"},
+      token_mean, clip, {"coef": 0.01, "value": "k3", "gradient": "k2"},
+    ),
+    "tunix": Recipe(
+      advantage, {"name": "sequence_mean"}, clip, {"coef": 0.04, "value": "k1", "gradient": "k1"}
+    ),
+    "simply": Recipe(
+      advantage | {"ddof": 0, "eps": 1e-5, "eps_rule": "max"},
+      token_mean, clip | {"delta": 10.0}, no_kl | {"coef": 0.001},
+    ),
+    "skyrl": Recipe(advantage | {"singleton": "raw"}, token_mean, clip, no_kl | {"coef": 0.001}),
   }
   if name not in recipes:
     nearest = difflib.get_close_matches(str(name), recipes, n=1, cutoff=0.4)

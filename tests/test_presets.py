@@ -2,12 +2,14 @@
 
 import inspect
 
+import jax
 import numpy as np
 import pytest
 
 from rl_llm import advantages, kl, losses, presets, weighting
 
-NAMES = ("grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl")
+NAMES = ("grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "openrlhf", "nemo", "tunix", "simply",
+         "skyrl")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,22 +48,31 @@ REWARDS = np.array([[1.0, 0.0], [0.3, 0.9]])
 MASK = np.arange(5) < np.array([[5], [3], [1], [4]])
 
 
-def paper(low, high, eps, std, aggregate, dual=None, beta=0.0):
-  """The objective as the papers write it, in loops over responses and tokens."""
-  rows = []
+def mean_and_std(reward, group):
+  return (reward - group.mean()) / (group.std(ddof=1) + 1e-6)
+
+
+def k1(d):
+  return d
+
+
+def k3(d):
+  return np.exp(-d) + d - 1
+
+
+def paper(low, high, advantage, aggregate, dual=None, cap=np.inf, beta=0.0, kl=k3, rewards=REWARDS):
+  """The objective as its source writes it, in loops over responses and tokens."""
+  rows, size = [], rewards.shape[1]
   for b in range(4):
-    group = REWARDS[b // 2]
-    a = group[b % 2] - group.mean()
-    if std:
-      a /= group.std(ddof=1) + eps
+    group = rewards[b // size]
+    a = advantage(group[b % size], group)
     row = []
     for t in range(MASK[b].sum()):
       ratio = np.exp(LOGPROBS[b, t] - OLD[b, t])
-      loss = -min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
+      loss = -min(min(ratio, cap) * a, min(max(ratio, 1 - low), 1 + high) * a)
       if dual and a < 0:
         loss = min(loss, -dual * a)
-      d = LOGPROBS[b, t] - REF[b, t]
-      row.append(loss + beta * (np.exp(-d) + d - 1))
+      row.append(loss + beta * kl(LOGPROBS[b, t] - REF[b, t]))
     rows.append(np.array(row))
   return aggregate(rows)
 
@@ -75,17 +86,95 @@ def by_sequence(rows):
 
 
 @pytest.mark.parametrize("name, expected", [
-  ("grpo", lambda: paper(0.2, 0.2, 1e-6, True, by_sequence, beta=0.04)),
-  ("dr_grpo", lambda: paper(0.2, 0.2, 0, False, lambda rows: np.mean([r.sum() / 8 for r in rows]))),
-  ("dapo", lambda: paper(0.2, 0.28, 1e-6, True, by_token)),
-  ("trl", lambda: paper(0.2, 0.2, 1e-4, True, by_token)),
-  ("verl", lambda: paper(0.2, 0.2, 1e-6, True, by_token, dual=3.0)),
-  ("nexrl", lambda: paper(0.2, 0.2, 1e-6, True, by_token)),
+  ("grpo", lambda: paper(0.2, 0.2, mean_and_std, by_sequence, beta=0.04)),
+  ("dr_grpo", lambda: paper(0.2, 0.2, lambda r, group: r - group.mean(),
+                            lambda rows: np.mean([r.sum() / 8 for r in rows]))),
+  ("dapo", lambda: paper(0.2, 0.28, mean_and_std, by_token)),
+  ("trl", lambda: paper(
+    0.2, 0.2, lambda r, group: (r - group.mean()) / (group.std(ddof=1) + 1e-4), by_token)),
+  ("verl", lambda: paper(0.2, 0.2, mean_and_std, by_token, dual=3.0)),
+  ("nexrl", lambda: paper(0.2, 0.2, mean_and_std, by_token)),
+  ("openrlhf", lambda: paper(
+    0.2, 0.2, lambda r, group: (r - group.mean()) / (group.std(ddof=1) + 1e-9), by_token)),
+  ("tunix", lambda: paper(0.2, 0.2, mean_and_std, by_sequence, beta=0.04, kl=k1)),
+  ("simply", lambda: paper(
+    0.2, 0.2, lambda r, group: (r - group.mean()) / max(group.std(), 1e-5), by_token,
+    cap=10.0, beta=0.001)),
+  ("skyrl", lambda: paper(0.2, 0.2, mean_and_std, by_token, beta=0.001)),
 ])
 def test_a_recipe_is_the_objective_its_source_writes(name, expected):
   extra = {"length": 8} if name == "dr_grpo" else {}
   got = objective(name, LOGPROBS, OLD, REF, REWARDS, MASK, **extra)
   np.testing.assert_allclose(got, expected(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rewards", [np.array([[1.0, 0.0, 0.3, 0.9]]), REWARDS,
+                                     np.array([[1.0, 0.0, 0.0, 0.0]])])
+def test_nemo_compares_with_the_others_alone(rewards):
+  def advantage(r, group):
+    others = np.delete(group, np.flatnonzero(group == r)[0])
+    std = others.std(ddof=1) if len(others) > 1 else 0
+    return (r - others.mean()) / (std + 1e-6 if std > 0 else 1)
+
+  got = objective("nemo", LOGPROBS, OLD, REF, rewards, MASK)
+  expected = paper(0.2, 0.2, advantage, by_token, beta=0.01, rewards=rewards)
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_skyrl_trains_a_lone_response_on_its_raw_reward():
+  rewards = np.array([[1.0], [0.0], [0.3], [0.9]])
+  got = objective("skyrl", LOGPROBS, OLD, REF, rewards, MASK)
+  expected = paper(0.2, 0.2, lambda r, group: r, by_token, beta=0.001, rewards=rewards)
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_simply_caps_the_ratio_of_a_bad_token():
+  old = np.full((1, 1), np.log(0.01))
+  loss = recipe_loss("simply", np.zeros((1, 1)), old, np.array([-1.0]), np.ones((1, 1)))
+  np.testing.assert_allclose(loss, 10.0, rtol=1e-6)  # the ratio is 100
+
+
+def recipe_loss(name, *args):
+  keywords = {k: v for k, v in presets.grpo(name).loss.items() if k != "name"}
+  return losses.grpo_loss(*args, **keywords)[0]
+
+
+def test_openrlhf_has_the_kl_in_the_reward():
+  """Normalised outcome at the end, minus 0.01 * k1 per token, summed from each token on."""
+  recipe = presets.grpo("openrlhf")
+  keywords = {k: v for k, v in recipe.advantage.items() if k != "name"}
+  outcomes = advantages.group_relative(REWARDS, **keywords).reshape(-1)
+  rewards = advantages.token_rewards(outcomes, MASK, kl=OLD - REF, kl_coef=0.01)
+  got = advantages.discounted_returns(rewards, MASK)
+  expected = np.zeros(MASK.shape)
+  for b, t in np.argwhere(MASK):
+    group = REWARDS[b // 2]
+    outcome = (group[b % 2] - group.mean()) / (group.std(ddof=1) + 1e-9)
+    expected[b, t] = outcome - 0.01 * sum(
+      OLD[b, s] - REF[b, s] for s in range(t, MASK[b].sum()))
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  assert recipe.kl["coef"] == 0
+
+
+@pytest.mark.parametrize("name, slope", [
+  ("grpo", lambda d: 0.04 * (1 - np.exp(-d))),
+  ("nemo", lambda d: 0.01 * d),  # of exp(x - sg(x)) * k3: k3 + 1 - exp(-d)
+  ("tunix", lambda d: 0.04 * np.ones_like(d)),
+  ("skyrl", lambda d: 0.001 * (1 - np.exp(-d))),
+])
+def test_the_gradient_of_the_kl_term(name, slope):
+  recipe = presets.grpo(name)
+  weights = np.asarray(getattr(weighting, recipe.weighting["name"])(MASK))
+  estimators = {k: v for k, v in recipe.kl.items() if k != "coef"}
+  gradient = jax.grad(lambda x: losses.kl_loss(x, REF, weights, **estimators)[0])(LOGPROBS)
+  np.testing.assert_allclose(recipe.kl["coef"] * gradient, weights * slope(LOGPROBS - REF),
+                             rtol=1e-5, atol=1e-9)
+
+
+def test_the_table_has_a_row_for_every_recipe_and_no_other():
+  rows = [line.split("|")[1].strip() for line in presets.grpo.__doc__.splitlines()
+          if line.strip().startswith("|")]
+  assert tuple(rows[2:]) == NAMES
 
 
 def test_a_recipe_is_the_callers_to_change():
