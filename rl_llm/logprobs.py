@@ -12,6 +12,8 @@ that array.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -149,7 +151,7 @@ def chunked_logprobs_and_entropy(
     softcap: Gemma's bound on the logits, > 0, or None; a constant.
 
   Returns:
-    Log-probs and entropies, each [...], in nats, float32.
+    Log-probs and entropies, each [...], in nats, at least float32.
 
   Raises:
     ValueError: dtypes or shapes do not fit, or a number is out of range.
@@ -169,24 +171,73 @@ def chunked_logprobs_and_entropy(
       f"unembedding has shape {unembedding.shape}; it must be [V, D] with D = {width} as in "
       "hidden: transpose it if it is stored as [D, V]."
     )
-  count = tokens.size
-  if count == 0:
-    return jnp.zeros(tokens.shape), jnp.zeros(tokens.shape)
-  chunks = -(-count // chunk_size)
-  rows = -(-count // chunks)
-  padding = rows * chunks - count
-  # Chunk i takes every `chunks`-th token: if the batch is sharded, so is each chunk, over all
-  # devices.
-  hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0)))
-  hidden = hidden.reshape(rows, chunks, width).swapaxes(0, 1)
-  flat = jnp.pad(tokens.reshape(count), (0, padding)).reshape(rows, chunks).swapaxes(0, 1)
   constants = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (temperature, softcap))
   constants = jax.lax.stop_gradient(constants)
-  outputs = _chunks(hidden, unembedding, flat, *constants)
-  logprobs, entropies = (
-    x.swapaxes(0, 1).reshape(rows * chunks)[:count].reshape(tokens.shape) for x in outputs
-  )
-  return logprobs, entropies
+  hidden = _split(hidden, tokens.shape, chunk_size)
+  flat = _split(tokens, tokens.shape, chunk_size)
+  logprobs, entropies = _chunks(hidden, unembedding, flat, *constants)
+  return _join(logprobs, tokens.shape), _join(entropies, tokens.shape)
+
+
+def unembed(hidden, unembedding, *, softcap=None) -> Array:
+  """Logits of hidden states, before any temperature.
+
+      logits = hidden @ unembedding.T
+      logits = softcap * tanh(logits / softcap)        only if softcap is given
+
+  >>> unembed(jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [1.0, 1.0]])).tolist()
+  [1.0, 3.0]
+
+  Args:
+    hidden: [..., D] float, the last hidden states.
+    unembedding: [V, D] float, such as the embedding matrix as it is stored.
+    softcap: Gemma's bound on the logits, > 0, or None.
+
+  Returns:
+    [..., V], at least float32.
+  """
+  logits = _matmul(hidden, unembedding, contract=(jnp.ndim(hidden) - 1, 1))
+  return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def map_chunks(f, chunk_size, *arrays) -> Array:
+  """Computes one number per token, for at most `chunk_size` tokens at a time.
+
+  Wrap `f` in `jax.checkpoint`, or what the backward pass needs of all chunks is kept.
+
+  >>> map_chunks(lambda x: x.sum(axis=1), 2, jnp.ones((1, 3, 4))).tolist()
+  [[4.0, 4.0, 4.0]]
+
+  Args:
+    f: a function of arrays [N, D], one for each of `arrays`, that returns [N].
+    chunk_size: the most tokens that `f` may see at once.
+    *arrays: [..., D], the leading axes the same; the last may differ.
+
+  Returns:
+    [...], the leading axes.
+  """
+  shape = arrays[0].shape[:-1]
+  outputs = jax.lax.map(lambda chunk: f(*chunk), [_split(x, shape, chunk_size) for x in arrays])
+  return _join(outputs, shape)
+
+
+def _split(x, shape, chunk_size):
+  """[*shape, ...] -> [chunks, rows, ...], padded with zeros.
+
+  Chunk i takes every `chunks`-th token: if the batch is sharded, so is each chunk, over all
+  devices.
+  """
+  count = math.prod(shape)
+  chunks = max(-(-count // chunk_size), 1)
+  rows = -(-count // chunks)
+  x = x.reshape(count, *x.shape[len(shape):])
+  x = jnp.pad(x, ((0, rows * chunks - count), *((0, 0) for _ in x.shape[1:])))
+  return x.reshape(rows, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(x, shape):
+  """Undoes `_split`."""
+  return x.swapaxes(0, 1).reshape(-1)[:math.prod(shape)].reshape(shape)
 
 
 def _log_softmax(logits, temperature):
@@ -233,7 +284,7 @@ def _chunks_backward(residuals, cotangents):
 
   unembedding_gradient, hidden_gradient = jax.lax.scan(
     chunk,
-    jnp.zeros(unembedding.shape, jnp.float32),
+    jnp.zeros(unembedding.shape, normalisers.dtype),
     (hidden, tokens, entropies, normalisers, *cotangents),
   )
   constants = jax.tree.map(jnp.zeros_like, (temperature, softcap))
@@ -253,6 +304,7 @@ def _chunk_logits(hidden, unembedding, temperature, softcap):
 
 
 def _matmul(a, b, *, contract):
-  """Product over axis `contract[0]` of a and `contract[1]` of b, accumulated in float32."""
+  """Product over axis `contract[0]` of a and `contract[1]` of b, at least in float32."""
   dimensions = (((contract[0],), (contract[1],)), ((), ()))
-  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+  wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide)
