@@ -354,6 +354,7 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
     functools.partial(response_logprobs, policy=policy, temperature=config.sampling.temperature)
   )
   ref_params = model.params if config.kl.coef else None
+  policy_term_only = not config.kl.coef and not config.loss.entropy_coef
 
   seen_shapes = set()
 
@@ -473,6 +474,8 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
           )
         stop.check()
 
+        informative = np.any(group_advantages != 0, axis=1)
+
         # A response without a reward is as if it had not been sampled.
         mask = rollout.mask & scores.ok.reshape(-1, 1)
         truncated = rollout.stop_reason == STOP_LENGTH
@@ -509,10 +512,15 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
           if step == start:
             console.say(f"compiling the update: responses of up to {mask.shape[1]} tokens")
           for chosen in minibatches(config, step):
+            # Groups without spread come last: where the policy term is all, they add nothing.
+            chosen = chosen[np.argsort(~informative[chosen], kind="stable")]
             take = functools.partial(take_prompts, chosen=chosen, of=config.prompts_per_step)
             minibatch = {key: take(value) for key, value in batch.items()}
             minibatch["weights"] = token_weights(config, minibatch["mask"], take(truncated))
-            state, metrics = update(state, minibatch, hparams)
+            needed = np.count_nonzero(informative[chosen]) if policy_term_only else len(chosen)
+            state, metrics = update(
+              state, minibatch, hparams, -(-needed // config.microbatch_prompts)
+            )
             for key, (total, count) in jax.device_get(metrics).items():
               before = totals.get(key, (0.0, 0.0))
               totals[key] = (before[0] + float(total), before[1] + float(count))
@@ -528,7 +536,8 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
         row |= {
           "reward_mean": mean(scores.rewards, scores.ok),
           "accuracy": mean(scores.rewards >= task.max_reward, scores.ok),
-          "frac_zero_std": float(np.mean(np.all(group_advantages == 0, axis=1))),
+          "frac_zero_std": float(np.mean(~informative)),
+          "entropy": mean(rollout.entropies, mask),
           "response_length_mean": float(np.mean(rollout.lengths)),
           "truncated_fraction": float(np.mean(truncated)),
           "learning_rate": rate,

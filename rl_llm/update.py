@@ -58,10 +58,15 @@ def make_update(
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, tuple[chex.Array, chex.Array]]]]:
   """Builds the jitted update `(state, batch, hparams) -> (state, metrics)`; the state is donated.
 
-  The batch's rows are split into `microbatches` equal parts, taken one after another by `lax.scan`,
+  The batch's rows are split into `microbatches` equal parts, taken one after another in one loop,
   and their gradients summed in float32. If any entry of the summed gradient is not finite, the
   whole update is skipped on the device: parameters and moments stay as they were, and
   `state.skipped` counts it.
+
+  Rows whose loss is 0 whatever the weights say (responses whose group agreed, so that every
+  advantage is 0) can be put last and left out: `update(state, batch, hparams, 3)` computes the
+  first 3 microbatches. That the rest adds nothing is the caller's promise; the number is data, so
+  it may change from step to step without compiling again.
 
   Args:
     loss_fn: (params, microbatch, hparams) -> (loss, metrics); a sum over weighted tokens, not a
@@ -71,8 +76,8 @@ def make_update(
 
   Returns:
     The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is the
-    loss's. Metrics are (sum, count) pairs: the loss's own, summed over microbatches, and "loss",
-    "grad_norm", "update_skipped".
+    loss's. Metrics are (sum, count) pairs: the loss's own, summed over the microbatches computed,
+    and "loss", "grad_norm", "update_skipped".
 
   Raises:
     ValueError: at trace time, when the batch's rows are not divisible.
@@ -81,22 +86,30 @@ def make_update(
     raise ValueError(f"microbatches: {microbatches}; allowed: 1 or more")
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-  def accumulate(params, batch, hparams):
+  def accumulate(params, batch, hparams, used):
     if microbatches == 1:
       return value_and_grad(params, batch, hparams)
     parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
 
-    def add(total, part):
-      return jax.tree.map(jnp.add, total, value_and_grad(params, part, hparams)), None
+    def add(index, total):
+      part = jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), parts
+      )
+      return jax.tree.map(jnp.add, total, value_and_grad(params, part, hparams))
 
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first, hparams)
     )
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.fori_loop(0, used, add, zeros)
 
-  def update(state: TrainState, batch: Any, hparams: dict[str, chex.Array]):
-    (loss, metrics), grads = accumulate(state.params, batch, hparams)
+  def update(
+    state: TrainState,
+    batch: Any,
+    hparams: dict[str, chex.Array],
+    used: chex.Array | int = microbatches,
+  ):
+    (loss, metrics), grads = accumulate(state.params, batch, hparams, used)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     direction, opt_state = optimizer.update(grads, state.opt_state, state.params)

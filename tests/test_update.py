@@ -52,6 +52,23 @@ def test_microbatches_add_up_to_the_whole_batch(microbatches):
   np.testing.assert_allclose(metrics["grad_norm"][0], optax.tree.norm(exact), rtol=1e-5)
 
 
+def test_microbatches_left_out_are_not_computed_and_nothing_recompiles():
+  """The first two of four, with poison in the others; the count is data."""
+  params, batch, hparams = make_problem()
+  update = make_update(regression_loss, optax.identity(), microbatches=4)
+  for used in (2, 0, 4):
+    rows = 3 * used
+    poisoned = {k: v.at[rows:].set(jnp.nan) for k, v in batch.items()}
+    exact, _ = jax.grad(regression_loss, has_aux=True)(
+      params, jax.tree.map(lambda x, n=rows: x[:n], batch), hparams
+    )
+    state = init_state(jax.tree.map(jnp.copy, params), optax.identity())
+    _, metrics = update(state, poisoned, hparams, used)
+    np.testing.assert_allclose(metrics["grad_norm"][0], optax.tree.norm(exact), rtol=1e-5)
+    assert metrics["error"][1] == rows
+  assert update._cache_size() == 1
+
+
 def test_rows_that_do_not_divide_name_the_numbers():
   params, batch, hparams = make_problem()
   update = make_update(regression_loss, optax.identity(), microbatches=5)

@@ -300,6 +300,12 @@ class RMSNorm(nn.Module):
     return (normed * (1.0 + scale if plus_one else scale)).astype(x.dtype)
 
 
+def _flat(x: chex.Array) -> chex.Array:
+  """[B, T, D] as [B * T, D]: a kernel's gradient then sums over one axis, and a CPU need not
+  transpose activations for it."""
+  return x.reshape(-1, x.shape[-1])
+
+
 class Attention(nn.Module):
   config: TransformerConfig
   dtype: Any
@@ -308,12 +314,13 @@ class Attention(nn.Module):
   def __call__(self, x, rope, mask, cached, cursor):
     """x [B, T, D], rope (cos, sin), mask [B, 1, T, S], cached (keys, values) or None."""
     config = self.config
+    flat = _flat(x)
 
     def project(name: str, heads: int) -> chex.Array:
       dense = nn.Dense(
         heads * config.head_dim, use_bias=config.qkv_bias, dtype=self.dtype, name=name
       )
-      return dense(x).reshape(*x.shape[:2], heads, config.head_dim)
+      return dense(flat).reshape(*x.shape[:2], heads, config.head_dim)
 
     query = project("query", config.n_heads)
     key = project("key", config.n_kv_heads)
@@ -333,7 +340,7 @@ class Attention(nn.Module):
         cached = keys, values
       out = attend(query, keys, values, mask, scale=scale, cap=cap)
     dense = nn.Dense(config.width, use_bias=False, dtype=self.dtype, name="output")
-    return dense(out.reshape(*x.shape[:2], -1)), cached
+    return dense(out.reshape(*flat.shape[:1], -1)).reshape(x.shape), cached
 
 
 class MLP(nn.Module):
@@ -343,9 +350,11 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-    gate = dense(self.config.mlp_width, name="gate")(x)
+    flat = _flat(x)
+    gate = dense(self.config.mlp_width, name="gate")(flat)
     gate = nn.silu(gate) if self.config.activation == "silu" else nn.gelu(gate, approximate=True)
-    return dense(self.config.width, name="down")(gate * dense(self.config.mlp_width, name="up")(x))
+    up = dense(self.config.mlp_width, name="up")(flat)
+    return dense(self.config.width, name="down")(gate * up).reshape(x.shape)
 
 
 class Block(nn.Module):
