@@ -9,12 +9,21 @@ and recursions over time pass over them as if the tokens on both sides were neig
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from rl_llm.masked import masked_mean, masked_sum, masked_var, whiten
+from rl_llm.group_advantages import (
+  gdpo,
+  gpg,
+  group_relative,
+  informative_groups,
+  leave_one_out,
+  maxrl,
+  opo,
+  pass_at_k,
+  remax,
+)
+from rl_llm.masked import whiten
 from rl_llm.types import (
   Array,
   at_least_float32,
@@ -25,6 +34,26 @@ from rl_llm.types import (
   check_ndim,
   check_same_shape,
 )
+
+__all__ = [
+  "discounted_returns",
+  "gae",
+  "gdpo",
+  "gpg",
+  "group_relative",
+  "informative_groups",
+  "leave_one_out",
+  "length_adaptive_lambda",
+  "maxrl",
+  "opo",
+  "optimal_token_baseline",
+  "overlong_penalty",
+  "pass_at_k",
+  "reinforce_plus_plus",
+  "reinforce_plus_plus_baseline",
+  "remax",
+  "token_rewards",
+]
 
 
 def token_rewards(outcomes, mask, *, kl=None, kl_coef=0.0) -> Array:
@@ -264,368 +293,14 @@ def reinforce_plus_plus_baseline(rewards, mask, *, ddof=1, eps=1e-8, where=None)
   Reference: Hu et al., 2025, REINFORCE++, https://arxiv.org/abs/2501.03262
   """
   check_above("eps", eps, 0)
-  rewards, where = _groups(rewards, where)
-  _check_mask(mask)
-  if rewards.size != mask.shape[0]:
-    raise ValueError(f"mask has shape {mask.shape}; it needs P * G = {rewards.size} rows.")
   centred = group_relative(rewards, scale="none", where=where).reshape(-1, 1)
-  mask = jnp.asarray(mask) & where.reshape(-1, 1)
+  _check_mask(mask)
+  mask = jnp.asarray(mask)
+  if centred.size != mask.shape[0]:
+    raise ValueError(f"mask has shape {mask.shape}; it needs P * G = {centred.size} rows.")
+  if where is not None:
+    mask = mask & jnp.reshape(where, (-1, 1))
   return whiten(jnp.broadcast_to(centred, mask.shape), mask, ddof=ddof, eps=eps)
-
-
-def group_relative(
-  rewards,
-  *,
-  scale="std",
-  ddof=1,
-  eps=1e-6,
-  baseline="mean",
-  singleton="zero",
-  eps_rule="add",
-  where=None,
-) -> Array:
-  """GRPO's advantage: how a response compares with the others to the same prompt.
-
-      advantage = (reward - mean of its group) / (std of its group + eps)
-
-  The other responses replace PPO's value network. One right answer among four, mean 1/4, std 1/2
-  (ddof 1):
-
-  >>> [round(float(a), 2) for a in group_relative(jnp.array([[1, 0, 0, 0]]))[0]]
-  [1.5, -0.5, -0.5, -0.5]
-
-  A common misconception is that an all-right group rewards the model. It has no spread, so it
-  teaches nothing:
-
-  >>> group_relative(jnp.array([[0.1, 0.1, 0.1]])).tolist()
-  [[0.0, 0.0, 0.0]]
-
-  Published systems that all say GRPO differ in `ddof` and `eps` (`rl_llm.presets`); Dr. GRPO drops
-  the division, which makes prompts that are nearly always or nearly never solved count more:
-
-  >>> group_relative(jnp.array([[1, 0, 0, 0]]), scale="none").tolist()
-  [[0.75, -0.25, -0.25, -0.25]]
-
-  Args:
-    rewards: [P, G], G responses to each of P prompts; integers are converted to float.
-    scale: "std" divides by the group's standard deviation + `eps`, "batch" by that of all rewards,
-      "leave_one_out" by that of the *other* responses, where they differ (NeMo), "none" not at all.
-    ddof: of the standard deviation, 1 divides by G - 1.
-    eps: added to the standard deviation, > 0.
-    baseline: "mean" of the group, or "leave_one_out", the mean of the *other* responses (RLOO).
-    singleton: what a group of one gets, "zero" or "raw", its reward (verl, SkyRL).
-    eps_rule: "add" divides by std + eps, "max" by max(std, eps) (Simply).
-    where: None, or [P, G] bool; False marks a reward that failed. It enters no statistic, and its
-      advantage is 0. Where nan means "does not apply", as in TRL, pass `~isnan(rewards)`; a nan
-      that nobody marked stays one.
-
-  Returns:
-    [P, G] float32; exactly 0 in a group without spread, and by default in a group of one.
-
-  Raises:
-    ValueError: shapes differ, a name is unknown, or `eps` is not above 0.
-
-  Reference: Shao et al., 2024, DeepSeekMath, https://arxiv.org/abs/2402.03300
-  """
-  check_choice("scale", scale, ("std", "batch", "leave_one_out", "none"))
-  check_choice("baseline", baseline, ("mean", "leave_one_out"))
-  check_choice("singleton", singleton, ("zero", "raw"))
-  check_choice("eps_rule", eps_rule, ("add", "max"))
-  check_above("eps", eps, 0)
-  rewards, where = _groups(rewards, where)
-  count = jnp.sum(where, axis=1, keepdims=True)
-  shifted = _shifted(rewards, where)
-  advantages = shifted - masked_mean(shifted, where, axis=1)[:, None]
-  if baseline == "leave_one_out":
-    advantages = advantages * (count / jnp.maximum(count - 1, 1))
-  if scale != "none":
-    if scale == "std":
-      std = jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None]
-    elif scale == "batch":
-      std = jnp.sqrt(masked_var(rewards, where, ddof=ddof))
-    else:
-      std = _std_of_others(shifted, where, ddof)
-    divisor = std + eps if eps_rule == "add" else jnp.maximum(std, eps)
-    advantages = advantages / jnp.where((std > 0) | (scale != "leave_one_out"), divisor, 1)
-  advantages = jnp.where(where & (count > 1), advantages, 0)
-  return jnp.where(where & (count == 1), rewards, advantages) if singleton == "raw" else advantages
-
-
-def leave_one_out(rewards, *, where=None) -> Array:
-  """RLOO's advantage: the reward minus the mean reward of the other responses to the prompt.
-
-      advantage_i = R_i - sum_{j != i} R_j / (G - 1) = (R_i - mean) * G / (G - 1)
-
-  A baseline must not depend on the response it is subtracted from, or the gradient is biased (here
-  only by the factor above). One right answer among four: the others have the mean 0 for it, and 1/3
-  for each wrong one:
-
-  >>> [round(float(a), 3) for a in leave_one_out(jnp.array([[1, 0, 0, 0]]))[0]]
-  [1.0, -0.333, -0.333, -0.333]
-
-  Args:
-    rewards: [P, G], G responses to each of P prompts; integers are converted to float.
-    where: None, or [P, G] bool; False marks a reward that failed. It enters no statistic, and its
-      advantage is 0.
-
-  Returns:
-    [P, G] float32; 0 in a group of one.
-
-  Raises:
-    ValueError: shapes differ.
-
-  Reference: Ahmadian et al., 2024, Back to Basics, https://arxiv.org/abs/2402.14740
-  """
-  return group_relative(rewards, scale="none", baseline="leave_one_out", where=where)
-
-
-def remax(rewards, greedy_rewards, *, where=None) -> Array:
-  """ReMax's advantage: the reward minus that of the greedy response to the same prompt.
-
-      advantage = R - R(greedy)
-
-  One greedy decode per prompt stands in for a value network. It is no part of the batch, so the
-  baseline depends on no sampled response. The greedy answer was half right:
-
-  >>> remax(jnp.array([[1.0, 0.0]]), jnp.array([0.5])).tolist()
-  [[0.5, -0.5]]
-
-  With rewards on several tokens it is the baseline of each return:
-  `discounted_returns(rewards, mask) - greedy_rewards[:, None]`.
-
-  Args:
-    rewards: [P, G], G responses to each of P prompts; ReMax has G = 1.
-    greedy_rewards: [P], of the response decoded at temperature 0.
-    where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
-
-  Returns:
-    [P, G] float32.
-
-  Raises:
-    ValueError: shapes differ.
-
-  Reference: Li et al., 2023, ReMax, https://arxiv.org/abs/2310.10505
-  """
-  rewards, where = _groups(rewards, where)
-  if jnp.shape(greedy_rewards) != rewards.shape[:1]:
-    raise ValueError(
-      f"greedy_rewards has shape {jnp.shape(greedy_rewards)}; it must be [P] = {rewards.shape[:1]}."
-    )
-  return jnp.where(where, rewards - at_least_float32(greedy_rewards)[:, None], 0)
-
-
-def opo(rewards, lengths, *, where=None) -> Array:
-  """OPO's advantage: the reward minus the length-weighted mean of its group.
-
-      advantage_i = R_i - sum_j n_j R_j / sum_j n_j
-
-  The baseline with the least variance weighs each reward by the squared norm of its response's
-  gradient, which grows about as its length. A right answer of 3 tokens and a wrong one of 1:
-
-  >>> opo(jnp.array([[1, 0]]), jnp.array([[3, 1]])).tolist()
-  [[0.25, -0.75]]
-
-  Args:
-    rewards: [P, G], G responses to each of P prompts.
-    lengths: [P, G], in tokens.
-    where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
-
-  Returns:
-    [P, G] float32; 0 in a group of one (verl: its reward).
-
-  Raises:
-    ValueError: shapes differ.
-
-  Reference: Hao et al., 2025, On-Policy RL with Optimal Reward Baseline,
-    https://arxiv.org/abs/2505.23585
-  """
-  rewards, where = _groups(rewards, where)
-  check_same_shape("lengths", lengths, "rewards", rewards)
-  lengths, shifted = at_least_float32(lengths), _shifted(rewards, where)
-  total = masked_sum(lengths, where, 1)[:, None]
-  mean = masked_sum(lengths * shifted, where, 1)[:, None] / jnp.where(total > 0, total, 1)
-  return jnp.where(where, shifted - mean, 0)
-
-
-def gpg(rewards, *, alpha="informative", where=None) -> Array:
-  """GPG's advantage: the centred reward, scaled up for the responses that teach nothing.
-
-      advantage = alpha * (R - mean of its group)        alpha = N / (N - M)
-
-  N counts the responses, and M those in groups without spread. Their gradient is 0, but a mean over
-  the batch still divides by them: the more prompts are solved, the smaller the step. Alpha undoes
-  that. One of two groups teaches, so it counts twice:
-
-  >>> gpg(jnp.array([[1.0, 0.0], [1.0, 1.0]])).tolist()
-  [[1.0, -1.0], [0.0, 0.0]]
-
-  Args:
-    rewards: [P, G], G responses to each of P prompts.
-    alpha: "informative" as above, or "nonzero": N / (number of rewards that are not 0) (verl).
-    where: None, or [P, G] bool; False marks a reward that failed. It counts in neither number.
-
-  Returns:
-    [P, G] float32; 0 in a group of one.
-
-  Raises:
-    ValueError: shapes differ, or `alpha` is unknown.
-
-  Reference: Chu et al., 2025, GPG, https://arxiv.org/abs/2504.02546
-  """
-  check_choice("alpha", alpha, ("informative", "nonzero"))
-  rewards, where = _groups(rewards, where)
-  teaches = informative_groups(rewards, where=where)[:, None]
-  counted = where & (teaches if alpha == "informative" else rewards != 0)
-  factor = jnp.sum(where) / jnp.maximum(jnp.sum(counted), 1)
-  return factor * group_relative(rewards, scale="none", where=where)
-
-
-def maxrl(rewards, *, eps=1e-6, where=None) -> Array:
-  """MaxRL's advantage: the centred reward, divided by the group's mean reward.
-
-      advantage = (R - mean) / (mean + eps)
-
-  The policy gradient raises the probability p of a right answer; maximum likelihood raises log p,
-  whose gradient is 1 / p times that. So a prompt solved once in four counts three times as much as
-  one solved three times in four:
-
-  >>> [round(float(a), 3) for a in maxrl(jnp.array([[1, 0, 0, 0]]))[0]]
-  [3.0, -1.0, -1.0, -1.0]
-  >>> [round(float(a), 3) for a in maxrl(jnp.array([[1, 1, 1, 0]]))[0]]
-  [0.333, 0.333, 0.333, -1.0]
-
-  Args:
-    rewards: [P, G], >= 0, such as 0 and 1.
-    eps: added to the mean, > 0.
-    where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
-
-  Returns:
-    [P, G] float32; 0 in a group without spread (none right among them) and in a group of one.
-
-  Raises:
-    ValueError: shapes differ, or `eps` is not above 0.
-
-  Reference: Tajwar et al., 2026, Maximum Likelihood Reinforcement Learning,
-    https://arxiv.org/abs/2602.02710
-  """
-  check_above("eps", eps, 0)
-  rewards, where = _groups(rewards, where)
-  mean = masked_mean(rewards, where, 1)[:, None]
-  return group_relative(rewards, scale="none", where=where) / (mean + eps)
-
-
-def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) -> Array:
-  """What a response adds to the best of k: the advantage for the pass@k objective.
-
-      advantage_i = mean over sets S of k responses of  1[i in S] * (max of S - max of S without i)
-
-  Trained for the mean reward, a policy gives up answers that are right now and then. Where k tries
-  are allowed it is the best that counts, and only a response that beats the others of its set adds
-  to it. With k = G, the default, the best of the group gets its lead over the second, all others 0:
-
-  >>> [round(float(a), 3) for a in pass_at_k(jnp.array([[0.2, 0.9, 0.5]]))[0]]
-  [0.0, 0.4, 0.0]
-
-  With k = 2 there are three pairs; 0.9 leads in two, by 0.7 and 0.4, and 0.5 in one, by 0.3:
-
-  >>> [round(float(a), 3) for a in pass_at_k(jnp.array([[0.2, 0.9, 0.5]]), k=2)[0]]
-  [0.0, 0.367, 0.1]
-
-  Its expectation is unbiased for the gradient of pass@k, up to the factor that the weights of the
-  loss carry (they divide by G, the objective does not). Chen et al. (2508.10751) whiten pass@k
-  rewards of subsets instead, so that wrong answers get a negative advantage; that is another one.
-
-  Args:
-    rewards: [P, G], G responses to each of P prompts.
-    k: tries, from 2 to G; None is G. In a group with fewer valid rewards, all of them.
-    scale: "none", or "std" divides by the group's standard deviation + `eps` (verl's default).
-    ddof: of the standard deviation.
-    eps: added to the standard deviation, > 0.
-    where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
-
-  Returns:
-    [P, G] float32, >= 0; 0 in a group without spread and in a group of one.
-
-  Raises:
-    ValueError: shapes differ, `scale` is unknown, or a number is out of range.
-
-  Reference: Tang et al., 2025, Optimizing Language Models for Inference Time Objectives,
-    https://arxiv.org/abs/2503.19595; any k: Walder and Karkhanis, 2025, Pass@K Policy Optimization,
-    https://arxiv.org/abs/2505.15201
-  """
-  check_choice("scale", scale, ("none", "std"))
-  check_above("eps", eps, 0)
-  rewards, where = _groups(rewards, where)
-  group = rewards.shape[1]
-  check_between("k", k, 2, group)
-  # i is the best of S and j the second best. Of S's other k - 2, all come from the `rank` responses
-  # below j, so j is second in comb(rank, k - 2) of the comb(n, k) sets. Row n: n valid rewards.
-  tries = [min(n, k or group) for n in range(group + 1)]
-  share = jnp.array([
-    [math.comb(rank, t - 2) / math.comb(n, t) if 2 <= t and rank < n else 0.0
-     for rank in range(group)]
-    for n, t in enumerate(tries)
-  ])
-  rank = jnp.argsort(jnp.argsort(jnp.where(where, rewards, jnp.inf), axis=1), axis=1)
-  second = jnp.take_along_axis(share[jnp.sum(where, axis=1)], rank, axis=1)
-  clean = jnp.where(where, rewards, 0)
-  lead = jnp.maximum(clean[:, :, None] - clean[:, None, :], 0)
-  advantages = jnp.where(where, jnp.sum(second[:, None, :] * lead, axis=2), 0)
-  if scale == "std":
-    shifted = _shifted(rewards, where)
-    advantages /= jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None] + eps
-  return advantages
-
-
-def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Array:
-  """GDPO's advantage: each of several rewards is normalised by itself, then they are added.
-
-      A_k        = group_relative(rewards[..., k])
-      total      = sum_k weights[k] * A_k
-      advantages = (total - mean) / (std + eps)        over all responses of the batch
-
-  Added first, rewards (1, 0) and (0, 1) are both 1, and the group seems to have no spread; the
-  reward with the largest numbers drowns the others. Normalised first, each counts by its weight:
-
-  >>> rewards = jnp.array([[[1.0, 0.0], [0.0, 10.0]]])
-  >>> [round(float(a), 3) for a in gdpo(rewards, jnp.array([2.0, 1.0]), ddof=0)[0]]
-  [1.0, -1.0]
-
-  verl whitens over tokens instead, so that long responses weigh more: `masked.whiten` of these
-  advantages, broadcast to [B, T], with the mask of the tokens. TRL and NeMo do as above.
-
-  Args:
-    rewards: [P, G, K], K rewards of each of G responses to each of P prompts.
-    weights: [K], how much each reward counts.
-    scale: of each reward, as in `group_relative`.
-    ddof: of the standard deviations.
-    eps: added to the standard deviations, > 0.
-    where: None, or [P, G, K] bool; False marks a reward that failed or does not apply, which adds 0
-      to its response.
-
-  Returns:
-    [P, G] float32; 0 for a response without any reward.
-
-  Raises:
-    ValueError: shapes differ, `scale` is unknown, or `eps` is not above 0.
-
-  Reference: Liu et al., 2026, GDPO, https://arxiv.org/abs/2601.05242
-  """
-  check_ndim("rewards", rewards, 3, "[P, G, K]")
-  if jnp.shape(weights) != jnp.shape(rewards)[2:]:
-    raise ValueError(
-      f"weights has shape {jnp.shape(weights)}; it must be [K] = {jnp.shape(rewards)[2:]}."
-    )
-  where = jnp.ones(jnp.shape(rewards), bool) if where is None else jnp.asarray(where)
-  check_mask("where", where)
-  check_same_shape("where", where, "rewards", rewards)
-  each = jax.vmap(
-    lambda x, valid: group_relative(x, scale=scale, ddof=ddof, eps=eps, where=valid),
-    in_axes=2, out_axes=2,
-  )(at_least_float32(rewards), where)
-  total, valid = each @ at_least_float32(weights), jnp.any(where, axis=2)
-  std = jnp.sqrt(masked_var(total, valid, ddof=ddof))
-  return jnp.where(valid, (total - masked_mean(total, valid)) / (std + eps), 0)
 
 
 def optimal_token_baseline(
@@ -718,61 +393,6 @@ def overlong_penalty(lengths, *, limit, cache) -> Array:
   if isinstance(limit, int | float):
     check_between("cache", cache, 0, limit)
   return jnp.clip((limit - cache - at_least_float32(lengths)) / cache, -1, 0)
-
-
-def informative_groups(rewards, *, where=None) -> Array:
-  """Which prompts teach something: those whose responses did not all earn the same (DAPO).
-
-  A group without spread has only advantages of 0: it costs a forward and a backward pass, and
-  makes every mean over the batch smaller. Dynamic sampling drops such prompts and draws others.
-
-  >>> informative_groups(jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]])).tolist()
-  [True, False, False]
-
-  Args:
-    rewards: [P, G], G responses to each of P prompts.
-    where: None, or [P, G] bool; False marks a reward that failed, which is not looked at.
-
-  Returns:
-    [P] bool.
-
-  Raises:
-    ValueError: shapes differ.
-
-  Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
-  """
-  rewards, where = _groups(rewards, where)
-  low = jnp.min(jnp.where(where, rewards, jnp.inf), axis=1)
-  return jnp.max(jnp.where(where, rewards, -jnp.inf), axis=1) > low
-
-
-def _groups(rewards, where):
-  """Checks [P, G] rewards and their mask; the rewards at least float32, the mask never None."""
-  check_ndim("rewards", rewards, 2, "[P, G]: reshape(P, G)")
-  rewards = at_least_float32(rewards)
-  where = jnp.ones(rewards.shape, bool) if where is None else jnp.asarray(where)
-  check_mask("where", where)
-  check_same_shape("where", where, "rewards", rewards)
-  return rewards, where
-
-
-def _shifted(rewards, where):
-  """Rewards minus the largest of the group.
-
-  Equal rewards must give exactly 0, and their rounded mean may differ from them by one digit, which
-  dividing by a std near 0 would blow up. Subtracting one of them first makes all of them 0.
-  """
-  largest = jnp.max(jnp.where(where, rewards, -jnp.inf), axis=1, keepdims=True)
-  return jnp.where(where, rewards - largest, 0)
-
-
-def _std_of_others(x, where, ddof):
-  """[P, G], the standard deviation of the other responses; exactly 0 where they are all equal."""
-  others = where[:, None, :] & ~jnp.eye(x.shape[1], dtype=bool)
-  each = jnp.broadcast_to(x[:, None, :], others.shape)
-  low = jnp.min(jnp.where(others, each, jnp.inf), axis=2)
-  differ = jnp.max(jnp.where(others, each, -jnp.inf), axis=2) > low
-  return jnp.where(differ, jnp.sqrt(masked_var(each, others, 2, ddof=ddof)), 0)
 
 
 def _check_mask(mask):

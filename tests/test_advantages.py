@@ -135,9 +135,20 @@ def test_group_relative_matches_the_loop(scale, baseline, ddof, eps):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.7])
+def test_an_outlier_among_equals_is_not_divided(reward):
+  """The rounded mean of equal numbers may miss them by a digit: not a spread to divide by."""
+  rewards = np.full((5, 17), reward, np.float32)
+  rewards[:, 0] = 1
+  sizes = np.arange(17) < np.array([[4], [6], [7], [12], [17]])
+  got = jax.jit(lambda x, where: adv.group_relative(
+    x, scale="leave_one_out", baseline="leave_one_out", eps=1e-9, where=where))(rewards, sizes)
+  np.testing.assert_allclose(got[:, 0], 1 - reward, rtol=1e-5)
+
+
 def test_the_std_of_the_others_makes_an_outlier_large():
-  """The others nearly agree on 0: where mean / std stays within 2, this one is -20 or beyond."""
-  rewards = np.array([[-1.0, 0.0, 0.1, 0.0]])
+  """The others nearly agree on 0: where mean / std stays within 2, this one is -17.9."""
+  rewards = np.array(3 * [[-1.0, 0.0, 0.1, 0.0]])
   others = np.std([0.0, 0.1, 0.0], ddof=1)
   got = adv.group_relative(rewards, scale="leave_one_out", baseline="leave_one_out")[0, 0]
   np.testing.assert_allclose(got, (-1 - 0.1 / 3) / (others + 1e-6), rtol=1e-5)
@@ -170,6 +181,10 @@ def test_leave_one_out_is_the_centred_reward_times_g_over_g_minus_one():
 
 
 WHERE = np.array([[True, True, False, True], [True] * 4, [False, True, True, True]])
+# An eager call would compile operation by operation.
+GDPO = jax.jit(lambda rewards, where, scale: adv.gdpo(
+  rewards, np.array([2.0, 0.5]), scale=scale, where=where), static_argnames="scale")
+OTB = jax.jit(adv.optimal_token_baseline, static_argnames=("group_size", "singleton"))
 
 
 def test_a_lambda_per_response_is_gae_row_by_row():
@@ -197,7 +212,7 @@ def test_reinforce_plus_plus_whitens_over_the_valid_tokens(ddof):
 
 
 def test_reinforce_plus_plus_baseline_counts_tokens_not_responses():
-  rewards, where = GROUPS[:2, :2], np.array([[True, True], [True, False]])
+  rewards, where = GROUPS[[0, 2], :2], np.array([[True, False], [True, True]])
   for ok in (None, where):
     valid = np.ones((2, 2), bool) if ok is None else ok
     tokens = [
@@ -240,14 +255,13 @@ def test_opo_gpg_maxrl_and_remax_match_their_formulas():
 
 
 def test_equal_and_empty_groups_are_exactly_zero_everywhere():
-  equal, nothing = np.full((2, 7), 0.1, np.float32), np.zeros((2, 7), bool)
+  equal, nothing = np.full((3, 4), 0.1, np.float32), np.zeros((3, 4), bool)
   for f in (adv.group_relative, adv.leave_one_out, adv.gpg, adv.maxrl, adv.pass_at_k,
             lambda x, where=None: adv.pass_at_k(x, k=3, scale="std", where=where),
-            lambda x, where=None: adv.opo(x, np.arange(14).reshape(2, 7), where=where),
-            lambda x, where=None: adv.gdpo(
-              x[..., None], np.ones(1), where=None if where is None else where[..., None])):
-    assert not np.any(f(equal))
-    assert not np.any(f(np.full((2, 7), np.nan), where=nothing))
+            lambda x, where=None: adv.opo(x, np.arange(12).reshape(3, 4), where=where),
+            lambda x, where: GDPO(np.stack([x, x], 2), np.stack([where, where], 2), scale="std")):
+    assert not np.any(f(equal, where=WHERE))  # three equal numbers: their mean is rounded
+    assert not np.any(f(np.full((3, 4), np.nan), where=nothing))
 
 
 def pass_at_k_loop(row, k):
@@ -281,7 +295,7 @@ def test_pass_at_k_is_unbiased_for_the_gradient_of_the_best_of_k():
   p = np.exp(logits) / np.exp(logits).sum()
   scores = np.eye(3) - p  # d log p_a / d logits
   groups = np.array(list(itertools.product(range(3), repeat=3)))
-  advantages = np.asarray(adv.pass_at_k(reward[groups], k=2))
+  advantages = np.asarray(jax.jit(lambda x: adv.pass_at_k(x, k=2))(reward[groups]))
   got = np.einsum("n,ng,ngd->d", p[groups].prod(1), advantages, scores[groups])
   exact = sum(p[a] * p[b] * max(reward[a], reward[b]) * (scores[a] + scores[b])
               for a in range(3) for b in range(3))
@@ -299,7 +313,7 @@ def test_gdpo_normalises_each_reward_then_the_sum(scale):
       for k, w in enumerate([2.0, 0.5]))
     valid = where.any(axis=2)
     expected = (total - total[valid].mean()) / (total[valid].std(ddof=1) + 1e-6)
-    got = adv.gdpo(np.where(where, rewards, np.nan), np.array([2.0, 0.5]), scale=scale, where=where)
+    got = GDPO(np.where(where, rewards, np.nan), where, scale=scale)
     np.testing.assert_allclose(got, np.where(valid, expected, 0), rtol=1e-4, atol=1e-5)
 
 
@@ -316,7 +330,7 @@ def test_the_optimal_token_baseline_matches_the_loop(singleton):
     if len(rows) == 1 and singleton == "raw":
       baseline = 0
     expected[b, t] = returns[b, t] - baseline
-  got = adv.optimal_token_baseline(
+  got = OTB(
     np.where(MASK, returns, np.nan), np.where(MASK, np.log(p), np.inf), squares, MASK,
     group_size=2, singleton=singleton)
   np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -346,8 +360,7 @@ def test_all_of_it_compiles():
   for f in (
     lambda: adv.gae(REWARDS, VALUES, MASK), lambda: adv.discounted_returns(REWARDS, MASK),
     lambda: adv.group_relative(GROUPS, scale="leave_one_out", singleton="raw"),
-    lambda: adv.token_rewards(np.ones(4), MASK), lambda: adv.pass_at_k(GROUPS, k=2),
-    lambda: adv.gdpo(GROUPS[..., None], np.ones(1)), lambda: adv.gpg(GROUPS),
+    lambda: adv.token_rewards(np.ones(4), MASK), lambda: adv.gpg(GROUPS),
   ):
     for jitted, plain in zip(jax.tree.leaves(jax.jit(f)()), jax.tree.leaves(f()), strict=True):
       np.testing.assert_allclose(jitted, plain, rtol=1e-6, atol=1e-6)

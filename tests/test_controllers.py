@@ -66,12 +66,12 @@ def test_the_two_differ_at_the_target_itself():
 
 def test_adaptive_clip_moves_the_upper_bound_and_stays_inside():
   extra, expected = 0.0, []
-  for entropy in 3 * OBSERVED:
+  for entropy in [0.5, 0.6] + 3 * OBSERVED:
     sign = (entropy < 0.3) - (entropy > 0.3)
     extra = clip(extra + 0.25 * sign, 0.0, 1.0)
     expected.append(extra)
   # 0.3 is not the same number in float32 as in float64; ask at the float32 target.
-  observed = np.float32(3 * OBSERVED)
+  observed = np.float32([0.5, 0.6] + 3 * OBSERVED)
   got = history(lambda s, x: c.adaptive_clip(s, x, target=np.float32(0.3), high=1.0),
                 c.init_adaptive_clip(), observed)
   np.testing.assert_allclose(got.extra, expected, atol=1e-6)

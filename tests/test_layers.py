@@ -13,7 +13,10 @@ PACKAGE = ROOT / "rl_llm"
 # The top-level names of rl_llm by layer. Everything else is the host side, layer 4.
 LAYERS = {
   0: {"masked", "types"},
-  1: {"weighting", "logprobs", "kl", "advantages", "controllers", "presets", "losses"},
+  1: {
+    "weighting", "logprobs", "kl", "advantages", "group_advantages", "controllers", "presets",
+    "losses",
+  },
   2: {"policy", "sampling"},
   3: {"rollout", "train_state", "update", "sharding"},
 }
