@@ -59,7 +59,7 @@ def gspo_loss(
   [0.0, -0.25]
 
   A mean of log-ratios is small, hence the bounds of a few 1e-4: with PPO's 0.2, which several
-  systems leave in place, nothing is ever clipped.
+  systems leave in place, hardly a response is clipped.
 
   With `sequence_mean` weights a response of n tokens moves each by 1/n: the paper's. With
   `sequence_sum` weights it moves each by 1, and the loss is LUSPO:
