@@ -28,7 +28,16 @@ def tokens(name, x, weights, mask=None) -> tuple[Array, Array, Array]:
   Returns:
     `x` at least float32 and 0 outside the mask; weights likewise, without gradient; the mask.
   """
-  check_ndim(name, x, 2, "[B, T]")
+  return _members(name, x, 2, "[B, T]", weights, mask)
+
+
+def rows(name, x, weights) -> tuple[Array, Array, Array]:
+  """Prepares the trained [B] argument `x` and its weights as `tokens` does; members have weight."""
+  return _members(name, x, 1, "[B]", weights, None)
+
+
+def _members(name, x, ndim, axes, weights, mask):
+  check_ndim(name, x, ndim, axes)
   check_float(name, x)
   check_same_shape("weights", weights, name, x)
   check_float("weights", weights)
@@ -41,11 +50,16 @@ def tokens(name, x, weights, mask=None) -> tuple[Array, Array, Array]:
   return jnp.where(mask, at_least_float32(x), 0), jnp.where(mask, weights, 0), jnp.asarray(mask)
 
 
-def constant(name, x, like_name, like, mask) -> Array:
-  """A constant of the shape of `like`: no gradient, and 0 outside the mask."""
+def trained(name, x, like_name, like, mask) -> Array:
+  """A second trained argument, of the shape of `like`, 0 outside the mask."""
   check_same_shape(name, x, like_name, like)
   check_float(name, x)
-  return jnp.where(mask, jax.lax.stop_gradient(at_least_float32(x)), 0)
+  return jnp.where(mask, at_least_float32(x), 0)
+
+
+def constant(name, x, like_name, like, mask) -> Array:
+  """A constant of the shape of `like`: no gradient, and 0 outside the mask."""
+  return jax.lax.stop_gradient(trained(name, x, like_name, like, mask))
 
 
 def per_token(name, x, mask) -> Array:
@@ -58,6 +72,14 @@ def per_token(name, x, mask) -> Array:
   x = jax.lax.stop_gradient(at_least_float32(x))
   x = x[:, None] if x.ndim == 1 else x
   return jnp.where(mask, x, 0)
+
+
+def per_row(name, x, mask) -> Array:
+  """A constant for the whole batch [] or one per row [B], made [B] and 0 outside the mask."""
+  if jnp.shape(x) not in ((), mask.shape):
+    raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be [] or [B] = {mask.shape}.")
+  check_float(name, x)
+  return jnp.where(mask, jax.lax.stop_gradient(at_least_float32(x)), 0)
 
 
 def ratio_of(log_ratio) -> Array:

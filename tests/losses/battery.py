@@ -2,7 +2,8 @@
 
 The losses are found by introspection, so that none can be forgotten: whatever `rl_llm.losses`
 exports is called with arrays made up from the names of its positional arguments. A loss with a new
-argument name fails until `ARRAYS` knows how to make it.
+argument name fails until `ARRAYS` knows how to make it. A loss with an array of one entry per token
+gets weights [B, T] and `MASK`; one whose arrays have one entry per row, weights [B] and `ROW_MASK`.
 """
 
 import functools
@@ -23,9 +24,16 @@ MASK = np.array([
   [False, True, False, False, False, False],
   [True, True, True, True, True, True],
 ])
+ROW_MASK = np.array([True, True, False, True])
 
 # Positional arguments through which the gradient flows; all others are constants.
-TRAINED = {"logprobs", "entropies", "values"}
+TRAINED = {
+  "logprobs", "entropies", "values", "logits", "hidden", "chosen_logprobs", "rejected_logprobs",
+  "response_logprobs", "chosen_rewards", "rejected_rewards",
+}
+# Constants that may be of any number type, and those that may be one number for all rows.
+ANY_NUMBER = {"advantages"}
+MAY_BE_SCALAR = {"baseline"}
 ARRAYS = {
   "logprobs": lambda rng: np.log(rng.uniform(0.2, 0.9, SHAPE)),
   "old_logprobs": lambda rng: np.log(rng.uniform(0.2, 0.9, SHAPE)),
@@ -35,6 +43,25 @@ ARRAYS = {
   "values": lambda rng: rng.normal(size=SHAPE),
   "old_values": lambda rng: rng.normal(size=SHAPE),
   "returns": lambda rng: rng.normal(size=SHAPE),
+  "chosen_logprobs": lambda rng: np.log(rng.uniform(0.1, 0.9, SHAPE[:1])),
+  "rejected_logprobs": lambda rng: np.log(rng.uniform(0.1, 0.9, SHAPE[:1])),
+  "ref_chosen_logprobs": lambda rng: np.log(rng.uniform(0.1, 0.9, SHAPE[:1])),
+  "ref_rejected_logprobs": lambda rng: np.log(rng.uniform(0.1, 0.9, SHAPE[:1])),
+  "response_logprobs": lambda rng: np.log(rng.uniform(0.1, 0.9, SHAPE[:1])),
+  "ref_response_logprobs": lambda rng: np.log(rng.uniform(0.1, 0.9, SHAPE[:1])),
+  "desirable": lambda rng: np.array([True, False, True, True]),
+  "baseline": lambda rng: np.full(SHAPE[:1], 0.3),
+  "preferences": lambda rng: rng.uniform(size=SHAPE[:1]),
+  "sampler_logprobs": lambda rng: np.log(rng.uniform(0.2, 0.9, SHAPE)),
+  "teacher_logprobs": lambda rng: np.log(rng.uniform(0.2, 0.9, SHAPE)),
+  "selected": lambda rng: rng.uniform(size=SHAPE) < 0.5,
+  "correct": lambda rng: np.array([True, False, True, True]),
+  "logits": lambda rng: rng.normal(size=(*SHAPE, 3)),
+  "teacher_logits": lambda rng: rng.normal(size=(*SHAPE, 3)),
+  "hidden": lambda rng: rng.normal(size=(*SHAPE, 2)),
+  "teacher_hidden": lambda rng: rng.normal(size=(*SHAPE, 2)),
+  "chosen_rewards": lambda rng: rng.normal(size=SHAPE[:1]),
+  "rejected_rewards": lambda rng: rng.normal(size=SHAPE[:1]),
 }
 # Two settings of each numeric keyword.
 SETTINGS = {
@@ -54,6 +81,24 @@ SETTINGS = {
   "lambda_positive": (1.0, 3.0),
   "k_negative": (1.0, 3.0),
   "lambda_negative": (1.0, 2.0),
+  "beta": (0.1, 0.5),
+  "label_smoothing": (0.1, 0.2),
+  "alpha": (0.2, 0.7),
+  "temperature": (0.05, 0.5),
+  "shift": (-0.1, 0.4),
+  "gamma": (0.5, 1.5),
+  "nll_coef": (0.5, 2.0),
+  "center_coef": (0.01, 0.1),
+  "desirable_weight": (0.5, 2.0),
+  "undesirable_weight": (0.5, 2.0),
+  "coef": (0.1, 1.0),
+  "max_drop": (0.1, 0.3),
+  "sampler_coef": (0.01, 0.1),
+}
+# Metrics over some of the members, such as the desirable rows only.
+OVER_A_PART = {
+  "desirable_reward", "undesirable_reward", "positive_nll", "gate_open", "log_ratio_positive",
+  "log_ratio_negative", "logprob_positive",
 }
 # Metrics over responses: their count is that of the rows with a member, not of the members.
 PER_RESPONSE = {"sequence_ratio"}
@@ -66,7 +111,11 @@ CONSISTENT = {
   },
 }
 
-PUBLIC = {name: getattr(losses, name) for name in losses.__all__}
+# Losses with a constant that is made from the trained array: no slope of theirs is the gradient.
+# Their own tests take the slope with that constant held.
+HOLDS_A_CONSTANT = {"on_policy_distillation_loss"}
+
+PUBLIC = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("_loss")}
 
 
 def defined():
@@ -79,13 +128,33 @@ def defined():
 
 
 def arguments(name, seed=0):
-  """The positional arguments of a loss as a dict of float32 arrays, weights last."""
+  """The positional arguments of a loss as a dict of float32 and other arrays, weights last."""
   rng = np.random.default_rng(seed)
   parameters = inspect.signature(PUBLIC[name]).parameters.values()
   positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
   assert positional[-1] == "weights", f"{name}: weights are the last array"
-  arrays = {p: ARRAYS[p](rng).astype(np.float32) for p in positional[:-1]}
-  return arrays | {"weights": np.asarray(weighting.sequence_mean(MASK))}
+  arrays = to(np.float32, {p: ARRAYS[p](rng) for p in positional[:-1]})
+  return arrays | {"weights": weights(members(arrays))}
+
+
+def members(arrays):
+  """The mask that fits the arrays: per token if one of them is, else per row."""
+  return MASK if any(x.ndim > 1 for x in arrays.values()) else ROW_MASK
+
+
+def weights(mask):
+  if mask.ndim == 1:
+    return (mask / max(mask.sum(), 1)).astype(np.float32)
+  return np.asarray(weighting.sequence_mean(mask))
+
+
+def is_float(x):
+  return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def to(dtype, arrays):
+  """The arrays with their floats converted; masks and ids stay."""
+  return {k: x.astype(dtype) if is_float(x) else x for k, x in arrays.items()}
 
 
 def numeric_keywords(name):
@@ -95,13 +164,15 @@ def numeric_keywords(name):
 
 @functools.cache
 def compiled(name):
-  """arrays -> ((loss, metrics), gradients of every array), compiled once per shape."""
+  """floats, others -> ((loss, metrics), gradients of every float), compiled once per shape."""
   f = PUBLIC[name]
-  return jax.jit(jax.value_and_grad(lambda arrays: f(**arrays), has_aux=True))
+  return jax.jit(jax.value_and_grad(lambda floats, others: f(**floats, **others), has_aux=True))
 
 
 def run(name, arrays):
-  (loss, metrics), gradients = compiled(name)(arrays)
+  floats = {k: x for k, x in arrays.items() if is_float(x)}
+  others = {k: x for k, x in arrays.items() if k not in floats}
+  (loss, metrics), gradients = compiled(name)(floats, others)
   return loss, metrics, gradients
 
 
@@ -119,13 +190,15 @@ def rows(arrays, index):
 
 
 def check_is_a_float32_scalar_with_sum_and_count_metrics(name):
-  loss, metrics, gradients = run(name, arguments(name))
+  arrays = arguments(name)
+  loss, metrics, gradients = run(name, arrays)
   assert loss.shape == () and loss.dtype == jnp.float32 and np.isfinite(loss)
   assert metrics, "a loss reports something"
   for key, (total, count) in metrics.items():
     assert total.shape == count.shape == () and np.isfinite(total), key
-    size = MASK.any(axis=1).sum() if key in PER_RESPONSE else MASK.sum()
-    assert count == size, key
+    mask = members(arrays)
+    size = mask.any(axis=1).sum() if key in PER_RESPONSE else mask.sum()
+    assert 0 < count < size if key in OVER_A_PART else count == size, key
   assert all(np.any(g) for g in trained(gradients).values()), "the trained array gets a gradient"
 
 
@@ -137,19 +210,17 @@ def check_jit_changes_nothing(name):
 
 def check_padding_and_empty_rows_change_nothing(name):
   arrays = arguments(name)
-  shape = (SHAPE[0] + 2, SHAPE[1] + 3)
-  mask = np.zeros(shape, bool)
-  mask[1:-1, 2:-1] = MASK
-  padded = {}
-  for key, x in arrays.items():
-    pad = ((1, 1), (2, 1))[:x.ndim]
-    padded[key] = np.pad(x, pad, constant_values=0.5)
-  padded["weights"] = np.asarray(weighting.sequence_mean(mask))
+  pad = lambda x, value: np.pad(  # noqa: E731
+    x, ((1, 1), (2, 1), (0, 0))[:x.ndim], constant_values=value)
+  mask = pad(members(arrays), False)
+  inside = (slice(1, -1), slice(2, -1))[:mask.ndim]
+  padded = {key: pad(x, 0.5 if is_float(x) else 1) for key, x in arrays.items()}
+  padded["weights"] = weights(mask)
   loss, metrics, gradients = run(name, arrays)
   padded_loss, padded_metrics, padded_gradients = run(name, padded)
   close((padded_loss, padded_metrics), (loss, metrics))
   for key, gradient in trained(padded_gradients).items():
-    close(gradient[1:-1, 2:-1], gradients[key])
+    close(gradient[inside], gradients[key])
     assert not np.any(np.asarray(gradient)[~mask])
 
 
@@ -165,11 +236,13 @@ def check_the_order_of_rows_changes_nothing(name):
 def check_duplicating_the_batch_changes_nothing(name):
   arrays = arguments(name)
   twice = {k: np.concatenate([v, v]) for k, v in arrays.items()}
-  twice["weights"] = np.asarray(weighting.sequence_mean(np.concatenate([MASK, MASK])))
+  twice["weights"] = weights(np.concatenate([members(arrays)] * 2))
   close(run(name, twice)[0], run(name, arrays)[0])
 
 
 def check_microbatches_add_up_to_the_whole(name):
+  if name in losses.BATCH_COUPLED:
+    return
   arrays = arguments(name)
   loss, metrics, gradients = run(name, arrays)
   parts = [run(name, rows(arrays, slice(i, i + 2))) for i in (0, 2)]
@@ -181,24 +254,24 @@ def check_microbatches_add_up_to_the_whole(name):
 
 def check_all_masked_is_zero(name):
   arrays = arguments(name)
-  arrays["weights"] = np.zeros(SHAPE, np.float32)
+  arrays["weights"] = np.zeros_like(arrays["weights"])
   loss, metrics, gradients = run(name, arrays)
   assert loss == 0 and not any(np.any(x) for x in jax.tree.leaves((metrics, gradients)))
 
 
 def check_garbage_outside_the_mask_is_not_seen(name):
   arrays = arguments(name)
+  mask = members(arrays)
+  exposed = [k for k, x in arrays.items() if x.shape[:mask.ndim] == mask.shape and is_float(x)]
+  exposed.remove("weights")
   clean = run(name, arrays)
   for garbage in (1e4, -1e4, np.inf, -np.inf, np.nan):
-    for key in arrays:
-      if arrays[key].shape == SHAPE and key != "weights":
-        dirty = arrays | {key: np.where(MASK, arrays[key], np.float32(garbage))}
-        close(run(name, dirty), clean)
-    everywhere = {
-      k: np.where(MASK, v, np.float32(garbage)) if v.shape == SHAPE and k != "weights" else v
-      for k, v in arrays.items()
-    }
-    close(run(name, everywhere), clean)
+    dirty = {key: arrays[key].copy() for key in exposed}
+    for x in dirty.values():
+      x[~mask] = garbage
+    close(run(name, arrays | dirty), clean)
+    for key in exposed:
+      close(run(name, arrays | {key: dirty[key]}), clean)
 
 
 def check_extremes_inside_the_mask_stay_finite(name):
@@ -216,9 +289,9 @@ def check_constants_receive_no_gradient(name):
 
 
 def check_bfloat16_is_computed_in_float32(name):
-  arrays = {k: jnp.asarray(v, jnp.bfloat16) for k, v in arguments(name).items()}
+  arrays = to(jnp.bfloat16, {k: jnp.asarray(v) for k, v in arguments(name).items()})
   loss, _, gradients = run(name, arrays)
-  exact, _, exact_gradients = run(name, {k: v.astype(jnp.float32) for k, v in arrays.items()})
+  exact, _, exact_gradients = run(name, to(jnp.float32, arrays))
   assert loss.dtype == jnp.float32
   close(loss, exact)
   rounded = {k: v.astype(jnp.bfloat16) for k, v in trained(exact_gradients).items()}
@@ -228,17 +301,20 @@ def check_bfloat16_is_computed_in_float32(name):
 
 def check_wrong_arguments_are_named(name):
   arrays = arguments(name)
+  mask = members(arrays)
+  first = next(k for k in arrays if arrays[k].shape[:mask.ndim] == mask.shape)
   for key, x in arrays.items():
-    others = [k for k in arrays if arrays[k].shape == SHAPE]
     for wrong in (x[:1], x[..., None], np.float32(1.0)):
+      if key in MAY_BE_SCALAR and wrong.ndim == 0:
+        continue
       message = error(name, arrays | {key: wrong})
-      # The first array sets the shape: where it still has two axes, the next is named against it.
-      named = key if key != others[0] or wrong.ndim != 2 else f"the shape of {key}"
+      # The first array sets the shape: where its axes are right, the next is named against it.
+      named = key if key != first or wrong.ndim != x.ndim else f"the shape of {key}"
       assert message.startswith(named) or (named != key and named in message), message
-    if key != "advantages":
+    if key not in ANY_NUMBER:
       message = error(name, arrays | {key: np.ones(x.shape, np.int32)})
       assert message.startswith(f"{key} has dtype int32"), message
-  message = error(name, arrays | {"weights": MASK})
+  message = error(name, arrays | {"weights": mask})
   assert message.startswith("weights has dtype bool"), message
 
 
@@ -270,15 +346,16 @@ def check_new_values_do_not_recompile(name):
 
 def check_gradient_matches_finite_differences_in_float64(name):
   with jax.enable_x64(True):
-    arrays = {k: jnp.asarray(v, jnp.float64) for k, v in arguments(name).items()}
-    key = next(k for k in arrays if k in TRAINED)
-    f = lambda x: PUBLIC[name](**arrays | {key: x}, **CONSISTENT.get(name, {}))[0]  # noqa: E731
-    x = arrays[key]
-    steps = 1e-6 * np.eye(x.size).reshape(-1, *x.shape)
-    slope = lambda step: (f(x + step) - f(x - step)) / 2e-6  # noqa: E731
-    gradient, slopes = jax.jit(lambda steps: (jax.grad(f)(x), jax.vmap(slope)(steps)))(steps)
-    assert gradient.dtype == jnp.float64
-    np.testing.assert_allclose(gradient, slopes.reshape(x.shape), rtol=1e-6, atol=1e-9)
+    arrays = to(jnp.float64, {k: jnp.asarray(v) for k, v in arguments(name).items()})
+    for key in TRAINED & arrays.keys() if name not in HOLDS_A_CONSTANT else ():
+      f = lambda x: PUBLIC[name](**arrays | {key: x}, **CONSISTENT.get(name, {}))[0]  # noqa: B023,E731
+      x = arrays[key]
+      steps = 1e-6 * np.eye(x.size).reshape(-1, *x.shape)
+      slope = lambda step: (f(x + step) - f(x - step)) / 2e-6  # noqa: B023,E731
+      both = jax.jit(lambda steps: (jax.grad(f)(x), jax.vmap(slope)(steps)))  # noqa: B023
+      gradient, slopes = both(steps)
+      assert gradient.dtype == jnp.float64
+      np.testing.assert_allclose(gradient, slopes.reshape(x.shape), rtol=1e-6, atol=1e-9)
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}
