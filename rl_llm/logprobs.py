@@ -12,6 +12,7 @@ that array.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -22,6 +23,7 @@ from rl_llm.types import (
   Array,
   at_least_float32,
   check_above,
+  check_between,
   check_float,
   check_int,
   check_ndim,
@@ -91,7 +93,9 @@ def entropy(logits, *, temperature=1.0) -> Array:
   return jnp.sum(jnp.where(possible, -jnp.exp(logp) * jnp.where(possible, logp, 0), 0), axis=-1)
 
 
-def sequence_logprobs(logprobs, mask, *, average=False) -> Array:
+def sequence_logprobs(
+  logprobs, mask, *, average=False, tail_weight=1.0, head_length=None
+) -> Array:
   """Log-prob of each response: the sum over its tokens, or their mean.
 
       sums[b] = sum_t mask[b, t] * logprobs[b, t]
@@ -102,18 +106,46 @@ def sequence_logprobs(logprobs, mask, *, average=False) -> Array:
   >>> float(jnp.exp(sequence_logprobs(logprobs, mask))[0])
   0.125
 
+  The longer answer of a pair has more terms, so a sum tells DPO the length first of all. LD-DPO
+  counts tokens past the shorter answer's length only `tail_weight` times. Here the other answer has
+  one token, and the tail of 1/4 counts half: 1/2 * sqrt(1/4)
+
+  >>> p = sequence_logprobs(logprobs, mask, tail_weight=0.5, head_length=jnp.array([1]))
+  >>> float(jnp.exp(p[0]).round(3))
+  0.25
+
   Args:
     logprobs: [B, T] float, in nats.
     mask: [B, T] bool, the tokens the policy produced.
-    average: divide by the number of tokens (IPO, SimPO, ORPO).
+    average: divide by the number of tokens (IPO, SimPO, ORPO); a token of the tail counts whole.
+    tail_weight: how much tokens after the head count, between 0 and 1; needs `head_length`.
+    head_length: None (no tail), or [B] int, how many of a row's masked tokens come before the tail:
+      for a pair, `jnp.minimum(chosen_mask.sum(1), rejected_mask.sum(1))`.
 
   Returns:
     [B] log-probs in nats, at least float32; 0 for a row without tokens.
 
   Raises:
-    ValueError: shapes differ, or `mask` is not bool.
+    ValueError: shapes differ, `mask` is not bool, `head_length` is not int, or `tail_weight` is
+      outside [0, 1] or has no `head_length`.
+
+  Reference: LD-DPO: Liu et al., 2024, Length Desensitization in Direct Preference Optimization,
+    https://arxiv.org/abs/2409.06411
   """
   check_ndim("logprobs", logprobs, 2, "[B, T]")
+  check_between("tail_weight", tail_weight, 0, 1)
+  if head_length is None:
+    if not isinstance(tail_weight, int | float) or tail_weight != 1:
+      raise ValueError(f"tail_weight is {tail_weight}; without head_length it must be 1.")
+  else:
+    check_int("head_length", head_length)
+    if jnp.shape(head_length) != jnp.shape(mask)[:1]:
+      raise ValueError(
+        f"head_length has shape {jnp.shape(head_length)}; it must be [B] = {jnp.shape(mask)[:1]}."
+      )
+    tail = jnp.cumsum(mask, axis=1) > jnp.asarray(head_length)[:, None]
+    # Masked before the product, or an infinite log-prob outside the mask has gradient nan.
+    logprobs = jnp.where(mask, at_least_float32(logprobs), 0) * jnp.where(tail, tail_weight, 1.0)
   return (masked_mean if average else masked_sum)(logprobs, mask, axis=1)
 
 
@@ -128,9 +160,10 @@ def chunked_logprobs_and_entropy(
       logprob = z[token] - logsumexp(z)
       entropy = logsumexp(z) - sum(softmax(z) * z)
 
-  At most `chunk_size` tokens have logits at a time, forward and backward: memory grows with
-  `chunk_size * V`, not with `B * T * V`. The backward pass computes the logits of a chunk once more
-  instead of keeping them (one matrix product in four), with
+  No more logits exist at a time than `chunk_size` tokens have, forward and backward: memory grows
+  with `chunk_size * V`, not with `B * T * V`. They are those of all tokens for a share of the
+  vocabulary. The backward pass computes them once more instead of keeping them (one matrix product
+  in four), with
 
       d logprob / d z_v = 1[v = token] - p_v        d entropy / d z_v = -p_v (log p_v + entropy)
 
@@ -146,7 +179,8 @@ def chunked_logprobs_and_entropy(
     hidden: [..., D] float, the last hidden states; products with them are accumulated in float32.
     unembedding: [V, D] float, such as the embedding matrix as it is stored.
     tokens: [...] int, in [0, V).
-    chunk_size: the most tokens whose logits may exist at once; any number of tokens works.
+    chunk_size: as many logits may exist at once as this many tokens have; any number of tokens and
+      any V work.
     temperature: of the sampler, > 0; a constant.
     softcap: Gemma's bound on the logits, > 0, or None; a constant.
 
@@ -171,12 +205,12 @@ def chunked_logprobs_and_entropy(
       f"unembedding has shape {unembedding.shape}; it must be [V, D] with D = {width} as in "
       "hidden: transpose it if it is stored as [D, V]."
     )
-  constants = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (temperature, softcap))
-  constants = jax.lax.stop_gradient(constants)
-  hidden = _split(hidden, tokens.shape, chunk_size)
-  flat = _split(tokens, tokens.shape, chunk_size)
-  logprobs, entropies = _chunks(hidden, unembedding, flat, *constants)
-  return _join(logprobs, tokens.shape), _join(entropies, tokens.shape)
+  wide = jnp.promote_types(jnp.result_type(hidden, unembedding), jnp.float32)
+  constants = jax.tree.map(lambda x: jnp.asarray(x, wide), (temperature, softcap))
+  blocks = max(min(-(-tokens.size // chunk_size), len(unembedding)), 1)
+  # A number of blocks that divides V needs no padded copy of the unembedding.
+  blocks = next((n for n in range(blocks, 2 * blocks) if len(unembedding) % n == 0), blocks)
+  return _blockwise(hidden, unembedding, tokens, *jax.lax.stop_gradient(constants), blocks)
 
 
 def unembed(hidden, unembedding, *, softcap=None) -> Array:
@@ -196,7 +230,7 @@ def unembed(hidden, unembedding, *, softcap=None) -> Array:
   Returns:
     [..., V], at least float32.
   """
-  logits = _matmul(hidden, unembedding, contract=(jnp.ndim(hidden) - 1, 1))
+  logits = _matmul(hidden, unembedding, contract=((jnp.ndim(hidden) - 1,), (1,)))
   return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -245,66 +279,106 @@ def _log_softmax(logits, temperature):
   return jax.nn.log_softmax(at_least_float32(logits) / temperature, axis=-1)
 
 
-@jax.custom_vjp
-def _chunks(hidden, unembedding, tokens, temperature, softcap):
-  """hidden [chunks, rows, D], tokens [chunks, rows] -> log-probs and entropies [chunks, rows]."""
-  return _chunks_forward(hidden, unembedding, tokens, temperature, softcap)[0]
+# What stands for the logit of no token: exp of it is 0, and so is 0 times it.
+NO_LOGIT = -1e30
 
 
-def _chunks_forward(hidden, unembedding, tokens, temperature, softcap):
-  def chunk(x):
-    hidden, tokens = x
-    z, _ = _chunk_logits(hidden, unembedding, temperature, softcap)
-    peak = jnp.max(z, axis=-1, keepdims=True)
-    exps = jnp.exp(z - peak)
-    total = jnp.sum(exps, axis=-1)
-    mean = jnp.sum(exps * (z - peak), axis=-1) / total
-    chosen = jnp.take_along_axis(z - peak, tokens[:, None], axis=-1)[:, 0]
-    log_total = jnp.log(total)
-    return chosen - log_total, log_total - mean, peak[:, 0] + log_total
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blockwise(hidden, unembedding, tokens, temperature, softcap, blocks):
+  """Log-probs and entropies, for 1 / blocks of the vocabulary at a time.
 
-  logprobs, entropies, normalisers = jax.lax.map(chunk, (hidden, tokens))
-  residuals = (hidden, unembedding, tokens, temperature, softcap, entropies, normalisers)
+  Blocks of the vocabulary rather than of the tokens, since each row of the unembedding's gradient
+  is then complete when its block is done: nothing of the size of the unembedding is accumulated.
+  """
+  return _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks)[0]
+
+
+def _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks):
+  folded = _fold(unembedding, blocks)
+
+  def block(carry, i):
+    peak, total, mean, chosen = carry
+    z, _, _, row = _block_logits(
+      i, hidden, folded, tokens, temperature, softcap, len(unembedding))
+    new_peak = jnp.maximum(peak, jnp.max(z, axis=-1))
+    shift = peak - new_peak
+    scale = jnp.exp(shift)
+    z = z - new_peak[..., None]
+    exps = jnp.exp(z)
+    mean = scale * (mean + shift * total) + jnp.sum(exps * z, axis=-1)
+    total = scale * total + jnp.sum(exps, axis=-1)
+    here = jnp.take_along_axis(z, jnp.maximum(row, 0)[..., None], axis=-1)[..., 0]
+    return (new_peak, total, mean, jnp.where(row >= 0, here + new_peak, chosen)), None
+
+  zeros = jnp.zeros(tokens.shape, temperature.dtype)
+  carry, _ = jax.lax.scan(
+    block, (zeros + NO_LOGIT, zeros, zeros, zeros), jnp.arange(folded.shape[1]))
+  peak, total, mean, chosen = carry
+  log_total = jnp.log(total)
+  logprobs, entropies = chosen - peak - log_total, log_total - mean / total
+  residuals = (
+    hidden, unembedding, tokens, temperature, softcap, entropies, peak + log_total)
   return (logprobs, entropies), residuals
 
 
-def _chunks_backward(residuals, cotangents):
+def _blockwise_backward(blocks, residuals, cotangents):
   hidden, unembedding, tokens, temperature, softcap, entropies, normalisers = residuals
+  of_logprobs, of_entropies = (x[..., None] for x in cotangents)
+  entropies, normalisers = entropies[..., None], normalisers[..., None]
+  folded = _fold(unembedding, blocks)
 
-  def chunk(unembedding_gradient, x):
-    hidden, tokens, entropies, normalisers, of_logprobs, of_entropies = x
-    z, slope = _chunk_logits(hidden, unembedding, temperature, softcap)
-    logp = z - normalisers[:, None]
-    of_p = of_logprobs[:, None] + of_entropies[:, None] * (logp + entropies[:, None])
-    is_token = jnp.arange(unembedding.shape[0]) == tokens[:, None]
-    of_z = jnp.where(is_token, of_logprobs[:, None], 0) - jnp.exp(logp) * of_p
-    of_z = of_z * slope
-    unembedding_gradient += _matmul(of_z, hidden, contract=(0, 0))
-    return unembedding_gradient, _matmul(of_z, unembedding, contract=(1, 0)).astype(hidden.dtype)
+  def block(carry, i):
+    of_hidden, of_unembedding = carry
+    z, slope, rows, row = _block_logits(
+      i, hidden, folded, tokens, temperature, softcap, len(unembedding))
+    logp = z - normalisers
+    of_p = of_logprobs + of_entropies * (logp + entropies)
+    is_token = jnp.arange(len(rows)) == row[..., None]
+    of_z = (jnp.where(is_token, of_logprobs, 0) - jnp.exp(logp) * of_p) * slope
+    leading = tuple(range(tokens.ndim))
+    of_rows = _matmul(of_z, hidden, contract=(leading, leading)).astype(folded.dtype)
+    of_hidden += _matmul(of_z, rows, contract=((tokens.ndim,), (0,)))
+    return (of_hidden, jax.lax.dynamic_update_index_in_dim(of_unembedding, of_rows, i, 1)), None
 
-  unembedding_gradient, hidden_gradient = jax.lax.scan(
-    chunk,
-    jnp.zeros(unembedding.shape, normalisers.dtype),
-    (hidden, tokens, entropies, normalisers, *cotangents),
-  )
+  start = jnp.zeros(hidden.shape, temperature.dtype), jnp.zeros_like(folded)
+  (of_hidden, of_unembedding), _ = jax.lax.scan(block, start, jnp.arange(folded.shape[1]))
+  of_unembedding = of_unembedding.reshape(-1, hidden.shape[-1])[:len(unembedding)]
   constants = jax.tree.map(jnp.zeros_like, (temperature, softcap))
-  return hidden_gradient, unembedding_gradient.astype(unembedding.dtype), None, *constants
+  return of_hidden.astype(hidden.dtype), of_unembedding, None, *constants
 
 
-_chunks.defvjp(_chunks_forward, _chunks_backward)
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _chunk_logits(hidden, unembedding, temperature, softcap):
-  """The logits z [rows, V] of a chunk in float32, and dz / d(hidden @ unembedding.T)."""
-  z = _matmul(hidden, unembedding, contract=(1, 1))
-  if softcap is None:
-    return z / temperature, 1 / temperature
-  bounded = jnp.tanh(z / softcap)
-  return bounded * (softcap / temperature), (1 - jnp.square(bounded)) / temperature
+def _fold(unembedding, blocks):
+  """[V, D] -> [V / blocks, blocks, D]: block i has every `blocks`-th token.
+
+  If the vocabulary is sharded, so is each block, over all devices.
+  """
+  vocabulary, width = unembedding.shape
+  padding = -vocabulary % blocks
+  if padding:
+    unembedding = jnp.pad(unembedding, ((0, padding), (0, 0)))
+  return unembedding.reshape(-1, blocks, width)
+
+
+def _block_logits(i, hidden, folded, tokens, temperature, softcap, vocabulary):
+  """Of block i: logits z, dz / d(hidden @ rows.T), its rows, and which is the token, or -1."""
+  size, blocks, _ = folded.shape
+  rows = jax.lax.dynamic_index_in_dim(folded, i, axis=1, keepdims=False)
+  z = _matmul(hidden, rows, contract=((tokens.ndim,), (1,)))
+  slope = 1 / temperature
+  if softcap is not None:
+    bounded = jnp.tanh(z / softcap)
+    z, slope = bounded * softcap, (1 - jnp.square(bounded)) / temperature
+  z = z / temperature
+  if size * blocks > vocabulary:
+    z = jnp.where(jnp.arange(size) * blocks + i < vocabulary, z, NO_LOGIT)
+  return z, slope, rows, jnp.where(tokens % blocks == i, tokens // blocks, -1)
 
 
 def _matmul(a, b, *, contract):
-  """Product over axis `contract[0]` of a and `contract[1]` of b, at least in float32."""
-  dimensions = (((contract[0],), (contract[1],)), ((), ()))
+  """Product over the axes `contract[0]` of a and `contract[1]` of b, at least in float32."""
+  dimensions = (contract, ((), ()))
   wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
   return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide)
