@@ -35,6 +35,23 @@ from rl_llm.losses.distillation import (
   minillm_advantages,
   on_policy_distillation_loss,
 )
+from rl_llm.losses.dpo import (
+  BATCH_COUPLED,
+  aot_loss,
+  aot_unpaired_loss,
+  apo_down_loss,
+  apo_zero_loss,
+  bco_loss,
+  discopop_loss,
+  dpo_loss,
+  exo_loss,
+  hinge_dpo_loss,
+  ipo_loss,
+  nca_loss,
+  robust_dpo_loss,
+  sppo_loss,
+  wpo_weights,
+)
 from rl_llm.losses.likelihood import (
   action_ids_of,
   llds_loss,
@@ -42,7 +59,9 @@ from rl_llm.losses.likelihood import (
   positive_nll_loss,
 )
 from rl_llm.losses.policy_gradient import grpo_loss, ppo_loss, reinforce_loss
+from rl_llm.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from rl_llm.losses.regularization import entropy_loss, kl_loss, value_loss
+from rl_llm.losses.reward_model import reward_model_loss
 from rl_llm.losses.sequence_ratio import gmpo_loss, gspo_loss, gspo_token_loss, vespo_loss
 from rl_llm.losses.supervised import sft_loss
 from rl_llm.losses.token_ratio import (
@@ -52,36 +71,69 @@ from rl_llm.losses.token_ratio import (
   dro_loss,
   sapo_loss,
 )
+from rl_llm.losses.unpaired import (
+  bco_shift,
+  bco_unpaired_loss,
+  kto_baseline,
+  kto_loss,
+  nash_md_loss,
+  xpo_loss,
+)
 
 __all__ = [
+  "BATCH_COUPLED",
   "action_ids_of",
+  "aot_loss",
+  "aot_unpaired_loss",
+  "apo_down_loss",
+  "apo_zero_loss",
+  "bco_loss",
+  "bco_shift",
+  "bco_unpaired_loss",
   "chunked_gkd_loss",
   "cispo_loss",
   "clip_cov_loss",
   "clip_cov_mask",
+  "cpo_loss",
+  "discopop_loss",
+  "dpo_loss",
   "dppo_kl_loss",
   "dppo_tv_loss",
   "dro_loss",
   "entropy_loss",
+  "exo_loss",
   "gkd_loss",
   "gmpo_loss",
   "grpo_loss",
   "gspo_loss",
   "gspo_token_loss",
+  "hinge_dpo_loss",
+  "ipo_loss",
   "kl_cov_loss",
   "kl_cov_mask",
   "kl_loss",
+  "kto_baseline",
+  "kto_loss",
   "llds_loss",
   "llds_weights",
   "minillm_advantages",
+  "nash_md_loss",
+  "nca_loss",
   "on_policy_distillation_loss",
+  "orpo_loss",
   "positive_nll_loss",
   "ppo_clipped",
   "ppo_loss",
   "reinforce_loss",
+  "reward_model_loss",
+  "robust_dpo_loss",
   "sapo_loss",
   "sft_loss",
+  "simpo_loss",
+  "sppo_loss",
   "token_covariance",
   "value_loss",
   "vespo_loss",
+  "wpo_weights",
+  "xpo_loss",
 ]
