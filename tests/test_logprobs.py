@@ -1,6 +1,9 @@
 """Log-probs and entropies against float64 numpy; the chunked form against the dense one."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +114,74 @@ def test_chunked_gradient_matches_finite_differences_in_float64():
     np.testing.assert_allclose(gradients[i][index], slope, rtol=1e-4, atol=1e-5)
 
 
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from rl_llm.logprobs import chunked_logprobs_and_entropy
+from rl_llm.losses import chunked_gkd_loss
+
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+rng = np.random.default_rng(0)
+hidden, other = rng.normal(size=(2, 4, 6, 8)).astype(np.float32)
+unembedding = rng.normal(size=(24, 8)).astype(np.float32)
+tokens = rng.integers(0, 24, size=(4, 6))
+weights = rng.normal(size=(4, 6)).astype(np.float32)
+
+def loss(hidden, unembedding, other, tokens, weights):
+  logprobs, entropies = chunked_logprobs_and_entropy(
+    hidden, unembedding, tokens, chunk_size=5, temperature=0.7)
+  gkd, _ = chunked_gkd_loss(hidden, unembedding, other, unembedding, weights, chunk_size=5)
+  return jnp.sum(weights * (logprobs + 0.5 * entropies)) + gkd, (logprobs, entropies)
+
+step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+expected = step(hidden, unembedding, other, tokens, weights)
+for of_vocabulary in (P("model"), P(("data", "model"))):
+  put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  rows = [put(x, P("data")) for x in (hidden, other, tokens, weights)]
+  unembeddings = put(unembedding, of_vocabulary)
+  assert len(rows[0].sharding.device_set) == len(unembeddings.sharding.device_set) == 4
+  got = step(rows[0], unembeddings, *rows[1:])
+  for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(left, right, rtol=2e-5, atol=2e-6)
+print("equal")
+"""
+
+
+def test_chunked_forms_are_the_same_under_sharding_of_batch_and_vocabulary():
+  """On four devices, so in a process that was started with them."""
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
+  assert done.returncode == 0 and done.stdout == "equal\n", done.stderr
+
+
+def test_blocks_of_any_vocabulary_add_up():
+  """V of 1, a prime, and more blocks than rows; with padding rows in the last block."""
+  for vocabulary, chunk_size in [(1, 3), (2, 1), (7, 4), (11, 3)]:
+    unembedding = UNEMBEDDING[:vocabulary] * 30  # so large that peaks move from block to block
+    tokens = TOKENS % vocabulary
+    got = lp.chunked_logprobs_and_entropy(HIDDEN, unembedding, tokens, chunk_size=chunk_size)
+    for left, right in zip(got, exact(HIDDEN @ unembedding.T, tokens, 1.0), strict=True):
+      np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_chunked_memory_is_a_fraction_of_the_dense():
+  """Nothing of the size of all logits, and nothing of the size of the unembedding."""
+  hidden, unembedding = jnp.ones((256, 64)), jnp.ones((4096, 64))
+  tokens = jnp.zeros(256, int)
+
+  def temporaries(f):
+    loss = lambda h, w: jnp.sum(sum(f(h, w)))  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, unembedding).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  chunked = temporaries(
+    lambda h, w: lp.chunked_logprobs_and_entropy(h, w, tokens, chunk_size=16))
+  assert chunked < temporaries(lambda h, w: dense(h, w, tokens)) / 8
+  assert chunked < unembedding.nbytes
+
+
 def test_chunked_accepts_bfloat16_and_accumulates_in_float32():
   hidden, unembedding = jnp.asarray(HIDDEN, jnp.bfloat16), jnp.asarray(UNEMBEDDING, jnp.bfloat16)
   for w in (unembedding, unembedding.astype(jnp.float32)):
@@ -169,6 +240,16 @@ def test_sequence_logprobs_sums_or_averages_the_response():
   np.testing.assert_array_equal(lp.sequence_logprobs(logprobs, mask, average=True), [-1.5, 0.0])
 
 
+def test_tokens_past_the_head_count_tail_weight_times():
+  logprobs = np.array([[9.0, -1.0, -2.0, -4.0], [-1.0, -1.0, np.nan, -1.0]], np.float32)
+  mask = np.array([[False, True, True, True], [True, True, False, True]])
+  got = lambda **k: lp.sequence_logprobs(logprobs, mask, head_length=np.array([1, 5]), **k)  # noqa: E731
+  np.testing.assert_allclose(got(tail_weight=0.25), [-1 - 0.25 * 6, -3], rtol=1e-6)
+  np.testing.assert_allclose(got(tail_weight=0.25, average=True), [-2.5 / 3, -1], rtol=1e-6)
+  np.testing.assert_allclose(got(), lp.sequence_logprobs(logprobs, mask))
+  np.testing.assert_allclose(jax.jit(lambda w: got(tail_weight=w))(0.0), [-1, -3], rtol=1e-6)
+
+
 chunked = functools.partial(lp.chunked_logprobs_and_entropy, chunk_size=4)
 
 
@@ -177,6 +258,9 @@ chunked = functools.partial(lp.chunked_logprobs_and_entropy, chunk_size=4)
   (lambda: lp.token_logprobs(HIDDEN, TOKENS * 1.0), "tokens has dtype float"),
   (lambda: lp.token_logprobs(HIDDEN, TOKENS, temperature=0.0), "temperature is 0.0.*above 0"),
   (lambda: lp.entropy(TOKENS), "logits has dtype int"),
+  (lambda: lp.sequence_logprobs(HIDDEN[0], HIDDEN[0] < 0, tail_weight=0.5), "without head_length"),
+  (lambda: lp.sequence_logprobs(HIDDEN[0], HIDDEN[0] < 0, head_length=TOKENS[0, :2]),
+   r"head_length has shape .2,.*\[B\] = \(5,\)"),
   (lambda: chunked(HIDDEN, UNEMBEDDING.T, TOKENS), "unembedding has shape .6, 11.*transpose"),
   (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS[:1]), "tokens has shape"),
   (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS, softcap=-1), "softcap is -1"),

@@ -1,0 +1,97 @@
+"""Log-probs and entropies of sampled tokens: block by block of the vocabulary, against dense.
+
+  python -m benchmarks.chunked_logprobs                        2,048 tokens, Qwen's vocabulary
+  python -m benchmarks.chunked_logprobs --vocabulary=49152     SmolLM2's
+
+Both forms give the value and the gradients with respect to hidden states and unembedding, compiled
+from the same loss, and take turns, so that whatever else the machine does meets both alike. They
+must agree before anything is printed. Memory is what XLA allocates besides arguments and results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_llm.config import option, run
+from rl_llm.logprobs import chunked_logprobs_and_entropy, entropy, token_logprobs, unembed
+
+
+class BenchmarkError(RuntimeError):
+  """The two forms do not agree."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The sizes, and how often each form is timed."""
+
+  tokens: int = option(2048, "B x T, tokens with a log-prob and an entropy", min=1)
+  width: int = option(1024, "D, width of the hidden states", min=1)
+  vocabulary: int = option(151_936, "V, rows of the unembedding", min=2)
+  chunk_size: int = option(128, "tokens whose logits may exist at once", min=1)
+  runs: int = option(3, "times each form is run, after one that is not counted", min=1)
+
+
+def dense(hidden, unembedding, tokens):
+  logits = unembed(hidden, unembedding)
+  return token_logprobs(logits, tokens), entropy(logits)
+
+
+def main(config: Config) -> int:
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  hidden = normal(config.tokens, config.width)
+  unembedding = normal(config.vocabulary, config.width) / np.sqrt(config.width)
+  tokens = jnp.asarray(rng.integers(0, config.vocabulary, config.tokens))
+  weights = normal(2, config.tokens) / config.tokens
+
+  def chunked(hidden, unembedding, tokens):
+    return chunked_logprobs_and_entropy(
+      hidden, unembedding, tokens, chunk_size=config.chunk_size)
+
+  def compiled(f):
+    def loss(hidden, unembedding, tokens, weights):
+      logprobs, entropies = f(hidden, unembedding, tokens)
+      return jnp.sum(weights[0] * logprobs + weights[1] * entropies)
+
+    arguments = hidden, unembedding, tokens, weights
+    step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
+    return step, lambda: jax.block_until_ready(step(*arguments))
+
+  forms = {"dense": compiled(dense), "chunked": compiled(chunked)}
+  results = {name: step() for name, (_, step) in forms.items()}
+  for left, right in zip(*map(jax.tree.leaves, results.values()), strict=True):
+    if not np.allclose(left, right, rtol=1e-3, atol=1e-5 * float(jnp.max(jnp.abs(left)))):
+      raise BenchmarkError(f"the forms differ by up to {float(jnp.max(jnp.abs(left - right)))}")
+  del results
+  seconds = {name: [] for name in forms}
+  for _ in range(config.runs):
+    for name, (_, step) in forms.items():
+      start = time.perf_counter()
+      step()
+      seconds[name].append(time.perf_counter() - start)
+
+  print(f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32")
+  memory = {
+    name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in forms.items()
+  }
+  for name, taken in seconds.items():
+    print(
+      f"{name}: {memory[name] / 1e6:.0f} MB of temporaries, {statistics.median(taken):.2f} s "
+      f"({min(taken):.2f} .. {max(taken):.2f})"
+    )
+  times = statistics.median(seconds["chunked"]) / statistics.median(seconds["dense"])
+  print(
+    f"chunked takes 1/{memory['dense'] / memory['chunked']:.1f} of the temporaries and {times:.2f} "
+    "times the time, forward and backward"
+  )
+  return 0
+
+
+if __name__ == "__main__":
+  run(main, Config, errors=(BenchmarkError,))
