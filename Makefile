@@ -1,6 +1,7 @@
 # make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo-smollm2-arithmetic-seed0/
 # make test   the test suite;  make test-full adds the long trials;  make lint
 # make bench  a GRPO step against TRL's, which gets a .venv-trl of its own (about 1.5 GB)
+# make parity verl's and TRL's own losses on the inputs of tests/parity, compared with ours (.venv-verl and .venv-trl)
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-full lint bench bench-peers clean
+.PHONY: run test test-full lint bench bench-peers parity clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -41,6 +42,22 @@ bench-peers: .venv-trl/ready
 	  --extra-index-url https://download.pytorch.org/whl/cpu 'trl==1.16.*' 'transformers==5.*' torch
 	@touch $@
 
+parity: $(VENV)/test-$(VERSION) .venv-trl/ready .venv-verl/ready
+	.venv-trl/bin/python -W ignore tests/parity/make_trl_goldens.py
+	.venv-verl/bin/python -W ignore tests/parity/make_verl_goldens.py
+	$(BIN)/python -m pytest -q tests/parity
+	$(BIN)/python -m tests.parity.test_parity
+
+# verl pins an older transformers and asks for ray and more: only what its formulas import is installed.
+.venv-verl/ready:
+	@echo "Installing verl and torch into .venv-verl."
+	@$(PYTHON) -m venv .venv-verl && echo '*' > .venv-verl/.gitignore
+	@.venv-verl/bin/python -m pip --disable-pip-version-check install -q \
+	  --extra-index-url https://download.pytorch.org/whl/cpu torch 'transformers==5.*' \
+	  'tensordict==0.10.*' omegaconf codetiming torchdata
+	@.venv-verl/bin/python -m pip --disable-pip-version-check install -q --no-deps 'verl==0.9.1'
+	@touch $@
+
 $(VENV)/python-$(VERSION):
 	@test -n "$(VERSION)" || { echo "error: PYTHON=$(PYTHON) does not run; install Python 3.11 to 3.13 or set PYTHON=" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -62,4 +79,4 @@ $(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-trl build *.egg-info
+	rm -rf $(VENV) .venv-trl .venv-verl build *.egg-info
