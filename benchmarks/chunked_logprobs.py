@@ -63,23 +63,24 @@ def main(config: Config) -> int:
     step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
     return step, lambda: jax.block_until_ready(step(*arguments))
 
+  print(f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32", flush=True)
   forms = {"dense": compiled(dense), "chunked": compiled(chunked)}
   results = {name: step() for name, (_, step) in forms.items()}
   for left, right in zip(*map(jax.tree.leaves, results.values()), strict=True):
     if not np.allclose(left, right, rtol=1e-3, atol=1e-5 * float(jnp.max(jnp.abs(left)))):
       raise BenchmarkError(f"the forms differ by up to {float(jnp.max(jnp.abs(left - right)))}")
   del results
+  memory = {
+    name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in forms.items()
+  }
   seconds = {name: [] for name in forms}
-  for _ in range(config.runs):
+  for number in range(config.runs):
     for name, (_, step) in forms.items():
       start = time.perf_counter()
       step()
       seconds[name].append(time.perf_counter() - start)
+      print(f"run {number} {name}: {seconds[name][-1]:.2f} s", flush=True)
 
-  print(f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32")
-  memory = {
-    name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in forms.items()
-  }
   for name, taken in seconds.items():
     print(
       f"{name}: {memory[name] / 1e6:.0f} MB of temporaries, {statistics.median(taken):.2f} s "
