@@ -85,6 +85,8 @@ def expectations(logits):
     "1 / length": p @ (1 / N),
     "wins - losses": p @ np.sign(REWARD[:, None] - REWARD) @ here,
     "lead / tokens": p @ (2 * (REWARD[:, None] - REWARD) / (N[:, None] + N)) @ here,
+    "share of lead": p @ (N * (REWARD[:, None] - REWARD) / (N[:, None] + N)) @ here,
+    "best of two": p @ np.maximum(REWARD[:, None], REWARD) @ p,
     "next value, contexts fixed": contexts_fixed(jnp.sum(jnp.exp(logp) * NEXT_VALUE, 1)),
     "kl": p @ (tokens - REF_LOGPROBS).sum(1),
     "entropy": -p @ tokens.sum(1),
@@ -140,6 +142,10 @@ def of_group(f, **keywords):
   return lambda y: f(take(REWARD, y)[None], **keywords)[0]
 
 
+def opo(y):
+  return advantages.opo(take(REWARD, y)[None], take(N, y)[None])[0]
+
+
 def gae_of(values, gae_lambda):
   def advantage(y):
     rewards = advantages.token_rewards(take(REWARD, y), take(MASK, y))
@@ -190,6 +196,10 @@ ROWS = [
    "reward", "half of it: (G - 1) / G", [(-1 / 2, "reward")]),
   ("group mean and std (GRPO)", reinforce(SCALED),
    "reward", "no: that of winning against itself", [(-1 / math.sqrt(2), "wins - losses")]),
+  ("length-weighted mean as baseline (OPO)", reinforce(opo),
+   "reward", "no: that of a share of the lead", [(-1, "share of lead")]),
+  ("pass@k with k = 2", reinforce(of_group(advantages.pass_at_k)),
+   "best of two", "half of it: 1 / G", [(-1 / 2, "best of two")]),
   ("RLOO, `constant_length` 3", reinforce(RLOO, THIRD),
    "reward", "a third of it", [(-1 / 3, "reward")]),
   ("REINFORCE, `sequence_mean`", reinforce(lambda y: take(REWARD, y), weighting.sequence_mean),
