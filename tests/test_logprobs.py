@@ -159,11 +159,11 @@ def test_chunked_forms_are_the_same_under_sharding_of_batch_and_vocabulary():
 def test_blocks_of_any_vocabulary_add_up():
   """V of 1, a prime, and more blocks than rows; with padding rows in the last block."""
   for vocabulary, chunk_size in [(1, 3), (2, 1), (7, 4), (11, 3)]:
-    unembedding = UNEMBEDDING[:vocabulary] * 30  # so large that peaks move from block to block
+    unembedding = UNEMBEDDING[:vocabulary] * 2  # peaks move from block to block
     tokens = TOKENS % vocabulary
     got = lp.chunked_logprobs_and_entropy(HIDDEN, unembedding, tokens, chunk_size=chunk_size)
     for left, right in zip(got, exact(HIDDEN @ unembedding.T, tokens, 1.0), strict=True):
-      np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
+      np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_chunked_memory_is_a_fraction_of_the_dense():

@@ -77,8 +77,8 @@ def test_shares_are_rounded_down_as_in_the_decimals_they_are_written_in():
   ones = jnp.ones((1, 1000), bool)
   f = jax.jit(lambda fraction, n: losses.kl_cov_mask(
     jnp.ones(ones.shape), ones & (jnp.arange(1000) < n), fraction=fraction).sum())
-  for percent in (1, 7, 29, 57, 58, 70):
-    for n in (10, 99, 100, 300, 1000):
+  for percent in (1, 13, 21, 29, 39):
+    for n in (10, 99, 300, 900):
       assert f(percent / 100, n) == percent * n // 100, (percent, n)
 
 
