@@ -62,7 +62,7 @@ def aligned(log_sum_of_squares):
 
 pairs("dpo wpo", losses.dpo_loss,
       weights=lambda: losses.wpo_weights(*aligned(-0.2), WEIGHTS))
-# Our weights end at 1, as the authors' code has it; TRL's do not.
+# Our weights end at 1, TRL's may exceed it.
 pairs("dpo wpo above 1", losses.dpo_loss,
       weights=lambda: WEIGHTS * jnp.exp(sum(aligned(-0.7))))
 
