@@ -286,7 +286,7 @@ def _selected(selected, logprobs, mask):
 
 
 def _share(fraction, mask, at_least):
-  """floor(fraction * tokens); 0.21 of 300 are 63, though the product of float32 is a little less."""
+  """floor(fraction * tokens); 0.21 of 300 are 63, though the float32 product is a little less."""
   exact = jnp.floor(fraction * jnp.sum(mask).astype(jnp.float32) * (1 + 2.0**-22))
   return jnp.maximum(exact, at_least)
 
