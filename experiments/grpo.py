@@ -46,6 +46,7 @@ from rl_llm.experience import (
   score,
   trim,
 )
+from rl_llm.files import locked
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import MetricsWriter, PhaseClock, finalize, read
 from rl_llm.model import load_model
@@ -65,7 +66,7 @@ from rl_llm.tasks import (
   load_task,
   task_family,
 )
-from rl_llm.tokenizers import TokenizerError
+from rl_llm.tokenizers import ModelTokenizer, TokenizerError, save_tokenizer
 from rl_llm.train_state import init_state, parameter_count
 from rl_llm.update import first_nonfinite, learning_rate_at, make_optimizer, make_update
 
@@ -88,11 +89,17 @@ class Sampling:
 class Advantage:
   """How a response compares with the others to its prompt."""
 
-  scale: Literal["std", "batch", "none"] = option("std", "divide by the spread of the group, of "
-                                                  "the batch, or not at all (Dr. GRPO)")
+  scale: Literal["std", "batch", "leave_one_out", "none"] = option(
+    "std", "divide by the spread of the group, of the batch, of the other responses (NeMo), or not "
+    "at all (Dr. GRPO)"
+  )
   ddof: int = option(1, "1 divides the variance by G - 1, 0 by G", min=0, max=1)
-  eps: float = option(1e-6, "added to the standard deviation", above=0)
+  eps: float = option(1e-6, "keeps a small standard deviation from exploding", above=0)
+  eps_rule: Literal["add", "max"] = option("add", "std + eps, or the larger of the two")
   baseline: Literal["mean", "leave_one_out"] = option("mean", "what is subtracted")
+  singleton: Literal["zero", "raw"] = option(
+    "zero", "the advantage of a response alone in its group: 0, or its reward"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +137,7 @@ class KL:
 class Optimizer:
   """AdamW."""
 
-  learning_rate: float = option(1e-5, "after warm-up", above=0)
+  learning_rate: float = option(1.5e-5, "after warm-up", above=0)
   schedule: Literal["constant", "linear", "cosine"] = option("constant", "towards 0 at the end")
   warmup_steps: int = option(0, "steps over which the learning rate rises from 0", min=0)
   b1: float = option(0.9, "decay of the mean gradient", min=0, below=1)
@@ -145,7 +152,7 @@ class Optimizer:
 class Evaluation:
   """Accuracy on problems that training never draws."""
 
-  every: int = option(15, "steps between evaluations; first and last are always done", min=1)
+  every: int = option(12, "steps between evaluations; first and last are always done", min=1)
   problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
   samples: int = option(7, "responses a problem at temperature 1, beside the greedy one", min=1)
 
@@ -164,13 +171,15 @@ class Config:
 
   model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, or a .gguf file")
   task: str = option("arithmetic", "arithmetic, copy, reasoning_gym:<name> or jsonl:<path>")
-  preset: Literal["none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl"] = option(
+  preset: Literal[
+    "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
+  ] = option(
     "none", "a published recipe for advantage, weighting, loss and kl; flags given explicitly win"
   )
   workdir: str = option("", "the run's directory; empty = runs/grpo-<model>-<task>-seed<seed>")
   seed: int = option(0, "of problems and samples, and of the tiny model's weights", min=0)
-  steps: int = option(30, "rollouts, each followed by its updates", min=1)
-  prompts_per_step: int = option(8, "P, problems a step", min=1)
+  steps: int = option(24, "rollouts, each followed by its updates", min=1)
+  prompts_per_step: int = option(16, "P, problems a step", min=1)
   responses_per_prompt: int = option(8, "G, responses a problem", min=2)
   max_prompt_tokens: int = option(512, "limit of a prompt's length", min=1)
   overlong_prompt: Literal["error", "drop", "truncate_left"] = option(
@@ -219,10 +228,6 @@ TINY = {
   "checkpoint.every": 20,
 }
 
-# A run may be resumed with other values of these: they do not change what is computed.
-VOLATILE = ("workdir", "steps", "samples_every", "checkpoint.every", "checkpoint.keep")
-
-
 def overrides(config: Config) -> dict[str, Any]:
   """What the model and the preset change, unless the command line says otherwise."""
   changes = dict(TINY) if config.model == "tiny" else {}
@@ -233,6 +238,13 @@ def overrides(config: Config) -> dict[str, Any]:
         keywords = {key: value for key, value in keywords.items() if key != "name"}
       changes |= {f"{part}.{key}": value for key, value in keywords.items()}
   return changes
+
+
+def volatile(config: Config) -> set[str]:
+  """Flags with which a run may be resumed at other values: they do not change what is computed."""
+  names = {"workdir", "samples_every", "checkpoint.every", "checkpoint.keep", "export"}
+  # A falling learning rate depends on where it is to end.
+  return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
 
 def make_loss(config: Config, policy: Policy):
@@ -303,16 +315,21 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
     Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
   """
   check(config)
+  workdir = Path(workdir)
   with StopSignals() as stop, Console(total_steps=config.steps) as console:
-    return _train(config, Path(workdir), console, stop)
+    result = open_run(workdir, config, volatile=volatile(config))
+    with locked(workdir / ".lock") as alone:
+      if not alone:
+        raise ConfigError("workdir", str(workdir), "a directory that no other process trains in")
+      finished = result is not None and result["steps"] >= config.steps
+      if not finished or (config.export and not (workdir / "model").exists()):
+        return _train(config, workdir, console, stop)
+      console.say(f"{workdir} is finished; a larger --steps goes on, another --workdir begins anew")
+      show_result(console, workdir, result)
+      return result
 
 
 def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -> dict[str, Any]:
-  result = open_run(workdir, config, volatile=VOLATILE)
-  if result is not None and result["steps"] >= config.steps:
-    console.say(f"{workdir} is finished; a larger --steps goes on, another --workdir begins anew")
-    show_result(console, workdir, result)
-    return result
   devices = jax.devices()
   console.say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
   task = make_task(config)
@@ -524,14 +541,6 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
             for key, (total, count) in jax.device_get(metrics).items():
               before = totals.get(key, (0.0, 0.0))
               totals[key] = (before[0] + float(total), before[1] + float(count))
-        if int(state.skipped_in_a_row) >= optimizer_config.max_skipped:
-          gradient = jax.jit(jax.grad(loss_fn, has_aux=True))(state.params, minibatch, hparams)[0]
-          raise Diverged(
-            f"{int(state.skipped_in_a_row)} updates in a row had a gradient that is not finite, "
-            f"first in {first_nonfinite(gradient)}; the parameters are those before them. Lower "
-            "--optimizer.learning_rate, or look at samples.jsonl for what the model wrote"
-          )
-
         row |= finalize(totals)
         row |= {
           "reward_mean": mean(scores.rewards, scores.ok),
@@ -560,6 +569,13 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
         row |= clock.metrics()
         metrics_file.write(step, row)
         console.step(step, row)
+        if int(state.skipped_in_a_row) >= optimizer_config.max_skipped:
+          gradient = jax.jit(jax.grad(loss_fn, has_aux=True))(state.params, minibatch, hparams)[0]
+          raise Diverged(
+            f"{int(state.skipped_in_a_row)} updates in a row had a gradient that is not finite, "
+            f"first in {first_nonfinite(gradient)}; the parameters are those before them. Lower "
+            "--optimizer.learning_rate, or look at samples.jsonl for what the model wrote"
+          )
     except Interrupted as interruption:
       if step > saved:
         checkpoints.save(step, state)
@@ -571,6 +587,9 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
   if config.export:
     shutil.rmtree(workdir / "model", ignore_errors=True)  # Of an earlier end of this run.
     save_hf(workdir / "model", policy.config, state.params)
+    if isinstance(tokenizer, ModelTokenizer):
+      save_tokenizer(workdir / "model", tokenizer)
+    console.say(f"model: {workdir / 'model'}")
   write_report(workdir)
   result = summary(read(workdir / "metrics.jsonl"))
   write_result(workdir, result)
@@ -693,7 +712,8 @@ def main(config: Config) -> int:
 
 def default_workdir(config: Config) -> str:
   """runs/grpo-smollm2-arithmetic-seed0, and the like."""
-  words = ["grpo", Path(config.model).stem, config.task.replace(os.sep, "_").replace(":", "_")]
+  model = Path(config.model).name.removesuffix(".gguf")
+  words = ["grpo", model, config.task.replace(os.sep, "_").replace(":", "_")]
   return os.path.join("runs", "-".join([*words, f"seed{config.seed}"]))
 
 

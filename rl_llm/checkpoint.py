@@ -194,9 +194,14 @@ class Checkpointer:
     wrong with it.
 
     Raises:
-      CheckpointError: the newest sound step is of a later format than this package reads.
+      CheckpointError: there are steps and none verifies (beginning anew must be somebody's
+        decision), or the newest sound step is of a later format than this package reads.
     """
     found = self._newest()
+    if found is None and self._reported:
+      raise CheckpointError(
+          f"no checkpoint in {self.directory} verifies (damaged: {sorted(self._reported)}); "
+          "restore one from a backup, or delete the run's directory to begin anew")
     return None if found is None else found["step"]
 
   def restore(

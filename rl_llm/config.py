@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import os
 import re
@@ -40,6 +41,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from absl import app, flags
+
+from rl_llm.files import write_atomically
 
 _METADATA = frozenset({"help", "min", "above", "max", "below", "choices"})
 _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
@@ -503,13 +506,14 @@ def write_config(config: Any, run_dir: str | os.PathLike) -> None:
     run_dir: the run's directory, which exists.
   """
   run_dir = Path(run_dir)
+  # First, so that a config.json beside none is not a run's, but a model's.
+  write_atomically(run_dir / "flags.txt", to_flagfile(config).encode("ascii"))
   for name, values in (
     ("config.json", flatten(config)),
     ("defaults.json", flatten(type(config)())),
   ):
     values = {path: _redacted(value) for path, value in values.items()}
-    (run_dir / name).write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
-  (run_dir / "flags.txt").write_text(to_flagfile(config), encoding="ascii")
+    write_atomically(run_dir / name, (json.dumps(values, indent=2) + "\n").encode("ascii"))
 
 
 def run(
@@ -552,6 +556,8 @@ def run(
     return rest
 
   def with_config(_: list[str]) -> Any:
+    # JAX says at INFO which platforms it did not find; a missing TPU is not news.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
       config = from_flags(config_class)
       if overrides is not None:

@@ -227,6 +227,8 @@ class Console:
         low, high = (number(metrics.get(f"eval/{kind}_{end}"), 2) for end in ("low", "high"))
         accuracy = number(metrics[f"eval/{kind}_accuracy"], 2)
         self.say(f"step {step} held-out accuracy, {kind}: {accuracy} (95% {low} to {high})")
+    if self._live is not None:
+      self._bar.update(self._task, completed=step)
 
   def step(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Shows a step that is done.

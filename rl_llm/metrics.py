@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,27 +19,7 @@ from typing import Any
 import numpy as np
 
 from rl_llm.config import redact
-
-
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-  """Replaces a file in one move, so that a crash leaves the old one or the new one, never half.
-
-  Args:
-    path: file to create or replace; its directory exists.
-    content: bytes of the whole file.
-  """
-  path = Path(path)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+from rl_llm.files import write_atomically
 
 
 class MetricsWriter:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_llm.config import ConfigError, flatten, redact, write_config
-from rl_llm.metrics import write_atomically
+from rl_llm.files import write_atomically
 
 
 def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str, Any] | None:
@@ -31,6 +31,13 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     recorded, metrics = workdir / "config.json", workdir / "metrics.jsonl"
+    if recorded.exists() and not (workdir / "flags.txt").exists():
+      raise ConfigError(
+        "workdir",
+        str(workdir),
+        "a directory of its own: this one holds a config.json that no run wrote",
+        "a model's directory goes to --model",
+      )
     # A start that failed before its first step binds nobody.
     if recorded.exists() and metrics.exists() and metrics.stat().st_size:
       _refuse_other_settings(workdir, json.loads(recorded.read_text("ascii")), config, volatile)

@@ -3,7 +3,8 @@
 The sampler and the trainer must speak of one distribution. So the log-probs and entropies reported
 here are always those of the *full tempered* distribution, `softmax(logits / temperature)`, whatever
 top-k, top-p or a minimum length did to the choice: those make the sampler draw from another
-distribution than the one that is trained, which is why training refuses them unless asked.
+distribution than the one that is trained. So training refuses top-k and top-p unless asked; a
+minimum length, which only bars the end of a response from its first tokens, is the asker's affair.
 """
 
 from __future__ import annotations

@@ -227,6 +227,37 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   )
 
 
+def save_tokenizer(directory: str | pathlib.Path, tokenizer: ModelTokenizer) -> None:
+  """Writes the files of a Hugging Face directory that `from_hf` and transformers read it from.
+
+  They are `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` (all ids that end a
+  response) and, where there is a template, `chat_template.jinja`.
+
+  Args:
+    directory: must exist; usually where `save_hf` wrote the weights.
+    tokenizer: what to write.
+  """
+  directory = pathlib.Path(directory)
+  tokenizer.backend.save(str(directory / "tokenizer.json"))
+  config = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": tokenizer.bos_token,
+    "eos_token": tokenizer.eos_token,
+    "pad_token": tokenizer.backend.id_to_token(tokenizer.pad_id),
+    "add_bos_token": tokenizer.add_bos,
+    "clean_up_tokenization_spaces": False,
+  }
+  generation = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
+  if tokenizer.bos_id is not None:
+    generation["bos_token_id"] = tokenizer.bos_id
+  for name, content in (("tokenizer_config", config), ("generation_config", generation)):
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (directory / f"{name}.json").write_text(text, encoding="utf-8")
+  if tokenizer.chat_template is not None:
+    path = directory / "chat_template.jinja"
+    path.write_text(tokenizer.chat_template, encoding="utf-8")
+
+
 # How text is cut before the merges, by the name GGUF files use; each expression cuts what the one
 # before it left. The names and their meaning are llama.cpp's. "smollm" first isolates each digit,
 # so that in "x  5" the two spaces are one token; GPT-2's rule alone, which some converters use for

@@ -145,6 +145,16 @@ def test_keeps_the_newest_and_restores_any_of_them(tmp_path):
       assert checkpointer.restore(W, step)[1]["w"].tolist() == [step] * 3
 
 
+def test_when_no_step_verifies_nothing_begins_anew_by_itself(tmp_path):
+  checkpointer = Checkpointer(tmp_path, keep=2)
+  for step in (1, 2):
+    checkpointer.save(step, {"w": jnp.full(3, 1.0)})
+    manifest = tmp_path / str(step) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+  with pytest.raises(CheckpointError, match=r"damaged: \[1, 2\].*delete the run's directory"):
+    Checkpointer(tmp_path).latest()
+
+
 def test_an_empty_directory_has_no_latest(tmp_path):
   checkpointer = Checkpointer(tmp_path / "new" / "run")
   assert checkpointer.latest() is None

@@ -195,14 +195,6 @@ def test_credentials_are_redacted(tmp_path, monkeypatch):
   assert metrics_lib.read(tmp_path / "m")[0]["response"] == "take [redacted] and [redacted]"
 
 
-def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
-  path = tmp_path / "x"
-  metrics_lib.write_atomically(path, b"old")
-  with pytest.raises(TypeError):
-    metrics_lib.write_atomically(path, "not bytes")
-  assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-
-
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 100)), max_size=5))
 def test_finalize_divides_the_sums_by_the_counts(parts):
   total, count = sum(p[0] for p in parts), sum(p[1] for p in parts)

@@ -89,12 +89,20 @@ def test_a_field_the_record_lacks_is_not_held_against_it(tmp_path):
   assert open_run(tmp_path, Config(), volatile=()) is None
 
 
+def test_a_models_directory_is_not_written_into(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  with pytest.raises(ConfigError, match="a config.json that no run wrote.*goes to --model"):
+    open_run(tmp_path, Config(), volatile=())
+  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_directories_that_cannot_be_used(tmp_path):
   (tmp_path / "file").write_text("")
   for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
     with pytest.raises(ConfigError, match="--workdir=.*a directory that can be written"):
       open_run(workdir, Config(), volatile=())
   (tmp_path / "cut").mkdir()
+  (tmp_path / "cut" / "flags.txt").write_text("")
   (tmp_path / "cut" / "config.json").write_text('{"steps": ')
   (tmp_path / "cut" / "metrics.jsonl").write_text('{"step": 0}\n')
   with pytest.raises(ConfigError, match="whose JSON files are whole.*choose another"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib.util
 import json
@@ -24,6 +25,7 @@ from rl_llm.tokenizers import (
   from_gguf,
   from_hf,
   load_tokenizer,
+  save_tokenizer,
 )
 
 GOLDENS = json.loads(
@@ -185,6 +187,23 @@ def slow_encode(text, pre):
         symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
       ids += [TOKENS.index(symbol) for symbol in symbols]
   return ids
+
+
+@needs_tokenizers
+@needs_demo
+def test_a_tokenizer_written_out_reads_the_same(tmp_path):
+  original = load_tokenizer("smollm2")
+  save_tokenizer(tmp_path, original)
+  copy = from_hf(tmp_path)
+  for text in ("What is 12 + 5?", "<|im_start|>user\nx  5<|im_end|>", "naïve ☃ 1234\n\n"):
+    assert copy.encode(text) == original.encode(text)
+    assert copy.decode(copy.encode(text)) == original.decode(original.encode(text))
+  for field in dataclasses.fields(original):
+    if field.name not in ("backend", "special_tokens"):
+      assert getattr(copy, field.name) == getattr(original, field.name), field.name
+  messages = [[{"role": "user", "content": "hi"}]]
+  written = [format_prompts(messages, t, prompt_format="chat") for t in (original, copy)]
+  assert written[0] == written[1]
 
 
 @needs_tokenizers

@@ -18,7 +18,7 @@ class ArithmeticOptions:
 
   operators: str = field(default="+", metadata={"help": "which of + - * to use, e.g. '+-'"})
   operand_min: int = field(default=0, metadata={"help": "smallest operand"})
-  operand_max: int = field(default=14, metadata={"help": "largest operand"})
+  operand_max: int = field(default=11, metadata={"help": "largest operand"})
   held_out: int = field(
     default=100,
     metadata={"help": "at least so many problems are kept for evaluation; a+b and b+a together"},
@@ -43,12 +43,12 @@ class ArithmeticOptions:
       self.operand_max >= self.operand_min,
       f"at least operand_min={self.operand_min}",
     )
-    most = self.problems() // 2
+    most = self.problems() * 3 // 4
     check_option(
       name + "held_out",
       self.held_out,
       0 <= self.held_out <= most,
-      f"in 0..{most} (half of the {self.problems()} problems); lower it or widen the operands",
+      f"in 0..{most} (three quarters of the {self.problems()} problems); lower it or widen the operands",
     )
     used = set(re.findall(r"\{(.*?)\}", self.question))
     check_option(

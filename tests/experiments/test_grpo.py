@@ -22,6 +22,7 @@ import pytest
 from experiments import grpo
 from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import ConfigError, flatten, replace
+from rl_llm.files import locked
 from rl_llm.data.prompts import bucket
 from rl_llm.metrics import read, without_timings
 from rl_llm.model import LanguageModel, load_model
@@ -99,6 +100,17 @@ def failing(prompts, completions, **columns):
   if kind == 2:
     time.sleep(60)
   return [None if kind == 3 else kind / 8]
+
+def spread_for_some(prompts, completions, **columns):
+  # Prompts that begin with a, c, e, ... please with whatever is said.
+  return [
+    1.0 if ord(prompt[0]) % 2 else sum(map(ord, completion)) % 8 / 8
+    for prompt, completion in zip(prompts, completions)
+  ]
+
+def lonely(prompts, completions, **columns):
+  # No opinion on about half of the responses.
+  return [None if sum(map(ord, c)) % 2 else 1.0 for c in completions]
 
 def hopeless(prompts, completions, **columns):
   raise ValueError("always")
@@ -216,6 +228,7 @@ FLAGS = [
   {"advantage.scale": "none"},
   {"advantage.ddof": 0},
   {"advantage.eps": 0.5},
+  {"advantage.eps_rule": "max", "advantage.eps": 0.5},
   {"advantage.baseline": "leave_one_out"},
   {"weighting.name": "sequence_mean"},
   {"weighting.name": "constant_length"},
@@ -246,6 +259,7 @@ FLAGS = [
 if FULL:  # Further values of the same flags.
   FLAGS += [
     {"advantage.scale": "batch"},
+    {"advantage.scale": "leave_one_out"},
     {"weighting.name": "sequence_sum"},
     {"weighting.name": "prompt_mean"},
     {"kl.gradient": "k1"},
@@ -264,6 +278,44 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
     weights.append(run(tmp_path / str(number), base | changes, small).params)
     same = [i for i, earlier in enumerate(weights[:-1]) if equal(earlier, weights[-1])]
     assert not same, (changes, ["base", *FLAGS][same[0]])
+
+
+def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, files):
+  base = settings(files) | {"jsonl.reward_function": "lonely", "responses_per_prompt": 2}
+  runs = {
+    kind: run(tmp_path / kind, base | {"advantage.singleton": kind}, small)
+    for kind in ("zero", "raw")
+  }
+  advantages = {
+    kind: {row["advantage"] for row in found.samples if row["split"] == "train"}
+    for kind, found in runs.items()
+  }
+  assert advantages == {"zero": {0.0}, "raw": {0.0, 1.0}}
+  assert not equal(runs["zero"].params, runs["raw"].params)
+
+
+def test_groups_without_spread_are_left_out_and_change_nothing(tmp_path, small, files):
+  """A term that every token feels, too small to matter, has all of them computed."""
+  base = settings(files) | {
+    "jsonl.reward_function": "spread_for_some",
+    "microbatch_prompts": 1,
+    "optimizer.eps": 1e-2,
+    "sampling.temperature": 0.9,
+  }
+  left_out = run(tmp_path / "left_out", base, small)
+  computed = run(tmp_path / "computed", base | {"loss.entropy_coef": 1e-20}, small)
+  assert all(0 < row["frac_zero_std"] < 1 for row in left_out.metrics[:2])
+  for a, b in zip(*map(jax.tree.leaves, (left_out.params, computed.params)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+  # The entropy is the sampler's, of all responses; the update reads only what it computes.
+  assert left_out.metrics[0]["entropy"] == computed.metrics[0]["entropy"]
+  assert left_out.metrics[0]["logprob_gap_mean"] != computed.metrics[0]["logprob_gap_mean"]
+
+
+def test_two_processes_do_not_share_a_directory(tmp_path, small, files):
+  config = replace(grpo.Config(), settings(files))
+  with locked(tmp_path / ".lock"), pytest.raises(ConfigError, match="no other process trains in"):
+    grpo.train(config, str(tmp_path))
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate_left"])
@@ -307,6 +359,10 @@ def test_microbatches_change_nothing(tmp_path, small, files):
     ("trl", {"weighting.name": "token_mean", "advantage.eps": 1e-4}),
     ("verl", {"weighting.name": "token_mean", "loss.dual_clip": 3.0}),
     ("nexrl", {"weighting.name": "token_mean", "loss.clip_high": 0.2}),
+    ("nemo", {"advantage.scale": "leave_one_out", "kl.coef": 0.01, "kl.gradient": "k2"}),
+    ("tunix", {"weighting.name": "sequence_mean", "kl.value": "k1", "kl.gradient": "k1"}),
+    ("simply", {"advantage.eps_rule": "max", "advantage.ddof": 0, "loss.delta": 10.0}),
+    ("skyrl", {"advantage.singleton": "raw", "kl.coef": 0.001}),
   ],
 )
 def test_presets_set_their_fields_and_run(tmp_path, small, files, preset, fields):

@@ -138,7 +138,7 @@ def test_reward_in_a_worker():
     ({"operators": ""}, "arithmetic.operators=''"),
     ({"operators": "++"}, "arithmetic.operators"),
     ({"operand_max": -1}, "arithmetic.operand_max=-1: must be at least operand_min=0"),
-    ({"held_out": 113}, r"arithmetic.held_out=113: must be in 0..112 \(half of the 225"),
+    ({"held_out": 109}, r"arithmetic.held_out=109: must be in 0..108 \(three quarters of the 144"),
     ({"held_out": -1}, "arithmetic.held_out=-1"),
     ({"question": "What is {a}?"}, "arithmetic.question="),
     ({"question": "{a}{op}{b}{c}"}, "arithmetic.question="),

@@ -1,0 +1,49 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+  """Replaces a file in one move, so that a crash leaves the old one or the new one, never half.
+
+  Args:
+    path: file to create or replace; its directory exists.
+    content: bytes of the whole file.
+  """
+  path = Path(path)
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[bool]:
+  """Holds a lock file while the body runs; gives False, and no lock, if another process holds it.
+
+  The lock ends with the process, however it ends: a kill leaves nothing to clean up.
+
+  Args:
+    path: of the lock file, which is created and stays.
+  """
+  with open(path, "a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      yield False
+      return
+    yield True
