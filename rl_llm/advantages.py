@@ -82,6 +82,8 @@ def token_rewards(outcomes, mask, *, kl=None, kl_coef=0.0) -> Array:
   Raises:
     ValueError: shapes differ, or `mask` is not bool.
 
+  Needs: samples, reward.
+
   Reference: Ouyang et al., 2022, Training language models to follow instructions with human
     feedback, https://arxiv.org/abs/2203.02155
   """
@@ -121,6 +123,8 @@ def discounted_returns(rewards, mask, *, discount=1.0) -> Array:
 
   Raises:
     ValueError: shapes differ, or `mask` is not bool.
+
+  Needs: samples, reward.
   """
   _check_mask(mask)
   check_same_shape("rewards", rewards, "mask", mask)
@@ -167,6 +171,8 @@ def gae(
 
   Raises:
     ValueError: shapes differ, or `mask` is not bool.
+
+  Needs: samples, reward, value network.
 
   Reference: Schulman et al., 2015, High-Dimensional Continuous Control Using GAE,
     https://arxiv.org/abs/1506.02438
@@ -222,6 +228,8 @@ def length_adaptive_lambda(mask, *, alpha=0.05) -> Array:
   Raises:
     ValueError: `mask` is not a bool array of two axes, or `alpha` is not above 0.
 
+  Needs: samples.
+
   Reference: Yue et al., 2025, VAPO, https://arxiv.org/abs/2504.05118
   """
   check_above("alpha", alpha, 0)
@@ -258,6 +266,8 @@ def reinforce_plus_plus(rewards, mask, *, discount=1.0, ddof=1, eps=1e-8) -> Arr
   Raises:
     ValueError: shapes differ, `mask` is not bool, or `eps` is not above 0.
 
+  Needs: samples, reward.
+
   Reference: Hu et al., 2025, REINFORCE++, https://arxiv.org/abs/2501.03262
   """
   check_above("eps", eps, 0)
@@ -289,6 +299,8 @@ def reinforce_plus_plus_baseline(rewards, mask, *, ddof=1, eps=1e-8, where=None)
 
   Raises:
     ValueError: shapes differ, a mask is not bool, or `eps` is not above 0.
+
+  Needs: samples, reward, several responses.
 
   Reference: Hu et al., 2025, REINFORCE++, https://arxiv.org/abs/2501.03262
   """
@@ -339,6 +351,8 @@ def optimal_token_baseline(
   Raises:
     ValueError: shapes differ, `mask` is not bool, or B is not a multiple of `group_size`.
 
+  Needs: samples, reward, several responses, vocabulary.
+
   Reference: Li et al., 2026, The Optimal Token Baseline, https://arxiv.org/abs/2602.07078
   """
   check_choice("singleton", singleton, ("zero", "raw"))
@@ -386,6 +400,8 @@ def overlong_penalty(lengths, *, limit, cache) -> Array:
 
   Raises:
     ValueError: `cache` is not above 0 or is above `limit`.
+
+  Needs: samples.
 
   Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
   """

@@ -76,6 +76,8 @@ def group_relative(
   Raises:
     ValueError: shapes differ, a name is unknown, or `eps` is not above 0.
 
+  Needs: samples, reward, several responses.
+
   Reference: Shao et al., 2024, DeepSeekMath, https://arxiv.org/abs/2402.03300
   """
   check_choice("scale", scale, ("std", "batch", "leave_one_out", "none"))
@@ -125,6 +127,8 @@ def leave_one_out(rewards, *, where=None) -> Array:
   Raises:
     ValueError: shapes differ.
 
+  Needs: samples, reward, several responses.
+
   Reference: Ahmadian et al., 2024, Back to Basics, https://arxiv.org/abs/2402.14740
   """
   return group_relative(rewards, scale="none", baseline="leave_one_out", where=where)
@@ -154,6 +158,8 @@ def remax(rewards, greedy_rewards, *, where=None) -> Array:
 
   Raises:
     ValueError: shapes differ.
+
+  Needs: samples, reward, greedy response.
 
   Reference: Li et al., 2023, ReMax, https://arxiv.org/abs/2310.10505
   """
@@ -186,6 +192,8 @@ def opo(rewards, lengths, *, where=None) -> Array:
 
   Raises:
     ValueError: shapes differ.
+
+  Needs: samples, reward, several responses.
 
   Reference: Hao et al., 2025, On-Policy RL with Optimal Reward Baseline,
     https://arxiv.org/abs/2505.23585
@@ -221,6 +229,8 @@ def gpg(rewards, *, alpha="informative", where=None) -> Array:
   Raises:
     ValueError: shapes differ, or `alpha` is unknown.
 
+  Needs: samples, reward, several responses.
+
   Reference: Chu et al., 2025, GPG, https://arxiv.org/abs/2504.02546
   """
   check_choice("alpha", alpha, ("informative", "nonzero"))
@@ -255,6 +265,8 @@ def maxrl(rewards, *, eps=1e-6, where=None) -> Array:
 
   Raises:
     ValueError: shapes differ, or `eps` is not above 0.
+
+  Needs: samples, reward, several responses.
 
   Reference: Tajwar et al., 2026, Maximum Likelihood Reinforcement Learning,
     https://arxiv.org/abs/2602.02710
@@ -299,6 +311,8 @@ def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) ->
 
   Raises:
     ValueError: shapes differ, `scale` is unknown, or a number is out of range.
+
+  Needs: samples, reward, several responses.
 
   Reference: Tang et al., 2025, Optimizing Language Models for Inference Time Objectives,
     https://arxiv.org/abs/2503.19595; any k: Walder and Karkhanis, 2025, Pass@K Policy Optimization,
@@ -360,6 +374,8 @@ def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Arra
   Raises:
     ValueError: shapes differ, `scale` is unknown, or `eps` is not above 0.
 
+  Needs: samples, reward, several responses.
+
   Reference: Liu et al., 2026, GDPO, https://arxiv.org/abs/2601.05242
   """
   check_ndim("rewards", rewards, 3, "[P, G, K]")
@@ -397,6 +413,8 @@ def informative_groups(rewards, *, where=None) -> Array:
 
   Raises:
     ValueError: shapes differ.
+
+  Needs: samples, reward, several responses.
 
   Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
   """

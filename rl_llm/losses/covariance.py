@@ -48,6 +48,8 @@ def token_covariance(logprobs, advantages, mask) -> Array:
   Raises:
     ValueError: shapes differ, or `mask` is not bool.
 
+  Needs: samples, advantages, old policy.
+
   Reference: Cui et al., 2025, The Entropy Mechanism of Reinforcement Learning for Reasoning
     Language Models, https://arxiv.org/abs/2505.22617
   """
@@ -91,6 +93,8 @@ def clip_cov_mask(
   Raises:
     ValueError: shapes differ, a mask is not bool, or `fraction` is outside [0, 1].
 
+  Needs: samples, advantages, old policy.
+
   Reference: Cui et al., 2025, https://arxiv.org/abs/2505.22617
   """
   check_between("fraction", fraction, 0, 1)
@@ -128,6 +132,8 @@ def kl_cov_mask(covariance, mask, *, fraction=2e-3, at_least=0) -> Array:
   Raises:
     ValueError: shapes differ, `mask` is not bool, or `fraction` is outside [0, 1].
 
+  Needs: samples, advantages, old policy.
+
   Reference: Cui et al., 2025, https://arxiv.org/abs/2505.22617
   """
   check_between("fraction", fraction, 0, 1)
@@ -161,6 +167,8 @@ def ppo_clipped(
 
   Raises:
     ValueError: shapes differ, a dtype does not fit, or a limit is not above 0.
+
+  Needs: samples, advantages, old policy.
 
   Reference: Schulman et al., 2017, https://arxiv.org/abs/1707.06347
   """
@@ -208,6 +216,8 @@ def clip_cov_loss(
     ValueError: shapes differ, a dtype does not fit, or a limit is not above 0; the message names
       the argument.
 
+  Needs: samples, advantages, old policy.
+
   Reference: Cui et al., 2025, https://arxiv.org/abs/2505.22617
   """
   like = logprobs
@@ -254,6 +264,8 @@ def kl_cov_loss(
 
   Raises:
     ValueError: shapes differ, or a dtype does not fit; the message names the argument.
+
+  Needs: samples, advantages, old policy.
 
   Reference: Cui et al., 2025, https://arxiv.org/abs/2505.22617
   """

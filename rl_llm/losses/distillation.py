@@ -77,6 +77,8 @@ def gkd_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: samples, teacher, vocabulary.
+
   Reference: Agarwal et al., 2023, On-Policy Distillation of Language Models (GKD),
     https://arxiv.org/abs/2306.13649
   """
@@ -141,6 +143,8 @@ def chunked_gkd_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
+
+  Needs: samples, teacher, vocabulary.
 
   Reference: Agarwal et al., 2023, On-Policy Distillation of Language Models (GKD),
     https://arxiv.org/abs/2306.13649
@@ -216,6 +220,8 @@ def minillm_advantages(
   Raises:
     ValueError: shapes differ, `mask` is not bool, or `discount` is outside [0, 1].
 
+  Needs: samples, teacher.
+
   Reference: Gu et al., 2023, MiniLLM, https://arxiv.org/abs/2306.08543
   """
   check_between("discount", discount, 0, 1)
@@ -273,6 +279,8 @@ def on_policy_distillation_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or `max_drop` is not above 0; the message names
       the argument.
+
+  Needs: samples, sampler, teacher.
 
   Reference: Lu and Thinking Machines Lab, 2025, On-Policy Distillation,
     https://thinkingmachines.ai/blog/on-policy-distillation

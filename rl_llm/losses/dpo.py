@@ -109,6 +109,8 @@ def dpo_loss(
     ValueError: shapes differ, a dtype is not float, a number is out of range, or the divergence is
       unknown; the message names the argument.
 
+  Needs: pairs, reference.
+
   Reference: Rafailov et al., 2023, Direct Preference Optimization,
     https://arxiv.org/abs/2305.18290; conservative DPO: Mitchell, 2023,
     https://ericmitchell.ai/cdpo.pdf; divergences: Wang et al., 2023, Beyond Reverse KL,
@@ -171,6 +173,8 @@ def robust_dpo_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: pairs, reference.
+
   Reference: Chowdhury et al., 2024, Provably Robust DPO, https://arxiv.org/abs/2403.00409
   """
   check_between("label_smoothing", label_smoothing, 0, math.nextafter(0.5, 0))
@@ -218,6 +222,8 @@ def hinge_dpo_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
+
+  Needs: pairs, reference.
 
   Reference: Liu et al., 2023, Statistical Rejection Sampling Improves Preference Optimization,
     https://arxiv.org/abs/2309.06657; Zhao et al., 2023, SLiC-HF, https://arxiv.org/abs/2305.10425
@@ -271,6 +277,8 @@ def ipo_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: pairs, reference.
+
   Reference: Azar et al., 2023, A General Theoretical Paradigm to Understand Learning from Human
     Preferences, https://arxiv.org/abs/2310.12036
   """
@@ -321,6 +329,8 @@ def exo_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
+
+  Needs: pairs, reference.
 
   Reference: Ji et al., 2024, Towards Efficient Exact Optimization of Language Model Alignment,
     https://arxiv.org/abs/2402.00856
@@ -373,6 +383,8 @@ def nca_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: pairs, reference.
+
   Reference: Chen et al., 2024, Noise Contrastive Alignment of Language Models with Explicit
     Rewards, https://arxiv.org/abs/2402.05369
   """
@@ -424,6 +436,8 @@ def bco_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: pairs, reference.
+
   Reference: Jung et al., 2024, Binary Classifier Optimization for Large Language Model Alignment,
     https://arxiv.org/abs/2404.04656
   """
@@ -473,6 +487,8 @@ def sppo_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: pairs, reference.
+
   Reference: Wu et al., 2024, Self-Play Preference Optimization, https://arxiv.org/abs/2405.00675
   """
   (chosen, rejected), weights, mask = _log_ratios(
@@ -517,6 +533,8 @@ def apo_zero_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
+
+  Needs: pairs, reference.
 
   Reference: D'Oosterlinck et al., 2024, Anchored Preference Optimization,
     https://arxiv.org/abs/2408.06266
@@ -563,6 +581,8 @@ def apo_down_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
+
+  Needs: pairs, reference.
 
   Reference: D'Oosterlinck et al., 2024, Anchored Preference Optimization,
     https://arxiv.org/abs/2408.06266
@@ -614,6 +634,8 @@ def discopop_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
+
+  Needs: pairs, reference.
 
   Reference: Lu et al., 2024, Discovering Preference Optimization Algorithms with and for Large
     Language Models, https://arxiv.org/abs/2406.08414
@@ -674,6 +696,8 @@ def aot_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: pairs, reference, unsplit batch.
+
   Reference: Melnyk et al., 2024, Distributional Preference Alignment of LLMs via Optimal Transport,
     https://arxiv.org/abs/2406.05882
   """
@@ -733,6 +757,8 @@ def aot_unpaired_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: labels, reference, unsplit batch.
+
   Reference: Melnyk et al., 2024, Distributional Preference Alignment of LLMs via Optimal Transport,
     https://arxiv.org/abs/2406.05882
   """
@@ -775,6 +801,8 @@ def wpo_weights(chosen_logprobs, rejected_logprobs, weights) -> Array:
 
   Raises:
     ValueError: shapes differ, or a dtype is not float; the message names the argument.
+
+  Needs: pairs.
 
   Reference: Zhou et al., 2024, WPO, https://arxiv.org/abs/2406.11827
   """

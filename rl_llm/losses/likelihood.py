@@ -34,6 +34,8 @@ def action_ids_of(mask) -> Array:
 
   Raises:
     ValueError: `mask` is not a bool array of two axes.
+
+  Needs: samples.
   """
   _check_members(mask)
   mask = jnp.asarray(mask)
@@ -81,6 +83,8 @@ def llds_weights(
 
   Raises:
     ValueError: shapes differ, a mask is not bool, or `normalizer` is none of the above.
+
+  Needs: samples, advantages.
 
   Reference: Deng et al., 2025, On GRPO Collapse in Agent Search, https://arxiv.org/abs/2512.04220
   """
@@ -151,6 +155,8 @@ def llds_loss(
     ValueError: shapes differ, a dtype does not fit, or `level` is none of the above; the message
       names the argument.
 
+  Needs: samples, advantages, old policy.
+
   Reference: Deng et al., 2025, On GRPO Collapse in Agent Search, https://arxiv.org/abs/2512.04220
   """
   check_choice("level", level, ("action", "token", "response"))
@@ -217,6 +223,8 @@ def positive_nll_loss(logprobs, correct, weights) -> tuple[Array, Metrics]:
 
   Raises:
     ValueError: shapes differ, or a dtype does not fit; the message names the argument.
+
+  Needs: samples, reward.
 
   Reference: Yue et al., 2025, VAPO, https://arxiv.org/abs/2504.05118
   """

@@ -37,6 +37,8 @@ def reinforce_loss(logprobs, advantages, weights) -> tuple[Array, Metrics]:
     ValueError: shapes differ, or `logprobs` or `weights` is not float; the message names the
       argument.
 
+  Needs: samples, advantages.
+
   Reference: Williams, 1992, Simple statistical gradient-following algorithms for connectionist
     reinforcement learning, https://doi.org/10.1007/BF00992696
   """
@@ -111,6 +113,8 @@ def ppo_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is out of range; the message names
       the argument.
+
+  Needs: samples, advantages, old policy.
 
   Reference: Schulman et al., 2017, Proximal Policy Optimization Algorithms,
     https://arxiv.org/abs/1707.06347; clip-higher: Yu et al., 2025, DAPO,
@@ -196,6 +200,8 @@ def grpo_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is out of range; the message names
       the argument.
+
+  Needs: samples, advantages, several responses, old policy.
 
   Reference: Shao et al., 2024, DeepSeekMath, https://arxiv.org/abs/2402.03300
   """

@@ -52,6 +52,8 @@ def orpo_loss(chosen_logprobs, rejected_logprobs, weights, *, beta=0.1) -> tuple
     ValueError: shapes differ, a dtype is not float, or `beta` is not above 0; the message names the
       argument.
 
+  Needs: pairs.
+
   Reference: Hong et al., 2024, ORPO: Monolithic Preference Optimization without Reference Model,
     https://arxiv.org/abs/2403.07691
   """
@@ -97,6 +99,8 @@ def simpo_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: pairs.
+
   Reference: Meng et al., 2024, SimPO, https://arxiv.org/abs/2405.14734
   """
   check_between("gamma", gamma, 0, float("inf"))
@@ -140,6 +144,8 @@ def cpo_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
+
+  Needs: pairs.
 
   Reference: Xu et al., 2024, Contrastive Preference Optimization, https://arxiv.org/abs/2401.08417
   """

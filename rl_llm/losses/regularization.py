@@ -43,6 +43,8 @@ def kl_loss(
     ValueError: shapes differ, a dtype is not float, or an estimator is unknown; the message names
       the argument.
 
+  Needs: samples, reference.
+
   Reference: Schulman, 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html;
     Tang and Munos, 2025, https://arxiv.org/abs/2506.09477
   """
@@ -78,6 +80,8 @@ def entropy_loss(entropies, weights) -> tuple[Array, Metrics]:
 
   Raises:
     ValueError: shapes differ, or a dtype is not float; the message names the argument.
+
+  Needs: samples, vocabulary.
 
   Reference: Williams and Peng, 1991, Function optimization using connectionist reinforcement
     learning algorithms, https://doi.org/10.1080/09540099108946587
@@ -116,6 +120,8 @@ def value_loss(values, old_values, returns, weights, *, clip=0.2) -> tuple[Array
   Raises:
     ValueError: shapes differ, a dtype is not float, or `clip` is not above 0; the message names the
       argument.
+
+  Needs: samples, reward, value network.
 
   Reference: Schulman et al., 2017, Proximal Policy Optimization Algorithms,
     https://arxiv.org/abs/1707.06347

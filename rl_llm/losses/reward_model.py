@@ -44,6 +44,8 @@ def reward_model_loss(
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
       the argument.
 
+  Needs: pairs.
+
   Reference: Ouyang et al., 2022, Training language models to follow instructions with human
     feedback, https://arxiv.org/abs/2203.02155; margin: Touvron et al., 2023, Llama 2,
     https://arxiv.org/abs/2307.09288; centering: Eisenstein et al., 2023, Helping or Herding?,

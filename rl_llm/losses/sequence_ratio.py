@@ -92,6 +92,8 @@ def gspo_loss(
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
       the argument.
 
+  Needs: samples, advantages, old policy.
+
   Reference: Zheng et al., 2025, Group Sequence Policy Optimization,
     https://arxiv.org/abs/2507.18071; LUSPO: Liu et al., 2026, Length-Unbiased Sequence Policy
     Optimization, https://arxiv.org/abs/2602.05261
@@ -151,6 +153,8 @@ def gspo_token_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
       the argument.
+
+  Needs: samples, advantages, old policy.
 
   Reference: Zheng et al., 2025, Group Sequence Policy Optimization,
     https://arxiv.org/abs/2507.18071
@@ -218,6 +222,8 @@ def gmpo_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
       the argument.
+
+  Needs: samples, advantages, old policy.
 
   Reference: Zhao et al., 2025, Geometric-Mean Policy Optimization,
     https://arxiv.org/abs/2507.20673
@@ -295,6 +301,8 @@ def vespo_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a k or lambda is below 0; the message names
       the argument.
+
+  Needs: samples, advantages, old policy.
 
   Reference: Shen et al., 2026, VESPO: Variational Sequence-Level Soft Policy Optimization,
     https://arxiv.org/abs/2602.10693

@@ -31,6 +31,8 @@ def sft_loss(logprobs, weights) -> tuple[Array, Metrics]:
   Raises:
     ValueError: shapes differ, or a dtype is not float; the message names the argument.
 
+  Needs: demonstrations.
+
   Reference: Ouyang et al., 2022, Training language models to follow instructions with human
     feedback, https://arxiv.org/abs/2203.02155
   """

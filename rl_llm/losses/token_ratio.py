@@ -62,6 +62,8 @@ def cispo_loss(
     ValueError: shapes differ, a dtype is not float, or a bound is out of range; the message names
       the argument.
 
+  Needs: samples, advantages, old policy.
+
   Reference: MiniMax, 2025, MiniMax-M1, https://arxiv.org/abs/2506.13585; the cap of 5: Khatri et
     al., 2025, The Art of Scaling RL Compute for LLMs, https://arxiv.org/abs/2510.13786
   """
@@ -120,6 +122,8 @@ def sapo_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or a tau is not above 0; the message names the
       argument.
+
+  Needs: samples, advantages, old policy.
 
   Reference: Gao et al., 2025, Soft Adaptive Policy Optimization, https://arxiv.org/abs/2511.20347
   """
@@ -192,6 +196,8 @@ def dppo_tv_loss(
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
       the argument.
 
+  Needs: samples, advantages, sampler.
+
   Reference: Qi et al., 2026, Rethinking the Trust Region in LLM Reinforcement Learning,
     https://arxiv.org/abs/2602.04879
   """
@@ -256,6 +262,8 @@ def dppo_kl_loss(
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
       the argument.
 
+  Needs: samples, advantages, sampler.
+
   Reference: Qi et al., 2026, Rethinking the Trust Region in LLM Reinforcement Learning,
     https://arxiv.org/abs/2602.04879
   """
@@ -308,6 +316,8 @@ def dro_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or `beta` is not above 0; the message names the
       argument.
+
+  Needs: samples, advantages, old policy.
 
   Reference: Richemond et al., 2024, Offline Regularised Reinforcement Learning for LLM Alignment,
     https://arxiv.org/abs/2405.19107; Kimi Team, 2025, Kimi k1.5, https://arxiv.org/abs/2501.12599

@@ -78,6 +78,8 @@ def kto_loss(
     ValueError: shapes differ, a dtype is wrong, or a number is out of range; the message names the
       argument.
 
+  Needs: labels, reference, mismatched answers.
+
   Reference: Ethayarajh et al., 2024, KTO: Model Alignment as Prospect Theoretic Optimization,
     https://arxiv.org/abs/2402.01306
   """
@@ -118,6 +120,8 @@ def kto_baseline(response_logprobs, ref_response_logprobs, *, where=None) -> Arr
 
   Raises:
     ValueError: shapes differ, or `where` is not bool; the message names the argument.
+
+  Needs: labels, reference, mismatched answers.
 
   Reference: Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306
   """
@@ -163,6 +167,8 @@ def bco_unpaired_loss(
     ValueError: shapes differ, a dtype is wrong, or a number is out of range; the message names the
       argument.
 
+  Needs: labels, reference.
+
   Reference: Jung et al., 2024, Binary Classifier Optimization for Large Language Model Alignment,
     https://arxiv.org/abs/2404.04656
   """
@@ -205,6 +211,8 @@ def bco_shift(
     ValueError: shapes differ, a dtype is wrong, or `beta` is not above 0; the message names the
       argument.
 
+  Needs: labels, reference.
+
   Reference: Jung et al., 2024, https://arxiv.org/abs/2404.04656
   """
   check_above("beta", beta, 0)
@@ -243,6 +251,8 @@ def xpo_loss(response_logprobs, weights, *, alpha=1e-5) -> tuple[Array, Metrics]
   Raises:
     ValueError: shapes differ, a dtype is not float, or `alpha` is not above 0; the message names
       the argument.
+
+  Needs: reference responses.
 
   Reference: Xie et al., 2024, Exploratory Preference Optimization, https://arxiv.org/abs/2405.21046
   """
@@ -289,6 +299,8 @@ def nash_md_loss(
   Raises:
     ValueError: shapes differ, a dtype is not float, or `beta` is not above 0; the message names the
       argument.
+
+  Needs: samples, reference, judge.
 
   Reference: Munos et al., 2023, Nash Learning from Human Feedback, https://arxiv.org/abs/2312.00886
   """
