@@ -2,6 +2,7 @@
 # make test   the test suite;  make test-full adds the long trials;  make lint
 # make bench  a GRPO step against TRL's, which gets a .venv-trl of its own (about 1.5 GB)
 # make parity verl's and TRL's own losses on the inputs of tests/parity, compared with ours (.venv-verl and .venv-trl)
+# make docs   the tables of docs/algorithms.md, made from the docstrings
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-full lint bench bench-peers parity clean
+.PHONY: run test test-full lint bench bench-peers parity docs clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -47,6 +48,9 @@ parity: $(VENV)/test-$(VERSION) .venv-trl/ready .venv-verl/ready
 	.venv-verl/bin/python -W ignore tests/parity/make_verl_goldens.py
 	$(BIN)/python -m pytest -q tests/parity
 	$(BIN)/python -m tests.parity.test_parity
+
+docs: $(VENV)/run-$(VERSION)
+	$(BIN)/python docs/make_index.py
 
 # verl pins an older transformers and asks for ray and more: only what its formulas import is installed.
 .venv-verl/ready:

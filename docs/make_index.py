@@ -1,0 +1,364 @@
+"""Fills the tables of docs/algorithms.md from docstrings of losses and advantages: `make docs`.
+
+Each public function of `rl_llm.losses` and `rl_llm.advantages` says what it needs besides the
+policy's own forward and backward pass, in one line of its docstring:
+
+    Needs: samples, advantages, old policy.
+
+The words are the keys of NEEDS, in its order. First line, first formula and reference come from the
+docstring too. Only `ALGORITHMS`, which functions make up a published method, is written here; the
+page's prose is written in the page.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pathlib
+import re
+from typing import NamedTuple
+
+from rl_llm import advantages, controllers, logprobs, losses, weighting
+
+PAGE = pathlib.Path(__file__).parent / "algorithms.md"
+
+# word -> (what it is, what it costs in each update beyond the policy's forward and backward pass)
+NEEDS = {
+  "demonstrations": ("answers to imitate", ""),
+  "pairs": ("two answers to a prompt, and which one is better", "two answers a row"),
+  "labels": ("answers, each known to be good or bad", ""),
+  "samples": ("responses that the policy writes during training", "sampling"),
+  "advantages": ("what one of the estimators below returns", ""),
+  "reward": ("a number for each response: from a grader, or from a reward model", "grading"),
+  "several responses": (
+    "G responses to each prompt, to compare with each other", "G responses a prompt"),
+  "greedy response": (
+    "the response at temperature 0, and its reward", "one more response a prompt"),
+  "value network": (
+    "a second network, trained to expect the reward at each token",
+    "a second network's forward and backward pass"),
+  "old policy": (
+    "log-probs of the policy before this batch's updates", "a forward pass of the old policy"),
+  "sampler": ("the log-probs that the sampler reported", ""),
+  "reference": (
+    "log-probs of a frozen policy, mostly the one training began with",
+    "a forward pass of the reference"),
+  "reference responses": (
+    "responses that the frozen reference writes", "sampling from the reference"),
+  "mismatched answers": (
+    "each prompt with an answer to another one",
+    "passes of policy and reference over mismatched answers"),
+  "judge": ("who says which of two sampled answers is better", "judging"),
+  "teacher": (
+    "log-probs, or logits, of another model of the same vocabulary",
+    "a forward pass of the teacher"),
+  "vocabulary": (
+    "all V probabilities at each token, not only that of the sampled one",
+    "a sum over the vocabulary"),
+  "unsplit batch": (
+    "all rows at once, as they are sorted against each other", "no microbatches"),
+}
+
+# The methods that everyone meets first, and when to use which.
+FOUR = {
+  "REINFORCE": "fewest parts; one update a batch. Take a baseline with it, such as RLOO's.",
+  "PPO": (
+    "several updates a batch; rewards on single tokens or turns, which a value network can assign "
+    "to what earned them."),
+  "DPO": (
+    "preferences are all there is: no grader, no sampling. It learns from the answers it is given "
+    "and finds no new ones."),
+  "GRPO": (
+    "a grader that can be trusted (mathematics, programs, tools) and several tries a prompt. It "
+    "learns only where the tries differ."),
+}
+
+
+
+class Algorithm(NamedTuple):
+  """A published method: its name and the functions it consists of, as they are called.
+
+  Fields:
+    name: as in the paper.
+    functions: calls, in the order of the data; arguments where they make the difference.
+    also: needs that no function shows, such as the KL that is put into the reward.
+    paper: the function whose reference it is, or an address; the last loss if empty.
+  """
+
+  name: str
+  functions: str
+  also: str = ""
+  paper: str = ""
+
+
+ALGORITHMS = {
+  "Reinforcement learning": [
+    Algorithm("REINFORCE", "discounted_returns() reinforce_loss()"),
+    Algorithm("PPO", "token_rewards(kl=k1) gae() ppo_loss() value_loss()", "reference"),
+    Algorithm(
+      "GRPO", "group_relative() sequence_mean() grpo_loss() kl_loss(gradient='k3')",
+      paper="group_relative"),
+    Algorithm("RLOO", "leave_one_out() sequence_sum() reinforce_loss()", paper="leave_one_out"),
+    Algorithm("ReMax", "remax() reinforce_loss()", paper="remax"),
+    Algorithm(
+      "REINFORCE++", "token_rewards(kl=k1) reinforce_plus_plus() ppo_loss()", "reference",
+      "reinforce_plus_plus"),
+    Algorithm(
+      "REINFORCE++-baseline", "reinforce_plus_plus_baseline() ppo_loss() kl_loss()",
+      paper="reinforce_plus_plus"),
+    Algorithm(
+      "Dr. GRPO", "group_relative(scale='none') constant_length() grpo_loss()",
+      paper="constant_length"),
+    Algorithm(
+      "DAPO",
+      "overlong_penalty() informative_groups() group_relative() token_mean() "
+      "grpo_loss(clip_high=0.28)", paper="overlong_penalty"),
+    Algorithm(
+      "VAPO",
+      "length_adaptive_lambda() gae() token_mean() ppo_loss(clip_high=0.28) value_loss() "
+      "positive_nll_loss()"),
+    Algorithm("GSPO", "group_relative() sequence_mean() gspo_loss()"),
+    Algorithm("GSPO-token", "group_relative() sequence_mean() gspo_token_loss()"),
+    Algorithm(
+      "LUSPO", "group_relative() sequence_sum() gspo_loss()",
+      paper="https://arxiv.org/abs/2602.05261"),
+    Algorithm("GMPO", "group_relative() sequence_mean() gmpo_loss()"),
+    Algorithm("VESPO", "group_relative() vespo_loss()"),
+    Algorithm("CISPO", "group_relative() token_mean() cispo_loss()"),
+    Algorithm("SAPO", "group_relative() sequence_mean() sapo_loss()"),
+    Algorithm("DPPO-TV", "group_relative() dppo_tv_loss()"),
+    Algorithm("DPPO-KL", "group_relative() dppo_kl_loss()"),
+    Algorithm("DRO", "group_relative(scale='none') dro_loss()"),
+    Algorithm("OPO", "opo() reinforce_loss()", paper="opo"),
+    Algorithm("GPG", "gpg() reinforce_loss()", paper="gpg"),
+    Algorithm("MaxRL", "maxrl() reinforce_loss()", paper="maxrl"),
+    Algorithm("pass@k", "pass_at_k() reinforce_loss()", paper="pass_at_k"),
+    Algorithm("GDPO", "gdpo() grpo_loss()", paper="gdpo"),
+    Algorithm(
+      "optimal token baseline", "discounted_returns() optimal_token_baseline() reinforce_loss()",
+      paper="optimal_token_baseline"),
+    Algorithm("Clip-Cov", "group_relative() token_covariance() clip_cov_mask() clip_cov_loss()"),
+    Algorithm("KL-Cov", "group_relative() token_covariance() kl_cov_mask() kl_cov_loss()"),
+    Algorithm(
+      "entropy bonus", "group_relative() grpo_loss() entropy_loss() adaptive_entropy()",
+      paper="adaptive_entropy"),
+    Algorithm(
+      "80/20 rule", "group_relative() top_entropy() grpo_loss()", "vocabulary", "top_entropy"),
+    Algorithm(
+      "TIS, IcePop", "group_relative() truncated_importance() grpo_loss()", "sampler",
+      "truncated_importance"),
+    Algorithm("LLDS", "group_relative() grpo_loss() llds_weights() llds_loss()"),
+  ],
+  "Preferences": [
+    Algorithm("DPO", "dpo_loss()"),
+    Algorithm(
+      "conservative DPO", "dpo_loss(label_smoothing=0.1)",
+      paper="https://ericmitchell.ai/cdpo.pdf"),
+    Algorithm("robust DPO", "robust_dpo_loss()"),
+    Algorithm(
+      "f-DPO", "dpo_loss(divergence='js')", paper="https://arxiv.org/abs/2309.16240"),
+    Algorithm(
+      "LD-DPO", "sequence_logprobs(tail_weight=0.5) dpo_loss()", paper="sequence_logprobs"),
+    Algorithm("WPO", "wpo_weights() dpo_loss()", paper="wpo_weights"),
+    Algorithm("RPO", "dpo_loss() sft_loss()", paper="https://arxiv.org/abs/2404.19733"),
+    Algorithm("IPO", "ipo_loss()"),
+    Algorithm("SLiC, RSO", "hinge_dpo_loss()"),
+    Algorithm("EXO", "exo_loss()"),
+    Algorithm("NCA", "nca_loss()"),
+    Algorithm("SPPO", "sppo_loss()"),
+    Algorithm("APO-zero", "apo_zero_loss()"),
+    Algorithm("APO-down", "apo_down_loss()"),
+    Algorithm("DiscoPOP", "discopop_loss()"),
+    Algorithm("AOT, paired", "aot_loss()"),
+    Algorithm("AOT, unpaired", "aot_unpaired_loss()"),
+    Algorithm("KTO", "kto_baseline() kto_loss()"),
+    Algorithm("BCO, paired", "bco_loss()"),
+    Algorithm("BCO", "bco_shift() bco_unpaired_loss()"),
+    Algorithm("ORPO", "orpo_loss()"),
+    Algorithm("SimPO", "simpo_loss()"),
+    Algorithm("CPO", "cpo_loss()"),
+    Algorithm(
+      "online DPO", "dpo_loss()", "samples, judge", "https://arxiv.org/abs/2402.04792"),
+    Algorithm("XPO", "dpo_loss() xpo_loss()", "samples, judge"),
+    Algorithm("Nash-MD", "nash_md_loss()"),
+    Algorithm("reward model", "reward_model_loss()"),
+  ],
+  "Imitation and distillation": [
+    Algorithm("SFT", "sft_loss()"),
+    Algorithm("GKD", "gkd_loss() chunked_gkd_loss()"),
+    Algorithm("MiniLLM", "minillm_advantages() reinforce_loss()", paper="minillm_advantages"),
+    Algorithm("on-policy distillation", "on_policy_distillation_loss()"),
+  ],
+}
+
+COLUMNS = ("reward", "value network", "reference", "several responses")
+
+def needs(function):
+  """The words of a function's `Needs:` line."""
+  found = re.search(r"^Needs: (.*)\.$", inspect.getdoc(function), flags=re.MULTILINE)
+  if not found:
+    raise ValueError(f"{function.__name__} has no line 'Needs: ....' in its docstring.")
+  words = found[1].split(", ")
+  if words != ordered(words):
+    raise ValueError(
+      f"{function.__name__} needs {words}; the known of them in order are {ordered(words)}.")
+  return words
+
+
+def ordered(words):
+  """The known words among `words`, each once, in the order of NEEDS."""
+  return [word for word in NEEDS if word in words]
+
+
+def summary(function):
+  return inspect.getdoc(function).partition("\n")[0]
+
+
+def formula(function):
+  """The first indented block, and the sentence after it that says what its letters are."""
+  head = inspect.getdoc(function).partition("\nArgs:")[0]
+  paragraphs = head.split("\n\n")
+  for block, following in zip(paragraphs, [*paragraphs[1:], ""], strict=True):
+    if block.startswith("    "):
+      following = " ".join(following.split())
+      return block, following.partition(". ")[0] if following.startswith("with ") else ""
+  return "", ""
+
+
+def reference(function):
+  found = re.search(r"^Reference: (.*)", inspect.getdoc(function), flags=re.MULTILINE | re.DOTALL)
+  return " ".join(found[1].split()) if found else ""
+
+
+def public():
+  """name -> function: all of the losses and the advantages."""
+  modules = (advantages, losses)
+  named = {name: getattr(module, name) for module in modules for name in module.__all__}
+  return {name: function for name, function in named.items() if callable(function)}
+
+
+def calls(algorithm):
+  """(name, arguments) of each function of an algorithm."""
+  return re.findall(r"(\w+)\((.*?)\)", algorithm.functions)
+
+
+def find(name):
+  """The function of that name, wherever an algorithm may take it from."""
+  modules = (losses, advantages, weighting, logprobs, controllers)
+  return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def needs_of(algorithm):
+  """What all its functions need, and what it needs also."""
+  known = public()
+  words = set(algorithm.also.split(", "))
+  for name, _ in calls(algorithm):
+    words |= set(needs(known[name])) if name in known else set()
+  covered = {"advantages"} | ({"demonstrations"} if "pairs" in words else set())
+  return ordered(words - covered)
+
+
+def paper(algorithm):
+  """A link to the algorithm's paper."""
+  address = algorithm.paper
+  if not address.startswith("http"):
+    name = address or [name for name, _ in calls(algorithm) if name.endswith("_loss")][-1]
+    address = re.search(r"https?://[^\s;]+", reference(find(name)))[0]
+  return f"[{address.removeprefix('https://arxiv.org/abs/').removeprefix('https://')}]({address})"
+
+
+def costs(words):
+  return ", ".join(NEEDS[word][1] for word in words if NEEDS[word][1]) or "none"
+
+
+def networks(words):
+  trained = ["**policy**"] + ["**value network**"] * ("value network" in words)
+  frozen = ["reference"] * ("reference" in words) + ["perhaps a reward model"] * ("reward" in words)
+  return ", ".join(trained + frozen)
+
+
+def linked(algorithm):
+  known = public()
+  shown = []
+  for name, arguments in calls(algorithm):
+    text = f"`{name}({arguments})`" if arguments else f"`{name}`"
+    shown.append(f"[{text}](#{name})" if name in known else text)
+  return ", ".join(shown)
+
+
+def table(header, rows):
+  lines = [header, ["---"] * len(header), *rows]
+  return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def four_methods():
+  known = {algorithm.name: algorithm for family in ALGORITHMS.values() for algorithm in family}
+  rows = []
+  for name, use in FOUR.items():
+    words = needs_of(known[name])
+    rows.append([name, ", ".join(words), networks(words), costs(words), use])
+  return table(["method", "needs", "networks (**trained**)", "cost", "when to use it"], rows)
+
+
+def algorithms():
+  text = ""
+  for family, members in ALGORITHMS.items():
+    rows = []
+    for each in members:
+      words = needs_of(each)
+      besides = ", ".join(word for word in words if word not in COLUMNS)
+      marks = ["yes" if word in words else "" for word in COLUMNS]
+      rows.append([each.name, linked(each), *marks, besides, costs(words), paper(each)])
+    header = ["algorithm", "functions", *COLUMNS, "besides", "cost", "paper"]
+    text += f"### {family}\n\n" + table(header, rows) + "\n"
+  return text.rstrip("\n") + "\n"
+
+
+def entry(name, function):
+  block, letters = formula(function)
+  words = needs(function)
+  lines = [f"\n#### `{name}`\n", f"{summary(function)}\n"]
+  lines += [f"{block}\n"] * bool(block) + [f"{letters}.\n"] * bool(letters)
+  lines += [f"- needs: {', '.join(words)}"]
+  lines += [f"- cost: {costs(words)}"]
+  lines += [f"- paper: {reference(function)}"] * bool(reference(function))
+  return "\n".join(lines) + "\n"
+
+
+def functions():
+  """All public functions by the file they are in, with its first line as heading."""
+  files = {}
+  for name, function in public().items():
+    files.setdefault(inspect.getmodule(function), []).append((name, function))
+  text = ""
+  for module, members in files.items():
+    heading = module.__doc__.partition("\n")[0].removesuffix(".")
+    text += f"### {heading}\n"
+    text += "".join(entry(name, function) for name, function in sorted(members)) + "\n"
+  return text.rstrip("\n") + "\n"
+
+
+def parts():
+  """name -> text of each generated part of the page."""
+  words = [[word, what, cost or "none"] for word, (what, cost) in NEEDS.items()]
+  return {
+    "four methods": four_methods(),
+    "words": table(["word", "what it is", "cost"], words),
+    "algorithms": algorithms(),
+    "functions": functions(),
+  }
+
+
+def filled(text):
+  """The page with each part, from `<!-- made: name -->` to the next `<!-- end -->`, made anew."""
+  for name, part in parts().items():
+    start, end = f"<!-- made: {name} -->\n", "\n<!-- end -->"
+    before, found, after = text.partition(start)
+    if not found:
+      raise ValueError(f"{PAGE.name} has no line {start.strip()!r}.")
+    text = before + start + "\n" + part + end + after.partition(end)[2]
+  return text
+
+
+if __name__ == "__main__":
+  PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+  print(f"wrote {PAGE}")
