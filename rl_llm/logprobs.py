@@ -210,7 +210,12 @@ def chunked_logprobs_and_entropy(
   blocks = max(min(-(-tokens.size // chunk_size), len(unembedding)), 1)
   # A number of blocks that divides V needs no padded copy of the unembedding.
   blocks = next((n for n in range(blocks, 2 * blocks) if len(unembedding) % n == 0), blocks)
-  return _blockwise(hidden, unembedding, tokens, *jax.lax.stop_gradient(constants), blocks)
+  # Flat, so that the unembedding's gradient sums over one axis: over two, a CPU transposes.
+  flat = _blockwise(
+    hidden.reshape(-1, width), unembedding, tokens.reshape(-1),
+    *jax.lax.stop_gradient(constants), blocks,
+  )
+  return jax.tree.map(lambda x: x.reshape(tokens.shape), flat)
 
 
 def unembed(hidden, unembedding, *, softcap=None) -> Array:
