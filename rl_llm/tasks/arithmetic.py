@@ -48,7 +48,8 @@ class ArithmeticOptions:
       name + "held_out",
       self.held_out,
       0 <= self.held_out <= most,
-      f"in 0..{most} (three quarters of the {self.problems()} problems); lower it or widen the operands",
+      f"in 0..{most} (three quarters of the {self.problems()} problems); lower it or widen the "
+      "operands",
     )
     used = set(re.findall(r"\{(.*?)\}", self.question))
     check_option(

@@ -22,8 +22,8 @@ import pytest
 from experiments import grpo
 from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import ConfigError, flatten, replace
-from rl_llm.files import locked
 from rl_llm.data.prompts import bucket
+from rl_llm.files import locked
 from rl_llm.metrics import read, without_timings
 from rl_llm.model import LanguageModel, load_model
 from rl_llm.policy import make_policy, tiny_config
