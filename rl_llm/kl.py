@@ -17,6 +17,11 @@ tokens sampled from the policy:
 
 In other words: report k3 (or put k1 in the reward), and differentiate k2. `kl_penalty` takes both
 by name.
+
+These hold for each token with what came before it fixed, and for responses of one token. In longer
+ones a token also decides which contexts follow; a term of the loss does not see that, and k1 in the
+reward of each token (`token_rewards(kl=...)`, with returns) does: its expected gradient is exactly
+that of the whole response's KL.
 """
 
 from __future__ import annotations
@@ -121,11 +126,9 @@ def kl_penalty(logprobs, ref_logprobs, *, value="k3", gradient="k2", ratio=None)
   >>> [round(float(y), 3) for y in jax.value_and_grad(f)(jnp.log(0.5))]
   [0.193, 0.693]
 
-  Tokens sampled by an older policy need importance weights. What `ratio = exp(logprobs -
-  old_logprobs)` should carry depends on the
-  gradient: with "k3" differentiate through it, since grad(ratio * k3) = ratio * d * grad(logprobs)
-    (DeepSeek-V3.2; TRL);
-  with "k2" pass `stop_gradient(ratio)`, which gives the same.
+  Tokens sampled by an older policy need importance weights, `ratio = exp(logprobs -
+  old_logprobs)`. With "k3", differentiate through it, since grad(ratio * k3) = ratio * d *
+  grad(logprobs) (DeepSeek-V3.2; TRL). With "k2", pass `stop_gradient(ratio)`, which gives the same.
 
   Args:
     logprobs: any shape, float, of the sampled tokens under the policy, in nats.

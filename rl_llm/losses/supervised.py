@@ -21,6 +21,16 @@ def sft_loss(logprobs, weights) -> tuple[Array, Metrics]:
 
   In other words: REINFORCE in which every answer has advantage 1.
 
+  With a large vocabulary take the log-probs in chunks, so that no [B, T, V] exists:
+
+  >>> from rl_llm.logprobs import chunked_logprobs_and_entropy
+  >>> hidden, unembedding = jnp.zeros((1, 2, 4)), jnp.ones((8, 4))  # all 8 tokens equally likely
+  >>> logprobs, _ = chunked_logprobs_and_entropy(
+  ...   hidden, unembedding, jnp.array([[3, 5]]), chunk_size=1)
+  >>> loss, _ = sft_loss(logprobs, jnp.full((1, 2), 0.5))
+  >>> round(float(loss / jnp.log(2)), 3)  # log 8
+  3.0
+
   Args:
     logprobs: [B, T] float, log-probs of the given tokens under the policy being trained, in nats.
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
