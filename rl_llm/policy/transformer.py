@@ -31,7 +31,7 @@ class Cache(NamedTuple):
   a CPU copies the whole cache at every token.
   """
 
-  keys: tuple[chex.Array, ...]  # one a layer, [B, K, S, H] in the compute dtype, rotated
+  keys: tuple[chex.Array, ...]  # one a layer, [B, K, H, S] in the compute dtype, rotated
   values: tuple[chex.Array, ...]  # one a layer, [B, K, S, H] in the compute dtype
   segment_ids: chex.Array  # [B, S] int32, -1 = padding or not yet written
   positions: chex.Array  # [B, S] int32
@@ -129,10 +129,13 @@ def make_policy(
     return params["embed" if config.tie_embeddings else "unembed"]["embedding"]
 
   def init_cache(batch: int, length: int) -> Cache:
-    shape = (batch, config.n_kv_heads, length, config.head_dim)
+    def empty(*columns: int) -> tuple[chex.Array, ...]:
+      shape = (batch, config.n_kv_heads, *columns)
+      return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
+
     return Cache(
-      keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)),
-      values=tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)),
+      keys=empty(config.head_dim, length),
+      values=empty(length, config.head_dim),
       segment_ids=jnp.full((batch, length), -1, jnp.int32),
       positions=jnp.zeros((batch, length), jnp.int32),
       cursor=jnp.zeros((), jnp.int32),
@@ -259,7 +262,7 @@ def attend(
 
   Args:
     query: [B, T, N, H] float.
-    keys: [B, K, S, H] float.
+    keys: [B, K, H, S] float.
     values: [B, K, S, H] float.
     mask: [B, 1, T, S] bool; a query that sees nothing gets a finite value that means nothing.
     scale: multiplies query-key products.
@@ -274,7 +277,7 @@ def attend(
   # All queries that read one key head become the rows of one product: no key is repeated.
   rows = query.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
   rows = rows.reshape(batch, kv_heads, group * length, head_dim)
-  scores = jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32)
+  scores = jnp.einsum("bkrh,bkhs->bkrs", rows, keys, preferred_element_type=jnp.float32)
   scores = softcap(scores * scale, cap).reshape(batch, kv_heads, group, length, -1)
   scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
@@ -333,9 +336,9 @@ class Attention(nn.Module):
     if cached is None and cap is None:
       out = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
     else:
-      keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+      keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
       if cached is not None:
-        keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, cursor, 0))
+        keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
         values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
         cached = keys, values
       out = attend(query, keys, values, mask, scale=scale, cap=cap)
