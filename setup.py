@@ -11,6 +11,8 @@ EXTRAS = {
   "gguf": ["gguf>=0.17", "tokenizers>=0.21", "jinja2>=3.1.6"],
   # `--task=reasoning_gym:<name>`.
   "tasks": ["reasoning-gym>=0.1.23"],
+  # Data sets in Parquet files.
+  "parquet": ["pyarrow>=18"],
   # Developers: tests, linting.
   "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
   # Regenerating the committed goldens against transformers.

@@ -436,7 +436,7 @@ def format_prompts(
   conversations = [
     _conversation(prompt, index, system_prompt) for index, prompt in enumerate(prompts)
   ]
-  guarded = [_guard(messages, tokenizer.special_tokens) for messages in conversations]
+  guarded = [guard(messages, tokenizer.special_tokens) for messages in conversations]
   texts = chat.render_many(
     tokenizer.chat_template,
     [messages for messages, _ in guarded],
@@ -469,7 +469,7 @@ def _conversation(
   return messages
 
 
-def _guard(
+def guard(
   messages: list[Mapping[str, Any]], special_tokens: Mapping[str, int]
 ) -> tuple[list[Mapping[str, Any]], str]:
   """Break special tokens inside messages with a mark; cutting the rendered text at it undoes that.

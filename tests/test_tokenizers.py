@@ -634,10 +634,10 @@ def test_control_tokens_of_the_assistant_and_of_plain_prompts_are_kept(chatml):
 def test_overlapping_special_tokens_are_all_broken(tmp_path):
   pytest.importorskip("jinja2")
   messages = [{"role": "user", "content": ["abcab", {"text": "xbcx"}]}]
-  ((guarded,), mark) = lib._guard(messages, {"abc": 0, "bca": 1, "bc": 2})
+  ((guarded,), mark) = lib.guard(messages, {"abc": 0, "bca": 1, "bc": 2})
   pieces = [piece for text in lib._strings(guarded["content"]) for piece in text.split(mark)]
   assert pieces == ["a", "b", "cab", "xb", "cx"]
-  assert lib._guard(messages, {"zz": 0, "a": 1}) == (messages, "")
+  assert lib.guard(messages, {"zz": 0, "a": 1}) == (messages, "")
 
 
 def test_prompts_that_do_not_fit_the_format(chatml):

@@ -47,7 +47,7 @@ def _no_constant(name: str) -> None:
   raise DataError(f"{name} is not JSON; write null or a number")
 
 
-def _check_text(value: Any) -> None:
+def check_text(value: Any) -> None:
   """Refuses text, at any depth, that no tokenizer or file can carry."""
   if isinstance(value, str):
     if "\0" in value:
@@ -58,11 +58,11 @@ def _check_text(value: Any) -> None:
       )
   elif isinstance(value, dict):
     for key, inner in value.items():
-      _check_text(key)
-      _check_text(inner)
+      check_text(key)
+      check_text(inner)
   elif isinstance(value, list):
     for inner in value:
-      _check_text(inner)
+      check_text(inner)
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     raise DataError(f"not usable: {error}; write it as text") from None
   if not isinstance(row, dict):
     raise DataError(f"a JSON {type(row).__name__}; every line must be an object {{...}}")
-  _check_text(row)
+  check_text(row)
   return row
 
 

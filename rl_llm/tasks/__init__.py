@@ -7,6 +7,7 @@ import difflib
 
 from rl_llm.tasks.arithmetic import ArithmeticOptions, arithmetic_task
 from rl_llm.tasks.copy_text import CopyOptions, copy_task
+from rl_llm.tasks.gsm8k import Gsm8kOptions, gsm8k_task
 from rl_llm.tasks.jsonl import JsonlOptions, jsonl_task
 from rl_llm.tasks.problem import Problem, Task, TaskError
 from rl_llm.tasks.reasoning_gym import ReasoningGymOptions, reasoning_gym_task
@@ -14,6 +15,7 @@ from rl_llm.tasks.reasoning_gym import ReasoningGymOptions, reasoning_gym_task
 __all__ = [
   "ArithmeticOptions",
   "CopyOptions",
+  "Gsm8kOptions",
   "JsonlOptions",
   "Problem",
   "ReasoningGymOptions",
@@ -21,6 +23,7 @@ __all__ = [
   "TaskError",
   "arithmetic_task",
   "copy_task",
+  "gsm8k_task",
   "jsonl_task",
   "load_task",
   "reasoning_gym_task",
@@ -32,8 +35,9 @@ _OPTIONS = {
   "copy": CopyOptions,
   "reasoning_gym": ReasoningGymOptions,
   "jsonl": JsonlOptions,
+  "gsm8k": Gsm8kOptions,
 }
-_FORMS = ("arithmetic", "copy", "reasoning_gym:<name>", "jsonl:<path>")
+_FORMS = ("arithmetic", "copy", "reasoning_gym:<name>", "jsonl:<path>", "gsm8k:<path>")
 
 
 def task_family(spec: str) -> str:
@@ -50,7 +54,7 @@ def task_family(spec: str) -> str:
     near = difflib.get_close_matches(family, _OPTIONS, n=1)
     guess = f" did you mean {near[0]}?" if near else ""
     raise TaskError(f"task={spec!r}: no such task;{guess} must be one of {', '.join(_FORMS)}")
-  takes_rest = family in ("reasoning_gym", "jsonl")
+  takes_rest = family in ("reasoning_gym", "jsonl", "gsm8k")
   if takes_rest != bool(rest) or bool(colon) != bool(rest):
     form = next(form for form in _FORMS if form.startswith(family))
     raise TaskError(f"task={spec!r}: must be written {form}")
@@ -58,19 +62,20 @@ def task_family(spec: str) -> str:
 
 
 def load_task(spec: str, **options) -> Task:
-  """The task of a name: "arithmetic", "copy", "reasoning_gym:leg_counting", "jsonl:train.jsonl".
+  """The task of a name: "arithmetic", "copy", "reasoning_gym:leg_counting", "jsonl:train.jsonl",
+  "gsm8k:train.jsonl".
 
   >>> load_task("arithmetic", operand_max=9, held_out=20).note
   '100 different problems, 21 held out'
 
   Args:
     spec: the name; after a colon the puzzle or the path.
-    **options: fields of `ArithmeticOptions`, `CopyOptions`, `ReasoningGymOptions` or
-      `JsonlOptions`.
+    **options: fields of `ArithmeticOptions`, `CopyOptions`, `ReasoningGymOptions`,
+      `JsonlOptions` or `Gsm8kOptions`.
 
   Raises:
     TaskError: the name, an option's name or its value does not fit.
-    DataError: a JSONL file or a row of it cannot be used.
+    DataError: a file or a row of it cannot be used.
   """
   family = task_family(spec)
   known = [field.name for field in dataclasses.fields(_OPTIONS[family])]
@@ -87,4 +92,6 @@ def load_task(spec: str, **options) -> Task:
     return copy_task(chosen)
   if family == "reasoning_gym":
     return reasoning_gym_task(rest, chosen)
+  if family == "gsm8k":
+    return gsm8k_task(rest, chosen)
   return jsonl_task(rest, chosen)

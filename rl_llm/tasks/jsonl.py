@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rl_llm.data import read_rows
+from rl_llm.data import read_table
 from rl_llm.rewards import RewardSource, graders
 from rl_llm.tasks.problem import Problem, Task, TaskError, check_option, hashed, rng_for
 
@@ -113,8 +114,16 @@ def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
   return Problem(prompt, columns, key)
 
 
-def jsonl_task(path: str, options: JsonlOptions) -> Task:
+def jsonl_task(
+  path: str,
+  options: JsonlOptions,
+  *,
+  name: str = "jsonl",
+  check: Callable[[dict[str, Any]], str] = lambda row: "",
+) -> Task:
   """Problems from the rows of a file: `{"prompt": text or messages, ...columns}`, plain or gzip.
+
+  A Parquet file with the same columns will do as well.
 
   All other keys of a row go to the reward function by name. Each step draws rows without repeating
   one within the step; over many steps every row comes up equally often on average. Rows are held
@@ -124,6 +133,8 @@ def jsonl_task(path: str, options: JsonlOptions) -> Task:
   Args:
     path: the training rows.
     options: keys, reward function and split.
+    name: the task's, for logs and for the flags named in errors.
+    check: what else is wrong with a row, "" if nothing, as for `read_rows`.
 
   Raises:
     DataError: a file is missing or a row broken, as `path:line: what; fix`.
@@ -132,8 +143,10 @@ def jsonl_task(path: str, options: JsonlOptions) -> Task:
   source = _source(options)
 
   def read(file: str) -> tuple[list[Problem], int]:
-    found = read_rows(
-      file, check=lambda row: _check_row(row, options.prompt_column), strict=not options.lenient
+    found = read_table(
+      file,
+      check=lambda row: _check_row(row, options.prompt_column) or check(row),
+      strict=not options.lenient,
     )
     return [_problem(row, options) for row in found.rows], len(found.errors)
 
@@ -150,9 +163,9 @@ def jsonl_task(path: str, options: JsonlOptions) -> Task:
     raise TaskError(f"{path}: no row is left to train on; all {len(problems)} are held out")
   if options.held_out_fraction and not held_out:
     raise TaskError(
-      f"jsonl.held_out_fraction={options.held_out_fraction:g}: takes none of "
+      f"{name}.held_out_fraction={options.held_out_fraction:g}: takes none of "
       f"the {len(problems)} rows; raise it, "
-      "give --jsonl.held_out_file, or set it to 0 for a run without evaluation"
+      f"give --{name}.held_out_file, or set it to 0 for a run without evaluation"
     )
 
   overlap = len(problems) - len(training) - (0 if options.held_out_file else len(held_out))
@@ -166,7 +179,7 @@ def jsonl_task(path: str, options: JsonlOptions) -> Task:
     return [training[index] for index in order[:count]]
 
   return Task(
-    name="jsonl",
+    name=name,
     sample=sample,
     held_out=tuple(held_out),
     reward=source,

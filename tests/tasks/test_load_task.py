@@ -21,6 +21,7 @@ def test_names_lead_to_tasks():
     ("copy:", "must be written copy$"),
     ("jsonl", "must be written jsonl:<path>"),
     ("jsonl:", "must be written jsonl:<path>"),
+    ("gsm8k", "must be written gsm8k:<path>"),
     ("reasoning_gym", "must be written reasoning_gym:<name>"),
   ],
 )
@@ -39,6 +40,7 @@ def test_unknown_option_names_the_nearest():
   [
     tasks.ArithmeticOptions,
     tasks.CopyOptions,
+    tasks.Gsm8kOptions,
     tasks.JsonlOptions,
     tasks.ReasoningGymOptions,
   ],

@@ -1,0 +1,297 @@
+"""From examples to token lists with a mask on what is trained: the assistant's tokens.
+
+Training on the user's words teaches a model to ask; leaving out the token that ends a turn teaches
+it never to stop. So the mask is True on what the policy would have had to sample itself: the
+assistant's text and the token that ends it, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+from rl_llm import chat_template
+from rl_llm.chat_template import ChatTemplateError
+from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
+from rl_llm.tokenizers import Tokenizer, TokenizerError, guard
+
+Message = dict[str, Any]
+PromptFormat = Literal["chat", "plain"]
+Overlong = Literal["error", "drop", "truncate_left", "truncate_right"]
+
+
+class Encoded(NamedTuple):
+  """One sequence.
+
+  Attributes:
+    tokens: T ids.
+    mask: T bools, True = trained on. The first is False: nothing predicts it.
+    prompt_length: how many tokens there are before the completion.
+  """
+
+  tokens: list[int]
+  mask: list[bool]
+  prompt_length: int
+
+
+class Pair(NamedTuple):
+  """Two answers to one prompt: both begin with the same `prompt_length` tokens."""
+
+  chosen: Encoded
+  rejected: Encoded
+
+
+class Limited(NamedTuple):
+  """What a policy for overlong sequences left.
+
+  Attributes:
+    kept: the sequences or pairs, None in the place of a dropped one.
+    overlong: how many were over the limit.
+    dropped: how many of those were dropped; the others were cut.
+  """
+
+  kept: list
+  overlong: int
+  dropped: int
+
+
+class SequenceTooLong(ValueError):
+  """A sequence is longer than the limit and the policy for such sequences is to stop."""
+
+
+def encode(
+  example: Demonstration | Unpaired,
+  tokenizer: Tokenizer,
+  *,
+  prompt_format: PromptFormat = "chat",
+  system_prompt: str | None = None,
+) -> Encoded:
+  """Tokens and mask of a prompt and its completion.
+
+  With "chat", a text prompt is a user's message and a text completion the assistant's. The mask is
+  found by rendering the conversation up to each of the assistant's turns, with the header that a
+  sampler would be given, and again up to its end: what came in between is the turn. That works with
+  any template, provided that it never rewrites what it wrote before, which is checked. A turn ends
+  with its last end-of-sequence token; what the template writes after that (a line break, mostly) is
+  nobody's choice and not trained on.
+
+  Each turn is encoded by itself, as it is in sampling: the prompt is encoded before the answer
+  exists. Encoded in one piece, a merge over the border would make other tokens.
+
+  >>> from rl_llm.tokenizers import ByteTokenizer
+  >>> encoded = encode(Demonstration("2+2=", "4", {}), ByteTokenizer(), prompt_format="plain")
+  >>> encoded.tokens, [int(m) for m in encoded.mask], encoded.prompt_length
+  ([50, 43, 50, 61, 52, 258], [0, 0, 0, 0, 1, 1], 4)
+
+  Args:
+    example: an empty prompt trains on every turn of the assistant's, or on all of a text.
+    tokenizer: the model's.
+    prompt_format: "chat" renders the tokenizer's template; "plain" puts text after text, BOS before
+      if the model expects one, EOS behind.
+    system_prompt: as for `format_prompts`.
+
+  Returns:
+    Tokens, mask and where the completion begins.
+
+  Raises:
+    TokenizerError: no chat template, or messages with "plain".
+    ChatTemplateError: the template fails, refuses the messages, or changes earlier turns.
+  """
+  if prompt_format == "plain":
+    return _encode_plain(example.prompt, example.completion, tokenizer, system_prompt)
+  if prompt_format != "chat":
+    raise TokenizerError(f"prompt_format must be 'chat' or 'plain', got {prompt_format!r}")
+  if tokenizer.chat_template is None:
+    raise TokenizerError(
+      "this model's files have no chat template (a base model?): use prompt_format='plain'"
+    )
+  prompt = _messages(example.prompt, "user")
+  messages = prompt + _messages(example.completion, "assistant")
+  turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= len(prompt)]
+  if not turns or turns[0] == 0:
+    raise TokenizerError(
+      "a conversation needs a message to answer and an answer of the assistant; text by itself is "
+      "encoded with prompt_format='plain'"
+    )
+  if system_prompt is not None and messages[0]["role"] != "system":
+    messages.insert(0, {"role": "system", "content": system_prompt})
+    turns = [turn + 1 for turn in turns]
+  return _encode_chat(messages, bool(prompt), turns, tokenizer)
+
+
+def encode_pair(
+  example: Preference,
+  tokenizer: Tokenizer,
+  *,
+  prompt_format: PromptFormat = "chat",
+  system_prompt: str | None = None,
+) -> Pair:
+  """`encode` of the prompt with each of its two answers.
+
+  >>> from rl_llm.tokenizers import ByteTokenizer
+  >>> example = Preference("2+2=", "4", "5", {})
+  >>> pair = encode_pair(example, ByteTokenizer(), prompt_format="plain")
+  >>> pair.chosen.tokens[4:], pair.rejected.tokens[4:]
+  ([52, 258], [53, 258])
+  """
+  return Pair(
+    *(
+      encode(
+        Demonstration(example.prompt, completion, example.columns),
+        tokenizer,
+        prompt_format=prompt_format,
+        system_prompt=system_prompt,
+      )
+      for completion in (example.chosen, example.rejected)
+    )
+  )
+
+
+def limit_sequences(sequences: Sequence[Encoded], *, limit: int, overlong: Overlong) -> Limited:
+  """Applies the policy for sequences longer than `limit`; counts them.
+
+  >>> long = Encoded([5, 6, 7, 8], [False, False, True, True], 2)
+  >>> limit_sequences([long], limit=3, overlong="truncate_left").kept
+  [Encoded(tokens=[6, 7, 8], mask=[False, True, True], prompt_length=1)]
+  >>> limit_sequences([long], limit=2, overlong="truncate_right")
+  Limited(kept=[None], overlong=1, dropped=1)
+
+  Args:
+    sequences: from `encode`.
+    limit: tokens allowed, >= 1.
+    overlong: "error" stops; "drop" drops; "truncate_left" cuts the start, so the answer keeps its
+      end; "truncate_right" cuts the end, so the model never sees how the answer stops. A sequence
+      of which the cut leaves no prompt, or nothing to train on, is dropped.
+
+  Raises:
+    SequenceTooLong: under "error"; the message gives the number, the length and the ways out.
+    ValueError: limit or overlong is none of those allowed.
+  """
+  limited = _limit([(sequence,) for sequence in sequences], "sequence", limit, overlong)
+  return limited._replace(kept=[group and group[0] for group in limited.kept])
+
+
+def limit_pairs(pairs: Sequence[Pair], *, limit: int, overlong: Overlong) -> Limited:
+  """`limit_sequences` for pairs, which stay comparable: both lose the same part of their prompt.
+
+  Under "truncate_left" the longer answer decides what both lose. Under "truncate_right" each loses
+  its own end. A pair is dropped where either of its sequences would be.
+
+  >>> short = Encoded([5, 6, 7], [False, False, True], 2)
+  >>> long = Encoded([5, 6, 8, 9], [False, False, True, True], 2)
+  >>> [pair] = limit_pairs([Pair(short, long)], limit=3, overlong="truncate_left").kept
+  >>> pair.chosen.tokens, pair.rejected.tokens
+  ([6, 7], [6, 8, 9])
+  """
+  limited = _limit(pairs, "pair", limit, overlong)
+  return limited._replace(kept=[group and Pair(*group) for group in limited.kept])
+
+
+def _limit(
+  groups: Sequence[tuple[Encoded, ...]], name: str, limit: int, overlong: Overlong
+) -> Limited:
+  if limit < 1:
+    raise ValueError(f"limit={limit}: must be at least 1 token")
+  if overlong not in get_args(Overlong):
+    raise ValueError(f"overlong={overlong!r}: must be one of {', '.join(get_args(Overlong))}")
+  kept: list[tuple[Encoded, ...] | None] = []
+  count = 0
+  for index, group in enumerate(groups):
+    longest = max(len(sequence.tokens) for sequence in group)
+    if longest <= limit:
+      kept.append(group)
+      continue
+    count += 1
+    if overlong == "error":
+      raise SequenceTooLong(
+        f"{name} {index} has {longest} tokens, over the limit of {limit}; raise the limit, or "
+        "choose drop, truncate_left or truncate_right"
+      )
+    if overlong == "truncate_left":
+      group = tuple(_cut_start(sequence, longest - limit) for sequence in group)
+    if overlong == "truncate_right":
+      group = tuple(_cut_end(sequence, limit) for sequence in group)
+    usable = overlong != "drop" and all(any(sequence.mask) for sequence in group)
+    kept.append(group if usable else None)
+  return Limited(kept, count, sum(group is None for group in kept))
+
+
+def _cut_start(sequence: Encoded, count: int) -> Encoded:
+  tokens, mask = sequence.tokens[count:], sequence.mask[count:]
+  if 0 < sequence.prompt_length <= count:  # An answer to nothing.
+    mask = [False] * len(mask)
+  return Encoded(tokens, [False, *mask[1:]], max(sequence.prompt_length - count, 0))
+
+
+def _cut_end(sequence: Encoded, limit: int) -> Encoded:
+  return Encoded(
+    sequence.tokens[:limit], sequence.mask[:limit], min(sequence.prompt_length, limit)
+  )
+
+
+def _messages(content: Content, role: str) -> list[Message]:
+  if isinstance(content, str):
+    return [{"role": role, "content": content}] if content else []
+  return list(content)
+
+
+def _encode_plain(
+  prompt: Content, completion: Content, tokenizer: Tokenizer, system_prompt: str | None
+) -> Encoded:
+  if not isinstance(prompt, str) or not isinstance(completion, str):
+    raise TokenizerError("prompt_format='plain' needs text: use 'chat' for messages")
+  if system_prompt is not None:
+    raise TokenizerError("a system prompt needs a chat layout: leave it out or use 'chat'")
+  start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+  start += tokenizer.encode(prompt)
+  answer = [*tokenizer.encode(completion), tokenizer.eos_ids[0]]
+  mask = [False] * len(start) + [True] * len(answer)
+  return Encoded(start + answer, [False, *mask[1:]], len(start) if prompt else 0)
+
+
+def _encode_chat(
+  messages: list[Message], has_prompt: bool, turns: list[int], tokenizer: Tokenizer
+) -> Encoded:
+  """Encodes messages up to the last of `turns`, the places of the assistant's trained ones."""
+  guarded, mark = guard(messages, tokenizer.special_tokens)
+
+  def rendered(ends: list[int], header: bool) -> list[str]:
+    return chat_template.render_many(
+      tokenizer.chat_template,
+      [guarded[:end] for end in ends],
+      add_generation_prompt=header,
+      bos_token=tokenizer.bos_token,
+      eos_token=tokenizer.eos_token,
+    )
+
+  def encoded(text: str) -> list[int]:
+    pieces = text.split(mark) if mark else [text]
+    return [i for piece in pieces for i in tokenizer.encode(piece)]
+
+  befores = rendered(turns, True)
+  afters = rendered([turn + 1 for turn in turns], False)
+  tokens: list[int] = []
+  mask: list[bool] = []
+  starts: list[int] = []
+  done = ""
+  for turn, before, after in zip(turns, befores, afters, strict=True):
+    if not before.startswith(done):
+      raise ChatTemplateError(
+        f"the chat template writes the messages before messages[{turn}] otherwise than when they "
+        "came last (some drop earlier reasoning), so the model would be trained on a text that it "
+        "never sees; make one conversation of each answer, or use a template that keeps history"
+      )
+    if not after.startswith(before):
+      raise ChatTemplateError(
+        f"the chat template does not begin messages[{turn}] with the header it gives for sampling "
+        "(add_generation_prompt); write into the message what the header holds, or use a template "
+        "that begins alike"
+      )
+    between, answer = encoded(before[len(done) :]), encoded(after[len(before) :])
+    ends = [place for place, i in enumerate(answer) if i in tokenizer.eos_ids]
+    trained = ends[-1] + 1 if ends else len(answer)
+    starts.append(len(tokens) + len(between))
+    tokens += between + answer
+    mask += [False] * len(between) + [True] * trained + [False] * (len(answer) - trained)
+    done = after
+  return Encoded(tokens, [False, *mask[1:]], starts[0] if has_prompt else 0)

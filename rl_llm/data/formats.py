@@ -1,0 +1,361 @@
+r"""Data sets in the formats people already have: which columns there are, and what is in them.
+
+The names are TRL's, which most published data sets follow. Text may be plain or conversational, a
+list of `{"role", "content"}` messages; a whole row is one or the other.
+
+    prompt_only          prompt
+    prompt_completion    prompt, completion
+    preference           prompt, chosen, rejected
+    implicit_preference  chosen, rejected, which begin with the same prompt
+    unpaired             prompt, completion, label (true: wanted, false: unwanted)
+    text, messages       text or messages: language modelling, every assistant's turn is trained on
+
+Plain text that begins with "\n\nHuman:" is a transcript in the style of Anthropic's HH data, and
+becomes messages. All other columns of a row are kept, for the reward function.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from rl_llm.data.jsonl import DataError
+from rl_llm.data.parquet import read_table
+
+Content = str | list[dict[str, Any]]
+Format = Literal[
+  "prompt_only",
+  "prompt_completion",
+  "preference",
+  "implicit_preference",
+  "unpaired",
+  "text",
+  "messages",
+]
+
+COLUMNS = {
+  "prompt_only": ("prompt",),
+  "prompt_completion": ("prompt", "completion"),
+  "preference": ("prompt", "chosen", "rejected"),
+  "implicit_preference": ("chosen", "rejected"),
+  "unpaired": ("prompt", "completion", "label"),
+  "text": ("text",),
+  "messages": ("messages",),
+}
+_CONTENT = {name for names in COLUMNS.values() for name in names} - {"label"}
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class Prompt(NamedTuple):
+  """Something to answer; the columns go to the reward function by name."""
+
+  prompt: Content
+  columns: dict[str, Any]
+
+
+class Demonstration(NamedTuple):
+  """An answer to imitate. In language modelling the prompt is empty, "" or []."""
+
+  prompt: Content
+  completion: Content
+  columns: dict[str, Any]
+
+
+class Preference(NamedTuple):
+  """Two answers to one prompt, of which the first is the better."""
+
+  prompt: Content
+  chosen: Content
+  rejected: Content
+  columns: dict[str, Any]
+
+
+class Unpaired(NamedTuple):
+  """An answer, and whether it is wanted."""
+
+  prompt: Content
+  completion: Content
+  label: bool
+  columns: dict[str, Any]
+
+
+Example = Prompt | Demonstration | Preference | Unpaired
+
+
+class Dataset(NamedTuple):
+  """The good rows of a file.
+
+  Attributes:
+    format: what the file is, a key of `COLUMNS`.
+    examples: one per good row; all of the type that belongs to the format.
+    lines: the line (in Parquet: row) number of each, from 1.
+    errors: one message `path:line: what; fix` per dropped row; always empty in strict reading.
+  """
+
+  format: Format
+  examples: tuple[Example, ...]
+  lines: tuple[int, ...]
+  errors: tuple[str, ...]
+
+
+def read_dataset(path: str, *, format: Format | None = None, strict: bool = True) -> Dataset:
+  """Reads JSONL (plain or gzip) or Parquet in any of the formats above.
+
+  A row is of a format if it has all of that format's columns and no other column with a meaning
+  here. Without `format` the file is what most of its rows are, so that a broken first row cannot
+  turn pairs into prompts.
+
+  >>> import tempfile
+  >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+  ...   _ = file.write('{"chosen": "2+2? 4", "rejected": "2+2? 5", "level": 1}\\n'); file.flush()
+  ...   found = read_dataset(file.name)
+  >>> found.format
+  'implicit_preference'
+  >>> found.examples[0]
+  Preference(prompt='2+2?', chosen=' 4', rejected=' 5', columns={'level': 1})
+
+  Args:
+    path: the file; what kind it is, its first bytes say.
+    format: a key of `COLUMNS` where the columns leave a choice: other columns are then the user's
+      own. None recognises it.
+    strict: whether the first broken row is an error; otherwise broken rows are dropped, each with
+      its message (`count_reasons` adds them up).
+
+  Returns:
+    The examples, their line numbers, and the messages of the rows dropped.
+
+  Raises:
+    DataError: no such file, a damaged one, no good row in it, columns of no format or of several,
+      or (strict) a broken row.
+  """
+  if format is not None and format not in COLUMNS:
+    raise DataError(f"format={format!r}: must be one of {', '.join(COLUMNS)}")
+  exact = format is None
+  chosen = _recognise_file(path) if format is None else format
+
+  def check(row: dict[str, Any]) -> str:
+    try:
+      if exact and (problem := _misfit(row, chosen)):
+        return problem
+      _example(row, chosen)
+    except DataError as error:
+      return str(error)
+    return ""
+
+  rows = read_table(path, check=check, strict=strict)
+  examples = tuple(_example(row, chosen) for row in rows.rows)
+  return Dataset(chosen, examples, rows.lines, rows.errors)
+
+
+def recognise(columns: Iterable[str]) -> Format:
+  """The format that has these columns.
+
+  >>> recognise(["prompt", "chosen", "rejected", "source"])
+  'preference'
+
+  Raises:
+    DataError: they fit none, or more than one.
+  """
+  columns = set(columns)
+  present = (columns & _CONTENT) | ({"label"} & columns if "completion" in columns else set())
+  for name, needed in COLUMNS.items():
+    if set(needed) == present:
+      return name
+  listed = ", ".join(map(repr, sorted(present or columns)))
+  fits = [name for name, needed in COLUMNS.items() if set(needed) <= present]
+  if fits:
+    raise DataError(
+      f"ambiguous columns {listed}: could be {' or '.join(fits)} with columns of your own; say "
+      "which with format=, or rename those that are yours"
+    )
+  known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
+  raise DataError(f"columns {listed} are of no known format; rename or add some ({known})")
+
+
+def count_reasons(errors: Iterable[str]) -> dict[str, int]:
+  """How many rows were dropped for which reason, the most frequent first; they add up to all.
+
+  >>> count_reasons(["a.jsonl:3: not JSON: cut short at column 9; write ...",
+  ...                "a.jsonl:7: not JSON: cut short at column 2; write ...",
+  ...                "a.jsonl:8: 'prompt' is null; write it"])
+  {'not JSON': 2, "'prompt' is null": 1}
+
+  Args:
+    errors: `errors` of a `Dataset` or of `Rows`.
+  """
+
+  def reason(message: str) -> str:
+    text = re.sub(r"^.*?:\d+: ", "", message, count=1)
+    return re.sub(r"\d+", "N", re.split(r"[:;(]", text, maxsplit=1)[0]).strip()
+
+  return dict(Counter(map(reason, errors)).most_common())
+
+
+def transcript_messages(text: str) -> list[dict[str, str]]:
+  r"""The messages of an HH-style transcript; a last turn that is only "Assistant:" is left out.
+
+  >>> transcript_messages("\n\nHuman: 2+2?\n\nAssistant: 4")
+  [{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}]
+
+  Raises:
+    DataError: the text does not begin with "Human:" or "Assistant:" (after line breaks).
+  """
+  text = "\n\n" + text.lstrip("\n")
+  start, *pieces = _TURN.split(text)
+  if start or not pieces:
+    raise DataError("a transcript that does not begin with a turn; begin with '\\n\\nHuman: '")
+  messages = [
+    {"role": _ROLES[name], "content": content.strip()}
+    for name, content in zip(pieces[::2], pieces[1::2], strict=True)
+  ]
+  if messages[-1] == {"role": "assistant", "content": ""}:
+    messages.pop()
+  return messages
+
+
+def _recognise_file(path: str) -> Format:
+  """What most rows are; the first message if none is anything."""
+  found, first = Counter(), ""
+  rows = read_table(path, strict=False)
+  for row, line in zip(rows.rows, rows.lines, strict=True):
+    try:
+      found[recognise(row)] += 1
+    except DataError as error:
+      first = first or f"{path}:{line}: {error}"
+  if not found:
+    raise DataError(first)
+  return found.most_common(1)[0][0]
+
+
+def _misfit(row: Mapping[str, Any], format: Format) -> str:
+  """Why a row is not of the format that most rows of its file have."""
+  missing = [name for name in COLUMNS[format] if name not in row]
+  if missing:
+    return _missing(row, missing[0])
+  other = recognise(row)
+  if other != format:
+    return f"columns of {other} among rows of {format}; make them alike or say which with format="
+  return ""
+
+
+def _missing(row: Mapping[str, Any], name: str) -> str:
+  return f"no key {name!r}; add it to {', '.join(map(repr, row)) or 'the empty row'}"
+
+
+def _example(row: Mapping[str, Any], format: Format) -> Example:
+  """The example in a row; raises DataError with what is wrong with it."""
+  names = COLUMNS[format]
+  for name in names:
+    if name not in row:
+      raise DataError(_missing(row, name))
+    if row[name] is None:
+      raise DataError(f"{name!r} is null; write it or remove the row")
+  texts = {name: row[name] for name in names if name != "label"}
+  for name, content in texts.items():
+    _check_content(name, content)
+  kinds = {type(content) for content in texts.values()}
+  if len(kinds) > 1:
+    raise DataError(
+      f"{' and '.join(map(repr, texts))} are neither all text nor all messages; write them alike"
+    )
+  columns = {name: value for name, value in row.items() if name not in names}
+  if "label" in names and not isinstance(row["label"], bool):
+    raise DataError(
+      f"'label' is of type {type(row['label']).__name__}; write true or false, or say "
+      "format='prompt_completion' if it is a column of your own"
+    )
+  texts = _transcripts_to_messages(texts)
+  if format == "prompt_only":
+    prompt = texts["prompt"]
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+      raise DataError("'prompt' ends with the assistant's message; nothing is left to answer")
+    return Prompt(prompt, columns)
+  if format == "implicit_preference":
+    texts = _split_common_prompt(texts["chosen"], texts["rejected"])
+  for name, content in texts.items():
+    if name in ("completion", "chosen", "rejected") and isinstance(content, list):
+      if content[0]["role"] != "assistant":
+        raise DataError(
+          f"{name!r} begins with the message of {content[0]['role']!r}; begin it with the "
+          "assistant's, and put what comes before into 'prompt'"
+        )
+  if format in ("text", "messages"):
+    content = texts[format]
+    if isinstance(content, list) and "assistant" not in [m["role"] for m in content[1:]]:
+      raise DataError(f"{format!r} has no answer of the assistant; there is nothing to train on")
+    return Demonstration(content[:0], content, columns)
+  if format == "prompt_completion":
+    return Demonstration(**texts, columns=columns)
+  if format == "unpaired":
+    return Unpaired(**texts, label=row["label"], columns=columns)
+  return Preference(**texts, columns=columns)
+
+
+def _check_content(name: str, content: Any) -> None:
+  if isinstance(content, str):
+    if name == "messages":
+      raise DataError("'messages' is text; write a list of messages, or name the column 'text'")
+    if not content.strip():
+      raise DataError(f"{name!r} is empty; write it or remove the row")
+    return
+  if not isinstance(content, list):
+    raise DataError(
+      f"{name!r} is of type {type(content).__name__}; write text or a list of messages"
+    )
+  if name == "text":
+    raise DataError("'text' is a list; write text, or name the column 'messages'")
+  if not content:
+    raise DataError(f"{name!r} has no message; write one or remove the row")
+  for message in content:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+      raise DataError(f"{name!r} holds a message without a role; write role and content as text")
+    if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+      raise DataError(f"{name!r} holds a message without content; write role and content as text")
+
+
+def _transcripts_to_messages(texts: dict[str, Content]) -> dict[str, Content]:
+  """Replaces HH-style text by messages. A completion goes on where its prompt ends."""
+  if not any(isinstance(text, str) and text.startswith("\n\nHuman:") for text in texts.values()):
+    return texts
+  if "prompt" not in texts:
+    return {name: transcript_messages(text) for name, text in texts.items()}
+  start = texts["prompt"].rstrip()
+  prompt = transcript_messages(start)
+  if not start.endswith("\n\nAssistant:"):
+    start += "\n\nAssistant:"
+  result = {"prompt": prompt}
+  for name, text in texts.items():
+    if name != "prompt":
+      text = text.lstrip().removeprefix("Assistant:")
+      result[name] = transcript_messages(f"{start} {text}")[len(prompt) :]
+  return result
+
+
+def _split_common_prompt(chosen: Content, rejected: Content) -> dict[str, Content]:
+  """Takes the prompt off two answers that both begin with it: their longest common beginning.
+
+  In text, a word that only begins alike is no part of the prompt ("It" and "Is" share an I, which
+  TRL would leave there), and a space before the answers belongs to them, as in vocabularies (" 4").
+  """
+  size = 0
+  for one, other in zip(chosen, rejected, strict=False):
+    if one != other:
+      break
+    size += 1
+  if isinstance(chosen, str):
+    if chosen[size : size + 1].isalnum() or rejected[size : size + 1].isalnum():
+      while size and chosen[size - 1].isalnum():
+        size -= 1
+    if chosen[size:] and rejected[size:]:
+      size = len(chosen[:size].rstrip(" "))
+  if not size:
+    raise DataError("'chosen' and 'rejected' share no prompt; add the column 'prompt'")
+  if size == min(len(chosen), len(rejected)):
+    raise DataError(
+      "'chosen' and 'rejected' are the same, or one is the beginning of the other; where the "
+      "prompt ends cannot be told, add the column 'prompt'"
+    )
+  return {"prompt": chosen[:size], "chosen": chosen[size:], "rejected": rejected[size:]}

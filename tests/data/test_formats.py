@@ -1,0 +1,284 @@
+"""Every format, as text and as messages, from JSONL, gzip and Parquet; broken rows by the dozen."""
+
+import gzip
+import json
+
+import pytest
+
+from rl_llm.data import (
+  DataError,
+  Demonstration,
+  Preference,
+  Prompt,
+  Unpaired,
+  count_reasons,
+  read_dataset,
+  recognise,
+  transcript_messages,
+)
+
+
+def user(text):
+  return {"role": "user", "content": text}
+
+
+def assistant(text):
+  return {"role": "assistant", "content": text}
+
+
+Q, GOOD, BAD = [user("2+2?")], [assistant("4")], [assistant("5")]
+MORE = {"level": 1, "tags": ["a", None]}
+
+# format -> (row as text, row as messages, example of the first, example of the second)
+FORMATS = {
+  "prompt_only": (
+    {"prompt": "2+2?"}, {"prompt": Q}, Prompt("2+2?", MORE), Prompt(Q, MORE),
+  ),
+  "prompt_completion": (
+    {"prompt": "2+2?", "completion": "4"},
+    {"prompt": Q, "completion": GOOD},
+    Demonstration("2+2?", "4", MORE),
+    Demonstration(Q, GOOD, MORE),
+  ),
+  "preference": (
+    {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+    {"prompt": Q, "chosen": GOOD, "rejected": BAD},
+    Preference("2+2?", "4", "5", MORE),
+    Preference(Q, GOOD, BAD, MORE),
+  ),
+  "implicit_preference": (
+    {"chosen": "2+2? It is 4", "rejected": "2+2? Is it 5"},
+    {"chosen": Q + GOOD, "rejected": Q + BAD},
+    Preference("2+2?", " It is 4", " Is it 5", MORE),
+    Preference(Q, GOOD, BAD, MORE),
+  ),
+  "unpaired": (
+    {"prompt": "2+2?", "completion": "5", "label": False},
+    {"prompt": Q, "completion": GOOD, "label": True},
+    Unpaired("2+2?", "5", False, MORE),
+    Unpaired(Q, GOOD, True, MORE),
+  ),
+  "text": ({"text": "2+2=4"}, {"text": "6*7"}, Demonstration("", "2+2=4", MORE),
+           Demonstration("", "6*7", MORE)),
+  "messages": ({"messages": Q + GOOD}, {"messages": Q + BAD}, Demonstration([], Q + GOOD, MORE),
+               Demonstration([], Q + BAD, MORE)),
+}
+
+
+def jsonl(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+def zipped(path, rows):
+  path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+  return str(path)
+
+
+def parquet(path, rows):
+  arrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet as pq
+
+  pq.write_table(arrow.Table.from_pylist(rows), path)
+  return str(path)
+
+
+@pytest.mark.parametrize("write", [jsonl, zipped, parquet])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats(tmp_path, write, kind):
+  for row, example in zip(FORMATS[kind][:2], FORMATS[kind][2:], strict=True):
+    found = read_dataset(write(tmp_path / "rows", [row | MORE] * 2))
+    assert found == (kind, (example, example), (1, 2), ())
+    assert type(found.examples[0]) is type(example)
+
+
+def test_a_format_said_makes_the_other_columns_ones_own(tmp_path):
+  row = {"prompt": "a", "completion": "b", "label": "easy", "text": "c"}
+  path = jsonl(tmp_path / "rows.jsonl", [row])
+  with pytest.raises(DataError, match="rows.jsonl:1: ambiguous columns .*prompt_only or "):
+    read_dataset(path)
+  found = read_dataset(path, format="prompt_completion")
+  assert found.examples == (Demonstration("a", "b", {"label": "easy", "text": "c"}),)
+  assert read_dataset(path, format="text").examples[0].completion == "c"
+  with pytest.raises(DataError, match="rows.jsonl:1: 'label' is of type str; .*format="):
+    read_dataset(path, format="unpaired")
+  with pytest.raises(DataError, match="format='dpo': must be one of prompt_only"):
+    read_dataset(path, format="dpo")
+
+
+@pytest.mark.parametrize(
+  "columns, said",
+  [
+    ({"prompt", "chosen"}, "ambiguous columns 'chosen', 'prompt': could be prompt_only"),
+    ({"messages", "prompt"}, "ambiguous .* prompt_only or messages"),
+    ({"chosen"}, "columns 'chosen' are of no known format"),
+    ({"question", "answer"}, "columns 'answer', 'question' are of no known format"),
+    ({"label"}, "columns 'label' are of no known format"),
+  ],
+)
+def test_columns_of_none_or_several(columns, said):
+  with pytest.raises(DataError, match=said):
+    recognise(columns)
+
+
+def test_most_rows_decide_so_that_a_broken_first_one_does_not(tmp_path):
+  pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+  rows = [{"prompt": "p"}, pair, {"chosen": "p a", "rejected": "p b"}, pair, pair | {"text": "t"}]
+  path = jsonl(tmp_path / "rows.jsonl", rows)
+  with pytest.raises(DataError, match="rows.jsonl:1: no key 'chosen'; add it to 'prompt'"):
+    read_dataset(path)
+  found = read_dataset(path, strict=False)
+  assert found.format == "preference" and found.lines == (2, 4)
+  assert [error.split(":")[1] for error in found.errors] == ["1", "3", "5"]
+  # With two more of the third kind, the prompt is what is too much.
+  path = jsonl(tmp_path / "rows.jsonl", [rows[1], rows[2], rows[2]])
+  with pytest.raises(DataError, match=":1: columns of preference among rows of implicit"):
+    read_dataset(path)
+
+
+BROKEN = [
+  ({"prompt": None, "completion": "b"}, "'prompt' is null"),
+  ({"prompt": 3, "completion": "b"}, "'prompt' is of type int"),
+  ({"prompt": " ", "completion": "b"}, "'prompt' is empty"),
+  ({"prompt": [], "completion": GOOD}, "'prompt' has no message"),
+  ({"prompt": ["hi"], "completion": GOOD}, "'prompt' holds a message without a role"),
+  ({"prompt": [{"role": "user"}], "completion": GOOD}, "'prompt' holds a message without content"),
+  ({"prompt": Q, "completion": "4"}, "'prompt' and 'completion' are neither all text nor all mess"),
+  ({"prompt": Q, "completion": Q}, "'completion' begins with the message of 'user'"),
+  ({"prompt": "a", "completion": "b", "label": 1}, "'label' is of type int; write true or false"),
+  ({"chosen": "4", "rejected": "5"}, "share no prompt"),
+  ({"chosen": "2+2? 4", "rejected": "2+2? 4"}, "the same, or one is the beginning"),
+  ({"chosen": "2+2? 4", "rejected": "2+2? 4."}, "the same, or one is the beginning"),
+  ({"chosen": Q + GOOD, "rejected": Q}, "the same, or one is the beginning"),
+  ({"chosen": Q + [user("a")], "rejected": Q + [user("b")]}, "'chosen' begins with the message of"),
+  ({"prompt": Q + GOOD}, "'prompt' ends with the assistant's message"),
+  ({"messages": "hi"}, "'messages' is text"),
+  ({"messages": Q}, "'messages' has no answer of the assistant"),
+  ({"text": Q}, "'text' is a list"),
+]
+
+
+@pytest.mark.parametrize("row, said", BROKEN)
+def test_broken_rows(tmp_path, row, said):
+  row = row | {"extra": 1}
+  with pytest.raises(DataError, match=f"rows.jsonl:1: {'.*'}{said}"):
+    read_dataset(jsonl(tmp_path / "rows.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+  "prompt, chosen, rejected",
+  [
+    ("2+2=", "4", "5"),
+    ("2+2?", " 41", " 42"),
+    ("2+2?\n", "  it", "  is"),
+    ("Is it so?", " Is", " Isn't"),
+    ("2+2?", " 4", " 42"),
+  ],
+)
+def test_where_an_implicit_prompt_ends(tmp_path, prompt, chosen, rejected):
+  row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+  path = jsonl(tmp_path / "rows.jsonl", [row])
+  [found] = read_dataset(path).examples
+  assert found.chosen + found.rejected == chosen + rejected and found.prompt == prompt
+
+
+def test_tool_calls_stand_for_content(tmp_path):
+  call = {"role": "assistant", "tool_calls": [{"name": "add"}]}
+  row = {"prompt": Q, "completion": [call, {"role": "tool", "content": "4"}, assistant("4")]}
+  for write in (jsonl, parquet):
+    # Parquet gives every message every key: those that are null come back as absent.
+    found = read_dataset(write(tmp_path / "rows", [row]))
+    assert found.examples[0].completion == row["completion"]
+
+
+PROMPT = "\n\nHuman: Hi.\n\nAssistant: Yes?\n\nHuman: 2+2?\n\nAssistant:"
+TALK = [user("Hi."), assistant("Yes?"), user("2+2?")]
+
+
+@pytest.mark.parametrize(
+  "row, example",
+  [
+    ({"chosen": PROMPT + " 4", "rejected": PROMPT + " 5"}, Preference(TALK, GOOD, BAD, {})),
+    ({"prompt": PROMPT, "chosen": " 4", "rejected": " 5"}, Preference(TALK, GOOD, BAD, {})),
+    ({"prompt": PROMPT + " ", "completion": "4\n"}, Demonstration(TALK, GOOD, {})),
+    ({"prompt": PROMPT}, Prompt(TALK, {})),
+    ({"prompt": PROMPT.removesuffix("\n\nAssistant:"), "completion": "\n\nAssistant: 4"},
+     Demonstration(TALK, GOOD, {})),
+    ({"text": PROMPT + " 4"}, Demonstration([], TALK + GOOD, {})),
+  ],
+)
+def test_transcripts_become_messages(tmp_path, row, example):
+  assert read_dataset(jsonl(tmp_path / "rows.jsonl", [row])).examples == (example,)
+
+
+def test_transcripts_keep_what_only_looks_like_a_turn():
+  text = "\n\nHuman: Who said Human: or\nAssistant: first?\n\nAssistant: a\n\nb"
+  question, answer = "Who said Human: or\nAssistant: first?", "a\n\nb"
+  assert transcript_messages(text) == [user(question), assistant(answer)]
+  with pytest.raises(DataError, match="does not begin with a turn"):
+    transcript_messages("Hello.\n\nHuman: Hi.")
+
+
+# The ten ways of breaking a row, and how its drop is counted. Two are not broken: a line may end in
+# CRLF, and a byte order mark may begin the file.
+PAIR = b'{"prompt": "1+1?", "chosen": "2", "rejected": "3"}'
+TEN_WAYS = {
+  "bad JSON": (b'{"prompt": "1+1?", "chosen": }', "not JSON"),
+  "missing key": (b'{"prompt": "1+1?", "chosen": "2"}', "no key 'rejected'"),
+  "null": (PAIR.replace(b'"2"', b"null"), "'chosen' is null"),
+  "wrong type": (PAIR.replace(b'"3"', b"3"), "'rejected' is of type int"),
+  "lone surrogate": (PAIR.replace(b"1+1", b"\\ud800"), "text contains half a character"),
+  "NUL": (PAIR.replace(b"1+1", b"a\\u0000b"), "text contains a NUL character"),
+  "10 MB row": (PAIR.replace(b"1+1", b"x" * (10 << 20)), "longer than N bytes"),
+  "duplicate keys": (PAIR[:-1] + b', "chosen": "4"}', "the key 'chosen' appears twice"),
+  "BOM inside": (b"\xef\xbb\xbf" + PAIR, "not JSON"),
+  "CRLF inside": (PAIR.replace(b"1+1", b"1\r1"), "not JSON"),
+}
+
+
+@pytest.fixture(scope="module")
+def one_percent(tmp_path_factory):
+  path = tmp_path_factory.mktemp("broken") / "rows.jsonl"
+  ways = list(TEN_WAYS)
+  with open(path, "wb") as file:
+    file.write(b"\xef\xbb\xbf")
+    for number in range(1, 10_001):
+      broken = number % 100 == 37
+      row = TEN_WAYS[ways[number // 100 % 10]][0] if broken else PAIR
+      file.write(row + (b"\r\n" if number % 3 == 0 else b"\n"))
+  yield str(path)
+  path.unlink()
+
+
+def test_one_percent_broken_strict_stops_at_the_first(one_percent):
+  with pytest.raises(DataError, match=r"rows.jsonl:37: not JSON: .*at column 30") as error:
+    read_dataset(one_percent)
+  assert len(str(error.value)) < 500
+
+
+def test_one_percent_broken_lenient_counts_exactly(one_percent):
+  found = read_dataset(one_percent, strict=False)
+  assert found.format == "preference"
+  assert found.examples == (Preference("1+1?", "2", "3", {}),) * 9_900
+  assert found.lines == tuple(n for n in range(1, 10_001) if n % 100 != 37)
+  assert [e.removeprefix(one_percent + ":").split(":")[0] for e in found.errors] == [
+    str(n) for n in range(37, 10_001, 100)
+  ]
+  expected = {reason: 10 for _, reason in TEN_WAYS.values()} | {"not JSON": 30}
+  assert count_reasons(found.errors) == expected
+
+
+@pytest.mark.parametrize("way", TEN_WAYS)
+def test_each_way_of_breaking_a_row_stops_a_strict_reading(tmp_path, way):
+  path = tmp_path / "rows.jsonl"
+  path.write_bytes(b"\n".join([PAIR, PAIR, TEN_WAYS[way][0], PAIR]))
+  with pytest.raises(DataError, match=f"rows.jsonl:3: {TEN_WAYS[way][1].replace('N b', '.* b')}"):
+    read_dataset(str(path))
+
+
+def test_no_row_is_usable(tmp_path):
+  path = jsonl(tmp_path / "rows.jsonl", [{"prompt": ""}, {"prompt": 3}])
+  with pytest.raises(DataError, match=r"no usable row \(2 broken; the first: .*:1: 'prompt' is"):
+    read_dataset(path, strict=False)
+  with pytest.raises(DataError, match="absent.jsonl: no such file"):
+    read_dataset(str(tmp_path / "absent.jsonl"))
