@@ -28,7 +28,7 @@ class Cache(NamedTuple):
 
   Every leaf but `cursor` has the batch first, so rows can be repeated or gathered with
   `jax.tree.map`. Keys and values lie as a decode step multiplies them: with heads after columns,
-  a CPU copies the whole cache at every token.
+  or keys with their columns first, a CPU rearranges the whole cache at every token.
   """
 
   keys: tuple[chex.Array, ...]  # one a layer, [B, K, H, S] in the compute dtype, rotated

@@ -81,7 +81,7 @@ def test_attend_against_loops(cap):
   b, t, s, n, k, h = 2, 3, 5, 6, 2, 4
   query, keys, values = (
     rng.standard_normal(shape).astype(np.float32)
-    for shape in ((b, t, n, h), (b, k, s, h), (b, k, s, h))
+    for shape in ((b, t, n, h), (b, k, h, s), (b, k, s, h))
   )
   mask = rng.random((b, 1, t, s)) < 0.6
   mask[..., 0] = True
@@ -90,7 +90,7 @@ def test_attend_against_loops(cap):
     for j in range(t):
       for head in range(n):
         group = head // (n // k)
-        scores = 0.3 * (keys[i, group] @ query[i, j, head])
+        scores = 0.3 * (query[i, j, head] @ keys[i, group])
         scores = scores if cap is None else cap * np.tanh(scores / cap)
         weights = np.exp(scores) * mask[i, 0, j]
         expected = (weights / weights.sum()) @ values[i, group]
@@ -98,7 +98,7 @@ def test_attend_against_loops(cap):
   if cap is None:  # The path without a cache is jax.nn's: the same function in another layout.
     theirs = jax.nn.dot_product_attention(
       jnp.asarray(query),
-      jnp.asarray(keys.transpose(0, 2, 1, 3)),
+      jnp.asarray(keys.transpose(0, 3, 1, 2)),
       jnp.asarray(values.transpose(0, 2, 1, 3)),
       mask=jnp.asarray(mask),
       scale=0.3,
