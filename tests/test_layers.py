@@ -115,7 +115,7 @@ def test_the_safety_rule_itself(source, found):
 def test_importing_the_losses_loads_arrays_alone():
   program = (
     "import sys, rl_llm.losses, rl_llm.weighting, rl_llm.logprobs;"
-    "import rl_llm.advantages, rl_llm.presets;"
+    "import rl_llm.advantages, rl_llm.controllers, rl_llm.kl, rl_llm.presets;"
     "heavy = {'flax', 'optax', 'orbax', 'grain', 'rich'} & set(sys.modules);"
     "sys.exit(f'loaded {sorted(heavy)}' if heavy else 0)"
   )
