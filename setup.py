@@ -14,7 +14,7 @@ EXTRAS = {
   # Data sets in Parquet files.
   "parquet": ["pyarrow>=18"],
   # Developers: tests, linting.
-  "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+  "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "pyarrow>=18"],
   # Regenerating the committed goldens against transformers.
   "parity": ["torch>=2.6", "transformers>=4.57", "gguf>=0.17", "sentencepiece"],
 }

