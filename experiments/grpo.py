@@ -59,6 +59,7 @@ from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
+  Gsm8kOptions,
   JsonlOptions,
   ReasoningGymOptions,
   Task,
@@ -152,7 +153,7 @@ class Optimizer:
 class Evaluation:
   """Accuracy on problems that training never draws."""
 
-  every: int = option(12, "steps between evaluations; first and last are always done", min=1)
+  every: int = option(16, "steps between evaluations; first and last are always done", min=1)
   problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
   samples: int = option(7, "responses a problem at temperature 1, beside the greedy one", min=1)
 
@@ -170,7 +171,9 @@ class Config:
   """Everything that defines a run."""
 
   model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, or a .gguf file")
-  task: str = option("arithmetic", "arithmetic, copy, reasoning_gym:<name> or jsonl:<path>")
+  task: str = option(
+    "arithmetic", "arithmetic, copy, reasoning_gym:<name>, jsonl:<path> or gsm8k:<path>"
+  )
   preset: Literal[
     "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
   ] = option(
@@ -178,7 +181,7 @@ class Config:
   )
   workdir: str = option("", "the run's directory; empty = runs/grpo-<model>-<task>-seed<seed>")
   seed: int = option(0, "of problems and samples, and of the tiny model's weights", min=0)
-  steps: int = option(24, "rollouts, each followed by its updates", min=1)
+  steps: int = option(32, "rollouts, each followed by its updates", min=1)
   prompts_per_step: int = option(16, "P, problems a step", min=1)
   responses_per_prompt: int = option(8, "G, responses a problem", min=2)
   max_prompt_tokens: int = option(512, "limit of a prompt's length", min=1)
@@ -213,6 +216,7 @@ class Config:
   copy: CopyOptions = CopyOptions()
   reasoning_gym: ReasoningGymOptions = ReasoningGymOptions()
   jsonl: JsonlOptions = JsonlOptions()
+  gsm8k: Gsm8kOptions = Gsm8kOptions()
 
 
 # What a two-layer model of random weights needs instead of a pretrained one's defaults.

@@ -83,8 +83,8 @@ CASES = {
     ["--sampling.top_k=5", "--sampling.allow_truncated"],
   ),
   "warm-up without end": (
-    ["--optimizer.schedule=cosine", "--optimizer.warmup_steps=30"],
-    ["--optimizer.warmup_steps=30", "less than steps (30)"],
+    ["--optimizer.schedule=cosine", "--optimizer.warmup_steps=32"],
+    ["--optimizer.warmup_steps=32", "less than steps (32)"],
   ),
   "unknown task": (["--model=tiny", "--task=aritmetic"], ["aritmetic", "arithmetic"]),
   "task option": (
@@ -107,6 +107,7 @@ CASES = {
     ["--model=tiny", "--task=jsonl:broken.jsonl", "--jsonl.reward_file=reward.py"],
     ["broken.jsonl:2: "],
   ),
+  "broken row of GSM8K": (["--model=tiny", "--task=gsm8k:rows.jsonl"], ["rows.jsonl:1: "]),
   "no such rows": (
     ["--model=tiny", "--task=jsonl:nowhere.jsonl", "--jsonl.reward_file=reward.py"],
     ["nowhere.jsonl"],
