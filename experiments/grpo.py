@@ -11,8 +11,8 @@ reward model, no preference data: a grader and G answers a question.
 
 Rerunning the same command goes on from the last checkpoint; so does it after Ctrl-C or a kill.
 
-Measured with the first command, seed 0, on 2 cores shared with other work: 100 held-out sums, right
-at temperature 1 from 0.16 to 0.87, greedily from 0.67 to 0.89, in 983 s of training and evaluation.
+Measured with the first command and --steps=24, seed 0, on 2 cores: of 100 held-out sums, right at
+temperature 1 from 0.19 to 0.93, greedily from 0.69 to 0.96, in 569 s of training and evaluation.
 """
 
 from __future__ import annotations
