@@ -22,6 +22,7 @@ import json
 import logging as python_logging
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ class Checkpointer:
       _wait_for_all(f"rl_llm_checkpoint_done_{step}")
     except BaseException as error:
       if first:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
       if isinstance(error, Exception):
         raise CheckpointError(
             f"step {step} could not be saved in {self.directory}: {_brief(error)}. Earlier "
@@ -402,6 +403,15 @@ def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
 
 
 # Files
+
+def _remove(directory: Path) -> None:
+  """Removes what a failed save left; Orbax's threads may still be writing when it raises."""
+  for _ in range(20):
+    shutil.rmtree(directory, ignore_errors=True)
+    if not directory.exists():
+      return
+    time.sleep(0.1)
+
 
 def _checked_extra(extra: dict | None) -> dict:
   try:
