@@ -121,19 +121,13 @@ def export(job: dict, channel: Channel) -> None:
   """Writes our weights and tokenizer where transformers reads them: same numbers, same ids."""
   from rl_llm.model import load_model
   from rl_llm.policy import save_hf
+  from rl_llm.tokenizers import save_tokenizer
 
   model = load_model(job["model"])
   directory = Path(job["directory"])
   save_hf(directory, model.policy.config, model.params)
-  tokenizer = model.tokenizer
-  tokenizer.backend.save(str(directory / "tokenizer.json"))
-  settings = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": tokenizer.eos_token,
-    "pad_token": tokenizer.eos_token,
-  }
-  (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-  channel.send({"eos_ids": list(tokenizer.eos_ids)})
+  save_tokenizer(directory, model.tokenizer)
+  channel.send({"eos_ids": list(model.tokenizer.eos_ids)})
 
 
 def ours(job: dict, channel: Channel) -> None:

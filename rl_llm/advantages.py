@@ -30,8 +30,7 @@ from rl_llm.types import (
   check_above,
   check_between,
   check_choice,
-  check_mask,
-  check_ndim,
+  check_members,
   check_same_shape,
 )
 
@@ -87,7 +86,7 @@ def token_rewards(outcomes, mask, *, kl=None, kl_coef=0.0) -> Array:
   Reference: Ouyang et al., 2022, Training language models to follow instructions with human
     feedback, https://arxiv.org/abs/2203.02155
   """
-  _check_mask(mask)
+  check_members(mask)
   if jnp.shape(outcomes) != jnp.shape(mask)[:1]:
     raise ValueError(
       f"outcomes has shape {jnp.shape(outcomes)}; it must be [B] = {jnp.shape(mask)[:1]}."
@@ -126,7 +125,7 @@ def discounted_returns(rewards, mask, *, discount=1.0) -> Array:
 
   Needs: samples, reward.
   """
-  _check_mask(mask)
+  check_members(mask)
   check_same_shape("rewards", rewards, "mask", mask)
 
   def step(following, reward_and_mask):
@@ -177,7 +176,7 @@ def gae(
   Reference: Schulman et al., 2015, High-Dimensional Continuous Control Using GAE,
     https://arxiv.org/abs/1506.02438
   """
-  _check_mask(mask)
+  check_members(mask)
   check_same_shape("rewards", rewards, "mask", mask)
   check_same_shape("values", values, "mask", mask)
   rewards, values = at_least_float32(rewards), at_least_float32(values)
@@ -233,7 +232,7 @@ def length_adaptive_lambda(mask, *, alpha=0.05) -> Array:
   Reference: Yue et al., 2025, VAPO, https://arxiv.org/abs/2504.05118
   """
   check_above("alpha", alpha, 0)
-  _check_mask(mask)
+  check_members(mask)
   length = jnp.sum(mask, axis=1).astype(jnp.float32)
   return jnp.maximum(0, 1 - 1 / (alpha * jnp.maximum(length, 1)))
 
@@ -306,7 +305,7 @@ def reinforce_plus_plus_baseline(rewards, mask, *, ddof=1, eps=1e-8, where=None)
   """
   check_above("eps", eps, 0)
   centred = group_relative(rewards, scale="none", where=where).reshape(-1, 1)
-  _check_mask(mask)
+  check_members(mask)
   mask = jnp.asarray(mask)
   if centred.size != mask.shape[0]:
     raise ValueError(f"mask has shape {mask.shape}; it needs P * G = {centred.size} rows.")
@@ -356,7 +355,7 @@ def optimal_token_baseline(
   Reference: Li et al., 2026, The Optimal Token Baseline, https://arxiv.org/abs/2602.07078
   """
   check_choice("singleton", singleton, ("zero", "raw"))
-  _check_mask(mask)
+  check_members(mask)
   check_same_shape("returns", returns, "mask", mask)
   check_same_shape("logprobs", logprobs, "mask", mask)
   check_same_shape("sum_of_squares", sum_of_squares, "mask", mask)
@@ -409,11 +408,6 @@ def overlong_penalty(lengths, *, limit, cache) -> Array:
   if isinstance(limit, int | float):
     check_between("cache", cache, 0, limit)
   return jnp.clip((limit - cache - at_least_float32(lengths)) / cache, -1, 0)
-
-
-def _check_mask(mask):
-  check_mask("mask", mask)
-  check_ndim("mask", mask, 2, "[B, T]")
 
 
 def _backwards(step, carry, *arrays):

@@ -60,6 +60,12 @@ def check_mask(name: str, x) -> None:
     raise ValueError(f"{name} has dtype {dtype}; it must be bool: pass `{name} != 0`.")
 
 
+def check_members(mask) -> None:
+  """Raises unless `mask` is a bool array [B, T]: which tokens belong to a response."""
+  check_mask("mask", mask)
+  check_ndim("mask", mask, 2, "[B, T]")
+
+
 def check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
   """Raises unless `value` is one of the strings `allowed`."""
   if value not in allowed:

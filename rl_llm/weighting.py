@@ -34,7 +34,7 @@ from rl_llm.types import (
   check_between,
   check_choice,
   check_mask,
-  check_ndim,
+  check_members,
   check_same_shape,
 )
 
@@ -63,7 +63,7 @@ def token_mean(mask) -> Array:
 
   Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
   """
-  _check(mask)
+  check_members(mask)
   return mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
 
 
@@ -122,7 +122,7 @@ def sequence_sum(mask, *, count_empty=False) -> Array:
   Raises:
     ValueError: `mask` is not a bool array of two axes.
   """
-  _check(mask)
+  check_members(mask)
   rows = mask.shape[0] if count_empty else jnp.maximum(jnp.sum(jnp.any(mask, axis=1)), 1)
   return mask / jnp.asarray(rows, jnp.float32)
 
@@ -179,7 +179,7 @@ def prompt_mean(mask, *, group_size) -> Array:
   Raises:
     ValueError: `mask` is not a bool array of two axes, or B is not a multiple of `group_size`.
   """
-  _check(mask)
+  check_members(mask)
   if group_size < 1 or mask.shape[0] % group_size:
     raise ValueError(
       f"group_size is {group_size}; it must divide the number of rows of mask, {mask.shape[0]}."
@@ -215,7 +215,7 @@ def length_power(mask, *, power) -> Array:
 
   Reference: as "LBPO" in NexRL, https://github.com/nex-agi/NexRL
   """
-  _check(mask)
+  check_members(mask)
   lengths = _lengths(mask)
   safe = jnp.maximum(lengths, 1)
   total = jnp.sum(jnp.where(lengths > 0, safe**power, 0))
@@ -287,7 +287,7 @@ def truncated_importance(
   check_between("low", low, 0, float("inf"))
   if isinstance(low, int | float):
     check_above("high", high, low)
-  _check(mask)
+  check_members(mask)
   check_same_shape("old_logprobs", old_logprobs, "mask", mask)
   check_same_shape("sampler_logprobs", sampler_logprobs, "mask", mask)
   log_ratio = _masked_difference(old_logprobs, sampler_logprobs, mask)
@@ -331,7 +331,7 @@ def drop_truncated(mask, truncated) -> Array:
 
   Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
   """
-  _check(mask)
+  check_members(mask)
   check_mask("truncated", truncated)
   _check_rows("truncated", truncated, mask)
   return (mask & ~jnp.asarray(truncated)[:, None]).astype(jnp.float32)
@@ -366,7 +366,7 @@ def top_entropy(entropies, mask, *, fraction) -> Array:
   Reference: Wang et al., 2025, Beyond the 80/20 Rule, https://arxiv.org/abs/2506.01939
   """
   check_between("fraction", fraction, 0, 1)
-  _check(mask)
+  check_members(mask)
   check_same_shape("entropies", entropies, "mask", mask)
   entropies = jax.lax.stop_gradient(jnp.asarray(entropies))
   quantile = jnp.nanquantile(jnp.where(mask, entropies, jnp.nan), 1 - fraction)
@@ -403,7 +403,7 @@ def off_policy_mask(logprobs, sampler_logprobs, advantages, mask, *, threshold) 
 
   Reference: DeepSeek-AI, 2025, DeepSeek-V3.2, https://arxiv.org/abs/2512.02556
   """
-  _check(mask)
+  check_members(mask)
   check_same_shape("logprobs", logprobs, "mask", mask)
   check_same_shape("sampler_logprobs", sampler_logprobs, "mask", mask)
   _check_rows("advantages", advantages, mask)
@@ -411,11 +411,6 @@ def off_policy_mask(logprobs, sampler_logprobs, advantages, mask, *, threshold) 
   moved = moved / jnp.maximum(_lengths(mask), 1)
   dropped = (jnp.asarray(advantages)[:, None] < 0) & (moved > threshold)
   return jax.lax.stop_gradient((mask & ~dropped).astype(jnp.float32))
-
-
-def _check(mask):
-  check_mask("mask", mask)
-  check_ndim("mask", mask, 2, "[B, T]")
 
 
 def _check_rows(name, x, mask):

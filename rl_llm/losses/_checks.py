@@ -82,9 +82,27 @@ def per_row(name, x, mask) -> Array:
   return jnp.where(mask, jax.lax.stop_gradient(at_least_float32(x)), 0)
 
 
+def policy_gradient(logprobs, old_logprobs, advantages, weights, mask):
+  """What a surrogate of the policy gradient begins with.
+
+  Returns:
+    The trained log-probs, their log-ratio, and the constants, all 0 outside the mask; and the mask.
+  """
+  like = logprobs
+  logprobs, weights, mask = tokens("logprobs", logprobs, weights, mask)
+  old_logprobs = constant("old_logprobs", old_logprobs, "logprobs", like, mask)
+  advantages = per_token("advantages", advantages, mask)
+  return logprobs, logprobs - old_logprobs, advantages, weights, mask
+
+
 def ratio_of(log_ratio) -> Array:
   """exp(log_ratio), with the log-ratio limited to +-20 so that value and gradient stay finite."""
   return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def approx_kl(ratio, mask) -> tuple[Array, Array]:
+  """(sum, count) of the k3 estimate of KL(old || policy)."""
+  return metric(ratio - 1 - jnp.log(ratio), mask)
 
 
 def metric(x, mask) -> tuple[Array, Array]:

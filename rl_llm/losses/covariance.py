@@ -20,7 +20,7 @@ from rl_llm.types import (
   check_above,
   check_between,
   check_mask,
-  check_ndim,
+  check_members,
   check_same_shape,
 )
 
@@ -53,7 +53,8 @@ def token_covariance(logprobs, advantages, mask) -> Array:
   Reference: Cui et al., 2025, The Entropy Mechanism of Reinforcement Learning for Reasoning
     Language Models, https://arxiv.org/abs/2505.22617
   """
-  mask = _members(mask)
+  check_members(mask)
+  mask = jnp.asarray(mask)
   check_same_shape("logprobs", logprobs, "mask", mask)
   logprobs = jax.lax.stop_gradient(at_least_float32(logprobs))
   advantages = _checks.per_token("advantages", advantages, mask)
@@ -98,7 +99,8 @@ def clip_cov_mask(
   Reference: Cui et al., 2025, https://arxiv.org/abs/2505.22617
   """
   check_between("fraction", fraction, 0, 1)
-  mask = _members(mask)
+  check_members(mask)
+  mask = jnp.asarray(mask)
   check_same_shape("covariance", covariance, "mask", mask)
   candidates = mask & (covariance >= low) & (covariance <= high)
   if clipped is not None:
@@ -137,7 +139,8 @@ def kl_cov_mask(covariance, mask, *, fraction=2e-3, at_least=0) -> Array:
   Reference: Cui et al., 2025, https://arxiv.org/abs/2505.22617
   """
   check_between("fraction", fraction, 0, 1)
-  mask = _members(mask)
+  check_members(mask)
+  mask = jnp.asarray(mask)
   check_same_shape("covariance", covariance, "mask", mask)
   return _largest(at_least_float32(covariance), mask, _share(fraction, mask, at_least))
 
@@ -174,7 +177,8 @@ def ppo_clipped(
   """
   check_above("clip_low", clip_low, 0)
   check_above("clip_high", clip_high, 0)
-  mask = _members(mask)
+  check_members(mask)
+  mask = jnp.asarray(mask)
   logprobs = _checks.constant("logprobs", logprobs, "mask", mask, mask)
   old_logprobs = _checks.constant("old_logprobs", old_logprobs, "mask", mask, mask)
   advantages = _checks.per_token("advantages", advantages, mask)
@@ -270,12 +274,12 @@ def kl_cov_loss(
   Reference: Cui et al., 2025, https://arxiv.org/abs/2505.22617
   """
   like = logprobs
-  logprobs, weights, mask = _checks.tokens("logprobs", logprobs, weights, mask)
-  old_logprobs = _checks.constant("old_logprobs", old_logprobs, "logprobs", like, mask)
-  advantages = _checks.per_token("advantages", advantages, mask)
+  _, log_ratio, advantages, weights, mask = _checks.policy_gradient(
+    logprobs, old_logprobs, advantages, weights, mask
+  )
   selected = _selected(selected, like, mask)
-  ratio = _checks.ratio_of(logprobs - old_logprobs)
-  moved = jnp.abs(logprobs - old_logprobs)
+  ratio = _checks.ratio_of(log_ratio)
+  moved = jnp.abs(log_ratio)
   per_token = -ratio * advantages + jnp.where(selected, coef * moved, 0)
   metrics = {
     "ratio": _checks.metric(ratio, mask),
@@ -283,12 +287,6 @@ def kl_cov_loss(
     "selected_fraction": _checks.metric(selected, mask),
   }
   return jnp.sum(weights * per_token), metrics
-
-
-def _members(mask):
-  check_mask("mask", mask)
-  check_ndim("mask", mask, 2, "[B, T]")
-  return jnp.asarray(mask)
 
 
 def _selected(selected, logprobs, mask):

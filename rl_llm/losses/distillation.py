@@ -21,7 +21,7 @@ from rl_llm.types import (
   check_above,
   check_between,
   check_float,
-  check_mask,
+  check_members,
   check_ndim,
   check_same_shape,
 )
@@ -225,8 +225,7 @@ def minillm_advantages(
   Reference: Gu et al., 2023, MiniLLM, https://arxiv.org/abs/2306.08543
   """
   check_between("discount", discount, 0, 1)
-  check_mask("mask", mask)
-  check_ndim("mask", mask, 2, "[B, T]")
+  check_members(mask)
   mask = jnp.asarray(mask)
   logprobs = _checks.constant("logprobs", logprobs, "mask", mask, mask)
   teacher_logprobs = _checks.constant("teacher_logprobs", teacher_logprobs, "mask", mask, mask)

@@ -203,8 +203,9 @@ def hinge_dpo_loss(
   DPO pushes every pair apart for ever. Here a margin of 1 is enough; 0.4 is 0.6 short:
 
   >>> zero, weights = jnp.zeros(2), jnp.ones(2)
-  >>> hinge_dpo_loss(jnp.array([4.0, 15.0]), zero, zero, zero, weights)[0].round(3).tolist()
-  0.6000000238418579
+  >>> loss, _ = hinge_dpo_loss(jnp.array([4.0, 15.0]), zero, zero, zero, weights)
+  >>> round(float(loss), 3)
+  0.6
 
   SLiC's rank loss is this with the reference at 0 and beta = 1 / its margin.
 

@@ -12,7 +12,7 @@ from rl_llm.types import (
   check_choice,
   check_int,
   check_mask,
-  check_ndim,
+  check_members,
   check_same_shape,
 )
 
@@ -37,7 +37,7 @@ def action_ids_of(mask) -> Array:
 
   Needs: samples.
   """
-  _check_members(mask)
+  check_members(mask)
   mask = jnp.asarray(mask)
   before = jnp.pad(mask, ((0, 0), (1, 0)))[:, :-1]
   return jnp.where(mask, jnp.cumsum(mask & ~before, axis=1) - 1, -1).astype(jnp.int32)
@@ -89,7 +89,7 @@ def llds_weights(
   Reference: Deng et al., 2025, On GRPO Collapse in Agent Search, https://arxiv.org/abs/2512.04220
   """
   check_choice("normalizer", normalizer, ("preserving", "all"))
-  _check_members(mask)
+  check_members(mask)
   mask = jnp.asarray(mask)
   advantages = _checks.per_token("advantages", advantages, mask)
   counted = mask & (advantages >= 0) if normalizer == "preserving" else mask
@@ -235,8 +235,3 @@ def positive_nll_loss(logprobs, correct, weights) -> tuple[Array, Metrics]:
   right = mask & jnp.asarray(correct)[:, None]
   nll = jnp.where(right, -logprobs, 0)
   return jnp.sum(weights * nll), {"positive_nll": _checks.metric(nll, right)}
-
-
-def _check_members(mask):
-  check_mask("mask", mask)
-  check_ndim("mask", mask, 2, "[B, T]")

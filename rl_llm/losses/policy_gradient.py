@@ -125,11 +125,9 @@ def ppo_loss(
   check_above("clip_high", clip_high, 0)
   check_above("dual_clip", dual_clip, 1)
   check_above("delta", delta, 1)
-  like = logprobs
-  logprobs, weights, mask = _checks.tokens("logprobs", logprobs, weights, mask)
-  old_logprobs = _checks.constant("old_logprobs", old_logprobs, "logprobs", like, mask)
-  advantages = _checks.per_token("advantages", advantages, mask)
-  log_ratio = logprobs - old_logprobs
+  _, log_ratio, advantages, weights, mask = _checks.policy_gradient(
+    logprobs, old_logprobs, advantages, weights, mask
+  )
   ratio = _checks.ratio_of(log_ratio)
   unclipped = ratio if delta is None else jnp.minimum(ratio, delta)
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
@@ -140,7 +138,7 @@ def ppo_loss(
     )
   metrics = {
     "ratio": _checks.metric(ratio, mask),
-    "approx_kl": _checks.metric(ratio - 1 - jnp.log(ratio), mask),
+    "approx_kl": _checks.approx_kl(ratio, mask),
     "clip_low_fraction": _checks.metric((advantages < 0) & (ratio < 1 - clip_low), mask),
     "clip_high_fraction": _checks.metric((advantages > 0) & (ratio > 1 + clip_high), mask),
   }

@@ -100,7 +100,7 @@ def gspo_loss(
   """
   check_above("clip_low", clip_low, 0)
   check_above("clip_high", clip_high, 0)
-  _, log_ratio, advantages, weights, mask = _prepare(
+  _, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
   ratio = jnp.broadcast_to(_checks.ratio_of(_row_mean(log_ratio, mask)), log_ratio.shape)
@@ -161,7 +161,7 @@ def gspo_token_loss(
   """
   check_above("clip_low", clip_low, 0)
   check_above("clip_high", clip_high, 0)
-  logprobs, log_ratio, advantages, weights, mask = _prepare(
+  logprobs, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
   constant = jax.lax.stop_gradient
@@ -230,7 +230,7 @@ def gmpo_loss(
   """
   check_above("clip_low", clip_low, 0)
   check_above("clip_high", clip_high, 0)
-  _, log_ratio, advantages, weights, mask = _prepare(
+  _, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
   clipped = jnp.where(
@@ -312,24 +312,18 @@ def vespo_loss(
   check_between("lambda_positive", lambda_positive, 0, infinity)
   check_between("k_negative", k_negative, 0, infinity)
   check_between("lambda_negative", lambda_negative, 0, infinity)
-  logprobs, log_ratio, advantages, weights, mask = _prepare(
+  logprobs, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
   w = jax.lax.stop_gradient(_checks.ratio_of(jnp.sum(log_ratio, axis=1, keepdims=True)))
   k = jnp.where(advantages >= 0, k_positive, k_negative)
   rate = jnp.where(advantages >= 0, lambda_positive, lambda_negative)
   phi = jnp.exp(k * jnp.log(w) + rate * (1 - w))
-  metrics = {"phi": _checks.metric(phi, mask), "approx_kl": _approx_kl(log_ratio, mask)}
+  metrics = {
+    "phi": _checks.metric(phi, mask),
+    "approx_kl": _checks.approx_kl(_checks.ratio_of(log_ratio), mask),
+  }
   return -jnp.sum(weights * phi * advantages * logprobs), metrics
-
-
-def _prepare(logprobs, old_logprobs, advantages, weights, mask):
-  """Checks; the trained log-probs, their log-ratio, and the constants, all 0 outside the mask."""
-  like = logprobs
-  logprobs, weights, mask = _checks.tokens("logprobs", logprobs, weights, mask)
-  old_logprobs = _checks.constant("old_logprobs", old_logprobs, "logprobs", like, mask)
-  advantages = _checks.per_token("advantages", advantages, mask)
-  return logprobs, logprobs - old_logprobs, advantages, weights, mask
 
 
 def _row_mean(x, mask):
@@ -351,10 +345,5 @@ def _clipped(ratio, log_ratio, advantages, weights, mask, clip_low, clip_high):
 def _metrics(sequence_ratio, log_ratio, mask):
   return {
     "sequence_ratio": _checks.metric(sequence_ratio, jnp.any(mask, axis=1, keepdims=True)),
-    "approx_kl": _approx_kl(log_ratio, mask),
+    "approx_kl": _checks.approx_kl(_checks.ratio_of(log_ratio), mask),
   }
-
-
-def _approx_kl(log_ratio, mask):
-  ratio = _checks.ratio_of(log_ratio)
-  return _checks.metric(ratio - 1 - jnp.log(ratio), mask)

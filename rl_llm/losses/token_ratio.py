@@ -70,7 +70,7 @@ def cispo_loss(
   infinity = float("inf")
   check_between("low", low, 0, infinity)
   check_between("high", high, low if isinstance(low, int | float) else 0, infinity)
-  logprobs, log_ratio, advantages, weights, mask = _prepare(
+  logprobs, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
   ratio = _checks.ratio_of(log_ratio)
@@ -129,7 +129,7 @@ def sapo_loss(
   """
   check_above("tau_positive", tau_positive, 0)
   check_above("tau_negative", tau_negative, 0)
-  _, log_ratio, advantages, weights, mask = _prepare(
+  _, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
   ratio = _checks.ratio_of(log_ratio)
@@ -323,7 +323,7 @@ def dro_loss(
     https://arxiv.org/abs/2405.19107; Kimi Team, 2025, Kimi k1.5, https://arxiv.org/abs/2501.12599
   """
   check_above("beta", beta, 0)
-  logprobs, log_ratio, advantages, weights, mask = _prepare(
+  logprobs, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
   per_token = beta / 2 * jnp.square(log_ratio) - advantages * logprobs
@@ -346,7 +346,7 @@ def _dppo_loss(
   check_above("threshold_low", threshold_low, 0)
   check_above("threshold_high", threshold_high, 0)
   check_above("ratio_cap", ratio_cap, 0)
-  logprobs, log_ratio, advantages, weights, mask = _prepare(
+  logprobs, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
   now = jax.lax.stop_gradient(logprobs)
@@ -374,17 +374,8 @@ def _binary_kl(logprobs, old_logprobs):
   )
 
 
-def _prepare(logprobs, old_logprobs, advantages, weights, mask):
-  """Checks; the trained log-probs, their log-ratio, and the constants, all 0 outside the mask."""
-  like = logprobs
-  logprobs, weights, mask = _checks.tokens("logprobs", logprobs, weights, mask)
-  old_logprobs = _checks.constant("old_logprobs", old_logprobs, "logprobs", like, mask)
-  advantages = _checks.per_token("advantages", advantages, mask)
-  return logprobs, logprobs - old_logprobs, advantages, weights, mask
-
-
 def _metrics(ratio, mask):
   return {
     "ratio": _checks.metric(ratio, mask),
-    "approx_kl": _checks.metric(ratio - 1 - jnp.log(ratio), mask),
+    "approx_kl": _checks.approx_kl(ratio, mask),
   }
