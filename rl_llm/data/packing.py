@@ -111,22 +111,32 @@ def unpack(
   return jnp.where(columns < lengths[:, None], gathered, jnp.zeros_like(gathered))
 
 
-def _pack(groups: Sequence[tuple[Encoded, ...]], length: int, pad_id: int) -> Packed:
+def check_sequences(groups: Sequence[tuple[Encoded, ...]]) -> None:
+  """Raises ValueError unless there are sequences, each with tokens and a first that is not trained.
+
+  Args:
+    groups: tuples of sequences; a message gives the place of the tuple.
+  """
   if not groups:
     raise ValueError("sequences: none given; pass at least one")
-  sizes = np.array([[len(sequence.tokens) for sequence in group] for group in groups], np.int32)
   for index, group in enumerate(groups):
-    if not sizes[index].all():
+    if not all(sequence.tokens for sequence in group):
       raise ValueError(f"sequences: number {index} has no tokens; drop it")
-    if sizes[index].sum() > length:
-      raise ValueError(
-        f"sequences: number {index} has {sizes[index].sum()} tokens, a row {length}; raise "
-        "length, or apply limit_sequences or limit_pairs before"
-      )
     if any(sequence.mask[0] for sequence in group):
       raise ValueError(
         f"sequences: the first token of number {index} is marked as trained on, but nothing "
         "predicts it; set its mask to False"
+      )
+
+
+def _pack(groups: Sequence[tuple[Encoded, ...]], length: int, pad_id: int) -> Packed:
+  check_sequences(groups)
+  sizes = np.array([[len(sequence.tokens) for sequence in group] for group in groups], np.int32)
+  for index, size in enumerate(sizes.sum(axis=1)):
+    if size > length:
+      raise ValueError(
+        f"sequences: number {index} has {size} tokens, a row {length}; raise "
+        "length, or apply limit_sequences or limit_pairs before"
       )
   rows, starts, count = _first_fit(sizes, length)
   tokens = np.full((count, length), pad_id, np.int32)

@@ -1,0 +1,116 @@
+"""Order by (seed, step), and sequences as arrays: padded, packed and paired."""
+
+import numpy as np
+import pytest
+
+from rl_llm.data.batches import batch_indices, packed_batch, pair_batch, sequence_batch
+from rl_llm.data.encoding import Encoded, Pair
+from rl_llm.data.packing import pack
+
+
+def sequences(sizes, seed=0):
+  rng = np.random.default_rng(seed)
+  return [
+    Encoded(rng.integers(1, 50, n).tolist(), [False, *(rng.random(n - 1) < 0.5).tolist()], 1)
+    for n in sizes
+  ]
+
+
+def stream(count, seed, length):
+  """The order as one long list: epoch after epoch, each shuffled by (seed, epoch)."""
+  found = []
+  epoch = 0
+  while len(found) < length:
+    rng = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
+    found.extend(rng.permutation(count).tolist())
+    epoch += 1
+  return found[:length]
+
+
+@pytest.mark.parametrize("count, batch_size", [(10, 4), (7, 7), (3, 8), (1, 2), (5, 1)])
+def test_batches_are_consecutive_pieces_of_the_epochs(count, batch_size):
+  steps = 11
+  batches = [
+    batch_indices(count, batch_size=batch_size, seed=3, step=step).tolist() for step in range(steps)
+  ]
+  assert sum(batches, []) == stream(count, 3, steps * batch_size)
+
+
+def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
+  drawn = np.concatenate([batch_indices(50, batch_size=15, seed=0, step=s) for s in range(10)])
+  epochs = drawn.reshape(3, 50)  # 10 x 15 = 3 x 50: batches 3 and 6 lie across a border.
+  assert (np.sort(epochs) == np.arange(50)).all()
+  assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+  assert (batch_indices(50, batch_size=15, seed=1, step=0) != drawn[:15]).any()
+
+
+@pytest.mark.parametrize(
+  "changed, said",
+  [
+    ({"count": 0}, "count=0: must be 1 or more"),
+    ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
+    ({"seed": -1}, "seed=-1: must be 0 or more"),
+    ({"step": -1}, "step=-1: must be 0 or more"),
+  ],
+)
+def test_what_has_no_order(changed, said):
+  given = {"count": 4, "batch_size": 2, "seed": 0, "step": 0} | changed
+  with pytest.raises(ValueError, match=said):
+    batch_indices(given.pop("count"), **given)
+
+
+def test_a_padded_row_holds_one_sequence_and_then_nothing():
+  given = sequences([5, 11, 1])
+  batch = sequence_batch(given, pad_id=7, rows=4)
+  assert batch.tokens.shape == (4, 16)  # The bucket of 11.
+  for row, sequence in enumerate(given):
+    size = len(sequence.tokens)
+    rest = 16 - size
+    assert batch.tokens[row].tolist() == sequence.tokens + [7] * rest
+    assert batch.mask[row].tolist() == sequence.mask + [False] * rest
+    assert batch.positions[row].tolist() == list(range(size)) + [0] * rest
+    assert batch.segment_ids[row].tolist() == [1] * size + [-1] * rest
+  assert not batch.mask[3].any() and (batch.segment_ids[3] == -1).all()
+  assert [x.dtype for x in batch] == [np.int32, bool, np.int32, np.int32]
+
+
+def test_a_pad_id_that_a_sequence_holds_is_harmless():
+  [sequence] = sequences([6])
+  batch = sequence_batch([sequence], pad_id=sequence.tokens[-1])
+  assert batch.mask[0, :6].tolist() == sequence.mask and batch.segment_ids[0, 5] == 1
+
+
+def test_packed_rows_are_those_of_pack_and_empty_ones():
+  given = sequences([5, 9, 3, 7, 4])
+  packed = pack(given, length=14, pad_id=0)
+  batch = packed_batch(given, length=14, pad_id=0, rows=5)
+  for found, expected in zip(batch, packed, strict=False):
+    assert found.shape == (5, 14)
+    np.testing.assert_array_equal(found[:2], expected)
+  assert not batch.mask[2:].any() and (batch.segment_ids[2:] == -1).all()
+
+
+def test_pairs_alternate():
+  chosen, rejected = sequences([5, 9]), sequences([3, 12], seed=1)
+  pairs = [Pair(*pair) for pair in zip(chosen, rejected, strict=True)]
+  batch = pair_batch(pairs, pad_id=0)
+  for row, sequence in enumerate([chosen[0], rejected[0], chosen[1], rejected[1]]):
+    assert batch.tokens[row, : len(sequence.tokens)].tolist() == sequence.tokens
+    assert (batch.segment_ids[row] == 1).sum() == len(sequence.tokens)
+  assert batch.tokens.shape == (4, 16)
+
+
+@pytest.mark.parametrize(
+  "given, rows, said",
+  [
+    ([], None, "none given"),
+    ([Encoded([], [], 0)], None, "number 0 has no tokens"),
+    ([Encoded([1, 2], [True, True], 0)], None, "the first token of number 0 is marked"),
+    (sequences([3, 4]), 1, "rows=1: the batch has 2; raise it, or pass fewer sequences"),
+  ],
+)
+def test_what_is_no_batch(given, rows, said):
+  with pytest.raises(ValueError, match=said):
+    sequence_batch(given, pad_id=0, rows=rows)
+  with pytest.raises(ValueError, match=said):
+    packed_batch(given, length=6, pad_id=0, rows=rows or 9)
