@@ -18,7 +18,7 @@ LAYERS = {
     "losses",
   },
   2: {"policy", "sampling"},
-  3: {"rollout", "train_state", "update", "sharding"},
+  3: {"rollout", "teacher_forcing", "train_state", "update", "sharding"},
 }
 ARRAYS_ONLY = {"jax", "numpy", "chex"}
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
