@@ -1,7 +1,9 @@
-"""Accuracy on held-out problems: greedy and at temperature 1, with intervals."""
+"""How good a model is at a task: accuracy, pass@k and majority@k, with intervals."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from rl_llm.metrics import proportion_interval
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import Rollout, row_keys
 from rl_llm.sampling import SamplingConfig
+from rl_llm.tasks import Problem
 from rl_llm.tokenizers import Tokenizer
 
 # (params, prompts, keys, sampling, responses_per_prompt) -> Rollout
@@ -66,16 +69,18 @@ def evaluate(
   rows: list[dict[str, Any]] = []
   for start in range(0, len(drawn.problems), prompts_per_batch):
     check()
-    problems = drawn.problems[start : start + prompts_per_batch]
-    prompts = drawn.prompts[start : start + prompts_per_batch]
-    missing = prompts_per_batch - len(problems)  # The last batch is filled up: one shape for all.
-    batch = pad_prompts(prompts + prompts[:1] * missing, pad_id=tokenizer.pad_id)
-    keys = row_keys(jax.random.fold_in(jax.random.key(0), start), prompts_per_batch, group)
-    rollout = trim(generate(params, batch, keys, SamplingConfig(temperature), group))
-    rollout = Rollout(*(x[: len(problems) * group] for x in rollout))
-    texts = response_texts(rollout, tokenizer)
-    scores = score(pool, problems, texts, group_size=group)
-    batch_rows = sample_rows(problems, texts, rollout, scores, split="eval", max_reward=max_reward)
+    batch_rows = graded_responses(
+      params,
+      drawn.problems[start : start + prompts_per_batch],
+      drawn.prompts[start : start + prompts_per_batch],
+      row_keys(jax.random.fold_in(jax.random.key(0), start), prompts_per_batch, group),
+      SamplingConfig(temperature),
+      group_size=group,
+      generate=generate,
+      pool=pool,
+      tokenizer=tokenizer,
+      max_reward=max_reward,
+    )
     batches.append(np.array([row["correct"] for row in batch_rows]).reshape(-1, group))
     failed += sum(row["reward"] is None for row in batch_rows)
     rows.extend(batch_rows[::group])
@@ -85,6 +90,207 @@ def evaluate(
     mean, low, high = proportion_interval(columns.sum(axis=1), columns.shape[1])
     metrics |= {f"eval/{name}_accuracy": mean, f"eval/{name}_low": low, f"eval/{name}_high": high}
   return Evaluation(metrics, rows)
+
+
+def graded_responses(
+  params: Any,
+  problems: Sequence[Problem],
+  prompts: Sequence[Sequence[int]],
+  keys: jax.Array,
+  sampling: SamplingConfig,
+  *,
+  group_size: int,
+  generate: Generate,
+  pool: RewardPool,
+  tokenizer: Tokenizer,
+  max_reward: float,
+  columns: int = 0,
+) -> list[dict[str, Any]]:
+  """Samples and grades a batch: one dict a response, as `rl_llm.experience.sample_rows` gives them.
+
+  The keys set the batch's size P; where there are fewer problems, as in a last batch, it is filled
+  up and what is too much is thrown away, so that all batches have one shape.
+
+  Args:
+    params: the weights to evaluate.
+    problems: at most P problems.
+    prompts: their tokens.
+    keys: [P * G] typed keys.
+    sampling: how tokens are chosen; a temperature [P * G] may differ by row.
+    group_size: G, responses a problem.
+    generate: samples responses.
+    pool: the grader's workers.
+    tokenizer: to read the responses with.
+    max_reward: a response with at least this reward is correct.
+    columns: prompt columns at least, so that batches of ragged prompts have one width too.
+
+  Returns:
+    `len(problems) * G` rows, problem by problem.
+  """
+  missing = len(keys) // group_size - len(problems)
+  batch = pad_prompts(
+    [*prompts, *[prompts[0]] * missing], pad_id=tokenizer.pad_id, columns=columns
+  )
+  rollout = trim(generate(params, batch, keys, sampling, group_size))
+  rollout = Rollout(*(x[: len(problems) * group_size] for x in rollout))
+  texts = response_texts(rollout, tokenizer)
+  scores = score(pool, problems, texts, group_size=group_size)
+  return sample_rows(problems, texts, rollout, scores, split="eval", max_reward=max_reward)
+
+
+def pass_at_k(correct: Any, *, k: int) -> np.ndarray:
+  """How likely at least one of k responses to a problem is right, from S >= k that were sampled.
+
+  Where answers can be checked, what counts is whether a right one is among several. With c of the S
+  responses right, this is the part of the C(S, k) subsets of k that hold a right one:
+
+      pass@k = 1 - C(S - c, k) / C(S, k) = 1 - prod_{i < k} (S - c - i) / (S - i)
+
+  The misconception is that 1 - (1 - c / S)^k does as well: it draws with replacement, and is too
+  low on average. One right response of 4, and k = 2: 3 of the 6 pairs have none that is right.
+
+  >>> pass_at_k([[True, False, False, False]], k=2).tolist()
+  [0.5]
+  >>> 1 - (1 - 1 / 4) ** 2
+  0.4375
+
+  Args:
+    correct: [N, S] bool, which of the S responses to each problem are right.
+    k: responses that are looked at, 1 to S.
+
+  Returns:
+    [N] float64, the estimate of each problem, unbiased; `estimate_interval` gives their mean.
+
+  Raises:
+    ValueError: `correct` is not [N, S], or k is not within 1 and S.
+
+  Reference: Chen et al., 2021, Evaluating Large Language Models Trained on Code,
+  https://arxiv.org/abs/2107.03374
+  """
+  correct = _checked_correct(correct, k)
+  samples = correct.shape[1]
+  wrong = samples - correct.sum(axis=1, keepdims=True)
+  drawn = np.arange(k)
+  return 1 - np.prod(np.maximum(wrong - drawn, 0) / (samples - drawn), axis=1)
+
+
+def majority_at_k(correct: Any, answers: Any, *, k: int) -> np.ndarray:
+  """How likely the most frequent of k answers to a problem is right, from S >= k that were sampled.
+
+  Pass@k needs someone who knows which response is right. A vote does not: wrong answers scatter,
+  and the right one tends to come up again. Over the C(S, k) subsets of k responses, all of them,
+
+      majority@k = mean over subsets of  sum_{a wins} right(a) / (number of answers that win)
+
+  where a wins if no answer is given more often in the subset, and right(a) is the part of the
+  responses with answer a that are right: 0 or 1, unless a grade failed. A response without an
+  answer does not vote; where nobody votes, nothing is right.
+
+  12 (right), 12 and 11. All three: 12 wins. Two of three: 12 wins, or ties with 11, or ties:
+
+  >>> correct, answers = [[True, True, False]], [["12", "12", "11"]]
+  >>> majority_at_k(correct, answers, k=3).tolist()
+  [1.0]
+  >>> majority_at_k(correct, answers, k=2).round(3).tolist()  # (1 + 1/2 + 1/2) / 3
+  [0.667]
+
+  The misconception is that voting only helps. Where the right answer is the rarer one it hurts: at
+  one right response of three, pass@1 is 1/3 and majority@3 is 0.
+
+  Args:
+    correct: [N, S] bool, which of the S responses to each problem are right.
+    answers: [N, S] texts, what each response commits to; None where it commits to nothing.
+    k: responses that vote, 1 to S.
+
+  Returns:
+    [N] float64, exact; `estimate_interval` gives their mean.
+
+  Raises:
+    ValueError: a shape is not [N, S], or k is not within 1 and S.
+
+  Reference: Wang et al., 2022, Self-Consistency Improves Chain of Thought Reasoning in Language
+  Models, https://arxiv.org/abs/2203.11171
+  """
+  correct = _checked_correct(correct, k)
+  if np.shape(answers) != correct.shape:
+    raise ValueError(
+      f"answers has shape {np.shape(answers)}; it must have the shape of correct, {correct.shape}"
+    )
+  return np.array([_majority(*row, k) for row in zip(correct, answers, strict=True)])
+
+
+def estimate_interval(estimates: Any, *, samples: int, k: int) -> tuple[float, float, float]:
+  """The mean of per-problem estimates of pass@k or majority@k, with a 95 % interval.
+
+  Problems are the independent units, as in `rl_llm.metrics.proportion_interval`, which this is for
+  k = 1. Estimates over all subsets of k of S responses are worth at least S / k draws of k (those
+  that do not overlap), so with e_i of each problem's S / k draws right, the same interval serves.
+
+  All 8 responses to all of 4 problems are right. For k = 1 or 8, this says as much as 4 answers:
+
+  >>> [round(x, 2) for x in estimate_interval([1, 1, 1, 1], samples=8, k=8)]
+  [1.0, 0.51, 1.0]
+
+  Args:
+    estimates: [N] floats in [0, 1].
+    samples: S, responses to each problem.
+    k: of the estimates, 1 to S.
+
+  Returns:
+    (mean, low, high), each in [0, 1].
+
+  Raises:
+    ValueError: there are no estimates, or one is outside [0, 1].
+
+  Reference: Hoeffding, 1948, A class of statistics with asymptotically normal distribution (the
+  variance of a mean over all subsets is at most that of S / k independent draws).
+  """
+  draws = samples / k
+  return proportion_interval(np.asarray(estimates) * draws, draws)
+
+
+def _checked_correct(correct: Any, k: int) -> np.ndarray:
+  correct = np.asarray(correct, dtype=bool)
+  if correct.ndim != 2:
+    raise ValueError(f"correct has shape {correct.shape}; it must be [N, S], with 2 axes")
+  if not 1 <= k <= correct.shape[1]:
+    samples = correct.shape[1]
+    raise ValueError(f"k is {k}; it must be within the samples of a problem, 1 to {samples}")
+  return correct
+
+
+def _majority(correct: Sequence[bool], answers: Sequence[str | None], k: int) -> float:
+  """One problem's majority@k.
+
+  For each height j of the winner, subsets are counted answer by answer: `ways[n, t]` are those of n
+  responses in which t answers have j votes and none has more, and `right[n, t]` is the sum over
+  them of how many of the t are right.
+  """
+  votes: dict[str, int] = defaultdict(int)
+  rights: dict[str, int] = defaultdict(int)
+  for flag, answer in zip(correct, answers, strict=True):
+    if answer is not None:
+      votes[answer] += 1
+      rights[answer] += bool(flag)
+  total = 0.0
+  for height in range(1, min(k, max(votes.values(), default=0)) + 1):
+    able = [answer for answer in votes if votes[answer] >= height]
+    left = sum(votes[answer] for answer in able)
+    others = len(answers) - left  # Silent, or too rare to win: any of them may be in the subset.
+    ways = {(n, 0): math.comb(others, n) for n in range(max(k - left, 0), min(k, others) + 1)}
+    right: dict[tuple[int, int], float] = defaultdict(float)
+    for answer in able:
+      left -= votes[answer]
+      value = rights[answer] / votes[answer]
+      more_ways, more_right = defaultdict(int), defaultdict(float)
+      for (n, tied), count in ways.items():
+        for given in range(max(k - left - n, 0), min(height, k - n) + 1):
+          choices, wins = math.comb(votes[answer], given), given == height
+          more_ways[n + given, tied + wins] += choices * count
+          more_right[n + given, tied + wins] += choices * (right[n, tied] + wins * value * count)
+      ways, right = more_ways, more_right
+    total += sum(value / tied for (_, tied), value in right.items() if tied)
+  return min(total / math.comb(len(answers), k), 1.0)  # Rounding aside.
 
 
 def first_problems(problems: Sequence[Any], limit: int) -> list[Any]:

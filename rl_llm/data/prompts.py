@@ -42,12 +42,19 @@ def bucket(length: int, *, minimum: int = 8) -> int:
   return width
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], *, pad_id: int) -> PromptBatch:
+def pad_prompts(
+  prompts: Sequence[Sequence[int]], *, pad_id: int, columns: int = 0
+) -> PromptBatch:
   """Left-pads to the bucket of the longest, so that every response begins in the same column.
 
   >>> batch = pad_prompts([[5, 6], [7]], pad_id=0)
   >>> batch.tokens.shape, batch.tokens[:, -2:].tolist(), batch.lengths.tolist()
   ((2, 8), [[5, 6], [0, 7]], [2, 1])
+
+  Args:
+    prompts: P token lists.
+    pad_id: what fills rows before their beginning.
+    columns: pad to the bucket of so many columns at least, so that several batches have one shape.
 
   Raises:
     ValueError: there are no prompts, or one is empty (there is nothing to predict from).
@@ -57,7 +64,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, pad_id: int) -> PromptBatch
   empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
   if empty:
     raise ValueError(f"prompts: prompt {empty[0]} has no tokens; a prompt needs at least one")
-  width = bucket(max(len(prompt) for prompt in prompts))
+  width = bucket(max(columns, *map(len, prompts)))
   tokens = np.full((len(prompts), width), pad_id, np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[width - len(prompt) :] = prompt

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from rl_llm.rewards import RewardSource
-from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, rng_for
+from rl_llm.tasks.problem import (
+  Problem,
+  Task,
+  check_option,
+  hashed_numbers,
+  number_text,
+  rng_for,
+)
 
 _NUMBER = re.compile(r"(?<![\w.)])[-−]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?")
 
@@ -113,24 +120,32 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
     held_out=tuple(held_out.values()),
     reward=RewardSource("rl_llm.tasks.arithmetic", own_grader=True),
     note=f"{options.problems()} different problems, {len(held_out)} held out",
+    answer_of=lambda problem, text: number_text(named_number(text, problem.columns["expression"])),
+    difficulty=_difficulty,
   )
 
 
-def is_answer(completion: str, answer: str, expression: str) -> bool:
-  """Whether the completion commits to the right number.
+def _difficulty(problem: Problem) -> str:
+  """The operator, and the digits of the longer operand."""
+  a, op, b = problem.columns["expression"].split(" ")
+  digits = max(len(operand.lstrip("-")) for operand in (a, b))
+  return f"{op}, {digits} digit{'s' * (digits > 1)}"
+
+
+def named_number(completion: str, expression: str) -> Decimal | None:
+  """The one number a completion commits to; None where there is none, or two that differ.
 
   Accepting any right number in the text rewards listing guesses, so a completion must name one
   number: repeating the question is allowed (as asked, or swapped for + and *), and repeating the
   answer; a second number is not.
 
-  >>> is_answer("7 + 5 = 12.", "12", "7 + 5")
-  True
-  >>> is_answer("11 or 12", "12", "7 + 5")
-  False
+  >>> named_number("7 + 5 = 12.", "7 + 5")
+  Decimal('12')
+  >>> print(named_number("11 or 12", "7 + 5"))
+  None
 
   Args:
     completion: what the model wrote.
-    answer: the right integer, as text.
     expression: the question as "a op b".
   """
   a, op, b = expression.split(" ")
@@ -140,7 +155,21 @@ def is_answer(completion: str, answer: str, expression: str) -> bool:
     echo = rf"(?<![\w.]){asked}(?!\w|[.,][0-9])"
     text = re.sub(echo, " ", text)
   numbers = {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
-  return numbers == {Decimal(answer)}
+  return numbers.pop() if len(numbers) == 1 else None
+
+
+def is_answer(completion: str, answer: str, expression: str) -> bool:
+  """Whether the completion commits to the right number, as `named_number` reads it.
+
+  >>> is_answer("7 + 5 = 12.", "12", "7 + 5"), is_answer("11 or 12", "12", "7 + 5")
+  (True, False)
+
+  Args:
+    completion: what the model wrote.
+    answer: the right integer, as text.
+    expression: the question as "a op b".
+  """
+  return named_number(completion, expression) == Decimal(answer)
 
 
 def reward(prompts, completions, answer, expression, **columns) -> list[float]:

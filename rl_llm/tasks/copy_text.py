@@ -105,6 +105,8 @@ def copy_task(options: CopyOptions) -> Task:
     held_out=tuple(held_out.values()),
     reward=RewardSource("rl_llm.tasks.copy_text", own_grader=True),
     note=f"{total} different strings, {len(held_out)} held out",
+    answer_of=lambda problem, text: text,
+    difficulty=lambda problem: f"length {len(problem.columns['answer'])}",
   )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rl_llm.rewards import RewardSource
 from rl_llm.tasks.jsonl import JsonlOptions, jsonl_task
-from rl_llm.tasks.problem import Task, check_option
+from rl_llm.tasks.problem import Problem, Task, check_option, number_text
 
 # A sign is one only where nothing is left to subtract from: 5-3 holds 5 and 3.
 _NUMBER = (
@@ -74,7 +74,19 @@ def gsm8k_task(path: str, options: Gsm8kOptions) -> Task:
     lenient=options.lenient,
   )
   task = jsonl_task(path, rows, name="gsm8k", check=_check_answer)
-  return dataclasses.replace(task, reward=RewardSource("rl_llm.tasks.gsm8k", own_grader=True))
+  return dataclasses.replace(
+    task,
+    reward=RewardSource("rl_llm.tasks.gsm8k", own_grader=True),
+    answer_of=lambda problem, text: number_text(final_answer(text)),
+    difficulty=_difficulty,
+  )
+
+
+def _difficulty(problem: Problem) -> str:
+  """How many steps the solution in the file takes: its lines before the answer."""
+  steps = problem.columns["answer"].rpartition("####")[0].split("\n")
+  count = sum(bool(step.strip()) for step in steps)
+  return f"{count} step{'s' * (count != 1)}"
 
 
 def _check_answer(row: dict[str, Any]) -> str:

@@ -9,7 +9,15 @@ from typing import Any
 
 from rl_llm.data import read_table
 from rl_llm.rewards import RewardSource, graders
-from rl_llm.tasks.problem import Problem, Task, TaskError, check_option, hashed, rng_for
+from rl_llm.tasks.problem import (
+  Problem,
+  Task,
+  TaskError,
+  check_option,
+  hashed,
+  number_text,
+  rng_for,
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,15 @@ def _source(options: JsonlOptions) -> RewardSource:
       f"one of {', '.join(graders.FUNCTIONS)}; or give a file with --jsonl.reward_file=FILE.py"
     )
   return RewardSource("rl_llm.rewards.graders", options.reward_function, own_grader=True)
+
+
+def _answer_of(options: JsonlOptions) -> Callable[[Problem, str], str | None] | None:
+  """What a completion commits to, where the grader is one of ours: another's is not known."""
+  if options.reward_file:
+    return None
+  if options.reward_function == "exact_match":
+    return lambda problem, text: text.strip()
+  return lambda problem, text: number_text(graders.final_number(text))
 
 
 def _check_row(row: dict[str, Any], prompt_column: str) -> str:
@@ -188,4 +205,5 @@ def jsonl_task(
       f"{len(training)} rows to train on, {len(held_out)} held out, {dropped} broken dropped, "
       f"{overlap} left out of training as held out"
     ),
+    answer_of=_answer_of(options),
   )

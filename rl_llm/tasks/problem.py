@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,10 @@ class Task:
     reward: where the reward function is, for `RewardPool`.
     max_reward: a response counts as correct if and only if its reward is at least this.
     note: one line for the log: sizes, and what was left out.
+    answer_of: `answer_of(problem, completion)` is what the completion commits to, read as the
+      grader reads it: equal texts are graded alike, so responses can vote. None where it commits to
+      nothing. A task whose grader says nothing of the kind has no such function.
+    difficulty: `difficulty(problem)` names a class of problems, such as "3 steps", or None.
   """
 
   name: str
@@ -52,6 +57,8 @@ class Task:
   reward: RewardSource
   max_reward: float = 1.0
   note: str = ""
+  answer_of: Callable[[Problem, str], str | None] | None = None
+  difficulty: Callable[[Problem], str] | None = None
 
 
 def check_option(name: str, value: object, fits: bool, allowed: str) -> None:
@@ -65,6 +72,19 @@ def rng_for(seed: int, step: int, index: int) -> np.random.Generator:
   for name, value in (("seed", seed), ("step", step)):
     check_option(name, value, value >= 0, "an integer >= 0")
   return np.random.default_rng(np.random.SeedSequence([seed, step, index]))
+
+
+def number_text(number: Decimal | None) -> str | None:
+  """A number as text, equal numbers as equal texts; None stays None.
+
+  >>> number_text(Decimal("072.50")), number_text(Decimal("72")), number_text(Decimal("-0.0"))
+  ('72.5', '72', '0')
+  """
+  if number is None:
+    return None
+  text = format(abs(number), "f")  # Not `normalize`, which rounds to 28 digits.
+  text = text.rstrip("0").rstrip(".") if "." in text else text
+  return f"-{text}" if number < 0 else text
 
 
 def hashed(text: str) -> int:
