@@ -137,12 +137,12 @@ def ours(job: dict, channel: Channel) -> None:
   import numpy as np
 
   from experiments import grpo
-  from rl_llm import advantages, logprobs
+  from rl_llm import advantages, logprobs, weighting
   from rl_llm.data.prompts import pad_prompts
   from rl_llm.experience import response_texts, score, trim
   from rl_llm.model import load_model
   from rl_llm.rewards import RewardPool, RewardSource
-  from rl_llm.rollout import STOP_LENGTH, generate, row_keys
+  from rl_llm.rollout import generate, row_keys
   from rl_llm.sampling import SamplingConfig
   from rl_llm.tasks import Problem
   from rl_llm.train_state import init_state
@@ -221,7 +221,7 @@ def ours(job: dict, channel: Channel) -> None:
         "advantages": np.asarray(
           advantages.group_relative(scores.rewards, where=scores.ok)
         ).reshape(-1),
-        "weights": grpo.token_weights(config, mask, rollout.stop_reason == STOP_LENGTH),
+        "weights": np.asarray(weighting.token_mean(mask)),
       }
       state, _ = jax.block_until_ready(update(state, batch, hparams))
       channel.send(watch.stop(int(mask.sum())))

@@ -19,42 +19,45 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import os
-import shutil
-import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm import advantages, losses, presets, weighting
-from rl_llm.chat_template import ChatTemplateError
-from rl_llm.checkpoint import Checkpointer, CheckpointError
-from rl_llm.config import ConfigError, option, run
-from rl_llm.console import Console
-from rl_llm.data import DataError
-from rl_llm.data.prompts import PromptTooLong, pad_prompts
-from rl_llm.evaluation import evaluate, first_problems
-from rl_llm.experience import (
-  draw_problems,
-  encode_problems,
-  response_texts,
-  sample_rows,
-  score,
-  trim,
+from experiments.options import (
+  KL,
+  Checkpoint,
+  Evaluation,
+  Optimizer,
+  Sampling,
+  Weighting,
+  adamw,
+  check_minibatches,
+  check_sampling,
+  check_schedule,
+  learning_rate,
+  token_weights,
 )
-from rl_llm.files import locked
-from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.metrics import MetricsWriter, PhaseClock, finalize, read
+from rl_llm import advantages, losses, presets
+from rl_llm.config import option, run
+from rl_llm.evaluation import evaluate
+from rl_llm.experience import (
+  collect,
+  draw_problems,
+  experience_metrics,
+  held_out_problems,
+  make_encode,
+  make_generate,
+  minibatches,
+  sample_rows,
+  take_prompts,
+)
+from rl_llm.metrics import PhaseClock, add_metrics, finalize
 from rl_llm.model import load_model
-from rl_llm.policy import Policy, WeightsError, save_hf
-from rl_llm.report import before_after, write_report
-from rl_llm.rewards import RewardError, RewardPool
-from rl_llm.rollout import STOP_LENGTH, generate, response_logprobs, row_keys
-from rl_llm.run_directory import open_run, write_result
+from rl_llm.policy import Policy
+from rl_llm.rewards import RewardPool
+from rl_llm.rollout import STOP_LENGTH, response_logprobs
 from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import (
   ArithmeticOptions,
@@ -63,27 +66,24 @@ from rl_llm.tasks import (
   JsonlOptions,
   ReasoningGymOptions,
   Task,
-  TaskError,
   load_task,
   task_family,
 )
-from rl_llm.tokenizers import ModelTokenizer, TokenizerError, save_tokenizer
-from rl_llm.train_state import init_state, parameter_count
-from rl_llm.update import first_nonfinite, learning_rate_at, make_optimizer, make_update
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How responses are drawn."""
-
-  temperature: float = option(1.0, "of the sampler and of the trainer alike", above=0)
-  top_k: int = option(0, "keep the k likeliest tokens, 0 = all; needs allow_truncated", min=0)
-  top_p: float = option(1.0, "keep the likeliest tokens that reach p; needs allow_truncated",
-                        above=0, max=1)
-  min_new_tokens: int = option(0, "no end of sequence before this many tokens", min=0)
-  allow_truncated: bool = option(
-    False, "train on top-k or top-p samples although they come from another distribution"
-  )
+from rl_llm.train_state import TrainState, init_state, parameter_count
+from rl_llm.training import (
+  USER_ERRORS,
+  Run,
+  Step,
+  begin,
+  default_workdir,
+  exit_code,
+  export_model,
+  failure_of,
+  finish,
+  start_run,
+  train_loop,
+)
+from rl_llm.update import make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +104,6 @@ class Advantage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weighting:
-  """How much each token counts."""
-
-  name: Literal[
-    "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
-  ] = option("token_mean", "a function of rl_llm.weighting")
-  length: int = option(0, "of constant_length; 0 = max_new_tokens", min=0)
-  drop_truncated: bool = option(False, "responses cut off at the limit do not count (DAPO)")
-
-
-@dataclasses.dataclass(frozen=True)
 class Loss:
   """GRPO's surrogate."""
 
@@ -123,47 +112,6 @@ class Loss:
   dual_clip: float | None = option(None, "bound of the loss where the advantage is < 0", above=1)
   delta: float | None = option(None, "upper bound of the ratio where the advantage is < 0", above=1)
   entropy_coef: float = option(0.0, "reward for entropy, per nat")
-
-
-@dataclasses.dataclass(frozen=True)
-class KL:
-  """The price of leaving the model that training began with."""
-
-  coef: float = option(0.0, "0 keeps no reference model", min=0)
-  value: Literal["k1", "k2", "k3"] = option("k3", "the estimator that is reported")
-  gradient: Literal["k1", "k2", "k3"] = option("k2", "the estimator that is differentiated")
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-  """AdamW."""
-
-  learning_rate: float = option(1.5e-5, "after warm-up", above=0)
-  schedule: Literal["constant", "linear", "cosine"] = option("constant", "towards 0 at the end")
-  warmup_steps: int = option(0, "steps over which the learning rate rises from 0", min=0)
-  b1: float = option(0.9, "decay of the mean gradient", min=0, below=1)
-  b2: float = option(0.95, "decay of the mean squared gradient", min=0, below=1)
-  eps: float = option(1e-8, "added to its root", above=0)
-  weight_decay: float = option(0.0, "of matrices, decoupled", min=0)
-  max_grad_norm: float = option(1.0, "longer gradients are scaled down; 0 = never", min=0)
-  max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """Accuracy on problems that training never draws."""
-
-  every: int = option(16, "steps between evaluations; first and last are always done", min=1)
-  problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
-  samples: int = option(7, "responses a problem at temperature 1, beside the greedy one", min=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  """What survives a crash."""
-
-  every: int = option(10, "steps between checkpoints; the last one is always written", min=1)
-  keep: int = option(1, "checkpoints kept", min=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,19 +244,6 @@ def make_loss(config: Config, policy: Policy):
   return loss_fn
 
 
-def token_weights(config: Config, mask: np.ndarray, truncated: np.ndarray) -> np.ndarray:
-  """The [B, T] weights of one optimiser step's batch."""
-  name, keywords = config.weighting.name, {}
-  if name == "constant_length":
-    keywords = {"length": config.weighting.length or config.max_new_tokens}
-  elif name == "prompt_mean":
-    keywords = {"group_size": config.responses_per_prompt}
-  weights = getattr(weighting, name)(mask, **keywords)
-  if config.weighting.drop_truncated:
-    weights = weights * weighting.drop_truncated(mask, truncated)
-  return np.asarray(weights)
-
-
 def train(config: Config, workdir: str) -> dict[str, Any]:
   """Runs to the end, or goes on from where an earlier run of the same config stopped.
 
@@ -317,55 +252,39 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
 
   Raises:
     Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
+    Diverged: too many updates in a row were not finite.
   """
   check(config)
-  workdir = Path(workdir)
-  with StopSignals() as stop, Console(total_steps=config.steps) as console:
-    result = open_run(workdir, config, volatile=volatile(config))
-    with locked(workdir / ".lock") as alone:
-      if not alone:
-        raise ConfigError("workdir", str(workdir), "a directory that no other process trains in")
-      finished = result is not None and result["steps"] >= config.steps
-      if not finished or (config.export and not (workdir / "model").exists()):
-        return _train(config, workdir, console, stop)
-      console.say(f"{workdir} is finished; a larger --steps goes on, another --workdir begins anew")
-      show_result(console, workdir, result)
-      return result
+  return start_run(
+    functools.partial(_train, config),
+    config,
+    workdir,
+    steps=config.steps,
+    volatile=volatile(config),
+    checkpoints_kept=config.checkpoint.keep,
+    export=config.export,
+  )
 
 
-def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -> dict[str, Any]:
+def _train(config: Config, run: Run) -> dict[str, Any]:
+  say, stop = run.console.say, run.stop
   devices = jax.devices()
-  console.say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
+  say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
   task = make_task(config)
   model = load_model(config.model, seed=config.seed, remat=config.remat)
   policy, tokenizer = model.policy, model.tokenizer
-  layout = config.prompt_format
-  if layout == "auto":
-    layout = "chat" if tokenizer.chat_template else "plain"
-  encode = functools.partial(
-    encode_problems,
-    tokenizer=tokenizer,
-    prompt_format=layout,
+  encode = make_encode(
+    tokenizer,
+    prompt_format=config.prompt_format,
     system_prompt=config.system_prompt,
     max_prompt_tokens=config.max_prompt_tokens,
     overlong=config.overlong_prompt,
   )
-  held_out = encode(first_problems(task.held_out, config.eval.problems))
+  held_out = held_out_problems(task, encode, limit=config.eval.problems)
   draw_problems(task, config.seed, 0, config.prompts_per_step, encode)  # An error comes now.
-  if not held_out.problems:
-    raise TaskError(
-      f"task={config.task!r}: no held-out problem to evaluate on; hold some out, or give a file of "
-      "them (see the task's flags)"
-    )
+  generate = make_generate(policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say)
 
-  optimizer_config = config.optimizer
-  optimizer = make_optimizer(
-    b1=optimizer_config.b1,
-    b2=optimizer_config.b2,
-    eps=optimizer_config.eps,
-    weight_decay=optimizer_config.weight_decay,
-    max_grad_norm=optimizer_config.max_grad_norm,
-  )
+  optimizer = adamw(config.optimizer)
   update_prompts = config.prompts_per_step // config.minibatches
   loss_fn = make_loss(config, policy)
   update = make_update(
@@ -376,30 +295,9 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
   )
   ref_params = model.params if config.kl.coef else None
   policy_term_only = not config.kl.coef and not config.loss.entropy_coef
+  announce = functools.cache(say)
 
-  seen_shapes = set()
-
-  def generate_responses(params, prompts, keys, sampling, group):
-    shape = (*prompts.tokens.shape, group)
-    if shape not in seen_shapes:
-      seen_shapes.add(shape)
-      console.say(
-        f"compiling the rollout: {shape[0]} prompts of up to {shape[1]} tokens x {group} responses"
-      )
-    return generate(
-      params,
-      prompts.tokens,
-      prompts.lengths,
-      keys,
-      sampling,
-      policy=policy,
-      responses_per_prompt=group,
-      max_new_tokens=config.max_new_tokens,
-      eos_ids=tokenizer.eos_ids,
-      pad_id=tokenizer.pad_id,
-    )
-
-  console.sizes(
+  run.console.sizes(
     {
       "parameters": parameter_count(model.params),
       "problems a step": config.prompts_per_step,
@@ -410,330 +308,175 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignals) -
       "steps": config.steps,
       "held-out problems": len(held_out.problems),
       "task": f"{task.name}: {task.note}" if task.note else task.name,
-      "prompt format": layout,
-      "directory": str(workdir),
+      "prompt format": encode.keywords["prompt_format"],
+      "directory": str(run.workdir),
     }
   )
   if held_out.overlong:
-    console.say(f"{held_out.overlong} held-out prompts are over --max_prompt_tokens")
+    say(f"{held_out.overlong} held-out prompts are over --max_prompt_tokens")
 
-  checkpoints = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
-  start = checkpoints.latest()
-  if start is None:
-    start = 0
-    # The state owns its arrays: an update donates them, and the reference must stay.
-    state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer))(model.params)
-  else:
-    abstract = jax.eval_shape(lambda p: init_state(p, optimizer), model.params)
-    start, state, _ = checkpoints.restore(abstract)
-    console.say(f"going on from the checkpoint at step {start}")
-    if start > config.steps:
-      raise ConfigError("steps", config.steps, f"at least {start}, which {workdir} has reached")
+  start, state = begin(
+    run, functools.partial(init_state, optimizer=optimizer), model.params, steps=config.steps
+  )
   model = model._replace(params=None)
-  saved = start
-
   pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
-  metrics_file = MetricsWriter(workdir / "metrics.jsonl", resume_step=start - 1)
-  samples_file = MetricsWriter(workdir / "samples.jsonl", resume_step=start - 1)
-  with pool, metrics_file, samples_file:
-    try:
-      for step in range(start, config.steps + 1):
-        row, sample_lines = {}, []
-        clock = PhaseClock()
-        stop.check()
-        # What happened before this step is on record by now, so nothing is lost whenever we die.
-        if step > saved and (step % config.checkpoint.every == 0 or step == config.steps):
-          with clock("checkpoint"):
-            checkpoints.save(step, state)
-          saved = step
-        if step % config.eval.every == 0 or step == config.steps:
-          console.say(f"evaluating on {len(held_out.problems)} held-out problems")
-          with clock("eval"):
-            found = evaluate(
-              state.params,
-              held_out,
-              generate=generate_responses,
-              pool=pool,
-              tokenizer=tokenizer,
-              samples=config.eval.samples,
-              prompts_per_batch=config.prompts_per_step,
-              max_reward=task.max_reward,
-              check=stop.check,
-            )
-          console.evaluation(step, found.metrics)
-          row |= found.metrics
-          sample_lines += found.rows
-        if step == config.steps:
-          metrics_file.write(step, row | clock.metrics())
-          samples_file.write(step, *sample_lines)
-          break
 
-        with clock("rollout"):
-          drawn = draw_problems(task, config.seed, step, config.prompts_per_step, encode)
-          prompts = pad_prompts(drawn.prompts, pad_id=tokenizer.pad_id)
-          group = config.responses_per_prompt
-          # Training draws from fold_in(fold_in(fold_in(root, step), problem), sample).
-          keys = row_keys(
-            jax.random.fold_in(jax.random.key(config.seed), step), config.prompts_per_step, group
-          )
-          sampling = SamplingConfig(
-            # Of the type that evaluation has, or the same shape compiles twice.
-            jnp.full(config.prompts_per_step * group, config.sampling.temperature, jnp.float32),
-            top_k=config.sampling.top_k,
-            top_p=config.sampling.top_p,
-            min_new_tokens=config.sampling.min_new_tokens,
-          )
-          rollout = trim(generate_responses(state.params, prompts, keys, sampling, group))
-        stop.check()
-        with clock("reward"):
-          texts = response_texts(rollout, tokenizer)
-          scores = score(pool, drawn.problems, texts, group_size=group)
-          group_advantages = np.asarray(
-            advantages.group_relative(
-              scores.rewards, where=scores.ok, **dataclasses.asdict(config.advantage)
-            )
-          )
-        stop.check()
+  def evaluate_state(state: TrainState):
+    say(f"evaluating on {len(held_out.problems)} held-out problems")
+    return evaluate(
+      state.params,
+      held_out,
+      generate=generate,
+      pool=pool,
+      tokenizer=tokenizer,
+      samples=config.eval.samples,
+      prompts_per_batch=config.prompts_per_step,
+      max_reward=task.max_reward,
+      check=stop.check,
+    )
 
-        informative = np.any(group_advantages != 0, axis=1)
-
-        # A response without a reward is as if it had not been sampled.
-        mask = rollout.mask & scores.ok.reshape(-1, 1)
-        truncated = rollout.stop_reason == STOP_LENGTH
-        batch = {
-          "prompts": prompts.tokens,
-          "prompt_lengths": prompts.lengths,
-          "tokens": rollout.tokens,
-          "mask": mask,
-          "sampler_logprobs": rollout.sampler_logprobs,
-          "advantages": group_advantages.reshape(-1),
-        }
-        scored = [batch[key] for key in ("prompts", "prompt_lengths", "tokens", "mask")]
-        with clock("logprobs"):
-          if config.epochs * config.minibatches > 1:
-            batch["old_logprobs"] = np.asarray(logprobs_of(state.params, *scored)[0])
-          if ref_params is not None:
-            batch["ref_logprobs"] = np.asarray(logprobs_of(ref_params, *scored)[0])
-        rate = learning_rate_at(
-          step,
-          peak=optimizer_config.learning_rate,
-          schedule=optimizer_config.schedule,
-          warmup_steps=optimizer_config.warmup_steps,
-          total_steps=config.steps,
-        )
-        hparams = {
-          "learning_rate": jnp.float32(rate),
-          "clip_low": jnp.float32(config.loss.clip_low),
-          "clip_high": jnp.float32(config.loss.clip_high),
-          "kl_coef": jnp.float32(config.kl.coef),
-          "entropy_coef": jnp.float32(config.loss.entropy_coef),
-        }
-        totals: dict[str, tuple[float, float]] = {}
-        with clock("update"):
-          if step == start:
-            console.say(f"compiling the update: responses of up to {mask.shape[1]} tokens")
-          for chosen in minibatches(config, step):
-            # Groups without spread come last: where the policy term is all, they add nothing.
-            chosen = chosen[np.argsort(~informative[chosen], kind="stable")]
-            take = functools.partial(take_prompts, chosen=chosen, of=config.prompts_per_step)
-            minibatch = {key: take(value) for key, value in batch.items()}
-            minibatch["weights"] = token_weights(config, minibatch["mask"], take(truncated))
-            needed = np.count_nonzero(informative[chosen]) if policy_term_only else len(chosen)
-            state, metrics = update(
-              state, minibatch, hparams, -(-needed // config.microbatch_prompts)
-            )
-            for key, (total, count) in jax.device_get(metrics).items():
-              before = totals.get(key, (0.0, 0.0))
-              totals[key] = (before[0] + float(total), before[1] + float(count))
-        row |= finalize(totals)
-        row |= {
-          "reward_mean": mean(scores.rewards, scores.ok),
-          "accuracy": mean(scores.rewards >= task.max_reward, scores.ok),
-          "frac_zero_std": float(np.mean(~informative)),
-          "entropy": mean(rollout.entropies, mask),
-          "response_length_mean": float(np.mean(rollout.lengths)),
-          "truncated_fraction": float(np.mean(truncated)),
-          "learning_rate": rate,
-          "overlong_prompts": drawn.overlong,
-          "updates_skipped": int(state.skipped),
-          **{f"rewards_{status}": count for status, count in scores.counts.items()},
-        }
-        train_lines = sample_rows(
-          drawn.problems,
-          texts,
-          rollout,
-          scores,
-          split="train",
-          max_reward=task.max_reward,
-          advantages=group_advantages,
-        )
-        samples_file.write(step, *sample_lines, *train_lines)
-        if step % config.samples_every == 0:
-          console.samples(step, train_lines)
-        row |= clock.metrics()
-        metrics_file.write(step, row)
-        console.step(step, row)
-        if int(state.skipped_in_a_row) >= optimizer_config.max_skipped:
-          gradient = jax.jit(jax.grad(loss_fn, has_aux=True))(state.params, minibatch, hparams)[0]
-          raise Diverged(
-            f"{int(state.skipped_in_a_row)} updates in a row had a gradient that is not finite, "
-            f"first in {first_nonfinite(gradient)}; the parameters are those before them. Lower "
-            "--optimizer.learning_rate, or look at samples.jsonl for what the model wrote"
-          )
-    except Interrupted as interruption:
-      if step > saved:
-        checkpoints.save(step, state)
-      console.say(
-        f"{interruption}: saved at step {step} of {config.steps}; the same command goes on from it"
+  def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:
+    experience = collect(
+      state.params,
+      config.seed,
+      step,
+      task=task,
+      prompts_per_step=config.prompts_per_step,
+      responses_per_prompt=config.responses_per_prompt,
+      sampling=SamplingConfig(
+        config.sampling.temperature,
+        top_k=config.sampling.top_k,
+        top_p=config.sampling.top_p,
+        min_new_tokens=config.sampling.min_new_tokens,
+      ),
+      encode=encode,
+      generate=generate,
+      pool=pool,
+      tokenizer=tokenizer,
+      clock=clock,
+      check=stop.check,
+    )
+    prompts, rollout, scores = experience.prompts, experience.rollout, experience.scores
+    group_advantages = np.asarray(
+      advantages.group_relative(
+        scores.rewards, where=scores.ok, **dataclasses.asdict(config.advantage)
       )
-      raise
+    )
+    informative = np.any(group_advantages != 0, axis=1)
 
+    # A response without a reward is as if it had not been sampled.
+    mask = rollout.mask & scores.ok.reshape(-1, 1)
+    truncated = rollout.stop_reason == STOP_LENGTH
+    batch = {
+      "prompts": prompts.tokens,
+      "prompt_lengths": prompts.lengths,
+      "tokens": rollout.tokens,
+      "mask": mask,
+      "sampler_logprobs": rollout.sampler_logprobs,
+      "advantages": group_advantages.reshape(-1),
+    }
+    scored = [batch[key] for key in ("prompts", "prompt_lengths", "tokens", "mask")]
+    with clock("logprobs"):
+      if config.epochs * config.minibatches > 1:
+        batch["old_logprobs"] = np.asarray(logprobs_of(state.params, *scored)[0])
+      if ref_params is not None:
+        batch["ref_logprobs"] = np.asarray(logprobs_of(ref_params, *scored)[0])
+    stop.check()
+    rate = learning_rate(config.optimizer, step, steps=config.steps)
+    hparams = {
+      "learning_rate": jnp.float32(rate),
+      "clip_low": jnp.float32(config.loss.clip_low),
+      "clip_high": jnp.float32(config.loss.clip_high),
+      "kl_coef": jnp.float32(config.kl.coef),
+      "entropy_coef": jnp.float32(config.loss.entropy_coef),
+    }
+    announce(f"compiling the update: responses of up to {mask.shape[1]} tokens")
+    totals = {}
+    with clock("update"):
+      for chosen in minibatches(
+        config.seed,
+        step,
+        prompts=config.prompts_per_step,
+        epochs=config.epochs,
+        count=config.minibatches,
+      ):
+        # Groups without spread come last: where the policy term is all, they add nothing.
+        chosen = chosen[np.argsort(~informative[chosen], kind="stable")]
+        take = functools.partial(take_prompts, chosen=chosen, of=config.prompts_per_step)
+        minibatch = {key: take(value) for key, value in batch.items()}
+        minibatch["weights"] = token_weights(
+          config.weighting,
+          minibatch["mask"],
+          take(truncated),
+          responses_per_prompt=config.responses_per_prompt,
+          max_new_tokens=config.max_new_tokens,
+        )
+        needed = np.count_nonzero(informative[chosen]) if policy_term_only else len(chosen)
+        state, metrics = update(state, minibatch, hparams, -(-needed // config.microbatch_prompts))
+        totals = add_metrics(totals, jax.device_get(metrics))
+    row = (
+      finalize(totals)
+      | experience_metrics(experience, max_reward=task.max_reward)
+      | {
+        "frac_zero_std": float(np.mean(~informative)),
+        "learning_rate": rate,
+        "updates_skipped": int(state.skipped),
+      }
+    )
+    samples = sample_rows(
+      experience.drawn.problems,
+      experience.texts,
+      rollout,
+      scores,
+      split="train",
+      max_reward=task.max_reward,
+      advantages=group_advantages,
+    )
+    failure = failure_of(
+      loss_fn, state, minibatch, hparams, max_skipped=config.optimizer.max_skipped
+    )
+    return Step(state, row, samples, failure)
+
+  with pool:
+    state = train_loop(
+      run,
+      start,
+      state,
+      take_step,
+      evaluate_state,
+      steps=config.steps,
+      eval_every=config.eval.every,
+      checkpoint_every=config.checkpoint.every,
+      samples_every=config.samples_every,
+    )
   if config.export:
-    shutil.rmtree(workdir / "model", ignore_errors=True)  # Of an earlier end of this run.
-    save_hf(workdir / "model", policy.config, state.params)
-    if isinstance(tokenizer, ModelTokenizer):
-      save_tokenizer(workdir / "model", tokenizer)
-    console.say(f"model: {workdir / 'model'}")
-  write_report(workdir)
-  result = summary(read(workdir / "metrics.jsonl"))
-  write_result(workdir, result)
-  show_result(console, workdir, result)
-  return result
+    export_model(run, policy.config, state.params, tokenizer)
+  return finish(run)
 
 
 def check(config: Config) -> None:
   """Refuses sizes that do not fit together, before anything is loaded or compiled."""
-  if config.prompts_per_step % config.minibatches:
-    raise ConfigError(
-      "minibatches",
-      config.minibatches,
-      f"a divisor of prompts_per_step ({config.prompts_per_step})",
-    )
-  problems = config.prompts_per_step // config.minibatches
-  if problems > config.microbatch_prompts and problems % config.microbatch_prompts:
-    raise ConfigError(
-      "microbatch_prompts",
-      config.microbatch_prompts,
-      f"a divisor of the {problems} problems of an update (prompts_per_step / minibatches)",
-      f"try --microbatch_prompts={math.gcd(problems, config.microbatch_prompts)}",
-    )
-  if config.sampling.min_new_tokens > config.max_new_tokens:
-    raise ConfigError(
-      "sampling.min_new_tokens",
-      config.sampling.min_new_tokens,
-      f"at most max_new_tokens ({config.max_new_tokens})",
-    )
-  truncated = [
-    name
-    for name, off in (("top_k", 0), ("top_p", 1.0))
-    if getattr(config.sampling, name) != off
-  ]
-  if truncated and not config.sampling.allow_truncated:
-    raise ConfigError(
-      f"sampling.{truncated[0]}",
-      getattr(config.sampling, truncated[0]),
-      "off while training: it samples from another distribution than the one that is trained",
-      "--sampling.allow_truncated does it all the same",
-    )
-  if config.optimizer.schedule != "constant" and config.optimizer.warmup_steps >= config.steps:
-    raise ConfigError(
-      "optimizer.warmup_steps", config.optimizer.warmup_steps, f"less than steps ({config.steps})"
-    )
+  check_minibatches(
+    prompts_per_step=config.prompts_per_step,
+    minibatches=config.minibatches,
+    microbatch_prompts=config.microbatch_prompts,
+  )
+  check_sampling(config.sampling, max_new_tokens=config.max_new_tokens)
+  check_schedule(config.optimizer, steps=config.steps)
   task_family(config.task)
 
 
 def make_task(config: Config) -> Task:
   """The task, with the options of its own group of flags."""
-  family = task_family(config.task)
-  return load_task(config.task, **vars(getattr(config, family)))
-
-
-def minibatches(config: Config, step: int):
-  """The problems of each update: every epoch deals them out anew."""
-  for epoch in range(config.epochs):
-    rng = np.random.default_rng(np.random.SeedSequence([config.seed, step, epoch]))
-    yield from np.split(rng.permutation(config.prompts_per_step), config.minibatches)
-
-
-def take_prompts(x: np.ndarray, chosen: np.ndarray, *, of: int) -> np.ndarray:
-  """The rows of the chosen problems, however many rows each of the `of` problems has.
-
-  >>> take_prompts(np.array([10, 11, 20, 21]), np.array([1]), of=2).tolist()
-  [20, 21]
-  """
-  return x.reshape(of, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
-
-
-def mean(values: np.ndarray, where: np.ndarray) -> float | None:
-  """The mean of what there is, or None."""
-  return float(np.mean(values[where])) if where.any() else None
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """What result.json holds, read off the record."""
-  evaluated = [row for row in rows if "eval/sampled_accuracy" in row]
-  result = {"steps": rows[-1]["step"], "seconds": sum(row["time/step"] for row in rows)}
-  for name, row in (("before", evaluated[0]), ("after", evaluated[-1])):
-    result[name] = {key: value for key, value in row.items() if key.startswith("eval/")}
-  return result
-
-
-def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None:
-  """The last lines a person reads: before, after, three answers of each, where the report is."""
-  pairs = before_after(read(workdir / "samples.jsonl"))
-  console.table(
-    "held-out problems, greedily",
-    ("prompt", "before", "after"),
-    [(old["prompt"], old["response"], new["response"]) for old, new in pairs[:3]],
-  )
-  for kind in ("sampled", "greedy"):
-    figures = [
-      "{accuracy:.2f} (95% {low:.2f} to {high:.2f})".format(
-        **{end: result[when][f"eval/{kind}_{end}"] for end in ("accuracy", "low", "high")}
-      )
-      for when in ("before", "after")
-    ]
-    console.say(f"held-out accuracy, {kind}: {figures[0]} -> {figures[1]}")
-  console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
-  console.say(f"report: {workdir / 'report.html'}")
-
-
-class Diverged(RuntimeError):
-  """Training cannot go on; the message says where it broke and what to try."""
+  return load_task(config.task, **vars(getattr(config, task_family(config.task))))
 
 
 def main(config: Config) -> int:
-  workdir = config.workdir or default_workdir(config)
-  try:
-    train(config, workdir)
-  except Interrupted as interruption:
-    return 128 + interruption.signum
-  except Diverged as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  return 0
-
-
-def default_workdir(config: Config) -> str:
-  """runs/grpo-smollm2-arithmetic-seed0, and the like."""
-  model = Path(config.model).name.removesuffix(".gguf")
-  words = ["grpo", model, config.task.replace(os.sep, "_").replace(":", "_")]
-  return os.path.join("runs", "-".join([*words, f"seed{config.seed}"]))
+  workdir = config.workdir or default_workdir(
+    "grpo", model=config.model, data=config.task, seed=config.seed
+  )
+  return exit_code(functools.partial(train, config, workdir))
 
 
 if __name__ == "__main__":
-  run(
-    main,
-    Config,
-    overrides=overrides,
-    errors=(
-      WeightsError,
-      TokenizerError,
-      ChatTemplateError,
-      TaskError,
-      DataError,
-      PromptTooLong,
-      RewardError,
-      CheckpointError,
-    ),
-  )
+  run(main, Config, overrides=overrides, errors=USER_ERRORS)

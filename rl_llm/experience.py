@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rl_llm.data.prompts import Overlong, PromptTooLong, bucket, limit_length
+from rl_llm.data.prompts import (
+  Overlong,
+  PromptBatch,
+  PromptTooLong,
+  bucket,
+  limit_length,
+  pad_prompts,
+)
+from rl_llm.metrics import PhaseClock
+from rl_llm.policy import Policy
 from rl_llm.rewards import RewardPool, RewardResult, to_arrays
-from rl_llm.rollout import STOP_EOS, Rollout
-from rl_llm.tasks import Problem, Task
+from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout, generate, row_keys
+from rl_llm.sampling import SamplingConfig
+from rl_llm.tasks import Problem, Task, TaskError
 from rl_llm.tokenizers import Tokenizer, format_prompts
 
 
@@ -23,6 +36,10 @@ class Drawn(NamedTuple):
   overlong: int
 
 
+# (params, prompts, keys, sampling, responses_per_prompt) -> Rollout
+Generate = Callable[[Any, PromptBatch, jax.Array, SamplingConfig, int], Rollout]
+
+
 class Scores(NamedTuple):
   """What the grader said of P * G responses; a failed grade is masked out, never a zero."""
 
@@ -30,6 +47,16 @@ class Scores(NamedTuple):
   ok: np.ndarray  # [P, G] bool, True where there is a reward
   counts: dict[str, int]  # how many of each status
   results: list[RewardResult]  # [P * G]
+
+
+class Experience(NamedTuple):
+  """P problems, G responses to each, and their grades."""
+
+  drawn: Drawn
+  prompts: PromptBatch  # [P, L], left-padded
+  rollout: Rollout  # on the host, B = P * G rows
+  texts: list[str]  # [P * G]
+  scores: Scores
 
 
 def encode_problems(
@@ -89,6 +116,173 @@ def draw_problems(
     f"{overlong} of {drawn} prompts are over --max_prompt_tokens, so no {count} could be found; "
     "raise it, or choose --overlong_prompt=truncate_left"
   )
+
+
+def make_encode(
+  tokenizer: Tokenizer, *, prompt_format: str = "auto", **settings: Any
+) -> Callable[[Sequence[Problem]], Drawn]:
+  """`encode_problems` for one model; "auto" takes the chat layout where the model has a template.
+
+  Args:
+    tokenizer: the model's.
+    prompt_format: "auto", "chat" or "plain".
+    **settings: the other keywords of `encode_problems`.
+  """
+  if prompt_format == "auto":
+    prompt_format = "chat" if tokenizer.chat_template else "plain"
+  return functools.partial(
+    encode_problems, tokenizer=tokenizer, prompt_format=prompt_format, **settings
+  )
+
+
+def held_out_problems(
+  task: Task, encode: Callable[[Sequence[Problem]], Drawn], *, limit: int = 0
+) -> Drawn:
+  """The task's held-out problems, or the first `limit` of them, encoded.
+
+  Raises:
+    TaskError: there are none.
+  """
+  drawn = encode(task.held_out[:limit] if limit else task.held_out)
+  if not drawn.problems:
+    raise TaskError(
+      f"task={task.name!r}: no held-out problem to evaluate on; hold some out, or give a file of "
+      "them (see the task's flags)"
+    )
+  return drawn
+
+
+def make_generate(
+  policy: Policy, tokenizer: Tokenizer, *, max_new_tokens: int, say: Callable[[str], None]
+) -> Generate:
+  """`rollout.generate` for one model, announcing each shape that it compiles for.
+
+  Args:
+    policy: the model's functions.
+    tokenizer: its tokenizer, which knows what ends a response.
+    max_new_tokens: T.
+    say: shows a line.
+  """
+  announce = functools.cache(say)
+
+  def generate_responses(params, prompts, keys, sampling, group):
+    rows, columns = prompts.tokens.shape
+    announce(f"compiling the rollout: {rows} prompts of up to {columns} tokens x {group} responses")
+    return generate(
+      params,
+      prompts.tokens,
+      prompts.lengths,
+      keys,
+      sampling,
+      policy=policy,
+      responses_per_prompt=group,
+      max_new_tokens=max_new_tokens,
+      eos_ids=tokenizer.eos_ids,
+      pad_id=tokenizer.pad_id,
+    )
+
+  return generate_responses
+
+
+def collect(
+  params: Any,
+  seed: int,
+  step: int,
+  *,
+  task: Task,
+  prompts_per_step: int,
+  responses_per_prompt: int,
+  sampling: SamplingConfig,
+  encode: Callable[[Sequence[Problem]], Drawn],
+  generate: Generate,
+  pool: RewardPool,
+  tokenizer: Tokenizer,
+  clock: PhaseClock,
+  check: Callable[[], None] = lambda: None,
+) -> Experience:
+  """One step's experience: draws problems, samples responses and grades them.
+
+  A function of (params, seed, step): training draws with
+  fold_in(fold_in(fold_in(key(seed), step), problem), sample).
+
+  Args:
+    params: the policy's weights.
+    seed: of the run.
+    step: of the run.
+    task: where problems come from.
+    prompts_per_step: P.
+    responses_per_prompt: G.
+    sampling: its temperature may be a number.
+    encode: from `make_encode`.
+    generate: from `make_generate`.
+    pool: the grader's workers.
+    tokenizer: the model's.
+    clock: times "rollout" and "reward".
+    check: called between phases; raises to stop.
+  """
+  with clock("rollout"):
+    drawn = draw_problems(task, seed, step, prompts_per_step, encode)
+    prompts = pad_prompts(drawn.prompts, pad_id=tokenizer.pad_id)
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    # Of the type that evaluation has, or the same shape compiles twice.
+    rows = prompts_per_step * responses_per_prompt
+    temperature = jnp.full(rows, sampling.temperature, jnp.float32)
+    sampling = dataclasses.replace(sampling, temperature=temperature)
+    keys = row_keys(key, prompts_per_step, responses_per_prompt)
+    rollout = trim(generate(params, prompts, keys, sampling, responses_per_prompt))
+  check()
+  with clock("reward"):
+    texts = response_texts(rollout, tokenizer)
+    scores = score(pool, drawn.problems, texts, group_size=responses_per_prompt)
+  check()
+  return Experience(drawn, prompts, rollout, texts, scores)
+
+
+def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str, Any]:
+  """What a step's row says of its experience, whatever is done with it.
+
+  Args:
+    experience: from `collect`.
+    max_reward: a response with at least this reward is correct.
+  """
+  rollout, scores = experience.rollout, experience.scores
+  mask = rollout.mask & scores.ok.reshape(-1, 1)
+  return {
+    "reward_mean": _mean(scores.rewards, scores.ok),
+    "accuracy": _mean(scores.rewards >= max_reward, scores.ok),
+    "entropy": _mean(rollout.entropies, mask),
+    "response_length_mean": float(np.mean(rollout.lengths)),
+    "truncated_fraction": float(np.mean(rollout.stop_reason == STOP_LENGTH)),
+    "overlong_prompts": experience.drawn.overlong,
+    **{f"rewards_{status}": count for status, count in scores.counts.items()},
+  }
+
+
+def take_prompts(x: np.ndarray, chosen: np.ndarray, *, of: int) -> np.ndarray:
+  """The rows of the chosen problems, however many rows each of the `of` problems has.
+
+  >>> take_prompts(np.array([10, 11, 20, 21]), np.array([1]), of=2).tolist()
+  [20, 21]
+  """
+  return x.reshape(of, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
+
+
+def minibatches(
+  seed: int, step: int, *, prompts: int, epochs: int, count: int
+) -> Iterator[np.ndarray]:
+  """The problems of each update, `count` updates an epoch: every epoch deals them out anew.
+
+  >>> [chosen.size for chosen in minibatches(0, 0, prompts=6, epochs=1, count=3)]
+  [2, 2, 2]
+  """
+  for epoch in range(epochs):
+    rng = np.random.default_rng(np.random.SeedSequence([seed, step, epoch]))
+    yield from np.split(rng.permutation(prompts), count)
+
+
+def _mean(values: np.ndarray, where: np.ndarray) -> float | None:
+  """The mean of what there is, or None."""
+  return float(np.mean(values[where])) if where.any() else None
 
 
 def trim(rollout: Rollout) -> Rollout:

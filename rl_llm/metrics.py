@@ -196,6 +196,21 @@ class PhaseClock:
     return {f"time/{phase}": seconds for phase, seconds in self._seconds.items()} | whole
 
 
+def add_metrics(
+  totals: Mapping[str, tuple[Any, Any]], metrics: Mapping[str, tuple[Any, Any]]
+) -> dict[str, tuple[Any, Any]]:
+  """The (sum, count) pairs of two parts as those of the whole.
+
+  >>> add_metrics({"kl": (0.5, 2)}, {"kl": (0.25, 1), "ratio": (4.0, 4)})
+  {'kl': (0.75, 3), 'ratio': (4.0, 4)}
+  """
+  added = dict(totals)
+  for name, (total, count) in metrics.items():
+    before = added.get(name, (0, 0))
+    added[name] = (before[0] + total, before[1] + count)
+  return added
+
+
 def finalize(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float | None]:
   """Divides metrics that were added up as (sum, count) pairs over microbatches and hosts.
 

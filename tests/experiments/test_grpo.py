@@ -380,9 +380,9 @@ def test_presets_set_their_fields_and_run(tmp_path, small, files, preset, fields
 def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkeypatch):
   original, masks = grpo.token_weights, []
 
-  def token_weights(config, mask, truncated):
+  def token_weights(options, mask, truncated, **sizes):
     masks.append(mask)
-    return original(config, mask, truncated)
+    return original(options, mask, truncated, **sizes)
 
   monkeypatch.setattr(grpo, "token_weights", token_weights)
   changes = {"jsonl.reward_function": "failing", "reward_deadline": 0.5, "steps": 1}
@@ -393,7 +393,7 @@ def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkey
   assert {1, 2, 3} < set(kinds)
   assert [row["status"] for row in rows] == [statuses.get(kind, "ok") for kind in kinds]
   trained = [row["length"] if row["status"] == "ok" else 0 for row in rows]
-  order = next(grpo.minibatches(replace(grpo.Config(), settings(files)), 0))  # of the problems
+  order = next(grpo.minibatches(0, 0, prompts=4, epochs=1, count=1))  # of the problems
   wanted = np.array(trained).reshape(4, 4)[order].reshape(-1)
   np.testing.assert_array_equal(masks[0].sum(axis=1), wanted)
   counts = collections.Counter(row["status"] for row in rows)

@@ -1,0 +1,166 @@
+"""Groups of flags that several experiments have; an experiment may change their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+import optax
+
+from rl_llm import weighting
+from rl_llm.config import ConfigError, option
+from rl_llm.update import learning_rate_at, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How responses are drawn."""
+
+  temperature: float = option(1.0, "of the sampler and of the trainer alike", above=0)
+  top_k: int = option(0, "keep the k likeliest tokens, 0 = all; needs allow_truncated", min=0)
+  top_p: float = option(1.0, "keep the likeliest tokens that reach p; needs allow_truncated",
+                        above=0, max=1)
+  min_new_tokens: int = option(0, "no end of sequence before this many tokens", min=0)
+  allow_truncated: bool = option(
+    False, "train on top-k or top-p samples although they come from another distribution"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+  """How much each token counts."""
+
+  name: Literal[
+    "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
+  ] = option("token_mean", "a function of rl_llm.weighting")
+  length: int = option(0, "of constant_length; 0 = max_new_tokens", min=0)
+  drop_truncated: bool = option(False, "responses cut off at the limit do not count (DAPO)")
+
+
+@dataclasses.dataclass(frozen=True)
+class KL:
+  """The price of leaving the model that training began with."""
+
+  coef: float = option(0.0, "0 keeps no reference model", min=0)
+  value: Literal["k1", "k2", "k3"] = option("k3", "the estimator that is reported")
+  gradient: Literal["k1", "k2", "k3"] = option("k2", "the estimator that is differentiated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW."""
+
+  learning_rate: float = option(1.5e-5, "after warm-up", above=0)
+  schedule: Literal["constant", "linear", "cosine"] = option("constant", "towards 0 at the end")
+  warmup_steps: int = option(0, "steps over which the learning rate rises from 0", min=0)
+  b1: float = option(0.9, "decay of the mean gradient", min=0, below=1)
+  b2: float = option(0.95, "decay of the mean squared gradient", min=0, below=1)
+  eps: float = option(1e-8, "added to its root", above=0)
+  weight_decay: float = option(0.0, "of matrices, decoupled", min=0)
+  max_grad_norm: float = option(1.0, "longer gradients are scaled down; 0 = never", min=0)
+  max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Accuracy on problems that training never draws."""
+
+  every: int = option(16, "steps between evaluations; first and last are always done", min=1)
+  problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
+  samples: int = option(7, "responses a problem at temperature 1, beside the greedy one", min=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What survives a crash."""
+
+  every: int = option(10, "steps between checkpoints; the last one is always written", min=1)
+  keep: int = option(1, "checkpoints kept", min=1)
+
+
+def token_weights(
+  options: Weighting,
+  mask: np.ndarray,
+  truncated: np.ndarray,
+  *,
+  responses_per_prompt: int,
+  max_new_tokens: int,
+) -> np.ndarray:
+  """The [B, T] weights of one optimiser step's batch."""
+  keywords = {}
+  if options.name == "constant_length":
+    keywords = {"length": options.length or max_new_tokens}
+  elif options.name == "prompt_mean":
+    keywords = {"group_size": responses_per_prompt}
+  weights = getattr(weighting, options.name)(mask, **keywords)
+  if options.drop_truncated:
+    weights = weights * weighting.drop_truncated(mask, truncated)
+  return np.asarray(weights)
+
+
+def adamw(options: Optimizer) -> optax.GradientTransformation:
+  """The optimiser that the flags describe, without its learning rate."""
+  return make_optimizer(
+    b1=options.b1,
+    b2=options.b2,
+    eps=options.eps,
+    weight_decay=options.weight_decay,
+    max_grad_norm=options.max_grad_norm,
+  )
+
+
+def learning_rate(options: Optimizer, step: int, *, steps: int) -> float:
+  """The learning rate of a step of `steps`."""
+  return learning_rate_at(
+    step,
+    peak=options.learning_rate,
+    schedule=options.schedule,
+    warmup_steps=options.warmup_steps,
+    total_steps=steps,
+  )
+
+
+def check_sampling(sampling: Sampling, *, max_new_tokens: int) -> None:
+  """Refuses what cannot be sampled, or would train on another distribution unasked."""
+  if sampling.min_new_tokens > max_new_tokens:
+    raise ConfigError(
+      "sampling.min_new_tokens",
+      sampling.min_new_tokens,
+      f"at most max_new_tokens ({max_new_tokens})",
+    )
+  truncated = [
+    name for name, off in (("top_k", 0), ("top_p", 1.0)) if getattr(sampling, name) != off
+  ]
+  if truncated and not sampling.allow_truncated:
+    raise ConfigError(
+      f"sampling.{truncated[0]}",
+      getattr(sampling, truncated[0]),
+      "off while training: it samples from another distribution than the one that is trained",
+      "--sampling.allow_truncated does it all the same",
+    )
+
+
+def check_schedule(optimizer: Optimizer, *, steps: int) -> None:
+  """Refuses a warm-up that never ends."""
+  if optimizer.schedule != "constant" and optimizer.warmup_steps >= steps:
+    raise ConfigError(
+      "optimizer.warmup_steps", optimizer.warmup_steps, f"less than steps ({steps})"
+    )
+
+
+def check_minibatches(*, prompts_per_step: int, minibatches: int, microbatch_prompts: int) -> None:
+  """Refuses sizes that do not divide."""
+  if prompts_per_step % minibatches:
+    raise ConfigError(
+      "minibatches", minibatches, f"a divisor of prompts_per_step ({prompts_per_step})"
+    )
+  problems = prompts_per_step // minibatches
+  if problems > microbatch_prompts and problems % microbatch_prompts:
+    raise ConfigError(
+      "microbatch_prompts",
+      microbatch_prompts,
+      f"a divisor of the {problems} problems of an update (prompts_per_step / minibatches)",
+      f"try --microbatch_prompts={math.gcd(problems, microbatch_prompts)}",
+    )

@@ -1,0 +1,326 @@
+"""What every training run does whatever it trains: go on, evaluate, record, save, stop, report.
+
+An experiment brings its first state, a function that takes one step and one that evaluates. The
+loop sees to it that a run killed at any moment and started again ends as if nothing had happened:
+a step is done once its lines are on record, and only then may a checkpoint hold it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl_llm.chat_template import ChatTemplateError
+from rl_llm.checkpoint import Checkpointer, CheckpointError
+from rl_llm.config import ConfigError
+from rl_llm.console import Console, number
+from rl_llm.data import DataError
+from rl_llm.data.prompts import PromptTooLong
+from rl_llm.evaluation import Evaluation
+from rl_llm.files import locked
+from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.metrics import MetricsWriter, PhaseClock, read
+from rl_llm.policy import TransformerConfig, WeightsError, save_hf
+from rl_llm.report import before_after, write_report
+from rl_llm.rewards import RewardError
+from rl_llm.run_directory import open_run, write_result
+from rl_llm.tasks import TaskError
+from rl_llm.tokenizers import ModelTokenizer, Tokenizer, TokenizerError, save_tokenizer
+from rl_llm.train_state import TrainState
+from rl_llm.update import LossFn, first_nonfinite
+
+# What a person can put right: told in one line, without a traceback.
+USER_ERRORS = (
+  WeightsError,
+  TokenizerError,
+  ChatTemplateError,
+  TaskError,
+  DataError,
+  PromptTooLong,
+  RewardError,
+  CheckpointError,
+)
+
+
+class Diverged(RuntimeError):
+  """Training cannot go on; the message says where it broke and what to try."""
+
+
+class Run(NamedTuple):
+  """Where a run lives and what it is saved to, and its lines to the person who started it."""
+
+  workdir: Path
+  checkpoints: Checkpointer
+  console: Console
+  stop: StopSignals
+
+
+class Step(NamedTuple):
+  """What one step gave.
+
+  Attributes:
+    state: the pytree that the next step begins with, and that checkpoints hold.
+    metrics: the step's row of metrics.jsonl, timings aside.
+    samples: its rows of samples.jsonl.
+    failure: why the run cannot go on, once this step is on record; "" if it can.
+  """
+
+  state: Any
+  metrics: Mapping[str, Any]
+  samples: list[dict[str, Any]] = []
+  failure: str = ""
+
+
+def start_run(
+  body: Callable[[Run], dict[str, Any]],
+  config: Any,
+  workdir: str | os.PathLike,
+  *,
+  steps: int,
+  volatile: Iterable[str],
+  checkpoints_kept: int = 1,
+  export: bool = False,
+) -> dict[str, Any]:
+  """Opens the run's directory for this process alone and runs `body` in it, unless it is finished.
+
+  Args:
+    body: trains and gives the result.
+    config: recorded in the directory; a run of other settings there is refused.
+    workdir: the directory.
+    steps: of the whole run: a finished run with fewer goes on.
+    volatile: fields of the config that may differ from those the run began with.
+    checkpoints_kept: how many stay.
+    export: whether a directory `model` is wanted.
+
+  Returns:
+    The result, which result.json holds.
+
+  Raises:
+    ConfigError: the directory cannot be used.
+    Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
+    Diverged: the gradients were not finite too often.
+  """
+  workdir = Path(workdir)
+  with StopSignals() as stop, Console(total_steps=steps) as console:
+    result = open_run(workdir, config, volatile=volatile)
+    with locked(workdir / ".lock") as alone:
+      if not alone:
+        raise ConfigError("workdir", str(workdir), "a directory that no other process trains in")
+      finished = result is not None and result["steps"] >= steps
+      if not finished or (export and not (workdir / "model").exists()):
+        checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
+        return body(Run(workdir, checkpoints, console, stop))
+      console.say(f"{workdir} is finished; a larger --steps goes on, another --workdir begins anew")
+      show_result(console, workdir, result)
+      return result
+
+
+def begin(run: Run, init_state: Callable[..., Any], *args: Any, steps: int) -> tuple[int, Any]:
+  """The step to go on with, and the state before it: the last checkpoint's, or the first.
+
+  Args:
+    run: whose checkpoints.
+    init_state: (*args) -> the first state; only its shapes are used where a checkpoint exists.
+    *args: arrays; the state must not share them, since an update donates its state.
+    steps: of the whole run.
+
+  Raises:
+    ConfigError: the run has already gone further than `steps`.
+  """
+  start = run.checkpoints.latest()
+  if start is None:
+    return 0, jax.jit(lambda *args: init_state(*jax.tree.map(jnp.copy, args)))(*args)
+  start, state, _ = run.checkpoints.restore(jax.eval_shape(init_state, *args))
+  run.console.say(f"going on from the checkpoint at step {start}")
+  if start > steps:
+    raise ConfigError("steps", steps, f"at least {start}, which {run.workdir} has reached")
+  return start, state
+
+
+def train_loop(
+  run: Run,
+  start: int,
+  state: Any,
+  take_step: Callable[[Any, int, PhaseClock], Step],
+  evaluate: Callable[[Any], Evaluation],
+  *,
+  steps: int,
+  eval_every: int,
+  checkpoint_every: int,
+  samples_every: int,
+) -> Any:
+  """Takes the steps from `start` on.
+
+  Args:
+    run: the directory, the console, and the signals that stop the run.
+    start: from `begin`.
+    state: from `begin`.
+    take_step: (state, step, clock) -> `Step`. It may donate the state's arrays, and must not ask
+      `run.stop` once it has: what is saved at an interruption is the state it was given.
+    evaluate: (state) -> metrics "eval/..." and samples; done before step 0, every `eval_every`
+      steps, and at the end.
+    steps: of the whole run.
+    eval_every: steps between evaluations.
+    checkpoint_every: steps between checkpoints.
+    samples_every: steps between tables of samples on the console.
+
+  Returns:
+    The last state.
+
+  Raises:
+    Interrupted: as for `start_run`.
+    Diverged: as for `start_run`.
+  """
+  console, stop, workdir, checkpoints = run.console, run.stop, run.workdir, run.checkpoints
+  saved = start
+  metrics_file = MetricsWriter(workdir / "metrics.jsonl", resume_step=start - 1)
+  samples_file = MetricsWriter(workdir / "samples.jsonl", resume_step=start - 1)
+  with metrics_file, samples_file:
+    try:
+      for step in range(start, steps + 1):
+        row, samples = {}, []
+        clock = PhaseClock()
+        stop.check()
+        # What happened before this step is on record by now, so nothing is lost whenever we die.
+        if step > saved and (step % checkpoint_every == 0 or step == steps):
+          with clock("checkpoint"):
+            checkpoints.save(step, state)
+          saved = step
+        if step % eval_every == 0 or step == steps:
+          with clock("eval"):
+            found = evaluate(state)
+          console.evaluation(step, found.metrics)
+          row |= found.metrics
+          samples += found.rows
+        if step == steps:
+          metrics_file.write(step, row | clock.metrics())
+          samples_file.write(step, *samples)
+          break
+        state, metrics, trained, failure = take_step(state, step, clock)
+        samples_file.write(step, *samples, *trained)
+        if trained and step % samples_every == 0:
+          console.samples(step, trained)
+        row |= dict(metrics) | clock.metrics()
+        metrics_file.write(step, row)
+        console.step(step, row)
+        if failure:
+          raise Diverged(failure)
+    except Interrupted as interruption:
+      if step > saved:
+        checkpoints.save(step, state)
+      console.say(
+        f"{interruption}: saved at step {step} of {steps}; the same command goes on from it"
+      )
+      raise
+  return state
+
+
+def failure_of(
+  loss_fn: LossFn, state: TrainState, batch: Any, hparams: Any, *, max_skipped: int
+) -> str:
+  """Why training cannot go on, "" if it can: `max_skipped` updates in a row were not finite.
+
+  Args:
+    loss_fn: the update's.
+    state: after the update.
+    batch: of the update.
+    hparams: of the update.
+    max_skipped: how many are too many.
+  """
+  skipped = int(state.skipped_in_a_row)
+  if skipped < max_skipped:
+    return ""
+  gradient = jax.jit(jax.grad(loss_fn, has_aux=True))(state.params, batch, hparams)[0]
+  return (
+    f"{skipped} updates in a row had a gradient that is not finite, first in "
+    f"{first_nonfinite(gradient)}; the parameters are those before them. Lower "
+    "--optimizer.learning_rate, or look at samples.jsonl for what the model wrote"
+  )
+
+
+def finish(run: Run) -> dict[str, Any]:
+  """Writes the report and, last of all, result.json; shows a person what came of it."""
+  write_report(run.workdir)
+  result = summary(read(run.workdir / "metrics.jsonl"))
+  write_result(run.workdir, result)
+  show_result(run.console, run.workdir, result)
+  return result
+
+
+def export_model(run: Run, config: TransformerConfig, params: Any, tokenizer: Tokenizer) -> None:
+  """Writes the trained model as a Hugging Face directory, WORKDIR/model."""
+  directory = run.workdir / "model"
+  shutil.rmtree(directory, ignore_errors=True)  # Of an earlier end of this run.
+  save_hf(directory, config, params)
+  if isinstance(tokenizer, ModelTokenizer):
+    save_tokenizer(directory, tokenizer)
+  run.console.say(f"model: {directory}")
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """What result.json holds, read off the record."""
+  evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
+  result = {"steps": rows[-1]["step"], "seconds": sum(row["time/step"] for row in rows)}
+  for name, row in (("before", evaluated[0]), ("after", evaluated[-1])):
+    result[name] = {key: value for key, value in row.items() if key.startswith("eval/")}
+  return result
+
+
+def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None:
+  """The last lines a person reads: before, after, three answers of each, where the report is."""
+  pairs = before_after(read(workdir / "samples.jsonl"))
+  if pairs:
+    console.table(
+      "held-out problems, greedily",
+      ("prompt", "before", "after"),
+      [(old["prompt"], old["response"], new["response"]) for old, new in pairs[:3]],
+    )
+  for key in sorted(result["after"], reverse=True):
+    if key.endswith("_accuracy"):
+      figures = [
+        "{accuracy:.2f} (95% {low:.2f} to {high:.2f})".format(
+          accuracy=result[when][key],
+          low=result[when][key.replace("accuracy", "low")],
+          high=result[when][key.replace("accuracy", "high")],
+        )
+        for when in ("before", "after")
+      ]
+      name = key.removeprefix("eval/").removesuffix("_accuracy")
+      console.say(f"held-out accuracy, {name}: {figures[0]} -> {figures[1]}")
+    elif key.endswith("_loss"):
+      figures = [number(result[when][key]) for when in ("before", "after")]
+      name = key.removeprefix("eval/").replace("_", " ")
+      console.say(f"held-out {name}: {figures[0]} -> {figures[1]}")
+  console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
+  console.say(f"report: {workdir / 'report.html'}")
+
+
+def exit_code(train: Callable[[], Any]) -> int:
+  """Runs an experiment to its end: 0, 128 + the signal that stopped it, 1 where it diverged."""
+  try:
+    train()
+  except Interrupted as interruption:
+    return 128 + interruption.signum
+  except Diverged as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def default_workdir(experiment: str, *, model: str, data: str, seed: int) -> str:
+  """Where a run goes that names no directory.
+
+  >>> default_workdir("grpo", model="smollm2", data="gsm8k:train.jsonl", seed=0)
+  'runs/grpo-smollm2-gsm8k_train.jsonl-seed0'
+  """
+  words = [experiment, Path(model).name.removesuffix(".gguf")]
+  return os.path.join(
+    "runs", "-".join([*words, data.replace(os.sep, "_").replace(":", "_"), f"seed{seed}"])
+  )
