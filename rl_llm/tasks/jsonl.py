@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rl_llm.data import read_table
+from rl_llm.data.held_out import content_key, is_held_out
 from rl_llm.rewards import RewardSource, graders
 from rl_llm.tasks.problem import (
   Problem,
   Task,
   TaskError,
   check_option,
-  hashed,
   number_text,
   rng_for,
 )
@@ -124,7 +123,7 @@ def _check_row(row: dict[str, Any], prompt_column: str) -> str:
 
 def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
   prompt = row[options.prompt_column]
-  key = json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+  key = content_key(prompt)
   if options.instruction and isinstance(prompt, str):
     prompt = f"{prompt}\n{options.instruction}"
   columns = {name: value for name, value in row.items() if name != options.prompt_column}
@@ -172,8 +171,8 @@ def jsonl_task(
     held_out, dropped_there = read(options.held_out_file)
     dropped += dropped_there
   else:
-    bound = int(options.held_out_fraction * 2**64)
-    held_out = [problem for problem in problems if hashed(problem.key) < bound]
+    fraction = options.held_out_fraction
+    held_out = [problem for problem in problems if is_held_out(problem.key, fraction=fraction)]
   keys = {problem.key for problem in held_out}
   training = [problem for problem in problems if problem.key not in keys]
   if not training:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rl_llm.data.held_out import hashed
 from rl_llm.rewards import RewardSource
 
 
@@ -85,11 +85,6 @@ def number_text(number: Decimal | None) -> str | None:
   text = format(abs(number), "f")  # Not `normalize`, which rounds to 28 digits.
   text = text.rstrip("0").rstrip(".") if "." in text else text
   return f"-{text}" if number < 0 else text
-
-
-def hashed(text: str) -> int:
-  """A 64-bit number from text, the same on every machine and with every version of numpy."""
-  return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def hashed_numbers(name: str) -> Iterator[int]:
