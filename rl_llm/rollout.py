@@ -201,6 +201,89 @@ def _fold(keys: chex.Array, step: chex.Array) -> chex.Array:
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
 
 
+def response_hidden(
+  params: Any,
+  prompts: chex.Array,
+  prompt_lengths: chex.Array,
+  tokens: chex.Array,
+  mask: chex.Array,
+  *,
+  policy: Any,
+) -> chex.Array:
+  """The states that predict the tokens of responses: what any head of the trainer's side reads.
+
+  It reads as the sampler reads: each prompt once, its keys and values shared out to its G
+  responses, then all tokens of the responses at once instead of one by one. For short answers to
+  long questions that is several times less work than G copies of the prompt, and never more.
+  Gradients flow through the shared keys and values.
+
+  Args:
+    params: the weights to read with.
+    prompts: [P, L] int32, left-padded.
+    prompt_lengths: [P] int32.
+    tokens: [B, T] int32, the responses, B = P * G; row b answers prompt b // G.
+    mask: [B, T] bool, True = part of the response.
+    policy: as for `generate`.
+
+  Returns:
+    [B, T, D] in the compute dtype: column t has seen the prompt and the tokens before t. Column 0
+    is the prompt's end; the last token is not read.
+
+  Raises:
+    ValueError: B is not a multiple of P.
+  """
+  n_prompts, columns = prompts.shape
+  rows, steps = tokens.shape
+  if rows % n_prompts:
+    raise ValueError(f"tokens: {rows} rows are not a multiple of the {n_prompts} rows of prompts")
+  share = functools.partial(_share, rows=n_prompts, copies=rows // n_prompts)
+  cache = policy.init_cache(n_prompts, columns + steps - 1)
+  positions, segments = prompt_layout(prompt_lengths, columns)
+  hidden, cache = policy.hidden(params, prompts, positions, segments, cache)
+  hidden = share(hidden[:, -1:])  # The prompt's end predicts the first token.
+  if steps == 1:  # Nothing follows the last token: it is not read.
+    return hidden
+  following, _ = policy.hidden(
+    params,
+    tokens[:, :-1],
+    share(prompt_lengths)[:, None] + jnp.arange(steps - 1),
+    jnp.where(mask[:, :-1], 0, -1),
+    jax.tree.map(share, cache),
+  )
+  return jnp.concatenate([hidden, following], axis=1)
+
+
+def logprobs_of_hidden(
+  params: Any,
+  hidden: chex.Array,
+  tokens: chex.Array,
+  mask: chex.Array,
+  *,
+  policy: Any,
+  temperature: chex.Array | float = 1.0,
+  chunk_size: int = 256,
+) -> tuple[chex.Array, chex.Array]:
+  """The second half of `response_logprobs`, for a trainer that has another use for `hidden` too.
+
+  Args:
+    params: the weights, of which only the unembedding is read.
+    hidden: [B, T, D] float, from `response_hidden`.
+    tokens, mask, policy, temperature, chunk_size: as for `response_logprobs`.
+
+  Returns:
+    logprobs [B, T] and entropies [B, T], float32, nats, 0 outside the mask.
+  """
+  logprobs, entropies = chunked_logprobs_and_entropy(
+    hidden,
+    policy.unembed(params),
+    tokens,
+    chunk_size=chunk_size,
+    temperature=temperature,
+    softcap=policy.config.final_softcap,
+  )
+  return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropies, 0.0)
+
+
 def response_logprobs(
   params: Any,
   prompts: chex.Array,
@@ -214,11 +297,8 @@ def response_logprobs(
 ) -> tuple[chex.Array, chex.Array]:
   """Teacher-forced log-probs and entropies of responses: the trainer's side of `generate`.
 
-  It reads as the sampler reads: each prompt once, its keys and values shared out to its G
-  responses, then all tokens of the responses at once instead of one by one. For short answers to
-  long questions that is several times less work than G copies of the prompt, and never more. Only
-  the positions that predict response tokens meet the vocabulary, in chunks, so that [B, T, V] never
-  exists. Gradients flow through the shared keys and values.
+  Prompts are read once, as `response_hidden` says. Only the positions that predict response tokens
+  meet the vocabulary, in chunks, so that [B, T, V] never exists.
 
   Args:
     params: the weights to score under.
@@ -236,30 +316,13 @@ def response_logprobs(
   Raises:
     ValueError: B is not a multiple of P.
   """
-  n_prompts, columns = prompts.shape
-  rows, steps = tokens.shape
-  if rows % n_prompts:
-    raise ValueError(f"tokens: {rows} rows are not a multiple of the {n_prompts} rows of prompts")
-  share = functools.partial(_share, rows=n_prompts, copies=rows // n_prompts)
-  cache = policy.init_cache(n_prompts, columns + steps - 1)
-  positions, segments = prompt_layout(prompt_lengths, columns)
-  hidden, cache = policy.hidden(params, prompts, positions, segments, cache)
-  hidden = share(hidden[:, -1:])  # The prompt's end predicts the first token.
-  if steps > 1:  # Nothing follows the last token: it is not read.
-    following, _ = policy.hidden(
-      params,
-      tokens[:, :-1],
-      share(prompt_lengths)[:, None] + jnp.arange(steps - 1),
-      jnp.where(mask[:, :-1], 0, -1),
-      jax.tree.map(share, cache),
-    )
-    hidden = jnp.concatenate([hidden, following], axis=1)
-  logprobs, entropies = chunked_logprobs_and_entropy(
+  hidden = response_hidden(params, prompts, prompt_lengths, tokens, mask, policy=policy)
+  return logprobs_of_hidden(
+    params,
     hidden,
-    policy.unembed(params),
     tokens,
-    chunk_size=chunk_size,
+    mask,
+    policy=policy,
     temperature=temperature,
-    softcap=policy.config.final_softcap,
+    chunk_size=chunk_size,
   )
-  return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropies, 0.0)

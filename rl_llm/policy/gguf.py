@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rl_llm.policy.configs import RopeScaling, TransformerConfig, WeightsError
-from rl_llm.policy.hf import assemble
+from rl_llm.policy.hf import assemble, leaf_shapes
 from rl_llm.policy.transformer import Params, rope_frequencies
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -116,7 +116,7 @@ def load_gguf(path: str | os.PathLike) -> tuple[TransformerConfig, Params]:
         return array - 1.0  # Gemma's files hold 1 + scale.
       return array
 
-    return config, assemble(config, gguf_name, shapes, read, str(path))
+    return config, assemble(leaf_shapes(config), gguf_name, shapes, read, str(path))
   except WeightsError:
     raise
   except NotImplementedError as error:

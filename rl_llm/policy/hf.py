@@ -42,7 +42,12 @@ _POST_NORM_NAMES = {
   "mlp_norm": "pre_feedforward_layernorm",
   "mlp_post_norm": "post_feedforward_layernorm",
 }
-_TOP_NAMES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "unembed": "lm_head"}
+_TOP_NAMES = {
+  "embed": "model.embed_tokens",
+  "final_norm": "model.norm",
+  "unembed": "lm_head",
+  "head": "score",  # Of a sequence classifier.
+}
 
 
 def hf_name(config: TransformerConfig, path: str) -> str:
@@ -73,7 +78,7 @@ def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def assemble(
-  config: TransformerConfig,
+  wanted: dict[str, tuple[int, ...]],
   name_of: Callable[[str], str],
   shapes: dict[str, tuple[int, ...]],
   read: Callable[[str], np.ndarray],
@@ -82,7 +87,7 @@ def assemble(
   """Builds the parameters from a file's tensors, checking names and shapes before any is read.
 
   Args:
-    config: the model's shape.
+    wanted: {path: shape} of every leaf, such as `leaf_shapes` gives.
     name_of: our path -> the file's name.
     shapes: the file's name -> shape as stored: kernels [out, in].
     read: the file's name -> the tensor.
@@ -94,7 +99,6 @@ def assemble(
   Raises:
     WeightsError: a tensor is missing, is not part of the model, or has another shape.
   """
-  wanted = leaf_shapes(config)
   names = {path: name_of(path) for path in wanted}
   missing = sorted(set(names.values()) - set(shapes))
   if missing:
@@ -138,13 +142,43 @@ def load_hf(directory: str | os.PathLike) -> tuple[TransformerConfig, Params]:
   Raises:
     WeightsError: a file is missing, damaged, outside the directory, or not of a supported model.
   """
-  safetensors = _import_safetensors()
+  config, _ = read_config(directory)
+  return config, read_weights(directory, config, leaf_shapes(config))
+
+
+def read_config(directory: str | os.PathLike) -> tuple[TransformerConfig, dict[str, Any]]:
+  """The config of a model directory, and all entries of its config.json.
+
+  Raises:
+    WeightsError: there is no such directory or file, or it is not of a supported model.
+  """
+  _import_safetensors()
   directory = Path(directory)
   if not directory.is_dir():
     raise WeightsError(f"{directory}: no such model directory; check the path")
-  config_path = _inside(directory, "config.json", "is missing; download the whole model")
-  config = config_from_hf(_read_json(config_path), str(config_path))
+  path = _inside(directory, "config.json", "is missing; download the whole model")
+  entries = _read_json(path)
+  return config_from_hf(entries, str(path)), entries
 
+
+def read_weights(
+  directory: str | os.PathLike, config: TransformerConfig, wanted: dict[str, tuple[int, ...]]
+) -> Params:
+  """The leaves `wanted` of a model directory, which must hold these and no others.
+
+  Args:
+    directory: as for `load_hf`.
+    config: from `read_config`.
+    wanted: {path: shape}; `leaf_shapes(config)` for a language model.
+
+  Returns:
+    The weights as float32.
+
+  Raises:
+    WeightsError: as for `load_hf`.
+  """
+  safetensors = _import_safetensors()
+  directory = Path(directory)
   if (directory / _SINGLE).exists():
     shards = {_SINGLE}
   elif (directory / _INDEX).exists():
@@ -176,11 +210,11 @@ def load_hf(directory: str | os.PathLike) -> tuple[TransformerConfig, Params]:
         files[name] = handle
     # Derived or duplicated tensors that some checkpoints carry.
     for name in list(files):
-      tied = name == "lm_head.weight" and config.tie_embeddings
-      if tied or name.endswith("rotary_emb.inv_freq"):
+      spare = name == "lm_head.weight" and "unembed/embedding" not in wanted
+      if spare or name.endswith("rotary_emb.inv_freq"):
         del files[name]
-    return config, assemble(
-      config,
+    return assemble(
+      wanted,
       lambda path: hf_name(config, path),
       {name: tuple(handle.get_slice(name).get_shape()) for name, handle in files.items()},
       lambda name: files[name].get_tensor(name),
@@ -212,15 +246,45 @@ def save_hf(
     WeightsError: the directory holds something, the config has no Hugging Face architecture, or
       the weights are not of this config.
   """
+  write_directory(
+    directory,
+    config,
+    config_to_hf(config),
+    leaf_shapes(config),
+    params,
+    max_shard_bytes=max_shard_bytes,
+  )
+
+
+def write_directory(
+  directory: str | os.PathLike,
+  config: TransformerConfig,
+  entries: dict[str, Any],
+  wanted: dict[str, tuple[int, ...]],
+  params: Params,
+  *,
+  max_shard_bytes: int,
+) -> None:
+  """`save_hf` of a model with the given entries in config.json and the leaves `wanted`.
+
+  Args:
+    directory: must not exist yet, or be empty.
+    config: the model's shape.
+    entries: of config.json.
+    wanted: {path: shape}; `leaf_shapes(config)` for a language model.
+    params: its weights: these leaves and no others.
+    max_shard_bytes: a file larger than this is split.
+
+  Raises:
+    WeightsError: the directory holds something, or the weights are not of this config.
+  """
   _import_safetensors()
   from safetensors.numpy import save_file
 
   directory = Path(directory)
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise WeightsError(f"{directory}: already exists; give a new directory, or remove this one")
-  entries = config_to_hf(config)
   leaves = dict(_leaves(params))
-  wanted = leaf_shapes(config)
   for path in sorted(wanted.keys() | leaves.keys()):
     shape = leaves[path].shape if path in leaves else None
     if shape != wanted.get(path):

@@ -398,8 +398,9 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens, positions, segment_ids, cache):
     config = self.config
-    if not config.tie_embeddings:
-      Table(config, name="unembed")()  # Only `unembed` reads it; made here so that init does.
+    # Only `unembed` reads it; a trunk whose head is another (a reward model's) need not have it.
+    if self.is_initializing() and not config.tie_embeddings:
+      Table(config, name="unembed")()
     x = jnp.take(Table(config, name="embed")(), tokens, axis=0).astype(self.dtype)
     x = x * jnp.asarray(config.embed_scale, self.dtype)
 

@@ -205,7 +205,7 @@ def family_model(family: str):
   }
   tensors = random_tensors(shapes, gemma=config.norm_plus_one)
   name_of = functools.partial(hf_name, config)
-  return config, assemble(config, name_of, shapes, tensors.get, family)
+  return config, assemble(leaf_shapes(config), name_of, shapes, tensors.get, family)
 
 
 def export(directory: Path) -> None:
