@@ -1,0 +1,93 @@
+"""A number where a language model has a distribution: the head of value networks and reward models.
+
+Both are a trunk, whose last hidden states any policy gives, and one column that reads them. The
+trunk is a language model's weights without the unembedding, the column stands beside them as
+`params["head"]`, and `policy.hidden(params, ...)` runs the one tree as it runs the other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rl_llm.policy.transformer import Params
+
+
+def zero_head(width: int) -> Params:
+  """The head of a value network before training: every value is 0.
+
+  A random head would begin with values as large as rewards and as wrong as chance, and GAE takes
+  them at their word. With 0 the first advantages are the returns themselves, as without a value
+  network. The misconception is that zeros never learn, as in a hidden layer; here the kernel's
+  gradient is the hidden state, and the trunk learns from the second update on.
+
+  Args:
+    width: D, of the trunk.
+
+  Returns:
+    {"kernel": [D, 1], "bias": [1]} float32.
+  """
+  return {"kernel": jnp.zeros((width, 1), jnp.float32), "bias": jnp.zeros((1,), jnp.float32)}
+
+
+def normal_head(width: int, key: chex.Array) -> Params:
+  """The head of a reward model before training: normal with standard deviation 1 / sqrt(D + 1).
+
+  Over hidden states whose entries have mean square 1, rewards then spread by about 1, so that the
+  first loss moves the trunk too. There is no bias: pairs teach differences alone, and a constant
+  has no gradient.
+
+  Args:
+    width: D, of the trunk.
+    key: consumed.
+
+  Returns:
+    {"kernel": [D, 1]} float32.
+
+  Reference: Stiennon et al., 2020, Learning to summarize from human feedback,
+    https://arxiv.org/abs/2009.01325
+  """
+  return {"kernel": jax.random.normal(key, (width, 1), jnp.float32) / math.sqrt(width + 1)}
+
+
+def with_head(params: Params, head: Params) -> Params:
+  """A tower of its own: a copy of a model's trunk, and a head.
+
+  >>> params = {"final_norm": {"scale": jnp.ones(2)}, "unembed": {"embedding": jnp.ones((5, 2))}}
+  >>> sorted(with_head(params, zero_head(2)))
+  ['final_norm', 'head']
+
+  Args:
+    params: a policy's, or those of another tower, whose head is left behind.
+    head: from `zero_head` or `normal_head`.
+
+  Returns:
+    The parameters. The arrays are new: an update that donates these leaves the policy's alone.
+  """
+  trunk = {name: leaf for name, leaf in params.items() if name not in ("unembed", "head")}
+  return jax.tree.map(jnp.copy, trunk | {"head": head})
+
+
+def apply_head(head: Params, hidden: chex.Array) -> chex.Array:
+  """One number a hidden state.
+
+      y = hidden . kernel + bias
+
+  >>> head = {"kernel": jnp.array([[1.0], [10.0]]), "bias": jnp.array([100.0])}
+  >>> apply_head(head, jnp.array([[1.0, 2.0], [0.0, 3.0]])).tolist()
+  [121.0, 130.0]
+
+  Args:
+    head: {"kernel": [D, 1]}, and "bias" [1] or none.
+    hidden: [..., D] float, of any dtype.
+
+  Returns:
+    [...] float32.
+  """
+  kernel = head["kernel"].astype(jnp.float32)
+  # A sum of products, not a matrix product, which accelerators round to fewer bits.
+  y = jnp.sum(hidden.astype(jnp.float32) * kernel[:, 0], axis=-1)
+  return y + head["bias"][0] if "bias" in head else y

@@ -1,0 +1,344 @@
+"""Reward models: a network that scores answers, on disk, on the device, and against held-out pairs.
+
+A directory that `save_reward_model` wrote is one that `transformers` reads as
+`AutoModelForSequenceClassification` with one label, and such models of others load here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_llm.data.prompts import PromptBatch
+from rl_llm.metrics import proportion_interval
+from rl_llm.model import LanguageModel
+from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf, make_policy
+from rl_llm.policy.hf import leaf_shapes, read_config, read_weights, write_directory
+from rl_llm.policy.scalar_head import apply_head
+from rl_llm.rollout import response_hidden
+from rl_llm.tokenizers import (
+  ByteTokenizer,
+  ModelTokenizer,
+  Tokenizer,
+  load_tokenizer,
+  save_tokenizer,
+)
+
+_CLASSIFIER = "ForSequenceClassification"
+_BYTES = "ByteTokenizer"
+
+
+def response_rewards(
+  params: Any,
+  prompts: chex.Array,
+  prompt_lengths: chex.Array,
+  tokens: chex.Array,
+  mask: chex.Array,
+  *,
+  policy: Any,
+) -> chex.Array:
+  """Scores sampled responses: the head's number at the response's last token.
+
+  An answer is judged when it is whole, so what is read is the state after its last token, the
+  end-of-sequence token if there is one; a value network's last state is one place before. An answer
+  that was cut off at the limit is judged where it stops. Each prompt is read once.
+
+  Args:
+    params: a reward model's, with its "head".
+    prompts: [P, L] int32, left-padded.
+    prompt_lengths: [P] int32.
+    tokens: [B, T] int32, the responses, B = P * G; row b answers prompt b // G.
+    mask: [B, T] bool, True = part of the response.
+    policy: the pure functions of the trunk, a `rl_llm.policy.Policy`.
+
+  Returns:
+    rewards [B], float32; of a row without tokens, the prompt's own score.
+
+  Raises:
+    ValueError: B is not a multiple of P.
+  """
+  # The state that would predict one more token has read them all.
+  after = ((0, 0), (0, 1))
+  hidden = response_hidden(
+    params, prompts, prompt_lengths, jnp.pad(tokens, after), jnp.pad(mask, after), policy=policy
+  )
+  return apply_head(params["head"], _at(hidden, _last(mask) + 1))
+
+
+def sequence_rewards(
+  params: Any,
+  tokens: chex.Array,
+  mask: chex.Array,
+  positions: chex.Array,
+  segment_ids: chex.Array,
+  *,
+  policy: Any,
+) -> chex.Array:
+  """Scores whole sequences, one a row, at the last token of the answer: for preference pairs.
+
+  That is the last token of `mask`, not of the row: a chat template writes a line break behind the
+  end-of-sequence token, which the sampler never does, and the score of one text must not depend on
+  who wrote it. Padding may be on either side.
+
+  Args:
+    params: a reward model's, with its "head".
+    tokens: [B, T] int32.
+    mask: [B, T] bool, True = the answer's tokens (`rl_llm.data.encoding.Encoded.mask`).
+    positions: [B, T] int32, from 0 in each sequence.
+    segment_ids: [B, T] int32, -1 = padding.
+    policy: the pure functions of the trunk.
+
+  Returns:
+    rewards [B], float32.
+  """
+  hidden, _ = policy.hidden(params, tokens, positions, segment_ids)
+  return apply_head(params["head"], _at(hidden, _last(mask)))
+
+
+def _last(mask: chex.Array) -> chex.Array:
+  """[B] the last column of the mask; -1 in a row without one."""
+  return jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), -1), axis=1)
+
+
+def _at(hidden: chex.Array, column: chex.Array) -> chex.Array:
+  return jnp.take_along_axis(hidden, column[:, None, None], axis=1)[:, 0]
+
+
+_jitted_rewards = jax.jit(response_rewards, static_argnames="policy")
+
+
+def score_responses(
+  params: Any,
+  prompts: PromptBatch,
+  tokens: np.ndarray,
+  mask: np.ndarray,
+  *,
+  policy: Any,
+  rows_per_batch: int,
+) -> np.ndarray:
+  """`response_rewards` of a rollout of any size, in batches of one shape: compiled once.
+
+  Whole prompts with all their responses go into a batch; the last one is filled up with prompts
+  from the beginning.
+
+  Args:
+    params: a reward model's. It reads the rollout's ids, so its tokenizer must be the policy's.
+    prompts: P prompts.
+    tokens: [B, T] int32, B = P * G, as `rl_llm.experience.trim` leaves them.
+    mask: [B, T] bool.
+    policy: the pure functions of the trunk.
+    rows_per_batch: the most responses scored at once, at least G.
+
+  Returns:
+    rewards [B], float32, on the host.
+
+  Raises:
+    ValueError: B is not a multiple of P, or a prompt's responses do not fit into a batch.
+  """
+  n_prompts, rows = len(prompts.lengths), len(tokens)
+  if rows % n_prompts:
+    raise ValueError(f"tokens: {rows} rows are not a multiple of the {n_prompts} rows of prompts")
+  group = rows // n_prompts
+  if rows_per_batch < group:
+    raise ValueError(
+      f"rows_per_batch: {rows_per_batch} rows do not hold the {group} responses of one prompt; "
+      f"allow at least {group}"
+    )
+  size = min(rows_per_batch // group, n_prompts)
+  rewards = []
+  for start in range(0, n_prompts, size):
+    chosen = np.arange(start, start + size) % n_prompts
+    of_chosen = (chosen[:, None] * group + np.arange(group)).reshape(-1)
+    batch = _jitted_rewards(
+      params,
+      prompts.tokens[chosen],
+      prompts.lengths[chosen],
+      tokens[of_chosen],
+      mask[of_chosen],
+      policy=policy,
+    )
+    rewards.append(np.asarray(batch))
+  return np.concatenate(rewards)[:rows]
+
+
+class PairStatistics(NamedTuple):
+  """What `pair_statistics` found."""
+
+  accuracy: float  # share of pairs whose chosen answer has the larger reward; a tie is half
+  low: float  # of its 95 % interval
+  high: float
+  margin: float  # mean of chosen - rejected
+  calibration_error: float  # expected, in probability: 0 is calibrated, 0.5 the worst
+
+
+def pair_statistics(
+  chosen_rewards: np.ndarray, rejected_rewards: np.ndarray, *, bins: int = 10
+) -> PairStatistics:
+  """How often a reward model is right about held-out pairs, and whether it knows how often.
+
+      margin     = chosen - rejected
+      correct    = 1 if margin > 0, 1/2 if margin = 0, else 0
+      confidence = sigmoid(|margin|)
+      error      = sum over bins: |mean(correct) - mean(confidence)| * (share of the pairs)
+
+  Bradley-Terry says with which probability the answer that it prefers wins. A calibrated model that
+  is 3/4 sure is right three times in four. Margins of +-log 3 say 3/4; right twice in four, that is
+  1/4 too sure:
+
+  >>> found = pair_statistics(np.log([3.0, 3.0, 1.0, 1.0]), np.log([1.0, 1.0, 3.0, 3.0]))
+  >>> found.accuracy, round(found.calibration_error, 3), round(found.margin, 3)
+  (0.5, 0.25, 0.0)
+
+  The misconception is that sigmoid(margin) itself can be binned against "chosen won": chosen always
+  won, so every bin would have accuracy 1, and the error would measure how unsure the model is. What
+  can be right or wrong is the answer that the model prefers, hence the confidence from 1/2 up.
+
+  Args:
+    chosen_rewards: [N] float, of the better answers.
+    rejected_rewards: [N] float, of the worse ones.
+    bins: how many equal bins from 1/2 to 1.
+
+  Returns:
+    A `PairStatistics`; the interval is that of `proportion_interval`.
+
+  Raises:
+    ValueError: no pairs, shapes differ, or a reward is not finite.
+
+  Reference: Guo et al., 2017, On Calibration of Modern Neural Networks,
+    https://arxiv.org/abs/1706.04599
+  """
+  chosen, rejected = (np.asarray(x, np.float64) for x in (chosen_rewards, rejected_rewards))
+  if chosen.ndim != 1 or not chosen.size or rejected.shape != chosen.shape:
+    raise ValueError(
+      f"chosen_rewards has shape {chosen.shape} and rejected_rewards {rejected.shape}; both must "
+      "be [N] with N at least 1"
+    )
+  margin = chosen - rejected
+  if not np.isfinite(margin).all():
+    pair = int(np.argmin(np.isfinite(margin)))
+    raise ValueError(
+      f"rewards of pair {pair} are {chosen[pair]} and {rejected[pair]}; they must be finite: look "
+      "at the reward model's training"
+    )
+  halves = np.sign(margin).astype(int) + 1  # 2 right, 1 tied, 0 wrong
+  confidence = 1 / (1 + np.exp(-np.abs(margin)))
+  place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+  surplus = np.bincount(place, weights=halves / 2 - confidence, minlength=bins)
+  return PairStatistics(
+    *proportion_interval(halves, 2),
+    margin=float(margin.mean()),
+    calibration_error=float(np.abs(surplus).sum() / chosen.size),
+  )
+
+
+def save_reward_model(
+  directory: str | os.PathLike,
+  config: TransformerConfig,
+  params: Params,
+  tokenizer: Tokenizer,
+  *,
+  center: float = 0.0,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a directory for `load_reward_model`, `transformers` and what is built on it.
+
+  Pairs teach differences alone, so the rewards' mean is anyone's guess; `center`, usually the mean
+  over training answers, is taken off by whoever loads the model here. (The head of `transformers`
+  has no bias: its scores are those before.)
+
+  Args:
+    directory: must not exist yet, or be empty.
+    config: the trunk's shape.
+    params: the trunk and its "head".
+    tokenizer: of the trunk; of a `ByteTokenizer`, which has no files, only the name is written.
+    center: the reward that is to count as 0.
+    max_shard_bytes: a file larger than this is split.
+
+  Raises:
+    WeightsError: the directory holds something, or the weights are not of this config.
+  """
+  head = params["head"]
+  if "bias" in head:
+    center = center - float(head["bias"][0])
+  language_model = config_to_hf(config)
+  [architecture] = language_model["architectures"]
+  # Gemma3ForSequenceClassification reads images too.
+  architecture = architecture.replace("Gemma3For", "Gemma3TextFor")
+  pad_id = _padding(tokenizer)
+  entries = language_model | {
+    "architectures": [architecture.replace("ForCausalLM", _CLASSIFIER)],
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+    "pad_token_id": pad_id,
+    "reward_center": float(center),
+  }
+  if isinstance(tokenizer, ByteTokenizer):
+    entries["tokenizer_class"] = _BYTES
+  params = params | {"head": {"kernel": head["kernel"]}}
+  write_directory(
+    directory, config, entries, _leaf_shapes(config), params, max_shard_bytes=max_shard_bytes
+  )
+  if isinstance(tokenizer, ModelTokenizer):
+    pad_id = tokenizer.pad_id if pad_id is None else pad_id
+    save_tokenizer(directory, dataclasses.replace(tokenizer, pad_id=pad_id))
+
+
+def load_reward_model(
+  directory: str | os.PathLike, *, dtype: Any = jnp.float32, remat: bool = False
+) -> LanguageModel:
+  """Reads a reward model: one of `save_reward_model`, or a sequence classifier with one label.
+
+  Args:
+    directory: a Hugging Face directory.
+    dtype: of the arithmetic; weights and rewards stay float32.
+    remat: compute activations again in the backward pass instead of keeping them.
+
+  Returns:
+    (policy, params, tokenizer): `response_rewards(params, ..., policy=policy)` scores.
+
+  Raises:
+    WeightsError: no such directory, a language model without a head, or files of no use.
+    TokenizerError: the tokenizer cannot be used.
+  """
+  directory = Path(directory)
+  config, entries = read_config(directory)
+  architectures = entries.get("architectures")
+  if not isinstance(architectures, list) or not str(architectures[:1]).endswith(f"{_CLASSIFIER}']"):
+    raise WeightsError(
+      f"{directory}: has no reward head (config.json: architectures is {architectures}); give a "
+      f"directory that save_reward_model wrote, or a ...{_CLASSIFIER} with one label"
+    )
+  center = entries.get("reward_center", 0.0)
+  if not isinstance(center, int | float):
+    raise WeightsError(
+      f"{directory / 'config.json'}: reward_center is {center!r}, must be a number; restore it"
+    )
+  params = read_weights(directory, config, _leaf_shapes(config))
+  params["head"]["bias"] = jnp.full((1,), -center, jnp.float32)
+  own = entries.get("tokenizer_class") == _BYTES
+  tokenizer = ByteTokenizer() if own else load_tokenizer(directory)
+  return LanguageModel(make_policy(config, dtype=dtype, remat=remat), params, tokenizer)
+
+
+def _leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+  trunk = leaf_shapes(config)
+  trunk.pop("unembed/embedding", None)
+  return trunk | {"head/kernel": (config.width, 1)}
+
+
+def _padding(tokenizer: Tokenizer) -> int | None:
+  """An id to pad with that ends no response, or None if there is none.
+
+  `transformers` infers from ids: it scores the last token that is not padding. Were the
+  end-of-sequence token the padding too, as in many chat models, it would score the token before.
+  """
+  spoken = {*tokenizer.eos_ids, tokenizer.bos_id}
+  candidates = (tokenizer.pad_id, *sorted(tokenizer.special_tokens.values()))
+  return next((i for i in candidates if i not in spoken), None)
