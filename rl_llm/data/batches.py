@@ -151,6 +151,30 @@ def packed_batch(
   return _fill(SequenceBatch(*pack(sequences, length=length, pad_id=pad_id)[:4]), pad_id, rows)
 
 
+def pad_values(values: Sequence[np.ndarray], *, width: int) -> np.ndarray:
+  """One number a token, such as a reference's log-probs, in the layout of `sequence_batch`.
+
+  >>> pad_values([np.array([0.0, -1.0]), np.array([0.0])], width=3).tolist()
+  [[0.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+
+  Args:
+    values: a vector for each row.
+    width: T, columns of the batch they go with.
+
+  Returns:
+    [R, T] float32, 0 behind the end.
+
+  Raises:
+    ValueError: a vector is longer than `width`.
+  """
+  rows = np.zeros((len(values), width), np.float32)
+  for index, (row, own) in enumerate(zip(rows, values, strict=True)):
+    if len(own) > width:
+      raise ValueError(f"width={width}: number {index} has {len(own)} values; raise it")
+    row[: len(own)] = own
+  return rows
+
+
 def _padding(rows: int, width: int, pad_id: int) -> SequenceBatch:
   shape = (rows, width)
   return SequenceBatch(

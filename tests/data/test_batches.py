@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from rl_llm.data.batches import batch_indices, packed_batch, pair_batch, sequence_batch
+from rl_llm.data.batches import (
+  batch_indices,
+  packed_batch,
+  pad_values,
+  pair_batch,
+  sequence_batch,
+)
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.packing import pack
 
@@ -114,3 +120,11 @@ def test_what_is_no_batch(given, rows, said):
     sequence_batch(given, pad_id=0, rows=rows)
   with pytest.raises(ValueError, match=said):
     packed_batch(given, length=6, pad_id=0, rows=rows or 9)
+
+
+def test_values_of_ragged_sequences_as_rows():
+  values = [np.array([0, -1, -2], np.float32), np.array([-3], np.float32)]
+  found = pad_values(values, width=4)
+  assert found.tolist() == [[0, -1, -2, 0], [-3, 0, 0, 0]] and found.dtype == np.float32
+  with pytest.raises(ValueError, match="width=2: number 0 has 3 values"):
+    pad_values(values, width=2)

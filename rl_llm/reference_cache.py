@@ -1,0 +1,237 @@
+"""The reference's log-probs of a data set: computed once, kept on disk, never trusted blindly.
+
+DPO and its family compare the policy with a frozen model at every step. The data set is fixed and
+so is that model: its log-probs can be computed before training, which then holds one network
+instead of two and does a third less work. What is kept must belong to exactly these weights and
+these tokens, or training pulls towards a model that nobody chose, without a sign of it. So the file
+is named and signed by a hash of both.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from rl_llm.data.batches import sequence_batch
+from rl_llm.data.encoding import Encoded
+from rl_llm.files import write_atomically
+from rl_llm.teacher_forcing import teacher_forced_logprobs
+
+FORMAT_VERSION = 1
+_DIGEST_SIZE = 64  # Hexadecimal digits of SHA-256.
+
+
+def reference_logprobs(
+  directory: str | os.PathLike,
+  params: Any,
+  sequences: Sequence[Encoded],
+  *,
+  policy: Any,
+  temperature: float = 1.0,
+  rows_per_batch: int,
+  pad_id: int,
+  check: Callable[[], None] = lambda: None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[np.ndarray]:
+  """`compute_logprobs`, or what an earlier call with the same weights and sequences kept.
+
+  Args:
+    directory: where the file is; made if it is not there. Several data sets, models and runs may
+      share it.
+    params: as for `compute_logprobs`, like all the rest.
+
+  Returns:
+    Log-probs of each sequence, as `compute_logprobs`; bit for bit those of the call that computed
+    them.
+
+  Raises:
+    OSError: the directory cannot be written.
+  """
+  key = cache_key(params, sequences, policy=policy, temperature=temperature)
+  directory = Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  compute = functools.partial(
+    compute_logprobs,
+    params,
+    sequences,
+    policy=policy,
+    temperature=temperature,
+    rows_per_batch=rows_per_batch,
+    pad_id=pad_id,
+    check=check,
+    progress=progress,
+  )
+  return cached_logprobs(directory / f"reference-{key[:16]}.npz", key, compute)
+
+
+def compute_logprobs(
+  params: Any,
+  sequences: Sequence[Encoded],
+  *,
+  policy: Any,
+  temperature: float = 1.0,
+  rows_per_batch: int,
+  pad_id: int,
+  check: Callable[[], None] = lambda: None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[np.ndarray]:
+  """Log-probs of every token of a data set, one program for each width.
+
+  Sequences of like length share a batch, so little of it is padding. The longest come first: if
+  memory does not suffice, that shows at once and not at the end.
+
+  Args:
+    params: the weights to score under.
+    sequences: from `encode`; of pairs, both.
+    policy: the pure functions of `rl_llm.policy.Policy`.
+    temperature: that of the policy which is to be compared.
+    rows_per_batch: sequences at once, >= 1.
+    pad_id: as for `sequence_batch`.
+    check: called before each batch; raises to stop.
+    progress: called after each batch with how many sequences are done, and of how many.
+
+  Returns:
+    For each sequence float32 log-probs of its tokens, nats, 0 outside its mask;
+    `rl_llm.data.batches.pad_values` makes a [B, T] array of some of them.
+
+  Raises:
+    ValueError: `rows_per_batch` is below 1, or a sequence is none that `sequence_batch` takes.
+  """
+  if rows_per_batch < 1:
+    raise ValueError(f"rows_per_batch={rows_per_batch}: must be 1 or more")
+  order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].tokens))
+  found: dict[int, np.ndarray] = {}
+  for start in range(0, len(order), rows_per_batch):
+    check()
+    chosen = order[start : start + rows_per_batch]
+    batch = sequence_batch(
+      [sequences[index] for index in chosen], pad_id=pad_id, rows=rows_per_batch
+    )
+    logprobs = np.asarray(_score(params, batch, temperature, policy=policy), np.float32)
+    for index, row in zip(chosen, logprobs, strict=False):
+      found[index] = row[: len(sequences[index].tokens)].copy()
+    progress(len(found), len(sequences))
+  return [found[index] for index in range(len(sequences))]
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def _score(params, batch, temperature, *, policy):
+  return teacher_forced_logprobs(params, *batch, policy=policy, temperature=temperature)[0]
+
+
+def cache_key(
+  params: Any, sequences: Sequence[Encoded], *, policy: Any, temperature: float
+) -> str:
+  """The SHA-256 of all that decides the log-probs.
+
+  That is the weights, the model's shape and arithmetic, the temperature, and the tokens and masks
+  in their order. The batch size is not part of it: it moves a log-prob by rounding alone.
+
+  Args:
+    params: the weights.
+    sequences: the data set.
+    policy: as for `compute_logprobs`.
+    temperature: as for `compute_logprobs`.
+  """
+  dtype = jax.eval_shape(lambda: policy.init_cache(1, 1)).keys[0].dtype
+  settings = f"{FORMAT_VERSION} {float(temperature)!r} {dtype} {policy.config!r}"
+  return fingerprint({
+    "settings": np.frombuffer(settings.encode(), np.uint8),
+    "weights": params,
+    "lengths": np.array([len(sequence.tokens) for sequence in sequences], np.int64),
+    "tokens": np.array([i for sequence in sequences for i in sequence.tokens], np.int64),
+    "mask": np.array([m for sequence in sequences for m in sequence.mask], bool),
+  })
+
+
+def fingerprint(tree: Any) -> str:
+  """The SHA-256 of every leaf's path, dtype, shape and bytes, in hexadecimal digits.
+
+  >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.zeros(2)})
+  True
+  >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.array([0.0, 5e-324])})
+  False
+
+  Args:
+    tree: a pytree of arrays, on whatever device.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.asarray(leaf)
+    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def cached_logprobs(
+  path: str | os.PathLike, key: str, compute: Callable[[], list[np.ndarray]]
+) -> list[np.ndarray]:
+  """The arrays in a file, if it is whole and belongs to the key; else computed, and written there.
+
+  The file is an .npz without pickles, whose last 64 bytes (the comment of the zip archive) are the
+  SHA-256 of all before them. It is replaced in one move, so half a file never bears its name. One
+  that is damaged, or was made for another key, is reported and computed again.
+
+  >>> import tempfile
+  >>> path = os.path.join(tempfile.mkdtemp(), "cache.npz")
+  >>> for _ in range(2):
+  ...   found = cached_logprobs(path, "the key", lambda: print("computing") or [np.float32([-0.5])])
+  computing
+  >>> found[0].tolist()
+  [-0.5]
+
+  Args:
+    path: of the file; its directory exists.
+    key: what the arrays belong to, such as `cache_key` gives.
+    compute: called without arguments where the file does not serve; gives float32 vectors.
+
+  Returns:
+    The arrays, float32.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
+  path = Path(path)
+  try:
+    return _read(path.read_bytes(), key)
+  except FileNotFoundError:
+    pass
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    logging.warning("%s is computed again: %s", path, error)
+  found = compute()
+  write_atomically(path, _content(key, found))
+  return found
+
+
+def _content(key: str, arrays: list[np.ndarray]) -> bytes:
+  buffer = io.BytesIO()
+  np.savez(
+    buffer,
+    key=np.array(key),
+    lengths=np.array([len(array) for array in arrays], np.int64),
+    values=np.concatenate([np.zeros(0, np.float32), *arrays]),
+  )
+  with zipfile.ZipFile(buffer, "a") as archive:
+    archive.comment = bytes(_DIGEST_SIZE)  # Room for the digest, as the format has it.
+  body = buffer.getvalue()[:-_DIGEST_SIZE]
+  return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def _read(content: bytes, key: str) -> list[np.ndarray]:
+  body, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
+  if hashlib.sha256(body).hexdigest().encode() != digest:
+    raise ValueError("the file is damaged, its checksum differs")
+  with np.load(io.BytesIO(content), allow_pickle=False) as file:
+    if str(file["key"]) != key:
+      raise ValueError("the file belongs to other weights or other data")
+    return np.split(file["values"], np.cumsum(file["lengths"]))[:-1]
