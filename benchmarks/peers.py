@@ -165,10 +165,7 @@ def ours(job: dict, channel: Channel) -> None:
   group = job["responses"]
   microbatches = max(1, job["prompts"] // job["microbatch_prompts"])
   update = make_update(grpo.make_loss(config, policy), optimizer, microbatches=microbatches)
-  hparams = {
-    "learning_rate": 1e-6, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0
-  }
-  hparams = {name: jnp.float32(value) for name, value in hparams.items()}
+  hparams = {"learning_rate": jnp.float32(1e-6), "entropy_coef": jnp.float32(0), "loss": {}}
   sampling = SamplingConfig(
     jnp.ones(job["prompts"] * group), min_new_tokens=job["new_tokens"]
   )

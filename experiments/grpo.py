@@ -30,13 +30,17 @@ from experiments.options import (
   Checkpoint,
   Evaluation,
   Optimizer,
+  PolicyLoss,
   Sampling,
   Weighting,
   adamw,
+  check_loss,
   check_minibatches,
   check_sampling,
   check_schedule,
   learning_rate,
+  loss_keywords,
+  policy_loss,
   token_weights,
 )
 from rl_llm import advantages, losses, presets
@@ -104,17 +108,6 @@ class Advantage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-  """GRPO's surrogate."""
-
-  clip_low: float = option(0.2, "how far below 1 the ratio may matter", above=0)
-  clip_high: float = option(0.2, "how far above 1; more than clip_low is clip-higher", above=0)
-  dual_clip: float | None = option(None, "bound of the loss where the advantage is < 0", above=1)
-  delta: float | None = option(None, "upper bound of the ratio where the advantage is < 0", above=1)
-  entropy_coef: float = option(0.0, "reward for entropy, per nat")
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""
 
@@ -153,7 +146,7 @@ class Config:
   sampling: Sampling = Sampling()
   advantage: Advantage = Advantage()
   weighting: Weighting = Weighting()
-  loss: Loss = Loss()
+  loss: PolicyLoss = PolicyLoss()
   kl: KL = KL()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
@@ -186,7 +179,7 @@ def overrides(config: Config) -> dict[str, Any]:
   if config.preset != "none":
     recipe = presets.grpo(config.preset)
     for part, keywords in recipe._asdict().items():
-      if part in ("advantage", "loss"):  # One function each: group_relative, grpo_loss.
+      if part == "advantage":  # Always group_relative.
         keywords = {key: value for key, value in keywords.items() if key != "name"}
       changes |= {f"{part}.{key}": value for key, value in keywords.items()}
   return changes
@@ -200,7 +193,7 @@ def volatile(config: Config) -> set[str]:
 
 
 def make_loss(config: Config, policy: Policy):
-  """The objective: GRPO's surrogate, plus a KL term and an entropy term where they are wanted."""
+  """The objective: the surrogate, plus a KL term and an entropy term where they are wanted."""
 
   def loss_fn(params, batch, hparams):
     logprobs, entropies = response_logprobs(
@@ -214,16 +207,14 @@ def make_loss(config: Config, policy: Policy):
     )
     # One update per batch: the policy before it is the policy, and needs no second pass.
     old_logprobs = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
-    loss, metrics = losses.grpo_loss(
+    loss, metrics = policy_loss(
+      config.loss.name,
       logprobs,
       old_logprobs,
       batch["advantages"],
       batch["weights"],
-      mask=batch["mask"],
-      clip_low=hparams["clip_low"],
-      clip_high=hparams["clip_high"],
-      dual_clip=config.loss.dual_clip,
-      delta=config.loss.delta,
+      batch["mask"],
+      hparams["loss"],
     )
     if "ref_logprobs" in batch:
       penalty, kl_metrics = losses.kl_loss(
@@ -294,7 +285,10 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     functools.partial(response_logprobs, policy=policy, temperature=config.sampling.temperature)
   )
   ref_params = model.params if config.kl.coef else None
-  policy_term_only = not config.kl.coef and not config.loss.entropy_coef
+  # DRO alone has a term without the advantage.
+  policy_term_only = not (
+    config.kl.coef or config.loss.entropy_coef or config.loss.name == "dro_loss"
+  )
   announce = functools.cache(say)
 
   run.console.sizes(
@@ -385,8 +379,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     rate = learning_rate(config.optimizer, step, steps=config.steps)
     hparams = {
       "learning_rate": jnp.float32(rate),
-      "clip_low": jnp.float32(config.loss.clip_low),
-      "clip_high": jnp.float32(config.loss.clip_high),
+      "loss": loss_keywords(config.loss),
       "kl_coef": jnp.float32(config.kl.coef),
       "entropy_coef": jnp.float32(config.loss.entropy_coef),
     }
@@ -461,6 +454,7 @@ def check(config: Config) -> None:
     minibatches=config.minibatches,
     microbatch_prompts=config.microbatch_prompts,
   )
+  check_loss(config.loss)
   check_sampling(config.sampling, max_new_tokens=config.max_new_tokens)
   check_schedule(config.optimizer, steps=config.steps)
   task_family(config.task)

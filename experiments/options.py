@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rl_llm import weighting
+from rl_llm import losses, weighting
 from rl_llm.config import ConfigError, option
 from rl_llm.update import learning_rate_at, make_optimizer
 
@@ -26,6 +29,55 @@ class Sampling:
   allow_truncated: bool = option(
     False, "train on top-k or top-p samples although they come from another distribution"
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+  """The surrogate, and its keywords; none = the default of the loss."""
+
+  name: Literal[
+    "reinforce_loss", "ppo_loss", "grpo_loss", "cispo_loss", "sapo_loss", "dppo_tv_loss",
+    "dppo_kl_loss", "dro_loss", "gspo_loss", "gspo_token_loss", "gmpo_loss", "vespo_loss",
+  ] = option("grpo_loss", "a function of rl_llm.losses")
+  clip_low: float | None = option(None, "how far below 1 the ratio may matter", above=0)
+  clip_high: float | None = option(
+    None, "how far above 1; more than clip_low is clip-higher", above=0
+  )
+  dual_clip: float | None = option(None, "bound of the loss where the advantage is < 0", above=1)
+  delta: float | None = option(None, "upper bound of the ratio where the advantage is < 0", above=1)
+  low: float | None = option(None, "CISPO: least factor of a token", min=0)
+  high: float | None = option(None, "CISPO: largest factor of a token", above=0)
+  tau_positive: float | None = option(None, "SAPO: temperature where the advantage is > 0", above=0)
+  tau_negative: float | None = option(None, "SAPO: the same where it is < 0", above=0)
+  threshold_low: float | None = option(None, "DPPO: divergence allowed downwards", above=0)
+  threshold_high: float | None = option(None, "DPPO: divergence allowed upwards", above=0)
+  ratio_cap: float | None = option(None, "DPPO: largest ratio", above=0)
+  beta: float | None = option(None, "DRO: strength of the pull to the old policy", above=0)
+  k_positive: float | None = option(None, "VESPO: exponent where the advantage is >= 0", min=0)
+  lambda_positive: float | None = option(None, "VESPO: its rate", min=0)
+  k_negative: float | None = option(None, "VESPO: exponent where the advantage is < 0", min=0)
+  lambda_negative: float | None = option(None, "VESPO: its rate", min=0)
+  entropy_coef: float = option(0.0, "reward for entropy, per nat; of any surrogate")
+
+
+def loss_keywords(options: PolicyLoss) -> dict[str, jax.Array]:
+  """The keywords of the chosen loss that were given, as arrays: they may change between updates."""
+  given = dataclasses.asdict(options)
+  return {
+    name: jnp.float32(value)
+    for name, value in given.items()
+    if name not in ("name", "entropy_coef") and value is not None
+  }
+
+
+def policy_loss(
+  name: str, logprobs, old_logprobs, advantages, weights, mask, keywords
+) -> tuple[jax.Array, dict]:
+  """The surrogate of that name; REINFORCE alone knows no old policy."""
+  if name == "reinforce_loss":
+    return losses.reinforce_loss(logprobs, advantages, weights)
+  surrogate = getattr(losses, name)
+  return surrogate(logprobs, old_logprobs, advantages, weights, mask=mask, **keywords)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +172,20 @@ def learning_rate(options: Optimizer, step: int, *, steps: int) -> float:
     warmup_steps=options.warmup_steps,
     total_steps=steps,
   )
+
+
+def check_loss(options: PolicyLoss) -> None:
+  """Refuses keywords that the chosen loss does not have: they would do nothing."""
+  allowed = inspect.signature(getattr(losses, options.name)).parameters
+  for name in loss_keywords(options):
+    if name not in allowed:
+      has = [known for known in dataclasses.asdict(options) if known in allowed]
+      raise ConfigError(
+        f"loss.{name}",
+        getattr(options, name),
+        f"left out with --loss={options.name}",
+        f"which has {', '.join(has)}" if has else "which has no keywords",
+      )
 
 
 def check_sampling(sampling: Sampling, *, max_new_tokens: int) -> None:

@@ -18,6 +18,7 @@ record in the run's directory) is read off the dataclass:
     if __name__ == "__main__":
       config.run(main, Config)        # --batch=4 --loss.clip_high=0.28 --system_prompt=none --help
 
+A group that has a `name` may be given by it: `--loss=ppo_loss` is `--loss.name=ppo_loss`.
 Fields may be int, float, str, bool, Literal of strings, tuple[int | float | str, ...], any of these
 `| None`, or a nested frozen dataclass. Library functions receive fields, never the config.
 """
@@ -544,7 +545,7 @@ def run(
   def parse(args: list[str]) -> list[str]:
     flags.DEFINE_flag(_HelpFlag(config_class))
     try:
-      rest = flags.FLAGS(args)
+      rest = flags.FLAGS([_in_full(arg, config_class) for arg in args])
     except flags.UnrecognizedFlagError as error:
       tip = _did_you_mean(error.flagname, flags.FLAGS, "--") or "--help lists them all"
       _fail(f"unknown flag --{error.flagname}; {tip}")
@@ -567,6 +568,13 @@ def run(
       _fail(error)
 
   app.run(with_config, sys.argv if argv is None else argv, flags_parser=parse)
+
+
+def _in_full(argument: str, config_class: type) -> str:
+  """--loss=ppo_loss as --loss.name=ppo_loss, if there is such a flag; all else unchanged."""
+  flag, equals, value = argument.partition("=")
+  names = {f"--{leaf.path}" for leaf in _leaves(config_class)}
+  return f"{flag}.name{equals}{value}" if f"{flag}.name" in names else argument
 
 
 def _fail(error: object) -> NoReturn:

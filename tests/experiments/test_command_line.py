@@ -66,6 +66,11 @@ CASES = {
   "negative rate": (["--optimizer.learning_rate=-1"], ["--optimizer.learning_rate=-1", "> 0"]),
   "nan": (["--sampling.temperature=nan"], ["--sampling.temperature=nan", "finite"]),
   "unknown choice": (["--preset=dpao"], ["--preset=dpao", "did you mean dapo?"]),
+  "another loss's keyword": (
+    ["--loss=cispo_loss", "--loss.clip_low=0.1"],
+    ["--loss.clip_low=0.1", "left out with --loss=cispo_loss", "low, high"],
+  ),
+  "unknown loss": (["--loss=cipso_loss"], ["--loss.name=cipso_loss", "did you mean cispo_loss?"]),
   "minibatches": (
     ["--prompts_per_step=6", "--minibatches=4"],
     ["--minibatches=4", "a divisor of prompts_per_step (6)"],
@@ -214,4 +219,4 @@ def test_help_is_no_error():
     timeout=120,
   )
   assert found.returncode == 0 and found.stderr == ""
-  assert "--responses_per_prompt=8" in found.stdout and "--loss.clip_high=0.2" in found.stdout
+  assert "--responses_per_prompt=8" in found.stdout and "--loss.clip_high=none" in found.stdout
