@@ -53,7 +53,7 @@ class Config:
   steps: int = option(5, "steps timed on each side", min=1)
   warmup: int = option(1, "steps before them, not counted", min=1)
   microbatch_prompts: int = option(
-    4, "ours: prompts whose responses' activations are held at once", min=1
+    1, "ours: prompts whose responses' activations are held at once", min=1
   )
   remat: bool = option(False, "ours: compute activations twice instead of holding them")
   trl_python: str = option(".venv-trl/bin/python", "interpreter that has TRL")

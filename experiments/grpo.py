@@ -379,7 +379,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     rate = learning_rate(config.optimizer, step, steps=config.steps)
     hparams = {
       "learning_rate": jnp.float32(rate),
-      "loss": loss_keywords(config.loss),
+      "loss": jax.tree.map(jnp.float32, loss_keywords(config.loss)),
       "kl_coef": jnp.float32(config.kl.coef),
       "entropy_coef": jnp.float32(config.loss.entropy_coef),
     }

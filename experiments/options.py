@@ -8,7 +8,6 @@ import math
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -60,14 +59,11 @@ class PolicyLoss:
   entropy_coef: float = option(0.0, "reward for entropy, per nat; of any surrogate")
 
 
-def loss_keywords(options: PolicyLoss) -> dict[str, jax.Array]:
-  """The keywords of the chosen loss that were given, as arrays: they may change between updates."""
+def loss_keywords(options: PolicyLoss) -> dict[str, float]:
+  """The keywords of the chosen loss that were given."""
   given = dataclasses.asdict(options)
-  return {
-    name: jnp.float32(value)
-    for name, value in given.items()
-    if name not in ("name", "entropy_coef") and value is not None
-  }
+  del given["name"], given["entropy_coef"]
+  return {name: value for name, value in given.items() if value is not None}
 
 
 def policy_loss(

@@ -142,8 +142,14 @@ def held_out_problems(
 
   Raises:
     TaskError: there are none.
+    PromptTooLong: none fits.
   """
   drawn = encode(task.held_out[:limit] if limit else task.held_out)
+  if drawn.overlong and not drawn.problems:
+    raise PromptTooLong(
+      f"all {drawn.overlong} held-out prompts are over --max_prompt_tokens; raise it, or choose "
+      "--overlong_prompt=truncate_left"
+    )
   if not drawn.problems:
     raise TaskError(
       f"task={task.name!r}: no held-out problem to evaluate on; hold some out, or give a file of "
