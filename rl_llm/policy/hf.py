@@ -73,7 +73,8 @@ def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
   >>> leaf_shapes(tiny_config(32))["layers_0/attention/key/kernel"]
   (64, 32)
   """
-  abstract = jax.eval_shape(make_policy(config).init, jax.random.key(0))
+  init = make_policy(config).init
+  abstract = jax.eval_shape(lambda: init(jax.random.key(0)))
   return {path: leaf.shape for path, leaf in _leaves(abstract)}
 
 
