@@ -1,0 +1,330 @@
+"""Evaluation end to end on a small model: what is recorded, summed up, survived and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import evaluate
+from rl_llm import rollout
+from rl_llm.config import ConfigError, replace
+from rl_llm.evaluation import estimate_interval
+from rl_llm.files import locked
+from rl_llm.interrupt import Interrupted
+from rl_llm.metrics import proportion_interval, read, without_timings
+from rl_llm.model import LanguageModel
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.tasks import TaskError
+from rl_llm.tokenizers import ByteTokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+class Terse(ByteTokenizer):
+  """Bytes of which a third ends a response: answers are short, and often the same."""
+
+  eos_ids = (258, *range(0, 256, 3))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """Compiling is most of the time of such small runs."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def models(quick_compilation):
+  """One narrow layer that depends on its prompt; `tiny2` has other weights."""
+  config = dataclasses.replace(
+    tiny_config(ByteTokenizer.vocab_size),
+    n_layers=1,
+    width=32,
+    n_heads=2,
+    n_kv_heads=1,
+    mlp_width=64,
+  )
+  policy = make_policy(config)
+  init = jax.jit(policy.init)
+
+  def load(name, *, seed):
+    params = init(jax.random.key(seed + (name == "tiny2")))
+    params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
+    return LanguageModel(policy, params, Terse())
+
+  return load
+
+
+@pytest.fixture(autouse=True)
+def small(models, monkeypatch):
+  monkeypatch.setattr(evaluate, "load_model", models)
+
+
+# Right is what begins with a letter whose code is even; some responses cannot be graded.
+REWARD = """
+def reward(prompts, completions, **columns):
+  kind = ord(completions[0][0]) if completions[0] else 1
+  if kind % 7 == 0:
+    raise ValueError("no")
+  return [float(kind % 2 == 0)]
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """Eleven ragged problems of two levels."""
+  directory = tmp_path_factory.mktemp("task")
+  (directory / "reward.py").write_text(REWARD)
+  rows = [
+    {"prompt": chr(97 + i) + "x" * (3 * (i % 5)), "level": 2 + 8 * (i % 2)} for i in range(11)
+  ]
+  (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (directory / "train.jsonl").write_text('{"prompt": "train"}\n')
+  return directory
+
+
+def settings(files, **changes) -> evaluate.Config:
+  """Eleven problems in three batches of four, the last of them filled up."""
+  base = {
+    "model": "tiny",
+    "task": f"jsonl:{files / 'train.jsonl'}",
+    "jsonl.held_out_file": str(files / "rows.jsonl"),
+    "jsonl.reward_file": str(files / "reward.py"),
+    "difficulty_column": "level",
+    "prompts_per_batch": 4,
+    "samples": 4,
+    "k": (1, 2, 4),
+    "max_new_tokens": 4,
+    "reward_workers": 1,
+  }
+  return replace(evaluate.Config(), base | changes)
+
+
+COPY = {"task": "copy", "difficulty_column": "", "copy.held_out": 5}
+
+
+def outcome(workdir) -> tuple[Any, ...]:
+  """All that an evaluation leaves, timings aside; samples.jsonl byte for byte."""
+  workdir = Path(workdir)
+  result = json.loads((workdir / "result.json").read_text())
+  del result["seconds"]
+  rows = without_timings(read(workdir / "metrics.jsonl"))
+  return (workdir / "samples.jsonl").read_bytes(), rows, result
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  return tmp_path_factory.mktemp("straight")
+
+
+@pytest.fixture
+def finished(straight, files, small):
+  """The directory of one finished evaluation that tests share and leave as it is."""
+  if not (straight / "result.json").exists():
+    before = rollout.generate._cache_size()
+    evaluate.measure(settings(files), str(straight))
+    assert rollout.generate._cache_size() == before + 1, "one shape, one compilation"
+  return straight
+
+
+def test_the_figures_are_those_of_the_record(finished):
+  rows = read(finished / "samples.jsonl")
+  result = json.loads((finished / "result.json").read_text())
+  assert len(rows) == 11 * 5 == result["responses"] and result["problems"] == 11
+  by_problem = {}
+  for row in rows:
+    by_problem.setdefault(row["problem"], []).append(row)
+    kind = ord(row["response"][0]) if row["response"] else 1
+    assert row["status"] == ("raised" if kind % 7 == 0 else "ok")
+    assert row["correct"] == (kind % 7 != 0 and kind % 2 == 0)
+    assert row["answer"] is None and row["split"] == "held_out"
+  assert result["failed_grades"] == sum(row["status"] == "raised" for row in rows) > 0
+  right, first = [], []
+  for of_problem in by_problem.values():
+    assert [row["sample"] for row in of_problem] == [0, 1, 2, 3, 4]
+    assert [row["greedy"] for row in of_problem] == [False] * 4 + [True]
+    right.append(sum(row["correct"] for row in of_problem[:4]))
+    first.append(of_problem[4]["correct"])
+  assert 0 < sum(right) < 44, "an evaluation in which there is something to count"
+  found = result["all"]
+  assert list(found) == ["problems", "pass@1", "pass@2", "pass@4", "greedy"]
+
+  def interval(name):
+    return pytest.approx(tuple(found[name][end] for end in ("value", "low", "high")), abs=1e-12)
+
+  assert proportion_interval(right, 4) == interval("pass@1")
+  assert proportion_interval(first, 1) == interval("greedy")
+  # Of the 6 pairs of 4 responses, (4 - c)(3 - c) / 2 have none that is right.
+  pairs = [1 - (4 - c) * (3 - c) / 12 for c in right]
+  assert estimate_interval(pairs, samples=4, k=2) == interval("pass@2")
+  assert proportion_interval([c > 0 for c in right], 1) == interval("pass@4")
+  levels = result["by_difficulty"]
+  assert list(levels) == ["2", "10"], "in the order of the numbers"
+  assert [levels[level]["problems"] for level in levels] == [6, 5]
+  weighted = sum(levels[level]["pass@1"]["value"] * levels[level]["problems"] for level in levels)
+  assert weighted / 11 == pytest.approx(found["pass@1"]["value"])
+
+
+def test_majority_counts_the_answers_the_task_reads(tmp_path, files):
+  changes = COPY | {"k": (1, 3), "samples": 3, "temperature": 0.3, "prompts_per_batch": 5}
+  result = evaluate.measure(settings(files, **changes), str(tmp_path))
+  rows = [row for row in read(tmp_path / "samples.jsonl") if not row["greedy"]]
+  assert all(row["answer"] == row["response"] for row in rows)
+  values = []
+  for start in range(0, len(rows), 3):
+    votes = Counter(row["answer"] for row in rows[start : start + 3])
+    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+    values.append(np.mean([answer == rows[start]["problem"] for answer in winners]))
+  assert result["all"]["majority@3"]["value"] == pytest.approx(np.mean(values))
+  assert list(result["by_difficulty"]) == ["length 3"]
+
+
+def test_a_killed_evaluation_goes_on_bit_for_bit(tmp_path, finished, files, monkeypatch, capsys):
+  """Killed by a signal after a batch, then again in the middle of writing the next."""
+  respond = evaluate.graded_responses
+  calls = []
+
+  def stopping(*args, **kwargs):
+    calls.append(args)
+    os.kill(os.getpid(), signal.SIGINT)
+    return respond(*args, **kwargs)
+
+  monkeypatch.setattr(evaluate, "graded_responses", stopping)
+  with pytest.raises(Interrupted):
+    evaluate.measure(settings(files), str(tmp_path))
+  assert len(calls) == 1 and not (tmp_path / "result.json").exists()
+  assert "SIGINT: 1 of 3 batches are on record; the same command goes on" in capsys.readouterr().out
+  # Batch 1 got as far as its samples, and half a line of metrics.
+  lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
+  (tmp_path / "samples.jsonl").write_bytes(b"".join(lines[:37]) + lines[37][:30])
+  with open(tmp_path / "metrics.jsonl", "ab") as file:
+    file.write((finished / "metrics.jsonl").read_bytes().splitlines()[1][:40])
+  monkeypatch.setattr(evaluate, "graded_responses", respond)
+  evaluate.measure(settings(files), str(tmp_path))
+  assert outcome(tmp_path) == outcome(finished)
+
+
+def test_another_k_reads_the_record_anew(tmp_path, finished, files, monkeypatch):
+  copied = tmp_path / "copied"
+  subprocess.run(["cp", "-r", finished, copied], check=True)
+  monkeypatch.setattr(evaluate, "graded_responses", None)
+  result = evaluate.measure(settings(files, k=(3,)), str(copied))
+  assert list(result["all"]) == ["problems", "pass@3", "greedy"]
+  assert (copied / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"seed": 1}, "--seed=1: must be 0, as in the run"),
+    ({"model": "tiny2"}, "--model=tiny2: must be tiny, as in the run"),
+  ],
+)
+def test_two_evaluations_do_not_mix(finished, files, changes, said):
+  with pytest.raises(ConfigError, match=said):
+    evaluate.measure(settings(files, **changes), str(finished))
+  with locked(finished / ".lock"), pytest.raises(ConfigError, match="no other process writes to"):
+    evaluate.measure(settings(files), str(finished))
+
+
+def test_weights_that_changed_under_one_name_do_not_mix(finished, files, monkeypatch):
+  load = evaluate.load_model
+  monkeypatch.setattr(evaluate, "load_model", lambda name, *, seed: load("tiny2", seed=seed))
+  with pytest.raises(ConfigError, match="--model=tiny: must be the weights that .* begun with"):
+    evaluate.measure(settings(files), str(finished))
+
+
+def test_every_flag_of_the_sampler_changes_the_responses(tmp_path, finished, files):
+  """And what does not decide what is drawn changes none of them."""
+
+  def responses(name, **changes):
+    evaluate.measure(settings(files, **changes), str(tmp_path / name))
+    rows = read(tmp_path / name / "samples.jsonl")
+    return {(row["problem"], row["sample"]): row["response"] for row in rows}
+
+  rows = read(finished / "samples.jsonl")
+  base = {(row["problem"], row["sample"]): row["response"] for row in rows}
+  seen = [base]
+  changed = ({"seed": 1}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3}, {"max_new_tokens": 3})
+  for number, changes in enumerate(changed):
+    found = responses(str(number), **changes)
+    assert found.keys() == base.keys() and found not in seen, changes
+    seen.append(found)
+  fewer = responses("fewer", problems=7, samples=2, k=(1,), greedy=False, prompts_per_batch=7)
+  assert len(fewer) == 14
+  assert all(base[key] == response for key, response in fewer.items())
+
+
+def test_training_problems(tmp_path, files):
+  changes = COPY | {"split": "train", "problems": 3, "samples": 1, "k": (1,), "greedy": False}
+  evaluate.measure(settings(files, **changes), str(tmp_path))
+  rows = read(tmp_path / "samples.jsonl")
+  task = evaluate.load_task("copy", held_out=5)
+  assert [row["problem"] for row in rows] == [p.key for p in task.sample(0, 0, 3)]
+  assert {row["split"] for row in rows} == {"train"}
+
+
+def test_overlong_prompts_are_left_out_and_counted(tmp_path, files, capsys):
+  changes = {"max_prompt_tokens": 8, "overlong_prompt": "drop"}
+  result = evaluate.measure(settings(files, **changes), str(tmp_path))
+  # The longest of five lengths, 13 bytes, and the one before, 10: two of five, twice.
+  assert result["overlong_prompts"] == 4 and result["problems"] == 7
+  out = capsys.readouterr().out
+  assert "4 prompts are over --max_prompt_tokens" in out
+  assert "no majority@k" in out and "grades failed and count as not correct" in out
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"k": (1, 8)}, r"--k=1,8: must be at most samples \(4\); try --samples=8"),
+    ({"k": ()}, "--k=: must be one or more integers"),
+    ({"split": "train"}, "--problems=0: must be at least 1 with --split=train"),
+    ({"difficulty_column": "depth"}, "--difficulty_column=depth: must be a column .*: level"),
+    ({"task": "sum"}, "no such task"),
+    (COPY | {"copy.held_out": 0}, "no held-out problem to evaluate on"),
+  ],
+)
+def test_what_is_refused_before_anything_is_loaded(tmp_path, files, monkeypatch, changes, said):
+  monkeypatch.setattr(evaluate, "load_model", None)
+  with pytest.raises((ConfigError, TaskError), match=said):
+    evaluate.measure(settings(files, **changes), str(tmp_path / "new"))
+  assert not (tmp_path / "new").exists()
+
+
+def test_overrides_keep_ks_within_the_samples():
+  few = replace(evaluate.Config(), {"samples": 5, "model": "tiny"})
+  assert evaluate.overrides(few) == {"k": (1, 4), "max_new_tokens": 4}
+
+
+def test_a_runs_exported_model_is_named_after_the_run(monkeypatch, tmp_path):
+  seen = []
+  monkeypatch.setattr(evaluate, "measure", lambda config, workdir: seen.append(workdir))
+  for model in ("runs/grpo-a/model", "smollm2", "model"):
+    evaluate.main(replace(evaluate.Config(), {"model": model}))
+  names = ("grpo-a", "smollm2", "model")
+  assert seen == [f"runs/evaluate-{name}-arithmetic-seed0" for name in names]
+
+
+def test_a_bad_flag_costs_one_line():
+  found = subprocess.run(
+    [sys.executable, "-m", "experiments.evaluate", "--samples=2", "--k=1,4"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert found.returncode == 2
+  assert found.stderr == "error: --k=1,4: must be at most samples (2); try --samples=4\n"
