@@ -163,7 +163,7 @@ def chunked_logprobs_and_entropy(
   No more logits exist at a time than `chunk_size` tokens have, forward and backward: memory grows
   with `chunk_size * V`, not with `B * T * V`. They are those of all tokens for a share of the
   vocabulary. The backward pass computes them once more instead of keeping them (one matrix product
-  in four), with
+  in four), unless they are those of `chunk_size` tokens or fewer in all, with
 
       d logprob / d z_v = 1[v = token] - p_v        d entropy / d z_v = -p_v (log p_v + entropy)
 
@@ -303,8 +303,8 @@ def _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks
 
   def block(carry, i):
     peak, total, mean, chosen = carry
-    z, _, _, row = _block_logits(
-      i, hidden, folded, tokens, temperature, softcap, len(unembedding))
+    z, row = _block_logits(i, hidden, folded, tokens, temperature, softcap, len(unembedding))
+    kept = z if blocks == 1 else None  # One block is small enough to keep: the backward pass asks.
     new_peak = jnp.maximum(peak, jnp.max(z, axis=-1))
     shift = peak - new_peak
     scale = jnp.exp(shift)
@@ -313,29 +313,35 @@ def _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks
     mean = scale * (mean + shift * total) + jnp.sum(exps * z, axis=-1)
     total = scale * total + jnp.sum(exps, axis=-1)
     here = jnp.take_along_axis(z, jnp.maximum(row, 0)[..., None], axis=-1)[..., 0]
-    return (new_peak, total, mean, jnp.where(row >= 0, here + new_peak, chosen)), None
+    return (new_peak, total, mean, jnp.where(row >= 0, here + new_peak, chosen)), kept
 
   zeros = jnp.zeros(tokens.shape, temperature.dtype)
-  carry, _ = jax.lax.scan(
+  carry, kept = jax.lax.scan(
     block, (zeros + NO_LOGIT, zeros, zeros, zeros), jnp.arange(folded.shape[1]))
   peak, total, mean, chosen = carry
   log_total = jnp.log(total)
   logprobs, entropies = chosen - peak - log_total, log_total - mean / total
   residuals = (
-    hidden, unembedding, tokens, temperature, softcap, entropies, peak + log_total)
+    hidden, unembedding, tokens, temperature, softcap, entropies, peak + log_total, kept)
   return (logprobs, entropies), residuals
 
 
 def _blockwise_backward(blocks, residuals, cotangents):
-  hidden, unembedding, tokens, temperature, softcap, entropies, normalisers = residuals
+  hidden, unembedding, tokens, temperature, softcap, entropies, normalisers, kept = residuals
   of_logprobs, of_entropies = (x[..., None] for x in cotangents)
   entropies, normalisers = entropies[..., None], normalisers[..., None]
   folded = _fold(unembedding, blocks)
 
-  def block(carry, i):
+  def block(carry, index_and_logits):
     of_hidden, of_unembedding = carry
-    z, slope, rows, row = _block_logits(
-      i, hidden, folded, tokens, temperature, softcap, len(unembedding))
+    i, z = index_and_logits
+    if z is None:
+      z, _ = _block_logits(i, hidden, folded, tokens, temperature, softcap, len(unembedding))
+    rows, row = _block_rows(i, folded, tokens)
+    slope = 1 / temperature
+    if softcap is not None:
+      bounded = jnp.clip(z * temperature / softcap, -1, 1)  # NO_LOGIT is beyond.
+      slope = (1 - jnp.square(bounded)) / temperature
     logp = z - normalisers
     of_p = of_logprobs + of_entropies * (logp + entropies)
     is_token = jnp.arange(len(rows)) == row[..., None]
@@ -346,7 +352,8 @@ def _blockwise_backward(blocks, residuals, cotangents):
     return (of_hidden, jax.lax.dynamic_update_index_in_dim(of_unembedding, of_rows, i, 1)), None
 
   start = jnp.zeros(hidden.shape, temperature.dtype), jnp.zeros_like(folded)
-  (of_hidden, of_unembedding), _ = jax.lax.scan(block, start, jnp.arange(folded.shape[1]))
+  (of_hidden, of_unembedding), _ = jax.lax.scan(
+    block, start, (jnp.arange(folded.shape[1]), kept))
   of_unembedding = of_unembedding.reshape(-1, hidden.shape[-1])[:len(unembedding)]
   constants = jax.tree.map(jnp.zeros_like, (temperature, softcap))
   return of_hidden.astype(hidden.dtype), of_unembedding, None, *constants
@@ -367,19 +374,22 @@ def _fold(unembedding, blocks):
   return unembedding.reshape(-1, blocks, width)
 
 
-def _block_logits(i, hidden, folded, tokens, temperature, softcap, vocabulary):
-  """Of block i: logits z, dz / d(hidden @ rows.T), its rows, and which is the token, or -1."""
-  size, blocks, _ = folded.shape
+def _block_rows(i, folded, tokens):
+  """Of block i: its rows of the unembedding, and which of them is the token's, or -1."""
+  blocks = folded.shape[1]
   rows = jax.lax.dynamic_index_in_dim(folded, i, axis=1, keepdims=False)
+  return rows, jnp.where(tokens % blocks == i, tokens // blocks, -1)
+
+
+def _block_logits(i, hidden, folded, tokens, temperature, softcap, vocabulary):
+  """Of block i: the tempered logits, and which of them is the token's, or -1."""
+  size, blocks, _ = folded.shape
+  rows, row = _block_rows(i, folded, tokens)
   z = _matmul(hidden, rows, contract=((tokens.ndim,), (1,)))
-  slope = 1 / temperature
-  if softcap is not None:
-    bounded = jnp.tanh(z / softcap)
-    z, slope = bounded * softcap, (1 - jnp.square(bounded)) / temperature
-  z = z / temperature
+  z = (z if softcap is None else softcap * jnp.tanh(z / softcap)) / temperature
   if size * blocks > vocabulary:
     z = jnp.where(jnp.arange(size) * blocks + i < vocabulary, z, NO_LOGIT)
-  return z, slope, rows, jnp.where(tokens % blocks == i, tokens // blocks, -1)
+  return z, row
 
 
 def _matmul(a, b, *, contract):

@@ -261,7 +261,7 @@ def logprobs_of_hidden(
   *,
   policy: Any,
   temperature: chex.Array | float = 1.0,
-  chunk_size: int = 256,
+  chunk_size: int = 512,
 ) -> tuple[chex.Array, chex.Array]:
   """The second half of `response_logprobs`, for a trainer that has another use for `hidden` too.
 
@@ -293,7 +293,7 @@ def response_logprobs(
   *,
   policy: Any,
   temperature: chex.Array | float = 1.0,
-  chunk_size: int = 256,
+  chunk_size: int = 512,
 ) -> tuple[chex.Array, chex.Array]:
   """Teacher-forced log-probs and entropies of responses: the trainer's side of `generate`.
 
