@@ -216,17 +216,21 @@ class Console:
     self.table(f"samples of step {step}", ("prompt", "response", "reward", "advantage"), cells)
 
   def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Shows the held-out accuracies of a step.
+    """Shows the held-out accuracies and losses of a step.
 
     Args:
       step: how many steps the evaluated weights have been trained.
       metrics: a line of metrics.jsonl, or its part with the keys "eval/...".
     """
-    for kind in ("sampled", "greedy"):
+    for kind in ("sampled", "greedy", "pair"):
       if metrics.get(f"eval/{kind}_accuracy") is not None:
         low, high = (number(metrics.get(f"eval/{kind}_{end}"), 2) for end in ("low", "high"))
         accuracy = number(metrics[f"eval/{kind}_accuracy"], 2)
         self.say(f"step {step} held-out accuracy, {kind}: {accuracy} (95% {low} to {high})")
+    for key in sorted(metrics):
+      if key.startswith("eval/") and key.endswith("_loss"):
+        name = key.removeprefix("eval/").replace("_", " ")
+        self.say(f"step {step} held-out {name}: {number(metrics[key])}")
     if self._live is not None:
       self._bar.update(self._task, completed=step)
 
@@ -248,9 +252,14 @@ class Console:
     names = {
       "reward": "reward_mean",
       "accuracy": "accuracy",
+      "loss": "loss",
+      "pair accuracy": "pair_accuracy",
+      "margin": "margin",
       "length": "response_length_mean",
       "entropy": "entropy",
     }
+    if metrics.get("reward_mean") is not None:
+      del names["loss"]  # It hovers around 0, however well a policy learns.
     parts = [
       f"{name} {number(metrics[key], 2 if name != 'length' else 3)}"
       for name, key in names.items()

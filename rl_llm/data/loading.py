@@ -1,0 +1,128 @@
+"""A data file as token lists to train on and to evaluate on; every refusal names its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+from rl_llm.chat_template import ChatTemplateError
+from rl_llm.data.encoding import Encoded, Limited, Overlong, Pair
+from rl_llm.data.formats import Dataset, Example, Format, count_reasons, read_dataset
+from rl_llm.data.held_out import split_held_out
+from rl_llm.data.jsonl import DataError
+from rl_llm.tokenizers import TokenizerError
+
+
+class Loaded(NamedTuple):
+  """What a file came to.
+
+  Attributes:
+    training: `Encoded` or `Pair`, in the file's order.
+    held_out: the same, of other prompts.
+    counts: how many rows are broken, and how many sequences "overlong" and of these "dropped".
+    note: the counts in words, for a person.
+  """
+
+  training: list
+  held_out: list
+  counts: dict[str, int]
+  note: str
+
+
+def read_examples(path: str, *, formats: Collection[Format], strict: bool = True) -> Dataset:
+  """`read_dataset`, of the formats that an experiment can train on.
+
+  Args:
+    path: the file.
+    formats: keys of `rl_llm.data.formats.COLUMNS`.
+    strict: whether the first broken row is an error; else broken rows are dropped and counted.
+
+  Raises:
+    DataError: as `read_dataset`, or the file is of another format.
+  """
+  dataset = read_dataset(path, strict=strict)
+  if dataset.format not in formats:
+    raise DataError(
+      f"{path}: rows of the format {dataset.format}; what is trained here are rows of "
+      f"{', '.join(formats)}"
+    )
+  return dataset
+
+
+def load_sequences(
+  path: str,
+  dataset: Dataset,
+  *,
+  encode: Callable[[Example], Encoded | Pair],
+  limit_all: Callable[..., Limited],
+  limit: int,
+  overlong: Overlong,
+  strict: bool = True,
+  held_out_fraction: float,
+  check: Callable[[], None] = lambda: None,
+) -> Loaded:
+  """Encodes a data set, applies the policy for long sequences, and splits it by prompts.
+
+  Args:
+    path: of the file, for messages.
+    dataset: from `read_examples`.
+    encode: an example's tokens: `rl_llm.data.encoding.encode` or `encode_pair`, with its settings.
+    limit_all: `limit_sequences` or `limit_pairs`.
+    limit: tokens a sequence may have.
+    overlong: "error", "drop", "truncate_left" or "truncate_right".
+    strict: whether a row that cannot be laid out, as the chat template refuses it, is an error;
+      else it is dropped and counted.
+    held_out_fraction: of the prompts, as for `split_held_out`.
+    check: called before each example; raises to stop.
+
+  Returns:
+    A `Loaded`.
+
+  Raises:
+    DataError: a sequence is too long under "error", (strict) cannot be laid out, or none is left;
+      the message begins with `path:line:` where there is one.
+  """
+  sides = split_held_out(dataset.examples, fraction=held_out_fraction)
+  lines = dict(zip(map(id, dataset.examples), dataset.lines, strict=True))
+  errors = list(dataset.errors)
+  counts = {"overlong": 0, "dropped": 0}
+
+  def tokens_of(example: Any) -> Encoded | Pair | None:
+    check()
+    where = f"{path}:{lines[id(example)]}"
+    try:
+      encoded = encode(example)
+    except (TokenizerError, ChatTemplateError) as error:
+      if strict:
+        raise DataError(f"{where}: {error}") from None
+      errors.append(f"{where}: {error}")
+      return None
+    sequences = encoded if isinstance(encoded, Pair) else [encoded]
+    longest = max(len(sequence.tokens) for sequence in sequences)
+    if longest > limit and overlong == "error":
+      raise DataError(
+        f"{where}: {longest} tokens, over --max_tokens={limit}; raise it, or choose "
+        "--overlong=drop, truncate_left or truncate_right"
+      )
+    limited = limit_all([encoded], limit=limit, overlong=overlong)
+    counts["overlong"] += limited.overlong
+    counts["dropped"] += limited.dropped
+    return limited.kept[0]
+
+  training, held_out = (
+    [tokens for example in side if (tokens := tokens_of(example)) is not None] for side in sides
+  )
+  note = f"{len(training)} to train on, {len(held_out)} held out"
+  if errors:
+    reasons = "; ".join(f"{count} {reason}" for reason, count in count_reasons(errors).items())
+    note += f"; {len(errors)} broken rows dropped ({reasons})"
+  if counts["overlong"]:
+    note += f"; {counts['overlong']} over {limit} tokens, {counts['dropped']} of them dropped"
+  for kind, side, wanted in (
+    ("train on", training, True), ("evaluate on", held_out, held_out_fraction > 0)
+  ):
+    if wanted and not side:
+      raise DataError(
+        f"{path}: nothing is left to {kind} ({note})" + (f"; {errors[0]}" if errors else "")
+      )
+  return Loaded(training, held_out, {"broken": len(errors), **counts}, note)
