@@ -116,7 +116,8 @@ def reasoning_gym_task(name: str, options: ReasoningGymOptions) -> Task:
     entry = gym.create_dataset(name, seed=seed, size=1)[0]
     question = str(entry["question"])
     content = f"{question}\n{options.instruction}" if options.instruction else question
-    columns = {"puzzle": name, "answer": str(entry["answer"]), "entry": pack(dict(entry))}
+    answer = None if entry["answer"] is None else str(entry["answer"])  # Some kinds know none.
+    columns = {"puzzle": name, "answer": answer, "entry": pack(dict(entry))}
     return Problem([{"role": "user", "content": content}], columns, question)
 
   held_out: dict[str, Problem] = {}
