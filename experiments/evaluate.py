@@ -1,4 +1,4 @@
-"""How good a model is at a task: pass@1, pass@k and majority@k, with intervals, by difficulty.
+r"""How good a model is at a task: pass@1, pass@k and majority@k, with intervals, by difficulty.
 
 Pass@k asks whether one of k responses is right, majority@k whether the most frequent of k answers
 is. Training does not touch what it is measured with: the held-out problems of the task, graded as
@@ -6,11 +6,16 @@ training grades. Every response is kept, so that what a figure means can be read
 
   python -m experiments.evaluate                                    SmolLM2-135M adds
   python -m experiments.evaluate --model=runs/grpo-tiny-copy-seed0/model --task=copy
-  python -m experiments.evaluate --task=gsm8k:test.jsonl --gsm8k.held_out_fraction=1 ...
+  python -m experiments.evaluate --model=DIR --task=gsm8k:train.jsonl \
+    --gsm8k.held_out_file=test.jsonl --max_new_tokens=256
 
 In the directory: samples.jsonl, a line a response (prompt, response, reward, status, what was read
 as its answer, correct); metrics.jsonl, a line a batch; result.json, written last. Rerunning the
 same command goes on after the last batch on record; another --k only reads the record anew.
+
+Measured with the first command and --problems=20 --samples=4, on one core: pass@1 0.14 (95 % 0.08
+to 0.23), pass@4 0.45 (0.26 to 0.66), majority@4 0.29 (0.14 to 0.51), greedily 0.75 (0.53 to 0.89);
+39 s, of which compiling took 15.
 """
 
 from __future__ import annotations
@@ -378,7 +383,9 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
       ],
     )
   if not any(name.startswith("majority@") for name in names) and result["samples"] > 1:
-    console.say("no majority@k: the grader of this task does not say what a response's answer is")
+    console.say(
+      f"no majority@k: the grader of {result['task']} does not say what a response's answer is"
+    )
   if result["failed_grades"]:
     console.say(
       f"{result['failed_grades']} of {result['responses']} grades failed and count as not correct; "

@@ -11,17 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm.data.prompts import PromptBatch, pad_prompts
-from rl_llm.experience import Drawn, response_texts, sample_rows, score, trim
+from rl_llm.data.prompts import pad_prompts
+from rl_llm.experience import Drawn, Generate, response_texts, sample_rows, score, trim
 from rl_llm.metrics import proportion_interval
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import Rollout, row_keys
 from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import Problem
 from rl_llm.tokenizers import Tokenizer
-
-# (params, prompts, keys, sampling, responses_per_prompt) -> Rollout
-Generate = Callable[[Any, PromptBatch, jax.Array, SamplingConfig, int], Rollout]
 
 
 class Evaluation(NamedTuple):
@@ -291,8 +288,3 @@ def _majority(correct: Sequence[bool], answers: Sequence[str | None], k: int) ->
       ways, right = more_ways, more_right
     total += sum(value / tied for (_, tied), value in right.items() if tied)
   return min(total / math.comb(len(answers), k), 1.0)  # Rounding aside.
-
-
-def first_problems(problems: Sequence[Any], limit: int) -> list[Any]:
-  """The first `limit` problems; 0 means all."""
-  return list(problems[:limit] if limit else problems)

@@ -19,6 +19,7 @@ import pytest
 from experiments import evaluate
 from rl_llm import rollout
 from rl_llm.config import ConfigError, replace
+from rl_llm.data.prompts import PromptTooLong
 from rl_llm.evaluation import estimate_interval
 from rl_llm.files import locked
 from rl_llm.interrupt import Interrupted
@@ -112,7 +113,14 @@ def settings(files, **changes) -> evaluate.Config:
   return replace(evaluate.Config(), base | changes)
 
 
-COPY = {"task": "copy", "difficulty_column": "", "copy.held_out": 5}
+# Of one shape whatever the split: five problems, four responses each.
+COPY = {
+  "task": "copy",
+  "difficulty_column": "",
+  "copy.held_out": 5,
+  "prompts_per_batch": 5,
+  "max_new_tokens": 3,
+}
 
 
 def outcome(workdir) -> tuple[Any, ...]:
@@ -178,10 +186,11 @@ def test_the_figures_are_those_of_the_record(finished):
 
 
 def test_majority_counts_the_answers_the_task_reads(tmp_path, files):
-  changes = COPY | {"k": (1, 3), "samples": 3, "temperature": 0.3, "prompts_per_batch": 5}
+  changes = COPY | {"k": (1, 3), "samples": 3, "temperature": 0.3}
   result = evaluate.measure(settings(files, **changes), str(tmp_path))
   rows = [row for row in read(tmp_path / "samples.jsonl") if not row["greedy"]]
   assert all(row["answer"] == row["response"] for row in rows)
+  assert max(row["length"] for row in rows) == 3, "--max_new_tokens"
   values = []
   for start in range(0, len(rows), 3):
     votes = Counter(row["answer"] for row in rows[start : start + 3])
@@ -257,7 +266,7 @@ def test_every_flag_of_the_sampler_changes_the_responses(tmp_path, finished, fil
   rows = read(finished / "samples.jsonl")
   base = {(row["problem"], row["sample"]): row["response"] for row in rows}
   seen = [base]
-  changed = ({"seed": 1}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3}, {"max_new_tokens": 3})
+  changed = ({"seed": 1}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3})
   for number, changes in enumerate(changed):
     found = responses(str(number), **changes)
     assert found.keys() == base.keys() and found not in seen, changes
@@ -268,22 +277,29 @@ def test_every_flag_of_the_sampler_changes_the_responses(tmp_path, finished, fil
 
 
 def test_training_problems(tmp_path, files):
-  changes = COPY | {"split": "train", "problems": 3, "samples": 1, "k": (1,), "greedy": False}
+  changes = COPY | {"split": "train", "problems": 5, "k": (1,), "greedy": False}
   evaluate.measure(settings(files, **changes), str(tmp_path))
   rows = read(tmp_path / "samples.jsonl")
   task = evaluate.load_task("copy", held_out=5)
-  assert [row["problem"] for row in rows] == [p.key for p in task.sample(0, 0, 3)]
-  assert {row["split"] for row in rows} == {"train"}
+  keys = [problem.key for problem in task.sample(0, 0, 5)]
+  assert [row["problem"] for row in rows] == [key for key in keys for _ in range(4)]
+  assert {(row["split"], row["greedy"]) for row in rows} == {("train", False)}
 
 
-def test_overlong_prompts_are_left_out_and_counted(tmp_path, files, capsys):
-  changes = {"max_prompt_tokens": 8, "overlong_prompt": "drop"}
+def test_what_must_be_known_to_read_the_figures_is_said(tmp_path, files, capsys):
+  changes = {"max_prompt_tokens": 12, "overlong_prompt": "truncate_left"}
   result = evaluate.measure(settings(files, **changes), str(tmp_path))
-  # The longest of five lengths, 13 bytes, and the one before, 10: two of five, twice.
-  assert result["overlong_prompts"] == 4 and result["problems"] == 7
+  assert result["overlong_prompts"] == 2, "of five lengths, the longest has 13 bytes"
   out = capsys.readouterr().out
-  assert "4 prompts are over --max_prompt_tokens" in out
-  assert "no majority@k" in out and "grades failed and count as not correct" in out
+  assert "2 prompts are over --max_prompt_tokens" in out
+  assert f"no majority@k: the grader of {settings(files).task} does not say" in out
+  assert f"{result['failed_grades']} of 55 grades failed and count as not correct" in out
+
+
+def test_no_prompt_fits(tmp_path, files):
+  changes = COPY | {"max_prompt_tokens": 3, "overlong_prompt": "drop"}
+  with pytest.raises(PromptTooLong, match="all 5 prompts are over --max_prompt_tokens=3; raise it"):
+    evaluate.measure(settings(files, **changes), str(tmp_path))
 
 
 @pytest.mark.parametrize(
