@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
+import functools
 import json
 import logging
 import os
@@ -13,137 +13,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import grpo
-from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import ConfigError, flatten, replace
 from rl_llm.data.prompts import bucket
 from rl_llm.files import locked
 from rl_llm.metrics import read, without_timings
-from rl_llm.model import LanguageModel, load_model
-from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rewards import RewardError
 from rl_llm.rollout import generate
-from rl_llm.tokenizers import ByteTokenizer
-from rl_llm.train_state import init_state
-from rl_llm.update import make_optimizer
+from tests.experiments import helpers
+from tests.experiments.helpers import equal, outcome, settings
 
 FULL = bool(os.environ.get("RL_LLM_FULL"))
 ROOT = Path(__file__).parents[2]
-
-
-class Chatty(ByteTokenizer):
-  """Bytes with a chat template, and with ends so frequent that responses are ragged."""
-
-  eos_ids = (258, *range(0, 256, 6))
-  chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Equal programs are compiled once: most runs here differ by a number, not by a program."""
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  # Compiling is most of the time of such small runs.
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield settings
-  jax.config.update("jax_disable_most_optimizations", False)
-  for name, value in before.items():
-    jax.config.update(name, value)
-  jax.experimental.compilation_cache.compilation_cache.reset_cache()
-
-
-@pytest.fixture
-def small(monkeypatch):
-  """`--model=tiny` with one narrow layer and `Chatty`; the policy it runs."""
-  config = dataclasses.replace(
-    tiny_config(ByteTokenizer.vocab_size),
-    n_layers=1,
-    width=32,
-    n_heads=2,
-    n_kv_heads=1,
-    mlp_width=64,
-  )
-  policy = make_policy(config)
-  init = jax.jit(policy.init)
-
-  def load(name, *, seed, remat):
-    params = init(jax.random.key(seed))
-    params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
-    return LanguageModel(policy, params, Chatty())
-
-  monkeypatch.setattr(grpo, "load_model", load)
-  return policy
-
-
-REWARD = """
-import time
-
-def fraction(prompts, completions, **columns):
-  return [sum(map(ord, text)) % 8 / 8 for text in completions]
-
-def failing(prompts, completions, **columns):
-  kind = sum(map(ord, completions[0])) % 8
-  if kind == 1:
-    raise ValueError("no")
-  if kind == 2:
-    time.sleep(60)
-  return [None if kind == 3 else kind / 8]
-
-def spread_for_some(prompts, completions, **columns):
-  # Prompts that begin with a, c, e, ... please with whatever is said.
-  return [
-    1.0 if ord(prompt[0]) % 2 else sum(map(ord, completion)) % 8 / 8
-    for prompt, completion in zip(prompts, completions)
-  ]
-
-def lonely(prompts, completions, **columns):
-  # No opinion on about half of the responses.
-  return [None if sum(map(ord, c)) % 2 else 1.0 for c in completions]
-
-def hopeless(prompts, completions, **columns):
-  raise ValueError("always")
-"""
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  """A JSONL task of ragged prompts, 3 to 23 bytes, and the rewards above."""
-  directory = tmp_path_factory.mktemp("task")
-  (directory / "reward.py").write_text(REWARD)
-  rows = [{"prompt": chr(97 + i) + "x" * (2 + 4 * (i % 6))} for i in range(24)]
-  (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return directory
-
-
-def settings(files, **changes) -> dict[str, Any]:
-  return {
-    "model": "tiny",
-    "task": f"jsonl:{files / 'rows.jsonl'}",
-    "jsonl.reward_file": str(files / "reward.py"),
-    "jsonl.reward_function": "fraction",
-    "jsonl.held_out_fraction": 0.3,
-    "prompt_format": "plain",
-    "steps": 2,
-    "prompts_per_step": 4,
-    "responses_per_prompt": 4,
-    "max_new_tokens": 8,
-    "microbatch_prompts": 4,
-    "eval.problems": 1,
-    "eval.samples": 3,  # 4 responses with the greedy one: the shape of training
-    "samples_every": 100,
-  } | changes
 
 
 # Two updates a step, and so large that ratios leave their clip range.
@@ -155,34 +41,7 @@ BUSY = {
 }
 
 
-class Outcome(NamedTuple):
-  metrics: list[dict]
-  samples: list[dict]
-  params: Any
-
-
-def run(workdir, changes, policy) -> Outcome:
-  grpo.train(replace(grpo.Config(), changes), str(workdir))
-  return outcome(workdir, policy)
-
-
-def outcome(workdir, policy) -> Outcome:
-  """All that a run leaves, timings aside."""
-  workdir = Path(workdir)
-  abstract = jax.eval_shape(
-    lambda key: init_state(policy.init(key), make_optimizer()), jax.random.key(0)
-  )
-  state = Checkpointer(workdir / "checkpoints").restore(abstract)[1]
-  return Outcome(
-    without_timings(read(workdir / "metrics.jsonl")),
-    read(workdir / "samples.jsonl"),
-    jax.tree.map(np.asarray, state.params),
-  )
-
-
-def equal(a, b) -> bool:
-  """Bit for bit."""
-  return all(x.tobytes() == y.tobytes() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+run = functools.partial(helpers.run, grpo)
 
 
 # The first update.
@@ -192,7 +51,7 @@ def equal(a, b) -> bool:
 def first_step(tmp_path, small, files):
   """One update at temperature 0.7 with a KL term, from the weights that the reference has."""
   changes = {"steps": 1, "sampling.temperature": 0.7, "kl.coef": 0.1}
-  return run(tmp_path, settings(files, **changes), small)
+  return run(tmp_path, settings(files, **changes))
 
 
 def test_first_update_is_on_policy(first_step):
@@ -276,9 +135,9 @@ if FULL:  # Further values of the same flags.
 def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
   """Each against the base run, and against each other: no two of these mean the same."""
   base = settings(files, steps=3, **BUSY)  # Two steps do not tell a line from a cosine.
-  weights = [run(tmp_path / "base", base, small).params]
+  weights = [run(tmp_path / "base", base).params]
   for number, changes in enumerate(FLAGS):
-    weights.append(run(tmp_path / str(number), base | changes, small).params)
+    weights.append(run(tmp_path / str(number), base | changes).params)
     same = [i for i, earlier in enumerate(weights[:-1]) if equal(earlier, weights[-1])]
     assert not same, (changes, ["base", *FLAGS][same[0]])
 
@@ -286,7 +145,7 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
 def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, files):
   base = settings(files) | {"jsonl.reward_function": "lonely", "responses_per_prompt": 2}
   runs = {
-    kind: run(tmp_path / kind, base | {"advantage.singleton": kind}, small)
+    kind: run(tmp_path / kind, base | {"advantage.singleton": kind})
     for kind in ("zero", "raw")
   }
   advantages = {
@@ -305,8 +164,8 @@ def test_groups_without_spread_are_left_out_and_change_nothing(tmp_path, small, 
     "optimizer.eps": 1e-2,
     "sampling.temperature": 0.9,
   }
-  left_out = run(tmp_path / "left_out", base, small)
-  computed = run(tmp_path / "computed", base | {"loss.entropy_coef": 1e-20}, small)
+  left_out = run(tmp_path / "left_out", base)
+  computed = run(tmp_path / "computed", base | {"loss.entropy_coef": 1e-20})
   assert all(0 < row["frac_zero_std"] < 1 for row in left_out.metrics[:2])
   for a, b in zip(*map(jax.tree.leaves, (left_out.params, computed.params)), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
@@ -324,7 +183,7 @@ def test_two_processes_do_not_share_a_directory(tmp_path, small, files):
 @pytest.mark.parametrize("overlong", ["drop", "truncate_left"])
 def test_overlong_prompts_are_dropped_or_cut_and_counted(tmp_path, small, files, overlong):
   changes = {"overlong_prompt": overlong, "max_prompt_tokens": 12}
-  found = run(tmp_path, settings(files, **changes), small)
+  found = run(tmp_path, settings(files, **changes))
   for row in found.metrics[:2]:
     at = [sample for sample in found.samples if sample["step"] == row["step"]]
     lengths = [len(sample["prompt"]) for sample in at if sample["split"] == "train"]
@@ -336,7 +195,7 @@ def test_overlong_prompts_are_dropped_or_cut_and_counted(tmp_path, small, files,
 
 def test_kl_value_is_what_is_reported_and_nothing_else(tmp_path, small, files):
   base = settings(files, **BUSY)
-  runs = [run(tmp_path / kind, base | {"kl.value": kind}, small) for kind in ("k1", "k3")]
+  runs = [run(tmp_path / kind, base | {"kl.value": kind}) for kind in ("k1", "k3")]
   assert runs[0].metrics[0]["kl_ref"] != runs[1].metrics[0]["kl_ref"]
   assert equal(runs[0].params, runs[1].params)
 
@@ -344,8 +203,8 @@ def test_kl_value_is_what_is_reported_and_nothing_else(tmp_path, small, files):
 def test_microbatches_change_nothing(tmp_path, small, files):
   # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.
   base = settings(files, **BUSY) | {"optimizer.eps": 1e-2, "weighting.name": "sequence_mean"}
-  whole = run(tmp_path / "whole", base, small).params
-  parts = run(tmp_path / "parts", base | {"microbatch_prompts": 1}, small).params
+  whole = run(tmp_path / "whole", base).params
+  parts = run(tmp_path / "parts", base | {"microbatch_prompts": 1}).params
   for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
@@ -389,7 +248,7 @@ def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkey
 
   monkeypatch.setattr(grpo, "token_weights", token_weights)
   changes = {"jsonl.reward_function": "failing", "reward_deadline": 0.5, "steps": 1}
-  found = run(tmp_path, settings(files, **changes), small)
+  found = run(tmp_path, settings(files, **changes))
   rows = [row for row in found.samples if row["split"] == "train"]
   statuses = {1: "raised", 2: "timed_out", 3: "not_applicable"}
   kinds = [sum(map(ord, row["response"])) % 8 for row in rows]
@@ -416,7 +275,7 @@ def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkey
 def test_a_grader_that_always_fails_stops_the_run(tmp_path, small, files):
   changes = {"jsonl.reward_function": "hopeless"}
   with pytest.raises(RewardError, match=r"hopeless.* failed on \d+ of \d+ samples.*always"):
-    run(tmp_path, settings(files, **changes), small)
+    run(tmp_path, settings(files, **changes))
 
 
 # Gradients that are not finite.
@@ -435,7 +294,7 @@ def spoil(monkeypatch, calls):
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, small, files, monkeypatch):
   spoil(monkeypatch, {1})
-  found = run(tmp_path, settings(files, steps=4), small)
+  found = run(tmp_path, settings(files, steps=4))
   assert [row["update_skipped"] for row in found.metrics[:4]] == [0, 1, 0, 0]
   assert [row["updates_skipped"] for row in found.metrics[:4]] == [0, 1, 1, 1]
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
@@ -474,7 +333,7 @@ def test_one_compilation_a_shape_over_fifty_ragged_steps(tmp_path, small, files,
   }
   before = generate._cache_size()
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
-    found = run(tmp_path / "run", settings(files, **changes), small)
+    found = run(tmp_path / "run", settings(files, **changes))
   compiled = collections.Counter(
     match[1]
     for record in caplog.records
@@ -532,12 +391,7 @@ def wait_for_step(process, workdir, step):
 
 
 @pytest.fixture(scope="module")
-def full_tiny():
-  return load_model("tiny").policy
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory, compilation_cache, full_tiny):
+def interrupted(tmp_path_factory, compilation_cache):
   """(workdir, what an uninterrupted run left, what interrupted ones left, steps)."""
   kills = [signal.SIGKILL] * (10 if FULL else 2)
   kills = [*kills[:1], signal.SIGINT, *kills[1:], signal.SIGTERM]
@@ -568,8 +422,8 @@ def interrupted(tmp_path_factory, compilation_cache, full_tiny):
   assert "going on from the checkpoint at step" in output
   return (
     directory / "cut",
-    outcome(directory / "straight", full_tiny),
-    outcome(directory / "cut", full_tiny),
+    outcome(directory / "straight"),
+    outcome(directory / "cut"),
     steps,
   )
 

@@ -1,0 +1,74 @@
+"""A small model and a small task, and compilation that does not dominate such small runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from rl_llm.model import LanguageModel, load_model
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.tokenizers import ByteTokenizer
+from tests.experiments.helpers import REWARD, Chatty
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Equal programs are compiled once: most runs here differ by a number, not by a program."""
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  jax_cache.reset_cache()
+  # Compiling is most of the time of such small runs.
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield settings
+  jax.config.update("jax_disable_most_optimizations", False)
+  for name, value in before.items():
+    jax.config.update(name, value)
+  jax_cache.reset_cache()
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """In every experiment a test file imports, `--model=tiny` is one narrow layer and `Chatty`."""
+  config = dataclasses.replace(
+    tiny_config(ByteTokenizer.vocab_size),
+    n_layers=1,
+    width=32,
+    n_heads=2,
+    n_kv_heads=1,
+    mlp_width=64,
+  )
+  policy = make_policy(config)
+  init = jax.jit(policy.init)
+
+  def load(name, *, seed, remat=False):
+    if name != "tiny":
+      return load_model(name, seed=seed, remat=remat)
+    params = init(jax.random.key(seed))
+    params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
+    return LanguageModel(policy, params, Chatty())
+
+  for name, module in list(sys.modules.items()):
+    if name.startswith("experiments.") and hasattr(module, "load_model"):
+      monkeypatch.setattr(module, "load_model", load)
+  return policy
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+  """A JSONL task of ragged prompts, 3 to 23 bytes, and the rewards of `helpers.REWARD`."""
+  directory = tmp_path_factory.mktemp("task")
+  (directory / "reward.py").write_text(REWARD)
+  rows = [{"prompt": chr(97 + i) + "x" * (2 + 4 * (i % 6))} for i in range(24)]
+  (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return directory

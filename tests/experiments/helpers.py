@@ -1,0 +1,111 @@
+"""What the tests of experiments share beside the fixtures: a task, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rl_llm.checkpoint import Checkpointer
+from rl_llm.config import replace
+from rl_llm.metrics import read, without_timings
+from rl_llm.tokenizers import ByteTokenizer
+
+
+class Chatty(ByteTokenizer):
+  """Bytes with a chat template, and with ends so frequent that responses are ragged."""
+
+  eos_ids = (258, *range(0, 256, 6))
+  chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+
+
+REWARD = """
+import time
+
+def fraction(prompts, completions, **columns):
+  return [sum(map(ord, text)) % 8 / 8 for text in completions]
+
+def failing(prompts, completions, **columns):
+  kind = sum(map(ord, completions[0])) % 8
+  if kind == 1:
+    raise ValueError("no")
+  if kind == 2:
+    time.sleep(60)
+  return [None if kind == 3 else kind / 8]
+
+def spread_for_some(prompts, completions, **columns):
+  # Prompts that begin with a, c, e, ... please with whatever is said.
+  return [
+    1.0 if ord(prompt[0]) % 2 else sum(map(ord, completion)) % 8 / 8
+    for prompt, completion in zip(prompts, completions)
+  ]
+
+def lonely(prompts, completions, **columns):
+  # No opinion on about half of the responses.
+  return [None if sum(map(ord, c)) % 2 else 1.0 for c in completions]
+
+def hopeless(prompts, completions, **columns):
+  raise ValueError("always")
+"""
+
+
+def settings(files, **changes) -> dict[str, Any]:
+  """A short run of `--model=tiny` on the task in `files`, for experiments that sample."""
+  return {
+    "model": "tiny",
+    "task": f"jsonl:{files / 'rows.jsonl'}",
+    "jsonl.reward_file": str(files / "reward.py"),
+    "jsonl.reward_function": "fraction",
+    "jsonl.held_out_fraction": 0.3,
+    "prompt_format": "plain",
+    "steps": 2,
+    "prompts_per_step": 4,
+    "responses_per_prompt": 4,
+    "max_new_tokens": 8,
+    "microbatch_prompts": 4,
+    "eval.problems": 1,
+    "eval.samples": 3,  # 4 responses with the greedy one: the shape of training
+    "samples_every": 100,
+  } | changes
+
+
+class Outcome(NamedTuple):
+  """All that a run leaves, timings aside."""
+
+  metrics: list[dict]
+  samples: list[dict]
+  state: dict[str, np.ndarray]  # by path, all that the newest checkpoint holds
+
+  @property
+  def params(self) -> dict[str, np.ndarray]:
+    return {path: leaf for path, leaf in self.state.items() if "params" in path.split("/")}
+
+
+def run(experiment, workdir, changes) -> Outcome:
+  """Trains in this process with the changed config."""
+  experiment.train(replace(experiment.Config(), changes), str(workdir))
+  return outcome(workdir)
+
+
+def outcome(workdir) -> Outcome:
+  """What a run left, read without knowing what its state is."""
+  workdir = Path(workdir)
+  newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+  manifest = json.loads((newest / "manifest.json").read_text())
+  abstract = {
+    path: jax.ShapeDtypeStruct(shape, dtype) for path, dtype, shape in manifest["leaves"]
+  }
+  state = Checkpointer(workdir / "checkpoints").restore(abstract)[1]
+  return Outcome(
+    without_timings(read(workdir / "metrics.jsonl")),
+    read(workdir / "samples.jsonl"),
+    {path: np.asarray(leaf) for path, leaf in state.items()},
+  )
+
+
+def equal(a, b) -> bool:
+  """Bit for bit."""
+  return all(x.tobytes() == y.tobytes() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
