@@ -18,6 +18,7 @@ from rl_llm.policy.configs import (
 )
 from rl_llm.policy.gguf import demo_gguf_path, load_gguf
 from rl_llm.policy.hf import load_hf, save_hf
+from rl_llm.policy.scalar_head import apply_head, normal_head, with_head, zero_head
 from rl_llm.policy.transformer import Cache, Params, Policy, make_policy
 
 
@@ -53,6 +54,7 @@ __all__ = [
   "RopeScaling",
   "TransformerConfig",
   "WeightsError",
+  "apply_head",
   "config_from_hf",
   "config_to_hf",
   "demo_gguf_path",
@@ -60,6 +62,9 @@ __all__ = [
   "load_hf",
   "load_weights",
   "make_policy",
+  "normal_head",
   "save_hf",
   "tiny_config",
+  "with_head",
+  "zero_head",
 ]
