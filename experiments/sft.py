@@ -44,10 +44,10 @@ from rl_llm.config import ConfigError, option, run
 from rl_llm.data import DataError
 from rl_llm.data.batches import batch_indices, packed_batch, sequence_batch
 from rl_llm.data.encoding import Encoded, encode, limit_sequences
-from rl_llm.data.formats import Demonstration
 from rl_llm.data.loading import load_sequences, read_examples
 from rl_llm.data.packing import pack
-from rl_llm.experience import held_out_problems, make_encode, make_generate, prompt_text
+from rl_llm.demonstrations import demonstrations
+from rl_llm.experience import held_out_problems, make_encode, make_generate
 from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy
@@ -242,12 +242,13 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
 
   prompt_format = config.prompt_format
   if prompt_format == "auto":
-    bare = dataset is not None and isinstance(dataset.examples[0].completion, str)
-    bare = bare and dataset.format == "text"
+    bare = dataset is not None and dataset.format == "text"
+    bare = bare and isinstance(dataset.examples[0].completion, str)  # and no transcript
     prompt_format = "chat" if tokenizer.chat_template and not bare else "plain"
   encode_example = functools.partial(
     encode, tokenizer=tokenizer, prompt_format=prompt_format, system_prompt=config.system_prompt
   )
+  counts = {}
   if dataset is None:
     encode_problems = functools.partial(
       encode_answers, encode=encode_example, limit=config.max_tokens, overlong=config.overlong
@@ -272,7 +273,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       check=stop.check,
     )
     held_out = loaded.held_out[: config.held_out_examples or None]
-    note = loaded.note
+    note, counts = loaded.note, loaded.counts
 
     def draw(step: int) -> list[Encoded]:
       chosen = batch_indices(
@@ -329,6 +330,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       "padding_fraction": 1 - float(np.mean(batch["segment_ids"][:filled] > 0)),
       "learning_rate": rate,
       "updates_skipped": int(state.skipped),
+      **{f"data_{name}": count for name, count in counts.items()},
     }
     failure = failure_of(loss_fn, state, batch, hparams, max_skipped=config.optimizer.max_skipped)
     return Step(state, row, failure=failure)
@@ -405,19 +407,13 @@ def make_evaluate(config: Config, run: Run, task: Task | None, policy, tokenizer
 
 def encode_answers(problems, *, encode, limit: int, overlong: str) -> list[Encoded]:
   """The right answers to problems as tokens, without those that are dropped as too long."""
-  examples = demonstrations(problems)
-  if encode.keywords["prompt_format"] == "plain":
-    examples = [e._replace(prompt=prompt_text(e.prompt)) for e in examples]
+  examples = demonstrations(problems, prompt_format=encode.keywords["prompt_format"])
   encoded = [encode(example) for example in examples]
   limited = limit_sequences(encoded, limit=limit, overlong=overlong)
   kept = [sequence for sequence in limited.kept if sequence is not None]
   if problems and not kept:
     raise DataError(f"all {len(problems)} examples are over --max_tokens={limit}; raise it")
   return kept
-
-
-def demonstrations(problems):
-  return [Demonstration(p.prompt, p.columns["answer"], p.columns) for p in problems]
 
 
 def check(config: Config) -> None:
