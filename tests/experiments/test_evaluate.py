@@ -85,11 +85,12 @@ def reward(prompts, completions, **columns):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-  """Eleven ragged problems of two levels."""
+  """Eleven ragged problems of two levels; those of the first eight would fit in fewer columns."""
   directory = tmp_path_factory.mktemp("task")
   (directory / "reward.py").write_text(REWARD)
   rows = [
-    {"prompt": chr(97 + i) + "x" * (3 * (i % 5)), "level": 2 + 8 * (i % 2)} for i in range(11)
+    {"prompt": chr(97 + i) + "x" * (6 * (i // 4) + i % 2), "level": 2 + 8 * (i % 2)}
+    for i in range(11)
   ]
   (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   (directory / "train.jsonl").write_text('{"prompt": "train"}\n')
@@ -289,9 +290,9 @@ def test_training_problems(tmp_path, files):
 def test_what_must_be_known_to_read_the_figures_is_said(tmp_path, files, capsys):
   changes = {"max_prompt_tokens": 12, "overlong_prompt": "truncate_left"}
   result = evaluate.measure(settings(files, **changes), str(tmp_path))
-  assert result["overlong_prompts"] == 2, "of five lengths, the longest has 13 bytes"
+  assert result["overlong_prompts"] == 3, "the last three have 13 or 14 bytes"
   out = capsys.readouterr().out
-  assert "2 prompts are over --max_prompt_tokens" in out
+  assert "3 prompts are over --max_prompt_tokens" in out
   assert f"no majority@k: the grader of {settings(files).task} does not say" in out
   assert f"{result['failed_grades']} of 55 grades failed and count as not correct" in out
 
