@@ -21,12 +21,16 @@ class Loaded(NamedTuple):
     held_out: the same, of other prompts.
     counts: how many rows are broken, and how many sequences "overlong" and of these "dropped".
     note: the counts in words, for a person.
+    training_columns: the other columns of each training example's row, by name.
+    held_out_columns: the same of each held-out one.
   """
 
   training: list
   held_out: list
   counts: dict[str, int]
   note: str
+  training_columns: list[dict[str, Any]]
+  held_out_columns: list[dict[str, Any]]
 
 
 def read_examples(path: str, *, formats: Collection[Format], strict: bool = True) -> Dataset:
@@ -109,9 +113,11 @@ def load_sequences(
     counts["dropped"] += limited.dropped
     return limited.kept[0]
 
-  training, held_out = (
-    [tokens for example in side if (tokens := tokens_of(example)) is not None] for side in sides
-  )
+  kept = [
+    [(tokens, example.columns) for example in side if (tokens := tokens_of(example)) is not None]
+    for side in sides
+  ]
+  training, held_out = ([tokens for tokens, _ in side] for side in kept)
   note = f"{len(training)} to train on, {len(held_out)} held out"
   if errors:
     reasons = "; ".join(f"{count} {reason}" for reason, count in count_reasons(errors).items())
@@ -125,4 +131,5 @@ def load_sequences(
       raise DataError(
         f"{path}: nothing is left to {kind} ({note})" + (f"; {errors[0]}" if errors else "")
       )
-  return Loaded(training, held_out, {"broken": len(errors), **counts}, note)
+  columns = ([columns for _, columns in side] for side in kept)
+  return Loaded(training, held_out, {"broken": len(errors), **counts}, note, *columns)
