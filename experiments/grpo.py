@@ -53,6 +53,7 @@ from rl_llm.experience import (
   held_out_problems,
   make_encode,
   make_generate,
+  make_judge,
   minibatches,
   sample_rows,
   take_prompts,
@@ -114,6 +115,9 @@ class Config:
   model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, or a .gguf file")
   task: str = option(
     "arithmetic", "arithmetic, copy, reasoning_gym:<name>, jsonl:<path> or gsm8k:<path>"
+  )
+  reward: str = option(
+    "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
   )
   preset: Literal[
     "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
@@ -274,6 +278,11 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   held_out = held_out_problems(task, encode, limit=config.eval.problems)
   draw_problems(task, config.seed, 0, config.prompts_per_step, encode)  # An error comes now.
   generate = make_generate(policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say)
+  judge = make_judge(
+    config.reward,
+    tokenizer,
+    rows_per_batch=config.microbatch_prompts * config.responses_per_prompt,
+  )
 
   optimizer = adamw(config.optimizer)
   update_prompts = config.prompts_per_step // config.minibatches
@@ -347,6 +356,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       generate=generate,
       pool=pool,
       tokenizer=tokenizer,
+      judge=judge,
       clock=clock,
       check=stop.check,
     )
@@ -424,6 +434,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       split="train",
       max_reward=task.max_reward,
       advantages=group_advantages,
+      grades=experience.grades,
     )
     failure = failure_of(
       loss_fn, state, minibatch, hparams, max_skipped=config.optimizer.max_skipped

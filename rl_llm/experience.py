@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl_llm.config import ConfigError
 from rl_llm.data.prompts import (
   Overlong,
   PromptBatch,
@@ -21,11 +22,12 @@ from rl_llm.data.prompts import (
 )
 from rl_llm.metrics import PhaseClock
 from rl_llm.policy import Policy
-from rl_llm.rewards import RewardPool, RewardResult, to_arrays
+from rl_llm.reward_model import load_reward_model, score_responses
+from rl_llm.rewards import RewardError, RewardPool, RewardResult, to_arrays
 from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout, generate, row_keys
 from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import Problem, Task, TaskError
-from rl_llm.tokenizers import Tokenizer, format_prompts
+from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts
 
 
 class Drawn(NamedTuple):
@@ -40,8 +42,12 @@ class Drawn(NamedTuple):
 Generate = Callable[[Any, PromptBatch, jax.Array, SamplingConfig, int], Rollout]
 
 
+# (prompts, rollout) -> rewards [B]
+Judge = Callable[[PromptBatch, Rollout], np.ndarray]
+
+
 class Scores(NamedTuple):
-  """What the grader said of P * G responses; a failed grade is masked out, never a zero."""
+  """What a judge said of P * G responses; a failed grade is masked out, never a zero."""
 
   rewards: np.ndarray  # [P, G] float32, 0 where there is none
   ok: np.ndarray  # [P, G] bool, True where there is a reward
@@ -50,13 +56,14 @@ class Scores(NamedTuple):
 
 
 class Experience(NamedTuple):
-  """P problems, G responses to each, and their grades."""
+  """P problems, G responses to each, and what they are worth."""
 
   drawn: Drawn
   prompts: PromptBatch  # [P, L], left-padded
   rollout: Rollout  # on the host, B = P * G rows
   texts: list[str]  # [P * G]
-  scores: Scores
+  scores: Scores  # what is trained on: the grades, or a reward model's rewards
+  grades: Scores  # what the task's grader said
 
 
 def encode_problems(
@@ -190,6 +197,64 @@ def make_generate(
   return generate_responses
 
 
+def make_judge(reward: str, tokenizer: Tokenizer, *, rows_per_batch: int) -> Judge | None:
+  """Who gives the rewards that are trained on: a reward model, or None for the task's grader.
+
+  The grader is asked all the same: a policy that learns what its reward model overlooks shows only
+  where both figures stand side by side.
+
+  Args:
+    reward: "task", or "model:" and a directory for `rl_llm.reward_model.load_reward_model`.
+    tokenizer: the policy's.
+    rows_per_batch: responses scored at once on the device, at least those to one prompt.
+
+  Returns:
+    (prompts, rollout) -> rewards [B], or None. It raises a `RewardError` for rewards that are not
+    finite.
+
+  Raises:
+    ConfigError: `reward` is neither, or the model reads other ids than the policy writes.
+    WeightsError: there is no such directory, or no reward model in it.
+    TokenizerError: its tokenizer cannot be used.
+  """
+  kind, _, directory = reward.partition(":")
+  if reward == "task":
+    return None
+  if kind != "model" or not directory:
+    raise ConfigError("reward", reward, "task, or model:DIR with a reward model in DIR")
+  model = load_reward_model(directory)
+  if _vocabulary(model.tokenizer) != _vocabulary(tokenizer):
+    raise ConfigError(
+      "reward",
+      reward,
+      "a reward model over the policy's vocabulary, since it reads the ids that the policy samples",
+      "train one from the same --model",
+    )
+
+  def judge(prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
+    rewards = score_responses(
+      model.params,
+      prompts,
+      rollout.tokens,
+      rollout.mask,
+      policy=model.policy,
+      rows_per_batch=rows_per_batch,
+    )
+    bad = np.count_nonzero(~np.isfinite(rewards))
+    if bad:
+      raise RewardError(
+        f"{bad} of {rewards.size} rewards of {directory} are not finite; train it again"
+      )
+    return rewards
+
+  return judge
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+  """What each text of a model's tokenizer has for an id; all that read bytes are alike."""
+  return tokenizer.backend.get_vocab() if isinstance(tokenizer, ModelTokenizer) else {}
+
+
 def collect(
   params: Any,
   seed: int,
@@ -203,6 +268,7 @@ def collect(
   generate: Generate,
   pool: RewardPool,
   tokenizer: Tokenizer,
+  judge: Judge | None = None,
   clock: PhaseClock,
   check: Callable[[], None] = lambda: None,
 ) -> Experience:
@@ -223,6 +289,7 @@ def collect(
     generate: from `make_generate`.
     pool: the grader's workers.
     tokenizer: the model's.
+    judge: from `make_judge`, gives the scores instead of the grader; None: the grades are them.
     clock: times "rollout" and "reward".
     check: called between phases; raises to stop.
   """
@@ -239,9 +306,14 @@ def collect(
   check()
   with clock("reward"):
     texts = response_texts(rollout, tokenizer)
-    scores = score(pool, drawn.problems, texts, group_size=responses_per_prompt)
+    scores = grades = score(pool, drawn.problems, texts, group_size=responses_per_prompt)
+    if judge:
+      rewards = judge(prompts, rollout)
+      results = [RewardResult(float(reward), "ok") for reward in rewards]
+      shape = grades.rewards.shape
+      scores = Scores(rewards.reshape(shape), np.ones(shape, bool), {"ok": rewards.size}, results)
   check()
-  return Experience(drawn, prompts, rollout, texts, scores)
+  return Experience(drawn, prompts, rollout, texts, scores, grades)
 
 
 def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str, Any]:
@@ -249,18 +321,19 @@ def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str
 
   Args:
     experience: from `collect`.
-    max_reward: a response with at least this reward is correct.
+    max_reward: a response with at least this grade is correct.
   """
-  rollout, scores = experience.rollout, experience.scores
+  rollout, scores, grades = experience.rollout, experience.scores, experience.grades
   mask = rollout.mask & scores.ok.reshape(-1, 1)
-  return {
+  row = {"grade_mean": _mean(grades.rewards, grades.ok)} if grades is not scores else {}
+  return row | {
     "reward_mean": _mean(scores.rewards, scores.ok),
-    "accuracy": _mean(scores.rewards >= max_reward, scores.ok),
+    "accuracy": _mean(grades.rewards >= max_reward, grades.ok),
     "entropy": _mean(rollout.entropies, mask),
     "response_length_mean": float(np.mean(rollout.lengths)),
     "truncated_fraction": float(np.mean(rollout.stop_reason == STOP_LENGTH)),
     "overlong_prompts": experience.drawn.overlong,
-    **{f"rewards_{status}": count for status, count in scores.counts.items()},
+    **{f"rewards_{status}": count for status, count in grades.counts.items()},
   }
 
 
@@ -355,6 +428,7 @@ def sample_rows(
   split: str,
   max_reward: float,
   advantages: np.ndarray | None = None,
+  grades: Scores | None = None,
 ) -> list[dict[str, Any]]:
   """One dict a response, as samples.jsonl holds them: what the model wrote and what came of it.
 
@@ -362,28 +436,30 @@ def sample_rows(
     problems: P problems.
     texts: P * G responses.
     rollout: their tokens.
-    scores: their grades.
+    scores: their rewards.
     split: "train" or "eval".
-    max_reward: a response with at least this reward is correct.
+    max_reward: a response with at least this grade is correct.
     advantages: [P, G], or None where there are none.
+    grades: what the grader said, where `scores` are a reward model's.
   """
+  graded = (grades or scores).results
   group_size = len(texts) // len(problems)
   rows = []
-  for index, (text, result) in enumerate(zip(texts, scores.results, strict=True)):
+  for index, (text, reward, grade) in enumerate(zip(texts, scores.results, graded, strict=True)):
     problem, (p, g) = problems[index // group_size], divmod(index, group_size)
     row = {
       "split": split,
       "problem": problem.key,
       "prompt": prompt_text(problem.prompt),
       "response": text,
-      "reward": result.value,
-      "status": result.status,
+      "reward": reward.value,
+      "status": grade.status,
       "advantage": None if advantages is None else float(advantages[p, g]),
       "stop_reason": "eos" if rollout.stop_reason[index] == STOP_EOS else "length",
       "length": int(rollout.lengths[index]),
-      "correct": result.value is not None and result.value >= max_reward,
+      "correct": grade.value is not None and grade.value >= max_reward,
     }
-    if result.detail:
-      row["detail"] = result.detail
+    if grade.detail:
+      row["detail"] = grade.detail
     rows.append(row)
   return rows

@@ -45,7 +45,11 @@ _PLOTS = (
   _Plot(
     "Held-out accuracy",
     "fraction right",
-    (("eval/sampled_accuracy", "sampled"), ("eval/greedy_accuracy", "greedy")),
+    (
+      ("eval/sampled_accuracy", "sampled"),
+      ("eval/greedy_accuracy", "greedy"),
+      ("eval/pair_accuracy", "pairs"),
+    ),
     "The curve that counts, on problems that training never draws, with 95 % bands: a reward that"
     " rises while it stays flat means that the model learns the grader's weaknesses.",
     0.0,
@@ -57,6 +61,44 @@ _PLOTS = (
     (("reward_mean", "reward"), ("accuracy", "fraction right")),
     "The batch of each step, so look through the noise for the trend: flat from the start, the "
     "model never finds a right answer to learn from.",
+  ),
+  _Plot(
+    "The same responses, graded",
+    "mean grade",
+    (("grade_mean", "grade"),),
+    "A reward model gave the reward, and the task's own grader, which nobody trained on, gave this:"
+    " where the reward goes on rising and this does not, the policy has found what the reward model"
+    " overlooks.",
+  ),
+  _Plot(
+    "Held-out loss",
+    "nats",
+    (("eval/token_loss", "per token"), ("eval/pair_loss", "per pair")),
+    "On examples that training never sees: once it rises while the training loss falls, the model"
+    " learns its examples by heart.",
+  ),
+  _Plot(
+    "Pairs told apart",
+    "fraction",
+    (("pair_accuracy", "of the batch"),),
+    "How often the better answer has the higher reward, implicit or modelled: the share that the"
+    " model would have ranked as the labels do.",
+    0.0,
+    1.0,
+  ),
+  _Plot(
+    "Log-probs of the two answers",
+    "nats per answer",
+    (("chosen_logprobs", "chosen"), ("rejected_logprobs", "rejected")),
+    "The gap is all that most preference losses see, so both may fall; where the chosen answers"
+    " fall far, the model comes to prefer answers that are in no pair.",
+  ),
+  _Plot(
+    "Rewards of the two answers",
+    "reward",
+    (("chosen_reward", "chosen"), ("rejected_reward", "rejected"), ("margin", "margin")),
+    "Implicit (beta times the log-ratio to the reference) or modelled: the margin should rise, and"
+    " the chosen answers' own reward tells how.",
   ),
   _Plot(
     "Response length",
@@ -83,11 +125,28 @@ _PLOTS = (
     0.0,
   ),
   _Plot(
+    "Price of the KL",
+    "reward per nat",
+    (("kl_coef", "coefficient"),),
+    "What a nat away from the reference costs: the controller raises it while the KL is over its "
+    "target and lowers it while it is under.",
+    0.0,
+  ),
+  _Plot(
     "KL of one step's updates",
     "nats",
     (("approx_kl", "KL"),),
     "How far one batch's updates move the policy from the one that sampled it: above about 0.1 "
     "the batch no longer describes the policy.",
+  ),
+  _Plot(
+    "Explained variance of the value network",
+    "fraction",
+    (("explained_variance", "explained"),),
+    "How much of the difference between returns was foreseen: 0 is no better than one number for "
+    "all, and below 0 its baseline adds noise. Where all returns are alike there is nothing to "
+    "explain, and no value.",
+    high=1.0,
   ),
   _Plot(
     "Gradient norm",
@@ -116,7 +175,11 @@ _PLOTS = (
   _Plot(
     "Clipped tokens",
     "fraction",
-    (("clip_low_fraction", "below"), ("clip_high_fraction", "above")),
+    (
+      ("clip_low_fraction", "below"),
+      ("clip_high_fraction", "above"),
+      ("value_clip_fraction", "values"),
+    ),
     "Tokens whose update the loss cut off: none where each batch is used once, and above about "
     "0.2 the steps are too large or too many.",
     0.0,
@@ -137,8 +200,8 @@ _PLOTS = (
     "Loss",
     "dimensionless",
     (("loss", "loss"),),
-    "Not a measure of progress: advantages average to about zero, so a policy's loss hovers "
-    "around 0 however well it learns.",
+    "Of sampled responses it is no measure of progress: advantages average to about zero, so it"
+    " hovers around 0 however well a policy learns. Of given answers and pairs it should fall.",
   ),
   _Plot(
     "Learning rate",
@@ -256,9 +319,10 @@ def _section(title: str, content: str, kind: str = "") -> str:
 
 
 def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any]) -> str:
-  what = [f"{key} {config[key]}" for key in ("model", "task", "preset", "seed") if key in config]
+  shown = ("model", "task", "data", "preset", "seed")
+  what = [f"{key} {config[key]}" for key in shown if key in config]
   cards = []
-  for how in ("sampled", "greedy"):
+  for how in ("sampled", "greedy", "pair"):
     evaluated = [row for row in rows if _finite(row.get(f"eval/{how}_accuracy")) is not None]
     if evaluated:
       cards.append(_accuracy_card(how, evaluated))
