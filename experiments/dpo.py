@@ -443,17 +443,26 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   ref_params = model.params if needs_reference(config.loss) else None
   model = model._replace(params=None)
   if ref_params is not None and dataset is not None:
-    say("log-probs of the reference")
-    known = reference_logprobs(
-      config.reference_cache or run.workdir,
-      ref_params,
-      flat(training + held_out),
-      policy=policy,
-      temperature=config.sampling.temperature,
-      rows_per_batch=2 * config.pairs_per_step,
-      pad_id=tokenizer.pad_id,
-      check=stop.check,
-    )
+
+    def progress(done: int, total: int) -> None:
+      announce(f"log-probs of the reference: {10 * (10 * done // total)} % of {total} sequences")
+
+    try:
+      known = reference_logprobs(
+        config.reference_cache or run.workdir,
+        ref_params,
+        flat(training + held_out),
+        policy=policy,
+        temperature=config.sampling.temperature,
+        rows_per_batch=2 * config.pairs_per_step,
+        pad_id=tokenizer.pad_id,
+        check=stop.check,
+        progress=progress,
+      )
+    except OSError as error:
+      raise ConfigError(
+        "reference_cache", config.reference_cache, "a directory that can be written", str(error)
+      ) from None
     ref_params = None
 
   def with_constants(params, pairs: Sequence[Pair], rows: int, ref_logprobs: list[np.ndarray]):
