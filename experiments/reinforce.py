@@ -510,6 +510,13 @@ def check(config: Config) -> None:
       "another one with --responses_per_prompt=1, which leaves nobody to compare with",
       "try --advantage=moving_average",
     )
+  if config.advantage.name == "leave_one_out" and config.advantage.discount != 1:
+    raise ConfigError(
+      "advantage.discount",
+      config.advantage.discount,
+      "1 with --advantage=leave_one_out, which compares whole responses",
+      "try --advantage=reinforce_plus_plus_baseline",
+    )
   check_sampling(config.sampling, max_new_tokens=config.max_new_tokens)
   check_schedule(config.optimizer, steps=config.steps)
   task_family(config.task)

@@ -1,0 +1,211 @@
+"""REINFORCE: its advantages against plain loops, its baseline, and what each flag does."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from experiments import reinforce
+from rl_llm.config import ConfigError, replace
+from tests.experiments import helpers
+from tests.experiments.helpers import equal, settings
+
+run = functools.partial(helpers.run, reinforce)
+
+
+# Advantages.
+
+REWARDS = np.array([[1.0, 0.25, 0.5], [0.0, 0.0, 1.0]], np.float32)
+FAILED = np.array([[True, True, False], [True, True, True]])  # False: no grade
+LENGTHS = [3, 1, 4, 2, 5, 1]
+
+
+def by_loops(name, rewards, ok, kl, *, coef, discount, baseline):
+  """[B][T]: the formulas of the paper that each name stands for, one token after another."""
+  groups, size = rewards.shape
+  returns = [[] for _ in range(groups * size)]
+  centred = np.array(rewards, np.float64)
+  for p in range(groups):
+    graded = [float(rewards[p, g]) for g in range(size) if ok[p, g]]
+    for g in range(size):
+      row = p * size + g
+      if not ok[p, g]:
+        continue
+      if name == "reinforce_plus_plus_baseline":
+        centred[p, g] = rewards[p, g] - sum(graded) / len(graded)
+      following = 0.0
+      for t in reversed(range(LENGTHS[row])):
+        last = t == LENGTHS[row] - 1
+        reward = (centred[p, g] if last else 0.0) - coef * kl[row, t]
+        following = reward + discount * following
+        returns[row].insert(0, following)
+  if name == "plain":
+    return returns
+  if name == "moving_average":
+    return [[each - baseline for each in row] for row in returns]
+  if name.startswith("reinforce_plus_plus"):
+    every = [each for row in returns for each in row]
+    mean = sum(every) / len(every)
+    variance = sum((each - mean) ** 2 for each in every) / (len(every) - 1)
+    return [[(each - mean) / (variance + 1e-8) ** 0.5 for each in row] for row in returns]
+  assert name == "leave_one_out"
+  found = []
+  for p in range(groups):
+    totals = {
+      g: rewards[p, g] - coef * sum(kl[p * size + g, : LENGTHS[p * size + g]])
+      for g in range(size)
+      if ok[p, g]
+    }
+    for g in range(size):
+      others = [total for other, total in totals.items() if other != g]
+      row = [totals[g] - sum(others) / len(others)] if g in totals else []
+      found.append(row * LENGTHS[p * size + g])
+  return found
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.3])
+@pytest.mark.parametrize("ok", [np.ones((2, 3), bool), FAILED], ids=["all_graded", "one_failed"])
+@pytest.mark.parametrize(
+  ("name", "discount"),
+  [
+    ("plain", 1.0),
+    ("plain", 0.5),
+    ("moving_average", 0.5),
+    ("leave_one_out", 1.0),
+    ("reinforce_plus_plus", 1.0),
+    ("reinforce_plus_plus", 0.5),
+    ("reinforce_plus_plus_baseline", 1.0),
+    ("reinforce_plus_plus_baseline", 0.5),
+  ],
+)
+def test_advantages_are_those_of_the_formulas(name, discount, ok, coef):
+  width = 8
+  mask = np.arange(width) < np.array(LENGTHS)[:, None]
+  mask &= ok.reshape(-1, 1)
+  kl = np.random.default_rng(0).normal(size=mask.shape).astype(np.float32)
+  found = reinforce.token_advantages(
+    reinforce.Advantage(name=name, discount=discount),
+    np.where(ok, REWARDS, 0),
+    ok,
+    mask,
+    np.where(mask, kl, 0),
+    kl_coef=coef,
+    baseline=0.375,
+  )
+  wanted = np.zeros(mask.shape)
+  rows = by_loops(name, REWARDS, ok, kl, coef=coef, discount=discount, baseline=0.375)
+  for row, values in enumerate(rows):
+    wanted[row, : len(values)] = values
+  assert np.any(wanted)
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+
+
+# The baseline.
+
+
+def test_the_moving_average_is_that_of_the_steps_before(tmp_path, small, files):
+  changes = {"advantage.name": "moving_average", "advantage.decay": 0.75, "steps": 4}
+  found = run(tmp_path, settings(files, **changes) | {"jsonl.reward_function": "lonely"})
+  means = []
+  for step, row in enumerate(found.metrics[:4]):
+    shares = [0.75 ** (step - 1 - before) * 0.25 for before in range(step)]
+    wanted = sum(s * m for s, m in zip(shares, means, strict=True)) / sum(shares) if step else 0
+    assert row["baseline"] == pytest.approx(wanted, abs=1e-6)
+    samples = [s for s in found.samples if s["step"] == step and s["split"] == "train"]
+    assert {s["reward"] for s in samples} == {None, 1.0}
+    for sample in samples:  # A response without a grade is as if it had not been sampled.
+      advantage = 0 if sample["reward"] is None else sample["reward"] - row["baseline"]
+      assert sample["advantage"] == pytest.approx(advantage, abs=1e-6)
+    means.append(np.mean([s["reward"] for s in samples if s["reward"] is not None]))
+
+
+def test_the_kl_is_in_the_reward_and_counts_from_the_first_weights(tmp_path, small, files):
+  changes = {"advantage.name": "plain", "kl.coef": 0.5, "optimizer.learning_rate": 0.03}
+  found = run(tmp_path, settings(files, **changes, steps=3))
+  assert abs(found.metrics[0]["kl_ref"]) < 1e-4  # Nothing has moved yet.
+  assert abs(found.metrics[2]["kl_ref"]) > 1e-2
+  rows = [row for row in found.samples if row["split"] == "train"]
+  assert all(abs(r["advantage"] - r["reward"]) < 1e-3 for r in rows if r["step"] == 0)
+  assert any(abs(r["advantage"] - r["reward"]) > 1e-3 for r in rows if r["step"] == 2)
+
+
+# Every flag does something.
+
+FLAGS = [
+  {"advantage.name": "plain", "advantage.discount": 0.9},
+  {"advantage.name": "moving_average"},
+  {"advantage.name": "moving_average", "advantage.decay": 0.5},
+  {"advantage.name": "moving_average", "advantage.discount": 0.9},
+  {"advantage.name": "leave_one_out"},
+  {"advantage.name": "leave_one_out", "kl.coef": 0.1},
+  {"advantage.name": "reinforce_plus_plus"},
+  {"advantage.name": "reinforce_plus_plus", "advantage.discount": 0.9},
+  {"advantage.name": "reinforce_plus_plus_baseline"},
+  {"kl.coef": 0.1},
+  {"loss.name": "ppo_loss", "epochs": 2},
+  {"loss.name": "ppo_loss", "epochs": 2, "loss.clip_high": 0.01},
+  {"loss.name": "ppo_loss", "minibatches": 2},
+  {"loss.name": "gspo_loss", "epochs": 2},
+  {"loss.entropy_coef": 0.5},
+  {"weighting.name": "sequence_sum"},
+  {"weighting.drop_truncated": True},
+  {"sampling.temperature": 0.7},
+  {"optimizer.schedule": "linear"},
+  {"responses_per_prompt": 1, "microbatch_prompts": 4},
+  {"seed": 1},
+]
+
+
+def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
+  """Each against the base run, and against each other: no two of these mean the same."""
+  base = settings(files, steps=3) | {"optimizer.learning_rate": 0.03, "advantage.name": "plain"}
+  weights = [run(tmp_path / "base", base).params]
+  for number, changes in enumerate(FLAGS):
+    weights.append(run(tmp_path / str(number), base | changes).params)
+    same = [i for i, earlier in enumerate(weights[:-1]) if equal(earlier, weights[-1])]
+    assert not same, (changes, ["base", *FLAGS][same[0]])
+
+
+def test_without_a_ratio_a_step_is_the_gradient_of_the_first_update(tmp_path, small, files):
+  """With one update a step the ratio is 1, so PPO's surrogate has REINFORCE's gradient."""
+  # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.
+  base = settings(files) | {"optimizer.eps": 1e-2}
+  plain, clipped = (
+    run(tmp_path / name, base | {"loss.name": name}).params
+    for name in ("reinforce_loss", "ppo_loss")
+  )
+  for path, leaf in plain.items():
+    np.testing.assert_allclose(leaf, clipped[path], rtol=0, atol=1e-6)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"epochs": 2}, "--loss.name=reinforce_loss.*epochs.*minibatches.*--loss=ppo_loss"),
+    ({"minibatches": 2}, "--loss.name=reinforce_loss.*--loss=ppo_loss"),
+    ({"responses_per_prompt": 1}, "--advantage.name=leave_one_out.*--advantage=moving_average"),
+    ({"advantage.discount": 0.9}, "--advantage.discount=0.9.*leave_one_out"),
+    ({"loss.clip_low": 0.1}, "--loss.clip_low=0.1.*--loss=reinforce_loss.*no keywords"),
+    ({"sampling.top_k": 5}, "--sampling.top_k=5.*another distribution"),
+    ({"microbatch_prompts": 3}, "--microbatch_prompts=3.*a divisor of"),
+    ({"optimizer.schedule": "linear", "optimizer.warmup_steps": 9}, "--optimizer.warmup_steps=9"),
+  ],
+)
+def test_settings_that_do_not_fit_together_are_refused(tmp_path, files, changes, message):
+  config = replace(reinforce.Config(), settings(files) | changes)
+  with pytest.raises(ConfigError, match=message):
+    reinforce.train(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_presets_set_weighting_and_loss(tmp_path):
+  typed = replace(reinforce.Config(), {"preset": "dapo"})
+  changes = reinforce.overrides(typed)
+  assert changes["loss.clip_high"] == 0.28 and changes["weighting.name"] == "token_mean"
+  assert not any(name.startswith(("advantage", "kl")) for name in changes)
+  reinforce.check(replace(typed, changes))
