@@ -1,0 +1,111 @@
+"""Every experiment, stopped three times and started again, ends as if nothing had happened.
+
+Interrupted at one of its own safe points, a run saves what it has; killed there, it has what its
+last checkpoint holds. `test_grpo.py` does the same to processes, with signals.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from experiments import grpo, reinforce, reward_model, sft
+from rl_llm import training
+from rl_llm.config import replace
+from rl_llm.interrupt import Interrupted, StopSignals
+from tests.experiments.helpers import equal, outcome, settings
+
+STEPS = 6
+
+
+class Killed(BaseException):
+  """As if the process had ended here: nothing is saved, only what was open is closed."""
+
+
+class Stopping(StopSignals):
+  """The run's stop signals, of which one comes before the check of this number."""
+
+  checks = 0
+  error: BaseException = Interrupted(signal.SIGTERM)
+
+  def check(self):
+    Stopping.checks -= 1
+    if Stopping.checks == 0:
+      raise Stopping.error
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Files of preference pairs and of demonstrations, ragged."""
+  directory = tmp_path_factory.mktemp("data")
+  rows = [
+    {"prompt": chr(97 + i % 20) + "x" * (i % 5), "chosen": "y" + "a" * (i % 3), "rejected": "n"}
+    for i in range(40)
+  ]
+  path = directory / "pairs.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+  path = directory / "demonstrations.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return directory
+
+
+def sampling(files, **changes):
+  """What experiments with a rollout have in common: several updates a step, and a reference."""
+  common = {"epochs": 2, "kl.coef": 0.1, "optimizer.learning_rate": 0.01, "steps": STEPS}
+  common |= {"eval.every": 4, "checkpoint.every": 2}
+  return settings(files) | common | changes
+
+
+def on_data(path, **changes):
+  """The same for experiments that read a file."""
+  common = {"model": "tiny", "data": str(path), "prompt_format": "plain", "steps": STEPS}
+  common |= {"held_out_fraction": 0.3, "eval.every": 4, "checkpoint.every": 2}
+  return common | {"optimizer.learning_rate": 0.01} | changes
+
+
+CASES = {
+  "grpo": lambda files, data: (grpo, sampling(files)),
+  "reinforce": lambda files, data: (
+    reinforce,
+    sampling(files, **{"loss.name": "ppo_loss", "advantage.name": "moving_average"}),
+  ),
+  "sft": lambda files, data: (
+    sft,
+    on_data(data / "demonstrations.jsonl", task="none", packing=16, max_tokens=16,
+            examples_per_step=4, microbatch_rows=2),
+  ),
+  "reward_model": lambda files, data: (
+    reward_model, on_data(data / "pairs.jsonl", pairs_per_step=4, microbatch_pairs=2)
+  ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_stopped_three_times_ends_as_one_that_was_not(
+  case, tmp_path, small, files, data, monkeypatch
+):
+  experiment, changes = CASES[case](files, data)
+  config = replace(experiment.Config(), changes)
+  monkeypatch.setattr(training, "StopSignals", Stopping)
+
+  Stopping.checks = 0
+  experiment.train(config, str(tmp_path / "straight"))
+  checks = -Stopping.checks
+  assert checks > 2 * STEPS  # Several in a step, so that the points below differ in kind.
+
+  for error, share in ((Interrupted(signal.SIGTERM), 5), (Killed(), 3), (Killed(), 4)):
+    Stopping.error, Stopping.checks = error, checks // share
+    with pytest.raises(type(error)):
+      experiment.train(config, str(tmp_path / "cut"))
+    assert not (tmp_path / "cut" / "result.json").exists()
+  Stopping.checks = 0
+  experiment.train(config, str(tmp_path / "cut"))
+
+  straight, cut = outcome(tmp_path / "straight"), outcome(tmp_path / "cut")
+  assert [row["step"] for row in straight.metrics] == list(range(STEPS + 1))
+  assert cut.metrics == straight.metrics
+  assert cut.samples == straight.samples
+  assert straight.state.keys() == cut.state.keys() and equal(straight.state, cut.state)
