@@ -369,7 +369,27 @@ def test_it_learns(tmp_path, small, files, trunk):
   found = run(tmp_path / "run", settings(files, **changes))
   rewards = [row["reward_mean"] for row in found.metrics[:20]]
   assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
-  assert max(row["explained_variance"] for row in found.metrics[6:14]) > 0.2
+
+
+@pytest.mark.parametrize("trunk", ["own", "shared"])
+def test_values_foresee_what_the_prompt_decides_at_their_own_rate(tmp_path, small, files, trunk):
+  """The policy hardly moves; on a shared trunk, only the head learns."""
+  (tmp_path / "reward.py").write_text(
+    "def long(prompts, completions):\n  return [float(len(prompt) > 12) for prompt in prompts]\n"
+  )
+  changes = {
+    "jsonl.reward_file": str(tmp_path / "reward.py"),
+    "jsonl.reward_function": "long",
+    "steps": 20,
+    "optimizer.learning_rate": 1e-9,
+    "value.learning_rate": 0.01,
+    "value.trunk": trunk,
+    "eval.every": 20,
+  }
+  found = run(tmp_path / "run", settings(files, **changes))
+  foreseen = [float(row["explained_variance"]) for row in found.metrics[:20]]
+  assert foreseen[0] == 0  # the head's zeros
+  assert np.nanmax(foreseen[7:14]) > 0.2  # in the middle third
 
 
 # A reward model.
@@ -402,13 +422,15 @@ def test_a_reward_model_is_trained_on_and_the_grader_still_grades(
   found = helpers.run(experiment, tmp_path, settings(files, **changes))
   model = experiment.make_judge.__globals__["load_reward_model"](judge_directory)
   [step] = seen
-  rewards = response_rewards(
-    model.params,
-    step.prompts.tokens,
-    step.prompts.lengths,
-    step.rollout.tokens,
-    step.rollout.mask,
-    policy=model.policy,
+  rewards = np.asarray(
+    response_rewards(
+      model.params,
+      step.prompts.tokens,
+      step.prompts.lengths,
+      step.rollout.tokens,
+      step.rollout.mask,
+      policy=model.policy,
+    )
   )
   assert np.std(rewards) > 0.1
   rows = [row for row in found.samples if row["split"] == "train"]
