@@ -1,6 +1,7 @@
 # make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo-smollm2-arithmetic-seed0/
 # make test   the test suite;  make test-full adds the long trials;  make lint
 # make bench  a GRPO step against TRL's, which gets a .venv-trl of its own (about 1.5 GB)
+# make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
 # make parity verl's and TRL's own losses on the inputs of tests/parity, compared with ours (.venv-verl and .venv-trl)
 # make docs   the tables of docs/algorithms.md, made from the docstrings
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
@@ -18,7 +19,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-full lint bench bench-peers parity docs clean
+.PHONY: run test test-full lint bench bench-peers compare parity docs clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -37,6 +38,10 @@ bench: $(VENV)/run-$(VERSION) bench-peers
 	$(BIN)/python -m benchmarks.grpo_step $(BENCH_FLAGS)
 
 bench-peers: .venv-trl/ready
+
+compare: $(VENV)/run-$(VERSION)
+	@$(PIP) install -q -e '.[plot]'
+	$(BIN)/python -m experiments.compare --out=docs/results $(COMPARE_FLAGS)
 
 .venv-trl/ready:
 	@echo "Installing TRL, transformers and torch into .venv-trl."

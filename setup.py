@@ -13,6 +13,8 @@ EXTRAS = {
   "tasks": ["reasoning-gym>=0.1.23"],
   # Data sets in Parquet files.
   "parquet": ["pyarrow>=18"],
+  # The figure of experiments/compare.py.
+  "plot": ["matplotlib>=3.9"],
   # Developers: tests, linting.
   "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "pyarrow>=18"],
   # Regenerating the committed goldens against transformers.

@@ -248,6 +248,11 @@ def moving_average(state: State) -> float:
   return float(state.baseline / state.weight) if state.weight else 0.0
 
 
+# Compiled: by itself, a scan would be compiled again at every call.
+_reinforce_plus_plus = jax.jit(advantages.reinforce_plus_plus)
+_discounted_returns = jax.jit(advantages.discounted_returns)
+
+
 def token_advantages(options: Advantage, rewards, ok, mask, kl, *, kl_coef, baseline) -> np.ndarray:
   """[B, T]: the rewards [P, G], less the KL [B, T], compared with what the flags say."""
   if options.name == "leave_one_out":
@@ -258,9 +263,9 @@ def token_advantages(options: Advantage, rewards, ok, mask, kl, *, kl_coef, base
     rewards = np.asarray(advantages.group_relative(rewards, scale="none", where=ok))
   per_token = advantages.token_rewards(rewards.reshape(-1), mask, kl=kl, kl_coef=kl_coef)
   if options.name.startswith("reinforce_plus_plus"):
-    found = advantages.reinforce_plus_plus(per_token, mask, discount=options.discount)
+    found = _reinforce_plus_plus(per_token, mask, discount=options.discount)
   else:
-    returns = advantages.discounted_returns(per_token, mask, discount=options.discount)
+    returns = _discounted_returns(per_token, mask, discount=options.discount)
     found = returns - (baseline if options.name == "moving_average" else 0)
   return np.where(mask, found, 0)
 

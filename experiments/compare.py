@@ -1,0 +1,371 @@
+"""REINFORCE, PPO, DPO and GRPO on the same model, task, seeds and samples: the table, measured.
+
+Which of the four needs a reward model, what does each cost, and what does it buy? Every method gets
+the same problems and the same number of sampled responses a step; they differ in what they do with
+them. DPO makes its pairs of its own graded responses, so none of them needs data or a reward model.
+
+  python -m experiments.compare                             three seeds, about two hours on 2 cores
+  python -m experiments.compare --model=tiny --task=copy --seeds=0 --variance_batches=0
+  python -m experiments.compare --methods=dpo,grpo --seeds=0
+
+Each run is `python -m experiments.<method>` with the flags that are printed. They are done one
+after another, and each resumes by itself: rerunning the same command goes on where it stopped.
+
+The variance of the gradient estimate is measured apart, at the model that training begins with: the
+gradients g of independent batches, from a run whose learning rate is too small to move a weight and
+whose Adam has b1 = 0, so that its first moment *is* the gradient. Reported is
+
+    noise = trace(covariance of g) / |mean of g|^2
+
+the number of batches to average before the signal is as long as the noise; both are unbiased
+estimates. PPO's value network is trained meanwhile, and its first batches do not count.
+
+The table and the figure are written to the directory --workdir, and to --out if that is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rl_llm.checkpoint import Checkpointer
+from rl_llm.config import ConfigError, option, run
+from rl_llm.files import write_atomically
+from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.metrics import read
+
+METHODS = ("reinforce", "ppo", "dpo", "grpo")
+NAMES = {"reinforce": "REINFORCE", "ppo": "PPO", "dpo": "DPO", "grpo": "GRPO"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is compared."""
+
+  model: str = option("smollm2", "what every method begins with, as in experiments.grpo")
+  task: str = option("arithmetic", "the task of all, as in experiments.grpo")
+  methods: tuple[str, ...] = option(METHODS, "which of them", choices=METHODS)
+  seeds: tuple[int, ...] = option((0, 1, 2), "one run of each method for each", min=0)
+  steps: int = option(24, "rollouts of each run", min=1)
+  prompts_per_step: int = option(16, "problems a rollout", min=1)
+  responses_per_prompt: int = option(8, "responses a problem", min=2)
+  eval_every: int = option(8, "steps between evaluations", min=1)
+  target: float = option(0.8, "the accuracy to which sampled tokens are counted", above=0, below=1)
+  variance_batches: int = option(8, "gradients whose variance is taken; 0 = none", min=0)
+  variance_warmup: int = option(8, "steps before them in which PPO's values are learned", min=0)
+  workdir: str = option("runs/compare", "where the runs and what came of them are kept")
+  out: str = option("", "a second directory for the table and the figure, such as docs/results")
+
+
+def flags(config: Config, method: str, seed: int) -> list[str]:
+  """The command line of one run, without its directory."""
+  problems = "pairs_per_step" if method == "dpo" else "prompts_per_step"
+  return [
+    f"--model={config.model}",
+    f"--task={config.task}",
+    f"--seed={seed}",
+    f"--steps={config.steps}",
+    f"--{problems}={config.prompts_per_step}",
+    f"--responses_per_prompt={config.responses_per_prompt}",
+    f"--eval.every={config.eval_every}",
+  ]
+
+
+def variance_flags(config: Config, method: str) -> list[str]:
+  """The same for gradients of independent batches at the parameters that training begins with."""
+  steps = config.variance_batches + (config.variance_warmup if method == "ppo" else 0)
+  given = {
+    "--steps": steps,
+    "--optimizer.learning_rate": 1e-30,
+    "--optimizer.b1": 0,
+    "--optimizer.max_grad_norm": 0,
+    "--checkpoint.every": 1,
+    "--checkpoint.keep": config.variance_batches,
+    "--eval.every": steps,
+    "--eval.problems": 1,
+    "--eval.samples": 1,
+  }
+  if method == "ppo":
+    given["--minibatches"] = 1  # One update a step: the whole batch's gradient.
+  kept = [flag for flag in flags(config, method, 1000) if flag.partition("=")[0] not in given]
+  return kept + [f"{name}={value}" for name, value in given.items()]
+
+
+def do(method: str, arguments: list[str], workdir: Path, stop: StopSignals) -> None:
+  """Runs one experiment to its end, unless that is done; notes what memory it took.
+
+  Raises:
+    Interrupted: a signal came; the experiment has saved what it did.
+    ConfigError: the experiment failed.
+  """
+  if (workdir / "result.json").exists():
+    return
+  command = [sys.executable, "-m", f"experiments.{method}", *arguments, f"--workdir={workdir}"]
+  print("$", *command[1:], flush=True)
+  stop.check()
+  # A session of its own: Ctrl-C reaches us, and the run gets the one signal that we send.
+  child = subprocess.Popen(command, start_new_session=True)
+  received = None
+  while True:
+    done, status, usage = os.wait4(child.pid, os.WNOHANG)
+    if done:
+      break
+    if received is None:
+      try:
+        stop.check()
+      except Interrupted as interruption:
+        received = interruption
+        child.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+  child.returncode = os.waitstatus_to_exitcode(status)
+  if workdir.is_dir():
+    with open(workdir / "peak_memory.txt", "a") as file:  # A line a piece, KiB.
+      file.write(f"{usage.ru_maxrss}\n")
+  if received is not None:
+    raise received
+  if child.returncode:
+    raise ConfigError(
+      "methods", method, "one whose run ends well", f"it ended with {child.returncode}; see above"
+    )
+
+
+def gradients(workdir: Path, count: int) -> list[np.ndarray]:
+  """The policy's gradients that the last `count` checkpoints hold, each as one vector."""
+  checkpoints = Checkpointer(workdir / "checkpoints", keep=count)
+  steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())[-count:]
+  found = []
+  for step in steps:
+    manifest = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())
+    wanted = {
+      name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype, shape in manifest["leaves"]
+    }
+    _, state, _ = checkpoints.restore(wanted, step)
+    # PPO's value network is the state's field `value`.
+    moments = [n for n in sorted(state) if "/mu/" in n and not n.startswith("value/")]
+    found.append(np.concatenate([np.asarray(state[name]).ravel() for name in moments]))
+  return found
+
+
+def noise(vectors: Sequence[np.ndarray]) -> float:
+  """trace(covariance) / |mean|^2, infinite where the mean cannot be told from 0.
+
+  Of 3 and 5: variance 2, and 4^2 - 2 / 2 = 15 is the unbiased square of the mean.
+
+  >>> round(noise([np.array([3.0]), np.array([5.0])]), 4)
+  0.1333
+  """
+  products = np.array([[np.dot(a, b) for b in vectors] for a in vectors], np.float64)
+  count = len(vectors)
+  signal_and_noise = products.mean()  # |mean|^2
+  trace = (np.trace(products) - count * signal_and_noise) / (count - 1)
+  squared = signal_and_noise - trace / count
+  return float(trace / squared) if squared > 0 else float("inf")
+
+
+def curve(rows: Sequence[dict], *, responses: int) -> list[dict[str, float]]:
+  """The evaluations of a run: tokens sampled and seconds of training before each, accuracy."""
+  tokens = seconds = 0.0
+  points = []
+  for row in rows:
+    if "eval/sampled_accuracy" in row:
+      names = ("accuracy", "low", "high")
+      found = {name: row[f"eval/sampled_{name}"] for name in names}
+      points.append({"tokens": tokens, "seconds": seconds, **found})
+    tokens += responses * row.get("response_length_mean", 0.0)
+    seconds += sum(row.get(f"time/{phase}", 0.0) for phase in phases([row]))
+  return points
+
+
+def phases(rows: Sequence[dict]) -> list[str]:
+  """The phases of a step that train: not evaluations, not checkpoints."""
+  names = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")}
+  return sorted(names - {"step", "eval", "checkpoint"})
+
+
+def tokens_to(points: Sequence[dict[str, float]], target: float) -> float | None:
+  """Tokens sampled before the accuracy first reaches the target, between two evaluations by the
+  straight line; None where it never does.
+
+  >>> tokens_to([{"tokens": 0, "accuracy": 0.2}, {"tokens": 100, "accuracy": 1.0}], 0.8)
+  75.0
+  """
+  for before, after in zip(points, points[1:], strict=False):
+    if before["accuracy"] < target <= after["accuracy"]:
+      share = (target - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
+      return round(before["tokens"] + share * (after["tokens"] - before["tokens"]), 6)
+  return 0.0 if points[0]["accuracy"] >= target else None
+
+
+# What a step takes of each network for every token that is trained on, one update a batch: F is a
+# forward pass, B a backward pass (about twice the work). Sampling comes on top, the same for all.
+COSTS = {
+  "reinforce": ("no", "policy", "policy F + B"),
+  "ppo": ("no (a grader; or --reward=model:DIR)", "policy, value", "policy 2F + B, value 2F + B"),
+  "dpo": ("no: preferences", "policy, reference", "policy F + B, reference F; 2 responses of G"),
+  "grpo": ("no", "policy", "policy F + B; none where a group agrees"),
+}
+
+
+def measure(config: Config, method: str) -> dict[str, Any]:
+  """All figures of a method, from the records of its runs."""
+  runs, root = [], Path(config.workdir)
+  responses = config.prompts_per_step * config.responses_per_prompt
+  for seed in config.seeds:
+    rows = read(root / f"{method}-seed{seed}" / "metrics.jsonl")
+    memory = (root / f"{method}-seed{seed}" / "peak_memory.txt").read_text().split()
+    points = curve(rows, responses=responses)
+    trained = [row for row in rows if "time/rollout" in row][1:]  # The first compiles.
+    runs.append(
+      {
+        "seed": seed,
+        "points": points,
+        "tokens_to_target": tokens_to(points, config.target),
+        "phases": {
+          name: statistics.median(row.get(f"time/{name}", 0.0) for row in trained)
+          for name in phases(trained)
+        },
+        "peak_gib": max(map(int, memory)) / 2**20,
+      }
+    )
+  found = {"method": method, "runs": runs, "noise": None}
+  if config.variance_batches > 1:
+    found["noise"] = json.loads((root / f"{method}-variance" / "noise.json").read_text())
+  return found
+
+
+def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
+  """The comparison as Markdown, a column a method."""
+
+  def each(trial: dict, when: int) -> str:
+    return "{accuracy:.2f} ({low:.2f} to {high:.2f})".format(**trial["points"][when])
+
+  def row(name: str, cell) -> str:
+    return f"| {name} | " + " | ".join(str(cell(method)) for method in found) + " |"
+
+  def tokens(method: dict) -> str:
+    reached = [run["tokens_to_target"] for run in method["runs"]]
+    shown = [f"{value:,.0f}" if value is not None else "not reached" for value in reached]
+    return ", ".join(shown)
+
+  names = sorted({name for method in found for run in method["runs"] for name in run["phases"]})
+
+  def seconds(method: dict, name: str) -> float:
+    return statistics.median(run["phases"].get(name, 0.0) for run in method["runs"])
+
+  lines = [
+    "| | " + " | ".join(NAMES[method["method"]] for method in found) + " |",
+    "|---" * (len(found) + 1) + "|",
+    row("reward model needed", lambda m: COSTS[m["method"]][0]),
+    row("networks held", lambda m: COSTS[m["method"]][1]),
+    row("passes per token trained", lambda m: COSTS[m["method"]][2]),
+  ]
+  lines += [
+    row(f"seconds a step, {name}", lambda m, name=name: f"{seconds(m, name):.1f}")
+    for name in names
+  ]
+  lines += [
+    row("seconds a step, in all", lambda m: f"{sum(seconds(m, name) for name in names):.1f}"),
+    row("peak memory, GiB", lambda m: f"{max(run['peak_gib'] for run in m['runs']):.1f}"),
+  ]
+  if all(method["noise"] is not None for method in found):
+    lines.append(row("gradient noise at the start", lambda m: f"{float(m['noise']):.1f}"))
+  lines.append(row(f"tokens sampled to {config.target:.0%}", tokens))
+  for index, seed in enumerate(config.seeds):
+    lines.append(row(f"accuracy before, seed {seed}", lambda m, i=index: each(m["runs"][i], 0)))
+    lines.append(row(f"accuracy after, seed {seed}", lambda m, i=index: each(m["runs"][i], -1)))
+  return "\n".join(lines) + "\n"
+
+
+def draw(config: Config, found: Sequence[dict[str, Any]], path: Path) -> None:
+  """Accuracy against tokens sampled, and against seconds of training."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  matplotlib.rcParams["svg.hashsalt"] = "rl_llm"  # The same figures give the same file.
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+  for color, method in enumerate(found):
+    for axis, key, scale in ((axes[0], "tokens", 1e3), (axes[1], "seconds", 60)):
+      for number, trial in enumerate(method["runs"]):
+        axis.plot(
+          [point[key] / scale for point in trial["points"]],
+          [point["accuracy"] for point in trial["points"]],
+          color=f"C{color}",
+          marker="o",
+          markersize=3,
+          linewidth=1.2,
+          label=NAMES[method["method"]] if number == 0 else None,
+        )
+  axes[0].set(xlabel="tokens sampled, thousands", ylabel="held-out accuracy at temperature 1")
+  axes[1].set(xlabel="minutes of training, evaluations left out", ylim=(0, 1))
+  for axis in axes:
+    axis.axhline(config.target, color="0.7", linewidth=0.8, zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+  axes[0].legend(frameon=False)
+  figure.savefig(path, metadata={"Date": None})
+  pyplot.close(figure)
+
+
+def compare(config: Config) -> list[dict[str, Any]]:
+  """Does what is left to do, and writes compare.json, compare.md and compare.svg.
+
+  Returns:
+    The figures of each method.
+
+  Raises:
+    Interrupted: a signal came.
+    ConfigError: a run failed, or the figure cannot be drawn.
+  """
+  try:
+    import matplotlib  # noqa: F401  Better now than after two hours.
+  except ImportError:
+    raise ConfigError(
+      "out", config.out, "used where matplotlib is installed", "pip install matplotlib"
+    ) from None
+  root = Path(config.workdir)
+  with StopSignals() as stop:
+    for seed in config.seeds:
+      for method in config.methods:
+        do(method, flags(config, method, seed), root / f"{method}-seed{seed}", stop)
+    for method in config.methods if config.variance_batches > 1 else ():
+      directory = root / f"{method}-variance"
+      if not (directory / "noise.json").exists():
+        do(method, variance_flags(config, method), directory, stop)
+        found = noise(gradients(directory, config.variance_batches))
+        write_atomically(directory / "noise.json", json.dumps(found).encode())
+  found = [measure(config, method) for method in config.methods]
+  text = table(config, found)
+  for directory in dict.fromkeys((root, Path(config.out or root))):
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "compare.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(directory / "compare.md", text.encode())
+    draw(config, found, directory / "compare.svg")
+  print(text)
+  print(f"figure: {root / 'compare.svg'}")
+  return found
+
+
+def main(config: Config) -> int:
+  try:
+    compare(config)
+  except Interrupted as interruption:
+    print("the same command goes on")
+    return 128 + interruption.signum
+  return 0
+
+
+if __name__ == "__main__":
+  run(main, Config)

@@ -1,0 +1,151 @@
+"""The figures of the comparison: each against a hand calculation, the gradients against a run's."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import compare, grpo
+from rl_llm.config import replace
+from rl_llm.interrupt import Interrupted, StopSignals
+from tests.experiments.helpers import outcome, settings
+
+TOY = compare.Config(steps=4, variance_batches=3, variance_warmup=2)
+
+
+def test_examples():
+  assert doctest.testmod(compare).failed == 0
+
+
+@pytest.mark.parametrize("method", compare.METHODS)
+def test_every_method_has_the_flags_it_is_given(method):
+  config = importlib.import_module(f"experiments.{method}").Config()
+  for arguments in (compare.flags(TOY, method, 1), compare.variance_flags(TOY, method)):
+    given = dict(argument.removeprefix("--").split("=") for argument in arguments)
+    assert len(given) == len(arguments)
+    kinds = {name: type(_value(config, name)) for name in given}
+    replace(config, {name: kinds[name](float(v) if kinds[name] in (int, float) else v)
+                     for name, v in given.items()})
+
+
+def _value(config, path):
+  for name in path.split("."):
+    config = getattr(config, name)
+  return config
+
+
+def test_noise_is_the_trace_over_the_squared_mean():
+  rng = np.random.default_rng(0)
+  vectors = rng.normal(size=(6, 40)) + 1.0
+  mean = vectors.mean(axis=0)
+  trace = sum(((v - mean) ** 2).sum() for v in vectors) / 5
+  wanted = trace / ((mean**2).sum() - trace / 6)
+  assert compare.noise(list(vectors)) == pytest.approx(wanted, rel=1e-9)
+  assert compare.noise([np.array([1.0]), np.array([-1.0])]) == float("inf")
+
+
+def test_gradients_are_those_of_independent_batches_at_unmoved_parameters(tmp_path, small, files):
+  flags = dict(f.removeprefix("--").split("=") for f in compare.variance_flags(TOY, "grpo"))
+  changes = {
+    name: int(float(flags[name])) if name != "optimizer.learning_rate" else float(flags[name])
+    for name in flags
+    if name.startswith(("optimizer.", "checkpoint.", "steps", "eval."))
+  }
+  base = settings(files) | changes
+  grpo.train(replace(grpo.Config(), base), str(tmp_path))
+  found = compare.gradients(tmp_path, 3)
+  rows = outcome(tmp_path).metrics
+  np.testing.assert_allclose(
+    [np.linalg.norm(g) for g in found], [row["grad_norm"] for row in rows[:3]], rtol=1e-5
+  )
+  assert len({g.tobytes() for g in found}) == 3
+  first = small.init(jax.random.key(0))
+  last = outcome(tmp_path).state
+  moved = [
+    np.abs(last[name] - np.asarray(_leaf(first, name))).max()
+    for name in last
+    if name.startswith("params/") and not name.startswith("params/embed")
+  ]
+  assert max(moved) < 1e-25
+
+
+def _leaf(tree, name):
+  for part in name.split("/")[1:]:
+    tree = tree[part]
+  return tree
+
+
+ROWS = [
+  {"step": 0, "eval/sampled_accuracy": 0.2, "eval/sampled_low": 0.1, "eval/sampled_high": 0.3,
+   "response_length_mean": 5.0, "time/rollout": 2.0, "time/update": 4.0, "time/eval": 50.0,
+   "time/step": 56.0},
+  {"step": 1, "response_length_mean": 7.0, "time/rollout": 1.0, "time/update": 3.0,
+   "time/checkpoint": 9.0, "time/step": 13.0},
+  {"step": 2, "eval/sampled_accuracy": 0.9, "eval/sampled_low": 0.8, "eval/sampled_high": 1.0,
+   "time/eval": 50.0, "time/step": 50.0},
+]
+
+
+def test_the_curve_counts_what_was_sampled_and_what_trained():
+  points = compare.curve(ROWS, responses=10)
+  assert [(p["tokens"], p["seconds"], p["accuracy"]) for p in points] == [
+    (0, 0, 0.2), (10 * (5 + 7), 2 + 4 + 1 + 3, 0.9)
+  ]
+  # 0.8 lies 6/7 of the way from 0.2 to 0.9.
+  assert compare.tokens_to(points, 0.8) == pytest.approx(120 * 6 / 7)
+  assert compare.tokens_to(points, 0.95) is None and compare.tokens_to(points, 0.1) == 0
+
+
+def test_the_table_has_a_column_a_method_and_a_row_a_seed(tmp_path):
+  config = dataclasses.replace(
+    TOY, methods=("dpo", "grpo"), seeds=(3,), variance_batches=0, workdir=str(tmp_path)
+  )
+  for method in config.methods:
+    directory = tmp_path / f"{method}-seed3"
+    directory.mkdir()
+    (directory / "peak_memory.txt").write_text("1048576\n2097152\n")
+    lines = [str(row).replace("'", '"') for row in ROWS]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  found = [compare.measure(config, method) for method in config.methods]
+  assert found[0]["runs"][0]["peak_gib"] == 2.0
+  text = compare.table(config, found).splitlines()
+  assert text[0] == "| | DPO | GRPO |" and {line.count("|") for line in text} == {4}
+  assert "| seconds a step, in all | 4.0 | 4.0 |" in text
+  assert "| accuracy after, seed 3 | 0.90 (0.80 to 1.00) | 0.90 (0.80 to 1.00) |" in text
+
+
+def test_a_signal_reaches_the_run_once_and_is_passed_on(tmp_path, monkeypatch):
+  script = tmp_path / "run.sh"
+  script.write_text('trap "echo stopped >> $0.log; exit 143" TERM\ntouch $0.ready\n'
+                    "while :; do sleep 0.1; done\n")
+  popen = subprocess.Popen
+  monkeypatch.setattr(
+    compare.subprocess, "Popen", lambda command, **how: popen(["sh", str(script)], **how)
+  )
+  with StopSignals() as stop:
+    interrupter = popen(
+      [sys.executable, "-c",
+       "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
+       f"os.kill({os.getpid()}, {int(signal.SIGINT)})", f"{script}.ready"]
+    )
+    with pytest.raises(Interrupted):
+      compare.do("grpo", [], tmp_path, stop)
+    interrupter.wait()
+  assert Path(f"{script}.log").read_text() == "stopped\n"
+  assert len((tmp_path / "peak_memory.txt").read_text().split()) == 1
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+  (tmp_path / "result.json").write_text("{}")
+  with StopSignals() as stop:
+    compare.do("no_such_method", [], tmp_path, stop)
