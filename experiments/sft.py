@@ -6,7 +6,7 @@ which every answer has advantage 1.
 
   python -m experiments.sft                                 SmolLM2-135M learns to add, 2 CPU cores
   python -m experiments.sft --model=tiny --task=copy        the one-minute version
-  python -m experiments.sft --task=gsm8k:train.jsonl --max_new_tokens=256 --eval.problems=20
+  python -m experiments.sft --task=gsm8k:train.jsonl --max_tokens=1024 --max_new_tokens=256
   python -m experiments.sft --data=chats.jsonl --task=none --packing=1024 --max_tokens=1024
 
 `--data=task` imitates the right answers to the training problems of --task. `--data=FILE` reads
@@ -409,6 +409,13 @@ def encode_answers(problems, *, encode, limit: int, overlong: str) -> list[Encod
   """The right answers to problems as tokens, without those that are dropped as too long."""
   examples = demonstrations(problems, prompt_format=encode.keywords["prompt_format"])
   encoded = [encode(example) for example in examples]
+  for problem, sequence in zip(problems, encoded, strict=True):
+    if len(sequence.tokens) > limit and overlong == "error":
+      raise DataError(
+        f"problem {problem.key!r:.60}: {len(sequence.tokens)} tokens with its answer, over "
+        f"--max_tokens={limit}; raise it, or choose --overlong=drop, truncate_left or "
+        "truncate_right"
+      )
   limited = limit_sequences(encoded, limit=limit, overlong=overlong)
   kept = [sequence for sequence in limited.kept if sequence is not None]
   if problems and not kept:

@@ -272,6 +272,14 @@ def test_too_long_rows_stop_with_their_line_or_are_counted(tmp_path, small, data
   assert found.metrics[0]["data_dropped"] == found.metrics[0]["data_overlong"]
 
 
+def test_too_long_answers_of_a_task_stop_with_their_problem(tmp_path, small):
+  changes = {"data": "task", "task": "copy", "max_tokens": 5}  # abc>abc and the end are 8
+  with pytest.raises(DataError, match=r"problem .*: 8 tokens .*--max_tokens=5; raise"):
+    run(sft, tmp_path / "error", settings(tmp_path) | changes)
+  with pytest.raises(DataError, match="all 20 examples are over --max_tokens=5"):
+    run(sft, tmp_path / "drop", settings(tmp_path) | changes | {"overlong": "drop"})
+
+
 def test_rows_of_another_kind_and_answers_that_do_not_exist(tmp_path, small, files):
   pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
   with pytest.raises(DataError, match=r"pairs\.jsonl: rows of the format preference;.*completion"):
