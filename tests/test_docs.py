@@ -8,7 +8,6 @@ import runpy
 
 import pytest
 
-from experiments.grpo import Config
 from rl_llm.config import flatten
 from rl_llm.rewards import RewardPool
 from rl_llm.tasks import load_task
@@ -30,9 +29,28 @@ def missing_paths(text):
   return [path for path in paths if not (ROOT / path.rstrip(".")).exists()]
 
 
+def flags_of(module):
+  """An experiment's flags; a group that has a `name` can be given by it."""
+  paths = flatten(module.Config()).keys()
+  return paths | {path.removesuffix(".name") for path in paths}
+
+
 def unknown_flags(text):
-  known = flatten(Config()).keys() | FOREIGN_FLAGS
-  return [flag for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text) if flag not in known]
+  """Flags after `-m experiments.x` must be x's, all others some experiment's."""
+  modules = {
+    path.stem: importlib.import_module(f"experiments.{path.stem}")
+    for path in (ROOT / "experiments").glob("*.py")
+  }
+  experiments = {stem: flags_of(module) for stem, module in modules.items()
+                 if hasattr(module, "Config")}
+  unknown = []
+  for line in text.splitlines():
+    command = re.search(r"-m experiments\.(\w+)", line)
+    known = experiments[command[1]] if command else set().union(*experiments.values())
+    for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", line):
+      if flag not in known | FOREIGN_FLAGS:
+        unknown.append(flag)
+  return unknown
 
 
 def unknown_names(text):
@@ -75,6 +93,7 @@ def test_the_rules_themselves():
   text = "`rl_llm/kl.py`, tests/no.py, [a](docs/no.md)."
   assert missing_paths(text) == ["tests/no.py", "docs/no.md"]
   assert unknown_flags("--model=tiny --loss.clip_hi=1 --no-deps a--b") == ["loss.clip_hi"]
+  assert unknown_flags("python -m experiments.sft --packing=1 --kl.coef=1") == ["kl.coef"]
   assert unknown_names("rl_llm.kl.k3, rl_llm.kl.k4, rl_llm/kl.py") == ["rl_llm.kl.k4"]
 
 
