@@ -43,6 +43,7 @@ from experiments.options import (
   check_sampling,
   check_schedule,
   learning_rate,
+  sampling_config,
 )
 from rl_llm import evaluation, losses, weighting
 from rl_llm.config import ConfigError, option, run
@@ -65,7 +66,6 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy
 from rl_llm.reference_cache import compute_logprobs, reference_logprobs
 from rl_llm.rewards import RewardPool
-from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -542,12 +542,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       task=task,
       prompts_per_step=config.pairs_per_step,
       responses_per_prompt=config.responses_per_prompt,
-      sampling=SamplingConfig(
-        config.sampling.temperature,
-        top_k=config.sampling.top_k,
-        top_p=config.sampling.top_p,
-        min_new_tokens=config.sampling.min_new_tokens,
-      ),
+      sampling=sampling_config(config.sampling),
       encode=encode,
       generate=generate,
       pool=pool,

@@ -21,29 +21,24 @@ to 0.23), pass@4 0.45 (0.26 to 0.66), majority@4 0.29 (0.14 to 0.51), greedily 0
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.config import ConfigError, option, run
 from rl_llm.console import Console
 from rl_llm.data.prompts import PromptTooLong
-from rl_llm.evaluation import estimate_interval, graded_responses, majority_at_k, pass_at_k
+from rl_llm.evaluation import estimate_interval, majority_at_k, pass_at_k, record_responses
 from rl_llm.experience import make_encode, make_generate
 from rl_llm.files import locked
-from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.metrics import MetricsWriter, PhaseClock, read
+from rl_llm.interrupt import StopSignals
+from rl_llm.metrics import read
 from rl_llm.model import load_model
-from rl_llm.rewards import RewardPool
-from rl_llm.rollout import row_keys
 from rl_llm.run_directory import open_run, write_result
-from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -157,7 +152,6 @@ def respond(
   devices = jax.devices()
   console.say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
   model = load_model(config.model, seed=config.seed)
-  weights = fingerprint(model.params)
   encode = make_encode(
     model.tokenizer,
     prompt_format=config.prompt_format,
@@ -175,85 +169,38 @@ def respond(
     model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say
   )
 
-  # One shape: problems are shared out evenly, and every batch is as wide as the longest prompt.
-  count = len(drawn.problems)
-  batches = -(-count // config.prompts_per_batch)
-  size = -(-count // batches)
-  columns = max(map(len, drawn.prompts))
-  # The greedy response comes last, and keys go by problem and sample: neither --greedy nor
-  # --prompts_per_batch nor a smaller --samples changes what the other responses are drawn with.
-  group = config.samples + config.greedy
-  keys = row_keys(jax.random.key(config.seed), batches * size, group)
-  temperatures = [config.temperature] * config.samples + [0.0] * config.greedy
-  sampling = SamplingConfig(
-    jnp.tile(jnp.array(temperatures, jnp.float32), size), top_k=config.top_k, top_p=config.top_p
-  )
+  def describe(problem: Problem, sample: int, line: dict[str, Any]) -> dict[str, Any]:
+    return {
+      "split": config.split,
+      "sample": sample,
+      "greedy": sample == config.samples,
+      "answer": task.answer_of and task.answer_of(problem, line["response"]),
+      "difficulty": difficulty and difficulty(problem),
+    }
 
-  recorded = workdir / "metrics.jsonl"
-  rows = read(recorded) if recorded.exists() else []
-  done = len(rows)
-  if rows and rows[0]["weights"] != weights:
-    raise ConfigError(
-      "model",
-      config.model,
-      f"the weights that {workdir} was begun with; they have changed since",
-      "give another --workdir",
-    )
-  if rows:
-    console.say(f"{done} of {batches} batches are on record in {workdir}")
-  pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
-  samples_file = MetricsWriter(workdir / "samples.jsonl", resume_step=done - 1)
-  metrics_file = MetricsWriter(recorded, resume_step=done - 1)
-  with pool, samples_file, metrics_file:
-    for batch in range(done, batches):
-      clock = PhaseClock()
-      chosen = slice(batch * size, (batch + 1) * size)
-      batch_problems = drawn.problems[chosen]
-      try:
-        stop.check()
-      except Interrupted as interruption:
-        console.say(
-          f"{interruption}: {batch} of {batches} batches are on record; the same command goes on "
-          "after them"
-        )
-        raise
-      lines = graded_responses(
-        model.params,
-        batch_problems,
-        drawn.prompts[chosen],
-        keys[batch * size * group : (batch + 1) * size * group],
-        sampling,
-        group_size=group,
-        generate=generate,
-        pool=pool,
-        tokenizer=model.tokenizer,
-        max_reward=task.max_reward,
-        columns=columns,
-      )
-      for index, line in enumerate(lines):
-        problem, sample = batch_problems[index // group], index % group
-        line |= {
-          "split": config.split,
-          "sample": sample,
-          "greedy": sample == config.samples,
-          "answer": task.answer_of and task.answer_of(problem, line["response"]),
-          "difficulty": difficulty and difficulty(problem),
-        }
-      row = {
-        "weights": weights,
-        "accuracy": float(np.mean([line["correct"] for line in lines if not line["greedy"]])),
-        "response_length_mean": float(np.mean([line["length"] for line in lines])),
-        "failed_grades": sum(line["reward"] is None for line in lines),
-      }
-      samples_file.write(batch, *lines)
-      row |= clock.metrics()
-      metrics_file.write(batch, row)  # Last: a batch with this line is whole.
-      console.step(batch + 1, row)
+  record_responses(
+    workdir,
+    model,
+    drawn,
+    seed=config.seed,
+    # The greedy response comes last: with or without it, the others are the same.
+    temperatures=[config.temperature] * config.samples + [0.0] * config.greedy,
+    top_k=config.top_k,
+    top_p=config.top_p,
+    prompts_per_batch=config.prompts_per_batch,
+    generate=generate,
+    task=task,
+    workers=config.reward_workers,
+    deadline=config.reward_deadline,
+    describe=describe,
+    console=console,
+    stop=stop,
+  )
   return {
     "model": config.model,
     "task": config.task,
     "split": config.split,
-    "problems": count,
+    "problems": len(drawn.problems),
     "samples": config.samples,
     "overlong_prompts": drawn.overlong,
   }
@@ -300,16 +247,6 @@ def difficulty_of(
       "difficulty_column", column, f"a column that all problems have: {', '.join(sorted(shared))}"
     )
   return lambda problem: str(problem.columns[column])
-
-
-def fingerprint(params: Any) -> str:
-  """16 hexadecimal digits that change with any weight."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    leaf = np.ascontiguousarray(leaf)
-    digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-    digest.update(leaf.view(np.uint8))
-  return digest.hexdigest()[:16]
 
 
 def summary(

@@ -41,6 +41,7 @@ from experiments.options import (
   learning_rate,
   loss_keywords,
   policy_loss,
+  sampling_config,
   token_weights,
 )
 from rl_llm import advantages, losses, presets
@@ -63,7 +64,6 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import STOP_LENGTH, response_logprobs
-from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -346,12 +346,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       task=task,
       prompts_per_step=config.prompts_per_step,
       responses_per_prompt=config.responses_per_prompt,
-      sampling=SamplingConfig(
-        config.sampling.temperature,
-        top_k=config.sampling.top_k,
-        top_p=config.sampling.top_p,
-        min_new_tokens=config.sampling.min_new_tokens,
-      ),
+      sampling=sampling_config(config.sampling),
       encode=encode,
       generate=generate,
       pool=pool,

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.config import ConfigError, option, run
@@ -40,17 +39,13 @@ from rl_llm.data import DataError
 from rl_llm.data.held_out import hashed
 from rl_llm.data.jsonl import check_text
 from rl_llm.data.prompts import PromptTooLong
-from rl_llm.evaluation import graded_responses
+from rl_llm.evaluation import record_responses
 from rl_llm.experience import Drawn, make_encode, make_generate, prompt_text
 from rl_llm.files import locked, write_atomically
-from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.metrics import MetricsWriter, PhaseClock, read
+from rl_llm.interrupt import StopSignals
+from rl_llm.metrics import read
 from rl_llm.model import load_model
-from rl_llm.reference_cache import fingerprint
-from rl_llm.rewards import RewardPool
-from rl_llm.rollout import row_keys
 from rl_llm.run_directory import open_run, write_result
-from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -201,66 +196,23 @@ def respond(
     model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say
   )
 
-  # One shape: problems are shared out evenly, and every batch is as wide as the longest prompt.
-  count, group = len(drawn.problems), config.samples
-  batches = -(-count // config.prompts_per_batch)
-  size = -(-count // batches)
-  columns = max(map(len, drawn.prompts))
-  keys = row_keys(jax.random.key(config.seed), batches * size, group)
-  sampling = SamplingConfig(
-    jnp.full(size * group, config.temperature, jnp.float32), top_k=config.top_k, top_p=config.top_p
+  record_responses(
+    workdir,
+    model,
+    drawn,
+    seed=config.seed,
+    temperatures=[config.temperature] * config.samples,
+    top_k=config.top_k,
+    top_p=config.top_p,
+    prompts_per_batch=config.prompts_per_batch,
+    generate=generate,
+    task=task,
+    workers=config.reward_workers,
+    deadline=config.reward_deadline,
+    describe=lambda problem, sample, line: {"split": "train"},
+    console=console,
+    stop=stop,
   )
-
-  weights = fingerprint(model.params)[:16]
-  recorded = workdir / "metrics.jsonl"
-  rows = read(recorded) if recorded.exists() else []
-  done = len(rows)
-  if rows:
-    console.say(f"{done} of {batches} batches are on record in {workdir}")
-    if rows[0]["weights"] != weights:
-      raise ConfigError(
-        "model",
-        config.model,
-        f"the weights that {workdir} was begun with; they have changed since",
-        "give another --workdir",
-      )
-  pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
-  samples_file = MetricsWriter(workdir / "samples.jsonl", resume_step=done - 1)
-  metrics_file = MetricsWriter(recorded, resume_step=done - 1)
-  with pool, samples_file, metrics_file:
-    for batch in range(done, batches):
-      clock = PhaseClock()
-      try:
-        stop.check()
-      except Interrupted as interruption:
-        console.say(
-          f"{interruption}: {batch} of {batches} batches are on record; the same command goes on "
-          "after them"
-        )
-        raise
-      chosen = slice(batch * size, (batch + 1) * size)
-      lines = graded_responses(
-        model.params,
-        drawn.problems[chosen],
-        drawn.prompts[chosen],
-        keys[batch * size * group : (batch + 1) * size * group],
-        sampling,
-        group_size=group,
-        generate=generate,
-        pool=pool,
-        tokenizer=model.tokenizer,
-        max_reward=task.max_reward,
-        columns=columns,
-      )
-      samples_file.write(batch, *(line | {"split": "train"} for line in lines))
-      row = {
-        "weights": weights,
-        "accuracy": float(np.mean([line["correct"] for line in lines])),
-        "response_length_mean": float(np.mean([line["length"] for line in lines])),
-      }
-      row |= clock.metrics()
-      metrics_file.write(batch, row)  # Last: a batch with this line is whole.
-      console.step(batch + 1, row)
   return drawn, [as_asked(problem, encode.keywords) for problem in drawn.problems]
 
 

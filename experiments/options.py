@@ -13,6 +13,7 @@ import optax
 
 from rl_llm import losses, weighting
 from rl_llm.config import ConfigError, option
+from rl_llm.sampling import SamplingConfig
 from rl_llm.update import learning_rate_at, make_optimizer
 
 
@@ -27,6 +28,16 @@ class Sampling:
   min_new_tokens: int = option(0, "no end of sequence before this many tokens", min=0)
   allow_truncated: bool = option(
     False, "train on top-k or top-p samples although they come from another distribution"
+  )
+
+
+def sampling_config(options: Sampling) -> SamplingConfig:
+  """What the sampler needs to know of it."""
+  return SamplingConfig(
+    options.temperature,
+    top_k=options.top_k,
+    top_p=options.top_p,
+    min_new_tokens=options.min_new_tokens,
   )
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl_llm.config import ConfigError
+from rl_llm.console import Console
 from rl_llm.data.prompts import pad_prompts
 from rl_llm.experience import Drawn, Generate, response_texts, sample_rows, score, trim
-from rl_llm.metrics import proportion_interval
+from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.metrics import MetricsWriter, PhaseClock, proportion_interval, read
+from rl_llm.model import LanguageModel
+from rl_llm.reference_cache import fingerprint
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import Rollout, row_keys
 from rl_llm.sampling import SamplingConfig
-from rl_llm.tasks import Problem
+from rl_llm.tasks import Problem, Task
 from rl_llm.tokenizers import Tokenizer
 
 
@@ -133,6 +139,116 @@ def graded_responses(
   texts = response_texts(rollout, tokenizer)
   scores = score(pool, problems, texts, group_size=group_size)
   return sample_rows(problems, texts, rollout, scores, split="eval", max_reward=max_reward)
+
+
+def record_responses(
+  workdir: Path,
+  model: LanguageModel,
+  drawn: Drawn,
+  *,
+  seed: int,
+  temperatures: Sequence[float],
+  top_k: int,
+  top_p: float,
+  prompts_per_batch: int,
+  generate: Generate,
+  task: Task,
+  workers: int,
+  deadline: float,
+  describe: Callable[[Problem, int, dict[str, Any]], dict[str, Any]],
+  console: Console,
+  stop: StopSignals,
+) -> None:
+  """Samples and grades responses to every problem into samples.jsonl, a batch at a time.
+
+  A batch that has its line in metrics.jsonl is whole, and is not done again: killed and rerun, the
+  files are what they would have been. Keys go by problem and sample, so neither the batch's size
+  nor further samples change what a response is drawn with.
+
+  Args:
+    workdir: a directory of its own.
+    model: whose responses; other weights than those on record are refused.
+    drawn: the problems, encoded.
+    seed: of the responses.
+    temperatures: one a response to each problem; 0 is greedy and does not count as accuracy.
+    top_k: as for `SamplingConfig`.
+    top_p: as for `SamplingConfig`.
+    prompts_per_batch: problems a batch, at most; they are shared out evenly.
+    generate: from `make_generate`.
+    task: whose grader.
+    workers: its processes.
+    deadline: seconds a response.
+    describe: (problem, number of the sample, row) -> what its line says besides.
+    console: shows a line a batch.
+    stop: asked before every batch.
+
+  Raises:
+    ConfigError: the weights are not those that the record was begun with.
+    Interrupted: a signal came; finished batches are on record.
+  """
+  # One shape: problems are shared out evenly, and every batch is as wide as the longest prompt.
+  count, group = len(drawn.problems), len(temperatures)
+  batches = -(-count // prompts_per_batch)
+  size = -(-count // batches)
+  columns = max(map(len, drawn.prompts))
+  keys = row_keys(jax.random.key(seed), batches * size, group)
+  tiled = jnp.tile(jnp.array(temperatures, jnp.float32), size)
+  sampling = SamplingConfig(tiled, top_k=top_k, top_p=top_p)
+
+  weights = fingerprint(model.params)[:16]
+  recorded = workdir / "metrics.jsonl"
+  rows = read(recorded) if recorded.exists() else []
+  done = len(rows)
+  if rows and rows[0]["weights"] != weights:
+    raise ConfigError(
+      "workdir",
+      str(workdir),
+      "another directory: it was begun with other weights of --model, which have changed since",
+    )
+  if rows:
+    console.say(f"{done} of {batches} batches are on record in {workdir}")
+  pool = RewardPool(task.reward, workers=workers, deadline=deadline)
+  samples_file = MetricsWriter(workdir / "samples.jsonl", resume_step=done - 1)
+  metrics_file = MetricsWriter(recorded, resume_step=done - 1)
+  with pool, samples_file, metrics_file:
+    for batch in range(done, batches):
+      clock = PhaseClock()
+      try:
+        stop.check()
+      except Interrupted as interruption:
+        console.say(
+          f"{interruption}: {batch} of {batches} batches are on record; the same command goes on "
+          "after them"
+        )
+        raise
+      chosen = slice(batch * size, (batch + 1) * size)
+      problems = drawn.problems[chosen]
+      lines = graded_responses(
+        model.params,
+        problems,
+        drawn.prompts[chosen],
+        keys[batch * size * group : (batch + 1) * size * group],
+        sampling,
+        group_size=group,
+        generate=generate,
+        pool=pool,
+        tokenizer=model.tokenizer,
+        max_reward=task.max_reward,
+        columns=columns,
+      )
+      for index, line in enumerate(lines):
+        line |= describe(problems[index // group], index % group, line)
+      counted = [line for index, line in enumerate(lines) if temperatures[index % group]]
+      row = {
+        "weights": weights,
+        "accuracy": float(np.mean([line["correct"] for line in counted or lines])),
+        "response_length_mean": float(np.mean([line["length"] for line in lines])),
+        "failed_grades": sum(line["reward"] is None for line in lines),
+      }
+      samples_file.write(batch, *lines)
+      row |= clock.metrics()
+      metrics_file.write(batch, row)  # Last: a batch with this line is whole.
+      console.step(batch + 1, row)
 
 
 def pass_at_k(correct: Any, *, k: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import replace
 from rl_llm.metrics import read, without_timings
 from rl_llm.tokenizers import ByteTokenizer
+
+FULL = bool(os.environ.get("RL_LLM_FULL"))  # `make test-full`
 
 
 class Chatty(ByteTokenizer):

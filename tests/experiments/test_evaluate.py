@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate
-from rl_llm import rollout
+from rl_llm import evaluation, rollout
 from rl_llm.config import ConfigError, replace
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.evaluation import estimate_interval
@@ -203,7 +203,7 @@ def test_majority_counts_the_answers_the_task_reads(tmp_path, files):
 
 def test_a_killed_evaluation_goes_on_bit_for_bit(tmp_path, finished, files, monkeypatch, capsys):
   """Killed by a signal after a batch, then again in the middle of writing the next."""
-  respond = evaluate.graded_responses
+  respond = evaluation.graded_responses
   calls = []
 
   def stopping(*args, **kwargs):
@@ -211,7 +211,7 @@ def test_a_killed_evaluation_goes_on_bit_for_bit(tmp_path, finished, files, monk
     os.kill(os.getpid(), signal.SIGINT)
     return respond(*args, **kwargs)
 
-  monkeypatch.setattr(evaluate, "graded_responses", stopping)
+  monkeypatch.setattr(evaluation, "graded_responses", stopping)
   with pytest.raises(Interrupted):
     evaluate.measure(settings(files), str(tmp_path))
   assert len(calls) == 1 and not (tmp_path / "result.json").exists()
@@ -221,7 +221,7 @@ def test_a_killed_evaluation_goes_on_bit_for_bit(tmp_path, finished, files, monk
   (tmp_path / "samples.jsonl").write_bytes(b"".join(lines[:37]) + lines[37][:30])
   with open(tmp_path / "metrics.jsonl", "ab") as file:
     file.write((finished / "metrics.jsonl").read_bytes().splitlines()[1][:40])
-  monkeypatch.setattr(evaluate, "graded_responses", respond)
+  monkeypatch.setattr(evaluation, "graded_responses", respond)
   evaluate.measure(settings(files), str(tmp_path))
   assert outcome(tmp_path) == outcome(finished)
 
@@ -229,7 +229,7 @@ def test_a_killed_evaluation_goes_on_bit_for_bit(tmp_path, finished, files, monk
 def test_another_k_reads_the_record_anew(tmp_path, finished, files, monkeypatch):
   copied = tmp_path / "copied"
   subprocess.run(["cp", "-r", finished, copied], check=True)
-  monkeypatch.setattr(evaluate, "graded_responses", None)
+  monkeypatch.setattr(evaluation, "graded_responses", None)
   result = evaluate.measure(settings(files, k=(3,)), str(copied))
   assert list(result["all"]) == ["problems", "pass@3", "greedy"]
   assert (copied / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
@@ -252,7 +252,7 @@ def test_two_evaluations_do_not_mix(finished, files, changes, said):
 def test_weights_that_changed_under_one_name_do_not_mix(finished, files, monkeypatch):
   load = evaluate.load_model
   monkeypatch.setattr(evaluate, "load_model", lambda name, *, seed: load("tiny2", seed=seed))
-  with pytest.raises(ConfigError, match="--model=tiny: must be the weights that .* begun with"):
+  with pytest.raises(ConfigError, match="--workdir=.* it was begun with other weights of --model"):
     evaluate.measure(settings(files), str(finished))
 
 

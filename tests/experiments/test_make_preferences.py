@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import make_preferences
+from rl_llm import evaluation
 from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError, read_dataset
 from rl_llm.interrupt import Interrupted, StopSignals
@@ -200,7 +201,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(made, tmp_path, small, task, 
   }
 
   # All is on record: other pairs need no sample.
-  monkeypatch.setattr(make_preferences, "graded_responses", None)
+  monkeypatch.setattr(evaluation, "graded_responses", None)
   fewer = make(tmp_path / "cut", changes | {"pairs_per_problem": 2})
   assert 0 < fewer["pairs"] < result["pairs"]
   with pytest.raises(ConfigError, match="--temperature=0.5.*another --workdir"):
@@ -249,8 +250,8 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, files, tas
 
 def test_weights_that_changed_are_refused(tmp_path, small, task, monkeypatch):
   make(tmp_path, task | {"problems": 2})
-  monkeypatch.setattr(make_preferences, "fingerprint", lambda params: "other weights")
-  with pytest.raises(ConfigError, match=r"--model=tiny.*they have changed since"):
+  monkeypatch.setattr(evaluation, "fingerprint", lambda params: "other weights")
+  with pytest.raises(ConfigError, match="--workdir=.* it was begun with other weights of --model"):
     make(tmp_path, task | {"problems": 2})
 
 
