@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class Step(NamedTuple):
 
   state: Any
   metrics: Mapping[str, Any]
-  samples: list[dict[str, Any]] = []
+  samples: Sequence[dict[str, Any]] = ()
   failure: str = ""
 
 

@@ -314,7 +314,7 @@ class Killed(BaseException):
   """As if the process had gone."""
 
 
-@pytest.mark.parametrize("trunk", ["own", "shared"])
+@pytest.mark.parametrize("trunk", ["own", "shared"] if FULL else ["own"])
 def test_stopped_at_three_points_it_ends_as_an_uninterrupted_run(
   tmp_path, small, files, monkeypatch, trunk
 ):
@@ -353,7 +353,7 @@ def test_stopped_at_three_points_it_ends_as_an_uninterrupted_run(
   assert any("kl" in path for path in cut.state)
 
 
-@pytest.mark.parametrize("trunk", ["own", "shared"])
+@pytest.mark.parametrize("trunk", ["own", "shared"] if FULL else ["own"])
 def test_it_learns(tmp_path, small, files, trunk):
   """A response earns the share of its bytes that are capital letters."""
   (tmp_path / "reward.py").write_text(
