@@ -195,6 +195,17 @@ def check_loss(options: PolicyLoss) -> None:
       )
 
 
+def check_updates(options: PolicyLoss, *, updates: int) -> None:
+  """Refuses several updates a step by a loss that takes every sample for the policy's own."""
+  if options.name == "reinforce_loss" and updates > 1:
+    raise ConfigError(
+      "loss.name",
+      options.name,
+      "a loss with a ratio where a step has several updates (epochs * minibatches > 1)",
+      "after the first the samples are another policy's: try --loss=ppo_loss",
+    )
+
+
 def check_sampling(sampling: Sampling, *, max_new_tokens: int) -> None:
   """Refuses what cannot be sampled, or would train on another distribution unasked."""
   if sampling.min_new_tokens > max_new_tokens:

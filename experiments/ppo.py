@@ -46,6 +46,7 @@ from experiments.options import (
   check_minibatches,
   check_sampling,
   check_schedule,
+  check_updates,
   learning_rate,
   loss_keywords,
   policy_loss,
@@ -616,13 +617,7 @@ def check(config: Config) -> None:
     microbatch_prompts=config.microbatch_prompts,
   )
   check_loss(config.loss)
-  if config.loss.name == "reinforce_loss" and config.epochs * config.minibatches > 1:
-    raise ConfigError(
-      "loss.name",
-      config.loss.name,
-      "a loss with a ratio where a step has several updates (epochs * minibatches > 1)",
-      "after the first the samples are another policy's: try --loss=ppo_loss",
-    )
+  check_updates(config.loss, updates=config.epochs * config.minibatches)
   if config.kl.controller == "adaptive" and not config.kl.coef:
     raise ConfigError(
       "kl.coef", config.kl.coef, "above 0 with --kl.controller=adaptive", "try --kl.coef=0.001"

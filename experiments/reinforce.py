@@ -40,6 +40,7 @@ from experiments.options import (
   check_minibatches,
   check_sampling,
   check_schedule,
+  check_updates,
   learning_rate,
   loss_keywords,
   policy_loss,
@@ -61,6 +62,7 @@ from rl_llm.experience import (
   take_prompts,
 )
 from rl_llm.kl import k1
+from rl_llm.masked import masked_mean
 from rl_llm.metrics import PhaseClock, add_metrics, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy
@@ -459,7 +461,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       scores,
       split="train",
       max_reward=task.max_reward,
-      advantages=response_means(batch["advantages"], mask).reshape(scores.rewards.shape),
+      advantages=np.reshape(
+        masked_mean(batch["advantages"], mask, axis=1), scores.rewards.shape
+      ),
     )
     failure = failure_of(
       loss_fn, trained, minibatch, hparams, max_skipped=config.optimizer.max_skipped
@@ -483,11 +487,6 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   return finish(run)
 
 
-def response_means(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """[B]: the mean over each response's tokens, 0 where there are none."""
-  return np.where(mask, x, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
-
-
 def check(config: Config) -> None:
   """Refuses sizes that do not fit together, before anything is loaded or compiled."""
   check_minibatches(
@@ -496,13 +495,7 @@ def check(config: Config) -> None:
     microbatch_prompts=config.microbatch_prompts,
   )
   check_loss(config.loss)
-  if config.loss.name == "reinforce_loss" and config.epochs * config.minibatches > 1:
-    raise ConfigError(
-      "loss.name",
-      config.loss.name,
-      "a loss with a ratio where a step has several updates (epochs * minibatches > 1)",
-      "after the first the samples are another policy's: try --loss=ppo_loss",
-    )
+  check_updates(config.loss, updates=config.epochs * config.minibatches)
   if config.advantage.name == "leave_one_out" and config.responses_per_prompt == 1:
     raise ConfigError(
       "advantage.name",
