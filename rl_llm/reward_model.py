@@ -281,7 +281,7 @@ def save_reward_model(
   }
   if isinstance(tokenizer, ByteTokenizer):
     entries["tokenizer_class"] = _BYTES
-  params = params | {"head": {"kernel": head["kernel"]}}
+  params = params | {"head": {"weight": head["weight"]}}
   write_directory(
     directory, config, entries, _leaf_shapes(config), params, max_shard_bytes=max_shard_bytes
   )
@@ -330,7 +330,7 @@ def load_reward_model(
 def _leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
   trunk = leaf_shapes(config)
   trunk.pop("unembed/embedding", None)
-  return trunk | {"head/kernel": (config.width, 1)}
+  return trunk | {"head/weight": (1, config.width)}
 
 
 def _padding(tokenizer: Tokenizer) -> int | None:

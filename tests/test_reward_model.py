@@ -50,12 +50,12 @@ def params():
 def wanted(params):
   """One response at a time, no cache, no padding, the head written out."""
   hidden_of = jax.jit(lambda p, ids: POLICY.hidden(p, ids, jnp.arange(6)[None])[0])
-  kernel = np.asarray(params["head"]["kernel"], np.float64)[:, 0]
+  weight = np.asarray(params["head"]["weight"], np.float64)[0]
   rewards = []
   for b, response in enumerate(RESPONSES):
     ids = [*PROMPTS[b // 2], *response]
     states = hidden_of(params, np.array([ids + [0] * (6 - len(ids))]))[0]
-    rewards.append(np.asarray(states, np.float64)[len(ids) - 1] @ kernel)
+    rewards.append(np.asarray(states, np.float64)[len(ids) - 1] @ weight)
   assert np.ptp(rewards) > 0.1
   return np.array(rewards)
 
@@ -189,7 +189,7 @@ def test_what_was_saved_scores_the_same_less_the_center(tmp_path, params, wanted
   policy, loaded, tokenizer = load_reward_model(tmp_path / "model")
   assert policy.config == CONFIG and isinstance(tokenizer, ByteTokenizer)
   jax.tree.map(np.testing.assert_array_equal, loaded | {"head": params["head"]}, params)
-  np.testing.assert_array_equal(loaded["head"]["kernel"], params["head"]["kernel"])
+  np.testing.assert_array_equal(loaded["head"]["weight"], params["head"]["weight"])
   prompts = PromptBatch(PADDED, LENGTHS)
   rewards = score_responses(loaded, prompts, TOKENS, MASK, policy=policy, rows_per_batch=4)
   np.testing.assert_allclose(rewards, wanted - 0.75, rtol=0, atol=1e-5)
@@ -203,7 +203,7 @@ def test_the_files_are_those_of_a_sequence_classifier(tmp_path, params):
   safetensors_numpy = pytest.importorskip("safetensors.numpy")
   save_reward_model(tmp_path / "model", CONFIG, params, ByteTokenizer())
   tensors = safetensors_numpy.load_file(tmp_path / "model/model.safetensors")
-  np.testing.assert_array_equal(tensors["score.weight"], params["head"]["kernel"].T)
+  np.testing.assert_array_equal(tensors["score.weight"], params["head"]["weight"])
   assert "lm_head.weight" not in tensors and "score.bias" not in tensors
   entries = json.loads((tmp_path / "model/config.json").read_text())
   assert entries["architectures"] == ["LlamaForSequenceClassification"]

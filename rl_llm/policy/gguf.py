@@ -41,7 +41,7 @@ _TOP_NAMES = {"embed": "token_embd", "final_norm": "output_norm", "unembed": "ou
 def gguf_name(path: str) -> str:
   """GGUF's name of the leaf at `path`.
 
-  >>> gguf_name("layers_1/attention/query/kernel")
+  >>> gguf_name("layers_1/attention/query/weight")
   'blk.1.attn_q.weight'
   """
   module, leaf = path.rsplit("/", 1)

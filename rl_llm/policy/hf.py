@@ -51,10 +51,10 @@ _TOP_NAMES = {
 
 
 def hf_name(config: TransformerConfig, path: str) -> str:
-  """Hugging Face's name of the leaf at `path`; kernels are stored there transposed.
+  """Hugging Face's name of the leaf at `path`.
 
   >>> from rl_llm.policy.configs import tiny_config
-  >>> hf_name(tiny_config(32), "layers_1/attention/query/kernel")
+  >>> hf_name(tiny_config(32), "layers_1/attention/query/weight")
   'model.layers.1.self_attn.q_proj.weight'
   """
   module, leaf = path.rsplit("/", 1)
@@ -70,8 +70,8 @@ def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
   """{path: shape} of every leaf of the parameters, nothing allocated.
 
   >>> from rl_llm.policy.configs import tiny_config
-  >>> leaf_shapes(tiny_config(32))["layers_0/attention/key/kernel"]
-  (64, 32)
+  >>> leaf_shapes(tiny_config(32))["layers_0/attention/key/weight"]
+  (32, 64)
   """
   init = make_policy(config).init
   abstract = jax.eval_shape(lambda: init(jax.random.key(0)))
@@ -90,7 +90,7 @@ def assemble(
   Args:
     wanted: {path: shape} of every leaf, such as `leaf_shapes` gives.
     name_of: our path -> the file's name.
-    shapes: the file's name -> shape as stored: kernels [out, in].
+    shapes: the file's name -> its shape.
     read: the file's name -> the tensor.
     source: what the tensors come from, for errors.
 
@@ -114,20 +114,18 @@ def assemble(
       "such tensors); use the config.json that belongs to these weights, of a plain language model"
     )
   for path, shape in wanted.items():
-    stored = shape[::-1] if path.endswith("kernel") else shape
-    if tuple(shapes[names[path]]) != stored:
+    if tuple(shapes[names[path]]) != shape:
       raise WeightsError(
         f"{source}: leaf '{path}' (tensor '{names[path]}') has shape {tuple(shapes[names[path]])}, "
-        f"the config says {stored}; use the config that belongs to these weights"
+        f"the config says {shape}; use the config that belongs to these weights"
       )
   params: Params = {}
   for path, name in names.items():
-    array = np.asarray(read(name), np.float32)
     *parents, leaf = path.split("/")
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[leaf] = jnp.array(array.T if leaf == "kernel" else array)
+    node[leaf] = jnp.array(read(name), jnp.float32)
   return params
 
 
@@ -315,10 +313,7 @@ def write_directory(
       file_name = sharded if len(shards) > 1 else _SINGLE
       tensors = {}
       for path in paths:
-        array = np.asarray(leaves[path], np.float32)
-        tensors[hf_name(config, path)] = np.ascontiguousarray(
-          array.T if path.endswith("kernel") else array
-        )
+        tensors[hf_name(config, path)] = np.ascontiguousarray(leaves[path], np.float32)
       save_file(tensors, partial / file_name, metadata={"format": "pt"})
       weight_map |= dict.fromkeys(tensors, file_name)
     if len(shards) > 1:

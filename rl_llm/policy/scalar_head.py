@@ -21,16 +21,16 @@ def zero_head(width: int) -> Params:
 
   A random head would begin with values as large as rewards and as wrong as chance, and GAE takes
   them at their word. With 0 the first advantages are the returns themselves, as without a value
-  network. The misconception is that zeros never learn, as in a hidden layer; here the kernel's
+  network. The misconception is that zeros never learn, as in a hidden layer; here the weight's
   gradient is the hidden state, and the trunk learns from the second update on.
 
   Args:
     width: D, of the trunk.
 
   Returns:
-    {"kernel": [D, 1], "bias": [1]} float32.
+    {"weight": [1, D], "bias": [1]} float32.
   """
-  return {"kernel": jnp.zeros((width, 1), jnp.float32), "bias": jnp.zeros((1,), jnp.float32)}
+  return {"weight": jnp.zeros((1, width), jnp.float32), "bias": jnp.zeros((1,), jnp.float32)}
 
 
 def normal_head(width: int, key: chex.Array) -> Params:
@@ -45,12 +45,12 @@ def normal_head(width: int, key: chex.Array) -> Params:
     key: consumed.
 
   Returns:
-    {"kernel": [D, 1]} float32.
+    {"weight": [1, D]} float32.
 
   Reference: Stiennon et al., 2020, Learning to summarize from human feedback,
     https://arxiv.org/abs/2009.01325
   """
-  return {"kernel": jax.random.normal(key, (width, 1), jnp.float32) / math.sqrt(width + 1)}
+  return {"weight": jax.random.normal(key, (1, width), jnp.float32) / math.sqrt(width + 1)}
 
 
 def with_head(params: Params, head: Params) -> Params:
@@ -74,20 +74,19 @@ def with_head(params: Params, head: Params) -> Params:
 def apply_head(head: Params, hidden: chex.Array) -> chex.Array:
   """One number a hidden state.
 
-      y = hidden . kernel + bias
+      y = hidden . weight + bias
 
-  >>> head = {"kernel": jnp.array([[1.0], [10.0]]), "bias": jnp.array([100.0])}
+  >>> head = {"weight": jnp.array([[1.0, 10.0]]), "bias": jnp.array([100.0])}
   >>> apply_head(head, jnp.array([[1.0, 2.0], [0.0, 3.0]])).tolist()
   [121.0, 130.0]
 
   Args:
-    head: {"kernel": [D, 1]}, and "bias" [1] or none.
+    head: {"weight": [1, D]}, and "bias" [1] or none.
     hidden: [..., D] float, of any dtype.
 
   Returns:
     [...] float32.
   """
-  kernel = head["kernel"].astype(jnp.float32)
   # A sum of products, not a matrix product, which accelerators round to fewer bits.
-  y = jnp.sum(hidden.astype(jnp.float32) * kernel[:, 0], axis=-1)
+  y = jnp.sum(hidden.astype(jnp.float32) * head["weight"][0].astype(jnp.float32), axis=-1)
   return y + head["bias"][0] if "bias" in head else y

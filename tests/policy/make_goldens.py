@@ -199,10 +199,7 @@ def family_model(family: str):
   from rl_llm.policy.hf import assemble, hf_name, leaf_shapes
 
   config = config_from_hf(FAMILIES[family])
-  shapes = {
-    hf_name(config, path): shape[::-1] if path.endswith("kernel") else shape
-    for path, shape in leaf_shapes(config).items()
-  }
+  shapes = {hf_name(config, path): shape for path, shape in leaf_shapes(config).items()}
   tensors = random_tensors(shapes, gemma=config.norm_plus_one)
   name_of = functools.partial(hf_name, config)
   return config, assemble(leaf_shapes(config), name_of, shapes, tensors.get, family)

@@ -295,7 +295,7 @@ def test_parameter_paths_and_count(tiny):
   layer = 2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256  # norms, q and o, k and v, MLP
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert count == 32 * 64 + 64 + 2 * layer
-  assert params["layers_1"]["attention"]["query"]["kernel"].shape == (64, 64)
+  assert params["layers_1"]["attention"]["query"]["weight"].shape == (64, 64)
   assert set(params) == {"embed", "final_norm", "layers_0", "layers_1"}
   assert make_policy(config).unembed(params) is params["embed"]["embedding"]
   untied = make_policy(dataclasses.replace(config, tie_embeddings=False))

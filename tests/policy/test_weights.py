@@ -208,7 +208,7 @@ def test_config_link_outside_is_refused(directory):
 
 def test_shape_mismatch_names_leaf_and_shapes(directory):
   edit_json(directory / "config.json", intermediate_size=128)
-  message = r"leaf 'layers_0/mlp/down/kernel' \(tensor .*\) has shape \(64, 256\).*\(64, 128\)"
+  message = r"leaf 'layers_0/mlp/down/weight' \(tensor .*\) has shape \(64, 256\).*\(64, 128\)"
   with pytest.raises(WeightsError, match=message):
     load_hf(directory)
 
@@ -314,8 +314,8 @@ def write_gguf(path, config, params, architecture, **metadata):
     writer.add_string(key, value)
   leaves = flat(params)
   for leaf in leaf_shapes(config):
-    array = leaves[leaf].T if leaf.endswith("kernel") else leaves[leaf]
-    if architecture == "llama" and leaf.endswith(("query/kernel", "key/kernel")):
+    array = leaves[leaf]
+    if architecture == "llama" and leaf.endswith(("query/weight", "key/weight")):
       interleaved = []
       for head in np.split(array, array.shape[0] // config.head_dim):
         for first, second in zip(*np.split(head, 2), strict=True):
