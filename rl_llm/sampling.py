@@ -105,8 +105,13 @@ def sample(
   else:  # Re-centred: the likeliest tokens may have been suppressed.
     masses = jnp.exp(candidates - jnp.max(candidates, axis=-1, keepdims=True))
   uniform = jax.vmap(lambda key: jax.random.uniform(key))(keys)
-  token = jnp.where(greedy, jnp.argmax(candidates, axis=-1), _invert(masses, uniform))
-  token = token.astype(jnp.int32)
+  token = _invert(masses, uniform).astype(jnp.int32)
+  # A CPU takes longer for the index of the largest than for all of the above.
+  token = jax.lax.cond(
+    jnp.any(greedy),
+    lambda: jnp.where(greedy, jnp.argmax(candidates, axis=-1).astype(jnp.int32), token),
+    lambda: token,
+  )
   logprob = jnp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0] - log_total
   return Sample(token, logprob, entropy)
 

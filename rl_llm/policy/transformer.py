@@ -206,10 +206,11 @@ def apply_rope(x: chex.Array, cos: chex.Array, sin: chex.Array) -> chex.Array:
   Returns:
     [B, T, heads, H] in x's dtype.
   """
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x.dtype)
+  halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+  cos, sin = cos[:, :, None, None, :], jnp.stack([-sin, sin], axis=-2)[:, :, None]
+  # Swapped, not split and joined: one fused loop, where a CPU takes several for a concatenation.
+  rotated = halves * cos + halves[..., ::-1, :] * sin
+  return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def attention_mask(
