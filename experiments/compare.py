@@ -58,10 +58,11 @@ class Config:
   task: str = option("arithmetic", "the task of all, as in experiments.grpo")
   methods: tuple[str, ...] = option(METHODS, "which of them", choices=METHODS)
   seeds: tuple[int, ...] = option((0, 1, 2), "one run of each method for each", min=0)
-  steps: int = option(24, "rollouts of each run", min=1)
-  prompts_per_step: int = option(16, "problems a rollout", min=1)
+  steps: int = option(16, "rollouts of each run", min=1)
+  prompts_per_step: int = option(12, "problems a rollout", min=1)
   responses_per_prompt: int = option(8, "responses a problem", min=2)
   eval_every: int = option(8, "steps between evaluations", min=1)
+  eval_samples: int = option(2, "responses a problem at temperature 1, beside the greedy", min=1)
   target: float = option(0.8, "the accuracy to which sampled tokens are counted", above=0, below=1)
   variance_batches: int = option(8, "gradients whose variance is taken; 0 = none", min=0)
   variance_warmup: int = option(8, "steps before them in which PPO's values are learned", min=0)
@@ -80,6 +81,7 @@ def flags(config: Config, method: str, seed: int) -> list[str]:
     f"--{problems}={config.prompts_per_step}",
     f"--responses_per_prompt={config.responses_per_prompt}",
     f"--eval.every={config.eval_every}",
+    f"--eval.samples={config.eval_samples}",
   ]
 
 
