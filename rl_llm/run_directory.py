@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
   """Makes the directory and records the config in it; refuses to mix two runs.
 
   Going on with other settings than a run began with would give a record that no command can
-  reproduce, so only the `volatile` ones may differ.
+  reproduce, so only the `volatile` ones may differ; and files that settings name, such as data or a
+  reward function, must be as they were, by the hashes in inputs.json.
 
   Args:
     workdir: the run's directory.
@@ -39,9 +42,15 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
         "a model's directory goes to --model",
       )
     # A start that failed before its first step binds nobody.
+    inputs, hashes = workdir / "inputs.json", _hashes(config)
     if recorded.exists() and metrics.exists() and metrics.stat().st_size:
       _refuse_other_settings(workdir, json.loads(recorded.read_text("ascii")), config, volatile)
+      if inputs.exists():
+        known = json.loads(inputs.read_text("ascii"))
+        _refuse_other_files(workdir, known, hashes, config, volatile)
+        hashes |= known
     write_config(config, workdir)
+    write_atomically(inputs, (json.dumps(hashes, indent=2) + "\n").encode("ascii"))
     result = workdir / "result.json"
     return json.loads(result.read_text("ascii")) if result.exists() else None
   except OSError as error:
@@ -73,4 +82,33 @@ def _refuse_other_settings(
         value,
         f"{recorded[path]}, as in the run that {workdir} holds",
         "give that value, or another --workdir",
+      )
+
+
+def _hashes(config: Any) -> dict[str, str]:
+  """{setting: SHA-256} of the files that settings name, as PATH or KIND:PATH."""
+  found = {}
+  for name, value in flatten(config).items():
+    if isinstance(value, str):
+      path = next(filter(os.path.isfile, (value, value.partition(":")[2])), None)
+      if path is not None:
+        with open(path, "rb") as file:
+          found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+  return found
+
+
+def _refuse_other_files(
+  workdir: Path,
+  known: dict[str, str],
+  hashes: dict[str, str],
+  config: Any,
+  volatile: Iterable[str],
+) -> None:
+  for name in sorted(known.keys() & hashes.keys() - set(volatile)):
+    if known[name] != hashes[name]:
+      raise ConfigError(
+        name,
+        flatten(config)[name],
+        f"the file as it was when the run in {workdir} began (SHA-256 {known[name][:12]}...)",
+        "restore it, or give another --workdir",
       )

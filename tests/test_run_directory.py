@@ -53,6 +53,30 @@ def test_other_settings_are_refused_and_change_nothing(tmp_path, config, said):
   assert {path: path.read_bytes() for path in workdir.iterdir()} == before
 
 
+def test_any_text_may_stand_where_a_file_might(tmp_path):
+  open_run(tmp_path, Config(prompt="x" * 5000), volatile=())
+  open_run(tmp_path, Config(prompt="a\0b"), volatile=())
+  assert json.loads((tmp_path / "inputs.json").read_text()) == {}
+
+
+@pytest.mark.parametrize("prompt", ["{}", "jsonl:{}"])
+def test_a_file_that_changed_since_is_refused(tmp_path, prompt):
+  workdir, data = tmp_path / "one", tmp_path / "data.jsonl"
+  config = Config(prompt=prompt.format(data))
+  data.write_text("first")
+  open_run(workdir, config, volatile=())
+  data.write_text("second")  # No step yet: the run begins with this one.
+  open_run(workdir, config, volatile=())
+  (workdir / "metrics.jsonl").write_text('{"step": 0}\n')
+  open_run(workdir, config, volatile=())
+  data.write_text("third")
+  open_run(workdir, config, volatile=("prompt",))
+  with pytest.raises(ConfigError, match="--prompt=.*data.jsonl: .*as it was when .* began"):
+    open_run(workdir, config, volatile=())
+  data.unlink()  # Whoever reads it will say so.
+  open_run(workdir, config, volatile=())
+
+
 def test_a_start_that_recorded_no_step_binds_nobody(tmp_path):
   open_run(tmp_path, Config(), volatile=())
   (tmp_path / "metrics.jsonl").write_text("")
@@ -76,6 +100,7 @@ def test_a_result_is_the_proof_of_the_end(tmp_path):
     "config.json",
     "defaults.json",
     "flags.txt",
+    "inputs.json",
     "result.json",
   ]
 
