@@ -25,7 +25,7 @@ MASK = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]], bool)
 @pytest.fixture(scope="module")
 def params():
   rng = np.random.default_rng(0)
-  head = {"kernel": rng.normal(size=(CONFIG.width, 1)), "bias": np.array([0.25])}
+  head = {"weight": rng.normal(size=(1, CONFIG.width)), "bias": np.array([0.25])}
   policy_params = jax.jit(POLICY.init)(jax.random.key(0))
   larger = {**policy_params, "embed": jax.tree.map(lambda x: 15 * x, policy_params["embed"])}
   return with_head(larger, jax.tree.map(lambda x: x.astype(np.float32), head))
@@ -39,7 +39,7 @@ def values_of(params, tokens):
 def test_a_value_is_read_from_the_state_that_predicts_its_token(params):
   """One response at a time, no cache, no padding, the head written out."""
   hidden_of = jax.jit(lambda p, ids: POLICY.hidden(p, ids, jnp.arange(ids.shape[1])[None])[0])
-  kernel = np.asarray(params["head"]["kernel"], np.float64)[:, 0]
+  weight = np.asarray(params["head"]["weight"], np.float64)[0]
   wanted = np.zeros(TOKENS.shape)
   for b, row in enumerate(TOKENS):
     ids = [*PROMPTS[b // 2], *row]
@@ -47,7 +47,7 @@ def test_a_value_is_read_from_the_state_that_predicts_its_token(params):
     states = np.asarray(hidden_of(params, text), np.float64)[0]
     for t in range(MASK[b].sum()):
       seen = len(PROMPTS[b // 2]) + t
-      wanted[b, t] = states[seen - 1] @ kernel + 0.25
+      wanted[b, t] = states[seen - 1] @ weight + 0.25
   values = values_of(params, TOKENS)
   assert values.dtype == jnp.float32
   np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-4)

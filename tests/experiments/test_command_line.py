@@ -105,7 +105,7 @@ CASES = {
   "shard outside": (["--model=outside"], ["leads outside the model directory"]),
   "shape": (
     ["--model=shape"],
-    ["leaf 'layers_0/mlp/down/kernel'", "has shape (64, 256)", "(64, 128)"],
+    ["leaf 'layers_0/mlp/down/weight'", "has shape (64, 256)", "(64, 128)"],
   ),
   "truncated GGUF": (["--model=cut.gguf"], ["cut.gguf", "download"]),
   "broken row": (

@@ -16,7 +16,7 @@ from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.interrupt import Interrupted
-from tests.experiments.helpers import equal, run, settings
+from tests.experiments.helpers import FULL, equal, run, settings
 from tests.experiments.test_sft import nll, stopped, write
 
 
@@ -247,6 +247,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.skipif(not FULL, reason="a run for each flag: RL_LLM_FULL=1")
 def test_every_other_flag_changes_the_weights_that_come_out(tmp_path, small, data):
   base = offline(data, max_tokens=64, steps=4)  # an epoch, so that each pair is met
   weights = [run(dpo, tmp_path / "base", base).params]
@@ -400,6 +401,7 @@ def test_where_all_grades_are_equal_nothing_is_learned(tmp_path, small, files):
   assert equal(found.params, other.params)
 
 
+@pytest.mark.skipif(not FULL, reason="a run for each flag: RL_LLM_FULL=1")
 def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
   base = online(files)
   weights = [run(dpo, tmp_path / "base", base).params]

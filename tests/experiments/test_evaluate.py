@@ -28,6 +28,7 @@ from rl_llm.model import LanguageModel
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.tasks import TaskError
 from rl_llm.tokenizers import ByteTokenizer
+from tests.experiments.helpers import FULL
 
 ROOT = Path(__file__).parents[2]
 
@@ -256,6 +257,7 @@ def test_weights_that_changed_under_one_name_do_not_mix(finished, files, monkeyp
     evaluate.measure(settings(files), str(finished))
 
 
+@pytest.mark.skipif(not FULL, reason="a run for each flag: RL_LLM_FULL=1")
 def test_every_flag_of_the_sampler_changes_the_responses(tmp_path, finished, files):
   """And what does not decide what is drawn changes none of them."""
 

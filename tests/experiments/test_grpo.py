@@ -393,8 +393,9 @@ def wait_for_step(process, workdir, step):
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, compilation_cache):
   """(workdir, what an uninterrupted run left, what interrupted ones left, steps)."""
-  kills = [signal.SIGKILL] * (10 if FULL else 2)
-  kills = [*kills[:1], signal.SIGINT, *kills[1:], signal.SIGTERM]
+  kills = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL]
+  if FULL:
+    kills += [signal.SIGTERM, *[signal.SIGKILL] * 8]
   steps = 4 * (len(kills) + 1)
   directory = tmp_path_factory.mktemp("interrupted")
   process = start(directory / "straight", steps, compilation_cache)

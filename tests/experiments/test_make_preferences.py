@@ -15,6 +15,7 @@ from rl_llm.data import DataError, read_dataset
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import read, without_timings
 from rl_llm.tasks import load_task
+from tests.experiments.helpers import FULL
 
 CHANGES = {
   "model": "tiny",
@@ -208,6 +209,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(made, tmp_path, small, task, 
     make(tmp_path / "cut", changes | {"temperature": 0.5})
 
 
+@pytest.mark.skipif(not FULL, reason="a run for each flag: RL_LLM_FULL=1")
 def test_flags_that_change_what_is_sampled(tmp_path, small, task):
   flags = [
     {"seed": 1},

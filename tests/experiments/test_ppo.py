@@ -36,8 +36,8 @@ RESPONSES = (PROMPTS, LENGTHS, TOKENS, MASK)
 @pytest.fixture(scope="module")
 def head():
   rng = np.random.default_rng(0)
-  kernel = 0.3 * rng.normal(size=(32, 1)).astype(np.float32)
-  return {"kernel": jnp.asarray(kernel), "bias": jnp.asarray([0.25], jnp.float32)}
+  weight = 0.3 * rng.normal(size=(1, 32)).astype(np.float32)
+  return {"weight": jnp.asarray(weight), "bias": jnp.asarray([0.25], jnp.float32)}
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_both_trunks_read_the_same_values_and_none_knows_its_own_token(params, s
 
 def test_a_known_value_network_gives_known_advantages(tmp_path, small, files, monkeypatch):
   """Every value is 0.3: only the last token of n surprises, and lambda carries it back."""
-  constant = {"kernel": jnp.zeros((32, 1)), "bias": jnp.full((1,), 0.3)}
+  constant = {"weight": jnp.zeros((1, 32)), "bias": jnp.full((1,), 0.3)}
   monkeypatch.setattr(ppo, "zero_head", lambda width: jax.tree.map(jnp.copy, constant))
   changes = {"steps": 1, "advantage.whiten": False, "advantage.gae_lambda": 0.5}
   found = run(tmp_path, settings(files, **changes))
@@ -274,6 +274,7 @@ if FULL:  # Further values, and flags that another experiment's tests hold to th
   ]
 
 
+@pytest.mark.skipif(not FULL, reason="a run for each flag: RL_LLM_FULL=1")
 def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files, judge_directory):
   """Each against the base run, and against each other: no two of these mean the same."""
   base = settings(files, steps=3, **BUSY)

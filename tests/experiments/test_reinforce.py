@@ -161,6 +161,7 @@ if FULL:  # Further values, and flags that another experiment's tests hold to th
   ]
 
 
+@pytest.mark.skipif(not FULL, reason="a run for each flag: RL_LLM_FULL=1")
 def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
   """Each against the base run, and against each other: no two of these mean the same."""
   base = settings(files, steps=3) | {"optimizer.learning_rate": 0.03, "advantage.name": "plain"}

@@ -143,6 +143,7 @@ if FULL:  # Further values, and flags that another experiment's tests hold to th
   ]
 
 
+@pytest.mark.skipif(not FULL, reason="a run for each flag: RL_LLM_FULL=1")
 def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, data):
   base = settings(data)
   weights = [run(tmp_path / "base", base).params]

@@ -22,7 +22,7 @@ from rl_llm.data import DataError
 from rl_llm.data.encoding import Encoded
 from rl_llm.interrupt import Interrupted
 from rl_llm.tasks import TaskError
-from tests.experiments.helpers import equal, run
+from tests.experiments.helpers import FULL, equal, run
 
 
 def write(path, rows):
@@ -132,6 +132,7 @@ def test_the_loss_falls_each_example_comes_once_an_epoch_and_no_held_out_one(
   assert sorted(first) == sorted(second) == sorted(set(drawn)) and first != second
 
 
+@pytest.mark.skipif(not FULL, reason="a run for each flag: RL_LLM_FULL=1")
 def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, data):
   base = settings(data)
   flags = [
