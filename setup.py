@@ -15,6 +15,9 @@ EXTRAS = {
   "parquet": ["pyarrow>=18"],
   # The figure of experiments/compare.py.
   "plot": ["matplotlib>=3.9"],
+  # Accelerators: jaxlib's own builds for them.
+  "tpu": ["jax[tpu]"],
+  "cuda": ["jax[cuda12]"],
   # Developers: tests, linting.
   "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "pyarrow>=18"],
   # Regenerating the committed goldens against transformers.

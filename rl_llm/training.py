@@ -28,6 +28,7 @@ from rl_llm.files import locked
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import MetricsWriter, PhaseClock, read
 from rl_llm.policy import TransformerConfig, WeightsError, save_hf
+from rl_llm.policy.hf import import_safetensors
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError
 from rl_llm.run_directory import open_run, write_result
@@ -104,9 +105,12 @@ def start_run(
 
   Raises:
     ConfigError: the directory cannot be used.
+    WeightsError: an export is wanted, and safetensors is not installed.
     Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
     Diverged: the gradients were not finite too often.
   """
+  if export:
+    import_safetensors()  # Or a run would find out at its end.
   workdir = Path(workdir)
   with StopSignals() as stop, Console(total_steps=steps) as console:
     result = open_run(workdir, config, volatile=volatile)

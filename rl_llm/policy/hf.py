@@ -151,7 +151,7 @@ def read_config(directory: str | os.PathLike) -> tuple[TransformerConfig, dict[s
   Raises:
     WeightsError: there is no such directory or file, or it is not of a supported model.
   """
-  _import_safetensors()
+  import_safetensors()
   directory = Path(directory)
   if not directory.is_dir():
     raise WeightsError(f"{directory}: no such model directory; check the path")
@@ -176,7 +176,7 @@ def read_weights(
   Raises:
     WeightsError: as for `load_hf`.
   """
-  safetensors = _import_safetensors()
+  safetensors = import_safetensors()
   directory = Path(directory)
   if (directory / _SINGLE).exists():
     shards = {_SINGLE}
@@ -277,7 +277,7 @@ def write_directory(
   Raises:
     WeightsError: the directory holds something, or the weights are not of this config.
   """
-  _import_safetensors()
+  import_safetensors()
   from safetensors.numpy import save_file
 
   directory = Path(directory)
@@ -354,7 +354,8 @@ def _read_json(path: Path) -> dict[str, Any]:
   return entries
 
 
-def _import_safetensors() -> Any:
+def import_safetensors() -> Any:
+  """The package, or a `WeightsError` with the command that installs it."""
   try:
     import safetensors
   except ImportError as error:

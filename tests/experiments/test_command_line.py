@@ -11,7 +11,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from rl_llm.policy import make_policy, save_hf, tiny_config
+from experiments import grpo
+from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
+from rl_llm.training import start_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -219,3 +221,15 @@ def test_help_is_no_error():
   )
   assert found.returncode == 0 and found.stderr == ""
   assert "--responses_per_prompt=8" in found.stdout and "--loss.clip_high=none" in found.stdout
+
+
+def test_an_export_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "safetensors", None)
+
+  def body(run):
+    raise AssertionError("it trained")
+
+  with pytest.raises(WeightsError, match=r"pip install 'rl_llm\[hf\]'"):
+    start_run(body, grpo.Config(), tmp_path / "run", steps=1, volatile=(), export=True)
+  with pytest.raises(AssertionError, match="it trained"):
+    start_run(body, grpo.Config(), tmp_path / "run", steps=1, volatile=())
