@@ -129,7 +129,7 @@ class Value:
     "own", "a copy of the policy's trunk, or the policy's itself; see above"
   )
   learning_rate: float = option(
-    5e-5, "of the tower, or of the head on a shared trunk; same schedule", above=0
+    1e-4, "of the tower, or of the head on a shared trunk; same schedule", above=0
   )
   coef: float = option(0.1, "of a shared trunk: the value loss beside the policy's", above=0)
   clip: float | None = option(
