@@ -103,7 +103,8 @@ def test_sides_that_do_not_do_the_same_work_are_refused():
     check_same({"ours": ready}, prompt_tokens=4)
 
 
-def test_one_step_of_the_tiny_model_runs_end_to_end():
+def test_one_step_of_the_tiny_model_runs_end_to_end(monkeypatch):
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Compiling is most of it.
   config = Config(
     model="tiny", peer="none", prompts=2, responses=4, prompt_tokens=9, new_tokens=3, steps=1,
     warmup=1, microbatch_prompts=1,

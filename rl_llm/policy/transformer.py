@@ -78,9 +78,9 @@ def make_policy(
 
   >>> from rl_llm.policy.configs import tiny_config
   >>> policy = make_policy(tiny_config(vocab_size=32))
-  >>> params = policy.init(jax.random.key(0))
+  >>> params = jax.jit(policy.init)(jax.random.key(0))
   >>> tokens, positions = jnp.array([[5, 6, 7]]), jnp.array([[0, 1, 2]])
-  >>> hidden, _ = policy.hidden(params, tokens, positions)
+  >>> hidden, _ = jax.jit(policy.hidden)(params, tokens, positions)
   >>> hidden.shape, policy.logits(params, hidden).shape
   ((1, 3, 64), (1, 3, 32))
 
