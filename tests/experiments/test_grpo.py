@@ -26,9 +26,8 @@ from rl_llm.metrics import read, without_timings
 from rl_llm.rewards import RewardError
 from rl_llm.rollout import generate
 from tests.experiments import helpers
-from tests.experiments.helpers import equal, outcome, settings
+from tests.experiments.helpers import FULL, equal, outcome, settings
 
-FULL = bool(os.environ.get("RL_LLM_FULL"))
 ROOT = Path(__file__).parents[2]
 
 

@@ -8,7 +8,6 @@ are stopped here, at the same points as the others, in the long trials alone.
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -20,9 +19,8 @@ from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import replace
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import read
-from tests.experiments.helpers import equal, outcome, settings
+from tests.experiments.helpers import FULL, equal, outcome, settings
 
-FULL = bool(os.environ.get("RL_LLM_FULL"))
 STEPS = 6
 
 
