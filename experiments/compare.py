@@ -213,7 +213,7 @@ def tokens_to(points: Sequence[dict[str, float]], target: float) -> float | None
 # What a step takes of each network for every token that is trained on, one update a batch: F is a
 # forward pass, B a backward pass (about twice the work). Sampling comes on top, the same for all.
 COSTS = {
-  "reinforce": ("no", "policy", "policy F + B"),
+  "reinforce": ("no", "policy", "policy F + B; none where a group agrees"),
   "ppo": ("no (a grader; or --reward=model:DIR)", "policy, value", "policy 2F + B, value 2F + B"),
   "dpo": ("no: preferences", "policy, reference", "policy F + B, reference F; 2 responses of G"),
   "grpo": ("no", "policy", "policy F + B; none where a group agrees"),

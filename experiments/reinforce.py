@@ -325,6 +325,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     functools.partial(response_logprobs, policy=policy, temperature=config.sampling.temperature)
   )
   ref_params = model.params if config.kl.coef else None
+  # DRO alone has a term without the advantage.
+  policy_term_only = not (config.loss.entropy_coef or config.loss.name == "dro_loss")
   announce = functools.cache(say)
 
   run.console.sizes(
@@ -410,6 +412,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       kl_coef=config.kl.coef,
       baseline=moving_average(state),
     )
+    per_prompt = batch["advantages"].reshape(config.prompts_per_step, -1)
+    informative = np.any(per_prompt != 0, axis=1)
     stop.check()
     rate = learning_rate(config.optimizer, step, steps=config.steps)
     hparams = {
@@ -429,6 +433,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
         epochs=config.epochs,
         count=config.minibatches,
       ):
+        # Groups without an advantage come last: where the policy term is all, they add nothing.
+        chosen = chosen[np.argsort(~informative[chosen], kind="stable")]
         take = functools.partial(take_prompts, chosen=chosen, of=config.prompts_per_step)
         minibatch = {key: take(value) for key, value in batch.items()}
         minibatch["weights"] = token_weights(
@@ -438,7 +444,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
           responses_per_prompt=config.responses_per_prompt,
           max_new_tokens=config.max_new_tokens,
         )
-        trained, metrics = update(trained, minibatch, hparams)
+        needed = np.count_nonzero(informative[chosen]) if policy_term_only else len(chosen)
+        microbatches = -(-needed // config.microbatch_prompts)
+        trained, metrics = update(trained, minibatch, hparams, microbatches)
         totals = add_metrics(totals, jax.device_get(metrics))
     decay = config.advantage.decay
     state = State(

@@ -184,6 +184,22 @@ def test_without_a_ratio_a_step_is_the_gradient_of_the_first_update(tmp_path, sm
     np.testing.assert_allclose(leaf, clipped[path], rtol=0, atol=1e-6)
 
 
+def test_groups_whose_responses_are_alike_are_left_out_and_change_nothing(tmp_path, small, files):
+  """A term that every token feels, too small to matter, has all of them computed."""
+  base = settings(files) | {
+    "jsonl.reward_function": "spread_for_some",
+    "microbatch_prompts": 1,
+    "optimizer.eps": 1e-2,
+    "sampling.temperature": 0.9,
+  }
+  left_out = run(tmp_path / "left_out", base)
+  computed = run(tmp_path / "computed", base | {"loss.entropy_coef": 1e-20})
+  for path, leaf in left_out.params.items():
+    np.testing.assert_allclose(leaf, computed.params[path], rtol=0, atol=1e-6)
+  # The metric of the update reads only what it computes.
+  assert left_out.metrics[0]["logprob_gap_mean"] != computed.metrics[0]["logprob_gap_mean"]
+
+
 # What is refused.
 
 
