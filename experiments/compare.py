@@ -118,7 +118,9 @@ def do(method: str, arguments: list[str], workdir: Path, stop: StopSignals) -> N
   print("$", *command[1:], flush=True)
   stop.check()
   # A session of its own: Ctrl-C reaches us, and the run gets the one signal that we send.
-  child = subprocess.Popen(command, start_new_session=True)
+  # What one run has compiled, the next one of the method reads.
+  environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.absolute().parent / "compiled")}
+  child = subprocess.Popen(command, env=environment | os.environ, start_new_session=True)
   received = None
   while True:
     done, status, usage = os.wait4(child.pid, os.WNOHANG)
