@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rl_llm.sharding import constrain, constrain_rows
 from rl_llm.train_state import TrainState
 
 # (params, microbatch, hparams) -> (scalar loss, {name: (sum, count)})
@@ -54,7 +55,11 @@ def make_optimizer(
 
 
 def make_update(
-  loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  microbatches: int = 1,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, tuple[chex.Array, chex.Array]]]]:
   """Builds the jitted update `(state, batch, hparams) -> (state, metrics)`; the state is donated.
 
@@ -73,6 +78,9 @@ def make_update(
       mean.
     optimizer: a direction without learning rate, such as `make_optimizer` gives.
     microbatches: how many parts; must divide the batch's rows.
+    mesh: the devices over which state and batch lie (`rl_llm.sharding`); None where there is one.
+      Each microbatch takes rows of every device, gradients are summed straight into the slices in
+      which the state is kept, and the new state lies as the old one.
 
   Returns:
     The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is the
@@ -84,12 +92,18 @@ def make_update(
   """
   if microbatches < 1:
     raise ValueError(f"microbatches: {microbatches}; allowed: 1 or more")
-  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+  differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def value_and_grad(params, batch, hparams):
+    value, grads = differentiate(params, batch, hparams)
+    return value, grads if mesh is None else constrain(grads, mesh)
 
   def accumulate(params, batch, hparams, used):
     if microbatches == 1:
       return value_and_grad(params, batch, hparams)
     parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+    if mesh is not None:
+      parts = constrain_rows(parts, mesh, axis=1)
 
     def add(index, total):
       part = jax.tree.map(
@@ -122,13 +136,14 @@ def make_update(
 
     skipped = (~finite).astype(jnp.int32)
     one = jnp.ones((), jnp.float32)
-    return TrainState(
+    new = TrainState(
       step=state.step + 1,
       params=keep(params, state.params),
       opt_state=keep(opt_state, state.opt_state),
       skipped=state.skipped + skipped,
       skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-    ), {
+    )
+    return new if mesh is None else constrain(new, mesh), {
       **metrics,
       "loss": (loss, one),
       "grad_norm": (grad_norm, one),

@@ -1,0 +1,189 @@
+"""Which device holds which part of which array: one mesh, rules by path, and the batch's rows.
+
+A program of this library is written as if for one device. Given arrays that are laid out over a
+mesh, JAX compiles the same program for all of its devices and puts in the communication. So what a
+person chooses is three numbers, the sizes of the mesh's axes:
+
+    data     copies of the weights; each reads other rows of the batch
+    fsdp     the same, but each device keeps a slice of every matrix and gathers it to use it
+    tensor   devices that read the same rows, each with some of the heads and of the MLP's columns
+
+What does not follow from the weights' layout follows from the batch's: rows lie over `data` and
+`fsdp` together. The numbers that come out are those of one device, up to the order of sums.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes over which the rows of a batch lie
+
+# The first rule whose pattern is found in a leaf's path says how its dimensions lie; the rest
+# (norms, counters, a scalar head) is whole on every device. Moments of the optimiser have the paths
+# of their weights behind their own, so they lie as these do. Weights are [out, in].
+RULES = (
+  (r"embedding$", P("tensor", "fsdp")),
+  (r"attention/(query|key|value)/weight$", P("tensor", "fsdp")),
+  (r"mlp/(gate|up)/weight$", P("tensor", "fsdp")),
+  (r"attention/output/weight$", P("fsdp", "tensor")),
+  (r"mlp/down/weight$", P("fsdp", "tensor")),
+  (r"attention/(query|key|value)/bias$", P("tensor")),
+)
+
+
+class ShardingError(ValueError):
+  """Arrays or devices that cannot be divided as asked; the message says which, and what to do."""
+
+
+def make_mesh(
+  *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Arranges the devices; -1 takes what the other axes leave, for one axis at most.
+
+  >>> dict(make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.devices()[:1]).shape)
+  {'data': 1, 'fsdp': 1, 'tensor': 1}
+
+  Neighbours of the mesh's last axis are neighbours in the machine, where JAX knows it: tensor
+  parallelism, which communicates most, gets the shortest ways.
+
+  Args:
+    data: how many copies of the weights. Sizes that need fewer devices take the first.
+    fsdp: over how many devices each copy is cut.
+    tensor: over how many devices heads and MLP columns are cut.
+    devices: all of the run's by default.
+
+  Raises:
+    ShardingError: there are not enough devices, or -1 of them would be a fraction.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+  if any(size < 1 and size != -1 for size in sizes.values()):
+    raise ShardingError(f"mesh {asked}: a size is a number of devices, or -1 for the rest")
+  rest = [name for name, size in sizes.items() if size == -1]
+  if len(rest) > 1:
+    raise ShardingError(f"mesh {asked}: only one axis can take the rest; give the others a size")
+  given = math.prod(size for size in sizes.values() if size != -1)
+  if rest:
+    if len(devices) % given:
+      raise ShardingError(
+        f"mesh {asked}: {len(devices)} devices are not {given} times something; choose divisors"
+      )
+    sizes[rest[0]] = len(devices) // given
+  elif given > len(devices):
+    raise ShardingError(
+      f"mesh {asked}: {given} devices are needed, and there are {len(devices)}; choose less"
+    )
+  devices = devices[: math.prod(sizes.values())]
+  # Axes of type Auto: the compiler lays out what lies between the arrays that we place.
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def row_shards(mesh: Mesh) -> int:
+  """Into how many parts the rows of a batch are cut: the number of rows must be a multiple."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def tree_shardings(tree: Any, mesh: Mesh, *, rules: Sequence[tuple[str, P]] = RULES) -> Any:
+  """How each leaf of a tree of weights, or of a train state, lies on the mesh.
+
+  >>> from jax.sharding import AbstractMesh  # Eight devices that need not be there.
+  >>> mesh = AbstractMesh((1, 4, 2), AXES)
+  >>> weights = {"mlp": {"down": {"weight": jax.ShapeDtypeStruct((64, 256), "float32")}}}
+  >>> tuple(tree_shardings(weights, mesh)["mlp"]["down"]["weight"].spec)
+  ('fsdp', 'tensor')
+
+  Args:
+    tree: arrays, or the shapes that `jax.eval_shape` gives.
+    mesh: from `make_mesh`.
+    rules: (pattern, PartitionSpec); of all whose pattern `re.search` finds in the leaf's path
+      ("params/layers_0/mlp/up/weight") the first counts, and without one the leaf is whole
+      everywhere.
+
+  Returns:
+    The tree with a `NamedSharding` for each leaf.
+
+  Raises:
+    ShardingError: an axis does not divide a dimension, or a rule has more dimensions than its leaf.
+  """
+
+  def sharding(path, leaf) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
+    if len(spec) > len(leaf.shape):
+      raise ShardingError(f"{name}: shape {leaf.shape} has fewer dimensions than its rule, {spec}")
+    for dimension, axes in enumerate(spec):
+      size = math.prod(mesh.shape[axis] for axis in _names(axes))
+      if leaf.shape[dimension] % size:
+        raise ShardingError(
+          f"{name}: dimension {dimension} of {tuple(leaf.shape)} cannot be cut into {size} parts "
+          f"(mesh axis {'+'.join(_names(axes))}); choose a divisor of {leaf.shape[dimension]}"
+        )
+    return _layout(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def constrain(tree: Any, mesh: Mesh) -> Any:
+  """Within a compiled function: keeps weights, gradients or a state as `tree_shardings` says."""
+  return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))
+
+
+def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
+  """Within a compiled function: cuts the given axis of every array over the devices, as rows."""
+  return jax.lax.with_sharding_constraint(tree, _layout(mesh, P(*[None] * axis, ROWS)))
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+  """Weights or a state on their devices, as `tree_shardings` lays them."""
+  return jax.device_put(tree, tree_shardings(tree, mesh))
+
+
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+  """A batch on the devices: the first axis of every array is cut over `data` and `fsdp`.
+
+  Args:
+    tree: arrays whose rows are the batch; scalars are whole everywhere.
+    mesh: from `make_mesh`.
+
+  Raises:
+    ShardingError: the number of rows is not a multiple of `row_shards`.
+  """
+  parts = row_shards(mesh)
+
+  def put(path, x: chex.Array) -> jax.Array:
+    if x.ndim and x.shape[0] % parts:
+      name = jax.tree_util.keystr(path, simple=True, separator="/") or "batch"
+      raise ShardingError(
+        f"{name}: {x.shape[0]} rows cannot be cut into {parts} parts (mesh axes data and fsdp); "
+        f"choose a multiple of {parts}"
+      )
+    return jax.device_put(x, _layout(mesh, P(ROWS) if x.ndim else P()))
+
+  return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def _layout(mesh: Mesh, spec: P) -> NamedSharding:
+  """The spec without axes of one device: as JAX describes what comes out of a compiled function.
+
+  Layouts that are the same but are written differently would have a function compiled twice.
+  """
+  kept = [tuple(axis for axis in _names(axes) if mesh.shape[axis] > 1) for axes in spec]
+  while kept and not kept[-1]:
+    kept.pop()
+  return NamedSharding(mesh, P(*(axes[0] if len(axes) == 1 else axes or None for axes in kept)))
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The axes of one entry of a PartitionSpec."""
+  return (axes,) if isinstance(axes, str) else axes or ()

@@ -1,0 +1,180 @@
+"""One update on eight devices is the update of one device, for every shape of the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rl_llm import losses, sharding
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.rollout import generate, response_logprobs, row_keys
+from rl_llm.sampling import SamplingConfig
+from rl_llm.train_state import init_state
+from rl_llm.update import make_optimizer, make_update
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
+POLICY = make_policy(dataclasses.replace(tiny_config(64), n_layers=1))
+PROMPTS, GROUP, STEPS = 16, 2, 5
+# One step whose change of the parameters is the gradient.
+DESCENT = {"count": 1, "rate": 1.0, "optimizer": optax.identity()}
+
+
+def mesh_of(sizes):
+  return sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+
+
+@functools.cache
+def params():
+  return jax.tree.map(np.asarray, jax.jit(POLICY.init)(jax.random.key(0)))
+
+
+@functools.cache
+def ragged_batch():
+  """Prompts of 1 to 7 tokens, responses of 1 to 5."""
+  rng = np.random.default_rng(0)
+  rows = PROMPTS * GROUP
+  mask = np.arange(STEPS) < rng.integers(1, STEPS + 1, rows)[:, None]
+  return {
+    "prompts": rng.integers(0, 64, (PROMPTS, 7), np.int32),
+    "prompt_lengths": rng.integers(1, 8, PROMPTS, np.int32),
+    "tokens": rng.integers(0, 64, (rows, STEPS), np.int32),
+    "mask": mask,
+    "old_logprobs": rng.normal(-4, 0.1, (rows, STEPS)).astype(np.float32),
+    "advantages": rng.normal(size=rows).astype(np.float32),
+    "weights": (mask / mask.sum()).astype(np.float32),
+  }
+
+
+def loss_fn(weights, batch, hparams):
+  logprobs, entropies = response_logprobs(
+    weights,
+    batch["prompts"],
+    batch["prompt_lengths"],
+    batch["tokens"],
+    batch["mask"],
+    policy=POLICY,
+    chunk_size=16,
+  )
+  loss, metrics = losses.ppo_loss(
+    logprobs, batch["old_logprobs"], batch["advantages"], batch["weights"], mask=batch["mask"]
+  )
+  return loss + 0.01 * losses.entropy_loss(entropies, batch["weights"])[0], metrics
+
+
+@functools.cache
+def steps(sizes, *, count, rate, microbatches=1, optimizer=make_optimizer()):  # noqa: B008
+  """State and metrics after `count` updates; sizes None: on one device, without a mesh."""
+  mesh = None if sizes is None else mesh_of(sizes)
+  state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params())
+  batch = ragged_batch()
+  if mesh is not None:
+    state, batch = sharding.place(state, mesh), sharding.place_rows(batch, mesh)
+  update = make_update(loss_fn, optimizer, microbatches=microbatches, mesh=mesh)
+  before = jax.tree.map(lambda x: x.sharding, state)
+  hparams = {"learning_rate": jnp.float32(rate)}
+  for _ in range(count):
+    state, metrics = update(state, batch, hparams)
+  assert update._cache_size() == 1
+  if mesh is not None:
+    same = jax.tree.map(
+      lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
+    assert all(jax.tree.leaves(same)), same
+  return state, metrics
+
+
+def change(state):
+  """What became of the parameters, as one vector."""
+  leaves = jax.tree.leaves(jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old,
+                                        state.params, params()))
+  return np.concatenate([leaf.ravel() for leaf in leaves])
+
+
+def distance(found, wanted):
+  return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "microbatches"), [*((sizes, 1) for sizes in MESHES), ((4, 1, 2), 2)], ids=str
+)
+def test_loss_and_gradient_are_those_of_one_device(sizes, microbatches):
+  state, metrics = steps(sizes, **DESCENT, microbatches=microbatches)
+  wanted, wanted_metrics = steps(None, **DESCENT)
+  np.testing.assert_allclose(metrics["loss"][0], wanted_metrics["loss"][0], rtol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm"][0], wanted_metrics["grad_norm"][0], rtol=1e-5)
+  assert distance(change(state), change(wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_three_steps_of_adam_are_those_of_one_device(sizes):
+  state, _ = steps(sizes, count=3, rate=1e-5)
+  wanted, _ = steps(None, count=3, rate=1e-5)
+  assert distance(change(state), change(wanted)) < 1e-3
+
+
+@pytest.mark.parametrize("microbatches", [2, 4, 8])
+def test_ragged_rows_in_any_number_of_microbatches_have_one_gradient(microbatches):
+  state, _ = steps((2, 1, 1), **DESCENT, microbatches=microbatches)
+  wanted, _ = steps(None, **DESCENT)
+  assert distance(change(state), change(wanted)) < 1e-5
+
+
+def test_each_device_holds_its_slice_and_no_more():
+  """Under fsdp=8 a matrix and its moments lie in eighths; norms are whole."""
+  state, _ = steps((1, 8, 1), count=3, rate=1e-5)
+  layer = state.params["layers_0"]
+  moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+             if "up" in jax.tree_util.keystr(path)]
+  assert len(moments) == 2 * POLICY.config.n_layers
+  for leaf in (layer["mlp"]["up"]["weight"], layer["mlp"]["down"]["weight"], *moments):
+    assert {8 * shard.data.size for shard in leaf.addressable_shards} == {leaf.size}
+  norm = layer["mlp_norm"]["scale"]
+  assert {shard.data.size for shard in norm.addressable_shards} == {norm.size}
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_rollout_says_what_one_device_says(sizes):
+  mesh, batch = mesh_of(sizes), ragged_batch()
+  arguments = (batch["prompts"], batch["prompt_lengths"],
+               row_keys(jax.random.key(3), PROMPTS, GROUP))
+  settings = {"policy": POLICY, "responses_per_prompt": GROUP, "max_new_tokens": STEPS,
+              "eos_ids": (1, 2), "pad_id": 0}
+  sampling = SamplingConfig(jnp.full(PROMPTS * GROUP, 0.7))
+  wanted = generate(params(), *arguments, sampling, **settings)
+  placed = sharding.place_rows((*arguments, sampling), mesh)
+  found = generate(sharding.place(params(), mesh), *placed, **settings)
+  np.testing.assert_array_equal(found.tokens, wanted.tokens)
+  np.testing.assert_array_equal(found.stop_reason, wanted.stop_reason)
+  np.testing.assert_allclose(found.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
+
+
+# What does not fit.
+
+
+def test_sizes_that_are_not_the_devices_are_refused():
+  assert dict(mesh_of((-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert mesh_of((1, 2, 1)).size == 2  # The first two.
+  for sizes, message in [
+    ((3, -1, 1), "data=3 x fsdp=-1 x tensor=1: 8 devices are not 3 times something"),
+    ((4, 4, 1), "16 devices are needed, and there are 8"),
+    ((-1, -1, 1), "only one axis"),
+    ((0, 1, 1), "or -1 for the rest"),
+  ]:
+    with pytest.raises(sharding.ShardingError, match=message):
+      mesh_of(sizes)
+
+
+def test_what_cannot_be_cut_is_named():
+  shape = jax.ShapeDtypeStruct((20, 64), jnp.float32)
+  with pytest.raises(
+    sharding.ShardingError,
+    match=r"embed/embedding: dimension 0 of \(20, 64\) cannot be cut into 8 parts .*axis tensor\)",
+  ):
+    sharding.tree_shardings({"embed": {"embedding": shape}}, mesh_of((1, 1, 8)))
+  with pytest.raises(sharding.ShardingError, match=r"tokens: 12 rows cannot be cut into 8 parts"):
+    sharding.place_rows({"tokens": np.zeros((12, 3))}, mesh_of((4, 2, 1)))

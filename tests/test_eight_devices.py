@@ -1,0 +1,28 @@
+"""Runs tests/eight_devices in a process of its own, where a CPU stands for eight devices.
+
+How many devices there are is decided once, before JAX starts, so these tests cannot be among the
+others. By hand:
+
+  JAX_NUM_CPU_DEVICES=8 python -m pytest tests/eight_devices
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+DIRECTORY = Path(__file__).parent / "eight_devices"
+
+
+def test_on_eight_devices():
+  found = subprocess.run(
+    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", DIRECTORY],
+    cwd=DIRECTORY.parents[1],
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert found.returncode == 0, found.stdout[-20_000:] + found.stderr[-4_000:]
+  assert "skipped" not in found.stdout, found.stdout
