@@ -38,13 +38,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.options import (
+  MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  MeshSizes,
   Optimizer,
   Sampling,
   adamw,
   check_sampling,
   check_schedule,
+  device_mesh,
   learning_rate,
   sampling_config,
 )
@@ -69,6 +72,7 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy
 from rl_llm.reference_cache import compute_logprobs, reference_logprobs
 from rl_llm.rewards import RewardPool
+from rl_llm.sharding import place_rows
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -183,6 +187,7 @@ class Config:
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
   sampling: Sampling = Sampling()
   loss: Loss = Loss()
+  mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=1e-5)
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -216,7 +221,13 @@ def overrides(config: Config) -> dict[str, Any]:
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
   names = {
-    "workdir", "reference_cache", "samples_every", "checkpoint.every", "checkpoint.keep", "export"
+    *MESH_FLAGS,
+    "workdir",
+    "reference_cache",
+    "samples_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "export",
   }
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
@@ -363,14 +374,18 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
 
 def _train(config: Config, run: Run) -> dict[str, Any]:
   say, stop = run.console.say, run.stop
-  devices = jax.devices()
-  say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
+  mesh = device_mesh(
+    config.mesh,
+    per_step={"pairs_per_step": config.pairs_per_step},
+    at_once={"microbatch_pairs": config.microbatch_pairs},
+  )
+  say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   task = make_task(config)
   strict = config.data_errors == "strict"
   dataset = None
   if config.data != "on_policy":
     dataset = read_examples(config.data, formats=FORMATS, strict=strict)
-  model = load_model(config.model, seed=config.seed, remat=config.remat)
+  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
   encode = make_encode(
     tokenizer,
@@ -381,7 +396,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   )
   prompt_format = encode.keywords["prompt_format"]
   problems = held_out_problems(task, encode, limit=config.eval.problems) if task else None
-  generate = make_generate(policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say)
+  generate = make_generate(
+    policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say, mesh=mesh
+  )
   pool = contextlib.nullcontext()
   if task:
     pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
@@ -389,7 +406,10 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   optimizer = adamw(config.optimizer)
   loss_fn = make_loss(config, policy)
   update = make_update(
-    loss_fn, optimizer, microbatches=max(1, config.pairs_per_step // config.microbatch_pairs)
+    loss_fn,
+    optimizer,
+    microbatches=max(1, config.pairs_per_step // config.microbatch_pairs),
+    mesh=mesh,
   )
   score = functools.partial(
     compute_logprobs,
@@ -397,6 +417,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     temperature=config.sampling.temperature,
     rows_per_batch=2 * config.pairs_per_step,
     pad_id=tokenizer.pad_id,
+    mesh=mesh,
     check=stop.check,
   )
   announce = functools.cache(say)
@@ -441,7 +462,11 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     say(f"{problems.overlong} held-out prompts are over --max_prompt_tokens")
 
   start, state = begin(
-    run, functools.partial(init_state, optimizer=optimizer), model.params, steps=config.steps
+    run,
+    functools.partial(init_state, optimizer=optimizer),
+    model.params,
+    steps=config.steps,
+    mesh=mesh,
   )
   ref_params = model.params if needs_reference(config.loss) else None
   model = model._replace(params=None)
@@ -459,6 +484,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
         temperature=config.sampling.temperature,
         rows_per_batch=2 * config.pairs_per_step,
         pad_id=tokenizer.pad_id,
+        mesh=mesh,
         check=stop.check,
         progress=progress,
       )
@@ -588,7 +614,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     announce(f"compiling the update: pairs of up to {batch['mask'].shape[1]} tokens")
     stop.check()
     with clock("update"):
-      state, metrics = update(state, batch, hparams, -(-len(pairs) // config.microbatch_pairs))
+      placed = place_rows(batch, mesh)
+      state, metrics = update(state, placed, hparams, -(-len(pairs) // config.microbatch_pairs))
       row |= finalize(jax.device_get(metrics))
     lengths = np.sum(batch["mask"], axis=1)[: 2 * len(pairs)]
     row |= {

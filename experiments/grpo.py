@@ -27,8 +27,10 @@ import numpy as np
 
 from experiments.options import (
   KL,
+  MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  MeshSizes,
   Optimizer,
   PolicyLoss,
   Sampling,
@@ -38,6 +40,7 @@ from experiments.options import (
   check_minibatches,
   check_sampling,
   check_schedule,
+  device_mesh,
   learning_rate,
   loss_keywords,
   policy_loss,
@@ -64,6 +67,7 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import STOP_LENGTH, response_logprobs
+from rl_llm.sharding import place_rows
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -152,6 +156,7 @@ class Config:
   weighting: Weighting = Weighting()
   loss: PolicyLoss = PolicyLoss()
   kl: KL = KL()
+  mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -191,7 +196,7 @@ def overrides(config: Config) -> dict[str, Any]:
 
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", "samples_every", "checkpoint.every", "checkpoint.keep", "export"}
+  names = {"workdir", *MESH_FLAGS, "samples_every", "checkpoint.every", "checkpoint.keep", "export"}
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
@@ -263,10 +268,15 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
 
 def _train(config: Config, run: Run) -> dict[str, Any]:
   say, stop = run.console.say, run.stop
-  devices = jax.devices()
-  say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
+  mesh = device_mesh(
+    config.mesh,
+    per_step={"prompts_per_step": config.prompts_per_step},
+    at_once={"microbatch_prompts": config.microbatch_prompts},
+    minibatches=config.minibatches,
+  )
+  say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   task = make_task(config)
-  model = load_model(config.model, seed=config.seed, remat=config.remat)
+  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
   encode = make_encode(
     tokenizer,
@@ -277,18 +287,24 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   )
   held_out = held_out_problems(task, encode, limit=config.eval.problems)
   draw_problems(task, config.seed, 0, config.prompts_per_step, encode)  # An error comes now.
-  generate = make_generate(policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say)
+  generate = make_generate(
+    policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say, mesh=mesh
+  )
   judge = make_judge(
     config.reward,
     tokenizer,
     rows_per_batch=config.microbatch_prompts * config.responses_per_prompt,
+    mesh=mesh,
   )
 
   optimizer = adamw(config.optimizer)
   update_prompts = config.prompts_per_step // config.minibatches
   loss_fn = make_loss(config, policy)
   update = make_update(
-    loss_fn, optimizer, microbatches=max(1, update_prompts // config.microbatch_prompts)
+    loss_fn,
+    optimizer,
+    microbatches=max(1, update_prompts // config.microbatch_prompts),
+    mesh=mesh,
   )
   logprobs_of = jax.jit(
     functools.partial(response_logprobs, policy=policy, temperature=config.sampling.temperature)
@@ -319,7 +335,11 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     say(f"{held_out.overlong} held-out prompts are over --max_prompt_tokens")
 
   start, state = begin(
-    run, functools.partial(init_state, optimizer=optimizer), model.params, steps=config.steps
+    run,
+    functools.partial(init_state, optimizer=optimizer),
+    model.params,
+    steps=config.steps,
+    mesh=mesh,
   )
   model = model._replace(params=None)
   pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
@@ -375,6 +395,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       "advantages": group_advantages.reshape(-1),
     }
     scored = [batch[key] for key in ("prompts", "prompt_lengths", "tokens", "mask")]
+    scored = place_rows(scored, mesh)
     with clock("logprobs"):
       if config.epochs * config.minibatches > 1:
         batch["old_logprobs"] = np.asarray(logprobs_of(state.params, *scored)[0])
@@ -410,6 +431,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
           max_new_tokens=config.max_new_tokens,
         )
         needed = np.count_nonzero(informative[chosen]) if policy_term_only else len(chosen)
+        minibatch = place_rows(minibatch, mesh)
         state, metrics = update(state, minibatch, hparams, -(-needed // config.microbatch_prompts))
         totals = add_metrics(totals, jax.device_get(metrics))
     row = (

@@ -14,6 +14,7 @@ import optax
 from rl_llm import losses, weighting
 from rl_llm.config import ConfigError, option
 from rl_llm.sampling import SamplingConfig
+from rl_llm.sharding import make_mesh, row_shards
 from rl_llm.update import learning_rate_at, make_optimizer
 
 
@@ -105,6 +106,49 @@ class KL:
   coef: float = option(0.0, "0 keeps no reference model", min=0)
   value: Literal["k1", "k2", "k3"] = option("k3", "the estimator that is reported")
   gradient: Literal["k1", "k2", "k3"] = option("k2", "the estimator that is differentiated")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+  """How the devices share the work; -1 = the devices that the other axes leave, one axis only."""
+
+  data: int = option(-1, "copies of the weights, each with other rows of the batch", min=-1)
+  fsdp: int = option(1, "the same, but each matrix is cut over these devices", min=-1)
+  tensor: int = option(1, "devices that share the heads and the MLP of the same rows", min=-1)
+
+
+# A run goes on whatever devices it finds: they do not change what is computed, beyond rounding.
+MESH_FLAGS = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+
+
+def device_mesh(
+  options: MeshSizes, *, per_step: dict[str, int], at_once: dict[str, int], minibatches: int = 1
+) -> jax.sharding.Mesh:
+  """The mesh, after a look at whether the batch can be cut for it.
+
+  Args:
+    options: its sizes.
+    per_step: the setting that says how much a step has, by name; each minibatch has its share.
+    at_once: the setting that says how much of it is computed at once.
+    minibatches: of a step.
+
+  Raises:
+    ShardingError: there are not so many devices.
+    ConfigError: a setting is not a multiple of the number of devices over which rows lie.
+  """
+  mesh = make_mesh(**dataclasses.asdict(options))
+  parts = row_shards(mesh)
+  shares = f" in each of {minibatches} minibatches" if minibatches > 1 else ""
+  for settings, multiple, where in ((per_step, parts * minibatches, shares), (at_once, parts, "")):
+    for name, value in settings.items():
+      if value % multiple:
+        raise ConfigError(
+          name,
+          value,
+          f"a multiple of {multiple}: rows lie over data x fsdp = {parts} devices{where}",
+          f"try --{name}={-(-value // multiple) * multiple}, or a smaller --mesh.data",
+        )
+  return mesh
 
 
 @dataclasses.dataclass(frozen=True)

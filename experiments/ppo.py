@@ -39,8 +39,10 @@ import numpy as np
 import optax
 
 from experiments.options import (
+  MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  MeshSizes,
   Optimizer,
   PolicyLoss,
   Sampling,
@@ -51,6 +53,7 @@ from experiments.options import (
   check_sampling,
   check_schedule,
   check_updates,
+  device_mesh,
   learning_rate,
   loss_keywords,
   policy_loss,
@@ -86,6 +89,7 @@ from rl_llm.rollout import (
   response_hidden,
   response_logprobs,
 )
+from rl_llm.sharding import place_rows
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -209,6 +213,7 @@ class Config:
   weighting: Weighting = Weighting()
   loss: PolicyLoss = PolicyLoss(name="ppo_loss")
   kl: KL = KL()
+  mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -247,7 +252,7 @@ def overrides(config: Config) -> dict[str, Any]:
 
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", "samples_every", "checkpoint.every", "checkpoint.keep", "export"}
+  names = {"workdir", *MESH_FLAGS, "samples_every", "checkpoint.every", "checkpoint.keep", "export"}
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
@@ -391,10 +396,15 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
 
 def _train(config: Config, run: Run) -> dict[str, Any]:
   say, stop = run.console.say, run.stop
-  devices = jax.devices()
-  say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
+  mesh = device_mesh(
+    config.mesh,
+    per_step={"prompts_per_step": config.prompts_per_step},
+    at_once={"microbatch_prompts": config.microbatch_prompts},
+    minibatches=config.minibatches,
+  )
+  say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   task = make_task(config)
-  model = load_model(config.model, seed=config.seed, remat=config.remat)
+  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
   encode = make_encode(
     tokenizer,
@@ -405,18 +415,23 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   )
   held_out = held_out_problems(task, encode, limit=config.eval.problems)
   draw_problems(task, config.seed, 0, config.prompts_per_step, encode)  # An error comes now.
-  generate = make_generate(policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say)
+  generate = make_generate(
+    policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say, mesh=mesh
+  )
   judge = make_judge(
     config.reward,
     tokenizer,
     rows_per_batch=config.microbatch_prompts * config.responses_per_prompt,
+    mesh=mesh,
   )
 
   update_prompts = config.prompts_per_step // config.minibatches
   microbatches = max(1, update_prompts // config.microbatch_prompts)
   loss_fn, value_loss_fn = make_loss(config, policy), make_value_loss(config, policy)
-  update = make_update(loss_fn, policy_optimizer(config), microbatches=microbatches)
-  update_value = make_update(value_loss_fn, adamw(config.optimizer), microbatches=microbatches)
+  update = make_update(loss_fn, policy_optimizer(config), microbatches=microbatches, mesh=mesh)
+  update_value = make_update(
+    value_loss_fn, adamw(config.optimizer), microbatches=microbatches, mesh=mesh
+  )
   before = make_before(config, policy)
   logprobs_of = jax.jit(
     functools.partial(response_logprobs, policy=policy, temperature=config.sampling.temperature)
@@ -448,6 +463,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     functools.partial(init_ppo, config=config, width=policy.config.width),
     model.params,
     steps=config.steps,
+    mesh=mesh,
   )
   model = model._replace(params=None)
   pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
@@ -495,11 +511,12 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       "sampler_logprobs": rollout.sampler_logprobs,
     }
     with clock("logprobs"):
-      batch |= jax.device_get(before(state, responses_of(batch)))
+      scored = place_rows(responses_of(batch), mesh)
+      batch |= jax.device_get(before(state, scored))
       kl = np.zeros(mask.shape, np.float32)
       if ref_params is not None:
         # Of the sampler's log-probs, which are the policy's: this is a reward, without a gradient.
-        ref_logprobs = logprobs_of(ref_params, *responses_of(batch))[0]
+        ref_logprobs = logprobs_of(ref_params, *scored)[0]
         kl = np.asarray(kl_penalty(rollout.sampler_logprobs, ref_logprobs, value=config.kl.value))
         kl = np.where(mask, kl, 0)
     batch["advantages"], batch["returns"] = jax.device_get(
@@ -541,6 +558,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
           responses_per_prompt=config.responses_per_prompt,
           max_new_tokens=config.max_new_tokens,
         )
+        minibatch = place_rows(minibatch, mesh)
         trained, metrics = update(trained, minibatch, hparams)
         if value is not None:
           value, value_metrics = update_value(value, minibatch, value_hparams)

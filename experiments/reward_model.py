@@ -38,7 +38,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import Checkpoint, Optimizer, adamw, check_schedule, learning_rate
+from experiments.options import (
+  MESH_FLAGS,
+  Checkpoint,
+  MeshSizes,
+  Optimizer,
+  adamw,
+  check_schedule,
+  device_mesh,
+  learning_rate,
+)
 from rl_llm import losses
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data import DataError, Dataset
@@ -51,6 +60,7 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy
 from rl_llm.policy.scalar_head import normal_head, with_head
 from rl_llm.reward_model import pair_statistics, save_reward_model, sequence_rewards
+from rl_llm.sharding import place_rows
 from rl_llm.train_state import TrainState, init_state, parameter_count
 from rl_llm.training import (
   USER_ERRORS,
@@ -118,6 +128,7 @@ class Config:
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
   remat: bool = option(False, "compute activations twice instead of holding them")
+  mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
   eval: Scoring = Scoring()
   checkpoint: Checkpoint = Checkpoint()
@@ -141,7 +152,7 @@ def overrides(config: Config) -> dict[str, Any]:
 
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", "checkpoint.every", "checkpoint.keep"}
+  names = {"workdir", *MESH_FLAGS, "checkpoint.every", "checkpoint.keep"}
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
@@ -195,12 +206,16 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
 
 def _train(config: Config, run: Run) -> dict[str, Any]:
   say, stop = run.console.say, run.stop
-  devices = jax.devices()
-  say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
+  mesh = device_mesh(
+    config.mesh,
+    per_step={"pairs_per_step": config.pairs_per_step},
+    at_once={"microbatch_pairs": config.microbatch_pairs},
+  )
+  say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   strict = config.data_errors == "strict"
   dataset = read_examples(config.data, formats=FORMATS, strict=strict)
   check_margins(config, dataset)
-  model = load_model(config.model, seed=config.seed, remat=config.remat)
+  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
   prompt_format = config.prompt_format
   if prompt_format == "auto":
@@ -229,7 +244,10 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   optimizer = adamw(config.optimizer)
   loss_fn = make_loss(config, policy)
   update = make_update(
-    loss_fn, optimizer, microbatches=max(1, config.pairs_per_step // config.microbatch_pairs)
+    loss_fn,
+    optimizer,
+    microbatches=max(1, config.pairs_per_step // config.microbatch_pairs),
+    mesh=mesh,
   )
   announce = functools.cache(say)
   run.console.sizes(
@@ -249,7 +267,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     head = normal_head(policy.config.width, jax.random.key(config.seed))
     return init_state(with_head(params, head), optimizer)
 
-  start, state = begin(run, first_state, model.params, steps=config.steps)
+  start, state = begin(run, first_state, model.params, steps=config.steps, mesh=mesh)
   model = model._replace(params=None)
   score = jax.jit(functools.partial(sequence_rewards, policy=policy))
 
@@ -264,7 +282,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       batch = pair_batch(
         [pairs[index] for index in chosen], pad_id=tokenizer.pad_id, rows=2 * config.pairs_per_step
       )
-      rewards[chosen] = np.asarray(score(params, *batch)).reshape(-1, 2)[: len(chosen)]
+      found = np.asarray(score(params, *place_rows(batch, mesh)))
+      rewards[chosen] = found.reshape(-1, 2)[: len(chosen)]
     return rewards
 
   def evaluate_state(state: TrainState) -> Evaluation:
@@ -305,6 +324,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     announce(f"compiling the update: rows of {batch['tokens'].shape[1]} tokens")
     stop.check()
     with clock("update"):
+      batch = place_rows(batch, mesh)
       state, metrics = update(state, batch, hparams)
       row = finalize(jax.device_get(metrics))
     row |= {"learning_rate": rate, "updates_skipped": int(state.skipped)}

@@ -32,11 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.options import (
+  MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  MeshSizes,
   Optimizer,
   adamw,
   check_schedule,
+  device_mesh,
   learning_rate,
 )
 from rl_llm import evaluation, losses, weighting
@@ -53,6 +56,7 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy
 from rl_llm.reference_cache import compute_logprobs
 from rl_llm.rewards import RewardPool
+from rl_llm.sharding import place_rows
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -132,6 +136,7 @@ class Config:
   max_new_tokens: int = option(16, "limit of a response's length when graded", min=1)
   remat: bool = option(False, "compute activations twice instead of holding them")
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
+  mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -163,7 +168,7 @@ def overrides(config: Config) -> dict[str, Any]:
 
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", "checkpoint.every", "checkpoint.keep", "export"}
+  names = {"workdir", *MESH_FLAGS, "checkpoint.every", "checkpoint.keep", "export"}
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
@@ -230,14 +235,18 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
 
 def _train(config: Config, run: Run) -> dict[str, Any]:
   say, stop = run.console.say, run.stop
-  devices = jax.devices()
-  say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
+  mesh = device_mesh(
+    config.mesh,
+    per_step={"examples_per_step": config.examples_per_step},
+    at_once={"microbatch_rows": config.microbatch_rows},
+  )
+  say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   task = make_task(config)
   strict = config.data_errors == "strict"
   dataset = None
   if config.data != "task":
     dataset = read_examples(config.data, formats=FORMATS, strict=strict)
-  model = load_model(config.model, seed=config.seed, remat=config.remat)
+  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
 
   prompt_format = config.prompt_format
@@ -284,7 +293,10 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   optimizer = adamw(config.optimizer)
   loss_fn = make_loss(policy)
   update = make_update(
-    loss_fn, optimizer, microbatches=max(1, config.examples_per_step // config.microbatch_rows)
+    loss_fn,
+    optimizer,
+    microbatches=max(1, config.examples_per_step // config.microbatch_rows),
+    mesh=mesh,
   )
   announce = functools.cache(say)
   run.console.sizes(
@@ -302,10 +314,14 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     }
   )
   start, state = begin(
-    run, functools.partial(init_state, optimizer=optimizer), model.params, steps=config.steps
+    run,
+    functools.partial(init_state, optimizer=optimizer),
+    model.params,
+    steps=config.steps,
+    mesh=mesh,
   )
   model = model._replace(params=None)
-  evaluate_state, pool = make_evaluate(config, run, task, policy, tokenizer, held_out)
+  evaluate_state, pool = make_evaluate(config, run, task, policy, tokenizer, held_out, mesh)
 
   def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:
     sequences = draw(step)
@@ -322,7 +338,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     announce(f"compiling the update: rows of {batch['tokens'].shape[1]} tokens")
     stop.check()
     with clock("update"):
-      state, metrics = update(state, batch, hparams, -(-filled // config.microbatch_rows))
+      placed = place_rows(batch, mesh)
+      state, metrics = update(state, placed, hparams, -(-filled // config.microbatch_rows))
       row = finalize(jax.device_get(metrics))
     row |= {
       "examples": len(sequences),
@@ -352,7 +369,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   return finish(run)
 
 
-def make_evaluate(config: Config, run: Run, task: Task | None, policy, tokenizer, held_out):
+def make_evaluate(config: Config, run: Run, task: Task | None, policy, tokenizer, held_out, mesh):
   """(state -> Evaluation, the grader's workers): the held-out loss, and accuracy at the task."""
   pool = contextlib.nullcontext()
   if task is not None:
@@ -368,7 +385,7 @@ def make_evaluate(config: Config, run: Run, task: Task | None, policy, tokenizer
       limit=config.eval.problems,
     )
     generate = make_generate(
-      policy, tokenizer, max_new_tokens=config.max_new_tokens, say=run.console.say
+      policy, tokenizer, max_new_tokens=config.max_new_tokens, say=run.console.say, mesh=mesh
     )
     pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
 
@@ -381,6 +398,7 @@ def make_evaluate(config: Config, run: Run, task: Task | None, policy, tokenizer
         policy=policy,
         rows_per_batch=config.examples_per_step,
         pad_id=tokenizer.pad_id,
+        mesh=mesh,
         check=run.stop.check,
       )
       trained = sum(sum(sequence.mask) for sequence in held_out)

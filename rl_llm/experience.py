@@ -26,6 +26,7 @@ from rl_llm.reward_model import load_reward_model, score_responses
 from rl_llm.rewards import RewardError, RewardPool, RewardResult, to_arrays
 from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout, generate, row_keys
 from rl_llm.sampling import SamplingConfig
+from rl_llm.sharding import place, place_rows
 from rl_llm.tasks import Problem, Task, TaskError
 from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts
 
@@ -166,7 +167,12 @@ def held_out_problems(
 
 
 def make_generate(
-  policy: Policy, tokenizer: Tokenizer, *, max_new_tokens: int, say: Callable[[str], None]
+  policy: Policy,
+  tokenizer: Tokenizer,
+  *,
+  max_new_tokens: int,
+  say: Callable[[str], None],
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Generate:
   """`rollout.generate` for one model, announcing each shape that it compiles for.
 
@@ -175,6 +181,7 @@ def make_generate(
     tokenizer: its tokenizer, which knows what ends a response.
     max_new_tokens: T.
     say: shows a line.
+    mesh: the devices over which the weights lie, and the rows are to lie; None: the first.
   """
   announce = functools.cache(say)
 
@@ -183,10 +190,7 @@ def make_generate(
     announce(f"compiling the rollout: {rows} prompts of up to {columns} tokens x {group} responses")
     return generate(
       params,
-      prompts.tokens,
-      prompts.lengths,
-      keys,
-      sampling,
+      *place_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh),
       policy=policy,
       responses_per_prompt=group,
       max_new_tokens=max_new_tokens,
@@ -197,7 +201,9 @@ def make_generate(
   return generate_responses
 
 
-def make_judge(reward: str, tokenizer: Tokenizer, *, rows_per_batch: int) -> Judge | None:
+def make_judge(
+  reward: str, tokenizer: Tokenizer, *, rows_per_batch: int, mesh: jax.sharding.Mesh | None = None
+) -> Judge | None:
   """Who gives the rewards that are trained on: a reward model, or None for the task's grader.
 
   The grader is asked all the same: a policy that learns what its reward model overlooks shows only
@@ -206,7 +212,8 @@ def make_judge(reward: str, tokenizer: Tokenizer, *, rows_per_batch: int) -> Jud
   Args:
     reward: "task", or "model:" and a directory for `rl_llm.reward_model.load_reward_model`.
     tokenizer: the policy's.
-    rows_per_batch: responses scored at once on the device, at least those to one prompt.
+    rows_per_batch: responses scored at once on the devices, at least those to one prompt.
+    mesh: the devices it is to lie over; None: the first.
 
   Returns:
     (prompts, rollout) -> rewards [B], or None. It raises a `RewardError` for rewards that are not
@@ -223,6 +230,7 @@ def make_judge(reward: str, tokenizer: Tokenizer, *, rows_per_batch: int) -> Jud
   if kind != "model" or not directory:
     raise ConfigError("reward", reward, "task, or model:DIR with a reward model in DIR")
   model = load_reward_model(directory)
+  params = model.params if mesh is None else place(model.params, mesh)
   if _vocabulary(model.tokenizer) != _vocabulary(tokenizer):
     raise ConfigError(
       "reward",
@@ -233,12 +241,13 @@ def make_judge(reward: str, tokenizer: Tokenizer, *, rows_per_batch: int) -> Jud
 
   def judge(prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
     rewards = score_responses(
-      model.params,
+      params,
       prompts,
       rollout.tokens,
       rollout.mask,
       policy=model.policy,
       rows_per_batch=rows_per_batch,
+      mesh=mesh,
     )
     bad = np.count_nonzero(~np.isfinite(rewards))
     if bad:

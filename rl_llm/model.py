@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.policy import Policy, load_weights, make_policy, tiny_config
+from rl_llm.sharding import place
 from rl_llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 
@@ -20,7 +21,12 @@ class LanguageModel(NamedTuple):
 
 
 def load_model(
-  name: str, *, seed: int = 0, dtype: Any = jnp.float32, remat: bool = False
+  name: str,
+  *,
+  seed: int = 0,
+  dtype: Any = jnp.float32,
+  remat: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> LanguageModel:
   """Loads a model's configuration, weights and tokenizer.
 
@@ -30,16 +36,20 @@ def load_model(
     seed: of the random weights of "tiny".
     dtype: of the arithmetic; weights stay float32.
     remat: compute activations again in the backward pass instead of keeping them.
+    mesh: the devices over which the weights are to lie; None: on the first.
 
   Raises:
-    WeightsError: the weights cannot be used; TokenizerError: the tokenizer cannot.
+    WeightsError: the weights cannot be used; TokenizerError: the tokenizer cannot; ShardingError:
+      the weights cannot be cut as the mesh asks.
   """
   if name == "tiny":
     tokenizer = ByteTokenizer()
     config = tiny_config(tokenizer.vocab_size)
     policy = make_policy(config, dtype=dtype, remat=remat)
-    return LanguageModel(policy, jax.jit(policy.init)(jax.random.key(seed)), tokenizer)
+    params = jax.jit(policy.init)(jax.random.key(seed))
+    return LanguageModel(policy, params if mesh is None else place(params, mesh), tokenizer)
   config, params = load_weights(name)
   tokenizer = load_tokenizer(name)
   policy = make_policy(config, dtype=dtype, remat=remat)
-  return LanguageModel(policy, jax.tree.map(jnp.asarray, params), tokenizer)
+  params = jax.tree.map(jnp.asarray, params) if mesh is None else place(params, mesh)
+  return LanguageModel(policy, params, tokenizer)

@@ -25,6 +25,7 @@ from absl import logging
 from rl_llm.data.batches import sequence_batch
 from rl_llm.data.encoding import Encoded
 from rl_llm.files import write_atomically
+from rl_llm.sharding import place_rows
 from rl_llm.teacher_forcing import teacher_forced_logprobs
 
 FORMAT_VERSION = 1
@@ -40,6 +41,7 @@ def reference_logprobs(
   temperature: float = 1.0,
   rows_per_batch: int,
   pad_id: int,
+  mesh: jax.sharding.Mesh | None = None,
   check: Callable[[], None] = lambda: None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[np.ndarray]:
@@ -68,6 +70,7 @@ def reference_logprobs(
     temperature=temperature,
     rows_per_batch=rows_per_batch,
     pad_id=pad_id,
+    mesh=mesh,
     check=check,
     progress=progress,
   )
@@ -82,6 +85,7 @@ def compute_logprobs(
   temperature: float = 1.0,
   rows_per_batch: int,
   pad_id: int,
+  mesh: jax.sharding.Mesh | None = None,
   check: Callable[[], None] = lambda: None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[np.ndarray]:
@@ -97,6 +101,8 @@ def compute_logprobs(
     temperature: that of the policy which is to be compared.
     rows_per_batch: sequences at once, >= 1.
     pad_id: as for `sequence_batch`.
+    mesh: the devices over which the weights lie, None: the first; `rows_per_batch` must be a
+      multiple of `rl_llm.sharding.row_shards`.
     check: called before each batch; raises to stop.
     progress: called after each batch with how many sequences are done, and of how many.
 
@@ -117,7 +123,8 @@ def compute_logprobs(
     batch = sequence_batch(
       [sequences[index] for index in chosen], pad_id=pad_id, rows=rows_per_batch
     )
-    logprobs = np.asarray(_score(params, batch, temperature, policy=policy), np.float32)
+    found_rows = _score(params, place_rows(batch, mesh), temperature, policy=policy)
+    logprobs = np.asarray(found_rows, np.float32)
     for index, row in zip(chosen, logprobs, strict=False):
       found[index] = row[: len(sequences[index].tokens)].copy()
     progress(len(found), len(sequences))

@@ -23,6 +23,7 @@ from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf,
 from rl_llm.policy.hf import leaf_shapes, read_config, read_weights, write_directory
 from rl_llm.policy.scalar_head import apply_head
 from rl_llm.rollout import response_hidden
+from rl_llm.sharding import place_rows
 from rl_llm.tokenizers import (
   ByteTokenizer,
   ModelTokenizer,
@@ -122,6 +123,7 @@ def score_responses(
   *,
   policy: Any,
   rows_per_batch: int,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
   """`response_rewards` of a rollout of any size, in batches of one shape: compiled once.
 
@@ -135,6 +137,7 @@ def score_responses(
     mask: [B, T] bool.
     policy: the pure functions of the trunk.
     rows_per_batch: the most responses scored at once, at least G.
+    mesh: the devices over which the weights lie; None: the first.
 
   Returns:
     rewards [B], float32, on the host.
@@ -156,14 +159,8 @@ def score_responses(
   for start in range(0, n_prompts, size):
     chosen = np.arange(start, start + size) % n_prompts
     of_chosen = (chosen[:, None] * group + np.arange(group)).reshape(-1)
-    batch = _jitted_rewards(
-      params,
-      prompts.tokens[chosen],
-      prompts.lengths[chosen],
-      tokens[of_chosen],
-      mask[of_chosen],
-      policy=policy,
-    )
+    batch = (prompts.tokens[chosen], prompts.lengths[chosen], tokens[of_chosen], mask[of_chosen])
+    batch = _jitted_rewards(params, *place_rows(batch, mesh), policy=policy)
     rewards.append(np.asarray(batch))
   return np.concatenate(rewards)[:rows]
 

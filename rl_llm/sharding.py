@@ -149,16 +149,18 @@ def place(tree: Any, mesh: Mesh) -> Any:
   return jax.device_put(tree, tree_shardings(tree, mesh))
 
 
-def place_rows(tree: Any, mesh: Mesh) -> Any:
+def place_rows(tree: Any, mesh: Mesh | None) -> Any:
   """A batch on the devices: the first axis of every array is cut over `data` and `fsdp`.
 
   Args:
     tree: arrays whose rows are the batch; scalars are whole everywhere.
-    mesh: from `make_mesh`.
+    mesh: from `make_mesh`; None leaves the batch as it is.
 
   Raises:
     ShardingError: the number of rows is not a multiple of `row_shards`.
   """
+  if mesh is None:
+    return tree
   parts = row_shards(mesh)
 
   def put(path, x: chex.Array) -> jax.Array:

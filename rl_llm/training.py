@@ -32,6 +32,7 @@ from rl_llm.policy.hf import import_safetensors
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError
 from rl_llm.run_directory import open_run, write_result
+from rl_llm.sharding import ShardingError, tree_shardings
 from rl_llm.tasks import TaskError
 from rl_llm.tokenizers import ModelTokenizer, Tokenizer, TokenizerError, save_tokenizer
 from rl_llm.train_state import TrainState
@@ -47,6 +48,7 @@ USER_ERRORS = (
   PromptTooLong,
   RewardError,
   CheckpointError,
+  ShardingError,
 )
 
 
@@ -126,7 +128,9 @@ def start_run(
       return result
 
 
-def begin(run: Run, init_state: Callable[..., Any], *args: Any, steps: int) -> tuple[int, Any]:
+def begin(
+  run: Run, init_state: Callable[..., Any], *args: Any, steps: int, mesh: jax.sharding.Mesh
+) -> tuple[int, Any]:
   """The step to go on with, and the state before it: the last checkpoint's, or the first.
 
   Args:
@@ -134,14 +138,22 @@ def begin(run: Run, init_state: Callable[..., Any], *args: Any, steps: int) -> t
     init_state: (*args) -> the first state; only its shapes are used where a checkpoint exists.
     *args: arrays; the state must not share them, since an update donates its state.
     steps: of the whole run.
+    mesh: the devices over which the state lies, whatever it lay over when it was saved.
 
   Raises:
     ConfigError: the run has already gone further than `steps`.
+    ShardingError: the state cannot be cut as the mesh asks.
   """
   start = run.checkpoints.latest()
+  shapes = jax.eval_shape(init_state, *args)
+  layout = tree_shardings(shapes, mesh)
   if start is None:
-    return 0, jax.jit(lambda *args: init_state(*jax.tree.map(jnp.copy, args)))(*args)
-  start, state, _ = run.checkpoints.restore(jax.eval_shape(init_state, *args))
+    init = jax.jit(lambda *args: init_state(*jax.tree.map(jnp.copy, args)), out_shardings=layout)
+    return 0, init(*args)
+  wanted = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, layout
+  )
+  start, state, _ = run.checkpoints.restore(wanted)
   run.console.say(f"going on from the checkpoint at step {start}")
   if start > steps:
     raise ConfigError("steps", steps, f"at least {start}, which {run.workdir} has reached")

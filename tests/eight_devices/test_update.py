@@ -124,6 +124,19 @@ def test_ragged_rows_in_any_number_of_microbatches_have_one_gradient(microbatche
   assert distance(change(state), change(wanted)) < 1e-5
 
 
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_the_work_is_shared(sizes):
+  """Each device computes about an eighth of the products: not all of them, eight times over."""
+  flops = []
+  for mesh in (mesh_of((1, 1, 1)), mesh_of(sizes)):
+    optimizer = optax.identity()
+    state = sharding.place(init_state(params(), optimizer), mesh)
+    update = make_update(loss_fn, optimizer, mesh=mesh)
+    arguments = state, sharding.place_rows(ragged_batch(), mesh), {"learning_rate": 1.0}
+    flops.append(update.lower(*arguments).compile().cost_analysis()["flops"])
+  assert flops[1] < 0.2 * flops[0], flops
+
+
 def test_each_device_holds_its_slice_and_no_more():
   """Under fsdp=8 a matrix and its moments lie in eighths; norms are whole."""
   state, _ = steps((1, 8, 1), count=3, rate=1e-5)

@@ -12,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from rl_llm.model import LanguageModel, load_model
 from rl_llm.policy import make_policy, tiny_config
+from rl_llm.sharding import place
 from rl_llm.tokenizers import ByteTokenizer
 from tests.experiments.helpers import REWARD, Chatty
 
@@ -51,12 +52,12 @@ def small(monkeypatch):
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed, remat=False):
+  def load(name, *, seed, remat=False, mesh=None):
     if name != "tiny":
-      return load_model(name, seed=seed, remat=remat)
+      return load_model(name, seed=seed, remat=remat, mesh=mesh)
     params = init(jax.random.key(seed))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
-    return LanguageModel(policy, params, Chatty())
+    return LanguageModel(policy, params if mesh is None else place(params, mesh), Chatty())
 
   for name, module in list(sys.modules.items()):
     if name.startswith("experiments.") and hasattr(module, "load_model"):
