@@ -41,6 +41,7 @@ from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  Lora,
   MeshSizes,
   Optimizer,
   Sampling,
@@ -50,6 +51,7 @@ from experiments.options import (
   device_mesh,
   learning_rate,
   sampling_config,
+  split_weights,
 )
 from rl_llm import evaluation, losses, weighting
 from rl_llm.config import ConfigError, option, run
@@ -69,7 +71,7 @@ from rl_llm.experience import (
 from rl_llm.logprobs import sequence_logprobs
 from rl_llm.metrics import PhaseClock, finalize, proportion_interval
 from rl_llm.model import load_model
-from rl_llm.policy import Policy
+from rl_llm.policy import Policy, join
 from rl_llm.reference_cache import compute_logprobs, reference_logprobs
 from rl_llm.rewards import RewardPool
 from rl_llm.sharding import place_rows
@@ -187,6 +189,7 @@ class Config:
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
   sampling: Sampling = Sampling()
   loss: Loss = Loss()
+  lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=1e-5)
   eval: Evaluation = Evaluation()
@@ -387,6 +390,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     dataset = read_examples(config.data, formats=FORMATS, strict=strict)
   model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
+  frozen, first = split_weights(config.lora, model.params, seed=config.seed)
+  whole = functools.partial(join, frozen)
   encode = make_encode(
     tokenizer,
     prompt_format=config.prompt_format,
@@ -448,6 +453,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   run.console.sizes(
     {
       "parameters": parameter_count(model.params),
+      "parameters trained": parameter_count(first),
       "pairs a step": config.pairs_per_step,
       "pairs a microbatch": min(config.pairs_per_step, config.microbatch_pairs),
       "steps": config.steps,
@@ -464,12 +470,12 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   start, state = begin(
     run,
     functools.partial(init_state, optimizer=optimizer),
-    model.params,
+    first,
     steps=config.steps,
     mesh=mesh,
   )
   ref_params = model.params if needs_reference(config.loss) else None
-  model = model._replace(params=None)
+  model, first = model._replace(params=None), None
   if ref_params is not None and dataset is not None:
 
     def progress(done: int, total: int) -> None:
@@ -517,9 +523,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     metrics, rows = {}, []
     if held_out:
       batch, keywords = with_constants(
-        state.params, held_out, len(held_out), known[2 * len(training) :]
+        whole(state.params), held_out, len(held_out), known[2 * len(training) :]
       )
-      logprobs = score(state.params, flat(held_out))
+      logprobs = score(whole(state.params), flat(held_out))
       loss, figures = evaluate_pairs(
         known_answers(config.loss, logprobs, batch["mask"]),
         batch.get("ref_answers"),
@@ -541,7 +547,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     if task is not None:
       say(f"evaluating on {len(problems.problems)} held-out problems")
       found = evaluation.evaluate(
-        state.params,
+        whole(state.params),
         problems,
         generate=generate,
         pool=pool,
@@ -565,7 +571,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       row = {f"data_{name}": count for name, count in counts.items()}
       return [training[index] for index in chosen], refs, row, []
     experience = collect(
-      state.params,
+      whole(state.params),
       config.seed,
       step,
       task=task,
@@ -605,7 +611,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     if not pairs:  # All problems were answered equally well: there is nothing to learn.
       return Step(state, row, samples)
     with clock("logprobs"):
-      batch, keywords = with_constants(state.params, pairs, config.pairs_per_step, refs)
+      batch, keywords = with_constants(whole(state.params), pairs, config.pairs_per_step, refs)
     hparams = {
       "learning_rate": jnp.float32(rate),
       "loss": keywords,
@@ -615,7 +621,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     stop.check()
     with clock("update"):
       placed = place_rows(batch, mesh)
-      state, metrics = update(state, placed, hparams, -(-len(pairs) // config.microbatch_pairs))
+      state, metrics = update(
+        state, placed, hparams, -(-len(pairs) // config.microbatch_pairs), frozen
+      )
       row |= finalize(jax.device_get(metrics))
     lengths = np.sum(batch["mask"], axis=1)[: 2 * len(pairs)]
     row |= {
@@ -623,7 +631,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       "rejected_length": float(np.mean(lengths[1::2])),
       "updates_skipped": int(state.skipped),
     }
-    failure = failure_of(loss_fn, state, batch, hparams, max_skipped=config.optimizer.max_skipped)
+    most = config.optimizer.max_skipped
+    failure = failure_of(loss_fn, state, batch, hparams, max_skipped=most, frozen=frozen)
     return Step(state, row, samples, failure)
 
   with pool:
@@ -639,7 +648,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.samples_every,
     )
   if config.export:
-    export_model(run, policy.config, state.params, tokenizer)
+    export_model(run, policy.config, whole(state.params), tokenizer)
   return finish(run)
 
 

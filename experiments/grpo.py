@@ -30,6 +30,7 @@ from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  Lora,
   MeshSizes,
   Optimizer,
   PolicyLoss,
@@ -45,6 +46,7 @@ from experiments.options import (
   loss_keywords,
   policy_loss,
   sampling_config,
+  split_weights,
   token_weights,
 )
 from rl_llm import advantages, losses, presets
@@ -64,7 +66,7 @@ from rl_llm.experience import (
 )
 from rl_llm.metrics import PhaseClock, add_metrics, finalize
 from rl_llm.model import load_model
-from rl_llm.policy import Policy
+from rl_llm.policy import Policy, join
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import STOP_LENGTH, response_logprobs
 from rl_llm.sharding import place_rows
@@ -156,6 +158,7 @@ class Config:
   weighting: Weighting = Weighting()
   loss: PolicyLoss = PolicyLoss()
   kl: KL = KL()
+  lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
@@ -278,6 +281,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   task = make_task(config)
   model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
+  frozen, first = split_weights(config.lora, model.params, seed=config.seed)
+  whole = functools.partial(join, frozen)
   encode = make_encode(
     tokenizer,
     prompt_format=config.prompt_format,
@@ -319,6 +324,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   run.console.sizes(
     {
       "parameters": parameter_count(model.params),
+      "parameters trained": parameter_count(first),
       "problems a step": config.prompts_per_step,
       "responses a problem": config.responses_per_prompt,
       "updates a step": config.epochs * config.minibatches,
@@ -337,17 +343,17 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   start, state = begin(
     run,
     functools.partial(init_state, optimizer=optimizer),
-    model.params,
+    first,
     steps=config.steps,
     mesh=mesh,
   )
-  model = model._replace(params=None)
+  model, first = model._replace(params=None), None
   pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
 
   def evaluate_state(state: TrainState):
     say(f"evaluating on {len(held_out.problems)} held-out problems")
     return evaluate(
-      state.params,
+      whole(state.params),
       held_out,
       generate=generate,
       pool=pool,
@@ -360,7 +366,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
 
   def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:
     experience = collect(
-      state.params,
+      whole(state.params),
       config.seed,
       step,
       task=task,
@@ -398,7 +404,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     scored = place_rows(scored, mesh)
     with clock("logprobs"):
       if config.epochs * config.minibatches > 1:
-        batch["old_logprobs"] = np.asarray(logprobs_of(state.params, *scored)[0])
+        batch["old_logprobs"] = np.asarray(logprobs_of(whole(state.params), *scored)[0])
       if ref_params is not None:
         batch["ref_logprobs"] = np.asarray(logprobs_of(ref_params, *scored)[0])
     stop.check()
@@ -432,7 +438,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
         )
         needed = np.count_nonzero(informative[chosen]) if policy_term_only else len(chosen)
         minibatch = place_rows(minibatch, mesh)
-        state, metrics = update(state, minibatch, hparams, -(-needed // config.microbatch_prompts))
+        microbatches = -(-needed // config.microbatch_prompts)
+        state, metrics = update(state, minibatch, hparams, microbatches, frozen)
         totals = add_metrics(totals, jax.device_get(metrics))
     row = (
       finalize(totals)
@@ -454,7 +461,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       grades=experience.grades,
     )
     failure = failure_of(
-      loss_fn, state, minibatch, hparams, max_skipped=config.optimizer.max_skipped
+      loss_fn, state, minibatch, hparams, max_skipped=config.optimizer.max_skipped, frozen=frozen
     )
     return Step(state, row, samples, failure)
 
@@ -471,7 +478,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.samples_every,
     )
   if config.export:
-    export_model(run, policy.config, state.params, tokenizer)
+    export_model(run, policy.config, whole(state.params), tokenizer)
   return finish(run)
 
 

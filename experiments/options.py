@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from typing import Literal
 
 import jax
@@ -13,6 +14,7 @@ import optax
 
 from rl_llm import losses, weighting
 from rl_llm.config import ConfigError, option
+from rl_llm.policy import split_lora
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import make_mesh, row_shards
 from rl_llm.update import learning_rate_at, make_optimizer
@@ -115,6 +117,35 @@ class MeshSizes:
   data: int = option(-1, "copies of the weights, each with other rows of the batch", min=-1)
   fsdp: int = option(1, "the same, but each matrix is cut over these devices", min=-1)
   tensor: int = option(1, "devices that share the heads and the MLP of the same rows", min=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Train thin matrices beside the weights instead of the weights."""
+
+  rank: int = option(0, "of each change; 0 trains all weights", min=0)
+  alpha: float = option(32.0, "the change is multiplied by alpha / rank", above=0)
+  targets: str = option("attention|mlp", "pattern found in the paths of the weights to adapt")
+
+
+def split_weights(options: Lora, params, *, seed: int) -> tuple:
+  """(frozen, trained): nothing and everything, or everything and new adapters.
+
+  Raises:
+    ConfigError: the pattern is none, or no weight has such a path.
+  """
+  if options.rank == 0:
+    return None, params
+  # Another stream than that of problems and responses, which fold small numbers into the seed.
+  key = jax.random.fold_in(jax.random.key(seed), 0x10A4)
+  try:
+    return split_lora(
+      params, key, rank=options.rank, alpha=options.alpha, targets=options.targets
+    )
+  except (ValueError, re.error) as error:
+    raise ConfigError(
+      "lora.targets", options.targets, "a pattern of weights' paths", str(error)
+    ) from None
 
 
 # A run goes on whatever devices it finds: they do not change what is computed, beyond rounding.

@@ -42,6 +42,7 @@ from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  Lora,
   MeshSizes,
   Optimizer,
   PolicyLoss,
@@ -58,6 +59,7 @@ from experiments.options import (
   loss_keywords,
   policy_loss,
   sampling_config,
+  split_weights,
   token_weights,
 )
 from rl_llm import advantages, losses, presets
@@ -80,7 +82,7 @@ from rl_llm.kl import kl_penalty
 from rl_llm.masked import masked_mean, whiten
 from rl_llm.metrics import PhaseClock, add_metrics, finalize
 from rl_llm.model import load_model
-from rl_llm.policy import Policy
+from rl_llm.policy import Policy, join
 from rl_llm.policy.scalar_head import with_head, zero_head
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import (
@@ -213,6 +215,7 @@ class Config:
   weighting: Weighting = Weighting()
   loss: PolicyLoss = PolicyLoss(name="ppo_loss")
   kl: KL = KL()
+  lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
@@ -320,17 +323,19 @@ def responses_of(batch):
 
 
 def make_before(config: Config, policy: Policy):
-  """(state, responses) -> what the updates compare with: old values, and log-probs if needed."""
+  """(policy's weights, value network's, responses) -> what the updates compare with.
+
+  That is the old values, and the old log-probs where they are needed.
+  """
 
   @jax.jit
-  def before(state: State, responses):
+  def before(params, value_params, responses):
     _, _, tokens, mask = responses
-    params = state.policy.params
     hidden = response_hidden(params, *responses, policy=policy)
     if config.value.trunk == "shared":
       values = values_of_hidden(params["head"], hidden, mask)
     else:
-      values = response_values(state.value.params, *responses, policy=policy)
+      values = response_values(value_params, *responses, policy=policy)
     if config.epochs * config.minibatches == 1:
       return {"old_values": values}
     logprobs, _ = logprobs_of_hidden(
@@ -406,6 +411,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   task = make_task(config)
   model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
+  frozen, first = split_weights(config.lora, model.params, seed=config.seed)
+  whole = functools.partial(join, frozen)
   encode = make_encode(
     tokenizer,
     prompt_format=config.prompt_format,
@@ -442,6 +449,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   run.console.sizes(
     {
       "parameters": parameter_count(model.params),
+      "parameters trained": parameter_count(first),
       "value network": f"{config.value.trunk} trunk",
       "problems a step": config.prompts_per_step,
       "responses a problem": config.responses_per_prompt,
@@ -461,17 +469,17 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   start, state = begin(
     run,
     functools.partial(init_ppo, config=config, width=policy.config.width),
-    model.params,
+    first,
     steps=config.steps,
     mesh=mesh,
   )
-  model = model._replace(params=None)
+  model, first = model._replace(params=None), None
   pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
 
   def evaluate_state(state: State):
     say(f"evaluating on {len(held_out.problems)} held-out problems")
     return evaluate(
-      state.policy.params,
+      whole(state.policy.params),
       held_out,
       generate=generate,
       pool=pool,
@@ -484,7 +492,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
 
   def take_step(state: State, step: int, clock: PhaseClock) -> Step:
     experience = collect(
-      state.policy.params,
+      whole(state.policy.params),
       config.seed,
       step,
       task=task,
@@ -512,7 +520,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     }
     with clock("logprobs"):
       scored = place_rows(responses_of(batch), mesh)
-      batch |= jax.device_get(before(state, scored))
+      of_value = state.value and whole(state.value.params)
+      batch |= jax.device_get(before(whole(state.policy.params), of_value, scored))
       kl = np.zeros(mask.shape, np.float32)
       if ref_params is not None:
         # Of the sampler's log-probs, which are the policy's: this is a reward, without a gradient.
@@ -559,9 +568,11 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
           max_new_tokens=config.max_new_tokens,
         )
         minibatch = place_rows(minibatch, mesh)
-        trained, metrics = update(trained, minibatch, hparams)
+        trained, metrics = update(trained, minibatch, hparams, microbatches, frozen)
         if value is not None:
-          value, value_metrics = update_value(value, minibatch, value_hparams)
+          value, value_metrics = update_value(
+            value, minibatch, value_hparams, microbatches, frozen
+          )
           metrics |= {
             key if key.startswith("value_") else f"value_{key}": metric
             for key, metric in value_metrics.items()
@@ -606,10 +617,10 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       grades=experience.grades,
     )
     most = config.optimizer.max_skipped
-    failure = failure_of(loss_fn, trained, minibatch, hparams, max_skipped=most)
+    failure = failure_of(loss_fn, trained, minibatch, hparams, max_skipped=most, frozen=frozen)
     if value is not None:
       failure = failure or failure_of(
-        value_loss_fn, value, minibatch, value_hparams, max_skipped=most
+        value_loss_fn, value, minibatch, value_hparams, max_skipped=most, frozen=frozen
       )
     return Step(state, row, samples, failure)
 
@@ -626,7 +637,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.samples_every,
     )
   if config.export:
-    language_model = {name: leaf for name, leaf in state.policy.params.items() if name != "head"}
+    weights = whole(state.policy.params)
+    language_model = {name: leaf for name, leaf in weights.items() if name != "head"}
     export_model(run, policy.config, language_model, tokenizer)
   return finish(run)
 

@@ -35,6 +35,7 @@ from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  Lora,
   MeshSizes,
   Optimizer,
   PolicyLoss,
@@ -51,6 +52,7 @@ from experiments.options import (
   loss_keywords,
   policy_loss,
   sampling_config,
+  split_weights,
   token_weights,
 )
 from rl_llm import advantages, losses, presets
@@ -71,7 +73,7 @@ from rl_llm.kl import k1
 from rl_llm.masked import masked_mean
 from rl_llm.metrics import PhaseClock, add_metrics, finalize
 from rl_llm.model import load_model
-from rl_llm.policy import Policy
+from rl_llm.policy import Policy, join
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import STOP_LENGTH, response_logprobs
 from rl_llm.sharding import place_rows
@@ -172,6 +174,7 @@ class Config:
   weighting: Weighting = Weighting()
   loss: PolicyLoss = PolicyLoss(name="reinforce_loss")
   kl: KL = KL()
+  lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
@@ -314,6 +317,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   task = make_task(config)
   model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
+  frozen, first = split_weights(config.lora, model.params, seed=config.seed)
+  whole = functools.partial(join, frozen)
   encode = make_encode(
     tokenizer,
     prompt_format=config.prompt_format,
@@ -347,6 +352,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   run.console.sizes(
     {
       "parameters": parameter_count(model.params),
+      "parameters trained": parameter_count(first),
       "problems a step": config.prompts_per_step,
       "responses a problem": config.responses_per_prompt,
       "updates a step": config.epochs * config.minibatches,
@@ -365,17 +371,17 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   start, state = begin(
     run,
     functools.partial(init_reinforce, optimizer=optimizer),
-    model.params,
+    first,
     steps=config.steps,
     mesh=mesh,
   )
-  model = model._replace(params=None)
+  model, first = model._replace(params=None), None
   pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
 
   def evaluate_state(state: State):
     say(f"evaluating on {len(held_out.problems)} held-out problems")
     return evaluate(
-      state.policy.params,
+      whole(state.policy.params),
       held_out,
       generate=generate,
       pool=pool,
@@ -388,7 +394,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
 
   def take_step(state: State, step: int, clock: PhaseClock) -> Step:
     experience = collect(
-      state.policy.params,
+      whole(state.policy.params),
       config.seed,
       step,
       task=task,
@@ -416,7 +422,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     scored = [batch[key] for key in ("prompts", "prompt_lengths", "tokens", "mask")]
     with clock("logprobs"):
       if config.epochs * config.minibatches > 1:
-        batch["old_logprobs"] = np.asarray(logprobs_of(state.policy.params, *scored)[0])
+        batch["old_logprobs"] = np.asarray(logprobs_of(whole(state.policy.params), *scored)[0])
       kl = np.zeros(mask.shape, np.float32)
       if ref_params is not None:
         # Of the sampler's log-probs, which are the policy's: this is a reward, without a gradient.
@@ -466,7 +472,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
         needed = np.count_nonzero(informative[chosen]) if policy_term_only else len(chosen)
         microbatches = -(-needed // config.microbatch_prompts)
         minibatch = place_rows(minibatch, mesh)
-        trained, metrics = update(trained, minibatch, hparams, microbatches)
+        trained, metrics = update(trained, minibatch, hparams, microbatches, frozen)
         totals = add_metrics(totals, jax.device_get(metrics))
     decay = config.advantage.decay
     state = State(
@@ -497,7 +503,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       ),
     )
     failure = failure_of(
-      loss_fn, trained, minibatch, hparams, max_skipped=config.optimizer.max_skipped
+      loss_fn, trained, minibatch, hparams, max_skipped=config.optimizer.max_skipped, frozen=frozen
     )
     return Step(state, row, samples, failure)
 
@@ -514,7 +520,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.samples_every,
     )
   if config.export:
-    export_model(run, policy.config, state.policy.params, tokenizer)
+    export_model(run, policy.config, whole(state.policy.params), tokenizer)
   return finish(run)
 
 

@@ -41,12 +41,14 @@ import numpy as np
 from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
+  Lora,
   MeshSizes,
   Optimizer,
   adamw,
   check_schedule,
   device_mesh,
   learning_rate,
+  split_weights,
 )
 from rl_llm import losses
 from rl_llm.config import ConfigError, option, run
@@ -57,7 +59,7 @@ from rl_llm.data.loading import load_sequences, read_examples
 from rl_llm.evaluation import Evaluation
 from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
-from rl_llm.policy import Policy
+from rl_llm.policy import Policy, join, merge_lora
 from rl_llm.policy.scalar_head import normal_head, with_head
 from rl_llm.reward_model import pair_statistics, save_reward_model, sequence_rewards
 from rl_llm.sharding import place_rows
@@ -128,6 +130,7 @@ class Config:
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
   remat: bool = option(False, "compute activations twice instead of holding them")
+  lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
   eval: Scoring = Scoring()
@@ -217,6 +220,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   check_margins(config, dataset)
   model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
+  trunk = {name: leaf for name, leaf in model.params.items() if name != "unembed"}
+  frozen, first = split_weights(config.lora, trunk, seed=config.seed)
+  whole = functools.partial(join, frozen)
   prompt_format = config.prompt_format
   if prompt_format == "auto":
     prompt_format = "chat" if tokenizer.chat_template else "plain"
@@ -243,16 +249,13 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
 
   optimizer = adamw(config.optimizer)
   loss_fn = make_loss(config, policy)
-  update = make_update(
-    loss_fn,
-    optimizer,
-    microbatches=max(1, config.pairs_per_step // config.microbatch_pairs),
-    mesh=mesh,
-  )
+  microbatches = max(1, config.pairs_per_step // config.microbatch_pairs)
+  update = make_update(loss_fn, optimizer, microbatches=microbatches, mesh=mesh)
   announce = functools.cache(say)
   run.console.sizes(
     {
       "parameters": parameter_count(model.params),
+      "parameters trained": parameter_count(first),
       "pairs a step": config.pairs_per_step,
       "pairs a microbatch": min(config.pairs_per_step, config.microbatch_pairs),
       "steps": config.steps,
@@ -267,8 +270,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     head = normal_head(policy.config.width, jax.random.key(config.seed))
     return init_state(with_head(params, head), optimizer)
 
-  start, state = begin(run, first_state, model.params, steps=config.steps, mesh=mesh)
-  model = model._replace(params=None)
+  start, state = begin(run, first_state, first, steps=config.steps, mesh=mesh)
+  model, trunk, first = model._replace(params=None), None, None
   score = jax.jit(functools.partial(sequence_rewards, policy=policy))
 
   def rewards_of(params, pairs: Sequence[Pair]) -> np.ndarray:
@@ -288,7 +291,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
 
   def evaluate_state(state: TrainState) -> Evaluation:
     say(f"scoring {len(held_out)} held-out pairs")
-    chosen, rejected = rewards_of(state.params, held_out).T
+    chosen, rejected = rewards_of(whole(state.params), held_out).T
     found = pair_statistics(chosen, rejected)
     loss, _ = losses.reward_model_loss(
       jnp.asarray(chosen),
@@ -325,10 +328,11 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     stop.check()
     with clock("update"):
       batch = place_rows(batch, mesh)
-      state, metrics = update(state, batch, hparams)
+      state, metrics = update(state, batch, hparams, microbatches, frozen)
       row = finalize(jax.device_get(metrics))
     row |= {"learning_rate": rate, "updates_skipped": int(state.skipped)}
-    failure = failure_of(loss_fn, state, batch, hparams, max_skipped=config.optimizer.max_skipped)
+    most = config.optimizer.max_skipped
+    failure = failure_of(loss_fn, state, batch, hparams, max_skipped=most, frozen=frozen)
     return Step(state, row, failure=failure)
 
   state = train_loop(
@@ -347,9 +351,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   save_reward_model(
     directory,
     policy.config,
-    state.params,
+    merge_lora(whole(state.params)),
     tokenizer,
-    center=float(np.mean(rewards_of(state.params, loaded.training[scored]))),
+    center=float(np.mean(rewards_of(whole(state.params), loaded.training[scored]))),
   )
   say(f"reward model: {directory}")
   return finish(run)

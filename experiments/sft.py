@@ -35,12 +35,14 @@ from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
   Evaluation,
+  Lora,
   MeshSizes,
   Optimizer,
   adamw,
   check_schedule,
   device_mesh,
   learning_rate,
+  split_weights,
 )
 from rl_llm import evaluation, losses, weighting
 from rl_llm.config import ConfigError, option, run
@@ -53,7 +55,7 @@ from rl_llm.demonstrations import demonstrations
 from rl_llm.experience import held_out_problems, make_encode, make_generate
 from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
-from rl_llm.policy import Policy
+from rl_llm.policy import Policy, join
 from rl_llm.reference_cache import compute_logprobs
 from rl_llm.rewards import RewardPool
 from rl_llm.sharding import place_rows
@@ -136,6 +138,7 @@ class Config:
   max_new_tokens: int = option(16, "limit of a response's length when graded", min=1)
   remat: bool = option(False, "compute activations twice instead of holding them")
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
+  lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
   eval: Evaluation = Evaluation()
@@ -248,6 +251,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     dataset = read_examples(config.data, formats=FORMATS, strict=strict)
   model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
   policy, tokenizer = model.policy, model.tokenizer
+  frozen, first = split_weights(config.lora, model.params, seed=config.seed)
+  whole = functools.partial(join, frozen)
 
   prompt_format = config.prompt_format
   if prompt_format == "auto":
@@ -302,6 +307,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   run.console.sizes(
     {
       "parameters": parameter_count(model.params),
+      "parameters trained": parameter_count(first),
       "examples a step": config.examples_per_step,
       "rows a microbatch": min(config.examples_per_step, config.microbatch_rows),
       "tokens a row": config.packing or f"up to {config.max_tokens}",
@@ -316,12 +322,14 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   start, state = begin(
     run,
     functools.partial(init_state, optimizer=optimizer),
-    model.params,
+    first,
     steps=config.steps,
     mesh=mesh,
   )
-  model = model._replace(params=None)
-  evaluate_state, pool = make_evaluate(config, run, task, policy, tokenizer, held_out, mesh)
+  model, first = model._replace(params=None), None
+  evaluate_state, pool = make_evaluate(
+    config, run, task, policy, tokenizer, held_out, mesh, whole
+  )
 
   def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:
     sequences = draw(step)
@@ -339,7 +347,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     stop.check()
     with clock("update"):
       placed = place_rows(batch, mesh)
-      state, metrics = update(state, placed, hparams, -(-filled // config.microbatch_rows))
+      state, metrics = update(
+        state, placed, hparams, -(-filled // config.microbatch_rows), frozen
+      )
       row = finalize(jax.device_get(metrics))
     row |= {
       "examples": len(sequences),
@@ -349,7 +359,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       "updates_skipped": int(state.skipped),
       **{f"data_{name}": count for name, count in counts.items()},
     }
-    failure = failure_of(loss_fn, state, batch, hparams, max_skipped=config.optimizer.max_skipped)
+    most = config.optimizer.max_skipped
+    failure = failure_of(loss_fn, state, batch, hparams, max_skipped=most, frozen=frozen)
     return Step(state, row, failure=failure)
 
   with pool:
@@ -365,11 +376,13 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.steps,
     )
   if config.export:
-    export_model(run, policy.config, state.params, tokenizer)
+    export_model(run, policy.config, whole(state.params), tokenizer)
   return finish(run)
 
 
-def make_evaluate(config: Config, run: Run, task: Task | None, policy, tokenizer, held_out, mesh):
+def make_evaluate(
+  config: Config, run: Run, task: Task | None, policy, tokenizer, held_out, mesh, whole
+):
   """(state -> Evaluation, the grader's workers): the held-out loss, and accuracy at the task."""
   pool = contextlib.nullcontext()
   if task is not None:
@@ -393,7 +406,7 @@ def make_evaluate(config: Config, run: Run, task: Task | None, policy, tokenizer
     metrics, rows = {}, []
     if held_out:
       logprobs = compute_logprobs(
-        state.params,
+        whole(state.params),
         held_out,
         policy=policy,
         rows_per_batch=config.examples_per_step,
@@ -406,7 +419,7 @@ def make_evaluate(config: Config, run: Run, task: Task | None, policy, tokenizer
     if task is not None:
       run.console.say(f"evaluating on {len(problems.problems)} held-out problems")
       found = evaluation.evaluate(
-        state.params,
+        whole(state.params),
         problems,
         generate=generate,
         pool=pool,

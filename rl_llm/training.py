@@ -27,7 +27,7 @@ from rl_llm.evaluation import Evaluation
 from rl_llm.files import locked
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import MetricsWriter, PhaseClock, read
-from rl_llm.policy import TransformerConfig, WeightsError, save_hf
+from rl_llm.policy import TransformerConfig, WeightsError, join, merge_lora, save_hf
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError
@@ -239,7 +239,13 @@ def train_loop(
 
 
 def failure_of(
-  loss_fn: LossFn, state: TrainState, batch: Any, hparams: Any, *, max_skipped: int
+  loss_fn: LossFn,
+  state: TrainState,
+  batch: Any,
+  hparams: Any,
+  *,
+  max_skipped: int,
+  frozen: Any = None,
 ) -> str:
   """Why training cannot go on, "" if it can: `max_skipped` updates in a row were not finite.
 
@@ -249,11 +255,16 @@ def failure_of(
     batch: of the update.
     hparams: of the update.
     max_skipped: how many are too many.
+    frozen: of the update.
   """
   skipped = int(state.skipped_in_a_row)
   if skipped < max_skipped:
     return ""
-  gradient = jax.jit(jax.grad(loss_fn, has_aux=True))(state.params, batch, hparams)[0]
+
+  def trained_loss(params):
+    return loss_fn(join(frozen, params), batch, hparams)
+
+  gradient = jax.grad(trained_loss, has_aux=True)(state.params)[0]
   return (
     f"{skipped} updates in a row had a gradient that is not finite, first in "
     f"{first_nonfinite(gradient)}; the parameters are those before them. Lower "
@@ -274,7 +285,7 @@ def export_model(run: Run, config: TransformerConfig, params: Any, tokenizer: To
   """Writes the trained model as a Hugging Face directory, WORKDIR/model."""
   directory = run.workdir / "model"
   shutil.rmtree(directory, ignore_errors=True)  # Of an earlier end of this run.
-  save_hf(directory, config, params)
+  save_hf(directory, config, merge_lora(params))
   if isinstance(tokenizer, ModelTokenizer):
     save_tokenizer(directory, tokenizer)
   run.console.say(f"model: {directory}")

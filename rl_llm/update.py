@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rl_llm.policy.lora import join
 from rl_llm.sharding import constrain, constrain_rows
 from rl_llm.train_state import TrainState
 
@@ -60,7 +61,7 @@ def make_update(
   *,
   microbatches: int = 1,
   mesh: jax.sharding.Mesh | None = None,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, tuple[chex.Array, chex.Array]]]]:
+) -> Callable[..., tuple[TrainState, dict[str, tuple[chex.Array, chex.Array]]]]:
   """Builds the jitted update `(state, batch, hparams) -> (state, metrics)`; the state is donated.
 
   The batch's rows are split into `microbatches` equal parts, taken one after another in one loop,
@@ -72,6 +73,10 @@ def make_update(
   advantage is 0) can be put last and left out: `update(state, batch, hparams, 3)` computes the
   first 3 microbatches. That the rest adds nothing is the caller's promise; the number is data, so
   it may change from step to step without compiling again.
+
+  Weights that the loss reads and that stay as they are (LoRA's) are given to each call:
+  `update(state, batch, hparams, 3, frozen)` takes the loss of `join(frozen, state.params)` and its
+  gradient in `state.params` alone.
 
   Args:
     loss_fn: (params, microbatch, hparams) -> (loss, metrics); a sum over weighted tokens, not a
@@ -92,13 +97,16 @@ def make_update(
   """
   if microbatches < 1:
     raise ValueError(f"microbatches: {microbatches}; allowed: 1 or more")
-  differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+  def trained_loss(params, frozen, batch, hparams):
+    return loss_fn(join(frozen, params), batch, hparams)
 
-  def value_and_grad(params, batch, hparams):
-    value, grads = differentiate(params, batch, hparams)
-    return value, grads if mesh is None else constrain(grads, mesh)
+  differentiate = jax.value_and_grad(trained_loss, has_aux=True)
 
-  def accumulate(params, batch, hparams, used):
+  def accumulate(params, frozen, batch, hparams, used):
+    def value_and_grad(params, batch, hparams):
+      value, grads = differentiate(params, frozen, batch, hparams)
+      return value, grads if mesh is None else constrain(grads, mesh)
+
     if microbatches == 1:
       return value_and_grad(params, batch, hparams)
     parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
@@ -122,8 +130,9 @@ def make_update(
     batch: Any,
     hparams: dict[str, chex.Array],
     used: chex.Array | int = microbatches,
+    frozen: Any = None,
   ):
-    (loss, metrics), grads = accumulate(state.params, batch, hparams, used)
+    (loss, metrics), grads = accumulate(state.params, frozen, batch, hparams, used)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     direction, opt_state = optimizer.update(grads, state.opt_state, state.params)

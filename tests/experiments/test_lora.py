@@ -1,0 +1,94 @@
+"""LoRA in every experiment: what is trained and saved, what is written, what stays."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
+from rl_llm.config import ConfigError
+from rl_llm.policy import join, load_hf, split_lora
+from tests.experiments import helpers
+from tests.experiments.helpers import FULL
+
+LORA = {"lora.rank": 2, "lora.alpha": 8.0, "optimizer.learning_rate": 0.03}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Pairs, which are given answers too for who reads prompt and completion."""
+  directory = tmp_path_factory.mktemp("data")
+  for name, better in (("pairs", "chosen"), ("answers", "completion")):
+    rows = [
+      {"prompt": chr(97 + i % 20) + "xx", better: "yab"[: 1 + i % 3]}
+      | ({"rejected": "nab"[: 1 + (i + 1) % 3]} if name == "pairs" else {})
+      for i in range(60)
+    ]
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return directory
+
+
+def settings(experiment, files, data):
+  """A short run with adapters."""
+  if experiment is sft:
+    given = {"data": str(data / "answers.jsonl"), "task": "none", "examples_per_step": 4}
+  elif experiment is reward_model:
+    given = {"data": str(data / "pairs.jsonl"), "pairs_per_step": 4, "microbatch_pairs": 4}
+  else:
+    given = helpers.settings(files)
+    if experiment is dpo:
+      for name in ("prompts_per_step", "microbatch_prompts"):
+        del given[name]
+      given |= {"pairs_per_step": 4, "microbatch_pairs": 4}
+  return given | {"model": "tiny", "prompt_format": "plain", "steps": 2} | LORA
+
+
+TRIALS = [grpo, ppo, reward_model]
+if FULL:
+  TRIALS += [reinforce, dpo, sft]
+
+
+@pytest.mark.parametrize("experiment", TRIALS, ids=lambda module: module.__name__)
+def test_adapters_alone_are_trained_and_saved(tmp_path, small, files, data, experiment):
+  found = helpers.run(experiment, tmp_path, settings(experiment, files, data))
+  kinds = {path.split("/")[-1] for path in found.params}
+  heads = {"weight", "bias"} if experiment is ppo else {"weight"}  # The value's, or the reward's.
+  assert kinds - heads == {"lora_a", "lora_b"}
+  assert all(path.split("/")[-2] == "head" for path in found.params if path.endswith("weight"))
+  learned = [leaf for path, leaf in found.params.items() if path.endswith("lora_b")]
+  assert all(np.any(leaf != 0) for leaf in learned)
+
+
+def test_the_model_written_is_the_merged_one_and_the_reference_stays(tmp_path, small, files):
+  run = functools.partial(helpers.run, grpo)
+  found = run(tmp_path, settings(grpo, files, None) | {"export": True, "kl.coef": 0.1, "steps": 3})
+  assert abs(found.metrics[0]["kl_ref"]) < 1e-5 < abs(found.metrics[2]["kl_ref"])
+  config, written = load_hf(tmp_path / "model")
+  params = jax.jit(small.init)(jax.random.key(0))
+  params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
+  frozen, _ = split_lora(params, jax.random.key(0), rank=2, alpha=8.0)
+  trained: dict = {}
+  for path, leaf in found.params.items():
+    *parents, name = path.split("/")[1:]
+    node = trained
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = jnp.asarray(leaf)
+  tokens = jnp.arange(10)[None]
+  joined, merged = (
+    small.logits(weights, small.hidden(weights, tokens, tokens)[0])
+    for weights in (join(frozen, trained), written)
+  )
+  np.testing.assert_allclose(joined, merged, atol=1e-4)
+  assert np.max(np.abs(joined - small.logits(params, small.hidden(params, tokens, tokens)[0]))) > 0.01
+
+
+def test_a_pattern_that_finds_nothing_is_refused(tmp_path, small, files):
+  for pattern in ("conv", "("):
+    with pytest.raises(ConfigError, match="--lora.targets=.*: must be a pattern of weights' paths"):
+      helpers.run(grpo, tmp_path, settings(grpo, files, None) | {"lora.targets": pattern})
