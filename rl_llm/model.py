@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rl_llm.policy import Policy, load_weights, make_policy, tiny_config
-from rl_llm.sharding import place
+from rl_llm.sharding import place, tree_shardings
 from rl_llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 
@@ -48,8 +49,8 @@ def load_model(
     policy = make_policy(config, dtype=dtype, remat=remat)
     params = jax.jit(policy.init)(jax.random.key(seed))
     return LanguageModel(policy, params if mesh is None else place(params, mesh), tokenizer)
-  config, params = load_weights(name)
+  layout = None if mesh is None else functools.partial(tree_shardings, mesh=mesh)
+  config, params = load_weights(name, layout=layout)
   tokenizer = load_tokenizer(name)
   policy = make_policy(config, dtype=dtype, remat=remat)
-  params = jax.tree.map(jnp.asarray, params) if mesh is None else place(params, mesh)
   return LanguageModel(policy, params, tokenizer)

@@ -17,17 +17,21 @@ from rl_llm.policy.configs import (
   tiny_config,
 )
 from rl_llm.policy.gguf import demo_gguf_path, load_gguf
-from rl_llm.policy.hf import load_hf, save_hf
+from rl_llm.policy.hf import Layout, load_hf, save_hf
 from rl_llm.policy.lora import join, merge_lora, split_lora
 from rl_llm.policy.scalar_head import apply_head, normal_head, with_head, zero_head
 from rl_llm.policy.transformer import Cache, Params, Policy, make_policy
 
 
-def load_weights(path_or_name: str | os.PathLike) -> tuple[TransformerConfig, Params]:
+def load_weights(
+  path_or_name: str | os.PathLike, *, layout: Layout | None = None
+) -> tuple[TransformerConfig, Params]:
   """Reads a pretrained model, by what the path is.
 
   Args:
     path_or_name: "smollm2", the demo model; a Hugging Face directory; or a .gguf file.
+    layout: how the leaves are to lie over devices, as `rl_llm.sharding.tree_shardings` says; each
+      process reads the parts that its devices hold. None: all on the first device.
 
   Returns:
     The config, and the weights as float32: `make_policy(config)` runs them.
@@ -36,12 +40,12 @@ def load_weights(path_or_name: str | os.PathLike) -> tuple[TransformerConfig, Pa
     WeightsError: none of these, or the file cannot be used.
   """
   if path_or_name == "smollm2":
-    return load_gguf(demo_gguf_path())
+    return load_gguf(demo_gguf_path(), layout=layout)
   path = Path(path_or_name)
   if path.is_dir():
-    return load_hf(path)
+    return load_hf(path, layout=layout)
   if path.suffix == ".gguf":
-    return load_gguf(path)
+    return load_gguf(path, layout=layout)
   raise WeightsError(
     f"{os.fspath(path_or_name)}: no such model directory or .gguf file; give 'smollm2', a Hugging "
     "Face directory (config.json and safetensors), or a file ending in .gguf"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rl_llm.policy.configs import RopeScaling, TransformerConfig, WeightsError
-from rl_llm.policy.hf import assemble, leaf_shapes
+from rl_llm.policy.hf import Layout, assemble, leaf_shapes
 from rl_llm.policy.transformer import Params, rope_frequencies
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -72,11 +72,14 @@ def undo_rope_permutation(rows: np.ndarray, heads: int) -> np.ndarray:
   return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def load_gguf(path: str | os.PathLike) -> tuple[TransformerConfig, Params]:
+def load_gguf(
+  path: str | os.PathLike, *, layout: Layout | None = None
+) -> tuple[TransformerConfig, Params]:
   """Reads a GGUF file of a Llama, Qwen2/2.5, Qwen3, Gemma 2 or Gemma 3 text model.
 
   Args:
     path: the file; any quantisation that the `gguf` package can undo.
+    layout: as for `assemble`.
 
   Returns:
     The config, and the weights as float32.
@@ -107,7 +110,7 @@ def load_gguf(path: str | os.PathLike) -> tuple[TransformerConfig, Params]:
     if "rope_freqs.weight" in tensors:
       del shapes["rope_freqs.weight"]  # Read by _config.
 
-    def read(name: str) -> np.ndarray:
+    def read_all(name: str) -> np.ndarray:
       array = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
       if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
         heads = config.n_heads if name.endswith("attn_q.weight") else config.n_kv_heads
@@ -116,7 +119,11 @@ def load_gguf(path: str | os.PathLike) -> tuple[TransformerConfig, Params]:
         return array - 1.0  # Gemma's files hold 1 + scale.
       return array
 
-    return config, assemble(leaf_shapes(config), gguf_name, shapes, read, str(path))
+    def read(name: str, part: tuple[slice, ...]) -> np.ndarray:
+      return read_all(name)[part]  # Blocks of numbers share a scale: a tensor is read as a whole.
+
+    wanted = leaf_shapes(config)
+    return config, assemble(wanted, gguf_name, shapes, read, str(path), layout=layout)
   except WeightsError:
     raise
   except NotImplementedError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,9 @@ import numpy as np
 
 from rl_llm.policy.configs import TransformerConfig, WeightsError, config_from_hf, config_to_hf
 from rl_llm.policy.transformer import Params, make_policy
+
+# Shapes of all leaves, nested -> a sharding for each.
+Layout = Callable[[Any], Any]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -82,8 +86,10 @@ def assemble(
   wanted: dict[str, tuple[int, ...]],
   name_of: Callable[[str], str],
   shapes: dict[str, tuple[int, ...]],
-  read: Callable[[str], np.ndarray],
+  read: Callable[[str, tuple[slice, ...]], np.ndarray],
   source: str,
+  *,
+  layout: Layout | None = None,
 ) -> Params:
   """Builds the parameters from a file's tensors, checking names and shapes before any is read.
 
@@ -91,8 +97,11 @@ def assemble(
     wanted: {path: shape} of every leaf, such as `leaf_shapes` gives.
     name_of: our path -> the file's name.
     shapes: the file's name -> its shape.
-    read: the file's name -> the tensor.
+    read: (the file's name, which part) -> that part of the tensor.
     source: what the tensors come from, for errors.
+    layout: how the leaves are to lie over devices. Each process then reads the parts that its own
+      devices hold, so that a model larger than a host or a device can be read. None: all of it, to
+      the first device.
 
   Returns:
     Parameters, float32.
@@ -119,21 +128,43 @@ def assemble(
         f"{source}: leaf '{path}' (tensor '{names[path]}') has shape {tuple(shapes[names[path]])}, "
         f"the config says {shape}; use the config that belongs to these weights"
       )
-  params: Params = {}
-  for path, name in names.items():
-    *parents, leaf = path.split("/")
-    node = params
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = jnp.array(read(name), jnp.float32)
-  return params
+
+  def nested(leaf_of: Callable[[str], Any]) -> Params:
+    params: Params = {}
+    for path in wanted:
+      *parents, leaf = path.split("/")
+      node = params
+      for parent in parents:
+        node = node.setdefault(parent, {})
+      node[leaf] = leaf_of(path)
+    return params
+
+  if layout is None:
+    return nested(lambda path: jnp.array(read(names[path], (...,)), jnp.float32))
+  shardings = layout(nested(lambda path: jax.ShapeDtypeStruct(wanted[path], jnp.float32)))
+  shardings = dict(_leaves(shardings))
+
+  def leaf(path: str) -> jax.Array:
+    @functools.cache  # Devices that hold the same part share one reading.
+    def part(*bounds: tuple[int, int]) -> np.ndarray:
+      return np.asarray(read(names[path], tuple(slice(*b) for b in bounds)), np.float32)
+
+    def of_index(index: tuple[slice, ...]) -> np.ndarray:
+      return part(*(s.indices(size)[:2] for s, size in zip(index, wanted[path], strict=True)))
+
+    return jax.make_array_from_callback(wanted[path], shardings[path], of_index)
+
+  return nested(leaf)
 
 
-def load_hf(directory: str | os.PathLike) -> tuple[TransformerConfig, Params]:
+def load_hf(
+  directory: str | os.PathLike, *, layout: Layout | None = None
+) -> tuple[TransformerConfig, Params]:
   """Reads a Hugging Face model directory. No pickle is read, and no file outside the directory.
 
   Args:
     directory: holds config.json and model.safetensors, or its index and shards.
+    layout: as for `assemble`.
 
   Returns:
     The config, and the weights as float32 (from float32, float16 or bfloat16).
@@ -142,7 +173,7 @@ def load_hf(directory: str | os.PathLike) -> tuple[TransformerConfig, Params]:
     WeightsError: a file is missing, damaged, outside the directory, or not of a supported model.
   """
   config, _ = read_config(directory)
-  return config, read_weights(directory, config, leaf_shapes(config))
+  return config, read_weights(directory, config, leaf_shapes(config), layout=layout)
 
 
 def read_config(directory: str | os.PathLike) -> tuple[TransformerConfig, dict[str, Any]]:
@@ -161,7 +192,11 @@ def read_config(directory: str | os.PathLike) -> tuple[TransformerConfig, dict[s
 
 
 def read_weights(
-  directory: str | os.PathLike, config: TransformerConfig, wanted: dict[str, tuple[int, ...]]
+  directory: str | os.PathLike,
+  config: TransformerConfig,
+  wanted: dict[str, tuple[int, ...]],
+  *,
+  layout: Layout | None = None,
 ) -> Params:
   """The leaves `wanted` of a model directory, which must hold these and no others.
 
@@ -169,6 +204,7 @@ def read_weights(
     directory: as for `load_hf`.
     config: from `read_config`.
     wanted: {path: shape}; `leaf_shapes(config)` for a language model.
+    layout: as for `assemble`.
 
   Returns:
     The weights as float32.
@@ -216,8 +252,9 @@ def read_weights(
       wanted,
       lambda path: hf_name(config, path),
       {name: tuple(handle.get_slice(name).get_shape()) for name, handle in files.items()},
-      lambda name: files[name].get_tensor(name),
+      lambda name, part: files[name].get_slice(name)[part],
       str(directory),
+      layout=layout,
     )
   except (safetensors.SafetensorError, OSError) as error:
     raise WeightsError(
@@ -271,6 +308,7 @@ def write_directory(
     config: the model's shape.
     entries: of config.json.
     wanted: {path: shape}; `leaf_shapes(config)` for a language model.
+    layout: as for `assemble`.
     params: its weights: these leaves and no others.
     max_shard_bytes: a file larger than this is split.
 

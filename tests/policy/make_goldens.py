@@ -202,7 +202,9 @@ def family_model(family: str):
   shapes = {hf_name(config, path): shape for path, shape in leaf_shapes(config).items()}
   tensors = random_tensors(shapes, gemma=config.norm_plus_one)
   name_of = functools.partial(hf_name, config)
-  return config, assemble(leaf_shapes(config), name_of, shapes, tensors.get, family)
+  return config, assemble(
+    leaf_shapes(config), name_of, shapes, lambda name, part: tensors[name][part], family
+  )
 
 
 def export(directory: Path) -> None:
