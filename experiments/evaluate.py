@@ -26,9 +26,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
+from experiments.options import MESH_FLAGS, MeshSizes, device_mesh
 from rl_llm.config import ConfigError, option, run
 from rl_llm.console import Console
 from rl_llm.data.prompts import PromptTooLong
@@ -89,6 +89,7 @@ class Config:
   )
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
   reward_workers: int = option(2, "grader processes", min=1)
+  mesh: MeshSizes = MeshSizes()
   arithmetic: ArithmeticOptions = ArithmeticOptions()
   copy: CopyOptions = CopyOptions()
   reasoning_gym: ReasoningGymOptions = ReasoningGymOptions()
@@ -97,7 +98,7 @@ class Config:
 
 
 # What may change from one call to the next: none of it changes a response.
-VOLATILE = ("workdir", "k", "reward_workers")
+VOLATILE = ("workdir", "k", "reward_workers", *MESH_FLAGS)
 
 
 def overrides(config: Config) -> dict[str, Any]:
@@ -149,9 +150,11 @@ def respond(
   stop: StopSignals,
 ) -> dict[str, Any]:
   """Writes the responses that are not on record yet: samples.jsonl, then metrics.jsonl."""
-  devices = jax.devices()
-  console.say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
-  model = load_model(config.model, seed=config.seed)
+  mesh = device_mesh(
+    config.mesh, per_step={"prompts_per_batch": config.prompts_per_batch}, at_once={}
+  )
+  console.say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+  model = load_model(config.model, seed=config.seed, mesh=mesh)
   encode = make_encode(
     model.tokenizer,
     prompt_format=config.prompt_format,
@@ -166,7 +169,7 @@ def respond(
       "raise it, or choose --overlong_prompt=truncate_left"
     )
   generate = make_generate(
-    model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say
+    model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say, mesh=mesh
   )
 
   def describe(problem: Problem, sample: int, line: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +198,7 @@ def respond(
     describe=describe,
     console=console,
     stop=stop,
+    mesh=mesh,
   )
   return {
     "model": config.model,

@@ -30,9 +30,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
+from experiments.options import MESH_FLAGS, MeshSizes, device_mesh
 from rl_llm.config import ConfigError, option, run
 from rl_llm.console import Console
 from rl_llm.data import DataError
@@ -96,6 +96,7 @@ class Config:
   prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
   reward_workers: int = option(2, "grader processes", min=1)
+  mesh: MeshSizes = MeshSizes()
   arithmetic: ArithmeticOptions = ArithmeticOptions()
   copy: CopyOptions = CopyOptions()
   reasoning_gym: ReasoningGymOptions = ReasoningGymOptions()
@@ -104,7 +105,7 @@ class Config:
 
 
 # What may change from one call to the next: none of it changes a response.
-VOLATILE = ("workdir", "out", "pairs_per_problem", "reward_workers")
+VOLATILE = ("workdir", "out", "pairs_per_problem", "reward_workers", *MESH_FLAGS)
 
 
 def overrides(config: Config) -> dict[str, Any]:
@@ -176,9 +177,11 @@ def respond(
   Returns:
     The problems that fit, and their prompts as the model was asked them.
   """
-  devices = jax.devices()
-  console.say(f"loading {config.model} on {len(devices)} x {devices[0].device_kind}")
-  model = load_model(config.model, seed=config.seed)
+  mesh = device_mesh(
+    config.mesh, per_step={"prompts_per_batch": config.prompts_per_batch}, at_once={}
+  )
+  console.say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+  model = load_model(config.model, seed=config.seed, mesh=mesh)
   encode = make_encode(
     model.tokenizer,
     prompt_format=config.prompt_format,
@@ -193,7 +196,7 @@ def respond(
       "raise it"
     )
   generate = make_generate(
-    model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say
+    model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say, mesh=mesh
   )
 
   record_responses(
@@ -212,6 +215,7 @@ def respond(
     describe=lambda problem, sample, line: {"split": "train"},
     console=console,
     stop=stop,
+    mesh=mesh,
   )
   return drawn, [as_asked(problem, encode.keywords) for problem in drawn.problems]
 

@@ -23,6 +23,7 @@ from rl_llm.reference_cache import fingerprint
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import Rollout, row_keys
 from rl_llm.sampling import SamplingConfig
+from rl_llm.sharding import row_shards
 from rl_llm.tasks import Problem, Task
 from rl_llm.tokenizers import Tokenizer
 
@@ -158,6 +159,7 @@ def record_responses(
   describe: Callable[[Problem, int, dict[str, Any]], dict[str, Any]],
   console: Console,
   stop: StopSignals,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> None:
   """Samples and grades responses to every problem into samples.jsonl, a batch at a time.
 
@@ -173,7 +175,8 @@ def record_responses(
     temperatures: one a response to each problem; 0 is greedy and does not count as accuracy.
     top_k: as for `SamplingConfig`.
     top_p: as for `SamplingConfig`.
-    prompts_per_batch: problems a batch, at most; they are shared out evenly.
+    prompts_per_batch: problems a batch, at most; they are shared out evenly. A multiple of
+      `rl_llm.sharding.row_shards`, as each batch is.
     generate: from `make_generate`.
     task: whose grader.
     workers: its processes.
@@ -181,15 +184,17 @@ def record_responses(
     describe: (problem, number of the sample, row) -> what its line says besides.
     console: shows a line a batch.
     stop: asked before every batch.
+    mesh: that of `generate`.
 
   Raises:
-    ConfigError: the weights are not those that the record was begun with.
+    ConfigError: the record was begun with other weights, or on devices that take other batches.
     Interrupted: a signal came; finished batches are on record.
   """
   # One shape: problems are shared out evenly, and every batch is as wide as the longest prompt.
   count, group = len(drawn.problems), len(temperatures)
   batches = -(-count // prompts_per_batch)
-  size = -(-count // batches)
+  parts = 1 if mesh is None else row_shards(mesh)
+  size = -(-count // (batches * parts)) * parts
   columns = max(map(len, drawn.prompts))
   keys = row_keys(jax.random.key(seed), batches * size, group)
   tiled = jnp.tile(jnp.array(temperatures, jnp.float32), size)
@@ -204,6 +209,14 @@ def record_responses(
       "workdir",
       str(workdir),
       "another directory: it was begun with other weights of --model, which have changed since",
+    )
+  if rows and rows[0].get("batch", size) != size:
+    raise ConfigError(
+      "workdir",
+      str(workdir),
+      f"another directory: it was begun with batches of {rows[0]['batch']} problems, and {parts} "
+      f"devices would now take {size}",
+      "or go on with as many devices as before",
     )
   if rows:
     console.say(f"{done} of {batches} batches are on record in {workdir}")
@@ -241,6 +254,7 @@ def record_responses(
       counted = [line for index, line in enumerate(lines) if temperatures[index % group]]
       row = {
         "weights": weights,
+        "batch": size,
         "accuracy": float(np.mean([line["correct"] for line in counted or lines])),
         "response_length_mean": float(np.mean([line["length"] for line in lines])),
         "failed_grades": sum(line["reward"] is None for line in lines),

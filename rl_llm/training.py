@@ -261,10 +261,11 @@ def failure_of(
   if skipped < max_skipped:
     return ""
 
-  def trained_loss(params):
+  def trained_loss(params, frozen, batch, hparams):
     return loss_fn(join(frozen, params), batch, hparams)
 
-  gradient = jax.grad(trained_loss, has_aux=True)(state.params)[0]
+  gradient_of = jax.jit(jax.grad(trained_loss, has_aux=True))
+  gradient = gradient_of(state.params, frozen, batch, hparams)[0]
   return (
     f"{skipped} updates in a row had a gradient that is not finite, first in "
     f"{first_nonfinite(gradient)}; the parameters are those before them. Lower "

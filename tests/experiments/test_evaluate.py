@@ -61,7 +61,7 @@ def models(quick_compilation):
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed):
+  def load(name, *, seed, mesh=None):
     params = init(jax.random.key(seed + (name == "tiny2")))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
     return LanguageModel(policy, params, Terse())
@@ -252,8 +252,15 @@ def test_two_evaluations_do_not_mix(finished, files, changes, said):
 
 def test_weights_that_changed_under_one_name_do_not_mix(finished, files, monkeypatch):
   load = evaluate.load_model
-  monkeypatch.setattr(evaluate, "load_model", lambda name, *, seed: load("tiny2", seed=seed))
+  monkeypatch.setattr(evaluate, "load_model", lambda name, **given: load("tiny2", **given))
   with pytest.raises(ConfigError, match="--workdir=.* it was begun with other weights of --model"):
+    evaluate.measure(settings(files), str(finished))
+
+
+def test_devices_that_take_other_batches_do_not_mix(finished, files, monkeypatch):
+  """A batch is a line of the record: on eight devices it would have other problems."""
+  monkeypatch.setattr("rl_llm.evaluation.row_shards", lambda mesh: 8)
+  with pytest.raises(ConfigError, match=r"--workdir=.* begun with batches of \d+ problems, and 8"):
     evaluate.measure(settings(files), str(finished))
 
 
