@@ -32,7 +32,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["rl_llm", "rl_llm.*", "experiments", "experiments.*"]),
+  packages=setuptools.find_packages(include=["rl_llm*", "experiments*", "launch*"]),
   install_requires=[
     "jax>=0.10,<0.13",
     "flax>=0.12",

@@ -94,6 +94,11 @@ def row_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def row_sharding(mesh: Mesh) -> NamedSharding:
+  """How an array lies whose first axis is the rows of a batch."""
+  return _layout(mesh, P(ROWS))
+
+
 def tree_shardings(tree: Any, mesh: Mesh, *, rules: Sequence[tuple[str, P]] = RULES) -> Any:
   """How each leaf of a tree of weights, or of a train state, lies on the mesh.
 
@@ -170,7 +175,7 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
         f"{name}: {x.shape[0]} rows cannot be cut into {parts} parts (mesh axes data and fsdp); "
         f"choose a multiple of {parts}"
       )
-    return jax.device_put(x, _layout(mesh, P(ROWS) if x.ndim else P()))
+    return jax.device_put(x, row_sharding(mesh) if x.ndim else NamedSharding(mesh, P()))
 
   return jax.tree_util.tree_map_with_path(put, tree)
 

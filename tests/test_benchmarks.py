@@ -5,8 +5,9 @@ import io
 
 import pytest
 
-from benchmarks.grpo_step import BenchmarkError, Config, check_same, forward_flops, main, table
+from benchmarks.grpo_step import BenchmarkError, Config, check_same, main, table
 from benchmarks.peers import prompt_texts, reward
+from rl_llm.flops import forward_flops
 
 SHAPE = {
   "vocab_size": 11,

@@ -25,7 +25,8 @@ def name(path):
 
 def missing_paths(text):
   """The paths into the repository that a text names and that are not there."""
-  paths = re.findall(r"(?<![\w/.-])(?:rl_llm|experiments|benchmarks|tests|docs)/[\w./-]*", text)
+  directories = "rl_llm|experiments|benchmarks|launch|tests|docs"
+  paths = re.findall(rf"(?<![\w/.-])(?:{directories})/[\w./-]*", text)
   return [path for path in paths if not (ROOT / path.rstrip(".")).exists()]
 
 
@@ -36,16 +37,16 @@ def flags_of(module):
 
 
 def unknown_flags(text):
-  """Flags after `-m experiments.x` must be x's, all others some experiment's."""
+  """Flags after `-m experiments.x` or `-m launch.x` must be x's, all others one of theirs."""
   modules = {
-    path.stem: importlib.import_module(f"experiments.{path.stem}")
-    for path in (ROOT / "experiments").glob("*.py")
+    path.stem: importlib.import_module(f"{directory}.{path.stem}")
+    for directory in ("experiments", "launch") for path in (ROOT / directory).glob("*.py")
   }
   experiments = {stem: flags_of(module) for stem, module in modules.items()
                  if hasattr(module, "Config")}
   unknown = []
   for line in text.splitlines():
-    command = re.search(r"-m experiments\.(\w+)", line)
+    command = re.search(r"-m (?:experiments|launch)\.(\w+)", line)
     known = experiments[command[1]] if command else set().union(*experiments.values())
     for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", line):
       if flag not in known | FOREIGN_FLAGS:

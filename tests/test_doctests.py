@@ -15,7 +15,11 @@ NEEDS = {
   "rl_llm.tasks.reasoning_gym_reward": "reasoning_gym",
 }
 
-MODULES = ["rl_llm", *(m.name for m in pkgutil.walk_packages(rl_llm.__path__, "rl_llm."))]
+MODULES = [
+  "rl_llm",
+  *(m.name for m in pkgutil.walk_packages(rl_llm.__path__, "rl_llm.")),
+  "launch.plan",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
