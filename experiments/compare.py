@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import signal
 import statistics
 import subprocess
@@ -41,7 +42,7 @@ import jax
 import numpy as np
 
 from rl_llm.checkpoint import Checkpointer
-from rl_llm.config import ConfigError, option, run
+from rl_llm.config import ConfigError, flatten, option, run
 from rl_llm.files import write_atomically
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import read
@@ -292,6 +293,36 @@ def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def page(config: Config, text: str) -> str:
+  """The table with what it takes to read it and to get it again."""
+  given = [
+    f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    for name, value in flatten(config).items()
+    if value != flatten(Config())[name] and name not in ("workdir", "out")
+  ]
+  command = " ".join(["python -m experiments.compare", *given])
+  responses = config.prompts_per_step * config.responses_per_prompt
+  machine = f"{os.cpu_count()} cores, {platform.machine()}, JAX {jax.__version__}"
+  lines = [
+    f"# {', '.join(NAMES[method] for method in config.methods)} side by side",
+    "",
+    f"`{command}` on {machine}: {config.model}, {config.task}, {config.steps} steps of "
+    f"{config.prompts_per_step} problems x {config.responses_per_prompt} responses.",
+    "",
+    text,
+    "Accuracy is that of sampled answers to held-out problems, with its 95 % interval. Seconds of "
+    "phases are medians over steps and seeds without the first step, which compiles; memory is the "
+    "most of any run.",
+  ]
+  if config.variance_batches > 1:
+    lines.append(
+      "Gradient noise is trace(covariance) / |mean|^2 of the gradients of "
+      f"{config.variance_batches} batches of {responses} responses at the model that training "
+      "begins with."
+    )
+  return "\n".join([*lines, "", "![accuracy against tokens and time](compare.svg)", ""])
+
+
 def draw(config: Config, found: Sequence[dict[str, Any]], path: Path) -> None:
   """Accuracy against tokens sampled, and against seconds of training."""
   import matplotlib
@@ -355,7 +386,7 @@ def compare(config: Config) -> list[dict[str, Any]]:
   for directory in dict.fromkeys((root, Path(config.out or root))):
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "compare.json", (json.dumps(found, indent=1) + "\n").encode())
-    write_atomically(directory / "compare.md", text.encode())
+    write_atomically(directory / "compare.md", page(config, text).encode())
     draw(config, found, directory / "compare.svg")
   print(text)
   print(f"figure: {root / 'compare.svg'}")

@@ -121,6 +121,9 @@ def test_the_table_has_a_column_a_method_and_a_row_a_seed(tmp_path):
   assert text[0] == "| | DPO | GRPO |" and {line.count("|") for line in text} == {4}
   assert "| seconds a step, in all | 4.0 | 4.0 |" in text
   assert "| accuracy after, seed 3 | 0.90 (0.80 to 1.00) | 0.90 (0.80 to 1.00) |" in text
+  page = compare.page(config, "\n".join(text))
+  assert "--methods=dpo,grpo --seeds=3 " in page and "--workdir" not in page
+  assert "# DPO, GRPO side by side" in page and "\n".join(text) in page
 
 
 def test_a_signal_reaches_the_run_once_and_is_passed_on(tmp_path, monkeypatch):
