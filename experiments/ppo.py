@@ -22,9 +22,11 @@ like any other: its grade is its reward, and no value is put in place of what mi
 TRL and verl do the same. Rerunning the same command goes on from the last checkpoint; so does it
 after Ctrl-C or a kill.
 
-Measured with the first command, --steps=16 --prompts_per_step=12, seed 0, on 2 cores: of 100
-held-out sums, right at temperature 1 from 0.20 to 0.94, greedily from 0.69 to 0.95; 41 s a step.
-The value network foresaw 0.25 of the returns' variance at step 9, and 0.36 at step 12.
+Measured with the first command, --steps=16 --prompts_per_step=12, seeds 0, 1 and 2, on 2 cores: of
+100 held-out sums, right at temperature 1 from 0.20 to 0.94, 0.93 and 0.90, greedily from 0.69 to
+0.95, 0.95 and 0.91; 44 s a step, 1,020 to 1,100 s with evaluations. The value network foresaw 0.25
+of the returns' variance at step 9 with seed 0, 0.59 at step 11 with seed 1, 0.34 at step 10 with
+seed 2; later nearly all answers are right, and there is hardly any variance to foresee.
 """
 
 from __future__ import annotations
