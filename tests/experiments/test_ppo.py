@@ -196,7 +196,9 @@ def test_both_trunks_read_the_same_values_and_none_knows_its_own_token(params, s
       value and zeros(value._replace(params=()))._replace(params=value.params),
       zeros(kl),
     )
-    return ppo.make_before(config, small)(state, (PROMPTS, LENGTHS, tokens, MASK))
+    before = ppo.make_before(config, small)
+    of_value = state.value and state.value.params
+    return before(state.policy.params, of_value, (PROMPTS, LENGTHS, tokens, MASK))
 
   own, shared = values_of("own", TOKENS), values_of("shared", TOKENS)
   logprobs, _ = jax.jit(response_logprobs, static_argnames="policy")(
