@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -153,7 +154,12 @@ MESH_FLAGS = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
 def device_mesh(
-  options: MeshSizes, *, per_step: dict[str, int], at_once: dict[str, int], minibatches: int = 1
+  options: MeshSizes,
+  *,
+  per_step: dict[str, int],
+  at_once: dict[str, int],
+  minibatches: int = 1,
+  devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
   """The mesh, after a look at whether the batch can be cut for it.
 
@@ -162,12 +168,13 @@ def device_mesh(
     per_step: the setting that says how much a step has, by name; each minibatch has its share.
     at_once: the setting that says how much of it is computed at once.
     minibatches: of a step.
+    devices: all that JAX sees by default.
 
   Raises:
     ShardingError: there are not so many devices.
     ConfigError: a setting is not a multiple of the number of devices over which rows lie.
   """
-  mesh = make_mesh(**dataclasses.asdict(options))
+  mesh = make_mesh(**dataclasses.asdict(options), devices=devices)
   parts = row_shards(mesh)
   shares = f" in each of {minibatches} minibatches" if minibatches > 1 else ""
   for settings, multiple, where in ((per_step, parts * minibatches, shares), (at_once, parts, "")):

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import grpo
-from experiments.options import Lora, MeshSizes, adamw, split_weights
+from experiments.options import Lora, MeshSizes, adamw, device_mesh, split_weights
 from rl_llm import sharding
 from rl_llm.config import ConfigError, option, run
 from rl_llm.flops import forward_flops
@@ -67,44 +67,29 @@ CHIPS = {
 }
 
 
-def _qwen(width, layers, heads, kv_heads, mlp_width, *, vocab=152_064, tied=False):
+def _shape(width, layers, heads, kv_heads, mlp_width, *, tied=False, **others):
   return TransformerConfig(
-    vocab_size=vocab,
     width=width,
     n_layers=layers,
     n_heads=heads,
     n_kv_heads=kv_heads,
     head_dim=128,
     mlp_width=mlp_width,
-    rope_theta=1e6,
-    qkv_bias=True,
     tie_embeddings=tied,
+    **others,
   )
 
 
-def _llama(width, layers, heads, kv_heads, mlp_width):
-  return TransformerConfig(
-    vocab_size=128_256,
-    width=width,
-    n_layers=layers,
-    n_heads=heads,
-    n_kv_heads=kv_heads,
-    head_dim=128,
-    mlp_width=mlp_width,
-    rope_theta=5e5,
-    rms_eps=1e-5,
-    tie_embeddings=False,
-  )
-
-
+_QWEN = {"vocab_size": 152_064, "rope_theta": 1e6, "qkv_bias": True}
+_LLAMA = {"vocab_size": 128_256, "rope_theta": 5e5, "rms_eps": 1e-5}
 # Shapes, from the models' config.json. A directory with one takes any other model.
 MODELS = {
-  "qwen2.5-1.5b": _qwen(1536, 28, 12, 2, 8960, vocab=151_936, tied=True),
-  "qwen2.5-7b": _qwen(3584, 28, 28, 4, 18_944),
-  "qwen2.5-32b": _qwen(5120, 64, 40, 8, 27_648),
-  "qwen2.5-72b": _qwen(8192, 80, 64, 8, 29_568),
-  "llama-3.1-8b": _llama(4096, 32, 32, 8, 14_336),
-  "llama-3.1-70b": _llama(8192, 80, 64, 8, 28_672),
+  "qwen2.5-1.5b": _shape(1536, 28, 12, 2, 8960, **_QWEN | {"vocab_size": 151_936}, tied=True),
+  "qwen2.5-7b": _shape(3584, 28, 28, 4, 18_944, **_QWEN),
+  "qwen2.5-32b": _shape(5120, 64, 40, 8, 27_648, **_QWEN),
+  "qwen2.5-72b": _shape(8192, 80, 64, 8, 29_568, **_QWEN),
+  "llama-3.1-8b": _shape(4096, 32, 32, 8, 14_336, **_LLAMA),
+  "llama-3.1-70b": _shape(8192, 80, 64, 8, 28_672, **_LLAMA),
 }
 
 
@@ -205,14 +190,12 @@ def plan(config: Config) -> tuple[TransformerConfig, Chip | None, list[Program]]
   """Compiles the update and the rollout."""
   shape = find_model(config)
   devices, chip = find_devices(config.topology)
-  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-  parts = sharding.row_shards(mesh)
-  for name in ("prompts_per_step", "microbatch_prompts"):
-    if getattr(config, name) % parts:
-      raise ConfigError(
-        name, getattr(config, name), f"a multiple of data x fsdp = {parts}",
-        f"try --{name}={-(-getattr(config, name) // parts) * parts}, or a larger --mesh.tensor",
-      )
+  mesh = device_mesh(
+    config.mesh,
+    per_step={"prompts_per_step": config.prompts_per_step},
+    at_once={"microbatch_prompts": config.microbatch_prompts},
+    devices=devices,
+  )
   if config.prompts_per_step % min(config.microbatch_prompts, config.prompts_per_step):
     raise ConfigError(
       "microbatch_prompts", config.microbatch_prompts,
@@ -240,16 +223,7 @@ def weights_of(config: Config, policy, mesh):
   def split():
     return split_weights(config.lora, policy.init(jax.random.key(0)), seed=0)
 
-  return placed(jax.eval_shape(split), mesh)
-
-
-def placed(shapes, mesh):
-  """Shapes with the sharding that `rl_llm.sharding` gives them."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.tree_shardings(shapes, mesh),
-  )
+  return sharding.placed_shapes(jax.eval_shape(split), mesh)
 
 
 def rows(shapes, mesh):
@@ -272,7 +246,8 @@ def update_program(config: Config, policy, mesh) -> Lowering:
     grpo.make_loss(settings, policy), optimizer, microbatches=microbatches, mesh=mesh
   )
   frozen, trained = weights_of(config, policy, mesh)
-  state = placed(jax.eval_shape(lambda p: init_state(p, optimizer), trained), mesh)
+  state = jax.eval_shape(lambda p: init_state(p, optimizer), trained)
+  state = sharding.placed_shapes(state, mesh)
   prompts, total = config.prompts_per_step, config.prompts_per_step * config.responses_per_prompt
 
   def array(dtype, *shape):

@@ -139,6 +139,16 @@ def tree_shardings(tree: Any, mesh: Mesh, *, rules: Sequence[tuple[str, P]] = RU
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def placed_shapes(shapes: Any, mesh: Mesh) -> Any:
+  """Shapes with the layout of `tree_shardings`: what a checkpoint is restored into, and what a
+  program can be compiled for without an array."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    tree_shardings(shapes, mesh),
+  )
+
+
 def constrain(tree: Any, mesh: Mesh) -> Any:
   """Within a compiled function: keeps weights, gradients or a state as `tree_shardings` says."""
   return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))

@@ -32,7 +32,7 @@ from rl_llm.policy.hf import import_safetensors
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError
 from rl_llm.run_directory import open_run, write_result
-from rl_llm.sharding import ShardingError, tree_shardings
+from rl_llm.sharding import ShardingError, placed_shapes
 from rl_llm.tasks import TaskError
 from rl_llm.tokenizers import ModelTokenizer, Tokenizer, TokenizerError, save_tokenizer
 from rl_llm.train_state import TrainState
@@ -145,14 +145,11 @@ def begin(
     ShardingError: the state cannot be cut as the mesh asks.
   """
   start = run.checkpoints.latest()
-  shapes = jax.eval_shape(init_state, *args)
-  layout = tree_shardings(shapes, mesh)
+  wanted = placed_shapes(jax.eval_shape(init_state, *args), mesh)
   if start is None:
+    layout = jax.tree.map(lambda x: x.sharding, wanted)
     init = jax.jit(lambda *args: init_state(*jax.tree.map(jnp.copy, args)), out_shardings=layout)
     return 0, init(*args)
-  wanted = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, layout
-  )
   start, state, _ = run.checkpoints.restore(wanted)
   run.console.say(f"going on from the checkpoint at step {start}")
   if start > steps:

@@ -32,19 +32,19 @@ class Padded(Chatty):
   vocab_size = 264
 
 
+POLICY = make_policy(dataclasses.replace(tiny_config(Padded.vocab_size), n_layers=1))
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   """`--model=tiny` is one layer over `Padded`."""
-  policy = make_policy(dataclasses.replace(tiny_config(Padded.vocab_size), n_layers=1))
 
   def load(name, *, seed, remat, mesh):
-    params = jax.jit(policy.init)(jax.random.key(seed))
-    params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
-    return LanguageModel(policy, sharding.place(params, mesh), Padded())
+    assert seed == 0
+    return LanguageModel(POLICY, sharding.place(first_params(), mesh), Padded())
 
   for module in (dpo, grpo, ppo, reinforce, reward_model, sft):
     monkeypatch.setattr(module, "load_model", load)
-  return policy
 
 
 def settings(experiment, files, sizes, **changes):  # noqa: F811
@@ -62,18 +62,18 @@ def settings(experiment, files, sizes, **changes):  # noqa: F811
 
 
 @functools.cache
-def first_params(seed=0):
-  policy = make_policy(dataclasses.replace(tiny_config(Padded.vocab_size), n_layers=1))
-  params = jax.jit(policy.init)(jax.random.key(seed))
+def first_params():
+  """The weights that every run begins with."""
+  params = jax.jit(POLICY.init)(jax.random.key(0))
   params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+  return params
 
 
 def change(outcome):
   """What became of the policy's parameters, as one vector."""
   vectors = []
-  for path, leaf in first_params().items():
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(first_params()):
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
     new = outcome.params.get(f"params/{path}", outcome.params.get(f"policy/params/{path}"))
     vectors.append((np.asarray(new, np.float64) - leaf).ravel())
   return np.concatenate(vectors)
@@ -107,18 +107,16 @@ def test_a_run_goes_on_with_other_devices(tmp_path, files):  # noqa: F811
   assert distance < 1e-3 * np.linalg.norm(change(stayed))
 
 
-def test_a_state_is_the_same_bits_on_any_number_of_devices(tmp_path, small):
+def test_a_state_is_the_same_bits_on_any_number_of_devices(tmp_path):
   """From 1 device to 2, 4 and 8, and back."""
-  params = jax.jit(small.init)(jax.random.key(0))
+  params = first_params()
   shapes = jax.eval_shape(lambda: params)
   saved = Checkpointer(tmp_path, keep=10)
   saved.save(0, sharding.place(params, sharding.make_mesh(data=1)))
   for step, sizes in enumerate([(1, 2, 1), (1, 2, 2), (2, 2, 2), (1, 1, 8), (1, 1, 1)]):
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
     layout = sharding.tree_shardings(shapes, mesh)
-    wanted = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
-    )
+    wanted = sharding.placed_shapes(shapes, mesh)
     _, state, _ = saved.restore(wanted, step)
     for leaf, sharding_of_leaf in zip(*map(jax.tree.leaves, (state, layout)), strict=True):
       assert leaf.sharding.is_equivalent_to(sharding_of_leaf, leaf.ndim)
