@@ -150,6 +150,9 @@ class Config:
     2, "problems whose responses' activations are held at once; divides prompts_per_step / "
     "minibatches, or is more than that", min=1
   )
+  dtype: Literal["float32", "bfloat16"] = option(
+    "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
+  )
   remat: bool = option(False, "compute activations twice instead of holding them")
   samples_every: int = option(5, "steps between sample tables", min=1)
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
@@ -279,7 +282,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   )
   say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   task = make_task(config)
-  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
+  model = load_model(
+    config.model, seed=config.seed, dtype=jnp.dtype(config.dtype), remat=config.remat, mesh=mesh
+  )
   policy, tokenizer = model.policy, model.tokenizer
   frozen, first = split_weights(config.lora, model.params, seed=config.seed)
   whole = functools.partial(join, frozen)

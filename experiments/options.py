@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -201,6 +202,7 @@ class Optimizer:
   eps: float = option(1e-8, "added to its root", above=0)
   weight_decay: float = option(0.0, "of matrices, decoupled", min=0)
   max_grad_norm: float = option(1.0, "longer gradients are scaled down; 0 = never", min=0)
+  mu_dtype: Literal["float32", "bfloat16"] = option("float32", "in which the mean gradient is kept")
   max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
 
 
@@ -249,6 +251,7 @@ def adamw(options: Optimizer) -> optax.GradientTransformation:
     eps=options.eps,
     weight_decay=options.weight_decay,
     max_grad_norm=options.max_grad_norm,
+    mu_dtype=jnp.dtype(options.mu_dtype),
   )
 
 

@@ -129,6 +129,9 @@ class Config:
     "auto", "chat = the model's own chat template, plain = bare text; auto = chat if it has one"
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
+  dtype: Literal["float32", "bfloat16"] = option(
+    "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
+  )
   remat: bool = option(False, "compute activations twice instead of holding them")
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
@@ -218,7 +221,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   strict = config.data_errors == "strict"
   dataset = read_examples(config.data, formats=FORMATS, strict=strict)
   check_margins(config, dataset)
-  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
+  model = load_model(
+    config.model, seed=config.seed, dtype=jnp.dtype(config.dtype), remat=config.remat, mesh=mesh
+  )
   policy, tokenizer = model.policy, model.tokenizer
   trunk = {name: leaf for name, leaf in model.params.items() if name != "unembed"}
   frozen, first = split_weights(config.lora, trunk, seed=config.seed)

@@ -136,6 +136,9 @@ class Config:
     "error", "what to do with longer prompts"
   )
   max_new_tokens: int = option(16, "limit of a response's length when graded", min=1)
+  dtype: Literal["float32", "bfloat16"] = option(
+    "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
+  )
   remat: bool = option(False, "compute activations twice instead of holding them")
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
   lora: Lora = Lora()
@@ -249,7 +252,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   dataset = None
   if config.data != "task":
     dataset = read_examples(config.data, formats=FORMATS, strict=strict)
-  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
+  model = load_model(
+    config.model, seed=config.seed, dtype=jnp.dtype(config.dtype), remat=config.remat, mesh=mesh
+  )
   policy, tokenizer = model.policy, model.tokenizer
   frozen, first = split_weights(config.lora, model.params, seed=config.seed)
   whole = functools.partial(join, frozen)

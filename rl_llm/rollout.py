@@ -131,6 +131,8 @@ def generate(
   cache = jax.tree.map(share, cache)
   first_hidden = share(hidden[:, -1])
   lengths = share(prompt_lengths)
+  # The loop reads every matrix at every token: those that it rounds are rounded once, before it.
+  params = jax.tree.map(lambda w: w.astype(hidden.dtype) if w.ndim > 1 else w, params)
 
   def choose(hidden: chex.Array, step: chex.Array) -> Sample:
     logits = policy.logits(params, hidden)
@@ -275,7 +277,7 @@ def logprobs_of_hidden(
   """
   logprobs, entropies = chunked_logprobs_and_entropy(
     hidden,
-    policy.unembed(params),
+    policy.unembed(params).astype(hidden.dtype),  # As the sampler does.
     tokens,
     chunk_size=chunk_size,
     temperature=temperature,

@@ -62,7 +62,7 @@ def teacher_forced_logprobs(
   hidden, _ = policy.hidden(params, tokens, positions, segment_ids)
   found = chunked_logprobs_and_entropy(
     hidden[:, :-1],
-    policy.unembed(params),
+    policy.unembed(params).astype(hidden.dtype),
     tokens[:, 1:],
     chunk_size=chunk_size,
     temperature=temperature,

@@ -31,6 +31,7 @@ def make_optimizer(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
   max_grad_norm: float = 1.0,
+  mu_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
   """AdamW's direction after clipping by global norm; the update applies the learning rate.
 
@@ -43,6 +44,8 @@ def make_optimizer(
     eps: added to the root of the mean square.
     weight_decay: fraction of each matrix taken off per unit of learning rate.
     max_grad_norm: longer gradients are scaled to this L2 norm; 0 does not clip.
+    mu_dtype: in which the mean gradient is kept; bfloat16 takes 2 bytes a parameter instead of 4.
+      The mean square stays float32: it moves by less than bfloat16 can tell apart.
   """
 
   def matrices(params):
@@ -50,7 +53,7 @@ def make_optimizer(
 
   return optax.chain(
     optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(),
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
     optax.add_decayed_weights(weight_decay, mask=matrices) if weight_decay else optax.identity(),
   )
 

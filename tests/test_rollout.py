@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 
 from rl_llm.model import load_model
+from rl_llm.policy import make_policy
 from rl_llm.rollout import (
   STOP_EOS,
   STOP_LENGTH,
   Rollout,
   generate,
+  logprobs_of_hidden,
   response_logprobs,
   row_keys,
 )
@@ -119,6 +122,31 @@ def test_decoding_and_teacher_forcing_agree(tiny, temperature, copies):
   assert len(set(rollout.lengths.tolist())) >= 3  # ragged, or the test shows little
   assert np.ptp(rollout.sampler_logprobs[rollout.mask]) > 1  # likely and unlikely tokens
   assert_one_distribution(tiny, rollout, PROMPTS, 6, temperature, copies=copies)
+
+
+def test_in_bfloat16_trainer_and_sampler_score_a_hidden_state_alike(tiny):
+  """Both round the unembedding, or a ratio of two steps would hold the difference."""
+  policy, params = make_policy(tiny[0].config, dtype=jnp.bfloat16), tiny[1]
+  hidden = jax.random.normal(jax.random.key(0), (2, 3, policy.config.width), jnp.bfloat16)
+  tokens, mask = jnp.array([[5, 6, 7], [8, 9, 10]]), jnp.ones((2, 3), bool)
+  found, _ = logprobs_of_hidden(params, hidden, tokens, mask, policy=policy)
+  logprobs = jax.nn.log_softmax(policy.logits(params, hidden))
+  wanted = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_the_decode_loop_reads_weights_that_are_rounded_already(tiny):
+  policy, params = tiny
+  rough = make_policy(policy.config, dtype=jnp.bfloat16)
+  tokens, lengths = left_pad(PROMPTS, 6)
+  call = functools.partial(
+    generate, policy=rough, responses_per_prompt=GROUP, max_new_tokens=4, eos_ids=EOS, pad_id=PAD
+  )
+  program = jax.make_jaxpr(call)(params, tokens, lengths, keys_for(), SamplingConfig(jnp.ones(9)))
+  (loop,) = [e for e in program.eqns[0].params["jaxpr"].eqns if e.primitive.name == "while"]
+  weights = {(w.shape, w.ndim) for w in jax.tree.leaves(params) if w.ndim > 1}
+  read = [v.aval for v in loop.invars if (v.aval.shape, v.aval.ndim) in weights]
+  assert len(read) >= len(weights) and {str(aval.dtype) for aval in read} == {"bfloat16"}
 
 
 @pytest.fixture

@@ -107,6 +107,20 @@ def test_adamw_takes_the_steps_its_formula_gives():
     np.testing.assert_allclose(state.params[name], expected[name], rtol=1e-5)
 
 
+def test_the_mean_gradient_may_be_kept_in_two_bytes():
+  optimizer = make_optimizer(mu_dtype=jnp.bfloat16, max_grad_norm=0.0)
+  params = {"m": jnp.zeros((1, 2))}
+  update = make_update(lambda p, batch, _: (jnp.sum(p["m"] * batch["g"][0]), {}), optimizer)
+  state = init_state(params, optimizer)
+  batch, hparams = {"g": jnp.array([[[0.3, 0.7]]])}, {"learning_rate": jnp.float32(0.01)}
+  for _ in range(2):
+    state, _ = update(state, batch, hparams)
+  kept = {x.dtype.name for x in jax.tree.leaves(state.opt_state) if x.shape == (1, 2)}
+  assert kept == {"bfloat16", "float32"} and state.params["m"].dtype == jnp.float32
+  # A constant gradient moves every weight by the learning rate a step, up to bfloat16's 2^-8.
+  np.testing.assert_allclose(state.params["m"], [[-0.02, -0.02]], rtol=2**-8)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, microbatches):

@@ -7,6 +7,7 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
@@ -52,12 +53,13 @@ def small(monkeypatch):
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed, remat=False, mesh=None):
+  def load(name, *, seed, dtype=jnp.float32, remat=False, mesh=None):
     if name != "tiny":
-      return load_model(name, seed=seed, remat=remat, mesh=mesh)
+      return load_model(name, seed=seed, dtype=dtype, remat=remat, mesh=mesh)
     params = init(jax.random.key(seed))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
-    return LanguageModel(policy, params if mesh is None else place(params, mesh), Chatty())
+    found = make_policy(config, dtype=dtype)
+    return LanguageModel(found, params if mesh is None else place(params, mesh), Chatty())
 
   for name, module in list(sys.modules.items()):
     if name.startswith("experiments.") and hasattr(module, "load_model"):

@@ -234,6 +234,7 @@ def test_every_flag_of_the_loss_changes_the_gradient(monkeypatch):
 
 
 FLAGS = [
+  {"dtype": "bfloat16"},
   {"seed": 1},
   {"pairs_per_step": 8},
   {"held_out_fraction": 0.5},

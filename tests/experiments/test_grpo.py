@@ -87,6 +87,8 @@ FLAGS = [
   {"loss.entropy_coef": 0.5},
   {"kl.coef": 1.0},
   {"optimizer.learning_rate": 1e-3},
+  {"optimizer.mu_dtype": "bfloat16"},
+  {"dtype": "bfloat16"},
   {"optimizer.schedule": "linear"},
   {"epochs": 3},
   {"minibatches": 2},

@@ -247,6 +247,7 @@ BUSY = {
 ADAPTIVE = {"kl.controller": "adaptive", "kl.horizon": 50, "kl.target": 0.01}
 
 FLAGS = [
+  {"dtype": "bfloat16"},
   {"advantage.discount": 0.9},
   {"advantage.gae_lambda": 0.5},
   {"advantage.whiten": False},

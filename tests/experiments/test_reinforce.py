@@ -134,6 +134,7 @@ def test_the_kl_is_in_the_reward_and_counts_from_the_first_weights(tmp_path, sma
 # Every flag does something.
 
 FLAGS = [
+  {"dtype": "bfloat16"},
   {"advantage.name": "plain", "advantage.discount": 0.9},
   {"advantage.name": "moving_average"},
   {"advantage.name": "moving_average", "advantage.decay": 0.5},

@@ -123,6 +123,7 @@ def test_it_learns_and_what_is_written_scores_alike(tmp_path, small, data):
 
 
 FLAGS = [
+  {"dtype": "bfloat16"},
   {"margin_column": "margin"},
   {"center_coef": 0.0},
   {"pairs_per_step": 2},
