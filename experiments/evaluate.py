@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.options import MESH_FLAGS, MeshSizes, device_mesh
@@ -87,6 +88,7 @@ class Config:
   difficulty_column: str = option(
     "", "a column of the problems to tell them apart by; empty = as the task does"
   )
+  dtype: Literal["float32", "bfloat16"] = option("float32", "of the arithmetic")
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
   reward_workers: int = option(2, "grader processes", min=1)
   mesh: MeshSizes = MeshSizes()
@@ -154,7 +156,7 @@ def respond(
     config.mesh, per_step={"prompts_per_batch": config.prompts_per_batch}, at_once={}
   )
   console.say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
-  model = load_model(config.model, seed=config.seed, mesh=mesh)
+  model = load_model(config.model, seed=config.seed, dtype=jnp.dtype(config.dtype), mesh=mesh)
   encode = make_encode(
     model.tokenizer,
     prompt_format=config.prompt_format,

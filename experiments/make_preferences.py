@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.options import MESH_FLAGS, MeshSizes, device_mesh
@@ -94,6 +95,7 @@ class Config:
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
   prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
+  dtype: Literal["float32", "bfloat16"] = option("float32", "of the arithmetic")
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
   reward_workers: int = option(2, "grader processes", min=1)
   mesh: MeshSizes = MeshSizes()
@@ -181,7 +183,7 @@ def respond(
     config.mesh, per_step={"prompts_per_batch": config.prompts_per_batch}, at_once={}
   )
   console.say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
-  model = load_model(config.model, seed=config.seed, mesh=mesh)
+  model = load_model(config.model, seed=config.seed, dtype=jnp.dtype(config.dtype), mesh=mesh)
   encode = make_encode(
     model.tokenizer,
     prompt_format=config.prompt_format,

@@ -7,6 +7,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,8 +40,8 @@ POLICY = make_policy(dataclasses.replace(tiny_config(Padded.vocab_size), n_layer
 def small(monkeypatch):
   """`--model=tiny` is one layer over `Padded`."""
 
-  def load(name, *, seed, remat, mesh):
-    assert seed == 0
+  def load(name, *, seed, dtype, remat, mesh):
+    assert seed == 0 and dtype == jnp.float32
     return LanguageModel(POLICY, sharding.place(first_params(), mesh), Padded())
 
   for module in (dpo, grpo, ppo, reinforce, reward_model, sft):

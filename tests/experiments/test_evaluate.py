@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,10 +62,10 @@ def models(quick_compilation):
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed, mesh=None):
+  def load(name, *, seed, dtype=jnp.float32, mesh=None):
     params = init(jax.random.key(seed + (name == "tiny2")))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
-    return LanguageModel(policy, params, Terse())
+    return LanguageModel(make_policy(config, dtype=dtype), params, Terse())
 
   return load
 
@@ -276,7 +277,9 @@ def test_every_flag_of_the_sampler_changes_the_responses(tmp_path, finished, fil
   rows = read(finished / "samples.jsonl")
   base = {(row["problem"], row["sample"]): row["response"] for row in rows}
   seen = [base]
-  changed = ({"seed": 1}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3})
+  changed = (
+    {"seed": 1}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3}, {"dtype": "bfloat16"},
+  )
   for number, changes in enumerate(changed):
     found = responses(str(number), **changes)
     assert found.keys() == base.keys() and found not in seen, changes
