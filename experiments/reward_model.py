@@ -130,6 +130,7 @@ class Config:
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
   remat: bool = option(False, "compute activations twice instead of holding them")
+  scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
@@ -218,7 +219,13 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   strict = config.data_errors == "strict"
   dataset = read_examples(config.data, formats=FORMATS, strict=strict)
   check_margins(config, dataset)
-  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
+  model = load_model(
+    config.model,
+    seed=config.seed,
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+    mesh=mesh,
+  )
   policy, tokenizer = model.policy, model.tokenizer
   trunk = {name: leaf for name, leaf in model.params.items() if name != "unembed"}
   frozen, first = split_weights(config.lora, trunk, seed=config.seed)

@@ -137,6 +137,7 @@ class Config:
   )
   max_new_tokens: int = option(16, "limit of a response's length when graded", min=1)
   remat: bool = option(False, "compute activations twice instead of holding them")
+  scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
@@ -249,7 +250,13 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   dataset = None
   if config.data != "task":
     dataset = read_examples(config.data, formats=FORMATS, strict=strict)
-  model = load_model(config.model, seed=config.seed, remat=config.remat, mesh=mesh)
+  model = load_model(
+    config.model,
+    seed=config.seed,
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+    mesh=mesh,
+  )
   policy, tokenizer = model.policy, model.tokenizer
   frozen, first = split_weights(config.lora, model.params, seed=config.seed)
   whole = functools.partial(join, frozen)

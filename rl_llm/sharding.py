@@ -154,6 +154,20 @@ def constrain(tree: Any, mesh: Mesh) -> Any:
   return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))
 
 
+def constrain_stacked(tree: Any, mesh: Mesh) -> Any:
+  """Within a compiled function: keeps layers along a new first axis, each slice as its rule says.
+
+  Args:
+    tree: of one layer's paths; each leaf is [layers, ...] of what `tree_shardings` would lay out.
+    mesh: from `make_mesh`.
+  """
+  one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+  layouts = jax.tree.map(
+    lambda layout: NamedSharding(mesh, P(None, *layout.spec)), tree_shardings(one, mesh)
+  )
+  return jax.lax.with_sharding_constraint(tree, layouts)
+
+
 def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
   """Within a compiled function: cuts the given axis of every array over the devices, as rows."""
   return jax.lax.with_sharding_constraint(tree, _layout(mesh, P(*[None] * axis, ROWS)))

@@ -39,7 +39,7 @@ POLICY = make_policy(dataclasses.replace(tiny_config(Padded.vocab_size), n_layer
 def small(monkeypatch):
   """`--model=tiny` is one layer over `Padded`."""
 
-  def load(name, *, seed, remat, mesh):
+  def load(name, *, seed, mesh, **_):
     assert seed == 0
     return LanguageModel(POLICY, sharding.place(first_params(), mesh), Padded())
 

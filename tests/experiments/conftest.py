@@ -52,9 +52,9 @@ def small(monkeypatch):
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed, remat=False, mesh=None):
+  def load(name, *, seed, mesh=None, **settings):
     if name != "tiny":
-      return load_model(name, seed=seed, remat=remat, mesh=mesh)
+      return load_model(name, seed=seed, mesh=mesh, **settings)
     params = init(jax.random.key(seed))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
     return LanguageModel(policy, params if mesh is None else place(params, mesh), Chatty())
