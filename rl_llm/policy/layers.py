@@ -8,7 +8,6 @@ and are stacked inside the programs that are worth it: those that read many toke
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rl_llm.sharding import constrain, constrain_stacked
+from rl_llm.sharding import constrain, constrain_stacked, gather
 
 # (x, weights of a layer, whether it is a sliding one, what else is the layer's) -> (x, output)
 Body = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -57,8 +56,8 @@ def run_layers(
     remat: compute what happens within a layer again in the backward pass.
     dtype: weights are cast to it before they are stacked, as they would be where they are used.
       Norms' scales, which are used in float32, stay as they are.
-    mesh: the devices over which the weights lie; each stacks its own slices, and sums its own
-      slices of the gradient. None where there is one.
+    mesh: the devices over which the weights lie; each stacks its own slices, gathers a layer when
+      it is used, and gets its own slices of the gradient. None where there is one.
 
   Returns:
     x, and the list of the layers' outputs.
@@ -67,19 +66,19 @@ def run_layers(
   outputs: list[Any] = []
   for first, last in _runs(weights) if scan else [(i, i + 1) for i in range(len(weights))]:
     flags = list(sliding[first:last])
-    if last - first == 1:
-      layer = functools.partial(_call, body, flags[0])
-      layer = jax.checkpoint(layer) if remat else layer
-      x, out = layer(x, weights[first], others[first])
-      outputs.append(out)
-      continue
-
     same = flags[0] if len(set(flags)) == 1 else None
 
     def layer(x, parts, same=same):
       slices, flag, other = parts
-      slices = slices if mesh is None else constrain(slices, mesh)
+      if mesh is not None:
+        slices = gather(cast_weights(slices, dtype), mesh)
       return body(x, slices, flag if same is None else same, other)
+
+    if last - first == 1:
+      layer = jax.checkpoint(layer) if remat else layer
+      x, out = layer(x, (weights[first], None, others[first]))
+      outputs.append(out)
+      continue
 
     stacked = (
       stack_layers(weights[first:last], dtype=dtype, mesh=mesh),
@@ -101,18 +100,20 @@ def stack_layers(weights: Sequence[Any], *, dtype: Any, mesh: Mesh | None = None
   {'norm': {'scale': ((4, 2), 'float32')}, 'up': {'weight': ((4, 3, 2), 'bfloat16')}}
   """
 
-  def cast(path, leaf):
-    return leaf if path[-1].key == "scale" else leaf.astype(dtype)
-
-  weights = [jax.tree_util.tree_map_with_path(cast, layer) for layer in weights]
+  weights = [cast_weights(layer, dtype) for layer in weights]
   if mesh is not None:  # Cast slice by slice too, not gathered first.
     weights = [constrain(layer, mesh) for layer in weights]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
   return stacked if mesh is None else constrain_stacked(stacked, mesh)
 
 
-def _call(body: Body, sliding: bool, x: Any, weights: Any, other: Any) -> tuple[Any, Any]:
-  return body(x, weights, sliding, other)
+def cast_weights(weights: Any, dtype: Any) -> Any:
+  """All but norms' scales, which are used in float32."""
+
+  def cast(path, leaf):
+    return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, weights)
 
 
 def _runs(weights: Sequence[Any]) -> list[tuple[int, int]]:

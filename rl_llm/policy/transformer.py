@@ -125,17 +125,20 @@ def make_policy(
 
   def embed(params: Params, tokens: chex.Array) -> chex.Array:
     x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(dtype)
-    x = x * jnp.asarray(config.embed_scale, dtype)
-    if scan_layers and mesh is not None and not len(tokens) % row_shards(mesh):
-      x = constrain_rows(x, mesh)
-    return x
+    return by_rows(x * jnp.asarray(config.embed_scale, dtype))
+
+  def by_rows(x: chex.Array) -> chex.Array:
+    """Keeps each device at its own rows, where they can be divided."""
+    divides = mesh is not None and x.shape[0] % row_shards(mesh) == 0
+    return constrain_rows(x, mesh) if divides else x
 
   def layers_of(params: Params) -> list[Params]:
     return [params[f"layers_{layer}"] for layer in range(config.n_layers)]
 
   def read(x, weights, geometry: Geometry, is_sliding, cached, cursor):
     rope_and_mask = geometry.of(is_sliding)
-    return block.apply({"params": weights}, x, *rope_and_mask, cached, cursor)
+    x, cached = block.apply({"params": weights}, by_rows(x), *rope_and_mask, cached, cursor)
+    return by_rows(x), cached
 
   def final(params: Params, x: chex.Array) -> chex.Array:
     return norm.apply({"params": params["final_norm"]}, x)
