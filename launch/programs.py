@@ -83,7 +83,7 @@ class Programs:
     """GRPO's and REINFORCE's: an update, a rollout, and log-probs where something compares."""
     module, optimizer = EXPERIMENTS[self.config.experiment], adamw(self.settings.optimizer)
     base, frozen, trained = self.weights()
-    state = self.placed(lambda: init_state(trained, optimizer))
+    state = self.placed(functools.partial(init_state, optimizer=optimizer), trained)
     held = device_bytes((state, frozen, self.reference(base, frozen)))
     batch = self.batch()
     if module is grpo:
@@ -103,7 +103,8 @@ class Programs:
     """PPO's: the same, of two networks; and their passes before the updates."""
     base, frozen, trained = self.weights()
     width = self.policy.config.width
-    state = self.placed(lambda: ppo.init_ppo(trained, config=self.settings, width=width))
+    init = functools.partial(ppo.init_ppo, config=self.settings, width=width)
+    state = self.placed(init, trained)
     held = device_bytes((state, frozen, self.reference(base, frozen)))
     batch = self.batch() | {
       name: self.batch()["sampler_logprobs"] for name in ("old_values", "returns")
@@ -140,7 +141,7 @@ class Programs:
     """DPO's on a file of pairs: the reference reads them all, then there are updates alone."""
     optimizer = adamw(self.settings.optimizer)
     base, frozen, trained = self.weights()
-    state = self.placed(lambda: init_state(trained, optimizer))
+    state = self.placed(functools.partial(init_state, optimizer=optimizer), trained)
     held = device_bytes((state, frozen))
     pairs = self.config.prompts_per_step
     shape = (2 * pairs, self.config.prompt_tokens + self.config.max_new_tokens)
@@ -182,10 +183,10 @@ class Programs:
       params = self.policy.init(key)
       return params, *split_weights(self.config.lora, params, seed=0)
 
-    return self.placed(lambda: split(jax.random.key(0)))
+    return self.placed(split, jax.random.key(0))
 
-  def placed(self, make: Callable[[], Any]) -> Any:
-    return sharding.placed_shapes(jax.eval_shape(make), self.mesh)
+  def placed(self, make: Callable[..., Any], *arguments) -> Any:
+    return sharding.placed_shapes(jax.eval_shape(make, *arguments), self.mesh)
 
   def reference(self, base, frozen):
     """What a KL holds beside the rest: with adapters nothing, the model itself is still there."""

@@ -32,6 +32,7 @@ def run_layers(
   remat: bool,
   dtype: Any,
   mesh: Mesh | None = None,
+  whole: bool = True,
 ) -> tuple[Any, list[Any]]:
   """x through all layers, and what each of them put out.
 
@@ -56,8 +57,10 @@ def run_layers(
     remat: compute what happens within a layer again in the backward pass.
     dtype: weights are cast to it before they are stacked, as they would be where they are used.
       Norms' scales, which are used in float32, stay as they are.
-    mesh: the devices over which the weights lie; each stacks its own slices, gathers a layer when
-      it is used, and gets its own slices of the gradient. None where there is one.
+    mesh: the devices over which the weights lie; each stacks its own slices and gets its own
+      slices of the gradient. None where there is one.
+    whole: each device gathers a layer when it is used. Where x is small beside a matrix, as when
+      few rows decode, it is left to the compiler to send x instead.
 
   Returns:
     x, and the list of the layers' outputs.
@@ -71,7 +74,7 @@ def run_layers(
     def layer(x, parts, same=same):
       slices, flag, other = parts
       if mesh is not None:
-        slices = gather(cast_weights(slices, dtype), mesh)
+        slices = (gather if whole else constrain)(cast_weights(slices, dtype), mesh)
       return body(x, slices, flag if same is None else same, other)
 
     if last - first == 1:

@@ -182,6 +182,7 @@ def make_policy(
       sliding,
       None if cache is None else list(zip(cache.keys, cache.values, strict=True)),
       scan=scan_layers and tokens.shape[1] > 1,
+      whole=tokens.size >= config.width,
       **settings,
     )
     x = final(params, x)
