@@ -76,8 +76,9 @@ def measure(config: Config) -> Found:
   lowered = programs(planned, policy, mesh)[0].lower()
   compiled = lowered.compile()
   memory = compiled.memory_analysis()
-  shapes, _ = lowered.in_tree.unflatten(jax.tree.leaves(lowered.args_info))
-  arguments = jax.tree.map(fill, shapes)
+  (*shapes, _, frozen), _ = lowered.args_info
+  microbatches = config.prompts // config.microbatch_prompts
+  arguments = *jax.tree.map(fill, shapes), microbatches, frozen
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments[0].params))
   jax.block_until_ready(arguments)
   del lowered
@@ -93,10 +94,10 @@ def measure(config: Config) -> Found:
 
 
 def fill(shape) -> jax.Array:
-  """Something of that shape that takes as long and as much as anything else."""
+  """Something of that shape, such as weights, moments and a batch could be."""
   rng = np.random.default_rng(0)
   if shape.dtype == jnp.float32:
-    return jnp.asarray(0.02 * rng.standard_normal(shape.shape, np.float32))
+    return jnp.asarray(0.02 * np.abs(rng.standard_normal(shape.shape, np.float32)))
   return jnp.ones(shape.shape, shape.dtype)
 
 

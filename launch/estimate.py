@@ -7,6 +7,7 @@ each figure where it comes from.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -50,8 +51,8 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
       temporaries   4 N / S gradient, as much again to add microbatches up, 2 N / S cast weights
                     n D 2 layers    what remat keeps, plus twice the arrays of one layer
                     logits of `CHUNK_SIZE` tokens, three times
-      network       the weights once a pass along fsdp, their gradient as much; activations twice a
-                    layer and pass along tensor; the gradient along data
+      network       the weights forward and backward along fsdp, and their gradient once; activations
+                    twice a layer and pass along tensor; the gradient along data
 
   Adapters are counted as nothing beside the weights that they leave alone.
   """
@@ -87,7 +88,6 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   cast = size * total / slices + 2 * size * layer / sizes.tensor
   logits = 3 * 4 * CHUNK_SIZE * shape.vocab_size / sizes.tensor
   gathered = size * total / sizes.tensor
-  gathers = passes - 1 if trained else passes
   forward_and_back = 4 + 2 * config.remat  # Sums of activations a layer.
   found = [
     Estimate(
@@ -97,7 +97,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
       gradient + cast + kept + logits,
       0.0,
       {
-        "all-gather": along(sizes.fsdp, microbatches * (gathers - 1) * gathered),
+        "all-gather": along(sizes.fsdp, microbatches * 2 * gathered),
         "reduce-scatter": along(sizes.fsdp, microbatches * size * trained / sizes.tensor),
         "all-reduce": add(
           along(sizes.data, microbatches * 2 * 4 * trained / slices),
@@ -137,6 +137,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   return found
 
 
+@functools.cache
 def count_parameters(shape: TransformerConfig) -> tuple[int, int]:
   """Of the model, and of one layer."""
   shapes = jax.eval_shape(make_policy(shape).init, jax.random.key(0))

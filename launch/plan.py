@@ -341,7 +341,7 @@ def flags(config: Config) -> str:
         for name, part in dataclasses.asdict(value).items() if part != parts[name]
       ]
     else:
-      said.append(f"--{field.name}={str(value).lower() if value in (True, False) else value}")
+      said.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
   return " ".join(said)
 
 

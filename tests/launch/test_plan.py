@@ -183,10 +183,11 @@ def test_tokens_a_second_follow_from_the_bounds_and_the_assumption():
 
 
 def test_the_command_of_a_plan_gives_the_plan():
-  config = dataclasses.replace(SMALL, remat=False, mesh=MeshSizes(2, 4, 1), lora=Lora(rank=3))
+  config = dataclasses.replace(SMALL, remat=False, mesh=MeshSizes(2, 4, 1), lora=Lora(rank=3),
+                               minibatches=1)
   command = plan.flags(config)
   for said in ("--topology=cpu:1", "--remat=false", "--mesh.data=2", "--mesh.fsdp=4",
-               "--lora.rank=3", "--prompt_tokens=8"):
+               "--lora.rank=3", "--prompt_tokens=8", "--minibatches=1"):
     assert said in command.split()
   assert plan.flags(plan.Config()) == "python -m launch.plan"
 
