@@ -51,8 +51,8 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
       temporaries   4 N / S gradient, as much again to add microbatches up, 2 N / S cast weights
                     n D 2 layers    what remat keeps, plus twice the arrays of one layer
                     logits of `CHUNK_SIZE` tokens, three times
-      network       the weights forward and backward along fsdp, and their gradient once; activations
-                    twice a layer and pass along tensor; the gradient along data
+      network       along fsdp the weights, forward and backward, and their gradient; along tensor
+                    activations, twice a layer and pass; along data the gradient
 
   Adapters are counted as nothing beside the weights that they leave alone.
   """
