@@ -212,6 +212,7 @@ class Config:
     "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
+  scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   samples_every: int = option(5, "steps between sample tables", min=1)
   export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
   sampling: Sampling = Sampling()
@@ -415,7 +416,12 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   task = make_task(config)
   model = load_model(
-    config.model, seed=config.seed, dtype=jnp.dtype(config.dtype), remat=config.remat, mesh=mesh
+    config.model,
+    seed=config.seed,
+    dtype=jnp.dtype(config.dtype),
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+    mesh=mesh,
   )
   policy, tokenizer = model.policy, model.tokenizer
   frozen, first = split_weights(config.lora, model.params, seed=config.seed)

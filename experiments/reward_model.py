@@ -133,6 +133,7 @@ class Config:
     "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
+  scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
@@ -222,7 +223,12 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   dataset = read_examples(config.data, formats=FORMATS, strict=strict)
   check_margins(config, dataset)
   model = load_model(
-    config.model, seed=config.seed, dtype=jnp.dtype(config.dtype), remat=config.remat, mesh=mesh
+    config.model,
+    seed=config.seed,
+    dtype=jnp.dtype(config.dtype),
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+    mesh=mesh,
   )
   policy, tokenizer = model.policy, model.tokenizer
   trunk = {name: leaf for name, leaf in model.params.items() if name != "unembed"}

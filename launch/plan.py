@@ -6,116 +6,89 @@ machine for a named slice, and reports the memory that each chip would need.
 
   python -m launch.plan --topology=v5e:16x16 --model=qwen2.5-7b
   python -m launch.plan --topology=v5p:2x2x4 --model=DIR --mesh.fsdp=4 --mesh.tensor=4
-  python -m launch.plan --topology=v5e:4x4 --model=qwen2.5-1.5b --lora.rank=16
-  python -m launch.plan --topology=cpu:8 --model=tiny --vocab_size=264    needs no libtpu
+  python -m launch.plan --topology=v5e:4x4 --model=qwen2.5-1.5b --experiment=ppo --kl_coef=0.1
+  python -m launch.plan --topology=v5e:8x8 --model=qwen2.5-7b --search     meshes and microbatches
+  python -m launch.plan --topology=v5e:16x16 --num_slices=2 --mesh.data=2 --mesh.fsdp=256
+  python -m launch.plan --topology=h100:8 --model=qwen2.5-7b     by formula: there is no compiler
+  python -m launch.plan --topology=cpu:8 --model=tiny --vocab_size=264     needs no libtpu
 
-What is compiled is what `experiments.grpo` runs: its update and its rollout, with the same mesh and
-the same flags. Weights are float32 and so are Adam's moments; the arithmetic is --dtype.
+What is compiled is what the experiment runs: its updates, its rollout, and its passes for log-probs
+and values, with the same mesh and the same flags (dpo: on a file of pairs). Weights are float32 and
+so are Adam's moments; the arithmetic is --dtype.
 
-  memory       per chip, from the compiler: arguments (weights, moments, batch) and temporaries
+  memory       per chip, from the compiler: arguments (weights, moments, batch) and temporaries; and
+               what is resident, weights and moments that stay while a program runs that needs none
   network      bytes a chip sends or receives in collectives, read off the compiled program
   compute      operations of the matrix products, by formula, over the chips' peak
   HBM          bytes of weights, moments and cache read and written, by formula
 
-The three times are lower bounds: the largest binds, and a real step takes longer. Nothing is run,
-so nothing here is measured on such a chip.
+The three times are lower bounds: the largest binds, and a real step takes longer. Tokens a second
+are what would come out if all programs reached --efficiency of their bounds, which is assumed.
+Nothing is run, so nothing here is measured on such a chip. Compiling is timed in seconds of the
+processors. Links between the slices of --num_slices are slower than those within and are counted
+like these.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
+import itertools
+import json
+import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from experiments import grpo
-from experiments.options import Lora, MeshSizes, adamw, device_mesh, split_weights
+from experiments.options import Lora, MeshSizes, device_mesh
+from launch import estimate
+from launch.chips import Chip, find_chip, find_devices, has_compiler
+from launch.hlo import collectives
+from launch.models import MODELS, find_model
+from launch.programs import Lowering, programs, settings_of
 from rl_llm import sharding
 from rl_llm.config import ConfigError, option, run
-from rl_llm.flops import forward_flops
-from rl_llm.policy import TransformerConfig, WeightsError, join, make_policy, tiny_config
-from rl_llm.policy.hf import read_config
-from rl_llm.rollout import generate, row_keys
-from rl_llm.sampling import SamplingConfig
-from rl_llm.train_state import init_state, parameter_count
-from rl_llm.update import make_update
-
-
-class Chip(NamedTuple):
-  """One accelerator's limits."""
-
-  hbm: float  # bytes
-  flops: float  # bfloat16 operations a second
-  bandwidth: float  # bytes a second between HBM and the chip
-  network: float  # bytes a second to and from its neighbours, all links together, both ways
-
-
-# cloud.google.com/tpu/docs: system architecture of each version; links as in
-# jax-ml.github.io/scaling-book/tpus (two directions; 4 links in a 2D torus, 6 in a 3D one).
-CHIPS = {
-  "v4": Chip(32e9, 275e12, 1.2e12, 270e9),
-  "v5e": Chip(16e9, 197e12, 0.82e12, 180e9),
-  "v5p": Chip(95e9, 459e12, 2.8e12, 540e9),
-  "v6e": Chip(32e9, 918e12, 1.6e12, 360e9),
-}
-
-
-def _shape(width, layers, heads, kv_heads, mlp_width, *, tied=False, **others):
-  return TransformerConfig(
-    width=width,
-    n_layers=layers,
-    n_heads=heads,
-    n_kv_heads=kv_heads,
-    head_dim=128,
-    mlp_width=mlp_width,
-    tie_embeddings=tied,
-    **others,
-  )
-
-
-_QWEN = {"vocab_size": 152_064, "rope_theta": 1e6, "qkv_bias": True}
-_LLAMA = {"vocab_size": 128_256, "rope_theta": 5e5, "rms_eps": 1e-5}
-# Shapes, from the models' config.json. A directory with one takes any other model.
-MODELS = {
-  "qwen2.5-1.5b": _shape(1536, 28, 12, 2, 8960, **_QWEN | {"vocab_size": 151_936}, tied=True),
-  "qwen2.5-7b": _shape(3584, 28, 28, 4, 18_944, **_QWEN),
-  "qwen2.5-32b": _shape(5120, 64, 40, 8, 27_648, **_QWEN),
-  "qwen2.5-72b": _shape(8192, 80, 64, 8, 29_568, **_QWEN),
-  "llama-3.1-8b": _shape(4096, 32, 32, 8, 14_336, **_LLAMA),
-  "llama-3.1-70b": _shape(8192, 80, 64, 8, 28_672, **_LLAMA),
-}
+from rl_llm.policy import TransformerConfig, WeightsError, make_policy
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """A run, and where it is to fit."""
 
-  topology: str = option("v5e:16x16", "chips and how they lie: v5e:16x16, v5p:2x2x4, cpu:8")
+  topology: str = option("v5e:16x16", "chips and how they lie: v5e:16x16, v5p:2x2x4, h100:8, cpu:8")
+  num_slices: int = option(1, "such slices, joined by the data center's network", min=1)
+  experiment: Literal["grpo", "reinforce", "ppo", "dpo"] = option("grpo", "whose programs")
   model: str = option(
     "qwen2.5-7b", f"{', '.join(MODELS)}, tiny, or a directory with a config.json"
   )
   vocab_size: int = option(0, "another vocabulary than the model's; 0 = its own", min=0)
-  prompts_per_step: int = option(256, "P, problems a step", min=1)
+  prompts_per_step: int = option(256, "P, problems a step; of dpo, pairs", min=1)
   responses_per_prompt: int = option(8, "G, responses a problem", min=2)
   prompt_tokens: int = option(512, "L, padded length of the prompts", min=1)
   max_new_tokens: int = option(1024, "T, limit of a response's length", min=2)
-  microbatch_prompts: int = option(256, "problems whose activations are held at once", min=1)
+  epochs: int = option(1, "passes over a step's responses", min=1)
+  minibatches: int = option(0, "optimiser updates a pass; 0 = as the experiment has it", min=0)
+  microbatch_prompts: int = option(
+    256, "problems, or pairs, whose activations are held at once", min=1
+  )
   remat: bool = option(True, "compute activations twice instead of holding them")
+  scan_layers: bool = option(True, "compile one layer and loop over all: compiles sooner")
   dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of the arithmetic")
   kl_coef: float = option(0.0, "above 0 holds a reference model too", min=0)
+  value_trunk: Literal["own", "shared"] = option("own", "of ppo's value network")
   mesh: MeshSizes = MeshSizes(data=1, fsdp=-1)
   lora: Lora = Lora()
+  search: bool = option(False, "try all meshes and microbatches instead, and compile the best few")
+  candidates: int = option(3, "how many of them are compiled", min=1)
+  efficiency: float = option(0.4, "assumed share of the bounds that is reached", above=0, max=1)
+  json: str = option("", "a file for the figures; empty = none")
 
 
 class Program(NamedTuple):
-  """What one compiled program needs of a chip."""
+  """What one program needs of a chip."""
 
   name: str
   arguments: float  # bytes
@@ -124,11 +97,13 @@ class Program(NamedTuple):
   collectives: dict[str, tuple[int, float]]  # kind -> how many, bytes through a chip
   flops: float  # of a chip, by formula
   moved: float  # bytes between HBM and a chip, by formula, at least
-  compile_seconds: float
+  compile_seconds: float  # of the processors; 0 = by formula, not compiled
+  resident: float = 0.0  # bytes that lie there unused
+  calls: int = 1  # a step
 
   @property
   def peak(self) -> float:
-    return self.arguments + self.temporaries + self.output
+    return self.arguments + self.temporaries + self.output + self.resident
 
   def times(self, chip: Chip) -> dict[str, float]:
     """Seconds that each part takes at least."""
@@ -138,208 +113,90 @@ class Program(NamedTuple):
       "network": sum(moved for _, moved in self.collectives.values()) / chip.network,
     }
 
-
-def find_model(config: Config) -> TransformerConfig:
-  """The shape by name or from a directory."""
-  if config.model == "tiny":
-    found = tiny_config(config.vocab_size or 256)
-  elif config.model in MODELS:
-    found = MODELS[config.model]
-  elif os.path.isdir(config.model):
-    found, _ = read_config(config.model)
-  else:
-    raise ConfigError(
-      "model", config.model, f"a directory with a config.json, tiny, or {', '.join(MODELS)}"
-    )
-  return dataclasses.replace(found, vocab_size=config.vocab_size or found.vocab_size)
+  def bound(self, chip: Chip) -> float:
+    """The longest of them."""
+    return max(self.times(chip).values())
 
 
-def find_devices(topology: str) -> tuple[list, Chip | None]:
-  """The slice's devices, and the limits of each; this machine's for cpu:N.
-
-  Raises:
-    ConfigError: there is no such topology, or nothing to compile for it with.
-  """
-  kind, _, shape = topology.partition(":")
-  if kind == "cpu" and shape.isdigit():
-    if len(jax.devices("cpu")) < int(shape):
-      raise ConfigError(
-        "topology", topology, "as many devices as JAX sees", f"set JAX_NUM_CPU_DEVICES={shape}"
-      )
-    return jax.devices("cpu")[: int(shape)], None
-  if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-    raise ConfigError(
-      "topology", topology, f"cpu:N, or one of {', '.join(CHIPS)} with a shape, as in v5e:4x4"
-    )
-  from jax.experimental import topologies
-
-  # No metadata server tells what machine this is, and libtpu need not say so.
-  for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_MIN_LOG_LEVEL", "3")):
-    os.environ.setdefault(name, value)
-  try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-  except Exception as error:  # Whatever libtpu says of it.
-    raise ConfigError(
-      "topology", topology, "one that libtpu can compile for",
-      f"pip install 'jax[tpu]', and check the shape ({str(error).splitlines()[0]:.80})",
-    ) from None
-  return list(found.devices), CHIPS[kind]
-
-
-def plan(config: Config) -> tuple[TransformerConfig, Chip | None, list[Program]]:
-  """Compiles the update and the rollout."""
-  shape = find_model(config)
-  devices, chip = find_devices(config.topology)
+def plan(config: Config) -> list[Program]:
+  """Compiles all programs, or computes their figures where there is no compiler."""
+  shape = find_model(config.model, vocab_size=config.vocab_size)
+  check(config)
+  if not has_compiler(config.topology):
+    return by_formula(config, shape)
   mesh = device_mesh(
     config.mesh,
-    per_step={"prompts_per_step": config.prompts_per_step},
-    at_once={"microbatch_prompts": config.microbatch_prompts},
-    devices=devices,
+    **multiples(config),
+    devices=find_devices(config.topology, num_slices=config.num_slices),
   )
-  if config.prompts_per_step % min(config.microbatch_prompts, config.prompts_per_step):
+  policy = make_policy(
+    shape,
+    dtype=jnp.dtype(config.dtype),
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+    mesh=mesh,
+  )
+  return [compile_program(lowering, mesh) for lowering in programs(config, policy, mesh)]
+
+
+def multiples(config: Config) -> dict:
+  """What `device_mesh` is to look at."""
+  return {
+    "per_step": {"prompts_per_step": config.prompts_per_step},
+    "at_once": {"microbatch_prompts": config.microbatch_prompts},
+    "minibatches": getattr(settings_of(config), "minibatches", 1),
+  }
+
+
+def check(config: Config) -> None:
+  """Refuses sizes that do not divide."""
+  minibatches = getattr(settings_of(config), "minibatches", 1)
+  update = config.prompts_per_step // minibatches
+  if config.prompts_per_step % minibatches or update % min(config.microbatch_prompts, update):
     raise ConfigError(
       "microbatch_prompts", config.microbatch_prompts,
-      f"a divisor of prompts_per_step ({config.prompts_per_step})",
+      f"a divisor of prompts_per_step / minibatches ({config.prompts_per_step} / {minibatches})",
     )
-  policy = make_policy(shape, dtype=jnp.dtype(config.dtype), remat=config.remat)
-  return shape, chip, [
-    compile_program(name, make(config, policy, mesh), mesh)
-    for name, make in (("update", update_program), ("rollout", rollout_program))
+
+
+def by_formula(config: Config, shape: TransformerConfig) -> list[Program]:
+  """The figures of `launch.estimate`, on a mesh that is checked like a real one."""
+  count = find_chip(config.topology)[1] * config.num_slices
+  sizes = dataclasses.asdict(config.mesh)
+  rest = count // math.prod(size for size in sizes.values() if size != -1)
+  sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
+  found = estimate.Sizes(**sizes)
+  if math.prod(found) != count or found not in estimate.meshes(config, shape, count):
+    raise sharding.ShardingError(
+      f"mesh {' x '.join(f'{name}={size}' for name, size in sizes.items())}: does not divide "
+      f"{count} devices, the model or prompts_per_step ({config.prompts_per_step})"
+    )
+  return [
+    Program(
+      name=part.name,
+      arguments=part.arguments,
+      temporaries=part.temporaries,
+      output=0.0,
+      collectives={kind: found for kind, found in part.collectives.items() if found[0]},
+      flops=part.flops,
+      moved=part.moved,
+      compile_seconds=0.0,
+      resident=part.resident,
+      calls=part.calls,
+    )
+    for part in estimate.estimate(config, shape, found)
   ]
 
 
-class Lowering(NamedTuple):
-  """A program before it is compiled, and what the formulas say of it."""
-
-  lower: Callable[[], Any]
-  loop: int  # how often a loop runs whose count the program does not know
-  flops: float
-  moved: float
-
-
-def weights_of(config: Config, policy, mesh):
-  """(frozen, trained) as shapes that know their devices."""
-
-  def split():
-    return split_weights(config.lora, policy.init(jax.random.key(0)), seed=0)
-
-  return sharding.placed_shapes(jax.eval_shape(split), mesh)
-
-
-def rows(shapes, mesh):
-  """Shapes of a batch, whose rows lie over the mesh."""
-  layout = sharding.row_sharding(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes)
-
-
-def update_program(config: Config, policy, mesh) -> Lowering:
-  """The update of `experiments.grpo`, on the batch that its step would make."""
-  settings = grpo.Config(
-    prompts_per_step=config.prompts_per_step,
-    responses_per_prompt=config.responses_per_prompt,
-    max_new_tokens=config.max_new_tokens,
-    microbatch_prompts=config.microbatch_prompts,
-  )
-  optimizer = adamw(settings.optimizer)
-  microbatches = max(1, config.prompts_per_step // config.microbatch_prompts)
-  update = make_update(
-    grpo.make_loss(settings, policy), optimizer, microbatches=microbatches, mesh=mesh
-  )
-  frozen, trained = weights_of(config, policy, mesh)
-  state = jax.eval_shape(lambda p: init_state(p, optimizer), trained)
-  state = sharding.placed_shapes(state, mesh)
-  prompts, total = config.prompts_per_step, config.prompts_per_step * config.responses_per_prompt
-
-  def array(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-  batch = {
-    "prompts": array(jnp.int32, prompts, config.prompt_tokens),
-    "prompt_lengths": array(jnp.int32, prompts),
-    "tokens": array(jnp.int32, total, config.max_new_tokens),
-    "mask": array(bool, total, config.max_new_tokens),
-    "sampler_logprobs": array(jnp.float32, total, config.max_new_tokens),
-    "advantages": array(jnp.float32, total),
-    "weights": array(jnp.float32, total, config.max_new_tokens),
-  }
-  if config.kl_coef:
-    batch["ref_logprobs"] = array(jnp.float32, total, config.max_new_tokens)
-  names = ("learning_rate", "kl_coef", "entropy_coef")
-  hparams = {name: array(jnp.float32) for name in names} | {"loss": {}}
-  count = parameter_count(frozen or trained)
-  each = 4 * count / mesh.size
-  passes = (4 if config.remat else 3) if frozen is None else (3 if config.remat else 2)
-  return Lowering(
-    lambda: update.lower(state, rows(batch, mesh), hparams, microbatches, frozen),
-    loop=microbatches,
-    flops=passes * work(config, policy.config) / mesh.size,
-    # Weights once a pass of every microbatch, as they are gathered; the state read and written.
-    moved=passes * microbatches * itemsize(config) * count / mesh.shape["tensor"]
-    + (6 * each if frozen is None else 0),
-  )
-
-
-def rollout_program(config: Config, policy, mesh) -> Lowering:
-  """The rollout of a step: all its prompts at once."""
-  frozen, trained = weights_of(config, policy, mesh)
-  params = join(frozen, trained)
-  total = config.prompts_per_step * config.responses_per_prompt
-  keys = jax.eval_shape(
-    lambda: row_keys(jax.random.key(0), config.prompts_per_step, config.responses_per_prompt)
-  )
-  arrays = (
-    jax.ShapeDtypeStruct((config.prompts_per_step, config.prompt_tokens), jnp.int32),
-    jax.ShapeDtypeStruct((config.prompts_per_step,), jnp.int32),
-    keys,
-    SamplingConfig(jax.ShapeDtypeStruct((total,), jnp.float32)),
-  )
-  count = parameter_count(params)
-  shape = policy.config
-  length = config.prompt_tokens + config.max_new_tokens / 2  # On average.
-  cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * itemsize(config) * total * length
-  return Lowering(
-    lambda: generate.lower(
-      params,
-      *rows(arrays, mesh),
-      policy=policy,
-      responses_per_prompt=config.responses_per_prompt,
-      max_new_tokens=config.max_new_tokens,
-      eos_ids=(0,),
-      pad_id=0,
-    ),
-    loop=config.max_new_tokens,
-    flops=work(config, shape) / mesh.size,
-    # Each token reads all weights that its device computes with, and the cache of its rows.
-    moved=config.max_new_tokens
-    * (itemsize(config) * count / mesh.shape["tensor"] + cache / mesh.size),
-  )
-
-
-def itemsize(config: Config) -> int:
-  return jnp.dtype(config.dtype).itemsize
-
-
-def work(config: Config, shape: TransformerConfig) -> float:
-  """Operations of one pass over all prompts and responses."""
-  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
-  return forward_flops(
-    **{field: getattr(shape, field) for field in fields},
-    prompts=config.prompts_per_step,
-    responses=config.responses_per_prompt,
-    prompt_tokens=config.prompt_tokens,
-    new_tokens=config.max_new_tokens,
-  )
-
-
-def compile_program(name: str, lowering: Lowering, mesh) -> Program:
+def compile_program(lowering: Lowering, mesh: jax.sharding.Mesh) -> Program:
   """Compiles, and reads off what the compiler says."""
-  print(f"compiling the {name} for {mesh.size} devices", file=sys.stderr, flush=True)
-  begin = time.perf_counter()
+  print(f"compiling the {lowering.name} for {mesh.size} devices", file=sys.stderr, flush=True)
+  begin = time.process_time()
   compiled = lowering.lower().compile()
-  seconds = time.perf_counter() - begin
+  seconds = time.process_time() - begin
   memory = compiled.memory_analysis()
   return Program(
-    name,
+    lowering.name,
     memory.argument_size_in_bytes,
     memory.temp_size_in_bytes,
     memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -347,124 +204,108 @@ def compile_program(name: str, lowering: Lowering, mesh) -> Program:
     lowering.flops,
     lowering.moved,
     seconds,
+    lowering.resident,
+    lowering.calls,
   )
 
 
-BYTES = {
-  "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-  "f32": 4, "s64": 8, "u64": 8, "f64": 8,
-}
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+def candidates(config: Config, chip: Chip) -> tuple[list[Config], int]:
+  """Meshes and microbatches that fit by formula, soonest done first; and of how many."""
+  shape = find_model(config.model, vocab_size=config.vocab_size)
+  count = find_chip(config.topology)[1] * config.num_slices
+  update = config.prompts_per_step // getattr(settings_of(config), "minibatches", 1)
+  ranked, tried = [], 0
+  for sizes, microbatch in itertools.product(
+    estimate.meshes(config, shape, count), estimate.divisors(update)
+  ):
+    if microbatch % (sizes.data * sizes.fsdp) or sizes.data % config.num_slices:
+      continue
+    tried += 1
+    mesh = MeshSizes(**sizes._asdict())
+    trial = dataclasses.replace(config, mesh=mesh, microbatch_prompts=microbatch)
+    found = by_formula(trial, shape)
+    if max(program.peak for program in found) <= chip.hbm:
+      ranked.append((step_seconds(found, chip), len(ranked), trial))
+  return [trial for _, _, trial in sorted(ranked)], tried
 
 
-def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
-  """Counts a compiled program's collectives, those in loops as often as these run.
+def step_seconds(found: Sequence[Program], chip: Chip) -> float:
+  """What a step takes at least."""
+  return sum(program.calls * program.bound(chip) for program in found)
 
-  A chip of a ring of n passes on all but its own part: what an all-gather puts out, what a
-  reduce-scatter takes in, and both for an all-reduce, which is one after the other.
 
-  >>> text = '''
-  ... %body (p: f32[8]) -> f32[8] {
-  ...   %g = f32[8]{0} all-gather(f32[2]{0} %p), dimensions={0}
-  ... }
-  ... ENTRY %main (x: f32[8]) -> f32[8] {
-  ...   %r = f32[8]{0} all-reduce(f32[8]{0} %x), to_apply=%sum
-  ...   %w = f32[8]{0} while(f32[8]{0} %r), condition=%c, body=%body
-  ... }'''
-  >>> collectives(text, loop=3)
-  {'all-gather': (3, 96.0), 'all-reduce': (1, 64.0)}
+def search(config: Config, chip: Chip) -> list[tuple[Config, list[Program]]]:
+  """The best candidates, compiled; those that fit first, and of these the soonest done.
 
-  Args:
-    text: of the compiled module.
-    loop: how often a loop runs whose count is not in the text.
-
-  Returns:
-    {kind: (how many, bytes)}.
+  Raises:
+    ConfigError: none fits, by formula.
   """
-  bodies: dict[str, list[str]] = {}
-  entry, lines = "", []
-  for line in text.splitlines():
-    head = re.match(r"\s*(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
-    if head and "=" not in line.split("(")[0]:
-      lines = bodies.setdefault(head[2], [])
-      entry = head[2] if head[1] else entry
-    else:
-      lines.append(line)
-  counts: Counter[str] = Counter()
-  moved: Counter[str] = Counter()
-
-  def walk(name: str, times: int) -> None:
-    for line in bodies.get(name, ()):
-      found = re.search(r"= (.*?) ([\w\-]+)\(", line)
-      if not found:
-        continue
-      kind = found[2].removesuffix("-start")
-      if kind in KINDS:
-        sizes = [_bytes(*s) for s in re.findall(r"(\w+)\[([\d,]*)\]", found[1])]
-        size = max(sizes) if found[2].endswith("-start") else sum(sizes)
-        if kind == "reduce-scatter":
-          size = max(_bytes(*s) for s in re.findall(r"(\w+)\[([\d,]*)\]", line))
-        counts[kind] += times
-        moved[kind] += times * size * (2 if kind == "all-reduce" else 1)
-      inner = times
-      if kind == "while":
-        known = re.search(r'known_trip_count[\\":{n\s]+(\d+)', line)
-        inner = times * (int(known[1]) if known else loop)
-      for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
-        walk(called, inner)
-
-  walk(entry, 1)
-  return {kind: (counts[kind], float(moved[kind])) for kind in KINDS if counts[kind]}
-
-
-def _bytes(dtype: str, sizes: str) -> int:
-  """Of an array as HLO writes it: f32 and 8,128."""
-  count = 1
-  for size in filter(None, sizes.split(",")):
-    count *= int(size)
-  return BYTES.get(dtype, 0) * count
-
-
-def table(config: Config, shape: TransformerConfig, chip: Chip | None, programs) -> list[str]:
-  """The figures as lines, and what to change where they do not fit."""
-  policy = make_policy(shape)
-  parameters = parameter_count(jax.eval_shape(policy.init, jax.random.key(0)))
-  lines = [f"{config.model}: {parameters / 1e9:.2f}B parameters on {config.topology}"]
-  columns = "{:<9} {:>10} {:>12} {:>9} {:>9}  {}"
-  lines.append(
-    columns.format("GB a chip", "arguments", "temporaries", "peak", "compiled", "collectives")
+  trials, tried = candidates(config, chip)
+  chosen = trials[: config.candidates]
+  verb = "compiling" if has_compiler(config.topology) else "showing"
+  print(
+    f"{tried} meshes and microbatches, {len(trials)} fit by formula; {verb} the best {len(chosen)}",
+    file=sys.stderr, flush=True,
   )
-  for program in programs:
+  if not chosen:
+    raise ConfigError(
+      "topology", config.topology, "a larger slice: by formula no mesh and no microbatch fits",
+      "or try --lora.rank=16, fewer --responses_per_prompt, a smaller --max_new_tokens",
+    )
+  found = [(trial, plan(trial)) for trial in chosen]
+  return sorted(
+    found, key=lambda pair: (not fits(pair[1], chip), step_seconds(pair[1], chip))
+  )
+
+
+def fits(found: Sequence[Program], chip: Chip | None) -> bool:
+  return chip is None or all(program.peak <= chip.hbm for program in found)
+
+
+def table(config: Config, found: Sequence[Program], chip: Chip | None) -> list[str]:
+  """The figures as lines, and what to change where they do not fit."""
+  shape = find_model(config.model, vocab_size=config.vocab_size)
+  parameters, _ = estimate.count_parameters(shape)
+  slices = f"{config.num_slices} x " if config.num_slices > 1 else ""
+  lines = [f"{config.model}: {parameters / 1e9:.2f}B parameters on {slices}{config.topology}"]
+  if not has_compiler(config.topology):
+    lines.append("by formula, not compiled: see launch/estimate.py")
+  columns = "{:<12} {:>9} {:>11} {:>8} {:>6} {:>8}  {}"
+  lines.append(
+    columns.format(
+      "GB a chip", "arguments", "temporaries", "resident", "peak", "compiled", "collectives"
+    )
+  )
+  for program in found:
     kinds = [
       f"{count} {kind} {moved / 1e9:.1f} GB" for kind, (count, moved) in program.collectives.items()
     ]
-    figures = (program.arguments, program.temporaries, program.peak)
+    figures = (program.arguments, program.temporaries, program.resident, program.peak)
+    seconds = f"{program.compile_seconds:.0f} s" if program.compile_seconds else "-"
     lines.append(
       columns.format(
-        program.name,
-        *(f"{x / 1e9:.2f}" for x in figures),
-        f"{program.compile_seconds:.0f} s",
-        ", ".join(kinds) or "none",
+        program.name, *(f"{x / 1e9:.2f}" for x in figures), seconds, ", ".join(kinds) or "none"
       )
     )
   if chip is None:
     return lines
-  for program in programs:
+  for program in found:
     times = program.times(chip)
     binding = max(times, key=times.get)
     shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
     lines.append(f"{program.name}: at least {times[binding]:.2f} s, bound by {binding} ({shown})")
-  worst = max(programs, key=lambda program: program.peak)
-  if worst.peak <= chip.hbm:
+  lines.append(throughput(config, found, chip))
+  worst = max(found, key=lambda program: program.peak)
+  if fits(found, chip):
     lines.append(f"fits: {worst.peak / 1e9:.1f} of {chip.hbm / 1e9:.0f} GB a chip ({worst.name})")
     return lines
   lines.append(
     f"does NOT fit: the {worst.name} needs {worst.peak / 1e9:.1f} of {chip.hbm / 1e9:.0f} GB a chip"
   )
   advice = []
-  if worst.arguments > worst.temporaries:
+  if worst.arguments + worst.resident > worst.temporaries:
     advice += ["more devices along --mesh.fsdp", "--lora.rank=16"]
-  elif worst.name == "update":
+  elif "update" in worst.name:
     advice += ["a smaller --microbatch_prompts"] + ["--remat"] * (not config.remat)
   else:
     advice += ["fewer --prompts_per_step or --responses_per_prompt", "a larger --mesh.tensor"]
@@ -472,13 +313,61 @@ def table(config: Config, shape: TransformerConfig, chip: Chip | None, programs)
   return lines
 
 
+def throughput(config: Config, found: Sequence[Program], chip: Chip) -> str:
+  """Tokens a second, as the assumption has it."""
+  seconds = step_seconds(found, chip) / config.efficiency
+  if config.experiment == "dpo":
+    tokens = 2 * config.prompts_per_step * (config.prompt_tokens + config.max_new_tokens)
+  else:
+    tokens = config.prompts_per_step * config.responses_per_prompt * config.max_new_tokens
+  kind = "read" if config.experiment == "dpo" else "sampled and trained on"
+  return (
+    f"a step: at least {step_seconds(found, chip):.1f} s; assuming {config.efficiency:.0%} of the "
+    f"bounds, {seconds:.0f} s, {tokens / seconds:,.0f} tokens {kind} a second"
+  )
+
+
+def flags(config: Config) -> str:
+  """The command that plans this alone: all flags that are not the defaults'."""
+  said = ["python -m launch.plan"]
+  for field in dataclasses.fields(Config):
+    value, default = getattr(config, field.name), getattr(Config(), field.name)
+    if field.name in ("search", "candidates", "json") or value == default:
+      continue
+    if dataclasses.is_dataclass(value):
+      parts = dataclasses.asdict(default)
+      said += [
+        f"--{field.name}.{name}={part}"
+        for name, part in dataclasses.asdict(value).items() if part != parts[name]
+      ]
+    else:
+      said.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+  return " ".join(said)
+
+
+def write_json(path: str, config: Config, found: Sequence[Program]) -> None:
+  """The figures for other programs, such as benchmarks/plan_table.py."""
+  with open(path, "w") as file:
+    json.dump({"command": flags(config), "programs": [p._asdict() for p in found]}, file)
+
+
 def main(config: Config) -> int:
   # A plan runs nothing: an accelerator that is there stays free, and one that is not is not sought.
   jax.config.update("jax_platforms", "cpu")
-  shape, chip, programs = plan(config)
-  print(*table(config, shape, chip, programs), sep="\n")
-  fits = chip is None or all(program.peak <= chip.hbm for program in programs)
-  return 0 if fits else 3
+  chip, _ = find_chip(config.topology)
+  if config.search:
+    if chip is None:
+      raise ConfigError("search", True, "off for a CPU, whose limits are not known here")
+    found = search(config, chip)
+    for trial, programs_of in found:
+      print(flags(trial), *table(trial, programs_of, chip), "", sep="\n")
+    best = found[0]
+  else:
+    best = config, plan(config)
+    print(*table(*best, chip), sep="\n")
+  if config.json:
+    write_json(config.json, *best)
+  return 0 if fits(best[1], chip) else 3
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def load_model(
   seed: int = 0,
   dtype: Any = jnp.float32,
   remat: bool = False,
+  scan_layers: bool = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> LanguageModel:
   """Loads a model's configuration, weights and tokenizer.
@@ -37,20 +38,24 @@ def load_model(
     seed: of the random weights of "tiny".
     dtype: of the arithmetic; weights stay float32.
     remat: compute activations again in the backward pass instead of keeping them.
+    scan_layers: compile one layer and loop over them, as `make_policy` says.
     mesh: the devices over which the weights are to lie; None: on the first.
 
   Raises:
     WeightsError: the weights cannot be used; TokenizerError: the tokenizer cannot; ShardingError:
       the weights cannot be cut as the mesh asks.
   """
+  make = functools.partial(
+    make_policy, dtype=dtype, remat=remat, scan_layers=scan_layers, mesh=mesh
+  )
   if name == "tiny":
     tokenizer = ByteTokenizer()
     config = tiny_config(tokenizer.vocab_size)
-    policy = make_policy(config, dtype=dtype, remat=remat)
+    policy = make(config)
     params = jax.jit(policy.init)(jax.random.key(seed))
     return LanguageModel(policy, params if mesh is None else place(params, mesh), tokenizer)
   layout = None if mesh is None else functools.partial(tree_shardings, mesh=mesh)
   config, params = load_weights(name, layout=layout)
   tokenizer = load_tokenizer(name)
-  policy = make_policy(config, dtype=dtype, remat=remat)
+  policy = make(config)
   return LanguageModel(policy, params, tokenizer)

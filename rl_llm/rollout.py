@@ -22,6 +22,7 @@ from rl_llm.sampling import Sample, SamplingConfig, sample
 # The row ended with an end-of-sequence token, which is part of the response and is trained on.
 STOP_EOS = 0
 STOP_LENGTH = 1  # The row was cut off at max_new_tokens.
+CHUNK_SIZE = 512  # tokens whose logits one device holds at once
 
 
 class Rollout(NamedTuple):
@@ -238,21 +239,18 @@ def response_hidden(
   rows, steps = tokens.shape
   if rows % n_prompts:
     raise ValueError(f"tokens: {rows} rows are not a multiple of the {n_prompts} rows of prompts")
-  share = functools.partial(_share, rows=n_prompts, copies=rows // n_prompts)
-  cache = policy.init_cache(n_prompts, columns + steps - 1)
-  positions, segments = prompt_layout(prompt_lengths, columns)
-  hidden, cache = policy.hidden(params, prompts, positions, segments, cache)
-  hidden = share(hidden[:, -1:])  # The prompt's end predicts the first token.
+  share = functools.partial(jnp.repeat, repeats=rows // n_prompts, axis=0)
+  reading = prompts, *prompt_layout(prompt_lengths, columns)
   if steps == 1:  # Nothing follows the last token: it is not read.
-    return hidden
-  following, _ = policy.hidden(
-    params,
+    return share(policy.hidden(params, *reading)[0][:, -1:])
+  following = (
     tokens[:, :-1],
     share(prompt_lengths)[:, None] + jnp.arange(steps - 1),
     jnp.where(mask[:, :-1], 0, -1),
-    jax.tree.map(share, cache),
   )
-  return jnp.concatenate([hidden, following], axis=1)
+  hidden, following = policy.shared_hidden(params, reading, following)
+  # The prompt's end predicts the first token.
+  return jnp.concatenate([share(hidden[:, -1:]), following], axis=1)
 
 
 def logprobs_of_hidden(
@@ -263,7 +261,7 @@ def logprobs_of_hidden(
   *,
   policy: Any,
   temperature: chex.Array | float = 1.0,
-  chunk_size: int = 512,
+  chunk_size: int | None = None,
 ) -> tuple[chex.Array, chex.Array]:
   """The second half of `response_logprobs`, for a trainer that has another use for `hidden` too.
 
@@ -279,7 +277,7 @@ def logprobs_of_hidden(
     hidden,
     policy.unembed(params).astype(hidden.dtype),  # As the sampler does.
     tokens,
-    chunk_size=chunk_size,
+    chunk_size=chunk_size or CHUNK_SIZE * policy.row_shards,
     temperature=temperature,
     softcap=policy.config.final_softcap,
   )
@@ -295,7 +293,7 @@ def response_logprobs(
   *,
   policy: Any,
   temperature: chex.Array | float = 1.0,
-  chunk_size: int = 512,
+  chunk_size: int | None = None,
 ) -> tuple[chex.Array, chex.Array]:
   """Teacher-forced log-probs and entropies of responses: the trainer's side of `generate`.
 
@@ -310,7 +308,8 @@ def response_logprobs(
     mask: [B, T] bool, True = part of the response.
     policy: as for `generate`.
     temperature: the sampler's; the same for both, or the ratio of the first update is not 1.
-    chunk_size: tokens that meet the vocabulary at once.
+    chunk_size: as many logits exist at once as this many tokens have, on all devices together;
+      None: CHUNK_SIZE on each device over which rows lie.
 
   Returns:
     logprobs [B, T] and entropies [B, T], float32, nats, 0 outside the mask.

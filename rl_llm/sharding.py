@@ -21,6 +21,7 @@ from typing import Any
 
 import chex
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,7 +54,8 @@ def make_mesh(
   {'data': 1, 'fsdp': 1, 'tensor': 1}
 
   Neighbours of the mesh's last axis are neighbours in the machine, where JAX knows it: tensor
-  parallelism, which communicates most, gets the shortest ways.
+  parallelism, which communicates most, gets the shortest ways. TPUs of several slices, between
+  which the network is slow, are joined along `data`, which communicates least.
 
   Args:
     data: how many copies of the weights. Sizes that need fewer devices take the first.
@@ -86,7 +88,16 @@ def make_mesh(
   devices = devices[: math.prod(sizes.values())]
   # Axes of type Auto: the compiler lays out what lies between the arrays that we place.
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+  if sizes["data"] % slices:
+    raise ShardingError(
+      f"mesh {asked}: {slices} slices of TPUs are joined along data; choose a multiple of {slices}"
+    )
+  within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -152,6 +163,36 @@ def placed_shapes(shapes: Any, mesh: Mesh) -> Any:
 def constrain(tree: Any, mesh: Mesh) -> Any:
   """Within a compiled function: keeps weights, gradients or a state as `tree_shardings` says."""
   return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))
+
+
+def constrain_stacked(tree: Any, mesh: Mesh) -> Any:
+  """Within a compiled function: keeps layers along a new first axis, each slice as its rule says.
+
+  Args:
+    tree: of one layer's paths; each leaf is [layers, ...] of what `tree_shardings` would lay out.
+    mesh: from `make_mesh`.
+  """
+  one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+  layouts = jax.tree.map(
+    lambda layout: NamedSharding(mesh, P(None, *layout.spec)), tree_shardings(one, mesh)
+  )
+  return jax.lax.with_sharding_constraint(tree, layouts)
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+  """Within a compiled function: weights as rows are multiplied with them, whole along `fsdp`.
+
+  The compiler could as well keep the slices, multiply every row with each of them and add up: that
+  sends the activations of all rows instead of one matrix. Gradients go back as slices.
+  """
+
+  def whole(layout: NamedSharding) -> NamedSharding:
+    spec = (tuple(axis for axis in _names(axes) if axis != "fsdp") or None for axes in layout.spec)
+    return _layout(mesh, P(*spec))
+
+  layouts = tree_shardings(tree, mesh)
+  tree = jax.lax.with_sharding_constraint(tree, layouts)
+  return jax.lax.with_sharding_constraint(tree, jax.tree.map(whole, layouts))
 
 
 def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from rl_llm.logprobs import chunked_logprobs_and_entropy
 
+CHUNK_SIZE = 256  # tokens whose logits one device holds at once
+
 
 def teacher_forced_logprobs(
   params: Any,
@@ -23,7 +25,7 @@ def teacher_forced_logprobs(
   *,
   policy: Any,
   temperature: chex.Array | float = 1.0,
-  chunk_size: int = 256,
+  chunk_size: int | None = None,
 ) -> tuple[chex.Array, chex.Array]:
   """Log-probs and entropies of the trained tokens of whole sequences.
 
@@ -54,7 +56,8 @@ def teacher_forced_logprobs(
     segment_ids: [R, T] int32, which sequence of its row a token is in, from 1; -1 is padding.
     policy: the pure functions of `rl_llm.policy.Policy`.
     temperature: of the distribution; the same for a policy and its reference.
-    chunk_size: tokens that meet the vocabulary at once.
+    chunk_size: as many logits exist at once as this many tokens have, on all devices together;
+      None: CHUNK_SIZE on each device over which rows lie.
 
   Returns:
     logprobs [R, T] and entropies [R, T], float32, nats, 0 outside the mask.
@@ -64,7 +67,7 @@ def teacher_forced_logprobs(
     hidden[:, :-1],
     policy.unembed(params).astype(hidden.dtype),
     tokens[:, 1:],
-    chunk_size=chunk_size,
+    chunk_size=chunk_size or CHUNK_SIZE * policy.row_shards,
     temperature=temperature,
     softcap=policy.config.final_softcap,
   )

@@ -17,8 +17,8 @@ LAYERS = {
     "weighting", "logprobs", "kl", "advantages", "group_advantages", "controllers", "presets",
     "losses",
   },
-  2: {"policy", "sampling"},
-  3: {"rollout", "teacher_forcing", "train_state", "update", "sharding"},
+  2: {"policy", "sampling", "sharding"},
+  3: {"rollout", "teacher_forcing", "train_state", "update"},
 }
 ARRAYS_ONLY = {"jax", "numpy", "chex"}
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}

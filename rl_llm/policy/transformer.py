@@ -1,8 +1,8 @@
 """A decoder-only transformer as pure functions of its weights.
 
 Weights are a plain nested dict, one subtree a layer, so that paths read like
-`layers_3/attention/query/weight`. Layers are unrolled rather than stacked and scanned: a decode
-loop over stacked layers slices, and so copies, every weight at every token.
+`layers_3/attention/query/weight`. How the layers are run, one after another or as a loop over their
+stack, is decided in `rl_llm.policy.layers` and changes nothing in this tree.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.policy.configs import RopeScaling, TransformerConfig
+from rl_llm.policy.layers import run_layers
+from rl_llm.sharding import constrain_rows, row_shards
 
 Params = dict[str, Any]
 
@@ -61,17 +63,30 @@ class Policy:
   #   With a cache the T tokens are written at columns cursor .. cursor + T, which the caller keeps
   #   within the cache's length, and also see what it holds.
   hidden: Callable[..., tuple[chex.Array, Cache | None]]
+  # shared_hidden(params, prompts, following) -> (hidden [P, L, D], hidden [B, T, D]), B = P * G
+  #   Each of the two is (tokens, positions, segment_ids). Row b of `following` also sees row b // G
+  #   of `prompts`, which is read once: the same as `hidden` of the prompts into a cache, shared out
+  #   to G copies, and `hidden` of what follows, but no layer's keys and values outlive the layer.
+  shared_hidden: Callable[..., tuple[chex.Array, chex.Array]]
   # unembed(params) -> [V, D], the matrix whose rows score hidden states
   unembed: Callable[[Params], chex.Array]
   # init_cache(batch, length) -> an empty Cache of S = length columns
   init_cache: Callable[[int, int], Cache]
   # logits(params, hidden [..., D]) -> [..., V] float32, soft-capped where the model is
   logits: Callable[[Params, chex.Array], chex.Array]
+  # over how many devices the rows of a batch lie: what is limited at once on each may be as many
+  # times as much in all
+  row_shards: int = 1
 
 
 @functools.cache
 def make_policy(
-  config: TransformerConfig, *, dtype: Any = jnp.float32, remat: bool = False
+  config: TransformerConfig,
+  *,
+  dtype: Any = jnp.float32,
+  remat: bool = False,
+  scan_layers: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Policy:
   """The pure functions of a model of this shape; the same arguments give the same object, so
   nothing compiles twice.
@@ -91,15 +106,42 @@ def make_policy(
       before it.
     remat: forget each layer's activations and compute them again in the backward pass: memory for
       about a third more time.
+    scan_layers: compile one layer and loop over their stack, wherever several tokens of a row are
+      read at once: a deep model then compiles several times sooner. Decoding stays unrolled. It
+      changes results by rounding.
+    mesh: the devices over which weights and rows lie, from `rl_llm.sharding.make_mesh`; None where
+      there is one.
 
   Returns:
     A `Policy`.
   """
-  model = Transformer(config, dtype, remat)
+  model = Transformer(config, dtype)
+  block, norm = Block(config, dtype), RMSNorm(config)
+  settings = {"remat": remat, "dtype": dtype, "mesh": mesh}
+  sliding = [config.is_sliding(layer) for layer in range(config.n_layers)]
 
   def init(key: chex.Array) -> Params:
-    token = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, token, token, token, None)["params"]
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+  def embed(params: Params, tokens: chex.Array) -> chex.Array:
+    x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(dtype)
+    return by_rows(x * jnp.asarray(config.embed_scale, dtype))
+
+  def by_rows(x: chex.Array) -> chex.Array:
+    """Keeps each device at its own rows, where they can be divided."""
+    divides = mesh is not None and x.shape[0] % row_shards(mesh) == 0
+    return constrain_rows(x, mesh) if divides else x
+
+  def layers_of(params: Params) -> list[Params]:
+    return [params[f"layers_{layer}"] for layer in range(config.n_layers)]
+
+  def read(x, weights, geometry: Geometry, is_sliding, cached, cursor):
+    rope_and_mask = geometry.of(is_sliding)
+    x, cached = block.apply({"params": weights}, by_rows(x), *rope_and_mask, cached, cursor)
+    return by_rows(x), cached
+
+  def final(params: Params, x: chex.Array) -> chex.Array:
+    return norm.apply({"params": params["final_norm"]}, x)
 
   def hidden(
     params: Params,
@@ -123,7 +165,77 @@ def make_policy(
         f"use init_cache({tokens.shape[0]}, length) with length >= all tokens to be read"
       )
     positions, segment_ids = positions.astype(jnp.int32), segment_ids.astype(jnp.int32)
-    return model.apply({"params": params}, tokens, positions, segment_ids, cache)
+    key_segments, key_positions, cursor = segment_ids, positions, 0
+    if cache is not None:
+      cursor = cache.cursor
+      key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cursor))
+      key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cursor))
+    geometry = make_geometry(config, segment_ids, key_segments, positions, key_positions, cursor)
+
+    def body(x, weights, is_sliding, cached):
+      return read(x, weights, geometry, is_sliding, cached, cursor)
+
+    x, layers = run_layers(
+      body,
+      embed(params, tokens),
+      layers_of(params),
+      sliding,
+      None if cache is None else list(zip(cache.keys, cache.values, strict=True)),
+      scan=scan_layers and tokens.shape[1] > 1,
+      whole=tokens.size >= config.width,
+      **settings,
+    )
+    x = final(params, x)
+    if cache is None:
+      return x, None
+    keys, values = zip(*layers, strict=True)
+    return x, Cache(keys, values, key_segments, key_positions, cursor + tokens.shape[1])
+
+  def shared_hidden(params: Params, prompts: Any, following: Any) -> tuple[chex.Array, chex.Array]:
+    (tokens, positions, segments), (more, more_positions, more_segments) = jax.tree.map(
+      lambda x: x.astype(jnp.int32), (tuple(prompts), tuple(following))
+    )
+    (rows, columns), copies = tokens.shape, more.shape[0] // tokens.shape[0]
+    if copies * rows != more.shape[0]:
+      raise ValueError(f"following: {more.shape[0]} rows are not a multiple of prompts' {rows}")
+
+    def share(x):
+      return jnp.repeat(x, copies, axis=0)
+
+    of_prompts = make_geometry(config, segments, segments, positions, positions)
+    of_following = make_geometry(
+      config,
+      more_segments,
+      jnp.concatenate([share(segments), more_segments], axis=1),
+      more_positions,
+      jnp.concatenate([share(positions), more_positions], axis=1),
+      columns,
+    )
+    empty = init_cache(rows, columns)
+
+    def body(xs, weights, is_sliding, _):
+      x, y = xs
+      # A cache of one layer, just as long as the prompts.
+      cached = empty.keys[0], empty.values[0]
+      x, (keys, values) = read(x, weights, of_prompts, is_sliding, cached, 0)
+      room = (0, more.shape[1])
+      none = (0, 0)
+      cached = (
+        jnp.pad(share(keys), (none, none, none, room)),
+        jnp.pad(share(values), (none, none, room, none)),
+      )
+      y, _ = read(y, weights, of_following, is_sliding, cached, columns)
+      return (x, y), None
+
+    (x, y), _ = run_layers(
+      body,
+      (embed(params, tokens), embed(params, more)),
+      layers_of(params),
+      sliding,
+      scan=scan_layers,
+      **settings,
+    )
+    return final(params, x), final(params, y)
 
   def unembed(params: Params) -> chex.Array:
     return params["embed" if config.tie_embeddings else "unembed"]["embedding"]
@@ -146,7 +258,8 @@ def make_policy(
     scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     return softcap(scores, config.final_softcap)
 
-  return Policy(config, init, hidden, unembed, init_cache, logits)
+  shards = 1 if mesh is None else row_shards(mesh)
+  return Policy(config, init, hidden, shared_hidden, unembed, init_cache, logits, shards)
 
 
 def softcap(x: chex.Array, cap: float | None) -> chex.Array:
@@ -248,6 +361,46 @@ def attention_mask(
   if window is not None:
     seen &= query_positions[:, :, None] - key_positions[:, None, :] < window
   return seen[:, None]
+
+
+class Geometry(NamedTuple):
+  """Where a pass's tokens stand and what they see: ((cos, sin), mask), in each kind of layer."""
+
+  full: tuple[tuple[chex.Array, chex.Array], chex.Array]
+  sliding: tuple[tuple[chex.Array, chex.Array], chex.Array]
+
+  def of(self, is_sliding: bool | chex.Array):
+    """That of a layer: of its kind, or chosen by data where a loop runs over both kinds."""
+    if isinstance(is_sliding, bool):
+      return self.sliding if is_sliding else self.full
+    return jax.tree.map(functools.partial(jnp.where, is_sliding), self.sliding, self.full)
+
+
+def make_geometry(
+  config: TransformerConfig,
+  query_segments: chex.Array,
+  key_segments: chex.Array,
+  query_positions: chex.Array,
+  key_positions: chex.Array,
+  first_column: chex.Array | int = 0,
+) -> Geometry:
+  """Angles and masks of a pass. The arguments are those of `attention_mask`."""
+
+  def mask(window: int | None) -> chex.Array:
+    return attention_mask(
+      query_segments, key_segments, query_positions, key_positions, first_column, window
+    )
+
+  def rope(theta: float, scaling: RopeScaling | None) -> tuple[chex.Array, chex.Array]:
+    frequencies = jnp.asarray(rope_frequencies(config.head_dim, theta, scaling), jnp.float32)
+    angles = query_positions[:, :, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+  full = rope(config.rope_theta, config.rope_scaling), mask(None)
+  if "sliding" not in config.layer_types:
+    return Geometry(full, full)
+  local = config.rope_local_theta
+  return Geometry(full, (rope(local, None) if local else full[0], mask(config.sliding_window)))
 
 
 def attend(
@@ -417,49 +570,20 @@ class Table(nn.Module):
 
 
 class Transformer(nn.Module):
+  """All weights by name, for `init`; a pass runs `Block`s of them, as `make_policy` says."""
+
   config: TransformerConfig
   dtype: Any
-  remat: bool
 
   @nn.compact
-  def __call__(self, tokens, positions, segment_ids, cache):
+  def __call__(self, tokens):
     config = self.config
     # Only `unembed` reads it; a trunk whose head is another (a reward model's) need not have it.
-    if self.is_initializing() and not config.tie_embeddings:
+    if not config.tie_embeddings:
       Table(config, name="unembed")()
     x = jnp.take(Table(config, name="embed")(), tokens, axis=0).astype(self.dtype)
-    x = x * jnp.asarray(config.embed_scale, self.dtype)
-
-    key_segments, key_positions, cursor = segment_ids, positions, 0
-    if cache is not None:
-      cursor = cache.cursor
-      key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cursor))
-      key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cursor))
-
-    def mask(window: int | None) -> chex.Array:
-      return attention_mask(segment_ids, key_segments, positions, key_positions, cursor, window)
-
-    def rope(theta: float, scaling: RopeScaling | None) -> tuple[chex.Array, chex.Array]:
-      frequencies = jnp.asarray(rope_frequencies(config.head_dim, theta, scaling), jnp.float32)
-      angles = positions[:, :, None].astype(jnp.float32) * frequencies
-      return jnp.cos(angles), jnp.sin(angles)
-
-    full = rope(config.rope_theta, config.rope_scaling), mask(None)
-    sliding = full
-    if "sliding" in config.layer_types:
-      local = config.rope_local_theta
-      sliding = rope(local, None) if local else full[0], mask(config.sliding_window)
-
-    block = nn.remat(Block) if self.remat else Block
-    layers = []
+    zeros = jnp.zeros_like(tokens)
+    geometry = make_geometry(config, zeros, zeros, zeros, zeros)
     for layer in range(config.n_layers):
-      cached = None if cache is None else (cache.keys[layer], cache.values[layer])
-      x, cached = block(config, self.dtype, name=f"layers_{layer}")(
-        x, *(sliding if config.is_sliding(layer) else full), cached, cursor
-      )
-      layers.append(cached)
-    x = RMSNorm(config, name="final_norm")(x)
-    if cache is None:
-      return x, None
-    keys, values = zip(*layers, strict=True)
-    return x, Cache(keys, values, key_segments, key_positions, cursor + tokens.shape[1])
+      x, _ = Block(config, self.dtype, name=f"layers_{layer}")(x, *geometry.full, None, 0)
+    return RMSNorm(config, name="final_norm")(x)

@@ -53,9 +53,9 @@ def small(monkeypatch):
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed, dtype=jnp.float32, remat=False, mesh=None):
+  def load(name, *, seed, dtype=jnp.float32, mesh=None, **settings):
     if name != "tiny":
-      return load_model(name, seed=seed, dtype=dtype, remat=remat, mesh=mesh)
+      return load_model(name, seed=seed, dtype=dtype, mesh=mesh, **settings)
     params = init(jax.random.key(seed))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
     found = make_policy(config, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
 
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 
 from experiments.options import Lora, MeshSizes
-from launch import plan
+from launch import estimate, plan
+from launch.chips import GPUS, NETWORK_CARD, TPUS, Chip, find_chip
+from launch.hlo import collectives
+from launch.models import MODELS, find_model
 from rl_llm.config import ConfigError
 from rl_llm.policy import make_policy
+from rl_llm.sharding import ShardingError
 from rl_llm.train_state import parameter_count
 
 SMALL = plan.Config(
@@ -28,9 +33,27 @@ SMALL = plan.Config(
   dtype="float32",
   mesh=MeshSizes(),
 )
+TINY = find_model("tiny")
 
 
 planned = functools.cache(plan.plan)
+
+
+@pytest.fixture(autouse=True)
+def compile_fast():
+  """What is asked of these programs does not depend on how well they are compiled."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def count():
+  return parameter_count(jax.eval_shape(make_policy(TINY).init, jax.random.key(0)))
+
+
+def by_name(config):
+  return {program.name: program for program in planned(config)}
 
 
 @pytest.mark.parametrize(
@@ -39,8 +62,7 @@ planned = functools.cache(plan.plan)
    ("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.6)],
 )  # As their model cards count them.
 def test_models_have_as_many_parameters_as_they_say(name, billions):
-  shapes = jax.eval_shape(make_policy(plan.MODELS[name]).init, jax.random.key(0))
-  assert parameter_count(shapes) / 1e9 == pytest.approx(billions, rel=0.005)
+  assert estimate.count_parameters(MODELS[name])[0] / 1e9 == pytest.approx(billions, rel=0.005)
 
 
 def test_collectives_in_loops_count_as_often_as_these_run():
@@ -61,51 +83,127 @@ ENTRY %main.7 (x: f32[8]) -> f32[8] {
   %a = (f32[8]{0}, f32[3]{0}) all-reduce(f32[8]{0} %v, f32[3]{0} %u), to_apply=%sum
 }
 """
-  assert plan.collectives(text, loop=3) == {
+  assert collectives(text, loop=3) == {
     "all-gather": (15, 15 * 64.0),
     "all-reduce": (1, 2 * 44.0),
     "reduce-scatter": (3, 3 * 32.0),
   }
 
 
-def test_the_update_holds_the_state_and_runs_here(capsys):
-  """On one device nothing is communicated, and the arguments are weights, two moments, a batch."""
-  shape, chip, (update, rollout) = planned(SMALL)
-  count = parameter_count(jax.eval_shape(make_policy(shape).init, jax.random.key(0)))
-  assert chip is None and not update.collectives and not rollout.collectives
-  assert 3 * 4 * count < update.arguments < 3 * 4 * count + 4000
-  assert 4 * count < rollout.arguments < 4 * count + 1000
-  assert update.temporaries > 4 * count  # The gradient.
-  print(*plan.table(SMALL, shape, chip, (update, rollout)), sep="\n")
+# The programs of each experiment.
+
+
+def test_grpo_holds_weights_moments_and_a_batch(capsys):
+  """On one device nothing is communicated, and moments stay where they are during a rollout."""
+  programs = by_name(SMALL)
+  assert list(programs) == ["update", "rollout"]
+  update, rollout = programs.values()
+  weights = 4 * count()
+  assert not update.collectives and not rollout.collectives
+  assert 3 * weights < update.arguments < 3 * weights + 4000
+  assert weights < rollout.arguments < weights + 1000
+  assert update.resident == 0 and 0 <= rollout.resident - 2 * weights < 100  # A few counters.
+  assert update.temporaries > weights  # The gradient.
+  print(*plan.table(SMALL, planned(SMALL), None), sep="\n")
   assert "tiny: 0.00B parameters on cpu:1" in capsys.readouterr().out
 
 
+def test_a_kl_holds_a_reference_and_reads_it():
+  programs = by_name(dataclasses.replace(SMALL, kl_coef=0.1))
+  weights = 4 * count()
+  assert list(programs) == ["update", "rollout", "log-probs"]
+  assert programs["update"].resident == weights
+  assert weights < programs["log-probs"].arguments < weights + 1000
+  assert 0 <= programs["log-probs"].resident - 3 * weights < 100
+  assert programs["log-probs"].calls == 1
+
+
+def test_ppo_has_two_networks_or_two_heads():
+  own = by_name(dataclasses.replace(SMALL, experiment="ppo"))
+  assert list(own) == ["update", "value update", "values", "rollout"]
+  weights, head = 4 * count(), 4 * (TINY.width + 1)
+  assert own["update"].calls == 2  # Two minibatches a step, as experiments.ppo has it.
+  for name in ("update", "value update"):
+    total = own[name].arguments + own[name].resident
+    assert 0 < total - 3 * (2 * weights + head) < 3000
+  assert 2 * weights < own["values"].arguments < 2 * weights + head + 1000
+  shared = by_name(dataclasses.replace(SMALL, experiment="ppo", value_trunk="shared"))
+  assert list(shared) == ["update", "values", "rollout"]
+  assert 0 < shared["update"].arguments - 3 * (weights + head) < 3000
+
+
+def test_reinforce_and_dpo_have_their_own():
+  reinforce = by_name(dataclasses.replace(SMALL, experiment="reinforce"))
+  assert list(reinforce) == ["update", "rollout"]
+  dpo = by_name(dataclasses.replace(SMALL, experiment="dpo"))
+  assert list(dpo) == ["update", "reference"]
+  assert dpo["reference"].resident > 3 * 4 * count()
+  assert dpo["update"].flops == pytest.approx(4 * dpo["reference"].flops)  # F, twice B, remat.
+
+
 def test_adapters_have_moments_and_weights_do_not():
-  shape, _, (update, _) = plan.plan(dataclasses.replace(SMALL, lora=Lora(rank=1)))
-  count = parameter_count(jax.eval_shape(make_policy(shape).init, jax.random.key(0)))
-  assert update.arguments < 1.2 * 4 * count
+  update, rollout = planned(dataclasses.replace(SMALL, lora=Lora(rank=1), kl_coef=0.1))[:2]
+  assert update.arguments + update.resident < 1.2 * 4 * count()  # Nor is there a second reference.
+  assert rollout.arguments + rollout.resident < 1.2 * 4 * count()
+
+
+def test_the_formula_of_the_rollout_reads_weights_at_every_token():
+  """Float32, one device: T tokens read all weights, and half of the cache on average."""
+  keys = TINY.n_layers * TINY.n_kv_heads * TINY.head_dim * 8 * (8 + 3)
+  np.testing.assert_allclose(by_name(SMALL)["rollout"].moved, 6 * 4 * (count() + 2 * keys))
+
+
+# What a person is told.
+
+CHIP = Chip(hbm=10e9, flops=1e12, bandwidth=1e9, network=1e8)
+FITS = plan.Program("update", 2e9, 3e9, 0.0, {"all-gather": (4, 3e8)}, 1e12, 2e9, 1.0)
 
 
 def test_the_limit_that_binds_is_named_and_so_is_what_to_change():
-  chip = plan.Chip(hbm=10e9, flops=1e12, bandwidth=1e9, network=1e8)
-  gathered = {"all-gather": (4, 3e8)}
-  fits = plan.Program("update", 2e9, 3e9, 0.0, gathered, 1e12, 2e9, 1.0)
-  assert fits.times(chip) == {"compute": 1.0, "HBM": 2.0, "network": 3.0}
-  shape = plan.find_model(SMALL)
-  lines = plan.table(SMALL, shape, chip, [fits])
-  assert "update: at least 3.00 s, bound by network" in lines[-2]
+  assert FITS.times(CHIP) == {"compute": 1.0, "HBM": 2.0, "network": 3.0}
+  lines = plan.table(SMALL, [FITS], CHIP)
+  assert "update: at least 3.00 s, bound by network" in lines[-3]
   assert lines[-1] == "fits: 5.0 of 10 GB a chip (update)"
-  lines = plan.table(SMALL, shape, chip, [fits, fits._replace(name="rollout", temporaries=9e9)])
+  lines = plan.table(SMALL, [FITS, FITS._replace(name="rollout", temporaries=9e9)], CHIP)
   assert "does NOT fit: the rollout needs 11.0 of 10 GB a chip" in lines[-2]
   assert "--prompts_per_step" in lines[-1]
-  lines = plan.table(SMALL, shape, chip, [fits._replace(arguments=9e9)])
+  lines = plan.table(SMALL, [FITS._replace(resident=7e9)], CHIP)
   assert lines[-1] == "try more devices along --mesh.fsdp, or --lora.rank=16"
+
+
+def test_tokens_a_second_follow_from_the_bounds_and_the_assumption():
+  """Two calls of 3 s and one of 4 s at half of the bound are 20 s for 4 x 2 x 6 tokens."""
+  slow = FITS._replace(name="rollout", flops=4e12)
+  config = dataclasses.replace(SMALL, efficiency=0.5)
+  said = plan.throughput(config, [FITS._replace(calls=2), slow], CHIP)
+  assert said == (
+    "a step: at least 10.0 s; assuming 50% of the bounds, 20 s, 2 tokens sampled and trained on a "
+    "second"
+  )
+
+
+def test_the_command_of_a_plan_gives_the_plan():
+  config = dataclasses.replace(SMALL, remat=False, mesh=MeshSizes(2, 4, 1), lora=Lora(rank=3),
+                               minibatches=1)
+  command = plan.flags(config)
+  for said in ("--topology=cpu:1", "--remat=false", "--mesh.data=2", "--mesh.fsdp=4",
+               "--lora.rank=3", "--prompt_tokens=8", "--minibatches=1"):
+    assert said in command.split()
+  assert plan.flags(plan.Config()) == "python -m launch.plan"
+
+
+def test_figures_are_written_for_other_programs(tmp_path):
+  path = tmp_path / "figures.json"
+  plan.write_json(path, SMALL, [FITS])
+  found = json.loads(path.read_text())
+  assert found["programs"][0]["temporaries"] == 3e9 and "--model=tiny" in found["command"]
 
 
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    ({"topology": "v9:4"}, "--topology=v9:4: must be cpu:N, or one of v4, v5e, v5p, v6e with a"),
+    ({"topology": "v9:4"}, "--topology=v9:4: must be one of v4, v5e, v5p, v6e with a shape"),
+    ({"topology": "h100:2x4"}, "--topology=h100:2x4: must be one of"),
     ({"topology": "cpu:99"}, "--topology=cpu:99: must be as many devices as JAX sees"),
     ({"model": "gpt5"}, "--model=gpt5: must be a directory with a config.json, tiny, or qwen2.5"),
     ({"microbatch_prompts": 3}, "--microbatch_prompts=3: must be a divisor of prompts_per_step"),
@@ -123,13 +221,70 @@ def test_a_person_is_told_in_one_line():
     [sys.executable, "-m", "launch.plan", "--topology=v9:4"], capture_output=True, text=True
   )
   assert found.returncode == 2 and "Traceback" not in found.stderr
-  assert "--topology=v9:4: must be cpu:N" in found.stderr
+  assert "--topology=v9:4: must be one of" in found.stderr
 
 
-def test_the_formula_of_the_rollout_reads_weights_at_every_token():
-  """Float32, one device: T tokens read all weights, and half of the cache on average."""
-  _, _, (_, rollout) = planned(SMALL)
-  shape = plan.find_model(SMALL)
-  count = parameter_count(jax.eval_shape(make_policy(shape).init, jax.random.key(0)))
-  keys = shape.n_layers * shape.n_kv_heads * shape.head_dim * 8 * (8 + 3)
-  np.testing.assert_allclose(rollout.moved, 6 * 4 * (count + 2 * keys))
+# By formula, and the search.
+
+POD = dataclasses.replace(plan.Config(), topology="h100:8", prompts_per_step=64,
+                          microbatch_prompts=8, model="qwen2.5-1.5b")
+
+
+def test_gpus_are_planned_by_formula_and_it_says_so():
+  chip, number = find_chip("h100:8")
+  assert chip == GPUS["h100"] and number == 8
+  assert find_chip("h100:16")[0].network == NETWORK_CARD  # Two boxes.
+  found = plan.plan(POD)
+  assert [program.name for program in found] == ["update", "rollout"]
+  parameters, _ = estimate.count_parameters(MODELS[POD.model])
+  update, rollout = found
+  assert update.arguments == pytest.approx(12 * parameters / 8)
+  assert rollout.arguments + rollout.resident == pytest.approx(update.arguments)
+  lines = plan.table(POD, found, chip)
+  assert lines[1].startswith("by formula, not compiled") and " - " in lines[3]
+  with pytest.raises(ShardingError, match="fsdp=3 x tensor=1: does not divide 8 devices"):
+    plan.plan(dataclasses.replace(POD, mesh=MeshSizes(1, 3, 1)))
+
+
+def test_the_formula_halves_what_is_halved():
+  """Twice the slices: half of weights and moments. Half the rows: half of what remat keeps."""
+  shape = MODELS[POD.model]
+
+  def update(fsdp, **changes):
+    config = dataclasses.replace(POD, **changes)
+    return estimate.estimate(config, shape, estimate.Sizes(1, fsdp, 1))[0]
+
+  assert update(8).arguments == pytest.approx(update(4).arguments / 2)
+  assert update(8).flops == pytest.approx(update(4).flops / 2)
+  one, two = update(8, microbatch_prompts=8), update(8, microbatch_prompts=16)
+  four = update(8, microbatch_prompts=32)
+  assert four.temporaries - two.temporaries == pytest.approx(
+    2 * (two.temporaries - one.temporaries)
+  )
+  assert update(8, lora=Lora(rank=8)).arguments == pytest.approx(update(8).arguments / 3)
+  assert update(1).collectives["all-gather"] == (0, 0.0)
+
+
+def test_a_search_orders_by_time_what_fits_and_compiles_a_few(monkeypatch, capsys):
+  config = dataclasses.replace(POD, topology="v5e:2x2", candidates=2)
+  chip = TPUS["v5e"]
+  trials, tried = plan.candidates(config, chip)
+  assert 2 < len(trials) < tried  # Some do not fit.
+  seconds = [plan.step_seconds(plan.by_formula(t, MODELS[t.model]), chip) for t in trials]
+  assert seconds == sorted(seconds)
+  compiled = []
+
+  def compile_it(trial):
+    compiled.append(trial)
+    return [FITS._replace(arguments=20e9 if len(compiled) == 1 else 2e9)]
+
+  monkeypatch.setattr(plan, "plan", compile_it)
+  found = plan.search(config, chip)
+  assert compiled == trials[:2]
+  assert [trial for trial, _ in found] == trials[1::-1]  # The first did not fit after all.
+  said = capsys.readouterr().err
+  assert f"{tried} meshes and microbatches, {len(trials)} fit by formula; compiling the best 2" in (
+    said
+  )
+  with pytest.raises(ConfigError, match="by formula no mesh and no microbatch fits"):
+    plan.search(dataclasses.replace(config, model="llama-3.1-70b"), chip)

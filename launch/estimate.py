@@ -1,0 +1,181 @@
+"""What a run needs of a chip by formula alone: for chips without a compiler, and to search with.
+
+The formulas know the large arrays and nothing of what a compiler adds or saves. They are good for
+an order: which of two meshes is better, and whether there is any hope. `launch.plan` says beside
+each figure where it comes from.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+
+from launch.programs import cache_bytes, itemsize, settings_of, update_passes, work
+from rl_llm.policy import TransformerConfig, make_policy
+from rl_llm.rollout import CHUNK_SIZE
+from rl_llm.train_state import parameter_count
+
+if TYPE_CHECKING:
+  from launch.plan import Config
+
+
+class Sizes(NamedTuple):
+  """Of a mesh's axes."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+class Estimate(NamedTuple):
+  """One program's figures, by chip."""
+
+  name: str
+  calls: int
+  arguments: float  # bytes: weights, moments
+  temporaries: float  # bytes
+  resident: float  # bytes of weights and moments that the program does not use
+  collectives: dict[str, tuple[int, float]]
+  flops: float
+  moved: float
+
+
+def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Estimate]:
+  """The update's and the rollout's figures.
+
+  With N parameters, S = fsdp x tensor slices of them, R rows on a chip at once of n tokens in all:
+
+      arguments     4 N / S weights, 8 N / S moments
+      temporaries   4 N / S gradient, as much again to add microbatches up, 2 N / S cast weights
+                    n D 2 layers    what remat keeps, plus twice the arrays of one layer
+                    logits of `CHUNK_SIZE` tokens, three times
+      network       along fsdp the weights, forward and backward, and their gradient; along tensor
+                    activations, twice a layer and pass; along data the gradient
+
+  Adapters are counted as nothing beside the weights that they leave alone.
+  """
+  total, layer = count_parameters(shape)
+  trained = 0 if config.lora.rank else total
+  settings = settings_of(config)
+  minibatches = getattr(settings, "minibatches", 1)
+  updates = minibatches * getattr(settings, "epochs", 1)
+  prompts = config.prompts_per_step // minibatches
+  at_once = min(config.microbatch_prompts, prompts)
+  microbatches = max(1, prompts // at_once)
+  size, slices, shards = itemsize(config), sizes.fsdp * sizes.tensor, sizes.data * sizes.fsdp
+  chips = shards * sizes.tensor
+  passes = update_passes(bool(config.lora.rank), remat=config.remat)
+  heads = shape.n_heads / sizes.tensor
+
+  weights, moments = 4 * total / slices, 8 * trained / slices
+  rows = at_once * config.responses_per_prompt / shards
+  new, columns = config.max_new_tokens, config.prompt_tokens + config.max_new_tokens
+  tokens = rows * new + at_once / shards * config.prompt_tokens
+  if config.experiment == "dpo":
+    rows, new = 2 * at_once / shards, columns
+    tokens = rows * columns
+  wide = 4 * shape.width + (3 * shape.mlp_width + 4 * heads * shape.head_dim * sizes.tensor) / (
+    sizes.tensor
+  )
+  # Scores in float32 before and after the mask, and their softmax in the arithmetic's dtype.
+  inside = tokens * wide * size + rows * heads * new * columns * (8 + size)
+  kept = tokens * shape.width * size * shape.n_layers + 2 * inside
+  if not config.remat:
+    kept = inside * shape.n_layers
+  gradient = 4 * trained / slices * (2 if microbatches > 1 else 1) + size * trained / slices
+  cast = size * total / slices + 2 * size * layer / sizes.tensor
+  logits = 3 * 4 * CHUNK_SIZE * shape.vocab_size / sizes.tensor
+  gathered = size * total / sizes.tensor
+  forward_and_back = 4 + 2 * config.remat  # Sums of activations a layer.
+  found = [
+    Estimate(
+      "update",
+      updates,
+      weights + moments,
+      gradient + cast + kept + logits,
+      0.0,
+      {
+        "all-gather": along(sizes.fsdp, microbatches * 2 * gathered),
+        "reduce-scatter": along(sizes.fsdp, microbatches * size * trained / sizes.tensor),
+        "all-reduce": add(
+          along(sizes.data, microbatches * 2 * 4 * trained / slices),
+          along(
+            sizes.tensor,
+            microbatches * forward_and_back * shape.n_layers * 2 * tokens * shape.width * size,
+          ),
+        ),
+      },
+      passes * work(config, shape) / minibatches / chips,
+      passes * microbatches * gathered + 6 * 4 * trained / slices,
+    )
+  ]
+  if config.experiment == "dpo":
+    return found
+  rows = config.prompts_per_step * config.responses_per_prompt / shards
+  token = cache_bytes(config, shape) / min(sizes.tensor, shape.n_kv_heads)
+  steps = config.max_new_tokens
+  found.append(
+    Estimate(
+      "rollout",
+      1,
+      weights,
+      2 * rows * columns * token + 2 * size * layer / sizes.tensor
+      + 2 * 4 * rows * shape.vocab_size / sizes.tensor,
+      moments,
+      {
+        "all-gather": along(sizes.fsdp, steps * gathered),
+        "all-reduce": along(
+          sizes.tensor, steps * 2 * shape.n_layers * 2 * rows * shape.width * size
+        ),
+      },
+      work(config, shape) / chips,
+      steps * (gathered + rows * (columns - steps / 2) * token),
+    )
+  )
+  return found
+
+
+@functools.cache
+def count_parameters(shape: TransformerConfig) -> tuple[int, int]:
+  """Of the model, and of one layer."""
+  shapes = jax.eval_shape(make_policy(shape).init, jax.random.key(0))
+  return parameter_count(shapes), parameter_count(shapes["layers_0"])
+
+
+def along(devices: int, moved: float) -> tuple[int, float]:
+  """(how many, bytes): nothing along an axis of one device."""
+  return (1, moved) if devices > 1 else (0, 0.0)
+
+
+def add(a: tuple[int, float], b: tuple[int, float]) -> tuple[int, float]:
+  return a[0] + b[0], a[1] + b[1]
+
+
+def meshes(config: Config, shape: TransformerConfig, devices: int) -> list[Sizes]:
+  """All sizes whose product is the number of devices and that divide what they cut.
+
+  >>> from launch.plan import Config
+  >>> from rl_llm.policy import tiny_config
+  >>> config = Config(prompts_per_step=2, microbatch_prompts=2)
+  >>> [tuple(sizes) for sizes in meshes(config, tiny_config(64), 4)]
+  [(1, 1, 4), (1, 2, 2), (2, 1, 2)]
+  """
+  found = []
+  for tensor in divisors(devices):
+    # Heads are cut whole, and every other dimension is a multiple of what cuts them.
+    if shape.n_heads % tensor or shape.vocab_size % tensor or shape.mlp_width % tensor:
+      continue
+    if shape.n_kv_heads * shape.head_dim % tensor:
+      continue
+    for fsdp in divisors(devices // tensor):
+      shards = devices // tensor
+      if shape.width % fsdp or config.prompts_per_step % shards:
+        continue
+      found.append(Sizes(shards // fsdp, fsdp, tensor))
+  return sorted(found)
+
+
+def divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,80 @@
+"""What a compiled program sends, read off its text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+BYTES = {
+  "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+  "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
+  """Counts a compiled program's collectives, those in loops as often as these run.
+
+  A chip of a ring of n passes on all but its own part: what an all-gather puts out, what a
+  reduce-scatter takes in, and both for an all-reduce, which is one after the other.
+
+  >>> text = '''
+  ... %body (p: f32[8]) -> f32[8] {
+  ...   %g = f32[8]{0} all-gather(f32[2]{0} %p), dimensions={0}
+  ... }
+  ... ENTRY %main (x: f32[8]) -> f32[8] {
+  ...   %r = f32[8]{0} all-reduce(f32[8]{0} %x), to_apply=%sum
+  ...   %w = f32[8]{0} while(f32[8]{0} %r), condition=%c, body=%body
+  ... }'''
+  >>> collectives(text, loop=3)
+  {'all-gather': (3, 96.0), 'all-reduce': (1, 64.0)}
+
+  Args:
+    text: of the compiled module.
+    loop: how often a loop runs whose count is not in the text.
+
+  Returns:
+    {kind: (how many, bytes)}.
+  """
+  bodies: dict[str, list[str]] = {}
+  entry, lines = "", []
+  for line in text.splitlines():
+    head = re.match(r"\s*(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
+    if head and "=" not in line.split("(")[0]:
+      lines = bodies.setdefault(head[2], [])
+      entry = head[2] if head[1] else entry
+    else:
+      lines.append(line)
+  counts: Counter[str] = Counter()
+  moved: Counter[str] = Counter()
+
+  def walk(name: str, times: int) -> None:
+    for line in bodies.get(name, ()):
+      found = re.search(r"= (.*?) ([\w\-]+)\(", line)
+      if not found:
+        continue
+      kind = found[2].removesuffix("-start")
+      if kind in KINDS:
+        sizes = [_bytes(*s) for s in re.findall(r"(\w+)\[([\d,]*)\]", found[1])]
+        size = max(sizes) if found[2].endswith("-start") else sum(sizes)
+        if kind == "reduce-scatter":
+          size = max(_bytes(*s) for s in re.findall(r"(\w+)\[([\d,]*)\]", line))
+        counts[kind] += times
+        moved[kind] += times * size * (2 if kind == "all-reduce" else 1)
+      inner = times
+      if kind == "while":
+        known = re.search(r'known_trip_count[\\":{n\s]+(\d+)', line)
+        inner = times * (int(known[1]) if known else loop)
+      for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+        walk(called, inner)
+
+  walk(entry, 1)
+  return {kind: (counts[kind], float(moved[kind])) for kind in KINDS if counts[kind]}
+
+
+def _bytes(dtype: str, sizes: str) -> int:
+  """Of an array as HLO writes it: f32 and 8,128."""
+  count = 1
+  for size in filter(None, sizes.split(",")):
+    count *= int(size)
+  return BYTES.get(dtype, 0) * count

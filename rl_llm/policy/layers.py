@@ -1,0 +1,131 @@
+"""Runs one function over a model's layers: one after another, or as one loop over their stack.
+
+A compiler that is given 80 layers one after another compiles 80 times what it would compile once:
+minutes become an hour. A loop over stacked layers is compiled once, but a stack is a copy, and a
+decode step that slices it copies every weight at every token. So weights are kept a tree a layer,
+and are stacked inside the programs that are worth it: those that read many tokens at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rl_llm.sharding import constrain, constrain_stacked, gather
+
+# (x, weights of a layer, whether it is a sliding one, what else is the layer's) -> (x, output)
+Body = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+
+
+def run_layers(
+  body: Body,
+  x: Any,
+  weights: Sequence[Any],
+  sliding: Sequence[bool],
+  others: Sequence[Any] | None = None,
+  *,
+  scan: bool,
+  remat: bool,
+  dtype: Any,
+  mesh: Mesh | None = None,
+  whole: bool = True,
+) -> tuple[Any, list[Any]]:
+  """x through all layers, and what each of them put out.
+
+  >>> weights = [{"weight": jnp.float32(w)} for w in (2, 3, 5)]
+  >>> body = lambda x, layer, sliding, _: (x * layer["weight"], x)
+  >>> for scan in (False, True):
+  ...   x, out = run_layers(body, jnp.float32(1), weights, [False] * 3, scan=scan, remat=False,
+  ...                       dtype=jnp.float32)
+  ...   print(float(x), [float(y) for y in out])
+  30.0 [1.0, 2.0, 6.0]
+  30.0 [1.0, 2.0, 6.0]
+
+  Args:
+    body: see `Body`. Whether a layer slides is a bool where all layers of a loop agree, and an
+      array where they do not, as in Gemma's.
+    x: any tree of arrays.
+    weights: a tree for each layer. Neighbours alike in structure and shapes share a loop: one that
+      has adapters which the others lack (LoRA on some layers) does not.
+    sliding: for each layer.
+    others: a tree for each layer, all alike (keys and values of a cache); None for none.
+    scan: one loop over the stack instead of one layer after another.
+    remat: compute what happens within a layer again in the backward pass.
+    dtype: weights are cast to it before they are stacked, as they would be where they are used.
+      Norms' scales, which are used in float32, stay as they are.
+    mesh: the devices over which the weights lie; each stacks its own slices and gets its own
+      slices of the gradient. None where there is one.
+    whole: each device gathers a layer when it is used. Where x is small beside a matrix, as when
+      few rows decode, it is left to the compiler to send x instead.
+
+  Returns:
+    x, and the list of the layers' outputs.
+  """
+  others = [None] * len(weights) if others is None else others
+  outputs: list[Any] = []
+  for first, last in _runs(weights) if scan else [(i, i + 1) for i in range(len(weights))]:
+    flags = list(sliding[first:last])
+    same = flags[0] if len(set(flags)) == 1 else None
+
+    def layer(x, parts, same=same):
+      slices, flag, other = parts
+      if mesh is not None:
+        slices = (gather if whole else constrain)(cast_weights(slices, dtype), mesh)
+      return body(x, slices, flag if same is None else same, other)
+
+    if last - first == 1:
+      layer = jax.checkpoint(layer) if remat else layer
+      x, out = layer(x, (weights[first], None, others[first]))
+      outputs.append(out)
+      continue
+
+    stacked = (
+      stack_layers(weights[first:last], dtype=dtype, mesh=mesh),
+      jnp.array(flags),
+      jax.tree.map(lambda *leaves: jnp.stack(leaves), *others[first:last]),
+    )
+    # Within a loop nothing can be merged with the forward pass, so nothing need be kept from it.
+    layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    x, out = jax.lax.scan(layer, x, stacked)
+    outputs += [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(last - first)]
+  return x, outputs
+
+
+def stack_layers(weights: Sequence[Any], *, dtype: Any, mesh: Mesh | None = None) -> Any:
+  """The trees of layers as one tree, with the layers along a new first axis, in `dtype`.
+
+  >>> weights = [{"norm": {"scale": jnp.ones(2)}, "up": {"weight": jnp.ones((3, 2))}}] * 4
+  >>> jax.tree.map(lambda x: (x.shape, x.dtype.name), stack_layers(weights, dtype=jnp.bfloat16))
+  {'norm': {'scale': ((4, 2), 'float32')}, 'up': {'weight': ((4, 3, 2), 'bfloat16')}}
+  """
+
+  weights = [cast_weights(layer, dtype) for layer in weights]
+  if mesh is not None:  # Cast slice by slice too, not gathered first.
+    weights = [constrain(layer, mesh) for layer in weights]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+  return stacked if mesh is None else constrain_stacked(stacked, mesh)
+
+
+def cast_weights(weights: Any, dtype: Any) -> Any:
+  """All but norms' scales, which are used in float32."""
+
+  def cast(path, leaf):
+    return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, weights)
+
+
+def _runs(weights: Sequence[Any]) -> list[tuple[int, int]]:
+  """[first, last) of neighbours alike in structure, shapes and dtypes."""
+
+  def kind(layer):
+    leaves, structure = jax.tree.flatten(layer)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+  kinds = [kind(layer) for layer in weights]
+  starts = [i for i in range(len(kinds)) if i == 0 or kinds[i] != kinds[i - 1]]
+  return list(zip(starts, [*starts[1:], len(kinds)], strict=True))
