@@ -137,7 +137,10 @@ class Config:
   )
   max_new_tokens: int = option(16, "limit of a response's length when graded", min=1)
   remat: bool = option(False, "compute activations twice instead of holding them")
-  export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
+  export: bool = option(
+    False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
+    "the adapters alone too, WORKDIR/adapter"
+  )
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
@@ -376,7 +379,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.steps,
     )
   if config.export:
-    export_model(run, policy.config, whole(state.params), tokenizer)
+    export_model(run, policy.config, whole(state.params), tokenizer, base=config.model)
   return finish(run)
 
 
