@@ -236,8 +236,8 @@ ADAPTERS = {
 
 def export(directory: Path) -> None:
   """Writes each family, and SmolLM2 if it is installed, with `save_hf`, and our logits beside; and
-  adapters of each with `save_adapter`, and the logits with these."""
-  import jax.numpy as jnp
+  adapters of each family with `save_adapter`, and the logits with these."""
+  import jax
 
   from rl_llm.policy import WeightsError, load_weights, make_policy, save_adapter, save_hf
 
@@ -251,13 +251,15 @@ def export(directory: Path) -> None:
 
   def save_logits(path, config, params):
     policy = make_policy(config)
-    hidden, _ = policy.hidden(params, jnp.asarray(tokens), jnp.asarray(positions))
-    np.save(path, np.asarray(policy.logits(params, hidden)))
+    logits_of = jax.jit(lambda params: policy.logits(
+      params, policy.hidden(params, tokens, positions)[0]
+    ))
+    np.save(path, np.asarray(logits_of(params)))
 
   for name, (config, params) in models.items():
     save_hf(directory / name, config, params, max_shard_bytes=200_000_000)
     save_logits(directory / f"{name}.npy", config, params)
-    for kind, settings in ADAPTERS.items():
+    for kind, settings in (ADAPTERS if name in FAMILIES else {}).items():
       weights = adapted(params, **settings)
       adapter = directory / "adapters" / f"{name}-{kind}"
       save_adapter(adapter, weights, base=str(directory / name))
