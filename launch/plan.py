@@ -221,7 +221,9 @@ def weights_of(config: Config, policy, mesh):
   """(frozen, trained) as shapes that know their devices."""
 
   def split():
-    return split_weights(config.lora, policy.init(jax.random.key(0)), seed=0)
+    # Saved adapters have the shapes of new ones.
+    lora = dataclasses.replace(config.lora, adapter="")
+    return split_weights(lora, policy.init(jax.random.key(0)), seed=0)
 
   return sharding.placed_shapes(jax.eval_shape(split), mesh)
 
