@@ -122,13 +122,14 @@ def test_half_precision_becomes_float32(saved):
     ({"alpha": 9.0}, "leaf 'layers_0/attention/query/lora_a' has alpha 6, the alpha asked for is 9;"
      " ask"),
     ({"targets": "attention"}, "leaf 'layers_0/attention/key/lora_a' is not there; ask for rank 3"),
-    ({"targets": "query"}, "'.*layers.0.self_attn.v_proj.lora_A.weight' was not asked for; ask"),
+    ({"targets": "query"}, "layers.0.self_attn.v_proj.lora_A.weight' was not asked for; ask"),
   ],
 )
 def test_other_adapters_than_those_asked_for_are_refused(saved, asked, message):
-  with pytest.raises(WeightsError, match=message) as refused:
+  with pytest.raises(WeightsError) as refused:
     load_adapter(saved, join(*split(**asked)))
-  assert str(saved) in str(refused.value) and "\n" not in str(refused.value)
+  said = str(refused.value)  # Plain text: '|' in a pattern would allow much else.
+  assert said.startswith(f"{saved}: ") and message in said and "\n" not in said
 
 
 def test_an_adapter_of_another_model_is_refused(saved):
