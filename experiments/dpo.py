@@ -191,7 +191,10 @@ class Config:
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   samples_every: int = option(5, "steps between sample tables, on policy", min=1)
-  export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
+  export: bool = option(
+    False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
+    "the adapters alone too, WORKDIR/adapter"
+  )
   sampling: Sampling = Sampling()
   loss: Loss = Loss()
   lora: Lora = Lora()
@@ -486,7 +489,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     steps=config.steps,
     mesh=mesh,
   )
-  ref_params = model.params if needs_reference(config.loss) else None
+  ref_params = None
+  if needs_reference(config.loss):  # New adapters change nothing, saved ones do.
+    ref_params = whole(first) if config.lora.adapter else model.params
   model, first = model._replace(params=None), None
   if ref_params is not None and dataset is not None:
 
@@ -660,7 +665,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.samples_every,
     )
   if config.export:
-    export_model(run, policy.config, whole(state.params), tokenizer)
+    export_model(run, policy.config, whole(state.params), tokenizer, base=config.model)
   return finish(run)
 
 

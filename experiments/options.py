@@ -16,7 +16,7 @@ import optax
 
 from rl_llm import losses, weighting
 from rl_llm.config import ConfigError, option
-from rl_llm.policy import split_lora
+from rl_llm.policy import join, load_adapter, split_lora
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import make_mesh, row_shards
 from rl_llm.update import learning_rate_at, make_optimizer
@@ -128,26 +128,38 @@ class Lora:
   rank: int = option(0, "of each change; 0 trains all weights", min=0)
   alpha: float = option(32.0, "the change is multiplied by alpha / rank", above=0)
   targets: str = option("attention|mlp", "pattern found in the paths of the weights to adapt")
+  adapter: str = option(
+    "", "begin with the adapters of this directory, such as a run's WORKDIR/adapter or one that "
+    "PEFT wrote, of this rank, alpha and targets; empty = new ones"
+  )
 
 
 def split_weights(options: Lora, params, *, seed: int) -> tuple:
-  """(frozen, trained): nothing and everything, or everything and new adapters.
+  """(frozen, trained): nothing and everything, or everything and adapters, new or saved ones.
 
   Raises:
-    ConfigError: the pattern is none, or no weight has such a path.
+    ConfigError: the pattern is none, no weight has such a path, or adapters are given with rank 0.
+    WeightsError: the saved adapters cannot be used, or are others than the settings say.
   """
   if options.rank == 0:
+    if options.adapter:
+      raise ConfigError(
+        "lora.rank", 0, f"the rank of --lora.adapter={options.adapter}", "0 trains all weights"
+      )
     return None, params
   # Another stream than that of problems and responses, which fold small numbers into the seed.
   key = jax.random.fold_in(jax.random.key(seed), 0x10A4)
   try:
-    return split_lora(
+    frozen, trained = split_lora(
       params, key, rank=options.rank, alpha=options.alpha, targets=options.targets
     )
   except (ValueError, re.error) as error:
     raise ConfigError(
       "lora.targets", options.targets, "a pattern of weights' paths", str(error)
     ) from None
+  if options.adapter:
+    trained = load_adapter(options.adapter, join(frozen, trained))
+  return frozen, trained
 
 
 # A run goes on whatever devices it finds: they do not change what is computed, beyond rounding.

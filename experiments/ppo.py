@@ -214,7 +214,10 @@ class Config:
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   samples_every: int = option(5, "steps between sample tables", min=1)
-  export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
+  export: bool = option(
+    False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
+    "the adapters alone too, WORKDIR/adapter"
+  )
   sampling: Sampling = Sampling()
   advantage: Advantage = Advantage()
   value: Value = Value()
@@ -456,7 +459,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   logprobs_of = jax.jit(
     functools.partial(response_logprobs, policy=policy, temperature=config.sampling.temperature)
   )
-  ref_params = model.params if config.kl.coef else None
+  ref_params = None
+  if config.kl.coef:  # New adapters change nothing, saved ones do.
+    ref_params = whole(first) if config.lora.adapter else model.params
   announce = functools.cache(say)
 
   run.console.sizes(
@@ -652,7 +657,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   if config.export:
     weights = whole(state.policy.params)
     language_model = {name: leaf for name, leaf in weights.items() if name != "head"}
-    export_model(run, policy.config, language_model, tokenizer)
+    export_model(run, policy.config, language_model, tokenizer, base=config.model)
   return finish(run)
 
 

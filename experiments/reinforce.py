@@ -173,7 +173,10 @@ class Config:
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   samples_every: int = option(5, "steps between sample tables", min=1)
-  export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
+  export: bool = option(
+    False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
+    "the adapters alone too, WORKDIR/adapter"
+  )
   sampling: Sampling = Sampling()
   advantage: Advantage = Advantage()
   weighting: Weighting = Weighting()
@@ -356,7 +359,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   logprobs_of = jax.jit(
     functools.partial(response_logprobs, policy=policy, temperature=config.sampling.temperature)
   )
-  ref_params = model.params if config.kl.coef else None
+  ref_params = None
+  if config.kl.coef:  # New adapters change nothing, saved ones do.
+    ref_params = whole(first) if config.lora.adapter else model.params
   # DRO alone has a term without the advantage.
   policy_term_only = not (config.loss.entropy_coef or config.loss.name == "dro_loss")
   announce = functools.cache(say)
@@ -532,7 +537,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.samples_every,
     )
   if config.export:
-    export_model(run, policy.config, whole(state.policy.params), tokenizer)
+    export_model(run, policy.config, whole(state.policy.params), tokenizer, base=config.model)
   return finish(run)
 
 

@@ -146,7 +146,10 @@ class Config:
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
-  export: bool = option(False, "write the trained model as a Hugging Face directory, WORKDIR/model")
+  export: bool = option(
+    False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
+    "the adapters alone too, WORKDIR/adapter"
+  )
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
@@ -392,7 +395,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       samples_every=config.steps,
     )
   if config.export:
-    export_model(run, policy.config, whole(state.params), tokenizer)
+    export_model(run, policy.config, whole(state.params), tokenizer, base=config.model)
   return finish(run)
 
 

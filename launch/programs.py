@@ -181,7 +181,8 @@ class Programs:
 
     def split(key):
       params = self.policy.init(key)
-      return params, *split_weights(self.config.lora, params, seed=0)
+      lora = dataclasses.replace(self.config.lora, adapter="")  # Saved ones have the same shapes.
+      return params, *split_weights(lora, params, seed=0)
 
     return self.placed(split, jax.random.key(0))
 

@@ -27,7 +27,14 @@ from rl_llm.evaluation import Evaluation
 from rl_llm.files import locked
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import MetricsWriter, PhaseClock, read
-from rl_llm.policy import TransformerConfig, WeightsError, join, merge_lora, save_hf
+from rl_llm.policy import (
+  TransformerConfig,
+  WeightsError,
+  join,
+  merge_lora,
+  save_adapter,
+  save_hf,
+)
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError
@@ -279,11 +286,27 @@ def finish(run: Run) -> dict[str, Any]:
   return result
 
 
-def export_model(run: Run, config: TransformerConfig, params: Any, tokenizer: Tokenizer) -> None:
-  """Writes the trained model as a Hugging Face directory, WORKDIR/model."""
-  directory = run.workdir / "model"
-  shutil.rmtree(directory, ignore_errors=True)  # Of an earlier end of this run.
-  save_hf(directory, config, merge_lora(params))
+def export_model(
+  run: Run, config: TransformerConfig, params: Any, tokenizer: Tokenizer, *, base: str
+) -> None:
+  """Writes the trained model as a Hugging Face directory, WORKDIR/model. With adapters it is the
+  merged one, and WORKDIR/adapter has the adapters alone, as PEFT writes them.
+
+  Args:
+    run: whose directory.
+    config: the model's shape.
+    params: its weights, adapters among them or not.
+    tokenizer: written too, where it has files.
+    base: the model that training began with, as a person names it; the adapters repeat it.
+  """
+  directory, adapter = run.workdir / "model", run.workdir / "adapter"
+  for old in (directory, adapter):
+    shutil.rmtree(old, ignore_errors=True)  # Of an earlier end of this run.
+  merged = merge_lora(params)
+  if jax.tree.structure(merged) != jax.tree.structure(params):
+    save_adapter(adapter, params, base=base)
+    run.console.say(f"adapters: {adapter}")
+  save_hf(directory, config, merged)
   if isinstance(tokenizer, ModelTokenizer):
     save_tokenizer(directory, tokenizer)
   run.console.say(f"model: {directory}")

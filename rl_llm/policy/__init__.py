@@ -17,7 +17,7 @@ from rl_llm.policy.configs import (
   tiny_config,
 )
 from rl_llm.policy.gguf import demo_gguf_path, load_gguf
-from rl_llm.policy.hf import Layout, load_hf, save_hf
+from rl_llm.policy.hf import Layout, load_adapter, load_hf, save_adapter, save_hf
 from rl_llm.policy.lora import join, merge_lora, split_lora
 from rl_llm.policy.scalar_head import apply_head, normal_head, with_head, zero_head
 from rl_llm.policy.transformer import Cache, Params, Policy, make_policy
@@ -64,12 +64,14 @@ __all__ = [
   "config_to_hf",
   "demo_gguf_path",
   "join",
+  "load_adapter",
   "load_gguf",
   "load_hf",
   "load_weights",
   "make_policy",
   "merge_lora",
   "normal_head",
+  "save_adapter",
   "save_hf",
   "split_lora",
   "tiny_config",

@@ -1,7 +1,9 @@
-"""Hugging Face model directories, in and out: `config.json` and safetensors, single or sharded."""
+"""Hugging Face's files, in and out: model directories (`config.json` and safetensors, single or
+sharded), and PEFT's directories of adapters alone."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -25,6 +27,13 @@ Layout = Callable[[Any], Any]
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16", "F64")
+_ADAPTER = "adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
+# Entries of PEFT's that make another function of the same tensors.
+_NOT_PLAIN_LORA = (
+  "use_rslora", "use_dora", "use_qalora", "alpha_pattern", "fan_in_fan_out", "layer_replication",
+  "alora_invocation_tokens",
+)
 
 # Our path inside a layer -> theirs. Gemma, which norms after attention too, uses the name
 # post_attention_layernorm for that; elsewhere it is the norm before the MLP.
@@ -318,9 +327,6 @@ def write_directory(
   import_safetensors()
   from safetensors.numpy import save_file
 
-  directory = Path(directory)
-  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise WeightsError(f"{directory}: already exists; give a new directory, or remove this one")
   leaves = dict(_leaves(params))
   for path in sorted(wanted.keys() | leaves.keys()):
     shape = leaves[path].shape if path in leaves else None
@@ -341,10 +347,7 @@ def write_directory(
     shards[-1].append(path)
     size += nbytes
 
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-  try:
-    os.chmod(partial, 0o755)
+  with _new_directory(directory) as partial:
     weight_map = {}
     for number, paths in enumerate(shards, start=1):
       sharded = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -358,6 +361,214 @@ def write_directory(
       index = {"metadata": {"total_size": total}, "weight_map": weight_map}
       (partial / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (partial / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def save_adapter(directory: str | os.PathLike, params: Params, *, base: str) -> None:
+  """Writes a model's adapters alone, float32, as PEFT does: `PeftModel.from_pretrained` and servers
+  that take LoRA adapters read them. Whole or not at all, like `save_hf`.
+
+  Args:
+    directory: must not exist yet, or be empty.
+    params: from `rl_llm.policy.join`, adapters of one rank and one alpha; only these are written.
+    base: the model that they belong to, as a person names it: adapter_config.json repeats it.
+
+  Raises:
+    WeightsError: the directory holds something, or there are no adapters.
+  """
+  import_safetensors()
+  from safetensors.numpy import save_file
+
+  adapters = _adapters(params)
+  if not adapters:
+    raise WeightsError("params: no adapters among these weights; make them with split_lora")
+  ranks = {len(node["lora_a"]) for node in adapters.values()}
+  scales = {float(node["lora_scale"]) for node in adapters.values()}
+  if len(ranks) > 1 or len(scales) > 1:
+    raise WeightsError(f"params: adapters of ranks {ranks}, scales {scales}; must be one of each")
+  [rank], [scale] = ranks, scales
+  alpha = _alpha(scale, rank)
+  entries = {
+    "base_model_name_or_path": base,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+    "lora_dropout": 0.0,
+    "peft_type": "LORA",
+    "r": rank,
+    "target_modules": _target_modules(params, list(adapters)),
+    "task_type": "CAUSAL_LM",
+  }
+  tensors = {
+    adapter_name(f"{path}/{leaf}"): np.ascontiguousarray(node[leaf], np.float32)
+    for path, node in adapters.items()
+    for leaf in ("lora_a", "lora_b")
+  }
+  with _new_directory(directory) as partial:
+    save_file(tensors, partial / _ADAPTER, metadata={"format": "pt"})
+    (partial / _ADAPTER_CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def load_adapter(directory: str | os.PathLike, params: Params) -> Params:
+  """Reads adapters that `save_adapter` or PEFT wrote, if they are those asked for.
+
+  Args:
+    directory: holds adapter_config.json and adapter_model.safetensors.
+    params: from `rl_llm.policy.join`: its adapters, such as fresh ones of `split_lora`, say which
+      matrices, which rank and which alpha are asked for; their values are not used.
+
+  Returns:
+    The lora_a and lora_b of the directory, float32: what `split_lora` gives as `trained`.
+
+  Raises:
+    WeightsError: a file is missing, damaged or outside the directory, or not of plain LoRA; or the
+      adapters have another rank, alpha or shape, or belong to other matrices.
+  """
+  directory = Path(directory)
+  entries, tensors = _read_adapter(directory)
+  asked = _adapters(params)
+  fix = _to_ask_for(entries, tensors)
+  trained: Params = {}
+  for path, node in asked.items():
+    place = trained
+    for parent in path.split("/"):
+      place = place.setdefault(parent, {})
+    for leaf, rank_axis in (("lora_a", 0), ("lora_b", 1)):
+      where, name = f"{directory}: leaf '{path}/{leaf}'", adapter_name(f"{path}/{leaf}")
+      if name not in tensors:
+        raise WeightsError(f"{where} is not there; {fix}")
+      found, wanted = tensors[name].shape, node[leaf].shape
+      if len(found) != 2 or found[1 - rank_axis] != wanted[1 - rank_axis]:
+        base = entries.get("base_model_name_or_path")
+        raise WeightsError(
+          f"{where} has shape {found}, the model's is {wanted}; use the adapter's own model, {base}"
+        )
+      if found[rank_axis] != entries["r"]:
+        raise WeightsError(
+          f"{where} has rank {found[rank_axis]}, and {_ADAPTER_CONFIG} says 'r' is {entries['r']}; "
+          "use an adapter of one rank"
+        )
+      if found != wanted:
+        raise WeightsError(
+          f"{where} has rank {found[rank_axis]}, the rank asked for is {wanted[rank_axis]}; {fix}"
+        )
+      place[leaf] = jnp.array(tensors.pop(name), jnp.float32)
+    scale, rank = float(node["lora_scale"]), len(node["lora_a"])
+    if np.float32(entries["lora_alpha"] / rank) != np.float32(scale):
+      raise WeightsError(
+        f"{directory}: leaf '{path}/lora_a' has alpha {entries['lora_alpha']:g}, the alpha asked "
+        f"for is {_alpha(scale, rank):g}; {fix}"
+      )
+  if tensors:
+    raise WeightsError(f"{directory}: tensor '{min(tensors)}' was not asked for; {fix}")
+  return trained
+
+
+def _read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The entries of adapter_config.json, found to be plain LoRA's, and all tensors."""
+  safetensors = import_safetensors()
+  if not directory.is_dir():
+    raise WeightsError(f"{directory}: no such adapter directory; check the path")
+  path = _inside(directory, _ADAPTER_CONFIG, "is missing; give a directory as PEFT writes it")
+  entries = _read_json(path)
+  if entries.get("peft_type") != "LORA":
+    raise WeightsError(f"{path}: peft_type is {entries.get('peft_type')!r}; must be 'LORA'")
+  other = {name: entries[name] for name in _NOT_PLAIN_LORA if entries.get(name)}
+  # All but these change the model's own weights too.
+  if entries.get("init_lora_weights") not in (None, True, False, "gaussian"):
+    other["init_lora_weights"] = entries["init_lora_weights"]
+  for name, value in other.items():
+    raise WeightsError(f"{path}: '{name}' is {value!r}, which is not supported; use plain LoRA")
+  for name, kinds in (("r", int), ("lora_alpha", int | float)):
+    value = entries.get(name)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+      raise WeightsError(f"{path}: '{name}' is {value!r}; must be a number")
+  path = _inside(directory, _ADAPTER, "is missing (pickled adapter_model.bin is never read)")
+  try:
+    with safetensors.safe_open(path, framework="numpy") as handle:
+      for name in handle.keys():
+        dtype = handle.get_slice(name).get_dtype()
+        if dtype not in _DTYPES:
+          raise WeightsError(f"{path}: tensor '{name}' is {dtype}, not one of {', '.join(_DTYPES)}")
+      return entries, {name: handle.get_tensor(name) for name in handle.keys()}
+  except (safetensors.SafetensorError, OSError) as error:
+    raise WeightsError(f"{path}: damaged or truncated ({error}); copy it again") from error
+
+
+def adapter_name(path: str) -> str:
+  """PEFT's name of the adapter's leaf at `path`.
+
+  >>> adapter_name("layers_1/attention/query/lora_a")
+  'base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight'
+  """
+  module, leaf = path.rsplit("/", 1)
+  half = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
+  return f"base_model.model.{_adapted_module(module)}.{half}.weight"
+
+
+def _adapted_module(path: str) -> str:
+  """Hugging Face's name of a matrix that `split_lora` adapts; norms alone depend on the family."""
+  match = re.fullmatch(r"layers_(\d+)/(.+)", path)
+  if not match or match[2] not in _LAYER_NAMES:
+    raise WeightsError(f"params: leaf '{path}' is no matrix of a layer, as PEFT's adapters are")
+  return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
+
+
+def _adapters(params: Params, path: str = "") -> dict[str, Params]:
+  """{path: node} of every matrix that has an adapter."""
+  if "lora_a" in params:
+    return {path: params}
+  found = {}
+  for name, child in params.items():
+    if isinstance(child, dict):
+      found |= _adapters(child, f"{path}/{name}" if path else name)
+  return found
+
+
+def _target_modules(params: Params, paths: list[str]) -> list[str]:
+  """How PEFT is told which matrices: by the last part of their names where all layers have them, in
+  full where some have."""
+  layers = sum(name.startswith("layers_") for name in params)
+  names = [_adapted_module(path) for path in paths]
+  ends = [name.rsplit(".", 1)[1] for name in names]
+  return sorted(
+    {end if ends.count(end) == layers else name for name, end in zip(names, ends, strict=True)}
+  )
+
+
+def _alpha(scale: float, rank: int) -> float:
+  """The shortest number that is the scale, as float32, when it is divided by the rank.
+
+  >>> _alpha(float(np.float32(0.1 / 3)), 3)
+  0.1
+  """
+  rounded = (float(f"{scale * rank:.{digits}g}") for digits in range(1, 17))
+  return next(alpha for alpha in rounded if np.float32(alpha / rank) == np.float32(scale))
+
+
+def _to_ask_for(entries: dict[str, Any], tensors: dict[str, Any]) -> str:
+  """What would agree with an adapter, for an error."""
+  ours = {theirs.rpartition(".")[2]: path for path, theirs in _LAYER_NAMES.items()}
+  ends = {name.split(".")[-3] for name in tensors if name.count(".") > 2}
+  targets = "|".join(sorted(ours.get(end, end) for end in ends))
+  return f"ask for rank {entries.get('r')}, alpha {entries['lora_alpha']:g} and targets '{targets}'"
+
+
+@contextlib.contextmanager
+def _new_directory(directory: str | os.PathLike) -> Iterator[Path]:
+  """A temporary directory beside, which takes the place of `directory` when the body is done.
+
+  Raises:
+    WeightsError: the directory holds something.
+  """
+  directory = Path(directory)
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise WeightsError(f"{directory}: already exists; give a new directory, or remove this one")
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+  try:
+    os.chmod(partial, 0o755)
+    yield partial
     os.replace(partial, directory)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)

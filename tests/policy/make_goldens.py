@@ -6,18 +6,22 @@ make the same weights again from the same formula and read only the logits store
   python tests/policy/make_goldens.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf   # writes goldens/
   python tests/policy/make_goldens.py --export /tmp/exported         # our weights, as directories
   python tests/policy/make_goldens.py --check-export /tmp/exported   # transformers reads them
+
+With peft (`pip install peft`) the last one reads each family's adapters on its base too.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 1e-3  # of logits, absolute
+ADAPTER_TOLERANCE = 1e-4
 N_TOKENS = 24
 
 _SMALL = {
@@ -207,11 +211,35 @@ def family_model(family: str):
   )
 
 
-def export(directory: Path) -> None:
-  """Writes each family, and SmolLM2 if it is installed, with `save_hf`, and our logits beside."""
-  import jax.numpy as jnp
+def adapted(params, *, rank: int, alpha: float, targets: str = "attention|mlp"):
+  """Weights with adapters as after some training: no B is 0."""
+  import jax
 
-  from rl_llm.policy import WeightsError, load_weights, make_policy, save_hf
+  from rl_llm.policy import join, split_lora
+
+  frozen, trained = split_lora(
+    params, jax.random.key(0), rank=rank, alpha=alpha, targets=targets
+  )
+  def shake(x):
+    return x + 0.1 * jax.random.normal(jax.random.key(x.shape[0]), x.shape)
+
+  return join(frozen, jax.tree.map(shake, trained))
+
+
+# {name: adapters}, of which each family has one: all matrices, some, some of one layer alone.
+ADAPTERS = {
+  "all": {"rank": 4, "alpha": 8.0},
+  "some": {"rank": 3, "alpha": 5.0, "targets": "query|value|down"},
+  "layer": {"rank": 1, "alpha": 2.0, "targets": "layers_1/attention|up"},
+}
+
+
+def export(directory: Path) -> None:
+  """Writes each family, and SmolLM2 if it is installed, with `save_hf`, and our logits beside; and
+  adapters of each family with `save_adapter`, and the logits with these."""
+  import jax
+
+  from rl_llm.policy import WeightsError, load_weights, make_policy, save_adapter, save_hf
 
   models = {family: family_model(family) for family in FAMILIES}
   try:
@@ -220,11 +248,22 @@ def export(directory: Path) -> None:
     print(error)
   tokens = family_tokens()
   positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+
+  def save_logits(path, config, params):
+    policy = make_policy(config)
+    logits_of = jax.jit(lambda params: policy.logits(
+      params, policy.hidden(params, tokens, positions)[0]
+    ))
+    np.save(path, np.asarray(logits_of(params)))
+
   for name, (config, params) in models.items():
     save_hf(directory / name, config, params, max_shard_bytes=200_000_000)
-    policy = make_policy(config)
-    hidden, _ = policy.hidden(params, jnp.asarray(tokens), jnp.asarray(positions))
-    np.save(directory / f"{name}.npy", np.asarray(policy.logits(params, hidden)))
+    save_logits(directory / f"{name}.npy", config, params)
+    for kind, settings in (ADAPTERS if name in FAMILIES else {}).items():
+      weights = adapted(params, **settings)
+      adapter = directory / "adapters" / f"{name}-{kind}"
+      save_adapter(adapter, weights, base=str(directory / name))
+      save_logits(adapter.with_suffix(".npy"), config, weights)
 
 
 def check_export(directory: Path) -> None:
@@ -244,6 +283,32 @@ def check_export(directory: Path) -> None:
     gap = np.abs(theirs - np.load(expected)).max()
     print(f"{expected.stem}: largest logit {np.abs(theirs).max():.3f}, largest gap {gap:.2e}")
     assert gap <= TOLERANCE, expected.stem
+  check_adapters(directory)
+
+
+def check_adapters(directory: Path) -> None:
+  """PEFT, on the base that the adapter names, has our logits."""
+  try:
+    from peft import AutoPeftModelForCausalLM
+  except ImportError as error:
+    print(f"adapters not checked: {error}")
+    return
+  import torch
+
+  for expected in sorted(directory.glob("adapters/*.npy")):
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")  # Keys that are missing or not expected are but warned of.
+      model = AutoPeftModelForCausalLM.from_pretrained(
+        expected.with_suffix(""), dtype=torch.float32, attn_implementation="eager"
+      ).eval()
+    tokens = torch.from_numpy(family_tokens())
+    with torch.no_grad():
+      theirs = model(tokens).logits.numpy()
+      with model.disable_adapter():
+        change = np.abs(theirs - model(tokens).logits.numpy()).max()
+    gap = np.abs(theirs - np.load(expected)).max()
+    print(f"{expected.stem} in peft: adapters change {change:.3f}, largest gap {gap:.2e}")
+    assert gap <= ADAPTER_TOLERANCE < change / 100, expected.stem
 
 
 def main() -> None:
