@@ -1,0 +1,105 @@
+"""Stands between a process of several and its standard error: says in one line why JAX ended it.
+
+When a process is lost, JAX ends the others from within its own threads, where no Python runs any
+more: what remains on the screen are pages of addresses, and the number of the lost one somewhere
+among them. This program reads its parent's standard error, passes lines on as they come, and holds
+back those of JAX's coordination service; if they turn out to be its last, one line is said instead.
+
+It is run by its path and imports nothing but the standard library: `rl_llm.hosts` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import sys
+from typing import Any
+
+NAMES = "\0names "  # The parent's line with the hosts' names; shown to nobody.
+NOISE = re.compile(r"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h:)")
+FATAL = "Terminating process because the JAX distributed service"
+QUIET_SECONDS = 2.0  # Held lines that nothing follows for so long were not the last.
+
+
+def explained(text: str, known: dict[str, Any]) -> str:
+  """JAX's last words as a line for a person.
+
+  >>> known = {"process": 0, "processes": 2, "heartbeat": 10, "names": ["a", "b"]}
+  >>> explained("unhealthy (stopped sending heartbeats):\\n1\\nThe tasks", known)
+  'error: process 1 (b) is lost: no sign of life from it for 10 s. Start all processes again: the \
+run goes on from its last checkpoint'
+
+  Args:
+    text: what JAX wrote.
+    known: "process", "processes", "coordinator", "heartbeat", "wait"; and "names", once known.
+  """
+  again = "Start all processes again: the run goes on from its last checkpoint"
+  lost = re.search(r"stopped sending heartbeats\):\s*((?:\d+\s+)+)", text)
+  if lost:
+    who = " and ".join(name(int(number), known) for number in lost[1].split())
+    return f"error: {who} is lost: no sign of life from it for {known['heartbeat']} s. {again}"
+  if "RegisterTask" in text:
+    me = "this process" if known["process"] < 0 else f"process {known['process']}"
+    return (
+      f"error: {me} waited {known['wait']} s for all {known['processes'] or ''} processes at "
+      f"{known['coordinator'] or 'the first one'}, and they did not come; look whether each was "
+      "started, with the same --distributed.coordinator and --distributed.processes and a "
+      "--distributed.process_id of its own"
+    )
+  if "leader task" in text or "Failed to send RPC" in text:
+    return f"error: {name(0, known)} is lost, at which the others meet. {again}"
+  return "error: " + " ".join(text.split())[:1000]
+
+
+def name(process: int, known: dict[str, Any]) -> str:
+  """A process as a person finds it."""
+  names = known.get("names", [])
+  return f"process {process} ({names[process]})" if process < len(names) else f"process {process}"
+
+
+def main() -> None:
+  """Passes standard input on to standard output until it ends."""
+  for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(signum, signal.SIG_IGN)  # The parent's to handle; its last words come after.
+  known = json.loads(sys.argv[1])
+  held: list[str] = []
+  partial, said = b"", False
+
+  def release() -> None:
+    nonlocal said
+    text = "".join(held)
+    held.clear()
+    if FATAL in text:
+      text = "" if said else explained(text, known) + "\n"
+    said |= "error: " in text
+    os.write(1, text.encode("utf-8", "surrogateescape"))
+
+  while True:
+    if (held or partial) and not select.select([0], [], [], QUIET_SECONDS)[0]:
+      held.append(partial.decode("utf-8", "surrogateescape"))
+      partial = b""
+      release()
+      continue
+    found = os.read(0, 1 << 16)
+    *lines, partial = (partial + found).split(b"\n")
+    for line in [*lines, *[partial] * (not found)]:
+      text = line.decode("utf-8", "surrogateescape") + "\n" * bool(found)
+      if text.startswith(NAMES):
+        known["names"] = json.loads(text.removeprefix(NAMES))
+        continue
+      noise = bool(NOISE.match(text))
+      if held and not noise and FATAL not in held[-1] and text.startswith("error: "):
+        release()
+      held.append(text)
+      if not noise and len(held) == 1:
+        release()
+    if not found:
+      release()
+      return
+
+
+if __name__ == "__main__":
+  main()
