@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -119,6 +120,7 @@ def initialize(
   _here.wait, _here.heartbeat = wait, heartbeat
   known = given | {"process": process_id, "heartbeat": heartbeat, "wait": wait}
   _filter_stderr(known)
+  logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)  # Who connects to whom.
   # Its handler would take SIGTERM from ours, which saves and stops.
   jax.config.update("jax_enable_preemption_service", False)
   try:
