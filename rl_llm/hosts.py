@@ -2,13 +2,15 @@
 
 Every process runs the same program, and JAX puts together what their devices hold. What remains is
 what a host does besides: start, grade, write files, stop and fail. Each of these is done together
-or by the first process alone, and no wait is without an end, nor without the name of who is late.
+or by the first process alone; a host waits for the others no longer than it was told to, and then
+names who is late.
 
 In a run of one process every function here does nothing, or gives back what it was given.
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -29,7 +31,7 @@ from jax._src.distributed import global_state
 from rl_llm import last_words
 from rl_llm.config import ConfigError, redact
 
-_NEVER_MS = 10 * 365 * 24 * 3600 * 1000
+_LISTEN_SECONDS = 1.0  # Between two looks whether another process has failed.
 _HEARD_MS = 5000  # For the last words of a process to reach the others.
 
 
@@ -142,7 +144,15 @@ def initialize(
   if count() == 1:
     return
   _keep_stdout()
-  threading.Thread(target=_listen, name="rl_llm.hosts", daemon=True).start()
+  over = threading.Event()
+  listener = threading.Thread(target=_listen, args=(over,), name="rl_llm.hosts", daemon=True)
+  listener.start()
+
+  def stop_listening() -> None:
+    over.set()
+    listener.join()
+
+  atexit.register(stop_listening)  # Before JAX leaves the others, which was registered earlier.
   _here.names = tuple(exchange("the start", socket.gethostname()))
   os.write(2, (last_words.NAMES + json.dumps(_here.names) + "\n").encode())
 
@@ -236,17 +246,18 @@ def code_hash(*directories: str | os.PathLike) -> str:
   return digest.hexdigest()
 
 
-def end_all(line: str, code: int) -> NoReturn:
+def end_all(line: str, code: int, *, of_one: bool) -> NoReturn:
   """Says why this process cannot go on, here and in all others, and ends them all.
 
   Args:
     line: what went wrong.
     code: the exit code of all.
+    of_one: whether it went wrong in this process: the others then say in which.
   """
   if not _here.ending.acquire(blocking=False):
     threading.Event().wait()  # The others' last words came first; they end this process.
   _say(line)
-  told = line if line.startswith(("process ", "--")) else f"{name(index())}: {line}"
+  told = f"{name(index())}: {line}" if of_one else line
   client = global_state.client
   try:
     client.key_value_set("rl_llm/failed", json.dumps([code, told]))
@@ -294,16 +305,17 @@ def _why(what: str, message: str) -> str:
   return f"the processes could not meet at {what!r}: {' '.join(message.split())[:500]}"
 
 
-def _listen() -> None:
+def _listen(over: threading.Event) -> None:
   """Waits for the last words of another process, says them and ends this one."""
-  client = global_state.client
-  try:
-    code, line = json.loads(client.blocking_key_value_get("rl_llm/failed", _NEVER_MS))
-  except jax.errors.JaxRuntimeError:
-    return  # The run is over.
-  if _here.ending.acquire(blocking=False):
-    _say(line)
-    _leave(code)
+  while not over.wait(_LISTEN_SECONDS):
+    try:
+      code, line = json.loads(global_state.client.key_value_try_get("rl_llm/failed"))
+    except jax.errors.JaxRuntimeError:
+      continue  # Nobody has failed.
+    if _here.ending.acquire(blocking=False):
+      _say(line)
+      _leave(code)
+    return
 
 
 def _leave(code: int) -> NoReturn:

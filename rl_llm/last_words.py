@@ -21,6 +21,7 @@ from typing import Any
 NAMES = "\0names "  # The parent's line with the hosts' names; shown to nobody.
 NOISE = re.compile(r"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h:)")
 FATAL = "Terminating process because the JAX distributed service"
+PYTHONS = ("error: ", "Traceback ")
 QUIET_SECONDS = 2.0  # Held lines that nothing follows for so long were not the last.
 
 
@@ -66,38 +67,43 @@ def main() -> None:
     signal.signal(signum, signal.SIG_IGN)  # The parent's to handle; its last words come after.
   known = json.loads(sys.argv[1])
   held: list[str] = []
-  partial, said = b"", False
+  partial, holding, said = b"", False, False
+
+  def show(text: str) -> None:
+    nonlocal said
+    said |= text.startswith("error: ")
+    os.write(1, text.encode("utf-8", "surrogateescape"))
 
   def release() -> None:
-    nonlocal said
     text = "".join(held)
     held.clear()
-    if FATAL in text:
-      text = "" if said else explained(text, known) + "\n"
-    said |= "error: " in text
-    os.write(1, text.encode("utf-8", "surrogateescape"))
+    if FATAL not in text:
+      show(text)
+    elif not said:  # The process itself may have known.
+      show(explained(text, known) + "\n")
 
   while True:
     if (held or partial) and not select.select([0], [], [], QUIET_SECONDS)[0]:
-      held.append(partial.decode("utf-8", "surrogateescape"))
-      partial = b""
       release()
+      show(partial.decode("utf-8", "surrogateescape"))
+      partial, holding = b"", False
       continue
     found = os.read(0, 1 << 16)
     *lines, partial = (partial + found).split(b"\n")
-    for line in [*lines, *[partial] * (not found)]:
-      text = line.decode("utf-8", "surrogateescape") + "\n" * bool(found)
+    for line in lines:
+      text = line.decode("utf-8", "surrogateescape") + "\n"
       if text.startswith(NAMES):
         known["names"] = json.loads(text.removeprefix(NAMES))
         continue
-      noise = bool(NOISE.match(text))
-      if held and not noise and FATAL not in held[-1] and text.startswith("error: "):
-        release()
-      held.append(text)
-      if not noise and len(held) == 1:
-        release()
+      # What follows such a line belongs to it, but for what is certainly Python's.
+      holding = bool(NOISE.match(text)) or (holding and not text.startswith(PYTHONS))
+      if holding:
+        held.append(text)
+      else:
+        show(text)
     if not found:
       release()
+      show(partial.decode("utf-8", "surrogateescape"))
       return
 
 

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from rl_llm import hosts
 from rl_llm.data.batches import sequence_batch
 from rl_llm.data.encoding import Encoded
 from rl_llm.files import write_atomically
@@ -209,14 +210,19 @@ def cached_logprobs(
     OSError: the file cannot be written.
   """
   path = Path(path)
-  try:
-    return _read(path.read_bytes(), key)
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-    logging.warning("%s is computed again: %s", path, error)
+  found = None
+  if hosts.is_main():  # Of several processes one decides for all: they compute together.
+    try:
+      found = _read(path.read_bytes(), key)
+    except FileNotFoundError:
+      pass
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+      logging.warning("%s is computed again: %s", path, error)
+  if hosts.share("the log-probs of the reference", found is not None):
+    return _read(path.read_bytes(), key) if found is None else found
   found = compute()
-  write_atomically(path, _content(key, found))
+  if hosts.is_main():
+    write_atomically(path, _content(key, found))
   return found
 
 

@@ -384,13 +384,13 @@ def exit_code(train: Callable[[], Any], *, distributed: Mapping[str, Any] | None
 def _end_all(error: Exception) -> NoReturn:
   """Tells all processes why this one cannot go on, and ends them."""
   if isinstance(error, (ConfigError, *USER_ERRORS)):
-    hosts.end_all(str(error), 2)
+    hosts.end_all(str(error), 2, of_one=not isinstance(error, hosts.HostsDiffer))
   if isinstance(error, hosts.HostLost):
-    hosts.end_all(str(error), 1)
+    hosts.end_all(str(error), 1, of_one=False)
   if isinstance(error, jax.errors.JaxRuntimeError):
-    hosts.end_all(hosts.lost(error), 1)
+    hosts.end_all(hosts.lost(error), 1, of_one=True)
   traceback.print_exception(error)
-  hosts.end_all(f"{type(error).__name__}: {error}", 1)
+  hosts.end_all(f"{type(error).__name__}: {error}", 1, of_one=True)
 
 
 def default_workdir(experiment: str, *, model: str, data: str, seed: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import time
 
@@ -11,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import grpo
 from experiments.options import Distributed, joined
-from rl_llm import hosts, last_words
-from rl_llm.config import ConfigError, run
+from rl_llm import hosts, last_words, sharding
+from rl_llm.config import ConfigError, replace, run
+from rl_llm.run_directory import started_with
 from tests import processes
 
 # A program of two processes: joins, runs the body, and ends as an experiment does.
@@ -87,13 +88,31 @@ np.testing.assert_array_equal(data, jax.random.key_data(keys))
   assert [process.err for process in found] == ["", ""]
 
 
-def test_rows_that_tensor_parallelism_lays_on_two_hosts_are_graded_by_one():
+def test_each_grades_the_rows_that_its_devices_hold():
+  """Rows that tensor parallelism lays on both are graded by one; all get all rewards."""
   found = ends(
     """
-owners = {name: sharding.row_owners(sharding.make_mesh(**sizes), 8).tolist()
-          for name, sizes in dict(tensor=dict(data=1, tensor=4), fsdp=dict(data=2, fsdp=2)).items()}
-assert owners["tensor"] == [0] * 8, owners
-assert owners["fsdp"] == [0] * 4 + [1] * 4, owners
+from rl_llm.experience import owners_of, score
+from rl_llm.rewards import RewardResult
+from rl_llm.tasks import Problem
+seen = []
+class Pool:
+  def score(self, prompts, texts, columns):
+    seen.extend(texts)
+    return [RewardResult(len(text) / 8, "ok") if text else RewardResult(None, "raised", "no text")
+            for text in texts]
+problems = [Problem("?", {}, str(p)) for p in range(4)]
+texts = ["x" * b for b in range(8)]
+for sizes, mine in ((dict(data=4), slice(4 * me, 4 * me + 4)),
+                    (dict(data=2, fsdp=2), slice(4 * me, 4 * me + 4)),
+                    (dict(data=1, tensor=4), slice(0, 8 - 8 * me))):
+  seen.clear()
+  owners = owners_of(sharding.make_mesh(**sizes), 8)
+  scores = score(Pool(), problems, texts, group_size=2, owners=owners)
+  assert seen == texts[mine], (sizes, seen)
+  assert scores.rewards.tolist() == [[0, 1/8], [2/8, 3/8], [4/8, 5/8], [6/8, 7/8]]
+  assert scores.ok.tolist() == [[False, True]] + [[True, True]] * 3
+  assert scores.results[0] == RewardResult(None, "raised", "no text")
 try:
   sharding.make_mesh(data=2)
 except sharding.ShardingError as error:
@@ -105,13 +124,40 @@ except sharding.ShardingError as error:
   assert [process.code for process in found] == [2, 2], found
 
 
-def test_processes_that_differ_are_refused_alike():
-  found = ends('hosts.agree("the settings", {"--steps": 5, "--seed": me})')
+@pytest.mark.parametrize(
+  ("program", "message"),
+  [
+    ('hosts.agree("the settings", {"--steps": 5, "--seed": me})',
+     ("--seed is 1 in process 1 (", "0 in process 0 (")),
+    ("from rl_llm.experience import agree_on_data\nagree_on_data([[1, 2], [3]][:: 1 - 2 * me])",
+     ("the order of the data is ", " in process 1 (")),
+  ],
+  ids=["settings", "data"],
+)
+def test_processes_that_differ_are_refused_alike(program, message):
+  found = ends(program)
   for process in found:
     (line,) = process.errors
-    assert "--seed is 1 in process 1 (" in line and "0 in process 0 (" in line
+    assert all(part in line for part in message), line
     assert process.code == 2
   assert found[0].errors == found[1].errors
+
+
+def test_the_code_is_compared(tmp_path):
+  (tmp_path / "module.py").write_text("x = 1\n")
+  before = hosts.code_hash(tmp_path)
+  (tmp_path / "notes.txt").write_text("no code")
+  assert hosts.code_hash(tmp_path) == before != hosts.code_hash()
+  (tmp_path / "module.py").write_text("x = 2\n")
+  assert hosts.code_hash(tmp_path) != before
+
+
+def test_a_run_compares_settings_files_and_code(tmp_path):
+  (tmp_path / "rows.jsonl").write_text("{}")
+  config = replace(grpo.Config(), {"task": f"jsonl:{tmp_path / 'rows.jsonl'}"})
+  found = started_with(config, volatile=grpo.volatile(config))
+  assert {"--seed", "--task", "the file of --task", "the code", "JAX's version"} <= found.keys()
+  assert not {"--workdir", "--distributed.process_id", "--mesh.data"} & found.keys()
 
 
 def test_who_is_late_is_named():
@@ -264,13 +310,9 @@ def test_the_group_is_a_switch(capsys):
   assert exit.value.code == 11
 
 
-def test_last_words_pass_on_all_that_is_not_jax_s(tmp_path):
+def test_last_words_pass_on_all_that_is_not_jax_s():
   """A line of JAX's that was not its last is shown after all."""
   complaint = "W1122 23:48:33.449304   24548 preemption_sync_manager.cc:147] Failed to retrieve\n"
-  process = processes.start([last_words.__file__, '{"process": 0}'])
-  process.terminate()
-  os.kill(process.pid, signal.SIGCONT)
-  process.wait()
   code = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, {last_words.__file__!r}, '{{"process": 0}}'],
@@ -286,6 +328,6 @@ child.stdin.write(b"three, without an end"); child.stdin.close(); child.wait()
 
 def test_fetch_gives_what_it_was_given():
   tree = {"a": jax.numpy.arange(3), "b": np.ones(2), "c": None, "d": 1.5}
-  found = __import__("rl_llm.sharding", fromlist=["fetch"]).fetch(tree)
+  found = sharding.fetch(tree)
   assert isinstance(found["a"], np.ndarray) and found["a"].tolist() == [0, 1, 2]
   assert found["c"] is None and found["d"] == 1.5
