@@ -32,6 +32,7 @@ from rl_llm import last_words
 from rl_llm.config import ConfigError, redact
 
 _LISTEN_SECONDS = 1.0  # Between two looks whether another process has failed.
+_DEAD = re.compile(r"Task (\d+) heartbeat timeout")
 _HEARD_MS = 5000  # For the last words of a process to reach the others.
 
 
@@ -279,12 +280,20 @@ def lost(error: Exception) -> str:
   try:
     client.wait_at_barrier("rl_llm/failed computation", 1000 * (_here.heartbeat + 5))
   except jax.errors.JaxRuntimeError as found:
-    return f"{_why('its end', str(found))} ({_first_line(error)})"
-  return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
+    if _DEAD.search(str(found)):
+      return _why("its end", str(found))
   return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+
+
+def is_of_network(error: Exception) -> bool:
+  """Whether a computation may have failed because another process is gone.
+
+  Args:
+    error: what the computation raised; with Gloo that is a ValueError.
+  """
+  return isinstance(error, jax.errors.JaxRuntimeError) or bool(
+    re.match(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ", str(error))
+  )
 
 
 def _why(what: str, message: str) -> str:
@@ -296,7 +305,7 @@ def _why(what: str, message: str) -> str:
       f"{who} is late: not at {what!r} within {_here.wait} s of the others; look what it is doing, "
       "or raise --distributed.wait"
     )
-  dead = re.search(r"Task (\d+) heartbeat timeout", message)
+  dead = _DEAD.search(message)
   if dead:
     return last_words.explained(
       f"stopped sending heartbeats):\n{dead[1]}\n",

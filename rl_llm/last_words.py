@@ -67,20 +67,24 @@ def main() -> None:
     signal.signal(signum, signal.SIG_IGN)  # The parent's to handle; its last words come after.
   known = json.loads(sys.argv[1])
   held: list[str] = []
-  partial, holding, said = b"", False, False
+  partial, holding, said, over = b"", False, False, False
 
   def show(text: str) -> None:
     nonlocal said
     said |= text.startswith("error: ")
-    os.write(1, text.encode("utf-8", "surrogateescape"))
+    if not over:
+      os.write(1, text.encode("utf-8", "surrogateescape"))
 
   def release() -> None:
+    nonlocal over
     text = "".join(held)
     held.clear()
     if FATAL not in text:
       show(text)
-    elif not said:  # The process itself may have known.
+      return
+    if not said:  # The process itself may have known.
       show(explained(text, known) + "\n")
+    over = True  # What follows are addresses.
 
   while True:
     if (held or partial) and not select.select([0], [], [], QUIET_SECONDS)[0]:

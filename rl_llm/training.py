@@ -387,7 +387,7 @@ def _end_all(error: Exception) -> NoReturn:
     hosts.end_all(str(error), 2, of_one=not isinstance(error, hosts.HostsDiffer))
   if isinstance(error, hosts.HostLost):
     hosts.end_all(str(error), 1, of_one=False)
-  if isinstance(error, jax.errors.JaxRuntimeError):
+  if hosts.is_of_network(error):
     hosts.end_all(hosts.lost(error), 1, of_one=True)
   traceback.print_exception(error)
   hosts.end_all(f"{type(error).__name__}: {error}", 1, of_one=True)
