@@ -41,6 +41,7 @@ import numpy as np
 from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
+  Distributed,
   Evaluation,
   Lora,
   MeshSizes,
@@ -50,6 +51,7 @@ from experiments.options import (
   check_sampling,
   check_schedule,
   device_mesh,
+  joined,
   learning_rate,
   sampling_config,
   split_weights,
@@ -61,6 +63,7 @@ from rl_llm.data.encoding import Encoded, Pair, encode_pair, limit_pairs
 from rl_llm.data.loading import load_sequences, read_examples
 from rl_llm.experience import (
   Experience,
+  agree_on_data,
   collect,
   draw_problems,
   experience_metrics,
@@ -199,6 +202,7 @@ class Config:
   loss: Loss = Loss()
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
+  distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer(learning_rate=1e-5)
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -445,7 +449,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   training, held_out, known, counts = [], [], [], {}
   note = f"pairs of responses to {task.name}: {task.note}" if task else ""
   if dataset is None:
-    draw_problems(task, config.seed, 0, config.pairs_per_step, encode)  # An error comes now.
+    # An error comes now.
+    agree_on_data(draw_problems(task, config.seed, 0, config.pairs_per_step, encode).prompts)
   else:
     loaded = load_sequences(
       config.data,
@@ -465,6 +470,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     )
     training, note, counts = loaded.training, loaded.note, loaded.counts
     held_out = loaded.held_out[: config.held_out_examples or None]
+    agree_on_data(sequence.tokens for sequence in flat(training + held_out))
   run.console.sizes(
     {
       "parameters": parameter_count(model.params),
@@ -573,6 +579,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
         prompts_per_batch=config.pairs_per_step,
         max_reward=task.max_reward,
         check=stop.check,
+        mesh=mesh,
       )
       metrics |= found.metrics
       rows = found.rows
@@ -601,6 +608,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       tokenizer=tokenizer,
       clock=clock,
       check=stop.check,
+      mesh=mesh,
     )
     scores = experience.scores
     chosen = best_and_worst(scores.rewards, scores.ok)
@@ -732,7 +740,9 @@ def main(config: Config) -> int:
   workdir = config.workdir or default_workdir(
     "dpo", model=config.model, data=data, seed=config.seed
   )
-  return exit_code(functools.partial(train, config, workdir))
+  return exit_code(
+    functools.partial(train, config, workdir), distributed=joined(config.distributed)
+  )
 
 
 if __name__ == "__main__":

@@ -29,17 +29,17 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import MESH_FLAGS, MeshSizes, device_mesh
+from experiments.options import MESH_FLAGS, Distributed, MeshSizes, device_mesh, joined
+from rl_llm import hosts
 from rl_llm.config import ConfigError, option, run
 from rl_llm.console import Console
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.evaluation import estimate_interval, majority_at_k, pass_at_k, record_responses
-from rl_llm.experience import make_encode, make_generate
-from rl_llm.files import locked
+from rl_llm.experience import agree_on_data, make_encode, make_generate
 from rl_llm.interrupt import StopSignals
 from rl_llm.metrics import read
 from rl_llm.model import load_model
-from rl_llm.run_directory import open_run, write_result
+from rl_llm.run_directory import opened, write_result
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -52,7 +52,7 @@ from rl_llm.tasks import (
   load_task,
   task_family,
 )
-from rl_llm.training import USER_ERRORS, default_workdir, exit_code
+from rl_llm.training import USER_ERRORS, default_workdir, exit_code, open_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Config:
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
   reward_workers: int = option(2, "grader processes", min=1)
   mesh: MeshSizes = MeshSizes()
+  distributed: Distributed = Distributed()
   arithmetic: ArithmeticOptions = ArithmeticOptions()
   copy: CopyOptions = CopyOptions()
   reasoning_gym: ReasoningGymOptions = ReasoningGymOptions()
@@ -125,21 +126,19 @@ def measure(config: Config, workdir: str) -> dict[str, Any]:
   difficulty = difficulty_of(config, task, problems)
   workdir = Path(workdir)
   batches = -(-len(problems) // config.prompts_per_batch)
-  with StopSignals() as stop, Console(total_steps=batches) as console:
-    open_run(workdir, config, volatile=VOLATILE)
-    with locked(workdir / ".lock") as alone:
-      if not alone:
-        raise ConfigError("workdir", str(workdir), "a directory that no other process writes to")
-      sizes = respond(config, workdir, task, problems, difficulty, console, stop)
-      result = sizes | summary(
-        read(workdir / "samples.jsonl"),
-        read(workdir / "metrics.jsonl"),
-        ks=sorted(set(config.k)),
-        votes=task.answer_of is not None,
-      )
-      write_result(workdir, result)
-      show_result(console, workdir, result)
-      return result
+  with StopSignals() as stop, open_console(batches) as console:
+    with opened(workdir, config, volatile=VOLATILE, doing="writes to"):
+      result = respond(config, workdir, task, problems, difficulty, console, stop)
+      if hosts.is_main():
+        result |= summary(
+          read(workdir / "samples.jsonl"),
+          read(workdir / "metrics.jsonl"),
+          ks=sorted(set(config.k)),
+          votes=task.answer_of is not None,
+        )
+        write_result(workdir, result)
+        show_result(console, workdir, result)
+      return hosts.share("the end of the run", result)
 
 
 def respond(
@@ -170,6 +169,7 @@ def respond(
       f"all {drawn.overlong} prompts are over --max_prompt_tokens={config.max_prompt_tokens}; "
       "raise it, or choose --overlong_prompt=truncate_left"
     )
+  agree_on_data(drawn.prompts)
   generate = make_generate(
     model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say, mesh=mesh
   )
@@ -347,7 +347,7 @@ def main(config: Config) -> int:
   workdir = config.workdir or default_workdir(
     "evaluate", model=str(model), data=data, seed=config.seed
   )
-  return exit_code(lambda: measure(config, workdir))
+  return exit_code(lambda: measure(config, workdir), distributed=joined(config.distributed))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from experiments.options import (
   KL,
   MESH_FLAGS,
   Checkpoint,
+  Distributed,
   Evaluation,
   Lora,
   MeshSizes,
@@ -42,6 +43,7 @@ from experiments.options import (
   check_sampling,
   check_schedule,
   device_mesh,
+  joined,
   learning_rate,
   loss_keywords,
   policy_loss,
@@ -53,6 +55,7 @@ from rl_llm import advantages, losses, presets
 from rl_llm.config import option, run
 from rl_llm.evaluation import evaluate
 from rl_llm.experience import (
+  agree_on_data,
   collect,
   draw_problems,
   experience_metrics,
@@ -69,7 +72,7 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy, join
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import STOP_LENGTH, response_logprobs
-from rl_llm.sharding import place_rows
+from rl_llm.sharding import fetch, place_rows
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -167,6 +170,7 @@ class Config:
   kl: KL = KL()
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
+  distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -305,7 +309,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     overlong=config.overlong_prompt,
   )
   held_out = held_out_problems(task, encode, limit=config.eval.problems)
-  draw_problems(task, config.seed, 0, config.prompts_per_step, encode)  # An error comes now.
+  # An error comes now.
+  agree_on_data(draw_problems(task, config.seed, 0, config.prompts_per_step, encode).prompts)
   generate = make_generate(
     policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say, mesh=mesh
   )
@@ -378,6 +383,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       prompts_per_batch=config.prompts_per_step,
       max_reward=task.max_reward,
       check=stop.check,
+      mesh=mesh,
     )
 
   def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:
@@ -396,6 +402,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       judge=judge,
       clock=clock,
       check=stop.check,
+      mesh=mesh,
     )
     prompts, rollout, scores = experience.prompts, experience.rollout, experience.scores
     group_advantages = np.asarray(
@@ -420,9 +427,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     scored = place_rows(scored, mesh)
     with clock("logprobs"):
       if config.epochs * config.minibatches > 1:
-        batch["old_logprobs"] = np.asarray(logprobs_of(whole(state.params), *scored)[0])
+        batch["old_logprobs"] = fetch(logprobs_of(whole(state.params), *scored)[0])
       if ref_params is not None:
-        batch["ref_logprobs"] = np.asarray(logprobs_of(ref_params, *scored)[0])
+        batch["ref_logprobs"] = fetch(logprobs_of(ref_params, *scored)[0])
     stop.check()
     rate = learning_rate(config.optimizer, step, steps=config.steps)
     hparams = {
@@ -520,7 +527,9 @@ def main(config: Config) -> int:
   workdir = config.workdir or default_workdir(
     "grpo", model=config.model, data=config.task, seed=config.seed
   )
-  return exit_code(functools.partial(train, config, workdir))
+  return exit_code(
+    functools.partial(train, config, workdir), distributed=joined(config.distributed)
+  )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import MESH_FLAGS, MeshSizes, device_mesh
+from experiments.options import MESH_FLAGS, Distributed, MeshSizes, device_mesh, joined
+from rl_llm import hosts
 from rl_llm.config import ConfigError, option, run
 from rl_llm.console import Console
 from rl_llm.data import DataError
@@ -41,12 +42,12 @@ from rl_llm.data.held_out import hashed
 from rl_llm.data.jsonl import check_text
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.evaluation import record_responses
-from rl_llm.experience import Drawn, make_encode, make_generate, prompt_text
-from rl_llm.files import locked, write_atomically
+from rl_llm.experience import Drawn, agree_on_data, make_encode, make_generate, prompt_text
+from rl_llm.files import write_atomically
 from rl_llm.interrupt import StopSignals
 from rl_llm.metrics import read
 from rl_llm.model import load_model
-from rl_llm.run_directory import open_run, write_result
+from rl_llm.run_directory import opened, write_result
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -58,7 +59,7 @@ from rl_llm.tasks import (
   load_task,
   task_family,
 )
-from rl_llm.training import USER_ERRORS, default_workdir, exit_code
+from rl_llm.training import USER_ERRORS, default_workdir, exit_code, open_console
 
 # What a line says beside the problem's own columns.
 OWN = ("prompt", "chosen", "rejected", "problem", "chosen_reward", "rejected_reward", "margin")
@@ -99,6 +100,7 @@ class Config:
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
   reward_workers: int = option(2, "grader processes", min=1)
   mesh: MeshSizes = MeshSizes()
+  distributed: Distributed = Distributed()
   arithmetic: ArithmeticOptions = ArithmeticOptions()
   copy: CopyOptions = CopyOptions()
   reasoning_gym: ReasoningGymOptions = ReasoningGymOptions()
@@ -134,36 +136,43 @@ def make(config: Config, workdir: str) -> dict[str, Any]:
   if not out.parent.is_dir() and config.out:
     raise ConfigError("out", config.out, "a file in a directory that exists", f"make {out.parent}")
   batches = -(-len(problems) // config.prompts_per_batch)
-  with StopSignals() as stop, Console(total_steps=batches) as console:
-    open_run(workdir, config, volatile=VOLATILE)
-    with locked(workdir / ".lock") as alone:
-      if not alone:
-        raise ConfigError("workdir", str(workdir), "a directory that no other process writes to")
+  with StopSignals() as stop, open_console(batches) as console:
+    with opened(workdir, config, volatile=VOLATILE, doing="writes to"):
       drawn, prompts = respond(config, workdir, task, problems, console, stop)
-      rows, counts = pair_up(config, drawn.problems, prompts, read(workdir / "samples.jsonl"))
-      if not rows:
-        raise DataError(
-          f"--task={config.task}: none of {len(drawn.problems)} problems has a better and a worse "
-          f"answer that can be paired ({in_words(counts)}); raise --samples, --temperature or "
-          "--max_new_tokens, or take another model"
-        )
-      content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-      write_atomically(out, content.encode("ascii"))  # Last of all that the grader has to do with.
-      batches = read(workdir / "metrics.jsonl")
-      result = {
-        "model": config.model,
-        "task": config.task,
-        "out": str(out),
-        "pairs": len(rows),
-        "problems": len(drawn.problems),
-        "overlong_prompts": drawn.overlong,
-        **counts,
-        "seconds": sum(row["time/step"] for row in batches),
-      }
-      write_result(workdir, result)
-      console.say(f"{len(rows)} pairs of {len(drawn.problems)} problems; {in_words(counts)}")
-      console.say(f"{result['seconds']:.0f} s; {out}")
-      return result
+      result = None
+      if hosts.is_main():
+        result = write_pairs(config, workdir, out, drawn, prompts, console)
+      return hosts.share("the end of the run", result)
+
+
+def write_pairs(
+  config: Config, workdir: Path, out: Path, drawn: Drawn, prompts: list[Any], console: Console
+) -> dict[str, Any]:
+  """Pairs the recorded responses up and writes the file; gives what result.json holds."""
+  rows, counts = pair_up(config, drawn.problems, prompts, read(workdir / "samples.jsonl"))
+  if not rows:
+    raise DataError(
+      f"--task={config.task}: none of {len(drawn.problems)} problems has a better and a worse "
+      f"answer that can be paired ({in_words(counts)}); raise --samples, --temperature or "
+      "--max_new_tokens, or take another model"
+    )
+  content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+  write_atomically(out, content.encode("ascii"))  # Last of all that the grader has to do with.
+  batches = read(workdir / "metrics.jsonl")
+  result = {
+    "model": config.model,
+    "task": config.task,
+    "out": str(out),
+    "pairs": len(rows),
+    "problems": len(drawn.problems),
+    "overlong_prompts": drawn.overlong,
+    **counts,
+    "seconds": sum(row["time/step"] for row in batches),
+  }
+  write_result(workdir, result)
+  console.say(f"{len(rows)} pairs of {len(drawn.problems)} problems; {in_words(counts)}")
+  console.say(f"{result['seconds']:.0f} s; {out}")
+  return result
 
 
 def respond(
@@ -197,6 +206,7 @@ def respond(
       f"all {drawn.overlong} prompts are over --max_prompt_tokens={config.max_prompt_tokens}; "
       "raise it"
     )
+  agree_on_data(drawn.prompts)
   generate = make_generate(
     model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say, mesh=mesh
   )
@@ -334,7 +344,7 @@ def main(config: Config) -> int:
   workdir = config.workdir or default_workdir(
     "make_preferences", model=str(model), data=config.task, seed=config.seed
   )
-  return exit_code(lambda: make(config, workdir))
+  return exit_code(lambda: make(config, workdir), distributed=joined(config.distributed))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -162,8 +162,47 @@ def split_weights(options: Lora, params, *, seed: int) -> tuple:
   return frozen, trained
 
 
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+  """Several processes, on one host or many, train one model; each is started with this command."""
+
+  on: bool = option(
+    False, "--distributed for short: join the others, found by Slurm, Open MPI, GKE or the TPU VM"
+  )
+  coordinator: str = option("", "HOST:PORT of process 0, where none of these says it")
+  processes: int = option(0, "how many there are, where none of these says it", min=0)
+  process_id: int = option(-1, "this one's number, from 0, where none of these says it", min=-1)
+  heartbeat: int = option(
+    100, "seconds without a sign of life after which a process is lost, and the others end", min=1
+  )
+  wait: int = option(
+    600, "seconds that processes wait for one that is late, at most: at the start, at a step, for "
+    "grades, at a checkpoint", min=1
+  )
+
+
+def joined(options: Distributed) -> dict[str, Any] | None:
+  """The keywords of `rl_llm.hosts.initialize`; None for a process that trains alone.
+
+  Raises:
+    ConfigError: other processes are described, and not to be joined.
+  """
+  keywords = dataclasses.asdict(options)
+  if keywords.pop("on"):
+    return keywords
+  for name in ("coordinator", "processes", "process_id"):
+    if keywords[name] != getattr(Distributed(), name):
+      raise ConfigError(f"distributed.{name}", keywords[name], "left out without --distributed")
+  return None
+
+
 # A run goes on whatever devices it finds: they do not change what is computed, beyond rounding.
-MESH_FLAGS = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+MESH_FLAGS = (
+  "mesh.data",
+  "mesh.fsdp",
+  "mesh.tensor",
+  *(f"distributed.{field.name}" for field in dataclasses.fields(Distributed)),
+)
 
 
 def device_mesh(

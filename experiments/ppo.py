@@ -43,6 +43,7 @@ import optax
 from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
+  Distributed,
   Evaluation,
   Lora,
   MeshSizes,
@@ -57,6 +58,7 @@ from experiments.options import (
   check_schedule,
   check_updates,
   device_mesh,
+  joined,
   learning_rate,
   loss_keywords,
   policy_loss,
@@ -69,6 +71,7 @@ from rl_llm.config import ConfigError, option, run
 from rl_llm.controllers import AdaptiveKL, adaptive_kl
 from rl_llm.evaluation import evaluate
 from rl_llm.experience import (
+  agree_on_data,
   collect,
   draw_problems,
   experience_metrics,
@@ -93,7 +96,7 @@ from rl_llm.rollout import (
   response_hidden,
   response_logprobs,
 )
-from rl_llm.sharding import place_rows
+from rl_llm.sharding import fetch, place_rows
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -226,6 +229,7 @@ class Config:
   kl: KL = KL()
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
+  distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -437,7 +441,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     overlong=config.overlong_prompt,
   )
   held_out = held_out_problems(task, encode, limit=config.eval.problems)
-  draw_problems(task, config.seed, 0, config.prompts_per_step, encode)  # An error comes now.
+  # An error comes now.
+  agree_on_data(draw_problems(task, config.seed, 0, config.prompts_per_step, encode).prompts)
   generate = make_generate(
     policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say, mesh=mesh
   )
@@ -506,6 +511,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       prompts_per_batch=config.prompts_per_step,
       max_reward=task.max_reward,
       check=stop.check,
+      mesh=mesh,
     )
 
   def take_step(state: State, step: int, clock: PhaseClock) -> Step:
@@ -524,6 +530,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       judge=judge,
       clock=clock,
       check=stop.check,
+      mesh=mesh,
     )
     prompts, rollout, scores = experience.prompts, experience.rollout, experience.scores
     # A response without a reward is as if it had not been sampled.
@@ -539,12 +546,12 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     with clock("logprobs"):
       scored = place_rows(responses_of(batch), mesh)
       of_value = state.value and whole(state.value.params)
-      batch |= jax.device_get(before(whole(state.policy.params), of_value, scored))
+      batch |= fetch(before(whole(state.policy.params), of_value, scored))
       kl = np.zeros(mask.shape, np.float32)
       if ref_params is not None:
         # Of the sampler's log-probs, which are the policy's: this is a reward, without a gradient.
         ref_logprobs = logprobs_of(ref_params, *scored)[0]
-        kl = np.asarray(kl_penalty(rollout.sampler_logprobs, ref_logprobs, value=config.kl.value))
+        kl = fetch(kl_penalty(rollout.sampler_logprobs, ref_logprobs, value=config.kl.value))
         kl = np.where(mask, kl, 0)
     batch["advantages"], batch["returns"] = jax.device_get(
       token_advantages(
@@ -688,7 +695,9 @@ def main(config: Config) -> int:
   workdir = config.workdir or default_workdir(
     "ppo", model=config.model, data=config.task, seed=config.seed
   )
-  return exit_code(functools.partial(train, config, workdir))
+  return exit_code(
+    functools.partial(train, config, workdir), distributed=joined(config.distributed)
+  )
 
 
 if __name__ == "__main__":

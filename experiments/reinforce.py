@@ -35,6 +35,7 @@ import numpy as np
 from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
+  Distributed,
   Evaluation,
   Lora,
   MeshSizes,
@@ -49,6 +50,7 @@ from experiments.options import (
   check_schedule,
   check_updates,
   device_mesh,
+  joined,
   learning_rate,
   loss_keywords,
   policy_loss,
@@ -60,6 +62,7 @@ from rl_llm import advantages, losses, presets
 from rl_llm.config import ConfigError, option, run
 from rl_llm.evaluation import evaluate
 from rl_llm.experience import (
+  agree_on_data,
   collect,
   draw_problems,
   experience_metrics,
@@ -77,7 +80,7 @@ from rl_llm.model import load_model
 from rl_llm.policy import Policy, join
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import STOP_LENGTH, response_logprobs
-from rl_llm.sharding import place_rows
+from rl_llm.sharding import fetch, place_rows
 from rl_llm.tasks import (
   ArithmeticOptions,
   CopyOptions,
@@ -184,6 +187,7 @@ class Config:
   kl: KL = KL()
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
+  distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -342,7 +346,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     overlong=config.overlong_prompt,
   )
   held_out = held_out_problems(task, encode, limit=config.eval.problems)
-  draw_problems(task, config.seed, 0, config.prompts_per_step, encode)  # An error comes now.
+  # An error comes now.
+  agree_on_data(draw_problems(task, config.seed, 0, config.prompts_per_step, encode).prompts)
   generate = make_generate(
     policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say, mesh=mesh
   )
@@ -407,6 +412,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       prompts_per_batch=config.prompts_per_step,
       max_reward=task.max_reward,
       check=stop.check,
+      mesh=mesh,
     )
 
   def take_step(state: State, step: int, clock: PhaseClock) -> Step:
@@ -424,6 +430,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       tokenizer=tokenizer,
       clock=clock,
       check=stop.check,
+      mesh=mesh,
     )
     prompts, rollout, scores = experience.prompts, experience.rollout, experience.scores
     # A response without a reward is as if it had not been sampled.
@@ -439,11 +446,11 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     scored = [batch[key] for key in ("prompts", "prompt_lengths", "tokens", "mask")]
     with clock("logprobs"):
       if config.epochs * config.minibatches > 1:
-        batch["old_logprobs"] = np.asarray(logprobs_of(whole(state.policy.params), *scored)[0])
+        batch["old_logprobs"] = fetch(logprobs_of(whole(state.policy.params), *scored)[0])
       kl = np.zeros(mask.shape, np.float32)
       if ref_params is not None:
         # Of the sampler's log-probs, which are the policy's: this is a reward, without a gradient.
-        kl = np.asarray(k1(rollout.sampler_logprobs, logprobs_of(ref_params, *scored)[0]))
+        kl = fetch(k1(rollout.sampler_logprobs, logprobs_of(ref_params, *scored)[0]))
         kl = np.where(mask, kl, 0)
     batch["advantages"] = token_advantages(
       config.advantage,
@@ -578,7 +585,9 @@ def main(config: Config) -> int:
   workdir = config.workdir or default_workdir(
     "reinforce", model=config.model, data=config.task, seed=config.seed
   )
-  return exit_code(functools.partial(train, config, workdir))
+  return exit_code(
+    functools.partial(train, config, workdir), distributed=joined(config.distributed)
+  )
 
 
 if __name__ == "__main__":

@@ -41,28 +41,31 @@ import numpy as np
 from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
+  Distributed,
   Lora,
   MeshSizes,
   Optimizer,
   adamw,
   check_schedule,
   device_mesh,
+  joined,
   learning_rate,
   split_weights,
 )
-from rl_llm import losses
+from rl_llm import hosts, losses
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data import DataError, Dataset
 from rl_llm.data.batches import batch_indices, pair_batch
 from rl_llm.data.encoding import Pair, encode_pair, limit_pairs
 from rl_llm.data.loading import load_sequences, read_examples
 from rl_llm.evaluation import Evaluation
+from rl_llm.experience import agree_on_data
 from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy, join, merge_lora
 from rl_llm.policy.scalar_head import normal_head, with_head
 from rl_llm.reward_model import pair_statistics, save_reward_model, sequence_rewards
-from rl_llm.sharding import place_rows
+from rl_llm.sharding import fetch, place_rows
 from rl_llm.train_state import TrainState, init_state, parameter_count
 from rl_llm.training import (
   USER_ERRORS,
@@ -73,6 +76,7 @@ from rl_llm.training import (
   exit_code,
   failure_of,
   finish,
+  on_main,
   start_run,
   train_loop,
 )
@@ -136,6 +140,7 @@ class Config:
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
+  distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
   eval: Scoring = Scoring()
   checkpoint: Checkpoint = Checkpoint()
@@ -253,6 +258,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     held_out_fraction=config.held_out_fraction,
     check=stop.check,
   )
+  agree_on_data(side.tokens for pair in loaded.training + loaded.held_out for side in pair)
   margins = margins_of(config, loaded.training_columns)
   scored = slice(config.eval.pairs or None)
   held_out = loaded.held_out[scored]
@@ -296,7 +302,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       batch = pair_batch(
         [pairs[index] for index in chosen], pad_id=tokenizer.pad_id, rows=2 * config.pairs_per_step
       )
-      found = np.asarray(score(params, *place_rows(batch, mesh)))
+      found = fetch(score(params, *place_rows(batch, mesh)))
       rewards[chosen] = found.reshape(-1, 2)[: len(chosen)]
     return rewards
 
@@ -357,16 +363,13 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     checkpoint_every=config.checkpoint.every,
     samples_every=config.steps,
   )
-  directory = run.workdir / "model"
-  shutil.rmtree(directory, ignore_errors=True)  # Of an earlier end of this run.
-  save_reward_model(
-    directory,
-    policy.config,
-    merge_lora(whole(state.params)),
-    tokenizer,
-    center=float(np.mean(rewards_of(whole(state.params), loaded.training[scored]))),
-  )
-  say(f"reward model: {directory}")
+  center = float(np.mean(rewards_of(whole(state.params), loaded.training[scored])))
+  params = on_main(merge_lora(whole(state.params)))
+  if hosts.is_main():
+    directory = run.workdir / "model"
+    shutil.rmtree(directory, ignore_errors=True)  # Of an earlier end of this run.
+    save_reward_model(directory, policy.config, params, tokenizer, center=center)
+    say(f"reward model: {directory}")
   return finish(run)
 
 
@@ -411,7 +414,9 @@ def main(config: Config) -> int:
   workdir = config.workdir or default_workdir(
     "reward_model", model=config.model, data=Path(config.data).name, seed=config.seed
   )
-  return exit_code(functools.partial(train, config, workdir))
+  return exit_code(
+    functools.partial(train, config, workdir), distributed=joined(config.distributed)
+  )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ import numpy as np
 from experiments.options import (
   MESH_FLAGS,
   Checkpoint,
+  Distributed,
   Evaluation,
   Lora,
   MeshSizes,
@@ -46,6 +47,7 @@ from experiments.options import (
   adamw,
   check_schedule,
   device_mesh,
+  joined,
   learning_rate,
   split_weights,
 )
@@ -57,7 +59,12 @@ from rl_llm.data.encoding import Encoded, encode, limit_sequences
 from rl_llm.data.loading import load_sequences, read_examples
 from rl_llm.data.packing import pack
 from rl_llm.demonstrations import demonstrations
-from rl_llm.experience import held_out_problems, make_encode, make_generate
+from rl_llm.experience import (
+  agree_on_data,
+  held_out_problems,
+  make_encode,
+  make_generate,
+)
 from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy, join
@@ -152,6 +159,7 @@ class Config:
   )
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
+  distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
   eval: Evaluation = Evaluation()
   checkpoint: Checkpoint = Checkpoint()
@@ -292,7 +300,6 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     def draw(step: int) -> list[Encoded]:
       return encode_problems(task.sample(config.seed, step, config.examples_per_step))
 
-    draw(0)  # An error comes now.
   else:
     loaded = load_sequences(
       config.data,
@@ -314,6 +321,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       )
       return [loaded.training[index] for index in chosen]
 
+  agree_on_data(sequence.tokens for sequence in draw(0))  # An error comes now.
   optimizer = adamw(config.optimizer)
   loss_fn = make_loss(policy)
   update = make_update(
@@ -447,6 +455,7 @@ def make_evaluate(
         prompts_per_batch=config.examples_per_step,
         max_reward=task.max_reward,
         check=run.stop.check,
+        mesh=mesh,
       )
       metrics |= found.metrics
       rows = found.rows
@@ -513,7 +522,9 @@ def main(config: Config) -> int:
   workdir = config.workdir or default_workdir(
     "sft", model=config.model, data=data, seed=config.seed
   )
-  return exit_code(functools.partial(train, config, workdir))
+  return exit_code(
+    functools.partial(train, config, workdir), distributed=joined(config.distributed)
+  )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
-from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
+
+from rl_llm import hosts
+from rl_llm.sharding import everywhere, fetch, make_mesh
 
 FORMAT_VERSION = 1
 
@@ -39,7 +41,6 @@ _MANIFEST = "manifest.json"
 _STATE = "state"
 _SAVING = ".saving-"
 _DELETING = ".deleting-"
-_BARRIER_SECONDS = 600
 _MAX_LISTED = 10  # leaf paths in one message
 _DATA_FILE_BYTES = 256 * 1024**2  # several files, so that they are hashed in parallel
 
@@ -141,7 +142,7 @@ class Checkpointer:
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
       raise ValueError(f"step is {step!r}; it must be an int >= 0 (for an array: int(step))")
-    leaves = _named_leaves(state)
+    leaves = _named_leaves(_of_all_processes(state))
     for name, leaf in leaves.items():
       if not isinstance(leaf, jax.Array):
         raise TypeError(f"state leaf {name} is a {type(leaf).__name__}; make it a jax array "
@@ -150,16 +151,17 @@ class Checkpointer:
     if not allow_nonfinite:
       _refuse_nonfinite(step, leaves)
     final, aside = self.directory / str(step), self.directory / f"{_SAVING}{step}"
-    if step in self._steps() and self._sound(step):
+    taken = hosts.is_main() and step in self._steps() and bool(self._sound(step))
+    if hosts.share(f"the checkpoint of step {step}", taken):
       raise CheckpointError(
           f"{final} holds a sound checkpoint already; save under another number, or move that "
           "directory away first")
-    first = jax.process_index() == 0
+    first = hosts.is_main()
     try:
       if first:
         self._remove_leftovers()
         aside.mkdir()
-      _wait_for_all(f"rl_llm_checkpoint_made_{step}")
+      hosts.barrier(f"the beginning of the checkpoint of step {step}")
       # Orbax refuses empty arrays; the manifest says all there is to know about them.
       stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
       if stored:
@@ -172,10 +174,12 @@ class Checkpointer:
         os.rename(aside, final)
         _sync(self.directory)
         self._reported.discard(step)
-      _wait_for_all(f"rl_llm_checkpoint_done_{step}")
+      hosts.barrier(f"the end of the checkpoint of step {step}")
     except BaseException as error:
       if first:
         _remove(aside)
+      if isinstance(error, hosts.HostLost):
+        raise
       if isinstance(error, Exception):
         raise CheckpointError(
             f"step {step} could not be saved in {self.directory}: {_brief(error)}. Earlier "
@@ -283,8 +287,14 @@ class Checkpointer:
     return None
 
   def _newest(self) -> dict | None:
-    sound = (self._sound(step) for step in reversed(self._steps()))
-    return next((manifest for manifest in sound if manifest is not None), None)
+    """The manifest of the newest sound step; of several processes the first reads, for all."""
+    found = None
+    if hosts.is_main():
+      sound = (self._sound(step) for step in reversed(self._steps()))
+      found = next((manifest for manifest in sound if manifest is not None), None)
+    found, reported = hosts.share("the newest checkpoint", [found, sorted(self._reported)])
+    self._reported = set(reported)
+    return found
 
   def _prune(self, step: int) -> None:
     """Deletes all but the newest `keep` up to `step`; a step known to be damaged is not kept."""
@@ -392,7 +402,7 @@ def _all_finite(x: jax.Array) -> jax.Array:
 
 def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
   floats = [name for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-  finite = jax.device_get([_all_finite(leaves[name]) for name in floats])
+  finite = fetch([_all_finite(leaves[name]) for name in floats])
   bad = [name for name, good in zip(floats, finite, strict=True) if not good]
   if bad:
     listed = ", ".join(bad[:_MAX_LISTED])
@@ -510,14 +520,20 @@ def _orbax_context() -> ocp.Context:
   context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
   context.array.saving.use_compression = False  # 8 % smaller is not worth 4 times the wait
   context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
+  if hosts.count() > 1:  # Naming the processes makes Orbax use the barrier that has an end.
+    context.multiprocessing.active_processes = set(range(hosts.count()))
   return context
 
 
-def _wait_for_all(name: str) -> None:
-  """A barrier with an end: naming the processes makes Orbax use the one that times out."""
-  if jax.process_count() > 1:
-    everyone = set(range(jax.process_count()))
-    multihost.sync_global_processes(name, timeout=_BARRIER_SECONDS, processes=everyone)
+def _of_all_processes(state: Any) -> Any:
+  """The state with what each process has for itself, alike, as one array of them all."""
+  if hosts.count() == 1:
+    return state
+  mesh = make_mesh()
+  return jax.tree.map(
+    lambda x: everywhere(x, mesh) if isinstance(x, jax.Array) and x.is_fully_addressable else x,
+    state,
+  )
 
 
 def _quiet_orbax(record: python_logging.LogRecord) -> bool:

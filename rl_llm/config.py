@@ -571,10 +571,12 @@ def run(
 
 
 def _in_full(argument: str, config_class: type) -> str:
-  """--loss=ppo_loss as --loss.name=ppo_loss, if there is such a flag; all else unchanged."""
+  """A group's flag as that of its first field: --loss=ppo_loss as --loss.name=ppo_loss, and
+  --distributed as --distributed.on; all else unchanged."""
   flag, equals, value = argument.partition("=")
   names = {f"--{leaf.path}" for leaf in _leaves(config_class)}
-  return f"{flag}.name{equals}{value}" if f"{flag}.name" in names else argument
+  field = next((field for field in ("name", "on") if f"{flag}.{field}" in names), None)
+  return f"{flag}.{field}{equals}{value}" if field else argument
 
 
 def _fail(error: object) -> NoReturn:

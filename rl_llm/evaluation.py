@@ -12,10 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl_llm import hosts
 from rl_llm.config import ConfigError
 from rl_llm.console import Console
 from rl_llm.data.prompts import pad_prompts
-from rl_llm.experience import Drawn, Generate, response_texts, sample_rows, score, trim
+from rl_llm.experience import (
+  Drawn,
+  Generate,
+  owners_of,
+  response_texts,
+  sample_rows,
+  score,
+  trim,
+)
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import MetricsWriter, PhaseClock, proportion_interval, read
 from rl_llm.model import LanguageModel
@@ -46,6 +55,7 @@ def evaluate(
   prompts_per_batch: int,
   max_reward: float,
   check: Callable[[], None] = lambda: None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Evaluation:
   """Answers every problem once greedily and `samples` times at temperature 1, and grades it all.
 
@@ -63,6 +73,7 @@ def evaluate(
     prompts_per_batch: problems a rollout.
     max_reward: a response with at least this reward is correct.
     check: called between batches; raises to stop.
+    mesh: that of `generate`.
 
   Returns:
     An `Evaluation`; accuracies come with 95 % intervals from `proportion_interval`.
@@ -84,6 +95,7 @@ def evaluate(
       pool=pool,
       tokenizer=tokenizer,
       max_reward=max_reward,
+      mesh=mesh,
     )
     batches.append(np.array([row["correct"] for row in batch_rows]).reshape(-1, group))
     failed += sum(row["reward"] is None for row in batch_rows)
@@ -109,6 +121,7 @@ def graded_responses(
   tokenizer: Tokenizer,
   max_reward: float,
   columns: int = 0,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> list[dict[str, Any]]:
   """Samples and grades a batch: one dict a response, as `rl_llm.experience.sample_rows` gives them.
 
@@ -127,6 +140,7 @@ def graded_responses(
     tokenizer: to read the responses with.
     max_reward: a response with at least this reward is correct.
     columns: prompt columns at least, so that batches of ragged prompts have one width too.
+    mesh: that of `generate`.
 
   Returns:
     `len(problems) * G` rows, problem by problem.
@@ -138,7 +152,8 @@ def graded_responses(
   rollout = trim(generate(params, batch, keys, sampling, group_size))
   rollout = Rollout(*(x[: len(problems) * group_size] for x in rollout))
   texts = response_texts(rollout, tokenizer)
-  scores = score(pool, problems, texts, group_size=group_size)
+  owners = owners_of(mesh, len(keys))[: len(texts)]
+  scores = score(pool, problems, texts, group_size=group_size, owners=owners)
   return sample_rows(problems, texts, rollout, scores, split="eval", max_reward=max_reward)
 
 
@@ -202,7 +217,8 @@ def record_responses(
 
   weights = fingerprint(model.params)[:16]
   recorded = workdir / "metrics.jsonl"
-  rows = read(recorded) if recorded.exists() else []
+  rows = read(recorded) if hosts.is_main() and recorded.exists() else []
+  rows = hosts.share("the record", rows)
   done = len(rows)
   if rows and rows[0]["weights"] != weights:
     raise ConfigError(
@@ -221,13 +237,13 @@ def record_responses(
   if rows:
     console.say(f"{done} of {batches} batches are on record in {workdir}")
   pool = RewardPool(task.reward, workers=workers, deadline=deadline)
-  samples_file = MetricsWriter(workdir / "samples.jsonl", resume_step=done - 1)
-  metrics_file = MetricsWriter(recorded, resume_step=done - 1)
+  files = [workdir / "samples.jsonl", recorded] if hosts.is_main() else [None, None]
+  samples_file, metrics_file = (MetricsWriter(path, resume_step=done - 1) for path in files)
   with pool, samples_file, metrics_file:
     for batch in range(done, batches):
       clock = PhaseClock()
       try:
-        stop.check()
+        stop.check_together(f"batch {batch}")
       except Interrupted as interruption:
         console.say(
           f"{interruption}: {batch} of {batches} batches are on record; the same command goes on "
@@ -248,6 +264,7 @@ def record_responses(
         tokenizer=model.tokenizer,
         max_reward=task.max_reward,
         columns=columns,
+        mesh=mesh,
       )
       for index, line in enumerate(lines):
         line |= describe(problems[index // group], index % group, line)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl_llm import hosts
 from rl_llm.config import ConfigError
 from rl_llm.data.prompts import (
   Overlong,
@@ -26,7 +28,7 @@ from rl_llm.reward_model import load_reward_model, score_responses
 from rl_llm.rewards import RewardError, RewardPool, RewardResult, to_arrays
 from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout, generate, row_keys
 from rl_llm.sampling import SamplingConfig
-from rl_llm.sharding import place, place_rows
+from rl_llm.sharding import fetch, place, place_rows, row_owners
 from rl_llm.tasks import Problem, Task, TaskError
 from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts
 
@@ -166,6 +168,25 @@ def held_out_problems(
   return drawn
 
 
+def agree_on_data(sequences: Iterable[Sequence[int]]) -> None:
+  """Sees to it that several processes have the same data in the same order.
+
+  Each draws all of a step's rows by itself, from (seed, step), and gives its devices theirs: were
+  they in another order elsewhere, rewards would go to the wrong responses, and nobody would see.
+
+  Args:
+    sequences: tokens of the first step, or of all that is trained on.
+
+  Raises:
+    HostsDiffer: they differ.
+  """
+  if hosts.count() > 1:
+    digest = hashlib.sha256()
+    for tokens in sequences:
+      digest.update(np.asarray([len(tokens), *tokens], np.int64).tobytes())
+    hosts.agree("the data", {"the order of the data": digest.hexdigest()})
+
+
 def make_generate(
   policy: Policy,
   tokenizer: Tokenizer,
@@ -280,6 +301,7 @@ def collect(
   judge: Judge | None = None,
   clock: PhaseClock,
   check: Callable[[], None] = lambda: None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Experience:
   """One step's experience: draws problems, samples responses and grades them.
 
@@ -301,6 +323,7 @@ def collect(
     judge: from `make_judge`, gives the scores instead of the grader; None: the grades are them.
     clock: times "rollout" and "reward".
     check: called between phases; raises to stop.
+    mesh: that of `generate`.
   """
   with clock("rollout"):
     drawn = draw_problems(task, seed, step, prompts_per_step, encode)
@@ -315,7 +338,9 @@ def collect(
   check()
   with clock("reward"):
     texts = response_texts(rollout, tokenizer)
-    scores = grades = score(pool, drawn.problems, texts, group_size=responses_per_prompt)
+    scores = grades = score(
+      pool, drawn.problems, texts, group_size=responses_per_prompt, owners=owners_of(mesh, rows)
+    )
     if judge:
       rewards = judge(prompts, rollout)
       results = [RewardResult(float(reward), "ok") for reward in rewards]
@@ -379,7 +404,7 @@ def trim(rollout: Rollout) -> Rollout:
   Columns are kept up to a bucket, so that an update compiles for few widths and does not pay for
   the longest response allowed when all were short.
   """
-  rollout = Rollout(*(np.asarray(x) for x in jax.device_get(rollout)))
+  rollout = Rollout(*(np.asarray(x) for x in fetch(rollout)))
   width = min(bucket(int(rollout.lengths.max())), rollout.tokens.shape[1])
   return rollout._replace(
     tokens=rollout.tokens[:, :width],
@@ -397,21 +422,44 @@ def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
   ]
 
 
+def owners_of(mesh: jax.sharding.Mesh | None, rows: int) -> np.ndarray:
+  """[rows] which process grades each response: the one whose devices hold it."""
+  if mesh is None or hosts.count() == 1:
+    return np.full(rows, hosts.index())
+  return row_owners(mesh, rows)
+
+
 def score(
-  pool: RewardPool, problems: Sequence[Problem], texts: Sequence[str], *, group_size: int
+  pool: RewardPool,
+  problems: Sequence[Problem],
+  texts: Sequence[str],
+  *,
+  group_size: int,
+  owners: np.ndarray | None = None,
 ) -> Scores:
   """Grades P * G responses, row p * G + g answering problem p.
 
   Args:
-    pool: the grader's workers.
+    pool: the grader's workers, of this process.
     problems: P problems.
     texts: P * G responses.
     group_size: G.
+    owners: [P * G] which process grades each, from `owners_of`; what they find, all get. None:
+      this one grades all.
   """
   repeated = [problem for problem in problems for _ in range(group_size)]
+  if owners is None:
+    owners = np.full(len(texts), hosts.index())
+  own = np.flatnonzero(owners == hosts.index())
   results = pool.score(
-    [problem.prompt for problem in repeated], texts, [problem.columns for problem in repeated]
+    [repeated[row].prompt for row in own],
+    [texts[row] for row in own],
+    [repeated[row].columns for row in own],
   )
+  if len(own) < len(texts):
+    graded = hosts.exchange("the grades", results)
+    by_owner = [iter(of_one) for of_one in graded]
+    results = [RewardResult(*next(by_owner[owner])) for owner in owners]
   rewards, ok, counts = to_arrays(results)
   shape = (len(problems), group_size)
   return Scores(rewards.reshape(shape), ok.reshape(shape), counts, results)

@@ -6,6 +6,8 @@ import os
 import signal
 from types import FrameType
 
+from rl_llm import hosts
+
 
 class Interrupted(Exception):
   """The run was asked to stop; the state is whole, and the caller saves it.
@@ -46,9 +48,28 @@ class StopSignals:
     self._restore()
 
   def check(self) -> None:
-    """Raises `Interrupted` if a signal has come."""
-    if self._received is not None:
+    """Raises `Interrupted` if a signal has come.
+
+    One process of several must not stop by itself, or the others wait for it for ever: there this
+    does nothing, and `check_together` is where they stop.
+    """
+    if self._received is not None and hosts.count() == 1:
       raise Interrupted(self._received)
+
+  def check_together(self, what: str) -> None:
+    """`check` where all processes are at the same point: a signal to one of them stops all.
+
+    Args:
+      what: the point, for the message that names a process which does not come.
+
+    Raises:
+      HostLost: as for `rl_llm.hosts.barrier`.
+    """
+    self.check()
+    received = hosts.exchange(what, self._received)
+    for signum in received:
+      if signum is not None:
+        raise Interrupted(signum)
 
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     self._received = signum

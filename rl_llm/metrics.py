@@ -43,7 +43,8 @@ class MetricsWriter:
   back. Credentials in texts are redacted.
 
   Args:
-    path: the file; its directory exists.
+    path: the file; its directory exists. None writes nothing: of several processes one keeps the
+      record.
     resume_step: the step of the checkpoint that the run goes on from: rows of later steps are
       dropped. None begins a new record and drops all that was there.
 
@@ -51,9 +52,11 @@ class MetricsWriter:
     ValueError: a line before the last is not a JSON object with an int "step".
   """
 
-  def __init__(self, path: str | os.PathLike, *, resume_step: int | None = None):
+  def __init__(self, path: str | os.PathLike | None, *, resume_step: int | None = None):
+    kept, self._file, self._last_step = [], None, None
+    if path is None:
+      return
     self.path = Path(path)
-    kept = []
     if resume_step is not None and self.path.exists():
       kept = [line for line, row in _lines(self.path) if row["step"] <= resume_step]
     write_atomically(self.path, b"".join(line + b"\n" for line in kept))
@@ -75,12 +78,15 @@ class MetricsWriter:
     if self._last_step is not None and step < self._last_step:
       raise ValueError(f"step is {step}, must be at least {self._last_step}, the last one written")
     self._last_step = step
+    if self._file is None:
+      return
     self._file.write("".join(_line(step, row) + "\n" for row in rows).encode("ascii"))
     os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the file; what was written is already on disk."""
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
 
   def __enter__(self) -> MetricsWriter:
     return self

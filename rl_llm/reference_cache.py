@@ -22,10 +22,11 @@ import jax
 import numpy as np
 from absl import logging
 
+from rl_llm import hosts
 from rl_llm.data.batches import sequence_batch
 from rl_llm.data.encoding import Encoded
 from rl_llm.files import write_atomically
-from rl_llm.sharding import place_rows
+from rl_llm.sharding import fetch, place_rows
 from rl_llm.teacher_forcing import teacher_forced_logprobs
 
 FORMAT_VERSION = 1
@@ -124,7 +125,7 @@ def compute_logprobs(
       [sequences[index] for index in chosen], pad_id=pad_id, rows=rows_per_batch
     )
     found_rows = _score(params, place_rows(batch, mesh), temperature, policy=policy)
-    logprobs = np.asarray(found_rows, np.float32)
+    logprobs = np.asarray(fetch(found_rows), np.float32)
     for index, row in zip(chosen, logprobs, strict=False):
       found[index] = row[: len(sequences[index].tokens)].copy()
     progress(len(found), len(sequences))
@@ -174,7 +175,7 @@ def fingerprint(tree: Any) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    array = np.asarray(leaf)
+    array = np.asarray(fetch(leaf))
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
   return digest.hexdigest()
@@ -209,14 +210,19 @@ def cached_logprobs(
     OSError: the file cannot be written.
   """
   path = Path(path)
-  try:
-    return _read(path.read_bytes(), key)
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-    logging.warning("%s is computed again: %s", path, error)
+  found = None
+  if hosts.is_main():  # Of several processes one decides for all: they compute together.
+    try:
+      found = _read(path.read_bytes(), key)
+    except FileNotFoundError:
+      pass
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+      logging.warning("%s is computed again: %s", path, error)
+  if hosts.share("the log-probs of the reference", found is not None):
+    return _read(path.read_bytes(), key) if found is None else found
   found = compute()
-  write_atomically(path, _content(key, found))
+  if hosts.is_main():
+    write_atomically(path, _content(key, found))
   return found
 
 

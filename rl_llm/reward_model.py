@@ -23,7 +23,7 @@ from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf,
 from rl_llm.policy.hf import leaf_shapes, read_config, read_weights, write_directory
 from rl_llm.policy.scalar_head import apply_head
 from rl_llm.rollout import response_hidden
-from rl_llm.sharding import place_rows
+from rl_llm.sharding import fetch, place_rows
 from rl_llm.tokenizers import (
   ByteTokenizer,
   ModelTokenizer,
@@ -161,7 +161,7 @@ def score_responses(
     of_chosen = (chosen[:, None] * group + np.arange(group)).reshape(-1)
     batch = (prompts.tokens[chosen], prompts.lengths[chosen], tokens[of_chosen], mask[of_chosen])
     batch = _jitted_rewards(params, *place_rows(batch, mesh), policy=policy)
-    rewards.append(np.asarray(batch))
+    rewards.append(np.asarray(fetch(batch)))
   return np.concatenate(rewards)[:rows]
 
 

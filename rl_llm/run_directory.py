@@ -2,15 +2,97 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import json
 import os
-from collections.abc import Iterable
+import time
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from rl_llm import hosts
 from rl_llm.config import ConfigError, flatten, redact, write_config
-from rl_llm.files import write_atomically
+from rl_llm.files import locked, write_atomically
+
+_SHARED_SECONDS = 10  # A network file system may show a new file late.
+
+
+@contextlib.contextmanager
+def opened(
+  workdir: Path, config: Any, *, volatile: Iterable[str], doing: str
+) -> Iterator[dict[str, Any] | None]:
+  """Opens the directory for this run alone while the body runs; gives the result, if there is one.
+
+  Of several processes the first one opens it, as soon as all of them turn out to have been started
+  alike: the same settings but for the `volatile` ones, the same files, the same code.
+
+  Args:
+    workdir: the run's directory, on a file system that all processes see.
+    config: as for `open_run`.
+    volatile: as for `open_run`.
+    doing: what a process does in the directory, for the message.
+
+  Raises:
+    ConfigError: as for `open_run`; or another run is at work there.
+    HostsDiffer: the processes were not started alike.
+  """
+  volatile = set(volatile)
+  if hosts.count() > 1:
+    hosts.agree("the settings", started_with(config, volatile=volatile))
+  with contextlib.ExitStack() as stack:
+    result = None
+    if hosts.is_main():
+      result = open_run(workdir, config, volatile=volatile)
+      if not stack.enter_context(locked(workdir / ".lock")):
+        raise ConfigError("workdir", str(workdir), f"a directory that no other process {doing}")
+    if hosts.count() > 1:
+      result = hosts.share("the run's directory", result)
+      _refuse_own_directories(workdir)
+    yield result
+
+
+def started_with(config: Any, *, volatile: Iterable[str]) -> dict[str, Any]:
+  """What the processes of one run must have alike, by the name that a person knows it by.
+
+  Args:
+    config: an instance of a frozen dataclass.
+    volatile: fields that may differ.
+  """
+  values = {f"--{path}": value for path, value in flatten(config).items() if path not in volatile}
+  files = {
+    f"the file of --{path}": value for path, value in _hashes(config).items()
+    if path not in volatile
+  }
+  code = hosts.code_hash(Path(inspect.getfile(type(config))).parent)
+  found = values | files | {"the code": code, "JAX's version": jax.__version__}
+  return json.loads(redact(json.dumps(found)))
+
+
+def _refuse_own_directories(workdir: Path) -> None:
+  """Refuses directories of the same name on file systems of each host's own."""
+  seal = workdir / ".shared"
+  mark = hosts.share("the mark in the run's directory", uuid.uuid4().hex)
+  if hosts.is_main():
+    write_atomically(seal, mark.encode())
+  hosts.barrier("the mark in the run's directory is written")
+  deadline = time.monotonic() + _SHARED_SECONDS
+  while not (seen := seal.exists() and seal.read_text() == mark):
+    if time.monotonic() > deadline:
+      break
+    time.sleep(0.1)
+  found = hosts.exchange("the mark in the run's directory is read", bool(seen))
+  if hosts.is_main():
+    seal.unlink()
+  if not all(found):
+    raise hosts.HostsDiffer(
+      f"--workdir={workdir} is not in {hosts.name(found.index(False))} what it is in "
+      f"{hosts.name(0)}; give a directory on a file system that all hosts see"
+    )
 
 
 def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str, Any] | None:

@@ -10,10 +10,14 @@ person chooses is three numbers, the sizes of the mesh's axes:
 
 What does not follow from the weights' layout follows from the batch's: rows lie over `data` and
 `fsdp` together. The numbers that come out are those of one device, up to the order of sums.
+
+The devices may be those of several processes. Each then gives its own devices their part of what
+all of them have on the host, and `fetch` brings back the whole.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -21,6 +25,7 @@ from typing import Any
 
 import chex
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -64,8 +69,10 @@ def make_mesh(
     devices: all of the run's by default.
 
   Raises:
-    ShardingError: there are not enough devices, or -1 of them would be a fraction.
+    ShardingError: there are not enough devices, -1 of them would be a fraction, or a process of
+      several would be left without one.
   """
+  everything = devices is None
   devices = jax.devices() if devices is None else list(devices)
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
@@ -84,6 +91,11 @@ def make_mesh(
   elif given > len(devices):
     raise ShardingError(
       f"mesh {asked}: {given} devices are needed, and there are {len(devices)}; choose less"
+    )
+  if everything and jax.process_count() > 1 and math.prod(sizes.values()) < len(devices):
+    raise ShardingError(
+      f"mesh {asked}: takes {math.prod(sizes.values())} of the {len(devices)} devices of "
+      f"{jax.process_count()} processes; take all, or start fewer processes"
     )
   devices = devices[: math.prod(sizes.values())]
   # Axes of type Auto: the compiler lays out what lies between the arrays that we place.
@@ -202,7 +214,7 @@ def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
 
 def place(tree: Any, mesh: Mesh) -> Any:
   """Weights or a state on their devices, as `tree_shardings` lays them."""
-  return jax.device_put(tree, tree_shardings(tree, mesh))
+  return jax.tree.map(_put, tree, tree_shardings(tree, mesh))
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
@@ -226,9 +238,68 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
         f"{name}: {x.shape[0]} rows cannot be cut into {parts} parts (mesh axes data and fsdp); "
         f"choose a multiple of {parts}"
       )
-    return jax.device_put(x, row_sharding(mesh) if x.ndim else NamedSharding(mesh, P()))
+    return _put(x, row_sharding(mesh) if x.ndim else NamedSharding(mesh, P()))
 
   return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def row_owners(mesh: Mesh, rows: int) -> np.ndarray:
+  """[rows] which process holds each row of a batch: of several that do, the first.
+
+  >>> row_owners(make_mesh(devices=jax.devices()[:1]), 3).tolist()
+  [0, 0, 0]
+
+  Args:
+    mesh: from `make_mesh`.
+    rows: of the batch, a multiple of `row_shards`.
+  """
+  owners = np.full(rows, np.iinfo(np.int32).max)
+  for device, index in row_sharding(mesh).devices_indices_map((rows,)).items():
+    owners[index] = np.minimum(owners[index], device.process_index)
+  return owners
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays of the devices as NumPy's, whole in every process: all of them must call it together.
+
+  Args:
+    tree: arrays, of whatever layout; anything else is given back as it is.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  parts = [n for n, x in enumerate(leaves) if isinstance(x, jax.Array) and _is_cut(x)]
+  if parts:
+    whole = [NamedSharding(leaves[n].sharding.mesh, P()) for n in parts]
+    gathered = _same(tuple(whole))([leaves[n] for n in parts])
+    for n, x in zip(parts, gathered, strict=True):
+      leaves[n] = x
+  return jax.device_get(jax.tree.unflatten(treedef, leaves))
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+  """Arrays that every process has alike, whole on every device of the mesh."""
+  return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, P())), tree)
+
+
+def _is_cut(x: jax.Array) -> bool:
+  """Whether other processes hold what this one does not."""
+  return not (x.is_fully_addressable or x.is_fully_replicated)
+
+
+@functools.cache
+def _same(shardings: tuple[NamedSharding, ...]):
+  return jax.jit(lambda arrays: arrays, out_shardings=list(shardings))
+
+
+def _put(x: chex.Array, sharding: NamedSharding) -> jax.Array:
+  """The array in that layout; of several processes each puts its part, and all have the whole."""
+  if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    return jax.device_put(x, sharding)
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(
+      _put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
+    )
+  whole = np.asarray(x)
+  return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def _layout(mesh: Mesh, spec: P) -> NamedSharding:

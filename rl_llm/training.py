@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 
+from rl_llm import hosts
 from rl_llm.chat_template import ChatTemplateError
 from rl_llm.checkpoint import Checkpointer, CheckpointError
 from rl_llm.config import ConfigError
@@ -24,7 +26,6 @@ from rl_llm.console import Console, number
 from rl_llm.data import DataError
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.evaluation import Evaluation
-from rl_llm.files import locked
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import MetricsWriter, PhaseClock, read
 from rl_llm.policy import (
@@ -38,8 +39,8 @@ from rl_llm.policy import (
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError
-from rl_llm.run_directory import open_run, write_result
-from rl_llm.sharding import ShardingError, placed_shapes
+from rl_llm.run_directory import opened, write_result
+from rl_llm.sharding import ShardingError, fetch, placed_shapes
 from rl_llm.tasks import TaskError
 from rl_llm.tokenizers import ModelTokenizer, Tokenizer, TokenizerError, save_tokenizer
 from rl_llm.train_state import TrainState
@@ -56,6 +57,7 @@ USER_ERRORS = (
   RewardError,
   CheckpointError,
   ShardingError,
+  hosts.HostsDiffer,
 )
 
 
@@ -121,18 +123,23 @@ def start_run(
   if export:
     import_safetensors()  # Or a run would find out at its end.
   workdir = Path(workdir)
-  with StopSignals() as stop, Console(total_steps=steps) as console:
-    result = open_run(workdir, config, volatile=volatile)
-    with locked(workdir / ".lock") as alone:
-      if not alone:
-        raise ConfigError("workdir", str(workdir), "a directory that no other process trains in")
+  with StopSignals() as stop, open_console(steps) as console:
+    with opened(workdir, config, volatile=volatile, doing="trains in") as result:
       finished = result is not None and result["steps"] >= steps
-      if not finished or (export and not (workdir / "model").exists()):
+      exported = hosts.share("the exported model", (workdir / "model").exists())
+      if not finished or (export and not exported):
         checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
         return body(Run(workdir, checkpoints, console, stop))
       console.say(f"{workdir} is finished; a larger --steps goes on, another --workdir begins anew")
-      show_result(console, workdir, result)
+      if hosts.is_main():
+        show_result(console, workdir, result)
       return result
+
+
+def open_console(total_steps: int) -> Console:
+  """The console of a run; of several processes, the first one's is seen."""
+  stream = None if hosts.is_main() else open(os.devnull, "w")
+  return Console(stream, total_steps=total_steps)
 
 
 def begin(
@@ -200,14 +207,14 @@ def train_loop(
   """
   console, stop, workdir, checkpoints = run.console, run.stop, run.workdir, run.checkpoints
   saved = start
-  metrics_file = MetricsWriter(workdir / "metrics.jsonl", resume_step=start - 1)
-  samples_file = MetricsWriter(workdir / "samples.jsonl", resume_step=start - 1)
+  files = [workdir / "metrics.jsonl", workdir / "samples.jsonl"] if hosts.is_main() else [None] * 2
+  metrics_file, samples_file = (MetricsWriter(path, resume_step=start - 1) for path in files)
   with metrics_file, samples_file:
     try:
       for step in range(start, steps + 1):
         row, samples = {}, []
         clock = PhaseClock()
-        stop.check()
+        stop.check_together(f"step {step}")
         # What happened before this step is on record by now, so nothing is lost whenever we die.
         if step > saved and (step % checkpoint_every == 0 or step == steps):
           with clock("checkpoint"):
@@ -279,11 +286,13 @@ def failure_of(
 
 def finish(run: Run) -> dict[str, Any]:
   """Writes the report and, last of all, result.json; shows a person what came of it."""
-  write_report(run.workdir)
-  result = summary(read(run.workdir / "metrics.jsonl"))
-  write_result(run.workdir, result)
-  show_result(run.console, run.workdir, result)
-  return result
+  result = None
+  if hosts.is_main():
+    write_report(run.workdir)
+    result = summary(read(run.workdir / "metrics.jsonl"))
+    write_result(run.workdir, result)
+    show_result(run.console, run.workdir, result)
+  return hosts.share("the end of the run", result)
 
 
 def export_model(
@@ -299,6 +308,9 @@ def export_model(
     tokenizer: written too, where it has files.
     base: the model that training began with, as a person names it; the adapters repeat it.
   """
+  params = on_main(params)
+  if not hosts.is_main():
+    return
   directory, adapter = run.workdir / "model", run.workdir / "adapter"
   for old in (directory, adapter):
     shutil.rmtree(old, ignore_errors=True)  # Of an earlier end of this run.
@@ -310,6 +322,21 @@ def export_model(
   if isinstance(tokenizer, ModelTokenizer):
     save_tokenizer(directory, tokenizer)
   run.console.say(f"model: {directory}")
+
+
+def on_main(params: Any) -> Any:
+  """Weights that the first of several processes has whole, to write them; the others keep none.
+
+  One after another, so that no device holds more than one whole matrix.
+  """
+  if hosts.count() == 1:
+    return params
+
+  def bring(leaf):
+    whole = fetch(leaf)
+    return whole if hosts.is_main() else None
+
+  return jax.tree.map(bring, params)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -350,16 +377,43 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
   console.say(f"report: {workdir / 'report.html'}")
 
 
-def exit_code(train: Callable[[], Any]) -> int:
-  """Runs an experiment to its end: 0, 128 + the signal that stopped it, 1 where it diverged."""
+def exit_code(train: Callable[[], Any], *, distributed: Mapping[str, Any] | None = None) -> int:
+  """Runs an experiment to its end: 0, 128 + the signal that stopped it, 1 where it diverged.
+
+  Where several processes train together, an error of one is told by all, and ends all: with 2 where
+  a person can put it right, else with 1.
+
+  Args:
+    train: the experiment.
+    distributed: keywords of `rl_llm.hosts.initialize`; None: this process trains alone.
+  """
   try:
+    if distributed is not None:
+      hosts.initialize(**distributed)
     train()
   except Interrupted as interruption:
     return 128 + interruption.signum
   except Diverged as error:
-    print(f"error: {error}", file=sys.stderr)
+    if hosts.is_main():
+      print(f"error: {error}", file=sys.stderr)
     return 1
+  except Exception as error:
+    if hosts.count() == 1:
+      raise
+    _end_all(error)
   return 0
+
+
+def _end_all(error: Exception) -> NoReturn:
+  """Tells all processes why this one cannot go on, and ends them."""
+  if isinstance(error, (ConfigError, *USER_ERRORS)):
+    hosts.end_all(str(error), 2, of_one=not isinstance(error, hosts.HostsDiffer))
+  if isinstance(error, hosts.HostLost):
+    hosts.end_all(str(error), 1, of_one=False)
+  if hosts.is_of_network(error):
+    hosts.end_all(hosts.lost(error), 1, of_one=True)
+  traceback.print_exception(error)
+  hosts.end_all(f"{type(error).__name__}: {error}", 1, of_one=True)
 
 
 def default_workdir(experiment: str, *, model: str, data: str, seed: int) -> str:

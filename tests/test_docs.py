@@ -31,9 +31,9 @@ def missing_paths(text):
 
 
 def flags_of(module):
-  """An experiment's flags; a group that has a `name` can be given by it."""
+  """An experiment's flags; a group that has a `name`, or is a switch, can be given by it."""
   paths = flatten(module.Config()).keys()
-  return paths | {path.removesuffix(".name") for path in paths}
+  return paths | {path.removesuffix(".name").removesuffix(".on") for path in paths}
 
 
 def unknown_flags(text):

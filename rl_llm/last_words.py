@@ -1,0 +1,115 @@
+"""Stands between a process of several and its standard error: says in one line why JAX ended it.
+
+When a process is lost, JAX ends the others from within its own threads, where no Python runs any
+more: what remains on the screen are pages of addresses, and the number of the lost one somewhere
+among them. This program reads its parent's standard error, passes lines on as they come, and holds
+back those of JAX's coordination service; if they turn out to be its last, one line is said instead.
+
+It is run by its path and imports nothing but the standard library: `rl_llm.hosts` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import sys
+from typing import Any
+
+NAMES = "\0names "  # The parent's line with the hosts' names; shown to nobody.
+NOISE = re.compile(r"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h:)")
+FATAL = "Terminating process because the JAX distributed service"
+PYTHONS = ("error: ", "Traceback ")
+QUIET_SECONDS = 2.0  # Held lines that nothing follows for so long were not the last.
+
+
+def explained(text: str, known: dict[str, Any]) -> str:
+  """JAX's last words as a line for a person.
+
+  >>> known = {"process": 0, "processes": 2, "heartbeat": 10, "names": ["a", "b"]}
+  >>> explained("unhealthy (stopped sending heartbeats):\\n1\\nThe tasks", known)
+  'error: process 1 (b) is lost: no sign of life from it for 10 s. Start all processes again: the \
+run goes on from its last checkpoint'
+
+  Args:
+    text: what JAX wrote.
+    known: "process", "processes", "coordinator", "heartbeat", "wait"; and "names", once known.
+  """
+  again = "Start all processes again: the run goes on from its last checkpoint"
+  lost = re.search(r"stopped sending heartbeats\):\s*((?:\d+\s+)+)", text)
+  if lost:
+    who = " and ".join(name(int(number), known) for number in lost[1].split())
+    return f"error: {who} is lost: no sign of life from it for {known['heartbeat']} s. {again}"
+  if "RegisterTask" in text:
+    me = "this process" if known["process"] < 0 else f"process {known['process']}"
+    return (
+      f"error: {me} waited {known['wait']} s for all {known['processes'] or ''} processes at "
+      f"{known['coordinator'] or 'the first one'}, and they did not come; look whether each was "
+      "started, with the same --distributed.coordinator and --distributed.processes and a "
+      "--distributed.process_id of its own"
+    )
+  if "leader task" in text or "Failed to send RPC" in text:
+    return f"error: {name(0, known)} is lost, at which the others meet. {again}"
+  return "error: " + " ".join(text.split())[:1000]
+
+
+def name(process: int, known: dict[str, Any]) -> str:
+  """A process as a person finds it."""
+  names = known.get("names", [])
+  return f"process {process} ({names[process]})" if process < len(names) else f"process {process}"
+
+
+def main() -> None:
+  """Passes standard input on to standard output until it ends."""
+  for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(signum, signal.SIG_IGN)  # The parent's to handle; its last words come after.
+  known = json.loads(sys.argv[1])
+  held: list[str] = []
+  partial, holding, said, over = b"", False, False, False
+
+  def show(text: str) -> None:
+    nonlocal said
+    said |= text.startswith("error: ")
+    if not over:
+      os.write(1, text.encode("utf-8", "surrogateescape"))
+
+  def release() -> None:
+    nonlocal over
+    text = "".join(held)
+    held.clear()
+    if FATAL not in text:
+      show(text)
+      return
+    if not said:  # The process itself may have known.
+      show(explained(text, known) + "\n")
+    over = True  # What follows are addresses.
+
+  while True:
+    if (held or partial) and not select.select([0], [], [], QUIET_SECONDS)[0]:
+      release()
+      show(partial.decode("utf-8", "surrogateescape"))
+      partial, holding = b"", False
+      continue
+    found = os.read(0, 1 << 16)
+    *lines, partial = (partial + found).split(b"\n")
+    for line in lines:
+      text = line.decode("utf-8", "surrogateescape") + "\n"
+      if text.startswith(NAMES):
+        known["names"] = json.loads(text.removeprefix(NAMES))
+        continue
+      # What follows such a line belongs to it, but for what is certainly Python's.
+      holding = bool(NOISE.match(text)) or (holding and not text.startswith(PYTHONS))
+      if holding:
+        held.append(text)
+      else:
+        show(text)
+    if not found:
+      release()
+      show(partial.decode("utf-8", "surrogateescape"))
+      return
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,254 @@
+"""Whole runs of two processes with four devices each: what they record is what one process does."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from rl_llm.metrics import read, without_timings
+from tests import processes
+from tests.experiments.helpers import FULL
+
+COMMON = {"model": "tiny", "steps": 5, "eval.every": 4, "checkpoint.every": 2}
+SAMPLING = {
+  "task": "copy",
+  "prompts_per_step": 16,
+  "responses_per_prompt": 4,
+  "microbatch_prompts": 8,
+  "eval.problems": 12,  # Less than a batch: the rest is filled up.
+  "eval.samples": 3,
+  "samples_every": 100,
+}
+PAIRS = {"pairs_per_step": 16, "microbatch_pairs": 8, "held_out_fraction": 0.3}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("data")
+  rows = [
+    {"prompt": chr(97 + i % 20) + "x" * (i % 5), "chosen": "y" + "a" * (i % 3), "rejected": "n"}
+    for i in range(60)
+  ]
+  (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+  (directory / "demonstrations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  return directory
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+  """Equal programs are compiled once."""
+  return {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+
+
+def command(experiment, workdir, settings, further=()):
+  given = COMMON | settings | {"workdir": workdir}
+  return [
+    "-m",
+    f"experiments.{experiment}",
+    *(f"--{name}={value}" for name, value in given.items()),
+    *further,
+  ]
+
+
+def alone(experiment, workdir, settings, environment):
+  """One process with eight devices."""
+  found = processes.ended(
+    processes.start(command(experiment, workdir, settings), devices=8, **environment)
+  )
+  assert found.code == 0, found.err
+
+
+def begin_two(experiment, workdir, settings, environment, *, each=({}, {}), **further):
+  port = processes.free_port()
+  return [
+    processes.start(
+      command(
+        experiment,
+        workdir,
+        settings | each[me],
+        processes.flags(me, port=port, **further),
+      ),
+      devices=4,
+      **environment,
+    )
+    for me in (0, 1)
+  ]
+
+
+def two(*arguments, code=0, **settings):
+  """Two processes with four devices each, to the end."""
+  found = [processes.ended(process) for process in begin_two(*arguments, **settings)]
+  assert [process.code for process in found] == [code] * 2, found
+  return found
+
+
+def records(workdir, name="metrics.jsonl"):
+  return without_timings(read(Path(workdir) / name))
+
+
+def largest_gap(found, wanted):
+  """The largest relative difference of two records' floats; all else must be equal."""
+  largest = (0.0, "")
+  assert [row["step"] for row in found] == [row["step"] for row in wanted]
+  for ours, theirs in zip(found, wanted, strict=True):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+      if isinstance(value, float):
+        gap = abs(ours[name] - value) / max(abs(value), 1e-6)
+        largest = max(largest, (gap, f"{name} of step {ours['step']}"))
+      else:
+        assert ours[name] == value, (name, ours["step"])
+  return largest
+
+
+def wait_for_rows(workdir, count, started):
+  """Until the record has so many rows."""
+  path = Path(workdir) / "metrics.jsonl"
+  deadline = time.monotonic() + processes.PATIENCE
+  while not path.exists() or len(read(path)) < count:
+    assert all(process.poll() is None for process in started), "ended before it was to"
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def test_two_processes_are_one_with_as_many_devices(tmp_path, compiled):
+  settings = SAMPLING | {"kl.coef": 0.1}
+  alone("grpo", tmp_path / "one", settings, compiled)
+  found = two("grpo", tmp_path / "two", settings, compiled)
+  gap = largest_gap(records(tmp_path / "two"), records(tmp_path / "one"))
+  print("largest relative gap:", gap)
+  assert gap[0] < 1e-5, gap
+  one, other = (records(tmp_path / name, "samples.jsonl") for name in ("one", "two"))
+  assert len(one) == len(other)
+  for ours, theirs in zip(other, one, strict=True):
+    for name in ("step", "problem", "response", "reward", "status", "correct", "stop_reason"):
+      assert ours[name] == theirs[name], (name, ours, theirs)
+  names = {path.name for path in (tmp_path / "one").iterdir()}
+  assert {path.name for path in (tmp_path / "two").iterdir()} == names
+  assert "step 5/5" in found[0].out or "step 4/5" in found[0].out
+  assert found[1].out == ""
+  assert [process.err for process in found] == ["", ""]
+
+
+def test_other_settings_are_refused_at_the_start_of_all(tmp_path, compiled):
+  for setting, ours in (("seed", 1), ("optimizer.learning_rate", 0.5)):
+    found = two(
+      "grpo", tmp_path / setting, SAMPLING, compiled, code=2, each=({}, {setting: ours})
+    )
+    for process in found:
+      (line,) = process.errors
+      assert f"--{setting} is {ours} in process 1 (" in line, line
+    assert not (tmp_path / setting).exists()  # Before anything was written.
+
+
+def test_each_with_a_directory_of_its_own_is_refused(tmp_path, compiled):
+  found = two(
+    "grpo", tmp_path / "a", SAMPLING, compiled, code=2, each=({}, {"workdir": tmp_path / "b"})
+  )
+  for process in found:
+    assert "is not in process 1" in process.errors[0], process
+
+
+@pytest.mark.skipif(not FULL, reason="three runs of two processes: RL_LLM_FULL=1")
+@pytest.mark.parametrize("one_of", [0, 1])
+def test_a_signal_to_one_stops_both_and_the_run_goes_on(tmp_path, compiled, one_of):
+  settings = SAMPLING | {"epochs": 2, "checkpoint.every": 100, "steps": 12}
+  two("grpo", tmp_path / "straight", settings, compiled)
+  started = begin_two("grpo", tmp_path / "cut", settings, compiled)
+  wait_for_rows(tmp_path / "cut", 3, started)
+  started[one_of].send_signal(signal.SIGTERM)
+  found = [processes.ended(process) for process in started]
+  assert [process.code for process in found] == [128 + signal.SIGTERM] * 2, found
+  assert "saved at step" in found[0].out
+  saved = len(records(tmp_path / "cut"))
+  assert 3 <= saved < 12
+  found = two("grpo", tmp_path / "cut", settings, compiled)
+  assert f"going on from the checkpoint at step {saved}" in found[0].out
+  assert records(tmp_path / "cut") == records(tmp_path / "straight")
+
+
+@pytest.mark.skipif(not FULL, reason="three runs of two processes: RL_LLM_FULL=1")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_run_of_which_one_was_killed_goes_on(tmp_path, compiled, killed):
+  settings = SAMPLING | {"epochs": 2, "steps": 12}
+  two("grpo", tmp_path / "straight", settings, compiled)
+  started = begin_two("grpo", tmp_path / "cut", settings, compiled, heartbeat=10)
+  wait_for_rows(tmp_path / "cut", 4, started)
+  started[killed].kill()
+  at = time.monotonic()
+  survivor = processes.ended(started[1 - killed])
+  seconds = time.monotonic() - at
+  (line,) = survivor.errors
+  print(f"{seconds:.1f} s: {line}")
+  assert f"process {killed} (" in line and "lost" in line
+  assert survivor.code not in (0, None) and seconds < 30
+  processes.ended(started[killed])
+  found = two("grpo", tmp_path / "cut", settings, compiled)
+  assert "going on from the checkpoint at step" in found[0].out
+  assert records(tmp_path / "cut") == records(tmp_path / "straight")
+
+
+@pytest.mark.skipif(not FULL, reason="runs of every experiment: RL_LLM_FULL=1")
+@pytest.mark.parametrize("mesh", [{}, {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+  "experiment", ["grpo", "reinforce", "ppo", "sft", "dpo", "dpo on data", "reward_model"]
+)
+def test_every_experiment_is_that_of_one_process(tmp_path, compiled, data, experiment, mesh):
+  settings = {
+    "grpo": SAMPLING | {"epochs": 2, "minibatches": 2, "microbatch_prompts": 8, "lora.rank": 4},
+    "reinforce": SAMPLING | {"kl.coef": 0.1, "advantage.name": "moving_average"},
+    "ppo": SAMPLING | {"kl.coef": 0.1, "kl.controller": "adaptive", "export": True},
+    "sft": {"task": "copy", "examples_per_step": 16, "microbatch_rows": 8, "eval.problems": 12},
+    "dpo": {"task": "copy", "pairs_per_step": 16, "microbatch_pairs": 8, "eval.problems": 12},
+    "dpo on data": PAIRS | {"data": data / "pairs.jsonl", "task": "none"},
+    "reward_model": PAIRS | {"data": data / "pairs.jsonl"},
+  }[experiment] | mesh
+  settings["optimizer.learning_rate"] = 1e-5
+  if "lora.rank" in settings and mesh:
+    del settings["lora.rank"]
+  module = experiment.split()[0]
+  alone(module, tmp_path / "one", settings, compiled)
+  two(module, tmp_path / "two", settings, compiled)
+  gap = largest_gap(records(tmp_path / "two"), records(tmp_path / "one"))
+  print("largest relative gap:", gap)
+  assert gap[0] < 1e-5, gap
+  names = {path.name for path in (tmp_path / "one").iterdir()}
+  assert {path.name for path in (tmp_path / "two").iterdir()} == names
+
+
+@pytest.mark.skipif(not FULL, reason="four runs: RL_LLM_FULL=1")
+def test_evaluations_and_preferences_are_those_of_one_process(tmp_path, compiled):
+  own = {"steps", "eval.every", "checkpoint.every"}
+  common = {"model": "tiny", "task": "copy", "prompts_per_batch": 8, "samples": 8}
+  for experiment, settings in (("evaluate", {}), ("make_preferences", {"max_new_tokens": 2})):
+    for several in (False, True):
+      workdir = tmp_path / f"{experiment} {several}"
+      arguments = [
+        argument
+        for argument in command(experiment, workdir, common | settings)
+        if argument[2:].partition("=")[0] not in own
+      ]
+      port = processes.free_port()
+      joining = [processes.flags(me, port=port) for me in (0, 1)] if several else [[]]
+      started = [
+        processes.start(arguments + flags, devices=8 // len(joining), **compiled)
+        for flags in joining
+      ]
+      found = [processes.ended(process) for process in started]
+      # A model of random weights may give no pair: the same in both.
+      assert len({process.code for process in found}) == 1, found
+    one, other = (records(tmp_path / f"{experiment} {x}", "samples.jsonl") for x in (False, True))
+    assert one == other
+    assert largest_gap(
+      *(records(tmp_path / f"{experiment} {x}") for x in (True, False))
+    )[0] < math.inf
