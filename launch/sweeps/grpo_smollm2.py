@@ -4,8 +4,8 @@
   python -m launch.run --sweep=launch/sweeps/grpo_smollm2.py
 
 Good learning rates lie within a factor of ten or so, nobody knows where: they are drawn evenly in
-the logarithm, and a larger count adds draws to those that are done. All settings sample 128 responses
-a step.
+the logarithm, and a larger count adds draws to those that are done. All settings sample 128
+responses a step.
 """
 
 from launch.sweep import fixed, log_uniform, product, random, zipped
