@@ -3,9 +3,9 @@
   python -m launch.report runs/sweep-grpo_tiny
 
 Trials that differ in their seed alone are one line: mean and 95 % interval over seeds. Only
-settings that vary are shown. Beside the trials' directories it writes report.csv (a line per trial),
-report.md (the table) and report.html (the table, curves, and each trial's own report with its
-samples a click away). It reads files and nothing else, so it may be called while the sweep runs.
+settings that vary are shown. Beside the trials' directories it writes report.csv (a line per
+trial), report.md (the table) and report.html (the table, curves, and each trial's own report with
+its samples a click away). It reads files and nothing else, so it may be called at any time.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -98,10 +99,10 @@ def plan_lines(config: Config, workdir: Path, trials: list[Trial], python: str) 
 
 def run_local(config: Config, workdir: Path, trials: list[Trial], python: str) -> dict[str, str]:
   """Runs them here; id -> what became of each."""
-  if len(shlex.split(config.prefix)) and config.processes > 1:
+  if config.prefix and config.processes > 1:
     raise ConfigError("processes", config.processes, "1 with --prefix", "the prefix starts them")
   places = local.slots(
-    config.devices or local.find_devices(),
+    () if config.prefix else config.devices or local.find_devices(),  # srun hands out its own.
     devices_per_trial=config.devices_per_trial,
     parallel=config.parallel,
   )
@@ -133,22 +134,18 @@ def main(config: Config) -> int:
   workdir = Path(config.workdir or f"runs/sweep-{Path(config.sweep).stem}")
   remote = config.backend in ("tpu", "gke")
   python = config.python or ("python3" if remote else sys.executable)
-  if config.backend == "local":
-    if config.dry_run:
-      print(redact("\n".join(plan_lines(config, workdir, trials, python))))
-      return 0
-  else:
-    lines = BACKENDS[config.backend].lines(config, workdir, trials, python)
-    print(redact("\n".join(lines)))
-    if config.dry_run or not config.execute:
+  local_ = config.backend == "local"
+  if config.dry_run or not (local_ or config.execute):
+    lines = plan_lines if local_ else BACKENDS[config.backend].lines
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error.
+    print(redact("\n".join(lines(config, workdir, trials, python))), flush=True)
+    if not local_:
       print("# nothing has been started: --execute does it", file=sys.stderr)
-      return 0
+    return 0
   write_plan(config, workdir, trials, python)
   try:
-    if config.backend == "slurm":
-      return slurm.submit(config, workdir, trials, python)
-    if config.backend == "gke":
-      return gke.submit(config, workdir, trials, python)
+    if config.backend in ("slurm", "gke"):
+      return BACKENDS[config.backend].submit(config, workdir, trials, python)
     if config.backend == "tpu":
       verdicts = drive(config, workdir, trials, *tpu.places(config, workdir, python))
     else:
