@@ -60,10 +60,19 @@ class Config:
 BACKENDS = {"slurm": slurm, "tpu": tpu, "gke": gke}
 
 
+# What would do nothing there, and is refused.
+_HERE = ("devices", "devices_per_trial", "parallel", "processes", "prefix")
+NO_EFFECT = {"local": ("execute",), "slurm": _HERE, "tpu": _HERE,
+             "gke": (*_HERE, "backoff", "time_limit")}
+
+
 def chosen(config: Config) -> list[Trial]:
   """The trials of the sweep, or those of them that --only names."""
   if not config.sweep:
     raise ConfigError("sweep", "", "a file", "such as --sweep=launch/sweeps/grpo_tiny.py")
+  for name in NO_EFFECT[config.backend]:
+    if getattr(config, name) != getattr(Config(), name):
+      raise ConfigError(name, getattr(config, name), f"left out with --backend={config.backend}")
   trials = plan(*load(config.sweep), where=config.sweep)
   known = {trial.id: trial for trial in trials}
   for id in config.only:
@@ -78,9 +87,9 @@ def chosen(config: Config) -> list[Trial]:
 
 def write_plan(config: Config, workdir: Path, trials: list[Trial], python: str) -> None:
   """What the report and the jobs of a cluster read: the sweep, and what each trial is."""
-  for order, trial in enumerate(trials):
+  for trial in trials:
     command = shlex.join(trial.command(workdir, python=python))
-    state.describe(trial, order, command, workdir / trial.id)
+    state.describe(trial, command, workdir / trial.id)
   copy = workdir / "sweep.py"
   if Path(config.sweep).resolve() != copy.resolve() and not config.only:
     write_atomically(copy, Path(config.sweep).read_bytes())

@@ -46,12 +46,12 @@ def read_json(path: Path) -> dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
-def describe(trial: Trial, order: int, command: str, directory: Path) -> None:
+def describe(trial: Trial, command: str, directory: Path) -> None:
   """Makes the trial's directory, and writes what it is unless that is there."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
     known = {
-      "id": trial.id, "order": order, "experiment": trial.experiment, "steps": trial.steps,
+      "id": trial.id, "order": trial.order, "experiment": trial.experiment, "steps": trial.steps,
       "command": command, "settings": trial.settings, "config": trial.config,
     }
     if read_json(directory / "trial.json") != json.loads(redact(json.dumps(known))):

@@ -49,6 +49,7 @@ class Trial(NamedTuple):
     config: all fields, by full paths.
     flags: the settings as arguments, `--path=value`.
     steps: the budget; 0 where the experiment has none.
+    order: its place in the sweep.
   """
 
   id: str
@@ -57,6 +58,7 @@ class Trial(NamedTuple):
   config: Settings
   flags: list[str]
   steps: int
+  order: int = 0
 
   def command(self, workdir: Path, *, python: str = sys.executable) -> list[str]:
     """The ordinary command line that runs it, in its directory below the sweep's."""
@@ -259,7 +261,7 @@ def plan(experiment: str, sweep: Sequence[Settings], *, where: str = "sweep") ->
       trials[trial.id] = trial
   if not trials:
     raise SweepError(f"{where}: must yield at least one dictionary of flags")
-  return list(trials.values())
+  return [trial._replace(order=order) for order, trial in enumerate(trials.values())]
 
 
 def make_trial(module: ModuleType, experiment: str, settings: Mapping[str, Any]) -> Trial:

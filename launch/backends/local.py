@@ -310,6 +310,7 @@ def drive(
   next_look = {trial.id: 0.0 for trial in trials}
   elsewhere: set[str] = set()
   heartbeats: dict[Path, float] = {}
+  waits: dict[str, float] = {}
 
   def finish(over: Start, stopping: bool) -> None:
     running.remove(over)
@@ -338,7 +339,8 @@ def drive(
         pass
       if not alone or standing(trial, directory, retries=retries).verdict != "go":
         state.release_lease(lease)
-        return 0.5
+        waits[trial.id] = min(2 * waits.get(trial.id, 0.1), 30.0)  # Each look costs a lease.
+        return waits[trial.id]
       state.record(directory, status="running", slot=free[0].name)
       slot = free.pop(0)
       running.append(start(trial, directory, slot, lease, commands(trial, slot)))

@@ -40,8 +40,6 @@ def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[
   failure or a preemption Slurm does that itself.
   """
   options = config.slurm
-  if config.prefix:
-    raise ConfigError("prefix", config.prefix, "empty with --backend=slurm", "srun is put there")
   if options.pack > 1 and options.nodes * options.tasks_per_node > 1:
     raise ConfigError("slurm.pack", options.pack, "1 where a trial has several processes")
   packs = [trials[i : i + options.pack] for i in range(0, len(trials), options.pack)]
@@ -64,7 +62,7 @@ def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[
   launcher = [
     python, "-m", "launch.run", f"--sweep={workdir / 'sweep.py'}", f"--workdir={workdir}",
     f"--retries={config.retries}", f"--backoff={config.backoff}",
-    f"--time_limit={config.time_limit}",
+    f"--time_limit={config.time_limit}", f"--grace={config.grace}",
     *(
       ["--prefix=srun"] if options.pack == 1
       else [

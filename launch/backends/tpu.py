@@ -114,5 +114,3 @@ def check(config: Any, workdir: Path) -> None:
     raise ConfigError(
       "workdir", workdir, "an absolute path that all hosts see, such as a Filestore share"
     )
-  if config.parallel > 1:
-    raise ConfigError("parallel", config.parallel, "1: a trial has all chips of its slice")

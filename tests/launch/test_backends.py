@@ -54,8 +54,8 @@ cd {shlex.quote(os.getcwd())} || exit 2
 module load cuda
 trials=({a} {b} {c})
 /venv/bin/python -m launch.run --sweep=/shared/rates/sweep.py --workdir=/shared/rates \
---retries=2 --backoff=10.0 --time_limit=3600.0 --prefix=srun \
---only="${{trials[$SLURM_ARRAY_TASK_ID]}}"
+--retries=2 --backoff=10.0 --time_limit=3600.0 --grace=60.0 \
+--prefix=srun --only="${{trials[$SLURM_ARRAY_TASK_ID]}}"
 code=$?
 if [ "$code" = 143 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt 20 ]; then
   scontrol requeue "$SLURM_JOB_ID"
@@ -137,13 +137,39 @@ def test_tpu_slices(trials):
   assert commands(trials[1], slots[1]) == [shlex.split(runs[1])]
 
 
+def test_slices_are_driven_from_here(tmp_path):
+  """With a fake gcloud that runs what it is given, and notes on which slice."""
+  tools = tmp_path / "bin"
+  tools.mkdir()
+  (tools / "gcloud").write_text(
+    f'#!/bin/sh\necho "$5" >> {tmp_path}/slices\n'
+    'for last; do :; done\nexec sh -c "${last#--command=}"\n'
+  )
+  (tools / "gcloud").chmod(0o755)
+  spec, workdir = tmp_path / "spec.py", tmp_path / "work"
+  spec.write_text(
+    'EXPERIMENT = "tests.launch.standin"\n'
+    f"def sweep():\n  return [dict(seed=s, journal='{tmp_path}/journal') for s in range(3)]\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-m", "launch.run", f"--sweep={spec}", f"--workdir={workdir}", "--execute",
+     "--backend=tpu", "--tpu.name=s", "--tpu.zone=z", "--tpu.slices=2", f"--tpu.directory={ROOT}",
+     f"--python={sys.executable}"],
+    cwd=ROOT, env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}, capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert len(list(workdir.glob("*/result.json"))) == 3
+  slices = (tmp_path / "slices").read_text().split()
+  assert len(slices) == 3 and set(slices) == {"s-0", "s-1"}
+
+
 @pytest.mark.parametrize(
   ("changes", "says"),
   [
     ({"tpu__zone": ""}, "--tpu.zone=: must be given"),
     ({"tpu__type": "v7x-8"}, "one of v4-N, v5litepod-N, v5p-N, v6e-N; TPU7x has no TPU VMs"),
     ({"tpu__type": "v6e"}, "--tpu.type=v6e: must be one of"),
-    ({"parallel": 2}, "--parallel=2: must be 1"),
   ],
 )
 def test_what_a_tpu_cannot_do(trials, changes, says):

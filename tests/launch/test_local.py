@@ -274,6 +274,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
     (["--devices_per_trial=3", "--devices=0,1"], "--devices_per_trial=3: must be at most 2"),
     (["--backend=tpu", "--tpu.name=a", "--tpu.zone=b", "--tpu.type=v7x-8"], "--backend=gke"),
     (["--backend=gke"], "--gke.cluster=: must be given"),
+    (["--backend=slurm", "--parallel=2"], "--parallel=2: must be left out with --backend=slurm"),
+    (["--execute"], "--execute=True: must be left out with --backend=local"),
   ],
 )
 def test_a_wrong_flag_costs_one_line(tmp_path, flags, says):

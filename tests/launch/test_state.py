@@ -167,5 +167,5 @@ def test_last_lines_are_of_this_start_redacted_and_bounded(tmp_path):
 
 def test_what_a_trial_is_stays_on_disk_without_credentials(tmp_path):
   (trial,) = plan("tests.launch.standin", [{"model": "hf_" + "a" * 24}])
-  state.describe(trial, 0, " ".join(trial.command(tmp_path)), tmp_path / trial.id)
+  state.describe(trial, " ".join(trial.command(tmp_path)), tmp_path / trial.id)
   assert "aaaa" not in (tmp_path / trial.id / "trial.json").read_text()
