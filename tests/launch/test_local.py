@@ -152,33 +152,34 @@ def test_two_launchers_at_once_never_run_a_trial_twice(tmp_path):
   assert both >= 5, "the two hardly ever met, so that nothing was tested"
 
 
+def by_fault(sweep):
+  """fault -> the trial's directory."""
+  return {json.loads(path.read_text())["settings"]["fault"]: path.parent
+          for path in sweep.workdir.glob("*/trial.json")}
+
+
+def begins(sweep, directory):
+  """The steps from which a trial's starts went on."""
+  return [number for _, event, number in sweep.events()[directory.name] if event == "begin"]
+
+
 def test_what_fails_is_tried_again_and_then_told_with_its_last_lines(tmp_path):
-  faults = ["none", "raise", "hang", "killed", "deaf", "settings"]
-  sweep = Sweep(tmp_path, {"fault": faults}, steps=3)
-  flags = ("--parallel=6", "--retries=1", "--backoff=0.1", "--time_limit=5", "--grace=1")
+  reasons = {
+    "raise": ("exit code 1", "RuntimeError: the loss is the wrong way round"),
+    "killed": ("killed by SIGKILL (out of memory?)", "about to killed"),
+    "settings": ("exit code 2", "error: --seed=0: must be another"),
+  }
+  sweep = Sweep(tmp_path, {"fault": ["none", *reasons]}, steps=3)
+  flags = ("--parallel=4", "--retries=1", "--backoff=0.1")
   code, output = sweep.run(*flags)
   assert code == 1
-  reasons = {
-    "raise": "exit code 1",
-    "hang": "over its time limit of 5s",
-    "killed": "killed by SIGKILL (out of memory?)",
-    "deaf": "over its time limit of 5s",
-    "settings": "exit code 2",
-  }
-  lasts = {
-    "raise": "RuntimeError: the loss is the wrong way round",
-    "settings": "error: --seed=0: must be another",
-  }
-  trials = {json.loads(path.read_text())["settings"]["fault"]: path.parent
-            for path in sweep.workdir.glob("*/trial.json")}
-  for fault, reason in reasons.items():
+  trials = by_fault(sweep)
+  for fault, (reason, last) in reasons.items():
     status = state.read_json(trials[fault] / "status.json")
     assert (status["status"], status["failures"], status["reason"]) == ("failed", 2, reason)
-    last = lasts.get(fault, f"about to {fault}")
     assert any(last in line for line in status["lines"]) and len(status["lines"]) <= 20
     assert last in output
-    begins = [number for _, event, number in sweep.events()[trials[fault].name] if event == "begin"]
-    assert begins == [0, 1], "the second try goes on from the checkpoint of the first"
+    assert begins(sweep, trials[fault]) == [0, 1], "the second try goes on from the checkpoint"
   assert state.is_done(trials["none"], 3)
   table = {row["trial"]: row for row in sweep.table()}
   assert table[trials["raise"].name]["status"] == "failed"
@@ -189,6 +190,23 @@ def test_what_fails_is_tried_again_and_then_told_with_its_last_lines(tmp_path):
   code, output = sweep.run(*flags)
   assert code == 1 and sweep.lines() == lines, "the retries are used up"
   assert "a larger --retries tries again" in output
+
+
+def test_what_hangs_is_ended_also_if_it_ignores_being_asked(tmp_path):
+  for limit in (3, 20, 120):  # A busy machine takes longer to come to the point at which it hangs.
+    sweep = Sweep(tmp_path / str(limit), {"fault": ["hang", "deaf"]}, steps=3)
+    code, output = sweep.run(
+      "--parallel=2", "--retries=1", "--backoff=0.1", "--grace=1", f"--time_limit={limit}"
+    )
+    assert code == 1
+    trials = by_fault(sweep)
+    if all(begins(sweep, directory) == [0, 1] for directory in trials.values()):
+      break
+  for fault, directory in trials.items():
+    assert begins(sweep, directory) == [0, 1]
+    status = state.read_json(directory / "status.json")
+    assert status["reason"] == f"over its time limit of {limit}s" and status["failures"] == 2
+    assert f"about to {fault}" in output
 
 
 def test_what_fails_once_gets_done(tmp_path):
