@@ -45,7 +45,6 @@ class Config:
 
   workdir: str = option("", "the sweep's directory; may be given without --workdir=")
   metric: str = option("", "key of metrics.jsonl to compare by; empty = held-out accuracy, or loss")
-  retries: int = option(2, "as in launch.run: failures after which a trial counts as failed", min=0)
 
 
 class Row(NamedTuple):
@@ -81,7 +80,7 @@ def finite(value: Any) -> float | None:
   return value if math.isfinite(value) else None
 
 
-def read_rows(workdir: Path, *, metric: str, retries: int) -> tuple[str, list[Row]]:
+def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:
   """The metric, and what is known of every trial of the directory, in the order of the sweep.
 
   Raises:
@@ -103,7 +102,7 @@ def read_rows(workdir: Path, *, metric: str, retries: int) -> tuple[str, list[Ro
   for trial in found:
     directory, steps = trial["path"].parent, trial.get("steps", 0)
     status = state.read_json(directory / "status.json")
-    word = state.where(directory, steps, status, retries=retries)
+    word = state.where(directory, steps, status)
     curve = [
       (row["step"], value)
       for row in records[trial["id"]] if (value := finite(row.get(metric))) is not None
@@ -394,9 +393,9 @@ def as_html(
   )
 
 
-def write(workdir: Path, *, metric: str, retries: int) -> str:
+def write(workdir: Path, *, metric: str) -> str:
   """Writes report.csv, report.md and report.html; gives the table as text."""
-  metric, rows = read_rows(workdir, metric=metric, retries=retries)
+  metric, rows = read_rows(workdir, metric=metric)
   for row in rows:
     if row.status not in ("done", "running") and row.step is not None:
       write_report(row.directory)  # Who never came to an end has not written its own.
@@ -419,7 +418,7 @@ def main(config: Config) -> int:
   workdir = Path(config.workdir)
   if not config.workdir:
     raise ConfigError("workdir", "", "the directory of a sweep", "python -m launch.report DIR")
-  print(write(workdir, metric=config.metric, retries=config.retries))
+  print(write(workdir, metric=config.metric))
   print(f"curves: {workdir / 'report.html'}")
   return 0
 

@@ -101,7 +101,7 @@ def plan_lines(config: Config, workdir: Path, trials: list[Trial], python: str) 
   for trial, what in zip(trials, described(trials), strict=True):
     directory = workdir / trial.id
     status = state.read_json(directory / "status.json")
-    word = state.where(directory, trial.steps, status, retries=config.retries)
+    word = state.where(directory, trial.steps, status)
     lines += [f"# {trial.id} ({word}): {what}", shlex.join(trial.command(workdir, python=python))]
   return lines
 

@@ -196,7 +196,7 @@ def last_lines(path: Path, start: int = 0, *, count: int = LINES) -> list[str]:
   return [redact(line)[:500] for line in lines if line.strip()][-count:]
 
 
-def where(directory: Path, steps: int, status: Mapping[str, Any], *, retries: int) -> str:
+def where(directory: Path, steps: int, status: Mapping[str, Any]) -> str:
   """The word for it: done, running, failed, stopped or waiting.
 
   Stopped is what has begun and goes on with the next start of the same command; waiting has not
@@ -206,8 +206,6 @@ def where(directory: Path, steps: int, status: Mapping[str, Any], *, retries: in
     return "done"
   if holder(newest_lease(directory)) != "nobody":
     return "running"
-  if status.get("failures", 0) > retries:
+  if status.get("status") == "failed":  # With no retries left, as its launcher had them.
     return "failed"
-  if status.get("failures", 0):
-    return "waiting"
-  return "stopped" if last_row(directory) else "waiting"
+  return "stopped" if last_row(directory) and not status.get("failures") else "waiting"

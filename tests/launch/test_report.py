@@ -44,14 +44,15 @@ def sweep(tmp_path):
     trial(workdir, number, value=value, seed=seed, rate=rate)
   lines = ["<script>alert(1)</script>", "RuntimeError: |"]
   trial(
-    workdir, 5, rate=1e-2, status={"failures": 3, "reason": "exit code 1", "lines": lines}
+    workdir, 5, rate=1e-2,
+    status={"status": "failed", "failures": 3, "reason": "exit code 1", "lines": lines},
   )
   trial(workdir, 6, rate=1e-2, seed=1, value=0.4, reached=2)
   return workdir
 
 
 def write(workdir, metric=""):
-  return report.write(workdir, metric=metric, retries=2)
+  return report.write(workdir, metric=metric)
 
 
 def test_doctests():

@@ -137,17 +137,17 @@ def test_only_a_result_of_all_steps_proves_that_a_trial_is_done(tmp_path):
 
 def test_the_word_for_where_a_trial_stands(tmp_path):
   def word(**status):
-    return state.where(tmp_path, 4, status, retries=1)
+    return state.where(tmp_path, 4, status)
 
   assert word() == "waiting"
   (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st')
   assert word() == "stopped" and state.last_row(tmp_path) == {"step": 0}
-  assert word(failures=1) == "waiting"
-  assert word(failures=2) == "failed"
+  assert word(status="again", failures=1) == "waiting"
+  assert word(status="failed", failures=2) == "failed"
   lease = state.take_lease(tmp_path)
-  assert word(failures=2) == "running"
+  assert word(status="failed", failures=2) == "running"
   (tmp_path / "result.json").write_text('{"steps": 4}')
-  assert word(failures=2) == "done"
+  assert word(status="failed", failures=2) == "done"
   state.release_lease(lease)
 
 
