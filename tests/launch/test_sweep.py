@@ -235,6 +235,18 @@ def test_no_such_file():
     load("nowhere.py")
 
 
+def test_the_sweep_of_the_readme(tmp_path, monkeypatch):
+  text = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+  program = text.partition("```python\n")[2].partition("```")[0]
+  monkeypatch.chdir(tmp_path)
+  Path("mine.py").write_text(program)
+  assert len(plan(*load("mine.py"))) == 16
+  Path("mine.py").write_text(program.replace("learning_rate", "learningrate"))
+  with pytest.raises(SweepError) as error:
+    plan(*load("mine.py"), where="mine.py")
+  assert f"    error: {error.value}\n" in text
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "sweeps").glob("*.py")), ids=str)
 def test_the_sweeps_that_come_with_it(path):
   experiment, settings = load(str(path))
