@@ -37,9 +37,13 @@ for number in range(int(sys.argv[2])):
       os.close(start)
       os.close(finish)
       os.read(go, 1)
-      os.write(tried, b"x" if state.take_lease(directory) else b".")
-      os.read(end, 1)
-      os._exit(0)
+      word = b"!"
+      try:
+        word = b"x" if state.take_lease(directory) else b"."
+      finally:
+        os.write(tried, word)
+        os.read(end, 1)
+        os._exit(0)
     pids.append(pid)
   os.close(start)
   found = b""
@@ -50,7 +54,7 @@ for number in range(int(sys.argv[2])):
     os.waitpid(pid, 0)
   for handle in (go, result, tried, end):
     os.close(handle)
-  print(found.count(b"x"))
+  print(found.count(b"x") + 10 * found.count(b"!"))
 """
 
 
