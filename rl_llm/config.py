@@ -423,6 +423,53 @@ def replace(config: Any, changes: Mapping[str, Any]) -> Any:
   return _build(type(config), values)
 
 
+def resolve(
+  config_class: type,
+  settings: Mapping[str, Any],
+  *,
+  overrides: Callable[[Any], Mapping[str, Any]] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+  """What a command line of these settings would run, without a command line: a trial of a sweep.
+
+  Args:
+    config_class: a frozen dataclass.
+    settings: dotted path -> value, as for `replace`; a group that has a `name` may be given by it.
+    overrides: as for `run`.
+
+  Returns:
+    The config, and the settings that were given, by their full paths and as their fields hold them.
+
+  Raises:
+    ConfigError: as for `replace`, or a setting is given twice.
+  """
+  paths = {leaf.path for leaf in _leaves(config_class)}
+  given: dict[str, Any] = {}
+  for path, value in settings.items():
+    full = f"{path}.name" if f"{path}.name" in paths else path
+    if full in given:
+      raise ConfigError(path, value, f"given once, as {path} or as {full}")
+    given[full] = value
+  config = replace(config_class(), given)
+  if overrides is not None:
+    config = replace(config_class(), {**overrides(config), **given})
+  values = flatten(config)
+  return config, {path: values[path] for path in given}
+
+
+def to_flags(config: Any, paths: Iterable[str]) -> list[str]:
+  """These fields of the config as arguments of a command line; credentials too are as they are.
+
+  Args:
+    config: an instance of a frozen dataclass.
+    paths: dotted paths of fields.
+
+  Returns:
+    One `--path=value` per path, in the order of `paths`.
+  """
+  leaves = {leaf.path: leaf for leaf in _leaves(type(config), default=config)}
+  return [f"--{path}={_text(leaves[path], leaves[path].default)}" for path in paths]
+
+
 def validate(config: Any) -> Any:
   """Checks a config that was built by hand, as `from_flags` checks one built from flags.
 

@@ -243,12 +243,20 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     _pairs(before_after(samples)),
     _samples(samples),
   )
-  page = _PAGE.replace("{title}", _shown(run_dir.resolve().name)).replace(
-    "{body}", "".join(sections)
-  )
   path = run_dir / "report.html"
-  metrics_lib.write_atomically(path, page.encode("utf-8"))
+  text = page(run_dir.resolve().name, "".join(sections))
+  metrics_lib.write_atomically(path, text.encode("utf-8"))
   return path
+
+
+def page(title: str, body: str) -> str:
+  """A whole HTML document in the style of the reports; scripts are forbidden in it.
+
+  Args:
+    title: any text.
+    body: HTML whose texts are escaped.
+  """
+  return _PAGE.replace("{title}", _shown(title)).replace("{body}", body)
 
 
 def before_after(samples: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping, Mapping]]:

@@ -427,3 +427,38 @@ def test_help_shows_the_docstring_then_each_field_with_its_default(program, flag
     --flagfile=FILE reads flags from a file; --helpfull lists absl's own flags too.
     """
   assert out == textwrap.dedent(expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+  name: str = option("a", "which")
+  strength: float = option(1.0, "how much")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  steps: int = option(8, "how many", min=1)
+  tiny: bool = option(False, "less of everything")
+  part: Named = Named()
+
+
+def smaller(config):
+  return {"steps": 2, "part.strength": 0.5} if config.tiny else {}
+
+
+@pytest.mark.parametrize(
+  "settings", [{}, {"tiny": True}, {"tiny": True, "steps": 8}, {"part": "b", "part.strength": 3}]
+)
+def test_settings_resolve_as_their_command_line_does(settings):
+  config, given = config_lib.resolve(Preset, settings, overrides=smaller)
+  arguments = config_lib.to_flags(config, given)
+  typed = build(*arguments, config_class=Preset)
+  assert build(*arguments, overrides=smaller(typed), config_class=Preset) == config
+  assert config.steps == settings.get("steps", 2 if settings.get("tiny") else 8)
+
+
+def test_a_setting_that_cannot_resolve_says_why():
+  with pytest.raises(ConfigError, match="did you mean part.strength"):
+    config_lib.resolve(Preset, {"part.strenth": 1.0})
+  with pytest.raises(ConfigError, match="--part.name=b: must be given once"):
+    config_lib.resolve(Preset, {"part": "a", "part.name": "b"})

@@ -14,13 +14,13 @@ from rl_llm.tasks import load_task
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
-GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [README, ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Flags of other programs (pip) and of absl itself.
 FOREIGN_FLAGS = {"no-deps", "help", "flagfile"}
 
 
 def name(path):
-  return path.name
+  return str(path.relative_to(ROOT))
 
 
 def missing_paths(text):

@@ -7,6 +7,7 @@ import pkgutil
 
 import pytest
 
+import launch
 import rl_llm
 
 # Modules whose examples need the package of an extra.
@@ -18,7 +19,7 @@ NEEDS = {
 MODULES = [
   "rl_llm",
   *(m.name for m in pkgutil.walk_packages(rl_llm.__path__, "rl_llm.")),
-  "launch.plan",
+  *(m.name for m in pkgutil.walk_packages(launch.__path__, "launch.")),
 ]
 
 

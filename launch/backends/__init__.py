@@ -1,0 +1,1 @@
+"""Where trials run: each module says what it would do, and does it."""

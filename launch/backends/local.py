@@ -1,0 +1,385 @@
+"""Trials as processes of this machine, as many at once as there are slots.
+
+One thread, one loop: a process told to die with its parent dies with the *thread* that started it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from launch import state
+from launch.progress import Progress, duration
+from launch.sweep import Trial
+from rl_llm.config import ConfigError, redact
+from rl_llm.files import locked
+from rl_llm.interrupt import Interrupted, StopSignals
+
+POLL = 0.1  # seconds between two looks at the processes
+LOOK = 3.0  # seconds between two looks at a trial that another launcher has
+
+# Runs as a process of its own for a moment and then becomes the trial: whatever kills the launcher
+# kills the trial too (PR_SET_PDEATHSIG), also where the launcher died before this was asked for.
+_GUARD = (
+  "import ctypes, os, sys\n"
+  "ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)\n"
+  "os.getppid() == int(sys.argv[1]) or os._exit(1)\n"
+  "os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+class Slot(NamedTuple):
+  """A place for one trial at a time."""
+
+  name: str
+  environment: dict[str, str]
+
+
+def find_devices() -> tuple[str, ...]:
+  """The GPUs of this machine, without a library that would take hold of them."""
+  if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+    return ()
+  if visible := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+    return tuple(visible.split(","))
+  found = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
+  return tuple(sorted(found, key=int))
+
+
+def slots(devices: Sequence[str], *, devices_per_trial: int, parallel: int) -> list[Slot]:
+  """Shares out GPUs; without any, the processor is one device that all trials share.
+
+  >>> [slot.environment for slot in slots("0123", devices_per_trial=2, parallel=1)]
+  [{'CUDA_VISIBLE_DEVICES': '0,1'}, {'CUDA_VISIBLE_DEVICES': '2,3'}]
+
+  Args:
+    devices: what CUDA_VISIBLE_DEVICES may name.
+    devices_per_trial: how many each trial sees.
+    parallel: trials at once on the same devices, which share their memory.
+
+  Raises:
+    ConfigError: there are fewer devices than a trial wants.
+  """
+  size = devices_per_trial
+  if (devices or size > 1) and len(devices) < size:
+    raise ConfigError(
+      "devices_per_trial", size, f"at most {len(devices)}, the number of GPUs", "see --devices"
+    )
+  groups = [devices[i : i + size] for i in range(0, len(devices) - size + 1, size)] or [()]
+  found = []
+  for group in groups:
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(group)} if group else {}
+    if group and parallel > 1:  # JAX would give the first one nearly all of the memory.
+      environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / parallel:.3f}"
+    name = f"gpu {','.join(group)}" if group else "cpu"
+    found += [Slot(f"{name}.{i}" if parallel > 1 else name, environment) for i in range(parallel)]
+  return found
+
+
+def ranks(command: Sequence[str], processes: int, *, port: int) -> list[list[str]]:
+  """The command of each process of a trial; they meet on loopback, which no other machine reaches.
+
+  >>> for rank in ranks(["python", "-m", "x"], 2, port=1234):
+  ...   print(*rank[4:])
+  --distributed.coordinator=127.0.0.1:1234 --distributed.processes=2 --distributed.process_id=0
+  --distributed.coordinator=127.0.0.1:1234 --distributed.processes=2 --distributed.process_id=1
+  """
+  if processes == 1:
+    return [list(command)]
+  where = [
+    "--distributed",
+    f"--distributed.coordinator=127.0.0.1:{port}",
+    f"--distributed.processes={processes}",
+  ]
+  return [[*command, *where, f"--distributed.process_id={i}"] for i in range(processes)]
+
+
+def free_port() -> int:
+  """A port of loopback that nobody listens on."""
+  with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    return found.getsockname()[1]
+
+
+def compilation_cache() -> dict[str, str]:
+  """What one trial has compiled, the next one reads; only ours, since what is in there is run."""
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return {}
+  base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  path = base / "rl_llm" / "compiled"
+  try:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.stat()
+  except OSError:
+    return {}
+  if info.st_uid != os.getuid() or info.st_mode & 0o022:
+    return {}
+  return {"JAX_COMPILATION_CACHE_DIR": str(path)}
+
+
+# --- one start of one trial ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Start:
+  """A trial that is running."""
+
+  trial: Trial
+  directory: Path
+  slot: Slot
+  lease: Path
+  processes: list[subprocess.Popen]
+  log_begin: int  # where its lines begin in stdout.log
+  began: float = dataclasses.field(default_factory=time.monotonic)
+  renewed: float = dataclasses.field(default_factory=time.monotonic)
+  cause: str = ""  # why we ended it, or the first process that failed
+  code: int = 0  # of that process
+  kill_at: float | None = None  # once it has been asked to end
+
+  def ask_to_end(self, grace: float) -> None:
+    """Experiments save at SIGTERM. The group would include graders, which they still need."""
+    if self.kill_at is None:
+      self.kill_at = time.monotonic() + grace
+      for process in self.processes:
+        process.send_signal(signal.SIGTERM)
+
+  def kill(self) -> None:
+    for process in self.processes:
+      try:
+        os.killpg(process.pid, signal.SIGKILL)
+      except ProcessLookupError:
+        pass
+
+
+def start(trial: Trial, directory: Path, slot: Slot, lease: Path, commands) -> Start:
+  """Starts the processes of a trial whose lease we hold."""
+  with open(directory / "stdout.log", "ab") as log:
+    began = log.tell()
+    log.write(redact(f"$ {shlex.join(commands[0])}\n").encode())
+    log.flush()
+    processes = [
+      subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**compilation_cache(), **os.environ, **slot.environment},
+        start_new_session=True,  # Ctrl-C is for us; they get the one signal that we send.
+      )
+      for command in commands
+    ]
+  return Start(trial, directory, slot, lease, processes, began)
+
+
+def watch(running: Start, *, time_limit: float, grace: float) -> bool:
+  """Keeps a trial alive or ends it; whether it is over."""
+  now = time.monotonic()
+  codes = [process.poll() for process in running.processes]
+  if running.kill_at is None and any(codes):
+    running.code = next(code for code in codes if code)
+    running.cause = in_words(running.code)
+    running.ask_to_end(grace)  # The others would wait for it.
+  if running.kill_at is None and time_limit and now - running.began > time_limit:
+    running.cause = f"over its time limit of {duration(time_limit)}"
+    running.ask_to_end(grace)
+  if running.kill_at is not None and now > running.kill_at:
+    running.kill()
+  if now - running.renewed > state.HEARTBEAT:
+    running.renewed = now
+    if not state.renew_lease(running.lease):
+      running.cause = "taken over by another launcher"
+      running.kill()
+  return None not in codes
+
+
+def in_words(code: int) -> str:
+  """How a process ended.
+
+  >>> in_words(1), in_words(-9)
+  ('exit code 1', 'killed by SIGKILL (out of memory?)')
+  """
+  if code >= 0:
+    return f"exit code {code}"
+  hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+  return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> str:
+  """Writes what came of a start and gives its lease free: "done", "failed", "again", "stopped".
+
+  A failed start waits twice as long as the one before it. What stops because it was asked to (exit
+  code 130 or 143, with everything saved) has not failed.
+  """
+  over.kill()  # What its processes may have left behind.
+  if state.newest_lease(over.directory) != over.lease:
+    return "elsewhere"  # It is another launcher's now, and so is its status.
+  before = state.read_json(over.directory / "status.json")
+  seconds = before.get("seconds", 0.0) + time.monotonic() - over.began
+  changes = {"seconds": round(seconds, 1), "ended": time.time()}
+  asked = over.code in (130, 143, -signal.SIGTERM, -signal.SIGINT)
+  if state.is_done(over.directory, over.trial.steps):
+    verdict, changes = "done", changes | {"failures": 0, "reason": "", "lines": []}
+  elif (stopping and over.kill_at is not None) or asked:
+    verdict = "stopped"
+  else:
+    failures = before.get("failures", 0) + 1
+    verdict = "failed" if failures > retries else "again"
+    changes |= {
+      "failures": failures,
+      "reason": over.cause or "ended well, but result.json does not hold all steps",
+      "lines": state.last_lines(over.directory / "stdout.log", over.log_begin),
+      "next_try": time.time() + min(backoff * 2 ** (failures - 1), 3600),
+    }
+  state.record(over.directory, status=verdict, **changes)
+  state.release_lease(over.lease)
+  return verdict
+
+
+# --- all trials ----------------------------------------------------------------------------------
+
+
+class Sight(NamedTuple):
+  """What a look at a trial's directory found: what to do, and when to look again."""
+
+  verdict: str  # "go", "done", "failed", "elsewhere", or "wait"
+  seconds: float = 0.0
+
+
+def standing(trial: Trial, directory: Path, *, retries: int) -> Sight:
+  """Whether there is anything to do for it, whoever does it."""
+  if state.is_done(directory, trial.steps):
+    return Sight("done")
+  status = state.read_json(directory / "status.json")
+  failures = status.get("failures", 0)
+  if failures > retries:
+    return Sight("failed")
+  left = status.get("next_try", 0.0) - time.time() if failures else 0.0
+  return Sight("wait", left) if left > 0 else Sight("go")
+
+
+def look(trial: Trial, directory: Path, heartbeats: dict[Path, float], *, retries: int) -> Sight:
+  """Whether a trial may be started by us, as far as one can say without its lease."""
+  sight = standing(trial, directory, retries=retries)
+  lease = state.newest_lease(directory)
+  held = state.holder(lease)
+  if sight.verdict == "done" or held == "nobody":
+    return sight
+  # Of a launcher on another machine we know that it lives once we have seen a sign of life.
+  beat = lease.stat().st_mtime
+  alive = held == "alive" or heartbeats.setdefault(lease, beat) != beat
+  return Sight("elsewhere" if alive else "wait", LOOK)
+
+
+def drive(
+  trials: Sequence[Trial],
+  workdir: Path,
+  *,
+  slots: Sequence[Slot],
+  commands: Callable[[Trial, Slot], list[list[str]]],
+  retries: int,
+  backoff: float,
+  time_limit: float,
+  grace: float,
+  progress: Progress,
+) -> dict[str, str]:
+  """Runs every trial that is neither done nor another launcher's, until nothing is left to do.
+
+  Args:
+    trials: all of the sweep, in the order in which to start.
+    workdir: holds their directories.
+    slots: one trial at a time in each.
+    commands: the command of each process of a trial in a slot.
+    retries: how often a trial that failed is started again, over all launchers.
+    backoff: seconds before the first of them; doubles each time.
+    time_limit: seconds of one start, 0 = none.
+    grace: seconds to save in, once asked to end.
+    progress: where to say what happens.
+
+  Returns:
+    id -> "done", "failed", "stopped" or "elsewhere".
+
+  Raises:
+    Interrupted: SIGINT or SIGTERM came; the trials were asked to save, and have ended.
+  """
+  free, running = list(slots), []
+  settled: dict[str, str] = {}
+  next_look = {trial.id: 0.0 for trial in trials}
+  elsewhere: set[str] = set()
+  heartbeats: dict[Path, float] = {}
+  waits: dict[str, float] = {}
+
+  def finish(over: Start, stopping: bool) -> None:
+    running.remove(over)
+    free.append(over.slot)
+    verdict = conclude(over, retries=retries, backoff=backoff, stopping=stopping)
+    progress.ended(over, verdict)
+    if verdict == "again":
+      next_look[over.trial.id] = 0.0
+    else:
+      settled[over.trial.id] = verdict
+
+  def begin(trial: Trial) -> float:
+    """Starts the trial in a free slot; else seconds until it can be tried again."""
+    directory = workdir / trial.id
+    sight = look(trial, directory, heartbeats, retries=retries)
+    elsewhere.discard(trial.id)
+    if sight.verdict in ("done", "failed"):
+      settled[trial.id] = sight.verdict
+      progress.found(trial, directory, sight.verdict)
+    elif sight.verdict == "elsewhere":
+      elsewhere.add(trial.id)
+    elif sight.verdict == "go" and (lease := state.take_lease(directory)) is not None:
+      # Between our look and our lease another launcher may have come and gone; and a process may
+      # train there without one, started by hand or not quite dead yet.
+      with locked(directory / ".lock") as alone:
+        pass
+      if not alone or standing(trial, directory, retries=retries).verdict != "go":
+        state.release_lease(lease)
+        waits[trial.id] = min(2 * waits.get(trial.id, 0.1), 30.0)  # Each look costs a lease.
+        return waits[trial.id]
+      state.record(directory, status="running", slot=free[0].name)
+      slot = free.pop(0)
+      running.append(start(trial, directory, slot, lease, commands(trial, slot)))
+      progress.started(running[-1])
+      return float("inf")
+    return max(sight.seconds, 0.2)
+
+  def stop_all() -> None:
+    for each in running:
+      each.ask_to_end(grace)
+    while running:
+      for each in [r for r in running if watch(r, time_limit=0, grace=grace)]:
+        finish(each, True)
+      time.sleep(POLL)
+
+  with StopSignals() as stop:
+    try:
+      while True:
+        stop.check()
+        for each in [r for r in running if watch(r, time_limit=time_limit, grace=grace)]:
+          finish(each, False)
+        for trial in trials:
+          if free and trial.id not in settled and next_look[trial.id] <= time.monotonic():
+            next_look[trial.id] = time.monotonic() + begin(trial)
+        open_ = [trial.id for trial in trials if trial.id not in settled]
+        if not running and all(id in elsewhere for id in open_):
+          return settled | dict.fromkeys(open_, "elsewhere")
+        progress.show(running, settled, len(trials), len(elsewhere))
+        time.sleep(POLL)
+    except Interrupted:
+      stop_all()
+      raise
+    except BaseException:
+      for each in running:
+        each.kill()
+      raise
+    finally:
+      progress.close()

@@ -1,0 +1,99 @@
+"""A Slurm job array: each task of the array runs the launcher for one trial, or for a few."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from launch.sweep import Trial
+from rl_llm.config import ConfigError, option
+from rl_llm.files import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+  """Job array."""
+
+  partition: str = option("", "empty = the site's default")
+  account: str = option("", "empty = yours")
+  time: str = option("24:00:00", "limit of a job; one that reaches it is queued again and goes on")
+  nodes: int = option(1, "of each trial", min=1)
+  tasks_per_node: int = option(1, "processes of each trial on a node: one per GPU", min=1)
+  gpus_per_task: int = option(0, "GPUs of each process", min=0)
+  cpus_per_task: int = option(4, "cores of each process", min=1)
+  memory: str = option("", "of a node, such as 64G; empty = the site's default")
+  at_once: int = option(0, "jobs running at the same time; 0 = no limit", min=0)
+  pack: int = option(1, "trials that share a job, without srun if over 1", min=1)
+  requeues: int = option(20, "times a job is queued again at its time limit", min=0)
+  setup: str = option("", "a shell line before all, such as module load cuda")
+
+
+def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[str]:
+  """The script for `sbatch`.
+
+  SIGTERM comes a minute before the limit, to the processes of the trial and not to the script: they
+  save and end with 143, the launcher says so, and the job goes back into the queue. After a node
+  failure or a preemption Slurm does that itself.
+  """
+  options = config.slurm
+  if options.pack > 1 and options.nodes * options.tasks_per_node > 1:
+    raise ConfigError("slurm.pack", options.pack, "1 where a trial has several processes")
+  packs = [trials[i : i + options.pack] for i in range(0, len(trials), options.pack)]
+  limit = f"%{options.at_once}" if options.at_once else ""
+  wanted = {
+    "job-name": Path(config.sweep).stem,
+    "array": f"0-{len(packs) - 1}{limit}",
+    "partition": options.partition,
+    "account": options.account,
+    "time": options.time,
+    "nodes": options.nodes,
+    "ntasks-per-node": options.tasks_per_node,
+    "cpus-per-task": options.cpus_per_task * options.pack,
+    "gpus-per-task": options.gpus_per_task * options.pack or "",
+    "mem": options.memory,
+    "output": f"{workdir.absolute()}/slurm-%a.log",
+    "open-mode": "append",
+    "signal": "TERM@60",
+  }
+  launcher = [
+    python, "-m", "launch.run", f"--sweep={workdir / 'sweep.py'}", f"--workdir={workdir}",
+    f"--retries={config.retries}", f"--backoff={config.backoff}",
+    f"--time_limit={config.time_limit}", f"--grace={config.grace}",
+    *(
+      ["--prefix=srun"] if options.pack == 1
+      else [
+        f"--parallel={1 if options.gpus_per_task else options.pack}",
+        f"--devices_per_trial={max(options.gpus_per_task, 1)}",
+      ]
+    ),
+  ]
+  return [
+    "#!/bin/bash",
+    *(f"#SBATCH --{name}={value}" for name, value in wanted.items() if value != ""),
+    "#SBATCH --requeue",
+    f"cd {shlex.quote(os.getcwd())} || exit 2",
+    *([options.setup] if options.setup else []),
+    f"trials=({' '.join(','.join(trial.id for trial in pack) for pack in packs)})",
+    f'{shlex.join(launcher)} --only="${{trials[$SLURM_ARRAY_TASK_ID]}}"',
+    "code=$?",
+    f'if [ "$code" = 143 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {options.requeues} ]; then',
+    '  scontrol requeue "$SLURM_JOB_ID"',
+    "fi",
+    'exit "$code"',
+  ]
+
+
+def submit(config: Any, workdir: Path, trials: list[Trial], python: str) -> int:
+  """Writes the script and hands it to `sbatch`."""
+  script = workdir / "slurm.sh"
+  write_atomically(script, ("\n".join(lines(config, workdir, trials, python)) + "\n").encode())
+  try:
+    return subprocess.run(["sbatch", str(script)]).returncode
+  except FileNotFoundError:
+    raise ConfigError(
+      "backend", "slurm", "used with --execute where sbatch is", "leave out --execute to see it"
+    ) from None

@@ -1,0 +1,184 @@
+"""Runs a sweep: every trial of a Python file of flags, each exactly once, wherever it stops.
+
+  python -m launch.run --sweep=launch/sweeps/grpo_tiny.py --dry_run       the plan, as commands
+  python -m launch.run --sweep=launch/sweeps/grpo_tiny.py --parallel=2    on this machine
+  python -m launch.run --sweep=SWEEP.py --backend=slurm                   prints a job array
+  python -m launch.run --sweep=SWEEP.py --backend=slurm --execute         submits it
+  python -m launch.report runs/sweep-grpo_tiny                            the table and the curves
+
+The same command again goes on: what is done is left, what runs is left alone, what failed is tried
+again up to --retries times, what stopped goes on from its checkpoint. Ctrl-C lets trials save
+first; when the launcher is killed they die with it, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from launch import state
+from launch.backends import gke, local, slurm, tpu
+from launch.progress import Progress
+from launch.sweep import SweepError, Trial, described, load, plan
+from rl_llm.config import ConfigError, option, redact, run
+from rl_llm.files import write_atomically
+from rl_llm.interrupt import Interrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to run, and where."""
+
+  sweep: str = option("", "a Python file with EXPERIMENT and sweep(), see launch/sweeps/")
+  workdir: str = option("", "holds a directory per trial; empty = runs/sweep-<name of the file>")
+  backend: Literal["local", "slurm", "tpu", "gke"] = option(
+    "local", "where; all but local print what they would do"
+  )
+  execute: bool = option(False, "slurm, tpu, gke: do it")
+  dry_run: bool = option(False, "print the plan, write nothing, start nothing")
+  only: tuple[str, ...] = option((), "ids of the trials to run; empty = all")
+  retries: int = option(2, "times a failed trial is tried again, over all launchers", min=0)
+  backoff: float = option(10.0, "seconds before the first retry; doubles each time", min=0)
+  time_limit: float = option(0.0, "seconds of one start of a trial; 0 = none", min=0)
+  grace: float = option(60.0, "seconds a trial has to save in once it is asked to end", min=0)
+  parallel: int = option(1, "trials at once: on this machine, or on each group of its GPUs", min=1)
+  devices: tuple[str, ...] = option((), "local: GPUs to share out; empty = all that are there")
+  devices_per_trial: int = option(1, "local: GPUs of each trial", min=1)
+  processes: int = option(1, "local: processes of each trial, joined by jax.distributed", min=1)
+  prefix: str = option("", "local: put before each command, such as srun")
+  python: str = option("", "interpreter of the trials; empty = this one, or python3 on tpu and gke")
+  slurm: slurm.Slurm = slurm.Slurm()
+  tpu: tpu.Tpu = tpu.Tpu()
+  gke: gke.Gke = gke.Gke()
+
+
+BACKENDS = {"slurm": slurm, "tpu": tpu, "gke": gke}
+
+
+# What would do nothing there, and is refused.
+_HERE = ("devices", "devices_per_trial", "parallel", "processes", "prefix")
+NO_EFFECT = {"local": ("execute",), "slurm": _HERE, "tpu": _HERE,
+             "gke": (*_HERE, "backoff", "time_limit")}
+
+
+def chosen(config: Config) -> list[Trial]:
+  """The trials of the sweep, or those of them that --only names."""
+  if not config.sweep:
+    raise ConfigError("sweep", "", "a file", "such as --sweep=launch/sweeps/grpo_tiny.py")
+  for name in NO_EFFECT[config.backend]:
+    if getattr(config, name) != getattr(Config(), name):
+      raise ConfigError(name, getattr(config, name), f"left out with --backend={config.backend}")
+  trials = plan(*load(config.sweep), where=config.sweep)
+  known = {trial.id: trial for trial in trials}
+  for id in config.only:
+    if id not in known:
+      raise ConfigError("only", id, f"an id of {config.sweep}", "--dry_run lists them")
+  if config.processes > 1 and "distributed.coordinator" not in trials[0].config:
+    raise ConfigError(
+      "processes", config.processes, f"1: {trials[0].experiment} has no --distributed flags"
+    )
+  return [known[id] for id in dict.fromkeys(config.only)] or trials
+
+
+def write_plan(config: Config, workdir: Path, trials: list[Trial], python: str) -> None:
+  """What the report and the jobs of a cluster read: the sweep, and what each trial is."""
+  for trial in trials:
+    command = shlex.join(trial.command(workdir, python=python))
+    state.describe(trial, command, workdir / trial.id)
+  copy = workdir / "sweep.py"
+  if Path(config.sweep).resolve() != copy.resolve() and not config.only:
+    write_atomically(copy, Path(config.sweep).read_bytes())
+
+
+def plan_lines(config: Config, workdir: Path, trials: list[Trial], python: str) -> list[str]:
+  """The plan as a shell script whose comments say what is what."""
+  lines = [f"# {len(trials)} trials of {trials[0].experiment}, from {config.sweep}, in {workdir}"]
+  for trial, what in zip(trials, described(trials), strict=True):
+    directory = workdir / trial.id
+    status = state.read_json(directory / "status.json")
+    word = state.where(directory, trial.steps, status)
+    lines += [f"# {trial.id} ({word}): {what}", shlex.join(trial.command(workdir, python=python))]
+  return lines
+
+
+def run_local(config: Config, workdir: Path, trials: list[Trial], python: str) -> dict[str, str]:
+  """Runs them here; id -> what became of each."""
+  if config.prefix and config.processes > 1:
+    raise ConfigError("processes", config.processes, "1 with --prefix", "the prefix starts them")
+  places = local.slots(
+    () if config.prefix else config.devices or local.find_devices(),  # srun hands out its own.
+    devices_per_trial=config.devices_per_trial,
+    parallel=config.parallel,
+  )
+
+  tasks = int(os.environ.get("SLURM_NTASKS", "1"))  # As many processes does srun start of each.
+
+  def commands(trial: Trial, slot: local.Slot) -> list[list[str]]:
+    joined = bool(config.prefix) and tasks > 1
+    command = trial.command(workdir, python=python, joined=joined)
+    command = [*shlex.split(config.prefix), *command]
+    return local.ranks(command, config.processes, port=local.free_port())
+
+  return drive(config, workdir, trials, places, commands)
+
+
+def drive(config: Config, workdir: Path, trials: list[Trial], slots, commands) -> dict[str, str]:
+  names = dict(zip([trial.id for trial in trials], described(trials), strict=True))
+  return local.drive(
+    trials,
+    workdir,
+    slots=slots,
+    commands=commands,
+    retries=config.retries,
+    backoff=config.backoff,
+    time_limit=config.time_limit,
+    grace=config.grace,
+    progress=Progress(names),
+  )
+
+
+def main(config: Config) -> int:
+  trials = chosen(config)
+  workdir = Path(config.workdir or f"runs/sweep-{Path(config.sweep).stem}")
+  remote = config.backend in ("tpu", "gke")
+  python = config.python or ("python3" if remote else sys.executable)
+  local_ = config.backend == "local"
+  if config.dry_run or not (local_ or config.execute):
+    lines = plan_lines if local_ else BACKENDS[config.backend].lines
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error.
+    print(redact("\n".join(lines(config, workdir, trials, python))), flush=True)
+    if not local_:
+      print("# nothing has been started: --execute does it", file=sys.stderr)
+    return 0
+  write_plan(config, workdir, trials, python)
+  try:
+    if config.backend in ("slurm", "gke"):
+      return BACKENDS[config.backend].submit(config, workdir, trials, python)
+    if config.backend == "tpu":
+      verdicts = drive(config, workdir, trials, *tpu.places(config, workdir, python))
+    else:
+      verdicts = run_local(config, workdir, trials, python)
+  except Interrupted as interruption:
+    print("the same command goes on")
+    return 128 + interruption.signum
+  return ending(verdicts, workdir)
+
+
+def ending(verdicts: dict[str, str], workdir: Path) -> int:
+  """The last lines, and the exit code: 0, 1 where trials failed, 143 where some were stopped."""
+  counts = Counter(verdicts.values())
+  words = {"elsewhere": "running under another launcher", "stopped": "stopped from outside"}
+  said = [f"{counts[word]} {words.get(word, word)}" for word in sorted(counts)]
+  print(f"{len(verdicts)} trials: {', '.join(said)}")
+  print(f"table and curves: python -m launch.report {workdir}")
+  return 1 if counts["failed"] else 143 if counts["stopped"] else 0
+
+
+if __name__ == "__main__":
+  run(main, Config, errors=(SweepError,))

@@ -1,0 +1,211 @@
+"""Where a trial stands, read off its directory: there is no other record, so nothing can disagree.
+
+Beside what the experiment itself writes there (metrics.jsonl, checkpoints, and result.json last):
+
+    trial.json    what it is: settings, config, command; written when the sweep is planned
+    status.json   what became of its last start; written by who holds the lease
+    stdout.log    what its processes printed, all starts one after another
+    leases/       000001, 000002, ...: who may run it; the last one counts
+
+A lease is never removed and never reused. To take over a dead one is to create the next number,
+which the file system grants once, however many launchers find the same corpse at the same moment.
+A holder that was only slow finds a higher number than its own and lets go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.sweep import Trial
+from rl_llm.config import ConfigError, redact
+from rl_llm.files import write_atomically
+
+HEARTBEAT = 20.0  # seconds between signs of life
+LEASE = 6 * HEARTBEAT  # seconds after which a silent holder on another machine counts as dead
+LINES = 20  # of a failure, kept in its status
+
+
+def write_json(path: Path, value: Any) -> None:
+  """One move, readable, credentials redacted."""
+  write_atomically(path, (redact(json.dumps(value, indent=2)) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """What `write_json` wrote; {} where there is nothing or nothing whole."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def describe(trial: Trial, command: str, directory: Path) -> None:
+  """Makes the trial's directory, and writes what it is unless that is there."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    known = {
+      "id": trial.id, "order": trial.order, "experiment": trial.experiment, "steps": trial.steps,
+      "command": command, "settings": trial.settings, "config": trial.config,
+    }
+    if read_json(directory / "trial.json") != json.loads(redact(json.dumps(known))):
+      write_json(directory / "trial.json", known)
+  except OSError as error:
+    raise ConfigError(
+      "workdir", directory.parent, "a directory that can be written", error.strerror or ""
+    ) from None
+
+
+def is_done(directory: Path, steps: int) -> bool:
+  """Whether result.json says so, for at least that many steps: the only proof."""
+  result = read_json(directory / "result.json")
+  return bool(result) and result.get("steps", steps) >= steps
+
+
+# --- leases --------------------------------------------------------------------------------------
+
+
+def this_process() -> dict[str, Any]:
+  """Who we are, so that nobody with our pid later can be taken for us."""
+  return {
+    "host": socket.gethostname(),
+    "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+    "namespace": os.readlink("/proc/self/ns/pid"),
+    "pid": os.getpid(),
+    "started": _started(os.getpid()),
+  }
+
+
+def _started(pid: int) -> int | None:
+  """When a process started, in ticks since boot; None if there is none, or only its corpse."""
+  try:
+    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+  except OSError:
+    return None
+  fields = stat.rpartition(")")[2].split()  # The name before may hold anything.
+  return None if fields[0] in "ZX" else int(fields[19])
+
+
+def newest_lease(directory: Path) -> Path | None:
+  """The lease that counts."""
+  names = (path for path in (directory / "leases").glob("*") if path.name.isdigit())
+  return max(names, key=lambda path: int(path.name), default=None)
+
+
+def holder(lease: Path | None) -> str:
+  """Whether somebody holds it: "nobody", "alive", or "unknown" from here.
+
+  A process of this machine is there or it is not, however long it was paused. Of another machine we
+  see only when it last gave a sign of life: a young one may be a dead launcher's last.
+  """
+  who = read_json(lease) if lease else {}
+  if lease is None or who.get("released"):
+    return "nobody"
+  here = this_process()
+  if all(who.get(key) == here[key] for key in ("host", "boot", "namespace")):
+    return "alive" if _started(who["pid"]) == who["started"] else "nobody"
+  if who.get("host") == here["host"] and who.get("boot") != here["boot"]:
+    return "nobody"  # The machine has been started anew since.
+  return "unknown" if _now(lease.parent) - lease.stat().st_mtime < LEASE else "nobody"
+
+
+def _now(directory: Path) -> float:
+  """The file system's time, which is not always ours."""
+  with tempfile.TemporaryFile(dir=directory) as file:
+    file.write(b".")
+    file.flush()
+    return os.fstat(file.fileno()).st_mtime
+
+
+def take_lease(directory: Path) -> Path | None:
+  """Takes the trial for this process, or gives None since another process has it."""
+  newest = newest_lease(directory)
+  if holder(newest) != "nobody":
+    return None
+  leases = directory / "leases"
+  leases.mkdir(exist_ok=True)
+  path = leases / f"{int(newest.name) + 1 if newest else 1:06d}"
+  # As O_CREAT | O_EXCL, but the name appears with its content.
+  handle, temporary = tempfile.mkstemp(dir=leases, prefix=".")
+  try:
+    with os.fdopen(handle, "w") as file:
+      json.dump(this_process(), file)
+      file.flush()
+      os.fsync(file.fileno())
+    os.link(temporary, path)
+  except FileExistsError:
+    return None
+  except OSError as error:
+    raise ConfigError(
+      "workdir", directory.parent, "on a file system with hard links, such as a local disk or NFS",
+      error.strerror or "",
+    ) from None
+  finally:
+    os.unlink(temporary)
+  return path
+
+
+def renew_lease(lease: Path) -> bool:
+  """A sign of life; False if the lease has been taken over, so that its trial must not go on."""
+  os.utime(lease)
+  return newest_lease(lease.parent.parent) == lease
+
+
+def release_lease(lease: Path) -> None:
+  """Gives the trial free; what is to be known of it must be on disk before."""
+  write_json(lease, read_json(lease) | {"released": time.time()})
+
+
+# --- status --------------------------------------------------------------------------------------
+
+
+def record(directory: Path, **changes: Any) -> dict[str, Any]:
+  """Updates status.json; only for who holds the lease."""
+  status = read_json(directory / "status.json") | changes
+  write_json(directory / "status.json", status)
+  return status
+
+
+def last_row(directory: Path) -> dict[str, Any]:
+  """The newest whole line of metrics.jsonl, without reading the rest; {} if there is none."""
+  try:
+    with open(directory / "metrics.jsonl", "rb") as file:
+      file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
+      lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1])
+  except (OSError, ValueError, IndexError):
+    return {}
+
+
+def last_lines(path: Path, start: int = 0, *, count: int = LINES) -> list[str]:
+  """The end of a log from `start` on, as it may be shown."""
+  try:
+    with open(path, "rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      file.seek(max(start, size - 65536))
+      text = file.read().decode("utf-8", "replace")
+  except OSError:
+    return []
+  lines = [line.rpartition("\r")[2] for line in text.rstrip().split("\n")]
+  return [redact(line)[:500] for line in lines if line.strip()][-count:]
+
+
+def where(directory: Path, steps: int, status: Mapping[str, Any]) -> str:
+  """The word for it: done, running, failed, stopped or waiting.
+
+  Stopped is what has begun and goes on with the next start of the same command; waiting has not
+  begun, or waits for its next try.
+  """
+  if is_done(directory, steps):
+    return "done"
+  if holder(newest_lease(directory)) != "nobody":
+    return "running"
+  if status.get("status") == "failed":  # With no retries left, as its launcher had them.
+    return "failed"
+  return "stopped" if last_row(directory) and not status.get("failures") else "waiting"

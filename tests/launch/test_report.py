@@ -1,0 +1,145 @@
+"""The table and the page of a sweep, from directories as the launcher leaves them."""
+
+from __future__ import annotations
+
+import csv
+import doctest
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from launch import report, state
+from rl_llm.config import ConfigError
+
+
+def trial(workdir, number, *, steps=4, reached=None, value=None, status=None, **config):
+  """A trial's directory: its first `reached` steps are on record."""
+  directory = workdir / f"{number:012x}"
+  directory.mkdir(parents=True)
+  config = {"model": "tiny", "seed": 0, "workdir": str(directory)} | config
+  state.write_json(
+    directory / "trial.json",
+    {"id": directory.name, "order": number, "steps": steps, "config": config},
+  )
+  reached = steps if reached is None else reached
+  rows = [{"step": step, "eval/sampled_accuracy": value * step / steps, "time/step": 1.0}
+          for step in range(reached + 1 if value is not None else 0)]
+  if rows:
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  if value is not None and reached == steps:
+    after = {"eval/sampled_accuracy": value}
+    (directory / "result.json").write_text(json.dumps({"steps": steps, "after": after}))
+  state.write_json(directory / "status.json", status or {"seconds": 90.0})
+  return directory
+
+
+@pytest.fixture
+def sweep(tmp_path):
+  workdir = tmp_path / "rates"
+  for number, (rate, seed, value) in enumerate(
+    [(1e-3, 0, 0.1), (1e-3, 1, 0.2), (1e-3, 2, 0.3), (3e-3, 0, 0.9), (3e-3, 1, 0.9)]
+  ):
+    trial(workdir, number, value=value, seed=seed, rate=rate)
+  lines = ["<script>alert(1)</script>", "RuntimeError: |"]
+  trial(
+    workdir, 5, rate=1e-2,
+    status={"status": "failed", "failures": 3, "reason": "exit code 1", "lines": lines},
+  )
+  trial(workdir, 6, rate=1e-2, seed=1, value=0.4, reached=2)
+  return workdir
+
+
+def write(workdir, metric=""):
+  return report.write(workdir, metric=metric)
+
+
+def test_doctests():
+  assert doctest.testmod(report).failed == 0
+
+
+def test_the_table_has_a_line_per_setting_the_best_first(sweep):
+  text = write(sweep).splitlines()
+  cells = [line.split() for line in text[:4]]
+  assert cells[0] == ["rate", "sampled_accuracy", "95", "%", "n", "status", "steps", "time"]
+  assert cells[1] == ["0.003", "0.9", "±0", "2", "done", "4", "90s"]
+  # The unfinished one counts as far as it has come, and is called what it is.
+  # 0.2 +- 4.303 * 0.1 / sqrt(3)
+  assert cells[2][:4] == ["0.01", "0.2", "-", "1"] and "1 failed, 1 stopped" in text[2]
+  assert cells[3] == ["0.001", "0.2", "±0.25", "3", "done", "4", "90s"]
+  assert "model" not in text[0], "what does not vary is not shown"
+  assert text[4].endswith("failed: exit code 1") and text[-1] == "  | RuntimeError: |"
+
+
+def test_the_files_hold_each_trial_once(sweep):
+  write(sweep)
+  with open(sweep / "report.csv") as file:
+    rows = list(csv.DictReader(file))
+  assert len({row["trial"] for row in rows}) == len(rows) == 7
+  assert [row["status"] for row in rows] == ["done"] * 5 + ["failed", "stopped"]
+  assert rows[6]["step"] == "2" and rows[6]["steps"] == "4" and rows[6]["seed"] == "1"
+  assert "RuntimeError" in rows[5]["error"] and rows[3]["eval/sampled_accuracy"] == "0.9"
+  markdown = (sweep / "report.md").read_text().splitlines()
+  assert markdown[2].startswith("| rate | sampled_accuracy |") and len(markdown[4].split("|")) == 9
+
+
+def test_the_page_is_whole_shows_every_curve_and_leads_to_every_trial(sweep):
+  (sweep / "000000000003" / "report.html").write_text("a run's own")
+  write(sweep)
+  text = (sweep / "report.html").read_text()
+  assert "<script>" not in text and "&lt;script&gt;" in text
+  root = ElementTree.fromstring(
+    text.partition("<main>")[2].partition("</main>")[0].join(("<main>", "</main>"))
+  )
+  lines = [x for x in root.iter("polyline") if "line" in x.get("class", "")]
+  assert len(lines) == 7, "a curve per trial, the one without any an empty one"
+  assert len([x for x in root.iter("polyline") if x.get("stroke")]) == 3, "a line per setting"
+  links = [x.get("href") for x in root.iter("a")]
+  assert links and all((sweep / link).exists() for link in links)
+  assert "000000000003/report.html" in links
+  # Who did not come to an end has no report of its own yet; it gets one.
+  assert "000000000006/report.html" in links
+
+
+def test_losses_are_better_when_they_are_smaller(tmp_path):
+  for number, loss in enumerate((0.5, 0.1, 0.9)):
+    directory = trial(tmp_path, number, rate=number)
+    row = {"step": 4, "eval/token_loss": loss}
+    (directory / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+  lines = write(tmp_path).splitlines()
+  assert [line.split()[1] for line in lines[1:4]] == ["0.1", "0.5", "0.9"]
+
+
+def test_it_may_be_called_before_anything_has_happened(tmp_path):
+  trial(tmp_path, 0)
+  assert "waiting" in write(tmp_path)
+  assert "Nothing has been recorded yet" in (tmp_path / "report.html").read_text()
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path):
+  directory = trial(tmp_path, 0, value=0.5)
+  (directory / "result.json").unlink()
+  with open(directory / "metrics.jsonl", "a") as file:
+    file.write('{"step": 5, "eval/sampled_accuracy": "nan"}\n')
+  assert write(tmp_path).splitlines()[1].split()[0] == "0.5"
+
+
+def test_no_sweep_and_no_such_metric(tmp_path, sweep):
+  with pytest.raises(ConfigError, match="in which launch.run has run a sweep"):
+    write(tmp_path / "nowhere")
+  with pytest.raises(ConfigError, match="--metric=acuracy: must be one of eval/sampled_accuracy"):
+    write(sweep, "acuracy")
+
+
+def test_intervals():
+  assert report.interval([]) == (None, None) and report.interval([0.5]) == (0.5, None)
+  mean, half = report.interval([0.0, 1.0])
+  assert (mean, half) == (0.5, pytest.approx(12.706 * 0.5))  # s / sqrt(n) = 0.707 / 1.414
+  spread = (0.25 * 40 / 39) ** 0.5
+  assert report.interval([0.0, 1.0] * 20)[1] == pytest.approx(1.96 * spread / 40**0.5)
+
+
+def test_it_is_a_command(sweep):
+  assert report.main(report.Config(workdir=str(sweep))) == 0
+  assert Path(sweep / "report.html").exists()
