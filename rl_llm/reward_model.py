@@ -25,7 +25,6 @@ from rl_llm.policy.scalar_head import apply_head
 from rl_llm.rollout import response_hidden
 from rl_llm.sharding import fetch, place_rows
 from rl_llm.tokenizers import (
-  ByteTokenizer,
   ModelTokenizer,
   Tokenizer,
   load_tokenizer,
@@ -33,7 +32,6 @@ from rl_llm.tokenizers import (
 )
 
 _CLASSIFIER = "ForSequenceClassification"
-_BYTES = "ByteTokenizer"
 
 
 def response_rewards(
@@ -254,7 +252,7 @@ def save_reward_model(
     directory: must not exist yet, or be empty.
     config: the trunk's shape.
     params: the trunk and its "head".
-    tokenizer: of the trunk; of a `ByteTokenizer`, which has no files, only the name is written.
+    tokenizer: of the trunk.
     center: the reward that is to count as 0.
     max_shard_bytes: a file larger than this is split.
 
@@ -276,15 +274,14 @@ def save_reward_model(
     "pad_token_id": pad_id,
     "reward_center": float(center),
   }
-  if isinstance(tokenizer, ByteTokenizer):
-    entries["tokenizer_class"] = _BYTES
   params = params | {"head": {"weight": head["weight"]}}
   write_directory(
     directory, config, entries, _leaf_shapes(config), params, max_shard_bytes=max_shard_bytes
   )
   if isinstance(tokenizer, ModelTokenizer):
     pad_id = tokenizer.pad_id if pad_id is None else pad_id
-    save_tokenizer(directory, dataclasses.replace(tokenizer, pad_id=pad_id))
+    tokenizer = dataclasses.replace(tokenizer, pad_id=pad_id)
+  save_tokenizer(directory, tokenizer)
 
 
 def load_reward_model(
@@ -319,9 +316,8 @@ def load_reward_model(
     )
   params = read_weights(directory, config, _leaf_shapes(config))
   params["head"]["bias"] = jnp.full((1,), -center, jnp.float32)
-  own = entries.get("tokenizer_class") == _BYTES
-  tokenizer = ByteTokenizer() if own else load_tokenizer(directory)
-  return LanguageModel(make_policy(config, dtype=dtype, remat=remat), params, tokenizer)
+  policy = make_policy(config, dtype=dtype, remat=remat)
+  return LanguageModel(policy, params, load_tokenizer(directory))
 
 
 def _leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

@@ -60,6 +60,9 @@ class Tokenizer(Protocol):
     ...
 
 
+_BYTES = "ByteTokenizer"  # How a model's directory names it.
+
+
 class ByteTokenizer:
   """One id per UTF-8 byte, then pad, BOS and EOS: for tests and the model trained from nothing.
 
@@ -144,7 +147,8 @@ def load_tokenizer(path_or_name: str | pathlib.Path) -> Tokenizer:
     return from_gguf(_smollm2_path())
   path = pathlib.Path(name)
   if path.is_dir():
-    return from_hf(path)
+    own = _read_json(path / "tokenizer_config.json").get("tokenizer_class") == _BYTES
+    return ByteTokenizer() if own else from_hf(path)
   if path.suffix == ".gguf":
     return from_gguf(path)
   raise TokenizerError(
@@ -227,17 +231,23 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   )
 
 
-def save_tokenizer(directory: str | pathlib.Path, tokenizer: ModelTokenizer) -> None:
-  """Writes the files of a Hugging Face directory that `from_hf` and transformers read it from.
+def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
+  """Writes the files of a Hugging Face directory that `load_tokenizer` and transformers read it
+  from.
 
   They are `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` (all ids that end a
-  response) and, where there is a template, `chat_template.jinja`.
+  response) and, where there is a template, `chat_template.jinja`. Of a `ByteTokenizer`, which is
+  nobody else's, only the name is written, in `tokenizer_config.json`.
 
   Args:
     directory: must exist; usually where `save_hf` wrote the weights.
     tokenizer: what to write.
   """
   directory = pathlib.Path(directory)
+  if isinstance(tokenizer, ByteTokenizer):
+    text = json.dumps({"tokenizer_class": _BYTES}, indent=2) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return
   tokenizer.backend.save(str(directory / "tokenizer.json"))
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",

@@ -42,7 +42,7 @@ from rl_llm.rewards import RewardError
 from rl_llm.run_directory import opened, write_result
 from rl_llm.sharding import ShardingError, fetch, placed_shapes
 from rl_llm.tasks import TaskError
-from rl_llm.tokenizers import ModelTokenizer, Tokenizer, TokenizerError, save_tokenizer
+from rl_llm.tokenizers import Tokenizer, TokenizerError, save_tokenizer
 from rl_llm.train_state import TrainState
 from rl_llm.update import LossFn, first_nonfinite
 
@@ -305,7 +305,7 @@ def export_model(
     run: whose directory.
     config: the model's shape.
     params: its weights, adapters among them or not.
-    tokenizer: written too, where it has files.
+    tokenizer: written too.
     base: the model that training began with, as a person names it; the adapters repeat it.
   """
   params = on_main(params)
@@ -319,8 +319,7 @@ def export_model(
     save_adapter(adapter, params, base=base)
     run.console.say(f"adapters: {adapter}")
   save_hf(directory, config, merged)
-  if isinstance(tokenizer, ModelTokenizer):
-    save_tokenizer(directory, tokenizer)
+  save_tokenizer(directory, tokenizer)
   run.console.say(f"model: {directory}")
 
 

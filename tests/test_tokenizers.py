@@ -662,3 +662,12 @@ def test_prompts_that_do_not_fit_the_format(chatml):
 def test_docstrings():
   result = doctest.testmod(lib)
   assert result.attempted >= 4 and result.failed == 0
+
+
+def test_a_byte_tokenizer_is_written_by_name_and_found_again(tmp_path):
+  """A tiny model that was exported can be asked, trained on and scored with, like any other."""
+  save_tokenizer(tmp_path, ByteTokenizer())
+  assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
+  (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
+  with pytest.raises(TokenizerError, match="no tokenizer.json"):
+    load_tokenizer(tmp_path)
