@@ -15,8 +15,8 @@ from rl_llm.tasks import load_task
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 GUIDES = [README, ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Flags of other programs (pip) and of absl itself.
-FOREIGN_FLAGS = {"no-deps", "help", "flagfile"}
+# Flags of other programs (pip) and of absl itself, and the mistake that launch/README.md shows.
+FOREIGN_FLAGS = {"no-deps", "help", "flagfile", "optimizer.learningrate"}
 
 
 def name(path):
