@@ -19,9 +19,30 @@ WORKDIR/model, whose rewards have mean 0 over training answers.
 
 Rerunning the same command goes on from the last checkpoint; so does it after Ctrl-C or a kill.
 
-Measured with the first two commands, seed 0, and --steps=24 --eval.every=8: of 48 held-out pairs of
-other sums, right about 0.21 before training, 0.90 after 8 steps, 0.83 after 16 and 0.81 (95 % 0.68
-to 0.90) after 24. Pairs of 32 problems are learned by heart within an epoch, which is 16 steps.
+Measured, seed 0, on 2 cores, in two minutes in all: a tiny model that copies half of its strings
+right, a judge of its own answers, and what training against the judge does to it. C stands for
+--task=copy --copy.alphabet=abcdefgh --copy.held_out=100, R for runs/copy.
+
+  python -m experiments.sft --model=tiny C --steps=40 --export --workdir=R/sft
+  python -m experiments.make_preferences --model=R/sft/model C --max_new_tokens=4 --problems=412 \
+    --samples=8 --pairs_per_problem=4 --prompts_per_batch=64 --out=R/pairs.jsonl --workdir=R/pairs
+  python -m experiments.reward_model --model=R/sft/model --data=R/pairs.jsonl --steps=400 \
+    --pairs_per_step=32 --microbatch_pairs=32 --optimizer.learning_rate=1e-3 \
+    --optimizer.schedule=linear --eval.every=100 --workdir=R/rm
+  python -m experiments.grpo --model=R/sft/model C --reward=model:R/rm/model --steps=60 \
+    --prompts_per_step=32 --max_new_tokens=4 --microbatch_prompts=32 \
+    --optimizer.learning_rate=3e-4 --eval.every=20 --eval.samples=3 --workdir=R/grpo
+
+Of 256 held-out pairs of other strings the judge is right about 0.91 (95 % 0.87 to 0.94). By the
+task's grader GRPO goes from 0.46 (0.40 to 0.51) to 0.59 (0.52 to 0.65) of 100 held-out strings,
+PPO with the same flags to 0.62 (0.55 to 0.68). Both also learn what the judge overlooks: the reward
+rises from 0.7 to 1.7 and to 2.0, and greedy answers, all right before, are right 0.91 and 0.88
+after. The report has reward and grade side by side.
+
+A judge that cannot do the sum itself is a worse one: SmolLM2 on 448 pairs of 140 sums of numbers up
+to 20 (make_preferences with --arithmetic.operand_max=20 --problems=320 --samples=8
+--pairs_per_problem=4 --max_new_tokens=24) is right about 0.82 to 0.90 of 67 held-out pairs, whether
+after 32 steps or 80 and at a constant rate or a falling one, and learns its 381 by heart.
 """
 
 from __future__ import annotations
