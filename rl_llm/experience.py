@@ -448,15 +448,14 @@ def score(
       this one grades all.
   """
   repeated = [problem for problem in problems for _ in range(group_size)]
-  if owners is None:
-    owners = np.full(len(texts), hosts.index())
-  own = np.flatnonzero(owners == hosts.index())
+  shared = hosts.count() > 1 and owners is not None
+  own = np.flatnonzero(owners == hosts.index()) if shared else range(len(texts))
   results = pool.score(
     [repeated[row].prompt for row in own],
     [texts[row] for row in own],
     [repeated[row].columns for row in own],
   )
-  if len(own) < len(texts):
+  if shared:  # Also where one has all rows, as in a last batch that is hardly filled.
     graded = hosts.exchange("the grades", results)
     by_owner = [iter(of_one) for of_one in graded]
     results = [RewardResult(*next(by_owner[owner])) for owner in owners]
