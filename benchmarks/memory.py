@@ -6,6 +6,9 @@ The compiler says before anything runs how many bytes of temporaries the update 
 runs, and the operating system says by how much the process grew at its largest, arguments aside.
 That is the only place where both can be had without an accelerator; what it shows is whether the
 figure means what `launch.plan` takes it for, not how good a TPU's compiler's is.
+
+Measured with the command above on 2 cores, x86_64, JAX 0.10.2: 32 MB of weights, 1,622 MB planned
+beside the arguments, 1,730 MB measured, 1.07 times. One run; what is more is the runtime's own.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ def test_the_formula_halves_what_is_halved():
 
 
 def test_a_search_orders_by_time_what_fits_and_compiles_a_few(monkeypatch, capsys):
-  config = dataclasses.replace(POD, topology="v5e:2x2", candidates=2)
+  config = dataclasses.replace(POD, topology="v5e:4x4", candidates=2)
   chip = TPUS["v5e"]
   trials, tried = plan.candidates(config, chip)
   assert 2 < len(trials) < tried  # Some do not fit.
