@@ -89,8 +89,11 @@ def main() -> None:
   while True:
     if (held or partial) and not select.select([0], [], [], QUIET_SECONDS)[0]:
       release()
-      show(partial.decode("utf-8", "surrogateescape"))
-      partial, holding = b"", False
+      begun = partial.decode("utf-8", "surrogateescape")
+      if not holding and not NOISE.match(begun):  # Else a machine is slow to end its line.
+        show(begun)
+        partial = b""
+      holding = False
       continue
     found = os.read(0, 1 << 16)
     *lines, partial = (partial + found).split(b"\n")
@@ -106,8 +109,12 @@ def main() -> None:
       else:
         show(text)
     if not found:
+      rest = partial.decode("utf-8", "surrogateescape")
+      if NOISE.match(rest):
+        held.append(rest)
+        rest = ""
       release()
-      show(partial.decode("utf-8", "surrogateescape"))
+      show(rest)
       return
 
 

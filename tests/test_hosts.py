@@ -326,6 +326,26 @@ child.stdin.write(b"three, without an end"); child.stdin.close(); child.wait()
   assert found.out == f"one\ntwo\n{complaint}more of it\nthree, without an end"
 
 
+def test_last_words_that_come_slowly_are_one_line_all_the_same():
+  """A machine that is busy may take seconds between two halves of JAX's last line."""
+  fatal = "F1122 23:48:33.449304   24548 client.h:88] Terminating process because the JAX distribut"
+  rest = "ed service detected: RegisterTask\n*** Check failure stack trace: ***\n    @ 0x7f8d95e4\n"
+  code = f"""
+import subprocess, sys, time
+known = '{{"process": 1, "processes": 2, "wait": 5, "coordinator": "here:1"}}'
+child = subprocess.Popen([sys.executable, "-I", "-S", {last_words.__file__!r}, known],
+                         stdin=subprocess.PIPE)
+for part in ("working\\n", {fatal!r}, {rest!r}):
+  child.stdin.write(part.encode()); child.stdin.flush(); time.sleep(2.5)
+child.stdin.close(); child.wait()
+"""
+  found = processes.ended(processes.start(["-c", code]))
+  lines = found.out.splitlines()
+  assert lines, found.err
+  assert lines[0] == "working" and len(lines) == 2
+  assert lines[1].startswith("error: process 1 waited 5 s for all 2 processes at here:1")
+
+
 def test_fetch_gives_what_it_was_given():
   tree = {"a": jax.numpy.arange(3), "b": np.ones(2), "c": None, "d": 1.5}
   found = sharding.fetch(tree)

@@ -51,7 +51,7 @@ def compiled(tmp_path_factory):
 
 
 def command(experiment, workdir, settings, further=()):
-  given = COMMON | settings | {"workdir": workdir}
+  given = COMMON | {"workdir": workdir} | settings
   return [
     "-m",
     f"experiments.{experiment}",

@@ -79,7 +79,6 @@ class Policy:
   row_shards: int = 1
 
 
-@functools.cache
 def make_policy(
   config: TransformerConfig,
   *,
@@ -115,6 +114,18 @@ def make_policy(
   Returns:
     A `Policy`.
   """
+  # One spelling of the arguments for each policy, or the cache would hold several.
+  return _make_policy(config, jnp.dtype(dtype), remat, scan_layers, mesh)
+
+
+@functools.cache
+def _make_policy(
+  config: TransformerConfig,
+  dtype: Any,
+  remat: bool,
+  scan_layers: bool,
+  mesh: jax.sharding.Mesh | None,
+) -> Policy:
   model = Transformer(config, dtype)
   block, norm = Block(config, dtype), RMSNorm(config)
   settings = {"remat": remat, "dtype": dtype, "mesh": mesh}
