@@ -444,13 +444,14 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       "sampler_logprobs": rollout.sampler_logprobs,
     }
     scored = [batch[key] for key in ("prompts", "prompt_lengths", "tokens", "mask")]
+    scored = place_rows(scored, mesh)
     with clock("logprobs"):
       if config.epochs * config.minibatches > 1:
         batch["old_logprobs"] = fetch(logprobs_of(whole(state.policy.params), *scored)[0])
       kl = np.zeros(mask.shape, np.float32)
       if ref_params is not None:
         # Of the sampler's log-probs, which are the policy's: this is a reward, without a gradient.
-        kl = fetch(k1(rollout.sampler_logprobs, logprobs_of(ref_params, *scored)[0]))
+        kl = k1(rollout.sampler_logprobs, fetch(logprobs_of(ref_params, *scored)[0]))
         kl = np.where(mask, kl, 0)
     batch["advantages"] = token_advantages(
       config.advantage,
