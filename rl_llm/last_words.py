@@ -19,7 +19,9 @@ import sys
 from typing import Any
 
 NAMES = "\0names "  # The parent's line with the hosts' names; shown to nobody.
-NOISE = re.compile(r"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h:)")
+NOISE = re.compile(
+  r"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h:)|\*\*\* Check failure|    @ +0x"
+)
 FATAL = "Terminating process because the JAX distributed service"
 PYTHONS = ("error: ", "Traceback ")
 QUIET_SECONDS = 2.0  # Held lines that nothing follows for so long were not the last.

@@ -211,7 +211,7 @@ for step in range(10**6):
   assert survivor.code not in (0, None)
   (line,) = survivor.errors
   assert f"process {killed} (" in line and "lost" in line, line
-  assert "Check failure stack trace" not in survivor.err
+  assert "Check failure stack trace" not in survivor.err, survivor.err
   print(f"{seconds:.1f} s: {line}")
   assert seconds < 60  # The bound, JAX's way of counting it, and a machine that is busy.
 
