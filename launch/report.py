@@ -29,7 +29,7 @@ from rl_llm.config import ConfigError, option, redact, run
 from rl_llm.console import duration, number, printable
 from rl_llm.files import write_atomically
 from rl_llm.metrics import read
-from rl_llm.report import page, write_report
+from rl_llm.report import finite, page, write_report
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond them 1.96 is near enough.
 _T = (
@@ -69,15 +69,6 @@ class Group(NamedTuple):
   rows: list[Row]
   mean: float | None
   half: float | None  # of the 95 % interval
-
-
-def finite(value: Any) -> float | None:
-  """A record's value as a number; None for what is missing or not finite."""
-  try:
-    value = float(value)
-  except (TypeError, ValueError):
-    return None
-  return value if math.isfinite(value) else None
 
 
 def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:

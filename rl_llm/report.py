@@ -308,7 +308,7 @@ def _shown(value: Any, limit: int | None = None) -> str:
   return html.escape(printable(text, limit=limit, keep_newlines=True))
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
   """A record's value as a number to draw; None for what is missing or not finite."""
   try:
     value = float(value)
@@ -331,7 +331,7 @@ def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any]) -> st
   what = [f"{key} {config[key]}" for key in shown if key in config]
   cards = []
   for how in ("sampled", "greedy", "pair"):
-    evaluated = [row for row in rows if _finite(row.get(f"eval/{how}_accuracy")) is not None]
+    evaluated = [row for row in rows if finite(row.get(f"eval/{how}_accuracy")) is not None]
     if evaluated:
       cards.append(_accuracy_card(how, evaluated))
   steps = max((row["step"] for row in rows), default=0)
@@ -344,7 +344,7 @@ def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any]) -> st
 
 def _accuracy_card(how: str, rows: Sequence[Mapping]) -> str:
   def percent(row: Mapping, key: str) -> str:
-    value = _finite(row.get(f"eval/{how}_{key}"))
+    value = finite(row.get(f"eval/{how}_{key}"))
     return "?" if value is None else f"{100 * value:.0f}"
 
   ends = [rows[0]] if len(rows) == 1 else [rows[0], rows[-1]]
@@ -368,8 +368,8 @@ def _card(title: str, figure: str, note: str, kind: str = "") -> str:
 
 def _step_seconds(row: Mapping[str, Any]) -> float:
   """How long a step took: what it says itself, else the sum of its phases."""
-  whole = _finite(row.get("time/step"))
-  phases = (_finite(value) or 0.0 for key, value in row.items() if key.startswith("time/"))
+  whole = finite(row.get("time/step"))
+  phases = (finite(value) or 0.0 for key, value in row.items() if key.startswith("time/"))
   return sum(phases) if whole is None else whole
 
 
@@ -487,14 +487,14 @@ def _figure(title: str, names: Sequence[str], drawing: str, caption: str) -> str
 
 def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[Mapping]) -> str:
   points = {
-    key: [(row["step"], _finite(row[key])) for row in rows if key in row] for key, _ in curves
+    key: [(row["step"], finite(row[key])) for row in rows if key in row] for key, _ in curves
   }
   bands = {
     key: [
       (row["step"], low, high)
       for row in rows
-      if (low := _finite(row.get(key.replace("accuracy", "low")))) is not None
-      and (high := _finite(row.get(key.replace("accuracy", "high")))) is not None
+      if (low := finite(row.get(key.replace("accuracy", "low")))) is not None
+      and (high := finite(row.get(key.replace("accuracy", "high")))) is not None
     ]
     for key, _ in curves
     if key.startswith("eval/")
@@ -545,7 +545,7 @@ def _time_figure(phases: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> st
   size = max(1, math.ceil(len(rows) / 100))
   bins = [rows[start : start + size] for start in range(0, len(rows), size)]
   stacks = [
-    [sum(_finite(row.get(f"time/{name}")) or 0.0 for row in rows_) / len(rows_) for name in phases]
+    [sum(finite(row.get(f"time/{name}")) or 0.0 for row in rows_) / len(rows_) for name in phases]
     for rows_ in bins
   ]
   axes = _axes([row["step"] for row in rows], [sum(stack) for stack in stacks], low=0.0)
@@ -619,9 +619,9 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sample_line(row: Mapping[str, Any]) -> str:
-  reward = _finite(row.get("reward"))
+  reward = finite(row.get("reward"))
   shown = _shown(row.get("status", "-")) if reward is None else number(reward)
-  advantage = number(_finite(row.get("advantage")))
+  advantage = number(finite(row.get("advantage")))
   tokens = f"{number(row.get('length'))}{' (cut)' if row.get('stop_reason') == 'length' else ''}"
   return (
     f"<tr>{_text_cell(row['prompt'])}{_text_cell(row['response'], row.get('correct'))}"
