@@ -85,7 +85,7 @@ np.testing.assert_array_equal(data, jax.random.key_data(keys))
   assert [process.code for process in found] == [0, 0], found
   assert "hello from 0" in found[0].out and "hello" not in found[1].out
   assert not any("Gloo" in process.out for process in found)
-  assert [process.err for process in found] == ["", ""]
+  assert [process.errors for process in found] == [[], []]
 
 
 def test_each_grades_the_rows_that_its_devices_hold():

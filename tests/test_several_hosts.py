@@ -139,7 +139,7 @@ def test_two_processes_are_one_with_as_many_devices(tmp_path, compiled):
   assert {path.name for path in (tmp_path / "two").iterdir()} == names
   assert "step 5/5" in found[0].out or "step 4/5" in found[0].out
   assert found[1].out == ""
-  assert [process.err for process in found] == ["", ""]
+  assert [process.errors for process in found] == [[], []]
 
 
 def test_other_settings_are_refused_at_the_start_of_all(tmp_path, compiled):
