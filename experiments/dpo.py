@@ -166,7 +166,7 @@ class Config:
     "", "where the reference's log-probs are kept, by a hash of weights and pairs; empty = workdir"
   )
   seed: int = option(0, "of order, problems and samples, and of the tiny model's weights", min=0)
-  steps: int = option(32, "updates", min=1)
+  steps: int = option(24, "updates", min=1)
   pairs_per_step: int = option(
     16, "pairs an update; on policy, the problems of which each gives at most one pair", min=1
   )

@@ -152,7 +152,7 @@ class Config:
   )
   workdir: str = option("", "the run's directory; empty = runs/reinforce-<model>-<task>-seed<seed>")
   seed: int = option(0, "of problems and samples, and of the tiny model's weights", min=0)
-  steps: int = option(32, "rollouts, each followed by its updates", min=1)
+  steps: int = option(24, "rollouts, each followed by its updates", min=1)
   prompts_per_step: int = option(16, "P, problems a step", min=1)
   responses_per_prompt: int = option(8, "G, responses a problem", min=1)
   max_prompt_tokens: int = option(512, "limit of a prompt's length", min=1)

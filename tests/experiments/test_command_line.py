@@ -90,8 +90,8 @@ CASES = {
     ["--sampling.top_k=5", "--sampling.allow_truncated"],
   ),
   "warm-up without end": (
-    ["--optimizer.schedule=cosine", "--optimizer.warmup_steps=32"],
-    ["--optimizer.warmup_steps=32", "less than steps (32)"],
+    ["--optimizer.schedule=cosine", "--optimizer.warmup_steps=24"],
+    ["--optimizer.warmup_steps=24", "less than steps (24)"],
   ),
   "unknown task": (["--model=tiny", "--task=aritmetic"], ["aritmetic", "arithmetic"]),
   "task option": (
