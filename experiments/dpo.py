@@ -421,7 +421,12 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   prompt_format = encode.keywords["prompt_format"]
   problems = held_out_problems(task, encode, limit=config.eval.problems) if task else None
   generate = make_generate(
-    policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say, mesh=mesh
+    policy,
+    tokenizer,
+    max_new_tokens=config.max_new_tokens,
+    slots=config.sampling.slots,
+    say=say,
+    mesh=mesh,
   )
   pool = contextlib.nullcontext()
   if task:

@@ -85,6 +85,9 @@ class Config:
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
   prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
+  slots: int = option(
+    0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
+  )
   difficulty_column: str = option(
     "", "a column of the problems to tell them apart by; empty = as the task does"
   )
@@ -171,7 +174,12 @@ def respond(
     )
   agree_on_data(drawn.prompts)
   generate = make_generate(
-    model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say, mesh=mesh
+    model.policy,
+    model.tokenizer,
+    max_new_tokens=config.max_new_tokens,
+    slots=config.slots,
+    say=console.say,
+    mesh=mesh,
   )
 
   def describe(problem: Problem, sample: int, line: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,9 @@ class Config:
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
   prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
+  slots: int = option(
+    0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
+  )
   dtype: Literal["float32", "bfloat16"] = option("float32", "of the arithmetic")
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
   reward_workers: int = option(2, "grader processes", min=1)
@@ -208,7 +211,12 @@ def respond(
     )
   agree_on_data(drawn.prompts)
   generate = make_generate(
-    model.policy, model.tokenizer, max_new_tokens=config.max_new_tokens, say=console.say, mesh=mesh
+    model.policy,
+    model.tokenizer,
+    max_new_tokens=config.max_new_tokens,
+    slots=config.slots,
+    say=console.say,
+    mesh=mesh,
   )
 
   record_responses(

@@ -31,6 +31,9 @@ class Sampling:
   top_p: float = option(1.0, "keep the likeliest tokens that reach p; needs allow_truncated",
                         above=0, max=1)
   min_new_tokens: int = option(0, "no end of sequence before this many tokens", min=0)
+  slots: int = option(
+    0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
+  )
   allow_truncated: bool = option(
     False, "train on top-k or top-p samples although they come from another distribution"
   )

@@ -444,7 +444,12 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   # An error comes now.
   agree_on_data(draw_problems(task, config.seed, 0, config.prompts_per_step, encode).prompts)
   generate = make_generate(
-    policy, tokenizer, max_new_tokens=config.max_new_tokens, say=say, mesh=mesh
+    policy,
+    tokenizer,
+    max_new_tokens=config.max_new_tokens,
+    slots=config.sampling.slots,
+    say=say,
+    mesh=mesh,
   )
   judge = make_judge(
     config.reward,

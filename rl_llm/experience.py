@@ -192,6 +192,7 @@ def make_generate(
   tokenizer: Tokenizer,
   *,
   max_new_tokens: int,
+  slots: int = 0,
   say: Callable[[str], None],
   mesh: jax.sharding.Mesh | None = None,
 ) -> Generate:
@@ -201,6 +202,7 @@ def make_generate(
     policy: the model's functions.
     tokenizer: its tokenizer, which knows what ends a response.
     max_new_tokens: T.
+    slots: responses decoded at once; 0: all.
     say: shows a line.
     mesh: the devices over which the weights lie, and the rows are to lie; None: the first.
   """
@@ -217,6 +219,7 @@ def make_generate(
       max_new_tokens=max_new_tokens,
       eos_ids=tokenizer.eos_ids,
       pad_id=tokenizer.pad_id,
+      slots=slots,
     )
 
   return generate_responses

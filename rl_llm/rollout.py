@@ -1,14 +1,16 @@
 """Rollouts: prompts in, sampled responses out, as one compiled program.
 
 Each *prompt* is prefilled once; its keys and values are then shared out to its G responses, and a
-`lax.while_loop` decodes all rows together until every one has ended. The loop's whole state is one
-documented pytree, `DecodeState`. Weights are arguments, so a rollout can never run on stale ones
-unnoticed, and randomness is one key a row, so that what a row says depends on its problem and its
-key and on nothing else in the batch.
+`lax.while_loop` decodes rows together until every one has ended. With fewer slots than responses,
+one that has ended makes room for the next, so that short answers do not wait for long ones. The
+loop's whole state is one documented pytree, `DecodeState`. Weights are arguments, so a rollout can
+never run on stale ones unnoticed, and randomness is one key a row, so that what a row says depends
+on its problem and its key and on nothing else in the batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -37,16 +39,20 @@ class Rollout(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-  """All that one decode step reads and writes."""
+  """All that one decode step reads and writes: B responses, of which S at a time have a slot."""
 
-  step: chex.Array  # int32 scalar, tokens written so far in every row
-  cache: Any  # the policy's cache, [B, L + T, ...]
-  last: chex.Array  # [B] int32, the token sampled last: the next forward pass reads it
-  done: chex.Array  # [B] bool, the row has ended
+  step: chex.Array  # int32 scalar, decode steps taken
+  waiting: chex.Array  # int32 scalar, the first response that has not had a slot; B: none
+  cache: Any  # the policy's cache, [S, L + T, ...]; step i is written at column L + i % T
+  row: chex.Array  # [S] int32, which response the slot works on
+  length: chex.Array  # [S] int32, tokens written of it
+  last: chex.Array  # [S] int32, its token sampled last: the next forward pass reads it
+  alive: chex.Array  # [S] bool, it has not ended
   tokens: chex.Array  # [B, T] int32
   mask: chex.Array  # [B, T] bool
   logprobs: chex.Array  # [B, T] float32
   entropies: chex.Array  # [B, T] float32
+  ended: chex.Array  # [B] bool, by a token that ends responses
 
 
 def prompt_layout(lengths: chex.Array, columns: int) -> tuple[chex.Array, chex.Array]:
@@ -83,7 +89,10 @@ def row_keys(key: chex.Array, prompts: int, responses: int) -> chex.Array:
 
 
 @functools.partial(
-  jax.jit, static_argnames=("policy", "responses_per_prompt", "max_new_tokens", "eos_ids", "pad_id")
+  jax.jit,
+  static_argnames=(
+    "policy", "responses_per_prompt", "max_new_tokens", "eos_ids", "pad_id", "slots"
+  ),
 )
 def generate(
   params: Any,
@@ -97,8 +106,14 @@ def generate(
   max_new_tokens: int,
   eos_ids: tuple[int, ...],
   pad_id: int,
+  slots: int = 0,
 ) -> Rollout:
   """Samples G responses to each of P prompts.
+
+  Of 256 responses with 64 tokens each on average and 300 at most, all rows together take 300 steps
+  of 256 rows, most of which have ended. With 32 slots it is about 256 * 64 / 32 = 512 steps of 32
+  rows, an eighth of the work, and the end, when nobody waits any more. What a row says does not
+  depend on the slots: its keys are its own, and a slot's former tokens are not seen.
 
   Args:
     params: the policy's weights.
@@ -112,6 +127,9 @@ def generate(
     eos_ids: the *set* of ids that end a response; may be empty.
     pad_id: what fills rows after their end; may equal an end-of-sequence id, since masks come from
       here and not from ids.
+    slots: S, responses that are decoded at once; 0, or B and more: all. Once an eighth of the slots
+      is free, those that wait are given them together, since that rewrites the prompts' part of
+      the cache.
 
   Returns:
     A `Rollout` of B = P * G rows, T columns.
@@ -125,83 +143,163 @@ def generate(
       f"pass {rows}, from row_keys(key, {n_prompts}, {responses_per_prompt})"
     )
 
+  slots = min(slots or rows, rows)
   positions, segments = prompt_layout(prompt_lengths, columns)
-  cache = policy.init_cache(n_prompts, columns + max_new_tokens)
-  hidden, cache = policy.hidden(params, prompts, positions, segments, cache)
-  share = functools.partial(_share, rows=n_prompts, copies=responses_per_prompt)
-  cache = jax.tree.map(share, cache)
-  first_hidden = share(hidden[:, -1])
-  lengths = share(prompt_lengths)
+  hidden, read = policy.hidden(
+    params, prompts, positions, segments, policy.init_cache(n_prompts, columns)
+  )
   # The loop reads every matrix at every token: those that it rounds are rounded once, before it.
   params = jax.tree.map(lambda w: w.astype(hidden.dtype) if w.ndim > 1 else w, params)
+  temperatures = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (rows,))
 
-  def choose(hidden: chex.Array, step: chex.Array) -> Sample:
+  def share(x: chex.Array) -> chex.Array:
+    """A prompt's row for each of its responses."""
+    return jnp.repeat(x, responses_per_prompt, axis=0)
+
+  lengths = share(prompt_lengths)
+
+  def choose(hidden: chex.Array, row: chex.Array, length: chex.Array) -> Sample:
+    """Token number `length` of these rows."""
     logits = policy.logits(params, hidden)
     suppress = None
     if eos_ids and sampling.min_new_tokens:
       is_eos = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(eos_ids))
-      suppress = jnp.broadcast_to(is_eos & (step < sampling.min_new_tokens), logits.shape)
-    return sample(_fold(keys, step), logits, sampling, suppress=suppress)
+      suppress = is_eos & (length < sampling.min_new_tokens)[:, None]
+    how = dataclasses.replace(sampling, temperature=temperatures[row])
+    return sample(jax.vmap(jax.random.fold_in)(keys[row], length), logits, how, suppress=suppress)
 
-  def write(state: DecodeState, drawn: Sample) -> DecodeState:
-    """Records one token for every row that has not ended."""
-    alive = ~state.done
-    column = (0, state.step)
+  def ends(tokens: chex.Array) -> chex.Array:
+    return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32))
 
-    def put(array, values):
-      return jax.lax.dynamic_update_slice(array, values[:, None].astype(array.dtype), column)
+  def first_tokens() -> Sample:
+    """From the prompts' ends; no more logits at once than a decode step has."""
+    last, everyone = share(hidden[:, -1]), jnp.arange(rows)
+    if slots == rows:
+      return choose(last, everyone, jnp.zeros(rows, jnp.int32))
+    parts = jnp.minimum(jnp.arange(-(-rows // slots) * slots), rows - 1).reshape(-1, slots)
+    drawn = jax.lax.map(lambda row: choose(last[row], row, jnp.zeros_like(row)), parts)
+    return jax.tree.map(lambda x: x.reshape(-1)[:rows], drawn)
 
-    ended = jnp.isin(drawn.token, jnp.array(eos_ids, jnp.int32))
-    return DecodeState(
-      step=state.step + 1,
-      cache=state.cache,
-      last=drawn.token,
-      done=state.done | ended,
-      tokens=put(state.tokens, jnp.where(alive, drawn.token, pad_id)),
-      mask=put(state.mask, alive),
-      logprobs=put(state.logprobs, jnp.where(alive, drawn.logprob, 0.0)),
-      entropies=put(state.entropies, jnp.where(alive, drawn.entropy, 0.0)),
+  first = first_tokens()
+
+  def seat(state: DecodeState) -> DecodeState:
+    """Gives the free slots to those who wait."""
+    candidate = state.waiting + jnp.cumsum(~state.alive) - 1
+    comes = ~state.alive & (candidate < rows)
+    row = jnp.where(comes, candidate, state.row)
+
+    def put(axis):
+      """Of a cache's arrays, the prompt's columns; what the slot has said is forgotten."""
+
+      def put_one(kept, new):
+        new = new[row // responses_per_prompt]
+        comer = comes.reshape(-1, *[1] * (kept.ndim - 1))
+        old = jax.lax.slice_in_dim(kept, 0, columns, axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(
+          kept, jnp.where(comer, new, old), 0, axis=axis
+        )
+
+      return put_one
+
+    cache = state.cache
+    segment_ids = jnp.where(comes[:, None], -1, cache.segment_ids)
+    return state._replace(
+      waiting=state.waiting + jnp.sum(comes, dtype=jnp.int32),
+      cache=cache._replace(
+        keys=jax.tree.map(put(3), cache.keys, read.keys),
+        values=jax.tree.map(put(2), cache.values, read.values),
+        segment_ids=put(1)(segment_ids, read.segment_ids),
+        positions=put(1)(cache.positions, read.positions),
+      ),
+      row=row,
+      length=jnp.where(comes, 1, state.length),
+      last=jnp.where(comes, first.token[row], state.last),
+      alive=jnp.where(comes, ~state.ended[row] & (max_new_tokens > 1), state.alive),
     )
 
   def decode(state: DecodeState) -> DecodeState:
-    position = lengths + state.step - 1
+    cache = state.cache._replace(cursor=columns + state.step % max_new_tokens)
+    position = lengths[state.row] + state.length - 1
     hidden, cache = policy.hidden(
-      params, state.last[:, None], position[:, None], jnp.zeros((rows, 1), jnp.int32), state.cache
+      params, state.last[:, None], position[:, None], jnp.zeros((slots, 1), jnp.int32), cache
     )
-    return write(state._replace(cache=cache), choose(hidden[:, 0], state.step))
+    drawn = choose(hidden[:, 0], state.row, state.length)
+    ended = ends(drawn.token)
+    # Rows beyond the last are written nowhere.
+    row = jnp.where(state.alive, state.row, rows)
+    at = row, state.length
+    length = state.length + 1
+    return state._replace(
+      step=state.step + 1,
+      cache=cache,
+      length=length,
+      last=drawn.token,
+      alive=state.alive & ~ended & (length < max_new_tokens),
+      tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
+      mask=state.mask.at[at].set(True, mode="drop"),
+      logprobs=state.logprobs.at[at].set(drawn.logprob, mode="drop"),
+      entropies=state.entropies.at[at].set(drawn.entropy, mode="drop"),
+      ended=state.ended.at[row].set(ended, mode="drop"),
+    )
 
-  shape = (rows, max_new_tokens)
+  def first_column(x: chex.Array, fill: Any) -> chex.Array:
+    return jnp.full((rows, max_new_tokens), fill, x.dtype).at[:, 0].set(x)
+
+  room = policy.init_cache(slots, columns + max_new_tokens)
   state = DecodeState(
     step=jnp.zeros((), jnp.int32),
-    cache=cache,
-    last=jnp.zeros((rows,), jnp.int32),
-    done=jnp.zeros((rows,), bool),
-    tokens=jnp.full(shape, pad_id, jnp.int32),
-    mask=jnp.zeros(shape, bool),
-    logprobs=jnp.zeros(shape, jnp.float32),
-    entropies=jnp.zeros(shape, jnp.float32),
+    waiting=jnp.zeros((), jnp.int32),
+    cache=room,
+    row=jnp.zeros((slots,), jnp.int32),
+    length=jnp.ones((slots,), jnp.int32),
+    last=jnp.zeros((slots,), jnp.int32),
+    alive=jnp.zeros((slots,), bool),
+    tokens=first_column(first.token, pad_id),
+    mask=first_column(jnp.ones((rows,), bool), False),
+    logprobs=first_column(first.logprob, 0),
+    entropies=first_column(first.entropy, 0),
+    ended=ends(first.token),
   )
-  state = write(state, choose(first_hidden, state.step))
-  state = jax.lax.while_loop(
-    lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done), decode, state
-  )
+  if slots == rows:  # All are seated from the beginning.
+    pad = functools.partial(_pad_to, room)
+    state = state._replace(
+      waiting=jnp.int32(rows),
+      cache=pad(jax.tree.map(lambda x: share(x) if x.ndim else x, read)),
+      row=jnp.arange(rows),
+      last=first.token,
+      alive=~state.ended & (max_new_tokens > 1),
+    )
+    state = jax.lax.while_loop(lambda state: jnp.any(state.alive), decode, state)
+  else:
+
+    def go_on(state: DecodeState) -> chex.Array:
+      """Until enough are free that those who wait should be seated."""
+      free = jnp.sum(~state.alive)
+      seats = (state.waiting < rows) & (free >= max(1, slots // 8))
+      return jnp.any(state.alive) & ~seats
+
+    state = jax.lax.while_loop(
+      lambda state: jnp.any(state.alive) | (state.waiting < rows),
+      lambda state: jax.lax.while_loop(go_on, decode, seat(state)),
+      state,
+    )
   return Rollout(
     tokens=state.tokens,
     mask=state.mask,
     sampler_logprobs=state.logprobs,
     entropies=state.entropies,
     lengths=jnp.sum(state.mask, axis=-1, dtype=jnp.int32),
-    stop_reason=jnp.where(state.done, STOP_EOS, STOP_LENGTH).astype(jnp.int32),
+    stop_reason=jnp.where(state.ended, STOP_EOS, STOP_LENGTH).astype(jnp.int32),
   )
 
 
-def _share(x: chex.Array, *, rows: int, copies: int) -> chex.Array:
-  """Repeats each prompt's row for its responses; scalars (the cache's cursor) are common."""
-  return jnp.repeat(x, copies, axis=0) if x.ndim and x.shape[0] == rows else x
+def _pad_to(room: Any, cache: Any) -> Any:
+  """The cache, with the columns that `room` has beyond it, not yet written."""
 
+  def put(empty: chex.Array, x: chex.Array) -> chex.Array:
+    return jax.lax.dynamic_update_slice(empty, x, (0,) * x.ndim)
 
-def _fold(keys: chex.Array, step: chex.Array) -> chex.Array:
-  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+  return jax.tree.map(put, room, cache)
 
 
 def response_hidden(

@@ -5,8 +5,10 @@ import io
 
 import pytest
 
+from benchmarks import rollout
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, main, table
 from benchmarks.peers import prompt_texts, reward
+from rl_llm.config import ConfigError
 from rl_llm.flops import forward_flops
 
 SHAPE = {
@@ -120,3 +122,12 @@ def test_one_step_of_the_tiny_model_runs_end_to_end(monkeypatch):
 def test_a_missing_peer_is_one_line_with_the_command():
   with pytest.raises(BenchmarkError, match="make bench-peers"):
     main(Config(trl_python="nowhere/bin/python"))
+
+
+def test_slots_and_batches_say_the_same(capsys):
+  sizes = {"model": "tiny", "prompts": 4, "responses": 2, "prompt_tokens": 5, "mean": 4}
+  rollout.main(rollout.Config(**sizes, limit=12, slots=4))
+  first, *_, last = capsys.readouterr().out.splitlines()
+  assert first.startswith("tiny: 8 responses") and last.endswith(")")
+  with pytest.raises(ConfigError, match="slots=3: .* multiple of --responses=2"):
+    rollout.measure(rollout.Config(**sizes, slots=3))

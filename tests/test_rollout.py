@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rl_llm.model import load_model
-from rl_llm.policy import make_policy
+from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import (
   STOP_EOS,
   STOP_LENGTH,
@@ -61,6 +61,7 @@ def roll(
   steps=STEPS,
   eos_ids=EOS,
   pad_id=PAD,
+  slots=0,
 ) -> Rollout:
   """A rollout as NumPy arrays; the temperature is always a vector, so most tests share one
   program."""
@@ -79,6 +80,7 @@ def roll(
     max_new_tokens=steps,
     eos_ids=eos_ids,
     pad_id=pad_id,
+    slots=slots,
   )
   return Rollout(*(np.asarray(x) for x in rollout))
 
@@ -336,6 +338,63 @@ def test_without_ends_every_row_is_full(tiny):
   rollout = roll(tiny, eos_ids=())
   assert (rollout.lengths == STEPS).all() and (rollout.stop_reason == STOP_LENGTH).all()
   assert rollout.mask.all()
+
+
+# Fewer slots than responses.
+
+
+@pytest.mark.parametrize("slots", [1, 4, 8])
+def test_what_a_row_says_does_not_depend_on_the_slots(tiny, slots):
+  """Nor on who had the slot before: 30 columns of tokens are used in a circle several times."""
+  temperature = np.linspace(0.5, 1.2, 9)
+  settings = dict(temperature=temperature, steps=30, min_new_tokens=2)
+  together = roll(tiny, **settings)
+  assert len(set(together.lengths.tolist())) >= 4
+  assert_same(roll(tiny, slots=slots, **settings), together)
+
+
+def test_the_circle_turns_in_layers_with_a_window(window_model):
+  """Tokens are not in the order of their columns, which neither mask nor window may rely on."""
+  policy, params = window_model
+  settings = dict(steps=12, eos_ids=EOS)
+  prompts = [[5, 9, 11, 30], [7], [8, 20]]
+  together = roll((policy, params), prompts=prompts, **settings)
+  assert together.lengths.max() > 6  # more than the window
+  assert_same(roll((policy, params), prompts=prompts, slots=2, **settings), together)
+  assert_one_distribution((policy, params), together, prompts, 6, 1.0, copies=1)
+
+
+@pytest.fixture(scope="module")
+def window_model():
+  config = dataclasses.replace(
+    tiny_config(vocab_size=259), layer_types=("sliding", "full"), sliding_window=4
+  )
+  policy = make_policy(config)
+  params = jax.jit(policy.init)(jax.random.key(3))
+  return policy, params | {"embed": jax.tree.map(lambda x: 15 * x, params["embed"])}
+
+
+@pytest.mark.parametrize("slots", [2, 16])
+def test_a_slot_goes_to_the_next_that_waits(tiny, slots):
+  """The steps taken are those of an explicit schedule; 16 slots wait until two are free."""
+  model, calls = counted(tiny)
+  rollout = roll(model, steps=30, group=8, slots=slots)
+  jax.effects_barrier()
+  left = list(rollout.lengths - 1)  # The first token takes no step.
+  seats, steps = [0] * slots, 0
+  while left or any(seats):
+    while left and seats.count(0) >= max(1, slots // 8):
+      seats = [seat or (left.pop(0) if left else 0) for seat in seats]
+    if any(seats):
+      seats = [max(seat - 1, 0) for seat in seats]
+      steps += 1
+  assert len(calls) == steps < sum(rollout.lengths - 1)
+
+
+def test_slots_beyond_the_rows_are_all_the_rows(tiny):
+  before = generate._cache_size()
+  assert_same(roll(tiny, slots=9), roll(tiny, slots=100))
+  assert generate._cache_size() <= before + 2
 
 
 # Errors and compilations.

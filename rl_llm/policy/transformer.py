@@ -52,7 +52,8 @@ class Policy:
 
   so -1 is padding on either side, 0 a prefix that everyone sees, and 1, 2, ... sequences packed in
   one row (or responses that share the prefix) that do not see one another. Sliding layers also need
-  `positions[t] - positions[s] < sliding_window`.
+  `positions[t] - positions[s] < sliding_window`. Columns of a cache that the T tokens do not take
+  count as earlier wherever they lie, so its columns can be written in a circle.
   """
 
   config: TransformerConfig
@@ -346,7 +347,8 @@ def attention_mask(
   window: int | None = None,
 ) -> chex.Array:
   """Which keys each query sees: the one place where causality, padding, packing and windows are
-  decided (see `Policy`).
+  decided (see `Policy`). Queries stand at columns first_column .. first_column + T of the keys; all
+  keys at other columns were written before them.
 
   Padding, then a two-token sequence:
 
@@ -366,8 +368,10 @@ def attention_mask(
     [B, 1, T, S] bool.
   """
   query, key = query_segments[:, :, None], key_segments[:, None, :]
-  columns = jnp.arange(key_segments.shape[1])
-  causal = columns[None, :] <= first_column + jnp.arange(query_segments.shape[1])[:, None]
+  # How far a key lies behind the first query's. What a cache holds was written before, also behind.
+  behind = (jnp.arange(key_segments.shape[1]) - first_column)[None, :]
+  length = query_segments.shape[1]
+  causal = (behind <= jnp.arange(length)[:, None]) | (behind >= length)
   seen = (key != -1) & ((key == query) | (key == 0)) & causal
   if window is not None:
     seen &= query_positions[:, :, None] - key_positions[:, None, :] < window

@@ -150,8 +150,8 @@ def test_each_device_holds_its_slice_and_no_more():
   assert {shard.data.size for shard in norm.addressable_shards} == {norm.size}
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_a_rollout_says_what_one_device_says(sizes):
+@pytest.mark.parametrize("slots, sizes", [*((0, mesh) for mesh in MESHES), (8, (2, 2, 2))], ids=str)
+def test_a_rollout_says_what_one_device_says(sizes, slots):
   mesh, batch = mesh_of(sizes), ragged_batch()
   arguments = (batch["prompts"], batch["prompt_lengths"],
                row_keys(jax.random.key(3), PROMPTS, GROUP))
@@ -160,7 +160,7 @@ def test_a_rollout_says_what_one_device_says(sizes):
   sampling = SamplingConfig(jnp.full(PROMPTS * GROUP, 0.7))
   wanted = generate(params(), *arguments, sampling, **settings)
   placed = sharding.place_rows((*arguments, sampling), mesh)
-  found = generate(sharding.place(params(), mesh), *placed, **settings)
+  found = generate(sharding.place(params(), mesh), *placed, **settings, slots=slots)
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
   np.testing.assert_array_equal(found.stop_reason, wanted.stop_reason)
   np.testing.assert_allclose(found.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
