@@ -20,6 +20,12 @@ Measured with the first command, --eval.samples=2, seeds 0, 1 and 2, on 2 cores:
 sums, right at temperature 1 from 0.22 to 0.51, 0.55 and 0.57; 7 to 8 s a step, 380 to 460 s with
 evaluations. Greedily it falls, from 0.69 to 0.48, 0.58 and 0.57: every answer is now a bare number,
 as it was shown, where the model used to write the sum out first.
+
+GSM8K's training file, 60 steps of 4 problems (--steps=60 --examples_per_step=4 --packing=512
+--microbatch_rows=1 --max_tokens=512 --overlong=drop --held_out_examples=64 --max_new_tokens=192
+--eval.every=60 --eval.problems=8 --eval.samples=1 --checkpoint.every=20): the loss on 64 held-out
+examples falls from 1.37 to 0.82 nats a token, 16 s a step, 1,520 s in all. Killed at step 42 and
+begun again it ends with the same record and, bit for bit, the same weights and moments.
 """
 
 from __future__ import annotations
