@@ -72,7 +72,7 @@ def test_weights_are_gathered_twice_and_their_gradient_is_added_up_once(sizes, s
   moved = of_update(sizes, scan_layers=scan_layers)
   layers, table = matrix_bytes()
   slices = 2 * layers / sizes[1] if sizes[0] > 1 else 0  # Along data, the slices' all-reduce.
-  assert moved["reduce-scatter"] == MICROBATCHES * layers
+  assert moved.get("reduce-scatter", 0) == MICROBATCHES * layers
   assert moved["all-gather"] < 1.05 * MICROBATCHES * 2 * (layers + table)
   assert moved["all-reduce"] < 1.05 * MICROBATCHES * (slices + 2 * table) + 20_000  # And norms.
   assert sum(moved.values()) < 1.5 * MICROBATCHES * (3 * layers + slices)
