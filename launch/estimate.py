@@ -51,8 +51,8 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
       temporaries   4 N / S gradient, as much again to add microbatches up, 2 N / S cast weights
                     n D 2 layers    what remat keeps, plus twice the arrays of one layer
                     logits of `CHUNK_SIZE` tokens, three times
-      network       along fsdp the weights, forward and backward, and their gradient; along tensor
-                    activations, twice a layer and pass; along data the gradient
+      network       along fsdp the weights, forward and backward, and their float32 gradient once;
+                    along tensor activations, twice a layer and pass; along data the gradient
 
   Adapters are counted as nothing beside the weights that they leave alone.
   """
@@ -98,7 +98,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
       0.0,
       {
         "all-gather": along(sizes.fsdp, microbatches * 2 * gathered),
-        "reduce-scatter": along(sizes.fsdp, microbatches * size * trained / sizes.tensor),
+        "reduce-scatter": along(sizes.fsdp, microbatches * 4 * trained / sizes.tensor),
         "all-reduce": add(
           along(sizes.data, microbatches * 2 * 4 * trained / slices),
           along(

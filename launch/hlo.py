@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 BYTES = {
   "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
@@ -29,6 +29,15 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
   >>> collectives(text, loop=3)
   {'all-gather': (3, 96.0), 'all-reduce': (1, 64.0)}
 
+  A TPU computes while it waits: it begins a collective in one place, passes on in others and ends
+  it in a last one. Each of them shows it, as of the same chain, and it counts once:
+
+  >>> start = '%fusion (p: f32[2]) -> f32[8] {\\n %g.1 = f32[8] all-gather(%p), chain_id="7"\\n}\\n'
+  >>> done = start.replace("fusion", "done").replace("g.1", "g.2")
+  >>> calls = "%a = f32[8] fusion(%x), calls=%fusion\\n%b = f32[8] fusion(%a), calls=%done\\n"
+  >>> collectives(start + done + "ENTRY %main (x: f32[2]) -> f32[8] {\\n" + calls + "}")
+  {'all-gather': (1, 32.0)}
+
   Args:
     text: of the compiled module.
     loop: how often a loop runs whose count is not in the text.
@@ -45,31 +54,47 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
       entry = head[2] if head[1] else entry
     else:
       lines.append(line)
-  counts: Counter[str] = Counter()
-  moved: Counter[str] = Counter()
+  # By chain, or name where it is none, the lines that show it: how often each is met.
+  met: defaultdict[str, Counter[str]] = defaultdict(Counter)
+  found_as: dict[str, tuple[str, float]] = {}  # the same -> kind, bytes
 
   def walk(name: str, times: int) -> None:
+    types: dict[str, str] = {}
     for line in bodies.get(name, ()):
-      found = re.search(r"= (.*?) ([\w\-]+)\(", line)
+      found = re.search(r"%?([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)", line)
       if not found:
         continue
-      kind = found[2].removesuffix("-start")
+      result, types[found[1]], operation, operands = found.groups()
+      kind = operation.removesuffix("-start")
       if kind in KINDS:
-        sizes = [_bytes(*s) for s in re.findall(r"(\w+)\[([\d,]*)\]", found[1])]
-        size = max(sizes) if found[2].endswith("-start") else sum(sizes)
-        if kind == "reduce-scatter":
-          size = max(_bytes(*s) for s in re.findall(r"(\w+)\[([\d,]*)\]", line))
-        counts[kind] += times
-        moved[kind] += times * size * (2 if kind == "all-reduce" else 1)
+        size = (max if operation.endswith("-start") else sum)(_sizes(types[result]))
+        if kind == "reduce-scatter":  # Types stand beside the operands, or where they come from.
+          taken = [types.get(operand, "") for operand in re.findall(r"%([\w.\-]+)", operands)]
+          size = sum(_sizes(operands) or _sizes(" ".join(taken)))
+        chain = re.search(r'chain_id="(\d+)"', line)
+        chain = chain[0] if chain else result
+        met[chain][result] += times
+        found_as[chain] = kind, size * (2 if kind == "all-reduce" else 1)
       inner = times
-      if kind == "while":
+      if operation == "while":
         known = re.search(r'known_trip_count[\\":{n\s]+(\d+)', line)
         inner = times * (int(known[1]) if known else loop)
       for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
         walk(called, inner)
 
   walk(entry, 1)
+  counts: Counter[str] = Counter()
+  moved: Counter[str] = Counter()
+  for chain, (kind, size) in found_as.items():
+    times = max(met[chain].values())
+    counts[kind] += times
+    moved[kind] += times * size
   return {kind: (counts[kind], float(moved[kind])) for kind in KINDS if counts[kind]}
+
+
+def _sizes(text: str) -> list[int]:
+  """Bytes of each array whose type is in the text."""
+  return [_bytes(*found) for found in re.findall(r"(\w+)\[([\d,]*)\]", text)]
 
 
 def _bytes(dtype: str, sizes: str) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -146,8 +147,7 @@ def tree_shardings(tree: Any, mesh: Mesh, *, rules: Sequence[tuple[str, P]] = RU
   """
 
   def sharding(path, leaf) -> NamedSharding:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
+    name, spec = _rule(path, rules)
     if len(spec) > len(leaf.shape):
       raise ShardingError(f"{name}: shape {leaf.shape} has fewer dimensions than its rule, {spec}")
     for dimension, axes in enumerate(spec):
@@ -191,20 +191,58 @@ def constrain_stacked(tree: Any, mesh: Mesh) -> Any:
   return jax.lax.with_sharding_constraint(tree, layouts)
 
 
-def gather(tree: Any, mesh: Mesh) -> Any:
-  """Within a compiled function: weights as rows are multiplied with them, whole along `fsdp`.
+def copy_to_rows(tree: Any, mesh: Mesh) -> Any:
+  """Within a compiled function: weights as rows meet them, a copy for each part of the rows.
 
-  The compiler could as well keep the slices, multiply every row with each of them and add up: that
-  sends the activations of all rows instead of one matrix. Gradients go back as slices.
+  A matrix [out, in] becomes [parts, out, in], with one part on each device along `data` and `fsdp`
+  (`row_shards`): a device gathers its copy and multiplies its own rows with it. The compiler knows
+  no sum that is still to be made over devices: left alone it adds up a matrix's gradient over all
+  of them at every use, whole. A copy's gradient is the device's own, however often it is used. The
+  copies' are added up once, in float32, and each device takes its slice of the sum:
+
+      gradient[slice] = sum over parts of gradient[part, slice]
+
+  >>> mesh = make_mesh(devices=jax.devices()[:1])
+  >>> weights = {"mlp": {"up": {"weight": np.ones((8, 2))}}, "norm": {"scale": np.ones(2)}}
+  >>> jax.tree.map(lambda x: x.shape, jax.jit(lambda w: copy_to_rows(w, mesh))(weights))
+  {'mlp': {'up': {'weight': (1, 8, 2)}}, 'norm': {'scale': (2,)}}
+
+  Args:
+    tree: weights, by paths that `tree_shardings` knows. What no rule cuts along `fsdp` stays as it
+      is.
+    mesh: from `make_mesh`.
   """
 
-  def whole(layout: NamedSharding) -> NamedSharding:
-    spec = (tuple(axis for axis in _names(axes) if axis != "fsdp") or None for axes in layout.spec)
-    return _layout(mesh, P(*spec))
+  def copy(path, leaf: chex.Array) -> chex.Array:
+    _, spec = _rule(path, RULES)
+    axis = next((n for n, axes in enumerate(spec) if "fsdp" in _names(axes)), None)
+    if axis is None:
+      return jax.lax.with_sharding_constraint(leaf, _layout(mesh, spec))
+    copies = P(ROWS, *(None if n == axis else axes for n, axes in enumerate(spec)))
 
-  layouts = tree_shardings(tree, mesh)
-  tree = jax.lax.with_sharding_constraint(tree, layouts)
-  return jax.lax.with_sharding_constraint(tree, jax.tree.map(whole, layouts))
+    # Each says all that it communicates, which need not be checked: gradients come from `added`.
+    on_each = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+    @functools.partial(on_each, in_specs=spec, out_specs=copies)
+    def gathered(part):
+      if mesh.shape["fsdp"] > 1:
+        part = jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
+      return part[None]
+
+    @functools.partial(on_each, in_specs=copies, out_specs=spec)
+    def added(gradient):
+      part = gradient[0].astype(jnp.promote_types(gradient.dtype, jnp.float32))
+      if mesh.shape["fsdp"] > 1:
+        part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=axis, tiled=True)
+      if mesh.shape["data"] > 1:
+        part = jax.lax.psum(part, "data")
+      return part.astype(gradient.dtype)
+
+    function = jax.custom_vjp(gathered)
+    function.defvjp(lambda part: (gathered(part), None), lambda _, gradient: (added(gradient),))
+    return function(leaf)
+
+  return jax.tree_util.tree_map_with_path(copy, tree)
 
 
 def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
@@ -300,6 +338,12 @@ def _put(x: chex.Array, sharding: NamedSharding) -> jax.Array:
     )
   whole = np.asarray(x)
   return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _rule(path: Any, rules: Sequence[tuple[str, P]]) -> tuple[str, P]:
+  """A leaf's name, and the first rule's spec that fits it."""
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  return name, next((spec for pattern, spec in rules if re.search(pattern, name)), P())
 
 
 def _layout(mesh: Mesh, spec: P) -> NamedSharding:

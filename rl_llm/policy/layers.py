@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rl_llm.sharding import constrain, constrain_stacked, gather
+from rl_llm.sharding import constrain, constrain_stacked
 
 # (x, weights of a layer, whether it is a sliding one, what else is the layer's) -> (x, output)
 Body = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -32,7 +32,7 @@ def run_layers(
   remat: bool,
   dtype: Any,
   mesh: Mesh | None = None,
-  whole: bool = True,
+  lay: Callable[[Any, Mesh], Any] = constrain,
 ) -> tuple[Any, list[Any]]:
   """x through all layers, and what each of them put out.
 
@@ -59,8 +59,9 @@ def run_layers(
       Norms' scales, which are used in float32, stay as they are.
     mesh: the devices over which the weights lie; each stacks its own slices and gets its own
       slices of the gradient. None where there is one.
-    whole: each device gathers a layer when it is used. Where x is small beside a matrix, as when
-      few rows decode, it is left to the compiler to send x instead.
+    lay: how a layer's matrices lie over the mesh when x meets them, from `rl_llm.sharding`:
+      `copy_to_rows` where x's rows can be divided over the devices. Where x is small beside a
+      matrix, as when few rows decode, `constrain` leaves it to the compiler to send x instead.
 
   Returns:
     x, and the list of the layers' outputs.
@@ -74,7 +75,7 @@ def run_layers(
     def layer(x, parts, same=same):
       slices, flag, other = parts
       if mesh is not None:
-        slices = (gather if whole else constrain)(cast_weights(slices, dtype), mesh)
+        slices = lay(cast_weights(slices, dtype), mesh)
       return body(x, slices, flag if same is None else same, other)
 
     if last - first == 1:

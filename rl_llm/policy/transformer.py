@@ -20,7 +20,7 @@ import numpy as np
 
 from rl_llm.policy.configs import RopeScaling, TransformerConfig
 from rl_llm.policy.layers import run_layers
-from rl_llm.sharding import constrain_rows, row_shards
+from rl_llm.sharding import constrain, constrain_rows, copy_to_rows, row_shards
 
 Params = dict[str, Any]
 
@@ -131,6 +131,7 @@ def _make_policy(
   block, norm = Block(config, dtype), RMSNorm(config)
   settings = {"remat": remat, "dtype": dtype, "mesh": mesh}
   sliding = [config.is_sliding(layer) for layer in range(config.n_layers)]
+  shards = 1 if mesh is None else row_shards(mesh)
 
   def init(key: chex.Array) -> Params:
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -141,8 +142,15 @@ def _make_policy(
 
   def by_rows(x: chex.Array) -> chex.Array:
     """Keeps each device at its own rows, where they can be divided."""
-    divides = mesh is not None and x.shape[0] % row_shards(mesh) == 0
-    return constrain_rows(x, mesh) if divides else x
+    return constrain_rows(x, mesh) if mesh is not None and divide(x.shape[0]) else x
+
+  def divide(rows: int) -> bool:
+    return rows % shards == 0
+
+  def lay(rows: int, tokens: int) -> Callable[[Params, jax.sharding.Mesh], Params]:
+    """How matrices lie that meet so many: few tokens are sent sooner than a matrix."""
+    many = tokens >= config.width
+    return copy_to_rows if shards > 1 and many and divide(rows) else constrain
 
   def layers_of(params: Params) -> list[Params]:
     return [params[f"layers_{layer}"] for layer in range(config.n_layers)]
@@ -194,7 +202,7 @@ def _make_policy(
       sliding,
       None if cache is None else list(zip(cache.keys, cache.values, strict=True)),
       scan=scan_layers and tokens.shape[1] > 1,
-      whole=tokens.size >= config.width,
+      lay=lay(len(tokens), tokens.size),
       **settings,
     )
     x = final(params, x)
@@ -245,6 +253,7 @@ def _make_policy(
       layers_of(params),
       sliding,
       scan=scan_layers,
+      lay=lay(rows, tokens.size + more.size),
       **settings,
     )
     return final(params, x), final(params, y)
@@ -270,7 +279,6 @@ def _make_policy(
     scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     return softcap(scores, config.final_softcap)
 
-  shards = 1 if mesh is None else row_shards(mesh)
   return Policy(config, init, hidden, shared_hidden, unembed, init_cache, logits, shards)
 
 
@@ -478,6 +486,15 @@ def _flat(x: chex.Array) -> chex.Array:
   return x.reshape(-1, x.shape[-1])
 
 
+def _product(x: chex.Array, weight: chex.Array) -> chex.Array:
+  """x @ weight.T; with copies of the weight (`sharding.copy_to_rows`), each part of the rows with
+  its own."""
+  if weight.ndim == 2:
+    return jnp.einsum("...d,fd->...f", x, weight)
+  parts = x.reshape(len(weight), -1, x.shape[-1])
+  return jnp.einsum("ptd,pfd->ptf", parts, weight).reshape(*x.shape[:-1], -1)
+
+
 class Linear(nn.Module):
   """x @ weight.T + bias. `weight` is [out, in], as Hugging Face stores it and unlike `nn.Dense`:
   decoding a few rows on a CPU takes a tenth less time than with [in, out]. Adapters beside it
@@ -490,9 +507,10 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: chex.Array) -> chex.Array:
     shape = x.shape[-1], self.features
-    weight = self.param("weight", lambda key: nn.initializers.lecun_normal()(key, shape).T)
+    if self.is_initializing():
+      self.param("weight", lambda key: nn.initializers.lecun_normal()(key, shape).T)
     x = x.astype(self.dtype)
-    y = jnp.einsum("...d,fd->...f", x, weight.astype(self.dtype))
+    y = _product(x, self.get_variable("params", "weight").astype(self.dtype))
     if self.has_variable("params", "lora_a"):
       a, b, scale = (
         self.get_variable("params", f"lora_{name}").astype(self.dtype)

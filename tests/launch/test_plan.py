@@ -71,7 +71,9 @@ def test_collectives_in_loops_count_as_often_as_these_run():
   ROOT %s = (bf16[1,8]{1,0}, bf16[4,8]{1,0:T(8,128)}) all-gather-start(bf16[1,8]{1,0} %p)
 }
 %fused (p: f32[8]) -> f32[8] {
+  %q = f32[16]{0:T(16)} parameter(0)
   %x = f32[2]{0} reduce-scatter(f32[8]{0} %p), dimensions={0}
+  %y = f32[4]{0} reduce-scatter(%q), dimensions={0}
 }
 %outer (p: f32[8]) -> f32[8] {
   %w = f32[8]{0} while(f32[8]{0} %p), body=%inner, backend_config={"known_trip_count":{"n":"5"}}
@@ -86,7 +88,7 @@ ENTRY %main.7 (x: f32[8]) -> f32[8] {
   assert collectives(text, loop=3) == {
     "all-gather": (15, 15 * 64.0),
     "all-reduce": (1, 2 * 44.0),
-    "reduce-scatter": (3, 3 * 32.0),
+    "reduce-scatter": (6, 3 * (32.0 + 64.0)),
   }
 
 

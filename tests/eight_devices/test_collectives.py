@@ -1,0 +1,78 @@
+"""What eight devices say to one another in an update, in bytes, against what it must cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from launch.hlo import collectives
+from rl_llm import losses, sharding
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.rollout import response_logprobs
+from rl_llm.train_state import init_state
+from rl_llm.update import make_update
+from tests.eight_devices.test_update import mesh_of, ragged_batch
+
+# Matrices that outweigh the activations of a few tokens, so that sending the latter shows.
+CONFIG = dataclasses.replace(tiny_config(64), n_layers=2, mlp_width=512)
+MICROBATCHES = 2
+
+
+def of_update(sizes, *, scan_layers) -> dict[str, float]:
+  """Bytes through a device by kind of collective, for shapes alone: nothing is run."""
+  mesh = mesh_of(sizes)
+  policy = make_policy(CONFIG, scan_layers=scan_layers, remat=True, mesh=mesh)
+
+  def loss_fn(weights, batch, hparams):
+    responses = [batch[name] for name in ("prompts", "prompt_lengths", "tokens", "mask")]
+    logprobs, _ = response_logprobs(weights, *responses, policy=policy)
+    old, advantages = batch["old_logprobs"], batch["advantages"]
+    return losses.ppo_loss(logprobs, old, advantages, batch["weights"], mask=batch["mask"])
+
+  init = functools.partial(init_state, optimizer=optax.identity())
+  state = sharding.placed_shapes(
+    jax.eval_shape(lambda: init(policy.init(jax.random.key(0)))), mesh
+  )
+  rows = sharding.row_sharding(mesh)
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), ragged_batch()
+  )
+  update = make_update(loss_fn, optax.identity(), microbatches=MICROBATCHES, mesh=mesh)
+  text = update.lower(state, batch, {"learning_rate": jnp.float32(1.0)}).compile().as_text()
+  found = collectives(text, loop=MICROBATCHES)
+  return {kind: moved for kind, (_, moved) in found.items()}
+
+
+def matrix_bytes() -> tuple[int, int]:
+  """(the layers', the embedding's), in float32."""
+  shapes = jax.eval_shape(make_policy(CONFIG).init, jax.random.key(0))
+  layers = sum(
+    4 * math.prod(leaf.shape)
+    for name, layer in shapes.items() if name.startswith("layers")
+    for leaf in jax.tree.leaves(layer) if leaf.ndim == 2
+  )
+  return layers, 4 * math.prod(shapes["embed"]["embedding"].shape)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "scan_layers"), [((1, 8, 1), False), ((2, 4, 1), True)], ids=str
+)
+def test_weights_are_gathered_twice_and_their_gradient_is_added_up_once(sizes, scan_layers):
+  """For each microbatch: forward and again; and once although prompts and responses both use it.
+
+  With layers one after another the last one's two gathers may be one. The table is left to the
+  compiler, which gives every device the whole of its gradient.
+  """
+  moved = of_update(sizes, scan_layers=scan_layers)
+  layers, table = matrix_bytes()
+  slices = 2 * layers / sizes[1] if sizes[0] > 1 else 0  # Along data, the slices' all-reduce.
+  assert moved.get("reduce-scatter", 0) == MICROBATCHES * layers
+  assert moved["all-gather"] < 1.05 * MICROBATCHES * 2 * (layers + table)
+  assert moved["all-reduce"] < 1.05 * MICROBATCHES * (slices + 2 * table) + 20_000  # And norms.
+  assert sum(moved.values()) < 1.5 * MICROBATCHES * (3 * layers + slices)
