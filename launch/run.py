@@ -4,6 +4,7 @@
   python -m launch.run --sweep=launch/sweeps/grpo_tiny.py --parallel=2    on this machine
   python -m launch.run --sweep=SWEEP.py --backend=slurm                   prints a job array
   python -m launch.run --sweep=SWEEP.py --backend=slurm --execute         submits it
+  python -m launch.run --sweep=SWEEP.py --halving.steps=10,30,90          the best third goes on
   python -m launch.report runs/sweep-grpo_tiny                            the table and the curves
 
 The same command again goes on: what is done is left, what runs is left alone, what failed is tried
@@ -22,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from launch import state
+from launch import halving, state
 from launch.backends import gke, local, slurm, tpu
 from launch.progress import Progress
 from launch.sweep import SweepError, Trial, described, load, plan
@@ -53,6 +54,7 @@ class Config:
   processes: int = option(1, "local: processes of each trial, joined by jax.distributed", min=1)
   prefix: str = option("", "local: put before each command, such as srun")
   python: str = option("", "interpreter of the trials; empty = this one, or python3 on tpu and gke")
+  halving: halving.Halving = halving.Halving()
   slurm: slurm.Slurm = slurm.Slurm()
   tpu: tpu.Tpu = tpu.Tpu()
   gke: gke.Gke = gke.Gke()
@@ -63,8 +65,8 @@ BACKENDS = {"slurm": slurm, "tpu": tpu, "gke": gke}
 
 # What would do nothing there, and is refused.
 _HERE = ("devices", "devices_per_trial", "parallel", "processes", "prefix")
-NO_EFFECT = {"local": ("execute",), "slurm": _HERE, "tpu": _HERE,
-             "gke": (*_HERE, "backoff", "time_limit")}
+NO_EFFECT = {"local": ("execute",), "slurm": (*_HERE, "halving"), "tpu": _HERE,
+             "gke": (*_HERE, "backoff", "time_limit", "halving")}
 
 
 def chosen(config: Config) -> list[Trial]:
@@ -73,7 +75,10 @@ def chosen(config: Config) -> list[Trial]:
     raise ConfigError("sweep", "", "a file", "such as --sweep=launch/sweeps/grpo_tiny.py")
   for name in NO_EFFECT[config.backend]:
     if getattr(config, name) != getattr(Config(), name):
-      raise ConfigError(name, getattr(config, name), f"left out with --backend={config.backend}")
+      value = getattr(config, name)
+      if name == "halving":  # Jobs of a cluster's queue do not wait for each other's results.
+        name, value = "halving.steps", ",".join(map(str, value.steps))
+      raise ConfigError(name, value, f"left out with --backend={config.backend}")
   trials = plan(*load(config.sweep), where=config.sweep)
   known = {trial.id: trial for trial in trials}
   for id in config.only:
@@ -145,6 +150,9 @@ def drive(config: Config, workdir: Path, trials: list[Trial], slots, commands) -
 
 def main(config: Config) -> int:
   trials = chosen(config)
+  halving.check(config.halving)
+  if config.halving.steps:
+    trials = halving.with_steps(trials, config.halving.steps[0])
   workdir = Path(config.workdir or f"runs/sweep-{Path(config.sweep).stem}")
   remote = config.backend in ("tpu", "gke")
   python = config.python or ("python3" if remote else sys.executable)
@@ -156,14 +164,21 @@ def main(config: Config) -> int:
     if not local_:
       print("# nothing has been started: --execute does it", file=sys.stderr)
     return 0
-  write_plan(config, workdir, trials, python)
+
+  def run_all(trials: list[Trial]) -> dict[str, str]:
+    write_plan(config, workdir, trials, python)
+    if config.backend == "tpu":
+      return drive(config, workdir, trials, *tpu.places(config, workdir, python))
+    return run_local(config, workdir, trials, python)
+
   try:
     if config.backend in ("slurm", "gke"):
+      write_plan(config, workdir, trials, python)
       return BACKENDS[config.backend].submit(config, workdir, trials, python)
-    if config.backend == "tpu":
-      verdicts = drive(config, workdir, trials, *tpu.places(config, workdir, python))
+    if config.halving.steps:
+      verdicts = halving.run_rungs(config.halving, workdir, trials, run_all)
     else:
-      verdicts = run_local(config, workdir, trials, python)
+      verdicts = run_all(trials)
   except Interrupted as interruption:
     print("the same command goes on")
     return 128 + interruption.signum
