@@ -98,7 +98,7 @@ def test_the_rules_themselves():
   assert missing_paths(text) == ["tests/no.py", "docs/no.md"]
   assert unknown_flags("--model=tiny --loss.clip_hi=1 --no-deps a--b") == ["loss.clip_hi"]
   assert unknown_flags("python -m experiments.sft --packing=1 --kl.coef=1") == ["kl.coef"]
-  assert unknown_flags("--kl.coef=1 in python -m benchmarks.rollout --runs=3 --steps=1") == ["steps"]
+  assert unknown_flags("--kl.coef=1: -m benchmarks.rollout --runs=3 --lr=1") == ["lr"]
   assert unknown_names("rl_llm.kl.k3, rl_llm.kl.k4, rl_llm/kl.py") == ["rl_llm.kl.k4"]
 
 
