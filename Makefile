@@ -93,7 +93,7 @@ $(VENV)/run-$(VERSION): $(VENV)/python-$(VERSION) setup.py
 
 $(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
 	@echo "Installing what the tests need."
-	@$(PIP) install -q -e '.[hf,gguf,tasks,dev]'
+	@$(PIP) install -q -e '.[hf,gguf,tasks,optuna,dev]'
 	@touch $@
 
 clean:

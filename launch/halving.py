@@ -25,6 +25,7 @@ from pathlib import Path
 from launch import state
 from launch.sweep import SweepError, Trial, plan
 from rl_llm.config import ConfigError, option
+from rl_llm.report import finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,10 @@ def run_rungs(
       verdicts |= run(now)
       if any(verdicts[trial.id] not in ("done", "failed") for trial in now):
         return verdicts  # Somebody else has them, or has stopped them.
-      scores = {trial.id: score(workdir / trial.id, trial, options) for trial in now}
+      scores = {
+        trial.id: score(workdir / trial.id, trial, options.metric, flag="halving.metric")
+        for trial in now
+      }
       state.write_json(path, known | {key: scores})
     else:
       verdicts |= {id: "failed" if found is None else "done" for id, found in scores.items()}
@@ -140,8 +144,12 @@ def setting(trial: Trial) -> str:
   return json.dumps({k: v for k, v in trial.config.items() if k not in ignored}, sort_keys=True)
 
 
-def score(directory: Path, trial: Trial, options: Halving) -> float | None:
-  """The metric of a trial that has reached its budget; None if it has not."""
+def score(directory: Path, trial: Trial, metric: str, *, flag: str) -> float | None:
+  """The metric of a trial that has reached its budget; None if it has not, or it is not finite.
+
+  Raises:
+    SweepError: the result has no such metric, as `flag` names it, or is one of more steps.
+  """
   if not state.is_done(directory, trial.steps):
     return None
   result = state.read_json(directory / "result.json")
@@ -149,11 +157,8 @@ def score(directory: Path, trial: Trial, options: Halving) -> float | None:
   if result.get("steps") != trial.steps:
     raise SweepError(
       f"{directory} has gone on to {result.get('steps')} steps, which cannot be compared with "
-      f"{trial.steps}; give --halving.steps another --workdir"
+      f"{trial.steps}; another --workdir begins anew"
     )
-  if options.metric not in after:
-    raise SweepError(
-      f"--halving.metric={options.metric}: {directory / 'result.json'} has {', '.join(after)}"
-    )
-  value = after[options.metric]
-  return value if isinstance(value, int | float) and math.isfinite(value) else None
+  if metric not in after:
+    raise SweepError(f"--{flag}={metric}: {directory / 'result.json'} has {', '.join(after)}")
+  return finite(after[metric])

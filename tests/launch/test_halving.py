@@ -128,15 +128,19 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(ConfigError, match="halving.steps=.*rising"):
       halving.check(Halving(steps=steps))
   with pytest.raises(ConfigError, match="halving.steps=1,2: .*left out with --backend=slurm"):
-    run.chosen(run.Config(sweep="x.py", backend="slurm", halving=Halving(steps=(1, 2))))
+    run.check(run.Config(sweep="x.py", backend="slurm", halving=Halving(steps=(1, 2))))
   (trial, _) = with_steps(trials(), 7)
   directory = tmp_path / trial.id
   directory.mkdir()
-  assert halving.score(directory, trial, Halving()) is None
+
+  def score(metric="eval/sampled_accuracy"):
+    return halving.score(directory, trial, metric, flag="halving.metric")
+
+  assert score() is None
   state.write_json(directory / "result.json", {"steps": 7, "after": {"loss": 2.0}})
   with pytest.raises(SweepError, match="halving.metric=eval/sampled_accuracy: .* has loss"):
-    halving.score(directory, trial, Halving())
-  assert halving.score(directory, trial, Halving(metric="loss")) == 2.0
+    score()
+  assert score("loss") == 2.0
 
 
 def test_lowest_is_best(tmp_path):
