@@ -325,6 +325,10 @@ def parallel(paths: Sequence[str], groups: Sequence[Group], metric: str) -> str:
   )
 
 
+def _keys(values: Sequence[Any]) -> list[tuple]:
+  return [_key(value) for value in values]
+
+
 def _key(value: Any) -> tuple:
   """Sorts numbers before texts."""
   if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -334,21 +338,29 @@ def _key(value: Any) -> tuple:
 
 def effects(
   paths: Sequence[str], groups: Sequence[Group]
-) -> dict[str, list[list[tuple[Any, float]]]]:
-  """What each setting does: for each, one line of (value, mean) per combination of the others.
+) -> dict[tuple[str, ...], list[list[tuple[tuple, float]]]]:
+  """What each setting does: for each, one line of (values, mean) per combination of the others.
 
-  >>> groups = [Group({"a": a, "b": b}, [], a + b / 10, None) for a in (1, 2) for b in (3, 4)]
-  >>> effects(["a", "b"], groups)["b"]
-  [[(3, 1.3), (4, 1.4)], [(3, 2.3), (4, 2.4)]]
+  Settings that only ever change together are one.
+
+  >>> groups = [Group({"a": a, "b": b, "c": -b}, [], a + b / 10, None)
+  ...           for a in (1, 2) for b in (3, 4)]
+  >>> effects(["a", "b", "c"], groups)["b", "c"]
+  [[((3, -3), 1.3), ((4, -4), 1.4)], [((3, -3), 2.3), ((4, -4), 2.4)]]
   """
-  found = {}
+  together: dict[tuple, list[str]] = {}
   for path in paths:
-    lines: dict[str, list[tuple[Any, float]]] = {}
+    values = [repr(group.settings[path]) for group in groups]
+    together.setdefault(tuple(map(values.index, values)), []).append(path)
+  found = {}
+  for own in map(tuple, together.values()):
+    lines: dict[str, list[tuple[tuple, float]]] = {}
     for group in groups:
       if group.mean is not None:
-        others = repr([group.settings[other] for other in paths if other != path])
-        lines.setdefault(others, []).append((group.settings[path], group.mean))
-    found[path] = [sorted(line, key=lambda point: _key(point[0])) for line in lines.values()]
+        others = repr([group.settings[other] for other in paths if other not in own])
+        values = tuple(group.settings[path] for path in own)
+        lines.setdefault(others, []).append((values, group.mean))
+    found[own] = [sorted(line, key=lambda point: _keys(point[0])) for line in lines.values()]
   return found
 
 
@@ -370,24 +382,25 @@ def draw(paths: Sequence[str], groups: Sequence[Group], metric: str, path: str) 
   matplotlib.rcParams["svg.hashsalt"] = "rl_llm"  # The same figures give the same file.
   from matplotlib import pyplot
 
+  found = effects(paths, groups)
   figure, axes = pyplot.subplots(
-    1, len(paths), figsize=(3.6 * len(paths), 3.2), sharey=True, squeeze=False
+    1, len(found), figsize=(3.6 * len(found), 3.4), sharey=True, squeeze=False
   )
-  for axis, (name, lines) in zip(axes[0], effects(paths, groups).items(), strict=True):
+  for axis, (names, lines) in zip(axes[0], found.items(), strict=True):
     # At equal distances, in order: settings are often powers.
-    ticks = sorted({value for line in lines for value, _ in line}, key=_key)
+    ticks = sorted({values for line in lines for values, _ in line}, key=_keys)
     for line in lines:
       axis.plot(
-        [ticks.index(value) for value, _ in line], [mean for _, mean in line],
+        [ticks.index(values) for values, _ in line], [mean for _, mean in line],
         color="0.6", linewidth=1, marker="o", markersize=3,
       )
     means = [
-      statistics.fmean([mean for line in lines for value, mean in line if value == tick])
+      statistics.fmean([mean for line in lines for values, mean in line if values == tick])
       for tick in ticks
     ]
     axis.plot(range(len(ticks)), means, color="tab:orange", linewidth=3, marker="o")
-    axis.set_xticks(range(len(ticks)), [shown(tick) for tick in ticks])
-    axis.set_xlabel(name)
+    axis.set_xticks(range(len(ticks)), [", ".join(map(shown, tick)) for tick in ticks])
+    axis.set_xlabel("\n".join(names))
     axis.grid(axis="y", alpha=0.3)
   axes[0][0].set_ylabel(metric.removeprefix("eval/").replace("_", " "))
   figure.tight_layout()
