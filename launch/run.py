@@ -4,6 +4,7 @@
   python -m launch.run --sweep=launch/sweeps/grpo_tiny.py --parallel=2    on this machine
   python -m launch.run --sweep=SWEEP.py --backend=slurm                   prints a job array
   python -m launch.run --sweep=SWEEP.py --backend=slurm --execute         submits it
+  python -m launch.run --sweep=SWEEP.py --backend=population              all trials in one program
   python -m launch.report runs/sweep-grpo_tiny                            the table and the curves
 
 The same command again goes on: what is done is left, what runs is left alone, what failed is tried
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch import state
-from launch.backends import gke, local, slurm, tpu
+from launch.backends import gke, local, population, slurm, tpu
 from launch.progress import Progress
 from launch.sweep import SweepError, Trial, described, load, plan
 from rl_llm.config import ConfigError, option, redact, run
@@ -37,8 +38,8 @@ class Config:
 
   sweep: str = option("", "a Python file with EXPERIMENT and sweep(), see launch/sweeps/")
   workdir: str = option("", "holds a directory per trial; empty = runs/sweep-<name of the file>")
-  backend: Literal["local", "slurm", "tpu", "gke"] = option(
-    "local", "where; all but local print what they would do"
+  backend: Literal["local", "population", "slurm", "tpu", "gke"] = option(
+    "local", "where; slurm, tpu and gke print what they would do"
   )
   execute: bool = option(False, "slurm, tpu, gke: do it")
   dry_run: bool = option(False, "print the plan, write nothing, start nothing")
@@ -63,8 +64,9 @@ BACKENDS = {"slurm": slurm, "tpu": tpu, "gke": gke}
 
 # What would do nothing there, and is refused.
 _HERE = ("devices", "devices_per_trial", "parallel", "processes", "prefix")
-NO_EFFECT = {"local": ("execute",), "slurm": _HERE, "tpu": _HERE,
-             "gke": (*_HERE, "backoff", "time_limit")}
+_STARTS = ("retries", "backoff", "time_limit", "grace", "python")  # Of processes.
+NO_EFFECT = {"local": ("execute",), "population": ("execute", *_HERE, *_STARTS), "slurm": _HERE,
+             "tpu": _HERE, "gke": (*_HERE, "backoff", "time_limit")}
 
 
 def chosen(config: Config) -> list[Trial]:
@@ -148,7 +150,7 @@ def main(config: Config) -> int:
   workdir = Path(config.workdir or f"runs/sweep-{Path(config.sweep).stem}")
   remote = config.backend in ("tpu", "gke")
   python = config.python or ("python3" if remote else sys.executable)
-  local_ = config.backend == "local"
+  local_ = config.backend in ("local", "population")
   if config.dry_run or not (local_ or config.execute):
     lines = plan_lines if local_ else BACKENDS[config.backend].lines
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error.
@@ -162,6 +164,8 @@ def main(config: Config) -> int:
       return BACKENDS[config.backend].submit(config, workdir, trials, python)
     if config.backend == "tpu":
       verdicts = drive(config, workdir, trials, *tpu.places(config, workdir, python))
+    elif config.backend == "population":
+      verdicts = population.train_all(trials, workdir)
     else:
       verdicts = run_local(config, workdir, trials, python)
   except Interrupted as interruption:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.logprobs import chunked_logprobs_and_entropy
+from rl_llm.policy.layers import cast_weights
 from rl_llm.sampling import Sample, SamplingConfig, sample
 
 # The row ended with an end-of-sequence token, which is part of the response and is trained on.
@@ -149,7 +150,7 @@ def generate(
     params, prompts, positions, segments, policy.init_cache(n_prompts, columns)
   )
   # The loop reads every matrix at every token: those that it rounds are rounded once, before it.
-  params = jax.tree.map(lambda w: w.astype(hidden.dtype) if w.ndim > 1 else w, params)
+  params = cast_weights(params, hidden.dtype)
   temperatures = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (rows,))
 
   def share(x: chex.Array) -> chex.Array:
