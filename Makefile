@@ -1,5 +1,6 @@
 # make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo-smollm2-arithmetic-seed0/
 # make test   the test suite;  make test-full adds the long trials;  make lint
+# make test-slurm  an array of trials on a real Slurm, which it installs (Debian) and starts on this machine alone
 # make bench  a GRPO step against TRL's, which gets a .venv-trl of its own (about 1.5 GB)
 # make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
 # make parity verl's and TRL's own losses on the inputs of tests/parity, compared with ours (.venv-verl and .venv-trl)
@@ -19,7 +20,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-full lint bench bench-peers compare parity docs clean
+.PHONY: run test test-full test-slurm lint bench bench-peers compare parity docs clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -30,6 +31,12 @@ test: $(VENV)/test-$(VERSION)
 
 test-full: $(VENV)/test-$(VERSION)
 	RL_LLM_FULL=1 $(BIN)/python -m pytest -q tests
+
+# Debian's own packages, and no service of theirs: the tests start daemons of their own.
+test-slurm: $(VENV)/test-$(VERSION)
+	@command -v srun >/dev/null && ls /usr/sbin/slurmctld /usr/sbin/slurmd >/dev/null || \
+	  $(if $(filter 0,$(shell id -u)),,sudo) apt-get install -y --no-install-recommends slurmctld slurmd slurm-client
+	RL_LLM_SLURM=1 $(BIN)/python -m pytest -q tests/launch/test_real_slurm.py
 
 lint: $(VENV)/test-$(VERSION)
 	$(BIN)/ruff check .
@@ -86,7 +93,7 @@ $(VENV)/run-$(VERSION): $(VENV)/python-$(VERSION) setup.py
 
 $(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
 	@echo "Installing what the tests need."
-	@$(PIP) install -q -e '.[hf,gguf,tasks,dev]'
+	@$(PIP) install -q -e '.[hf,gguf,tasks,optuna,dev]'
 	@touch $@
 
 clean:

@@ -13,6 +13,8 @@ EXTRAS = {
   "tasks": ["reasoning-gym>=0.1.23"],
   # Data sets in Parquet files.
   "parquet": ["pyarrow>=18"],
+  # `launch.run --search.trials`.
+  "optuna": ["optuna>=5"],
   # The figure of experiments/compare.py.
   "plot": ["matplotlib>=3.9"],
   # Accelerators: jaxlib's own builds for them.

@@ -48,6 +48,7 @@ from experiments.options import (
   Optimizer,
   Sampling,
   adamw,
+  check_packing,
   check_sampling,
   check_schedule,
   device_mesh,
@@ -58,9 +59,16 @@ from experiments.options import (
 )
 from rl_llm import evaluation, losses, weighting
 from rl_llm.config import ConfigError, option, run
-from rl_llm.data.batches import batch_indices, pad_values, pair_batch
+from rl_llm.data.batches import (
+  batch_indices,
+  packed_shares,
+  pad_values,
+  padding_fraction,
+  pair_batch,
+)
 from rl_llm.data.encoding import Encoded, Pair, encode_pair, limit_pairs
 from rl_llm.data.loading import load_sequences, read_examples
+from rl_llm.data.packing import unpack
 from rl_llm.experience import (
   Experience,
   agree_on_data,
@@ -184,6 +192,9 @@ class Config:
     "auto", "chat = the model's own chat template, plain = bare text; auto = chat if it has one"
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
+  packing: int = option(
+    0, "tokens of a row that several answers with their prompts share; 0 = each has its own", min=0
+  )
   microbatch_pairs: int = option(
     4, "pairs whose activations are held at once; divides pairs_per_step, or is more than that",
     min=1,
@@ -291,15 +302,17 @@ def make_loss(config: Config, policy: Policy):
   options = config.loss
 
   def loss_fn(params, batch, hparams):
-    logprobs, _ = teacher_forced_logprobs(
-      params,
-      batch["tokens"],
-      batch["mask"],
-      batch["positions"],
-      batch["segment_ids"],
-      policy=policy,
-      temperature=config.sampling.temperature,
+    score = functools.partial(
+      teacher_forced_logprobs, policy=policy, temperature=config.sampling.temperature
     )
+    if config.packing:
+      packed, rows, starts, lengths = batch["packed"]
+      logprobs, _ = score(params, *packed)
+      rows = rows % len(logprobs)  # They are counted over all microbatches.
+      logprobs = unpack(logprobs, rows, starts, lengths, width=batch["mask"].shape[1])
+    else:
+      fields = ("tokens", "mask", "positions", "segment_ids")
+      logprobs, _ = score(params, *(batch[field] for field in fields))
     loss, metrics = preference_loss(
       options,
       of_answers(options, logprobs, batch["mask"]),
@@ -394,6 +407,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     per_step={"pairs_per_step": config.pairs_per_step},
     at_once={"microbatch_pairs": config.microbatch_pairs},
   )
+  check_packing(config.packing, mesh)
   say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   task = make_task(config)
   strict = config.data_errors == "strict"
@@ -434,12 +448,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
 
   optimizer = adamw(config.optimizer)
   loss_fn = make_loss(config, policy)
-  update = make_update(
-    loss_fn,
-    optimizer,
-    microbatches=max(1, config.pairs_per_step // config.microbatch_pairs),
-    mesh=mesh,
-  )
+  microbatches = max(1, config.pairs_per_step // config.microbatch_pairs)
+  update = make_update(loss_fn, optimizer, microbatches=microbatches, mesh=mesh)
   score = functools.partial(
     compute_logprobs,
     policy=policy,
@@ -642,6 +652,18 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       return Step(state, row, samples)
     with clock("logprobs"):
       batch, keywords = with_constants(whole(state.params), pairs, config.pairs_per_step, refs)
+    row |= {"padding_fraction": padding_fraction(batch["segment_ids"])}
+    if config.packing:
+      packed = packed_shares(
+        flat(pairs),
+        shares=microbatches,
+        per_share=2 * min(config.pairs_per_step, config.microbatch_pairs),
+        length=config.packing,
+        pad_id=tokenizer.pad_id,
+      )
+      row |= {"padding_fraction": padding_fraction(packed.packed.segment_ids)}
+      batch = {k: v for k, v in batch.items() if k not in ("tokens", "positions", "segment_ids")}
+      batch["packed"] = packed
     hparams = {
       "learning_rate": jnp.float32(rate),
       "loss": keywords,
@@ -692,6 +714,9 @@ def check(config: Config) -> None:
       f"a divisor of pairs_per_step ({pairs})",
       f"try --microbatch_pairs={math.gcd(pairs, part)}",
     )
+  longest = config.max_tokens if config.data else config.max_prompt_tokens + config.max_new_tokens
+  if 0 < config.packing < longest:
+    raise ConfigError("packing", config.packing, f"0, or at least a sequence's limit ({longest})")
   check_loss(config.loss)
   if config.loss.name in losses.BATCH_COUPLED and pairs > part:
     raise ConfigError(

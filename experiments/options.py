@@ -244,6 +244,12 @@ def device_mesh(
   return mesh
 
 
+def check_packing(packing: int, mesh: jax.sharding.Mesh) -> None:
+  """Refuses packed answers over several devices: both of a pair may lie on different ones."""
+  if packing and row_shards(mesh) > 1:
+    raise ConfigError("packing", packing, f"0 where rows lie over {row_shards(mesh)} devices")
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
   """AdamW."""

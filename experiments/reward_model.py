@@ -67,6 +67,7 @@ from experiments.options import (
   MeshSizes,
   Optimizer,
   adamw,
+  check_packing,
   check_schedule,
   device_mesh,
   joined,
@@ -76,7 +77,7 @@ from experiments.options import (
 from rl_llm import hosts, losses
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data import DataError, Dataset
-from rl_llm.data.batches import batch_indices, pair_batch
+from rl_llm.data.batches import batch_indices, packed_shares, padding_fraction, pair_batch
 from rl_llm.data.encoding import Pair, encode_pair, limit_pairs
 from rl_llm.data.loading import load_sequences, read_examples
 from rl_llm.evaluation import Evaluation
@@ -85,7 +86,12 @@ from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy, join, merge_lora
 from rl_llm.policy.scalar_head import normal_head, with_head
-from rl_llm.reward_model import pair_statistics, save_reward_model, sequence_rewards
+from rl_llm.reward_model import (
+  packed_rewards,
+  pair_statistics,
+  save_reward_model,
+  sequence_rewards,
+)
 from rl_llm.sharding import fetch, place_rows
 from rl_llm.train_state import TrainState, init_state, parameter_count
 from rl_llm.training import (
@@ -146,6 +152,9 @@ class Config:
   overlong: Literal["error", "drop", "truncate_left", "truncate_right"] = option(
     "error", "what to do with longer ones"
   )
+  packing: int = option(
+    0, "tokens of a row that several answers with their prompts share; 0 = each has its own", min=0
+  )
   microbatch_pairs: int = option(
     4, "pairs whose activations are held at once; divides pairs_per_step, or is more than that",
     min=1,
@@ -194,14 +203,11 @@ def make_loss(config: Config, policy: Policy):
   """The objective: Bradley-Terry on pairs, whose rows alternate."""
 
   def loss_fn(params, batch, hparams):
-    rewards = sequence_rewards(
-      params,
-      batch["tokens"],
-      batch["mask"],
-      batch["positions"],
-      batch["segment_ids"],
-      policy=policy,
-    )
+    if config.packing:
+      rewards = packed_rewards(params, batch["packed"], policy=policy)
+    else:
+      fields = ("tokens", "mask", "positions", "segment_ids")
+      rewards = sequence_rewards(params, *(batch[field] for field in fields), policy=policy)
     loss, metrics = losses.reward_model_loss(
       rewards[0::2],
       rewards[1::2],
@@ -244,6 +250,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     per_step={"pairs_per_step": config.pairs_per_step},
     at_once={"microbatch_pairs": config.microbatch_pairs},
   )
+  check_packing(config.packing, mesh)
   say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   strict = config.data_errors == "strict"
   dataset = read_examples(config.data, formats=FORMATS, strict=strict)
@@ -356,19 +363,32 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       len(loaded.training), batch_size=config.pairs_per_step, seed=config.seed, step=step
     )
     pairs = [loaded.training[index] for index in chosen]
-    batch = pair_batch(pairs, pad_id=tokenizer.pad_id)._asdict() | {
+    batch = {
       "weights": np.full(len(pairs), 1 / len(pairs), np.float32),
       "margin": margins[chosen],
     }
+    if config.packing:
+      packed = packed_shares(
+        [sequence for pair in pairs for sequence in pair],
+        shares=microbatches,
+        per_share=2 * len(pairs) // microbatches,
+        length=config.packing,
+        pad_id=tokenizer.pad_id,
+      )
+      batch, read = batch | {"packed": packed}, packed.packed
+    else:
+      read = pair_batch(pairs, pad_id=tokenizer.pad_id)
+      batch |= read._asdict()
     rate = learning_rate(config.optimizer, step, steps=config.steps)
     hparams = {"learning_rate": jnp.float32(rate)}
-    announce(f"compiling the update: rows of {batch['tokens'].shape[1]} tokens")
+    announce(f"compiling the update: rows of {read.tokens.shape[1]} tokens")
     stop.check()
     with clock("update"):
       batch = place_rows(batch, mesh)
       state, metrics = update(state, batch, hparams, microbatches, frozen)
       row = finalize(jax.device_get(metrics))
     row |= {"learning_rate": rate, "updates_skipped": int(state.skipped)}
+    row |= {"padding_fraction": padding_fraction(read.segment_ids)}
     most = config.optimizer.max_skipped
     failure = failure_of(loss_fn, state, batch, hparams, max_skipped=most, frozen=frozen)
     return Step(state, row, failure=failure)
@@ -427,6 +447,13 @@ def check(config: Config) -> None:
       part,
       f"a divisor of pairs_per_step ({pairs})",
       f"try --microbatch_pairs={math.gcd(pairs, part)}",
+    )
+  if 0 < config.packing < config.max_tokens:
+    raise ConfigError(
+      "packing",
+      config.packing,
+      f"0, or at least max_tokens ({config.max_tokens})",
+      f"--max_tokens={config.packing} makes it so",
     )
   check_schedule(config.optimizer, steps=config.steps)
 

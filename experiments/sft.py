@@ -60,7 +60,7 @@ from experiments.options import (
 from rl_llm import evaluation, losses, weighting
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data import DataError
-from rl_llm.data.batches import batch_indices, packed_batch, sequence_batch
+from rl_llm.data.batches import batch_indices, packed_batch, padding_fraction, sequence_batch
 from rl_llm.data.encoding import Encoded, encode, limit_sequences
 from rl_llm.data.loading import load_sequences, read_examples
 from rl_llm.data.packing import pack
@@ -387,7 +387,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     row |= {
       "examples": len(sequences),
       "trained_tokens": int(np.sum(batch["mask"])),
-      "padding_fraction": 1 - float(np.mean(batch["segment_ids"][:filled] > 0)),
+      "padding_fraction": padding_fraction(batch["segment_ids"]),
       "learning_rate": rate,
       "updates_skipped": int(state.skipped),
       **{f"data_{name}": count for name, count in counts.items()},

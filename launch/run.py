@@ -5,6 +5,8 @@
   python -m launch.run --sweep=SWEEP.py --backend=slurm                   prints a job array
   python -m launch.run --sweep=SWEEP.py --backend=slurm --execute         submits it
   python -m launch.run --sweep=SWEEP.py --backend=population              all trials in one program
+  python -m launch.run --sweep=SWEEP.py --halving.steps=10,30,90          the best third goes on
+  python -m launch.run --sweep=SEARCH.py --search.trials=40               Optuna chooses 40 trials
   python -m launch.report runs/sweep-grpo_tiny                            the table and the curves
 
 The same command again goes on: what is done is left, what runs is left alone, what failed is tried
@@ -20,14 +22,15 @@ import shlex
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from launch import state
+from launch import halving, search, state
 from launch.backends import gke, local, population, slurm, tpu
 from launch.progress import Progress
 from launch.sweep import SweepError, Trial, described, load, plan
-from rl_llm.config import ConfigError, option, redact, run
+from rl_llm.config import ConfigError, flatten, option, redact, run
 from rl_llm.files import write_atomically
 from rl_llm.interrupt import Interrupted
 
@@ -54,6 +57,8 @@ class Config:
   processes: int = option(1, "local: processes of each trial, joined by jax.distributed", min=1)
   prefix: str = option("", "local: put before each command, such as srun")
   python: str = option("", "interpreter of the trials; empty = this one, or python3 on tpu and gke")
+  halving: halving.Halving = halving.Halving()
+  search: search.Search = search.Search()
   slurm: slurm.Slurm = slurm.Slurm()
   tpu: tpu.Tpu = tpu.Tpu()
   gke: gke.Gke = gke.Gke()
@@ -64,27 +69,43 @@ BACKENDS = {"slurm": slurm, "tpu": tpu, "gke": gke}
 
 # What would do nothing there, and is refused.
 _HERE = ("devices", "devices_per_trial", "parallel", "processes", "prefix")
-_STARTS = ("retries", "backoff", "time_limit", "grace", "python")  # Of processes.
-NO_EFFECT = {"local": ("execute",), "population": ("execute", *_HERE, *_STARTS), "slurm": _HERE,
-             "tpu": _HERE, "gke": (*_HERE, "backoff", "time_limit")}
+# Jobs of a cluster's queue do not wait for each other's results.
+_WAITS = ("halving.steps", "search.trials")
+# A population's members begin together, in this process.
+_STARTS = ("retries", "backoff", "time_limit", "grace", "python", *_WAITS)
+NO_EFFECT = {"local": ("execute",), "population": ("execute", *_HERE, *_STARTS),
+             "slurm": (*_HERE, *_WAITS), "tpu": _HERE,
+             "gke": (*_HERE, "backoff", "time_limit", *_WAITS)}
+
+
+def check(config: Config) -> None:
+  """Refuses what would do nothing, or cannot be done."""
+  if not config.sweep:
+    raise ConfigError("sweep", "", "a file", "such as --sweep=launch/sweeps/grpo_tiny.py")
+  values, defaults = flatten(config), flatten(Config())
+
+  def refuse(names: Iterable[str], where: str) -> None:
+    for name in names:
+      value = values[name]
+      if value != defaults[name]:
+        shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        raise ConfigError(name, shown, f"left out with {where}")
+
+  refuse(NO_EFFECT[config.backend], f"--backend={config.backend}")
+  halving.check(config.halving)
+  if config.search.trials:
+    refuse(("only", "halving.steps"), f"--search.trials={config.search.trials}")
+  if config.backend == "tpu":  # What gcloud's ssh has started goes on without it.
+    refuse(("search.prune_from",), "--backend=tpu")
 
 
 def chosen(config: Config) -> list[Trial]:
   """The trials of the sweep, or those of them that --only names."""
-  if not config.sweep:
-    raise ConfigError("sweep", "", "a file", "such as --sweep=launch/sweeps/grpo_tiny.py")
-  for name in NO_EFFECT[config.backend]:
-    if getattr(config, name) != getattr(Config(), name):
-      raise ConfigError(name, getattr(config, name), f"left out with --backend={config.backend}")
   trials = plan(*load(config.sweep), where=config.sweep)
   known = {trial.id: trial for trial in trials}
   for id in config.only:
     if id not in known:
       raise ConfigError("only", id, f"an id of {config.sweep}", "--dry_run lists them")
-  if config.processes > 1 and "distributed.coordinator" not in trials[0].config:
-    raise ConfigError(
-      "processes", config.processes, f"1: {trials[0].experiment} has no --distributed flags"
-    )
   return [known[id] for id in dict.fromkeys(config.only)] or trials
 
 
@@ -100,7 +121,9 @@ def write_plan(config: Config, workdir: Path, trials: list[Trial], python: str) 
 
 def plan_lines(config: Config, workdir: Path, trials: list[Trial], python: str) -> list[str]:
   """The plan as a shell script whose comments say what is what."""
-  lines = [f"# {len(trials)} trials of {trials[0].experiment}, from {config.sweep}, in {workdir}"]
+  asked = f", with which a search of {config.search.trials} begins" if config.search.trials else ""
+  what = f"{len(trials)} trials of {trials[0].experiment}{asked}"
+  lines = [f"# {what}, from {config.sweep}, in {workdir}"]
   for trial, what in zip(trials, described(trials), strict=True):
     directory = workdir / trial.id
     status = state.read_json(directory / "status.json")
@@ -109,11 +132,11 @@ def plan_lines(config: Config, workdir: Path, trials: list[Trial], python: str) 
   return lines
 
 
-def run_local(config: Config, workdir: Path, trials: list[Trial], python: str) -> dict[str, str]:
-  """Runs them here; id -> what became of each."""
+def places(config: Config, workdir: Path, python: str) -> tuple:
+  """(slots, commands) for `local.drive`: what this machine has."""
   if config.prefix and config.processes > 1:
     raise ConfigError("processes", config.processes, "1 with --prefix", "the prefix starts them")
-  places = local.slots(
+  slots = local.slots(
     () if config.prefix else config.devices or local.find_devices(),  # srun hands out its own.
     devices_per_trial=config.devices_per_trial,
     parallel=config.parallel,
@@ -127,11 +150,22 @@ def run_local(config: Config, workdir: Path, trials: list[Trial], python: str) -
     command = [*shlex.split(config.prefix), *command]
     return local.ranks(command, config.processes, port=local.free_port())
 
-  return drive(config, workdir, trials, places, commands)
+  return slots, commands
 
 
-def drive(config: Config, workdir: Path, trials: list[Trial], slots, commands) -> dict[str, str]:
-  names = dict(zip([trial.id for trial in trials], described(trials), strict=True))
+def drive(
+  config: Config,
+  workdir: Path,
+  trials: list[Trial],
+  slots: Sequence[local.Slot],
+  commands: Callable,
+  *,
+  names: Mapping[str, str] | None = None,
+  **search: Callable,
+) -> dict[str, str]:
+  """Runs them; id -> what became of each."""
+  if names is None:
+    names = dict(zip([trial.id for trial in trials], described(trials), strict=True))
   return local.drive(
     trials,
     workdir,
@@ -142,12 +176,24 @@ def drive(config: Config, workdir: Path, trials: list[Trial], slots, commands) -
     time_limit=config.time_limit,
     grace=config.grace,
     progress=Progress(names),
+    **search,
   )
 
 
 def main(config: Config) -> int:
-  trials = chosen(config)
+  check(config)
   workdir = Path(config.workdir or f"runs/sweep-{Path(config.sweep).stem}")
+  if config.search.trials:
+    study = search.Study(config.search, config.sweep, workdir)
+    trials = list(study.trials.values())
+  else:
+    trials = chosen(config)
+  if config.halving.steps:
+    trials = halving.with_steps(trials, config.halving.steps[0])
+  if config.processes > 1 and "distributed.coordinator" not in trials[0].config:
+    raise ConfigError(
+      "processes", config.processes, f"1: {trials[0].experiment} has no --distributed flags"
+    )
   remote = config.backend in ("tpu", "gke")
   python = config.python or ("python3" if remote else sys.executable)
   local_ = config.backend in ("local", "population")
@@ -158,16 +204,36 @@ def main(config: Config) -> int:
     if not local_:
       print("# nothing has been started: --execute does it", file=sys.stderr)
     return 0
-  write_plan(config, workdir, trials, python)
+
+  def run_all(trials: list[Trial], **search: Any) -> dict[str, str]:
+    write_plan(config, workdir, trials, python)
+    if config.backend == "tpu":
+      slots, commands = tpu.places(config, workdir, python)
+    else:
+      slots, commands = places(config, workdir, python)
+    return drive(config, workdir, trials, slots, commands, **search)
+
+  def search_all(trials: list[Trial], *, more: Callable, **search: Any) -> dict[str, str]:
+    def described_more(verdicts: Mapping[str, str]) -> list[Trial]:
+      found = more(verdicts)
+      write_plan(config, workdir, found, python)
+      return found
+
+    return run_all(trials, more=described_more, **search)
+
   try:
     if config.backend in ("slurm", "gke"):
+      write_plan(config, workdir, trials, python)
       return BACKENDS[config.backend].submit(config, workdir, trials, python)
-    if config.backend == "tpu":
-      verdicts = drive(config, workdir, trials, *tpu.places(config, workdir, python))
-    elif config.backend == "population":
+    if config.backend == "population":
+      write_plan(config, workdir, trials, python)
       verdicts = population.train_all(trials, workdir)
+    elif config.search.trials:
+      verdicts = study.run(search_all)
+    elif config.halving.steps:
+      verdicts = halving.run_rungs(config.halving, workdir, trials, run_all)
     else:
-      verdicts = run_local(config, workdir, trials, python)
+      verdicts = run_all(trials)
   except Interrupted as interruption:
     print("the same command goes on")
     return 128 + interruption.signum

@@ -197,7 +197,7 @@ def last_lines(path: Path, start: int = 0, *, count: int = LINES) -> list[str]:
 
 
 def where(directory: Path, steps: int, status: Mapping[str, Any]) -> str:
-  """The word for it: done, running, failed, stopped or waiting.
+  """The word for it: done, running, failed, pruned, stopped or waiting.
 
   Stopped is what has begun and goes on with the next start of the same command; waiting has not
   begun, or waits for its next try.
@@ -206,6 +206,7 @@ def where(directory: Path, steps: int, status: Mapping[str, Any]) -> str:
     return "done"
   if holder(newest_lease(directory)) != "nobody":
     return "running"
-  if status.get("status") == "failed":  # With no retries left, as its launcher had them.
-    return "failed"
+  # Failed with no retries left, as its launcher had them; or ended by a search.
+  if status.get("status") in ("failed", "pruned"):
+    return status["status"]
   return "stopped" if last_row(directory) and not status.get("failures") else "waiting"

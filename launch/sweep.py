@@ -211,37 +211,51 @@ def load(path: str) -> tuple[str, list[Settings]]:
   Raises:
     SweepError: there is no such file, or it lacks EXPERIMENT or sweep(), or yields something else.
   """
+  experiment, sweep = load_function(path, "sweep", "yields dictionaries of flags")
+  try:
+    return experiment, list(sweep())
+  except SweepError as error:
+    raise SweepError(f"{path}: {error}") from None
+
+
+def load_function(path: str, name: str, purpose: str) -> tuple[str, Callable[..., Any]]:
+  """The experiment that a sweep's file names, and its function of that name.
+
+  Raises:
+    SweepError: there is no such file, or it lacks one of them.
+  """
   spec = importlib.util.spec_from_file_location("sweep_file", path)
   if spec is None or not Path(path).is_file():
-    raise SweepError(f"--sweep={path}: must be a Python file with a function sweep()")
+    raise SweepError(f"--sweep={path}: must be a Python file with a function {name}()")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   experiment = getattr(module, "EXPERIMENT", None)
   if not isinstance(experiment, str):
     raise SweepError(f'{path}: must say what to run, such as EXPERIMENT = "experiments.grpo"')
-  if not callable(getattr(module, "sweep", None)):
-    raise SweepError(f"{path}: must have a function sweep() that yields dictionaries of flags")
-  try:
-    found = list(module.sweep())
-  except SweepError as error:
-    raise SweepError(f"{path}: {error}") from None
-  for number, settings in enumerate(found, 1):
-    if not isinstance(settings, dict):
-      raise SweepError(f"{path}, trial {number}: sweep() gave {settings!r}: must be a dictionary")
-    for key, value in settings.items():
-      items = value if isinstance(value, (list, tuple)) else [value]
-      # Exactly these: NumPy's numbers are not JSON, and a bool is an int to isinstance alone.
-      odd = [x for x in items if type(x) not in (int, float, str, bool, type(None))]
-      if odd or not isinstance(key, str):
-        raise SweepError(
-          f"{path}, trial {number}: {key}={value!r}: must be a number, a text, true, false, None "
-          f"or a list of them, not {type((odd or [key])[0]).__name__}; "
-          "float(...) or int(...) makes a number plain"
-        )
-  return experiment, found
+  if not callable(getattr(module, name, None)):
+    raise SweepError(f"{path}: must have a function {name}() that {purpose}")
+  return experiment, getattr(module, name)
 
 
-def plan(experiment: str, sweep: Sequence[Settings], *, where: str = "sweep") -> list[Trial]:
+def check_plain(settings: Any, *, where: str) -> None:
+  """Refuses what cannot be told in a command line and in JSON."""
+  if not isinstance(settings, dict):
+    raise SweepError(f"{where}: {settings!r}: must be a dictionary of flags")
+  for key, value in settings.items():
+    items = value if isinstance(value, (list, tuple)) else [value]
+    # Exactly these: NumPy's numbers are not JSON, and a bool is an int to isinstance alone.
+    odd = [x for x in items if type(x) not in (int, float, str, bool, type(None))]
+    if odd or not isinstance(key, str):
+      raise SweepError(
+        f"{where}: {key}={value!r}: must be a number, a text, true, false, None "
+        f"or a list of them, not {type((odd or [key])[0]).__name__}; "
+        "float(...) or int(...) makes a number plain"
+      )
+
+
+def plan(
+  experiment: str, sweep: Sequence[Settings], *, where: str = "sweep", first: int = 1
+) -> list[Trial]:
   """The trials of a sweep, each once, all checked.
 
   Args:
@@ -249,6 +263,7 @@ def plan(experiment: str, sweep: Sequence[Settings], *, where: str = "sweep") ->
       `VOLATILE`) and `check`, as the experiments have.
     sweep: dictionaries of flags.
     where: what errors begin with.
+    first: the number of the first dictionary, for errors.
 
   Returns:
     In the order of the sweep. Where dictionaries differ only in what does not change what is
@@ -262,7 +277,8 @@ def plan(experiment: str, sweep: Sequence[Settings], *, where: str = "sweep") ->
   except ImportError as error:
     raise SweepError(f"{where}: EXPERIMENT={experiment!r} cannot be imported: {error}") from None
   trials: dict[str, Trial] = {}
-  for number, settings in enumerate(sweep, 1):
+  for number, settings in enumerate(sweep, first):
+    check_plain(settings, where=f"{where}, trial {number}")
     try:
       trial = make_trial(module, experiment, settings)
     except (ConfigError, *getattr(module, "USER_ERRORS", ())) as error:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl_llm.data.batches import PackedShares
+from rl_llm.data.packing import unpack
 from rl_llm.data.prompts import PromptBatch
 from rl_llm.metrics import proportion_interval
 from rl_llm.model import LanguageModel
@@ -99,6 +101,24 @@ def sequence_rewards(
   """
   hidden, _ = policy.hidden(params, tokens, positions, segment_ids)
   return apply_head(params["head"], _at(hidden, _last(mask)))
+
+
+def packed_rewards(params: Any, sequences: PackedShares, *, policy: Any) -> chex.Array:
+  """`sequence_rewards` of sequences that share rows.
+
+  Args:
+    params: a reward model's, with its "head".
+    sequences: N of them, from `rl_llm.data.batches.packed_shares`, or one share of such.
+    policy: the pure functions of the trunk.
+
+  Returns:
+    rewards [N], float32; of places without a sequence they mean nothing.
+  """
+  tokens, mask, positions, segment_ids = sequences.packed
+  hidden, _ = policy.hidden(params, tokens, positions, segment_ids)
+  rows = sequences.rows % len(tokens)  # Rows are counted over all shares.
+  own = unpack(mask, rows, sequences.starts, sequences.lengths, width=tokens.shape[1])
+  return apply_head(params["head"], hidden[rows, sequences.starts + _last(own)])
 
 
 def _last(mask: chex.Array) -> chex.Array:

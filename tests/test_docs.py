@@ -37,20 +37,23 @@ def flags_of(module):
 
 
 def unknown_flags(text):
-  """Flags after `-m experiments.x` or `-m launch.x` must be x's, all others one of theirs."""
+  """Flags after `-m experiments.x`, launch.x or benchmarks.x must be x's, others one of theirs."""
   modules = {
     path.stem: importlib.import_module(f"{directory}.{path.stem}")
-    for directory in ("experiments", "launch") for path in (ROOT / directory).glob("*.py")
+    for directory in ("experiments", "launch", "benchmarks")
+    for path in (ROOT / directory).glob("*.py")
   }
   experiments = {stem: flags_of(module) for stem, module in modules.items()
                  if hasattr(module, "Config")}
+  anyones = set().union(*experiments.values())
   unknown = []
   for line in text.splitlines():
-    command = re.search(r"-m (?:experiments|launch)\.(\w+)", line)
-    known = experiments[command[1]] if command else set().union(*experiments.values())
-    for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", line):
-      if flag not in known | FOREIGN_FLAGS:
-        unknown.append(flag)
+    before, *commands = re.split(r"-m (?:experiments|launch|benchmarks)\.(?=\w)", line)
+    known = [anyones, *(experiments[re.match(r"\w+", command)[0]] for command in commands)]
+    for part, flags in zip([before, *commands], known, strict=True):
+      for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", part):
+        if flag not in flags | FOREIGN_FLAGS:
+          unknown.append(flag)
   return unknown
 
 
@@ -95,6 +98,7 @@ def test_the_rules_themselves():
   assert missing_paths(text) == ["tests/no.py", "docs/no.md"]
   assert unknown_flags("--model=tiny --loss.clip_hi=1 --no-deps a--b") == ["loss.clip_hi"]
   assert unknown_flags("python -m experiments.sft --packing=1 --kl.coef=1") == ["kl.coef"]
+  assert unknown_flags("--kl.coef=1: -m benchmarks.rollout --runs=3 --lr=1") == ["lr"]
   assert unknown_names("rl_llm.kl.k3, rl_llm.kl.k4, rl_llm/kl.py") == ["rl_llm.kl.k4"]
 
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ from rl_llm.files import locked
 from rl_llm.interrupt import Interrupted, StopSignals
 
 POLL = 0.1  # seconds between two looks at the processes
-LOOK = 3.0  # seconds between two looks at a trial that another launcher has
+LOOK = 3.0  # seconds between two looks at what another launcher has, or what may be hopeless
+HOPELESS = "hopeless"  # why a search ended a trial
 
 # Runs as a process of its own for a moment and then becomes the trial: whatever kills the launcher
 # kills the trial too (PR_SET_PDEATHSIG), also where the launcher died before this was asked for.
@@ -140,6 +141,7 @@ class Start:
   log_begin: int  # where its lines begin in stdout.log
   began: float = dataclasses.field(default_factory=time.monotonic)
   renewed: float = dataclasses.field(default_factory=time.monotonic)
+  judged: float = dataclasses.field(default_factory=time.monotonic)
   cause: str = ""  # why we ended it, or the first process that failed
   code: int = 0  # of that process
   kill_at: float | None = None  # once it has been asked to end
@@ -213,7 +215,8 @@ def in_words(code: int) -> str:
 
 
 def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> str:
-  """Writes what came of a start and gives its lease free: "done", "failed", "again", "stopped".
+  """Writes what came of a start and gives its lease free: "done", "failed", "again", "stopped",
+  or "pruned".
 
   A failed start waits twice as long as the one before it. What stops because it was asked to (exit
   code 130 or 143, with everything saved) has not failed.
@@ -227,6 +230,8 @@ def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> st
   asked = over.code in (130, 143, -signal.SIGTERM, -signal.SIGINT)
   if state.is_done(over.directory, over.trial.steps):
     verdict, changes = "done", changes | {"failures": 0, "reason": "", "lines": []}
+  elif over.cause == HOPELESS:
+    verdict = "pruned"
   elif (stopping and over.kill_at is not None) or asked:
     verdict = "stopped"
   else:
@@ -289,6 +294,8 @@ def drive(
   time_limit: float,
   grace: float,
   progress: Progress,
+  more: Callable[[Mapping[str, str]], list[Trial]] = lambda verdicts: [],
+  hopeless: Callable[[Trial], bool] = lambda trial: False,
 ) -> dict[str, str]:
   """Runs every trial that is neither done nor another launcher's, until nothing is left to do.
 
@@ -302,14 +309,17 @@ def drive(
     time_limit: seconds of one start, 0 = none.
     grace: seconds to save in, once asked to end.
     progress: where to say what happens.
+    more: trials to run besides, asked for when a slot is free and no trial waits for it; it is
+      given the verdicts so far.
+    hopeless: whether a trial that is running is to be ended for good, asked every few seconds.
 
   Returns:
-    id -> "done", "failed", "stopped" or "elsewhere".
+    id -> "done", "failed", "stopped", "pruned" or "elsewhere".
 
   Raises:
     Interrupted: SIGINT or SIGTERM came; the trials were asked to save, and have ended.
   """
-  free, running = list(slots), []
+  trials, free, running = list(trials), list(slots), []
   settled: dict[str, str] = {}
   next_look = {trial.id: 0.0 for trial in trials}
   elsewhere: set[str] = set()
@@ -366,6 +376,17 @@ def drive(
         stop.check()
         for each in [r for r in running if watch(r, time_limit=time_limit, grace=grace)]:
           finish(each, False)
+        for each in running:
+          if each.kill_at is None and time.monotonic() - each.judged > LOOK:
+            each.judged = time.monotonic()
+            if hopeless(each.trial):
+              each.cause = HOPELESS
+              each.ask_to_end(grace)
+        begun = {each.trial.id for each in running} | settled.keys() | elsewhere
+        if free and begun.issuperset(next_look):
+          found = more(settled)
+          trials += found
+          next_look |= dict.fromkeys((trial.id for trial in found), 0.0)
         for trial in trials:
           if free and trial.id not in settled and next_look[trial.id] <= time.monotonic():
             next_look[trial.id] = time.monotonic() + begin(trial)

@@ -32,6 +32,22 @@ class SequenceBatch(NamedTuple):
   segment_ids: np.ndarray
 
 
+class PackedShares(NamedTuple):
+  """N sequences, consecutive shares of which are packed each on its own; from `packed_shares`.
+
+  Attributes:
+    packed: R rows a share, one share after another.
+    rows: [N] int32, the row of `packed` a sequence is in.
+    starts: [N] int32, the column it begins at.
+    lengths: [N] int32, its tokens; 0 where there is none.
+  """
+
+  packed: SequenceBatch
+  rows: np.ndarray
+  starts: np.ndarray
+  lengths: np.ndarray
+
+
 def batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> np.ndarray:
   """Which examples step `step` trains on: the step's piece of an endless row of shuffled epochs.
 
@@ -149,6 +165,70 @@ def packed_batch(
     ValueError: as for `sequence_batch`, or a sequence is longer than a row.
   """
   return _fill(SequenceBatch(*pack(sequences, length=length, pad_id=pad_id)[:4]), pad_id, rows)
+
+
+def packed_shares(
+  sequences: Sequence[Encoded], *, shares: int, per_share: int, length: int, pad_id: int
+) -> PackedShares:
+  """Packs what each microbatch needs on its own, for losses that look at whole sequences.
+
+  A loss on pairs needs both answers where it is computed. So a microbatch's sequences are packed
+  among themselves, and it takes its answers' values out of its rows again with
+  `rl_llm.data.packing.unpack`. All shares have as many rows as the fullest needs, rounded up to a
+  power of two: an update compiles for few shapes.
+
+  Of lengths 3, 2, 2 and 2 in rows of 5, two shares of two: one row each.
+
+  >>> a, b, c, d = (Encoded([n] * n, [False] + [True] * (n - 1), 1) for n in (3, 2, 2, 2))
+  >>> found = packed_shares([a, b, c, d], shares=2, per_share=2, length=5, pad_id=0)
+  >>> found.packed.tokens.tolist(), found.rows.tolist(), found.starts.tolist()
+  ([[3, 3, 3, 2, 2], [2, 2, 2, 2, 0]], [0, 0, 1, 1], [0, 3, 0, 2])
+
+  Args:
+    sequences: from `encode`, at most shares * per_share; the last shares may stay empty.
+    shares: microbatches.
+    per_share: sequences of each.
+    length: T, tokens in a row.
+    pad_id: as for `sequence_batch`.
+
+  Returns:
+    A `PackedShares` of N = shares * per_share.
+
+  Raises:
+    ValueError: as for `pack`, or there are too many sequences.
+  """
+  count = shares * per_share
+  if len(sequences) > count:
+    raise ValueError(f"sequences: {len(sequences)} are more than shares * per_share = {count}")
+  own = [sequences[first : first + per_share] for first in range(0, count, per_share)]
+  packs = [pack(part, length=length, pad_id=pad_id) if part else None for part in own]
+  most = max(len(packed.tokens) for packed in packs if packed)
+  height = min(1 << (most - 1).bit_length(), per_share)
+  places = np.zeros((3, count), np.int32)
+  batches = []
+  for share, packed in enumerate(packs):
+    if packed is None:
+      batches.append(_padding(height, length, pad_id))
+      continue
+    batches.append(_fill(SequenceBatch(*packed[:4]), pad_id, height))
+    found = packed.rows[:, 0] + share * height, packed.starts[:, 0], packed.lengths[:, 0]
+    first = share * per_share
+    places[:, first : first + len(packed.rows)] = found
+  joined = SequenceBatch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+  return PackedShares(joined, *places)
+
+
+def padding_fraction(segment_ids: np.ndarray) -> float:
+  """How much of the rows that hold anything is padding.
+
+  >>> padding_fraction(np.array([[1, 1, 1, -1], [1, 2, -1, -1], [-1, -1, -1, -1]]))
+  0.375
+
+  Args:
+    segment_ids: [R, T] int32, as in a `SequenceBatch`.
+  """
+  used = segment_ids[np.any(segment_ids > 0, axis=1)]
+  return 1 - float(np.mean(used > 0))
 
 
 def pad_values(values: Sequence[np.ndarray], *, width: int) -> np.ndarray:

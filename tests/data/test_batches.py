@@ -6,6 +6,7 @@ import pytest
 from rl_llm.data.batches import (
   batch_indices,
   packed_batch,
+  packed_shares,
   pad_values,
   pair_batch,
   sequence_batch,
@@ -128,3 +129,41 @@ def test_values_of_ragged_sequences_as_rows():
   assert found.tolist() == [[0, -1, -2, 0], [-3, 0, 0, 0]] and found.dtype == np.float32
   with pytest.raises(ValueError, match="width=2: number 0 has 3 values"):
     pad_values(values, width=2)
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_each_share_is_packed_on_its_own(count):
+  """12 places in 3 shares, the last may be empty: every token is where it is said to be."""
+  rng = np.random.default_rng(count)
+  sequences = []
+  for size in rng.integers(2, 9, size=count).tolist():
+    tokens = rng.integers(1, 100, size=size).tolist()
+    sequences.append(Encoded(tokens, [False] + [True] * (size - 1), 1))
+  found = packed_shares(sequences, shares=3, per_share=4, length=10, pad_id=0)
+  height = len(found.packed.tokens) // 3
+  assert len(found.packed.tokens) == 3 * height and height in (1, 2, 4)
+  seen = np.zeros(found.packed.tokens.shape, bool)
+  for index, (row, start, length) in enumerate(
+    zip(found.rows, found.starts, found.lengths, strict=True)
+  ):
+    if index >= count:
+      assert length == 0
+      continue
+    own, place = sequences[index], slice(start, start + length)
+    assert row // height == index // 4
+    assert found.packed.tokens[row, place].tolist() == own.tokens
+    assert found.packed.mask[row, place].tolist() == own.mask
+    assert found.packed.positions[row, place].tolist() == list(range(length))
+    assert len(set(found.packed.segment_ids[row, place].tolist())) == 1
+    assert not seen[row, place].any()
+    seen[row, place] = True
+  assert not found.packed.mask[~seen].any() and (found.packed.segment_ids[~seen] == -1).all()
+  needed = [len(pack(part, length=10, pad_id=0).tokens)
+            for part in (sequences[:4], sequences[4:8], sequences[8:]) if part]
+  assert height >= max(needed) and (height == 1 or height < 2 * max(needed))
+
+
+def test_more_sequences_than_places():
+  three = [Encoded([1, 2], [False, True], 1)] * 3
+  with pytest.raises(ValueError, match=r"sequences: 3 are more than shares \* per_share = 2"):
+    packed_shares(three, shares=2, per_share=1, length=4, pad_id=0)

@@ -219,9 +219,13 @@ def test_where_a_trial_is_many_processes_they_join_if_the_experiment_can(monkeyp
   assert any(" --distributed" in part for part in gke.command(config, WORKDIR, trial, "python3"))
 
   seen = []
-  monkeypatch.setattr(run, "drive", lambda *args: seen.append(args[-1](trial, None)[0]))
+
+  def start(config):
+    _, commands = run.places(config, WORKDIR, "python3")
+    seen.append(commands(trial, None)[0])
+
   for tasks in ("1", "2"):
     monkeypatch.setenv("SLURM_NTASKS", tasks)
-    run.run_local(make(prefix="srun"), WORKDIR, [trial], "python3")
-  run.run_local(make(), WORKDIR, [trial], "python3")  # Nobody starts it twice.
+    start(make(prefix="srun"))
+  start(make())  # Nobody starts it twice.
   assert [command[-1] == "--distributed" for command in seen] == [False, True, False]

@@ -206,7 +206,7 @@ def spec(tmp_path, body, experiment=f'EXPERIMENT = "{STANDIN}"'):
     ("yield {'workdir': 'x'}", "--workdir=x: must be left to the launcher"),
     ("import numpy; yield {'seed': numpy.int64(1)}", "not int64; float(...) or int(...)"),
     ("yield {'seed': object()}", "trial 1: seed=<object"),
-    ("yield 3", "trial 1: sweep() gave 3: must be a dictionary"),
+    ("yield 3", "trial 1: 3: must be a dictionary"),
     ("return []", "must yield at least one"),
     ("from launch.sweep import product; yield from product(seed=3)", "seed=3: must be a list"),
   ],
