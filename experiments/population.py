@@ -278,9 +278,8 @@ def _train(
     for number in np.flatnonzero(over):
       # Without a finite gradient its weights stay, and so does what the state says of it.
       batches[number]["advantages"] = np.full_like(batches[number]["advantages"], np.nan)
-    hparams = place_rows(
-      stacked([grpo.hyperparameters(member, step) for member in configs]), mesh
-    )
+    hparams = stacked(jax.device_get([grpo.hyperparameters(member, step) for member in configs]))
+    hparams = place_rows(hparams, mesh)
     announce(f"compiling the update: responses of up to {batches[0]['mask'].shape[1]} tokens")
     totals = {}
     deals = [
@@ -520,8 +519,8 @@ def in_turns(sample: Generate, count: int) -> list[Generate]:
 
 
 def stacked(trees: Sequence[Any]) -> Any:
-  """One tree, with a new first axis."""
-  return jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).stack(x), *trees)
+  """One tree, with a new first axis, on the host where its leaves are there."""
+  return jax.tree.map(lambda *x: (jnp if isinstance(x[0], jax.Array) else np).stack(x), *trees)
 
 
 def members_over(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
