@@ -108,7 +108,8 @@ def test_a_kill_changes_nothing_and_what_is_done_is_left(tmp_path, small, files,
     with monkeypatch.context() as patch:
       patch.setattr(training, "StopSignals", Stopping)
       name = population_of(tmp_path / "straight").name
-      Stopping.record, Stopping.rows, Stopping.extra = cut / "work" / name / "metrics.jsonl", rows, 1
+      Stopping.record = cut / "work" / name / "metrics.jsonl"
+      Stopping.rows, Stopping.extra = rows, 1
       Stopping.error = Killed()
       with pytest.raises(Killed):
         sweep(cut, trials)
