@@ -33,10 +33,11 @@ test-full: $(VENV)/test-$(VERSION)
 	RL_LLM_FULL=1 $(BIN)/python -m pytest -q tests
 
 # Debian's own packages, and no service of theirs: the tests start daemons of their own.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 test-slurm: $(VENV)/test-$(VERSION)
-	@command -v srun >/dev/null && ls /usr/sbin/slurmctld /usr/sbin/slurmd >/dev/null || \
-	  $(if $(filter 0,$(shell id -u)),,sudo) apt-get install -y --no-install-recommends slurmctld slurmd slurm-client
-	RL_LLM_SLURM=1 $(BIN)/python -m pytest -q tests/launch/test_real_slurm.py
+	@{ command -v srun && ls /usr/sbin/slurmctld /usr/sbin/slurmd; } >/dev/null || { $(SUDO) apt-get update -q && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client; }
+	RL_LLM_SLURM=1 $(BIN)/python -m pytest -q tests/slurm
 
 lint: $(VENV)/test-$(VERSION)
 	$(BIN)/ruff check .
@@ -93,7 +94,7 @@ $(VENV)/run-$(VERSION): $(VENV)/python-$(VERSION) setup.py
 
 $(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
 	@echo "Installing what the tests need."
-	@$(PIP) install -q -e '.[hf,gguf,tasks,optuna,dev]'
+	@$(PIP) install -q -e '.[hf,gguf,tasks,optuna,plot,dev]'
 	@touch $@
 
 clean:

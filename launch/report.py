@@ -1,6 +1,7 @@
 """What came of a sweep: one table, and one HTML file with its curves that can be mailed.
 
   python -m launch.report runs/sweep-grpo_tiny
+  python -m launch.report runs/sweep-grpo_tiny --figure=sweep.svg
 
 Trials that differ in their seed alone are one line: mean and 95 % interval over seeds. Only
 settings that vary are shown. Beside the trials' directories it writes report.csv (a line per
@@ -45,6 +46,7 @@ class Config:
 
   workdir: str = option("", "the sweep's directory; may be given without --workdir=")
   metric: str = option("", "key of metrics.jsonl to compare by; empty = held-out accuracy, or loss")
+  figure: str = option("", "a file.svg or .png for what each setting does; needs the extra plot")
 
 
 class Row(NamedTuple):
@@ -330,6 +332,69 @@ def _key(value: Any) -> tuple:
   return (1, 0.0, shown(value))
 
 
+def effects(
+  paths: Sequence[str], groups: Sequence[Group]
+) -> dict[str, list[list[tuple[Any, float]]]]:
+  """What each setting does: for each, one line of (value, mean) per combination of the others.
+
+  >>> groups = [Group({"a": a, "b": b}, [], a + b / 10, None) for a in (1, 2) for b in (3, 4)]
+  >>> effects(["a", "b"], groups)["b"]
+  [[(3, 1.3), (4, 1.4)], [(3, 2.3), (4, 2.4)]]
+  """
+  found = {}
+  for path in paths:
+    lines: dict[str, list[tuple[Any, float]]] = {}
+    for group in groups:
+      if group.mean is not None:
+        others = repr([group.settings[other] for other in paths if other != path])
+        lines.setdefault(others, []).append((group.settings[path], group.mean))
+    found[path] = [sorted(line, key=lambda point: _key(point[0])) for line in lines.values()]
+  return found
+
+
+def draw(paths: Sequence[str], groups: Sequence[Group], metric: str, path: str) -> None:
+  """The `effects` as a figure: a thin line per combination of the others, and their mean.
+
+  Raises:
+    ConfigError: nothing varies, or Matplotlib is not installed.
+  """
+  if not paths:
+    raise ConfigError("figure", path, "left out where no setting varies")
+  try:
+    import matplotlib
+  except ImportError:
+    raise ConfigError(
+      "figure", path, "used where matplotlib is installed", "pip install 'rl_llm[plot]'"
+    ) from None
+  matplotlib.use("Agg")
+  matplotlib.rcParams["svg.hashsalt"] = "rl_llm"  # The same figures give the same file.
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(
+    1, len(paths), figsize=(3.6 * len(paths), 3.2), sharey=True, squeeze=False
+  )
+  for axis, (name, lines) in zip(axes[0], effects(paths, groups).items(), strict=True):
+    # At equal distances, in order: settings are often powers.
+    ticks = sorted({value for line in lines for value, _ in line}, key=_key)
+    for line in lines:
+      axis.plot(
+        [ticks.index(value) for value, _ in line], [mean for _, mean in line],
+        color="0.6", linewidth=1, marker="o", markersize=3,
+      )
+    means = [
+      statistics.fmean([mean for line in lines for value, mean in line if value == tick])
+      for tick in ticks
+    ]
+    axis.plot(range(len(ticks)), means, color="tab:orange", linewidth=3, marker="o")
+    axis.set_xticks(range(len(ticks)), [shown(tick) for tick in ticks])
+    axis.set_xlabel(name)
+    axis.grid(axis="y", alpha=0.3)
+  axes[0][0].set_ylabel(metric.removeprefix("eval/").replace("_", " "))
+  figure.tight_layout()
+  figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
+  pyplot.close(figure)
+
+
 def trials_table(rows: Sequence[Row], metric: str) -> str:
   """A line per trial, with what it left a click away."""
   paths = varying([row.config for row in rows])
@@ -384,8 +449,8 @@ def as_html(
   )
 
 
-def write(workdir: Path, *, metric: str) -> str:
-  """Writes report.csv, report.md and report.html; gives the table as text."""
+def write(workdir: Path, *, metric: str, figure: str = "") -> str:
+  """Writes report.csv, report.md, report.html and the figure; gives the table as text."""
   metric, rows = read_rows(workdir, metric=metric)
   for row in rows:
     if row.status not in ("done", "running") and row.step is not None:
@@ -402,6 +467,8 @@ def write(workdir: Path, *, metric: str) -> str:
     ("report.html", as_html(name, lines, paths, groups, rows, metric)),
   ):
     write_atomically(workdir / file, redact(text).encode("utf-8", "backslashreplace"))
+  if figure:
+    draw(paths, groups, metric, figure)
   return printable("\n".join([as_text(lines), *why]), keep_newlines=True)
 
 
@@ -409,7 +476,7 @@ def main(config: Config) -> int:
   workdir = Path(config.workdir)
   if not config.workdir:
     raise ConfigError("workdir", "", "the directory of a sweep", "python -m launch.report DIR")
-  print(write(workdir, metric=config.metric))
+  print(write(workdir, metric=config.metric, figure=config.figure))
   print(f"curves: {workdir / 'report.html'}")
   return 0
 

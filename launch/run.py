@@ -115,7 +115,7 @@ def write_plan(config: Config, workdir: Path, trials: list[Trial], python: str) 
     command = shlex.join(trial.command(workdir, python=python))
     state.describe(trial, command, workdir / trial.id)
   copy = workdir / "sweep.py"
-  if Path(config.sweep).resolve() != copy.resolve() and not config.only:
+  if Path(config.sweep).resolve() != copy.resolve():
     write_atomically(copy, Path(config.sweep).read_bytes())
 
 
@@ -166,6 +166,8 @@ def drive(
   """Runs them; id -> what became of each."""
   if names is None:
     names = dict(zip([trial.id for trial in trials], described(trials), strict=True))
+  # Only what slurmd has started has this variable.
+  ask = slurm.asks(config.prefix) if "SLURM_TASK_PID" in os.environ else local.ask
   return local.drive(
     trials,
     workdir,
@@ -176,6 +178,7 @@ def drive(
     time_limit=config.time_limit,
     grace=config.grace,
     progress=Progress(names),
+    ask=ask,
     **search,
   )
 

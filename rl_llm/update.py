@@ -108,7 +108,9 @@ def make_update(
   def accumulate(params, frozen, batch, hparams, used):
     def value_and_grad(params, batch, hparams):
       value, grads = differentiate(params, frozen, batch, hparams)
-      return value, grads if mesh is None else constrain(grads, mesh)
+      # The barrier: a sum over devices that is added to a running total is best left where it is.
+      # Moved behind the loop, every device would hold the whole total; and libtpu's attempt fails.
+      return value, grads if mesh is None else jax.lax.optimization_barrier(constrain(grads, mesh))
 
     if microbatches == 1:
       return value_and_grad(params, batch, hparams)

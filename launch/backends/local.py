@@ -138,6 +138,7 @@ class Start:
   slot: Slot
   lease: Path
   processes: list[subprocess.Popen]
+  ask: Callable[[subprocess.Popen, int | None], None]
   log_begin: int  # where its lines begin in stdout.log
   began: float = dataclasses.field(default_factory=time.monotonic)
   renewed: float = dataclasses.field(default_factory=time.monotonic)
@@ -146,12 +147,17 @@ class Start:
   code: int = 0  # of that process
   kill_at: float | None = None  # once it has been asked to end
 
-  def ask_to_end(self, grace: float) -> None:
-    """Experiments save at SIGTERM. The group would include graders, which they still need."""
+  def ask_to_end(self, grace: float, received: int | None = None) -> None:
+    """Asks each process to save and end, and ends it after `grace` seconds.
+
+    Args:
+      grace: to save in.
+      received: the signal by which the launcher was itself asked, if it was.
+    """
     if self.kill_at is None:
       self.kill_at = time.monotonic() + grace
       for process in self.processes:
-        process.send_signal(signal.SIGTERM)
+        self.ask(process, received)
 
   def kill(self) -> None:
     for process in self.processes:
@@ -161,7 +167,12 @@ class Start:
         pass
 
 
-def start(trial: Trial, directory: Path, slot: Slot, lease: Path, commands) -> Start:
+def ask(process: subprocess.Popen, received: int | None) -> None:
+  """Experiments save at SIGTERM. The group would include graders, which they still need."""
+  process.send_signal(signal.SIGTERM)
+
+
+def start(trial: Trial, directory: Path, slot: Slot, lease: Path, commands, ask) -> Start:
   """Starts the processes of a trial whose lease we hold."""
   with open(directory / "stdout.log", "ab") as log:
     began = log.tell()
@@ -178,7 +189,7 @@ def start(trial: Trial, directory: Path, slot: Slot, lease: Path, commands) -> S
       )
       for command in commands
     ]
-  return Start(trial, directory, slot, lease, processes, began)
+  return Start(trial, directory, slot, lease, processes, ask, began)
 
 
 def watch(running: Start, *, time_limit: float, grace: float) -> bool:
@@ -294,6 +305,7 @@ def drive(
   time_limit: float,
   grace: float,
   progress: Progress,
+  ask: Callable[[subprocess.Popen, int | None], None] = ask,
   more: Callable[[Mapping[str, str]], list[Trial]] = lambda verdicts: [],
   hopeless: Callable[[Trial], bool] = lambda trial: False,
 ) -> dict[str, str]:
@@ -309,6 +321,7 @@ def drive(
     time_limit: seconds of one start, 0 = none.
     grace: seconds to save in, once asked to end.
     progress: where to say what happens.
+    ask: (process, the signal that the launcher received or None) asks a process to save and end.
     more: trials to run besides, asked for when a slot is free and no trial waits for it; it is
       given the verdicts so far.
     hopeless: whether a trial that is running is to be ended for good, asked every few seconds.
@@ -357,14 +370,14 @@ def drive(
         return waits[trial.id]
       state.record(directory, status="running", slot=free[0].name)
       slot = free.pop(0)
-      running.append(start(trial, directory, slot, lease, commands(trial, slot)))
+      running.append(start(trial, directory, slot, lease, commands(trial, slot), ask))
       progress.started(running[-1])
       return float("inf")
     return max(sight.seconds, 0.2)
 
-  def stop_all() -> None:
+  def stop_all(received: int) -> None:
     for each in running:
-      each.ask_to_end(grace)
+      each.ask_to_end(grace, received)
     while running:
       for each in [r for r in running if watch(r, time_limit=0, grace=grace)]:
         finish(each, True)
@@ -395,8 +408,8 @@ def drive(
           return settled | dict.fromkeys(open_, "elsewhere")
         progress.show(running, settled, len(trials), len(elsewhere))
         time.sleep(POLL)
-    except Interrupted:
-      stop_all()
+    except Interrupted as interruption:
+      stop_all(interruption.signum)
       raise
     except BaseException:
       for each in running:

@@ -1,9 +1,10 @@
-"""The command lines of clusters, word for word: none of them can be run here."""
+"""The command lines of clusters, word for word; tests/slurm has a real cluster run them."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from launch import run
 from launch.backends import gke, local, slurm, tpu
 from launch.sweep import plan
 from rl_llm.config import ConfigError, replace
+from rl_llm.metrics import read, without_timings
+from tests import processes
+from tests.test_several_hosts import largest_gap
 
+FULL = bool(os.environ.get("RL_LLM_FULL"))  # `make test-full`
 ROOT = Path(__file__).parents[2]
 WORKDIR = Path("/shared/rates")
 SWEEP = "sweeps/Learning_Rates.py"
@@ -46,20 +51,22 @@ def test_a_job_array(trials):
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=4
 #SBATCH --gpus-per-task=1
-#SBATCH --output=/shared/rates/slurm-%a.log
+#SBATCH --output=/shared/rates/slurm-%A_%a.log
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@60
 #SBATCH --requeue
 cd {shlex.quote(os.getcwd())} || exit 2
 module load cuda
 trials=({a} {b} {c})
+cancelled=
+trap 'cancelled=1' TERM
 /venv/bin/python -m launch.run --sweep=/shared/rates/sweep.py --workdir=/shared/rates \
 --retries=2 --backoff=10.0 --time_limit=3600.0 --grace=60.0 \
---prefix=srun --only="${{trials[$SLURM_ARRAY_TASK_ID]}}"
+'--prefix=srun --cpus-per-task=4' --only="${{trials[$SLURM_ARRAY_TASK_ID]}}"
 code=$?
-if [ "$code" = 143 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt 20 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
+case "$code$cancelled" in 130 | 143)
+  [ "${{SLURM_RESTART_COUNT:-0}}" -ge 20 ] || scontrol requeue "$SLURM_JOB_ID"
+esac
 exit "$code\""""
 
 
@@ -67,8 +74,10 @@ def test_several_trials_share_a_job(trials):
   script = slurm.lines(make(backend="slurm", slurm__pack=2), WORKDIR, trials, "python")
   a, b, c = (trial.id for trial in trials)
   assert f"trials=({a},{b} {c})" in script and "#SBATCH --array=0-1" in script
-  assert any("--parallel=2 --devices_per_trial=1 --only" in line for line in script)
-  assert not any("srun" in line for line in script)
+  (launcher,) = (line for line in script if "launch.run" in line)
+  assert launcher.startswith("srun --ntasks=1 --cpus-per-task=8 python -m launch.run")
+  assert "--parallel=2 --devices_per_trial=1 --only" in launcher and "--prefix" not in launcher
+  assert "#SBATCH --signal=INT@60" in script
   with pytest.raises(ConfigError, match="--slurm.pack=2: must be 1 where a trial has several"):
     slurm.lines(
       make(backend="slurm", slurm__pack=2, slurm__nodes=2), WORKDIR, trials, "python"
@@ -79,7 +88,7 @@ def test_the_array_script_runs_its_trials_and_queues_again_what_was_stopped(tmp_
   """With a fake srun, and a fake scontrol that says what it was asked."""
   tools = tmp_path / "bin"
   tools.mkdir()
-  for name, body in (("srun", 'exec "$@"'), ("scontrol", f'echo "$@" >> {tmp_path}/asked')):
+  for name, body in (("srun", 'shift; exec "$@"'), ("scontrol", f'echo "$@" >> {tmp_path}/asked')):
     (tools / name).write_text(f"#!/bin/sh\n{body}\n")
     (tools / name).chmod(0o755 | stat.S_IEXEC)
   spec = tmp_path / "spec.py"
@@ -164,6 +173,62 @@ def test_slices_are_driven_from_here(tmp_path):
   assert len(slices) == 3 and set(slices) == {"s-0", "s-1"}
 
 
+GCLOUD = '''#!{python}
+"""gcloud ... ssh SLICE --worker=all --command=TEXT: a slice of two hosts, both of them here."""
+import os, subprocess, sys
+given = dict(word.partition("=")[::2] for word in sys.argv)
+assert sys.argv[1:5] == ["compute", "tpus", "tpu-vm", "ssh"] and given["--worker"] == "all"
+# What the metadata server would say: JAX reads it from Slurm's variables just as well.
+known = {{"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+         "JAX_COORDINATOR_PORT": "{port}"}}
+hosts = [
+  subprocess.Popen(["sh", "-c", given["--command"]],
+                   env=os.environ | known | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
+  for i in range(2)
+]
+sys.exit(max(host.wait() for host in hosts))
+'''
+
+
+@pytest.mark.skipif(not FULL, reason="three processes that train; RL_LLM_FULL=1")
+def test_a_slice_of_two_hosts_trains_one_model(tmp_path):
+  """All is real but gcloud and the chips: the hosts find each other and add up over Gloo."""
+  tools = tmp_path / "bin"
+  tools.mkdir()
+  (tools / "gcloud").write_text(GCLOUD.format(python=sys.executable, port=processes.free_port()))
+  (tools / "gcloud").chmod(0o755)
+  settings = {
+    "model": "tiny", "task": "copy", "steps": 3, "prompts_per_step": 16, "microbatch_prompts": 16,
+    "eval.problems": 16, "eval.samples": 1, "eval.every": 2,
+  }
+  spec, workdir = tmp_path / "spec.py", tmp_path / "work"
+  spec.write_text(f"EXPERIMENT = 'experiments.grpo'\ndef sweep():\n  return [{settings!r}]\n")
+  environment = os.environ | {
+    "PATH": f"{tools}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  }
+  done = subprocess.run(
+    [sys.executable, "-m", "launch.run", f"--sweep={spec}", f"--workdir={workdir}", "--execute",
+     "--backend=tpu", "--tpu.name=s", "--tpu.zone=z", f"--tpu.directory={ROOT}",
+     f"--python={sys.executable}"],
+    cwd=ROOT, env=environment, capture_output=True, text=True,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  [trial] = plan("experiments.grpo", [settings])
+  assert "on 2 x cpu" in (workdir / trial.id / "stdout.log").read_text()
+
+  alone = subprocess.run(
+    trial.command(tmp_path / "alone"), cwd=ROOT, env=environment | {"JAX_NUM_CPU_DEVICES": "2"},
+    capture_output=True, text=True,
+  )
+  assert alone.returncode == 0, alone.stderr
+  ours, theirs = (
+    without_timings(read(path / trial.id / "metrics.jsonl"))
+    for path in (workdir, tmp_path / "alone")
+  )
+  assert largest_gap(ours, theirs)[0] < 1e-5  # As of any two processes against one.
+
+
 @pytest.mark.parametrize(
   ("changes", "says"),
   [
@@ -208,8 +273,6 @@ def test_several_processes_of_a_trial_meet_on_loopback():
   ]
 
 
-
-
 def test_where_a_trial_is_many_processes_they_join_if_the_experiment_can(monkeypatch):
   """The hosts of a slice, and the tasks of srun, find each other; nobody tells them the address."""
   [trial] = plan("experiments.grpo", [{"model": "tiny", "task": "copy"}])
@@ -219,13 +282,32 @@ def test_where_a_trial_is_many_processes_they_join_if_the_experiment_can(monkeyp
   assert any(" --distributed" in part for part in gke.command(config, WORKDIR, trial, "python3"))
 
   seen = []
-
-  def start(config):
-    _, commands = run.places(config, WORKDIR, "python3")
-    seen.append(commands(trial, None)[0])
-
-  for tasks in ("1", "2"):
+  for prefix, tasks in (("srun", "1"), ("srun", "2"), ("", "2")):  # Nobody starts the last twice.
     monkeypatch.setenv("SLURM_NTASKS", tasks)
-    start(make(prefix="srun"))
-  start(make())  # Nobody starts it twice.
-  assert [command[-1] == "--distributed" for command in seen] == [False, True, False]
+    _, commands = run.places(make(prefix=prefix), WORKDIR, "python3")
+    [command] = commands(trial, None)
+    seen.append(command[-1] == "--distributed")
+  assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize(
+  ("prefix", "received", "asked"),
+  [
+    ("", None, "TERM"),  # Over its time limit.
+    ("", signal.SIGINT, "TERM"),  # Several trials in a job that is near its limit.
+    ("srun", None, "scancel --signal=TERM 7"),  # srun itself would kill them.
+    ("srun", signal.SIGTERM, ""),  # Slurm has sent it to all processes of the job.
+    ("", signal.SIGTERM, ""),
+  ],
+)
+def test_within_a_job_a_trial_is_asked_once(monkeypatch, prefix, received, asked):
+  said = []
+  monkeypatch.setenv("SLURM_JOB_ID", "7")
+  monkeypatch.setattr(subprocess, "run", lambda command: said.append(" ".join(command)))
+
+  class Process:
+    def send_signal(self, signum):
+      said.append(signal.Signals(signum).name.removeprefix("SIG"))
+
+  slurm.asks(prefix)(Process(), received)
+  assert said == [asked] * bool(asked)

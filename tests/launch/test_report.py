@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import doctest
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -138,6 +139,24 @@ def test_intervals():
   assert (mean, half) == (0.5, pytest.approx(12.706 * 0.5))  # s / sqrt(n) = 0.707 / 1.414
   spread = (0.25 * 40 / 39) ** 0.5
   assert report.interval([0.0, 1.0] * 20)[1] == pytest.approx(1.96 * spread / 40**0.5)
+
+
+def test_a_figure_of_what_each_setting_does(tmp_path, monkeypatch):
+  pytest.importorskip("matplotlib")
+  for number, (rate, clip) in enumerate([(0.01, 0.1), (0.001, 0.1), (0.01, 0.3), (0.001, 0.3)]):
+    trial(tmp_path / "work", number, value=rate * 10 + clip, rate=rate, clip=clip)
+  path = tmp_path / "sweep.svg"
+  assert report.main(report.Config(workdir=str(tmp_path / "work"), figure=str(path))) == 0
+  first = path.read_bytes()
+  assert first.startswith(b"<?xml") and b"Date" not in first
+  report.write(tmp_path / "work", metric="", figure=str(path))
+  assert path.read_bytes() == first, "the same figures give the same file"
+
+  with pytest.raises(ConfigError, match="--figure=x.svg: must be left out where no setting"):
+    report.draw([], [], "loss", "x.svg")
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  with pytest.raises(ConfigError, match=r"--figure=x.svg: .*pip install 'rl_llm\[plot\]'"):
+    report.draw(["a"], [], "loss", "x.svg")
 
 
 def test_it_is_a_command(sweep):

@@ -1,9 +1,10 @@
-"""Search by Optuna: what it is told, that nothing is run twice, and that a killed search goes on."""
+"""Search by Optuna: what it is told, that nothing is run twice, that a killed search goes on."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import sys
 
@@ -14,7 +15,7 @@ from launch.search import Search, Study
 from launch.sweep import SweepError
 from rl_llm.config import ConfigError, replace
 from rl_llm.files import locked
-from tests.launch.test_local import Sweep, wait_for
+from tests.launch.test_local import ROOT, Sweep, wait_for
 
 optuna = pytest.importorskip("optuna")
 
@@ -219,6 +220,15 @@ def test_a_search_that_prunes_killed_in_the_middle(tmp_path):
   lines = sweep.lines()
   code, said = sweep.run(*flags)
   assert code == 0 and "7 trials: 6 done, 1 pruned" in said and sweep.lines() == lines
+
+
+def test_the_example_of_the_guide(tmp_path):
+  text = (ROOT / "launch" / "README.md").read_text()
+  (program,) = re.findall(r"```python\n# mine_search.py\n(.*?)```", text, flags=re.DOTALL)
+  (tmp_path / "mine_search.py").write_text(program)
+  study = Study(Search(trials=20), str(tmp_path / "mine_search.py"), tmp_path / "work")
+  (trial,) = study.trials.values()
+  assert trial.config["model"] == "tiny" and 0.05 <= trial.config["loss.clip_high"] <= 0.5
 
 
 def test_what_cannot_be(tmp_path, monkeypatch):
