@@ -76,6 +76,7 @@ def prompt_layout(lengths: chex.Array, columns: int) -> tuple[chex.Array, chex.A
   return jnp.maximum(offset, 0).astype(jnp.int32), jnp.where(offset >= 0, 0, -1).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=("prompts", "responses"))
 def row_keys(key: chex.Array, prompts: int, responses: int) -> chex.Array:
   """One PRNG key a row, fold_in(fold_in(key, p), g): draws do not depend on the batch's layout.
 
