@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -55,6 +56,7 @@ from rl_llm import advantages, losses, presets
 from rl_llm.config import option, run
 from rl_llm.evaluation import evaluate
 from rl_llm.experience import (
+  Experience,
   agree_on_data,
   collect,
   draw_problems,
@@ -215,7 +217,7 @@ def volatile(config: Config) -> set[str]:
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
 
-def make_loss(config: Config, policy: Policy):
+def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
   """The objective: the surrogate, plus a KL term and an entropy term where they are wanted."""
 
   def loss_fn(params, batch, hparams):
@@ -227,6 +229,7 @@ def make_loss(config: Config, policy: Policy):
       batch["mask"],
       policy=policy,
       temperature=config.sampling.temperature,
+      chunk_size=chunk_size,
     )
     # One update per batch: the policy before it is the policy, and needs no second pass.
     old_logprobs = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
@@ -256,6 +259,120 @@ def make_loss(config: Config, policy: Policy):
     return loss, jax.lax.stop_gradient(metrics)
 
   return loss_fn
+
+
+def policy_term_only(config: Config) -> bool:
+  """Whether a response with advantage 0 adds nothing: DRO alone has a term without it."""
+  return not (config.kl.coef or config.loss.entropy_coef or config.loss.name == "dro_loss")
+
+
+def group_advantages(config: Config, experience: Experience) -> np.ndarray:
+  """[P, G] what each response is worth beside the others to its prompt."""
+  scores = experience.scores
+  keywords = dataclasses.asdict(config.advantage)
+  return np.asarray(advantages.group_relative(scores.rewards, where=scores.ok, **keywords))
+
+
+def make_batch(experience: Experience, worth: np.ndarray) -> dict[str, np.ndarray]:
+  """A step's responses, as `take_minibatch` shares them out. `worth`: [P, G] advantages."""
+  prompts, rollout = experience.prompts, experience.rollout
+  return {
+    "prompts": prompts.tokens,
+    "prompt_lengths": prompts.lengths,
+    "tokens": rollout.tokens,
+    # A response without a reward is as if it had not been sampled.
+    "mask": rollout.mask & experience.scores.ok.reshape(-1, 1),
+    "truncated": rollout.stop_reason == STOP_LENGTH,
+    "sampler_logprobs": rollout.sampler_logprobs,
+    "advantages": worth.reshape(-1),
+  }
+
+
+def deal(config: Config, step: int, informative: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+  """The problems of each of a step's updates, and how many of them, the first ones, matter.
+
+  Groups without spread come last: where the policy term is all, they add nothing.
+
+  Args:
+    config: of the run.
+    step: of the run.
+    informative: [P] bool, which groups have spread.
+  """
+  for chosen in minibatches(
+    config.seed,
+    step,
+    prompts=config.prompts_per_step,
+    epochs=config.epochs,
+    count=config.minibatches,
+  ):
+    matters = informative[chosen]
+    needed = np.count_nonzero(matters) if policy_term_only(config) else len(chosen)
+    yield chosen[np.argsort(~matters, kind="stable")], needed
+
+
+def take_minibatch(
+  config: Config, batch: dict[str, np.ndarray], chosen: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The rows of the chosen problems, and how much each of their tokens counts."""
+  take = functools.partial(take_prompts, chosen=chosen, of=config.prompts_per_step)
+  taken = {key: take(value) for key, value in batch.items()}
+  truncated = taken.pop("truncated")
+  weights = token_weights(
+    config.weighting,
+    taken["mask"],
+    truncated,
+    responses_per_prompt=config.responses_per_prompt,
+    max_new_tokens=config.max_new_tokens,
+  )
+  return taken | {"weights": weights}
+
+
+def hyperparameters(config: Config, step: int) -> dict[str, Any]:
+  """The numbers that a step's updates are computed with: data, so none compiles anew."""
+  return {
+    "learning_rate": jnp.float32(learning_rate(config.optimizer, step, steps=config.steps)),
+    "loss": jax.tree.map(jnp.float32, loss_keywords(config.loss)),
+    "kl_coef": jnp.float32(config.kl.coef),
+    "entropy_coef": jnp.float32(config.loss.entropy_coef),
+  }
+
+
+def step_row(
+  config: Config,
+  step: int,
+  totals: dict[str, Any],
+  experience: Experience,
+  worth: np.ndarray,
+  *,
+  skipped: int,
+  max_reward: float,
+) -> dict[str, Any]:
+  """What metrics.jsonl says of a step, timings aside."""
+  return (
+    finalize(totals)
+    | experience_metrics(experience, max_reward=max_reward)
+    | {
+      "frac_zero_std": float(np.mean(~np.any(worth != 0, axis=1))),
+      "learning_rate": learning_rate(config.optimizer, step, steps=config.steps),
+      "updates_skipped": skipped,
+    }
+  )
+
+
+def step_samples(
+  experience: Experience, worth: np.ndarray, *, max_reward: float
+) -> list[dict[str, Any]]:
+  """What samples.jsonl says of a step."""
+  return sample_rows(
+    experience.drawn.problems,
+    experience.texts,
+    experience.rollout,
+    experience.scores,
+    split="train",
+    max_reward=max_reward,
+    advantages=worth,
+    grades=experience.grades,
+  )
 
 
 def train(config: Config, workdir: str) -> dict[str, Any]:
@@ -341,10 +458,6 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
   ref_params = None
   if config.kl.coef:  # New adapters change nothing, saved ones do.
     ref_params = whole(first) if config.lora.adapter else model.params
-  # DRO alone has a term without the advantage.
-  policy_term_only = not (
-    config.kl.coef or config.loss.entropy_coef or config.loss.name == "dro_loss"
-  )
   announce = functools.cache(say)
 
   run.console.sizes(
@@ -409,25 +522,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       check=stop.check,
       mesh=mesh,
     )
-    prompts, rollout, scores = experience.prompts, experience.rollout, experience.scores
-    group_advantages = np.asarray(
-      advantages.group_relative(
-        scores.rewards, where=scores.ok, **dataclasses.asdict(config.advantage)
-      )
-    )
-    informative = np.any(group_advantages != 0, axis=1)
-
-    # A response without a reward is as if it had not been sampled.
-    mask = rollout.mask & scores.ok.reshape(-1, 1)
-    truncated = rollout.stop_reason == STOP_LENGTH
-    batch = {
-      "prompts": prompts.tokens,
-      "prompt_lengths": prompts.lengths,
-      "tokens": rollout.tokens,
-      "mask": mask,
-      "sampler_logprobs": rollout.sampler_logprobs,
-      "advantages": group_advantages.reshape(-1),
-    }
+    worth = group_advantages(config, experience)
+    batch = make_batch(experience, worth)
     scored = [batch[key] for key in ("prompts", "prompt_lengths", "tokens", "mask")]
     scored = place_rows(scored, mesh)
     with clock("logprobs"):
@@ -436,58 +532,25 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       if ref_params is not None:
         batch["ref_logprobs"] = fetch(logprobs_of(ref_params, *scored)[0])
     stop.check()
-    rate = learning_rate(config.optimizer, step, steps=config.steps)
-    hparams = {
-      "learning_rate": jnp.float32(rate),
-      "loss": jax.tree.map(jnp.float32, loss_keywords(config.loss)),
-      "kl_coef": jnp.float32(config.kl.coef),
-      "entropy_coef": jnp.float32(config.loss.entropy_coef),
-    }
-    announce(f"compiling the update: responses of up to {mask.shape[1]} tokens")
+    hparams = hyperparameters(config, step)
+    announce(f"compiling the update: responses of up to {batch['mask'].shape[1]} tokens")
     totals = {}
     with clock("update"):
-      for chosen in minibatches(
-        config.seed,
-        step,
-        prompts=config.prompts_per_step,
-        epochs=config.epochs,
-        count=config.minibatches,
-      ):
-        # Groups without spread come last: where the policy term is all, they add nothing.
-        chosen = chosen[np.argsort(~informative[chosen], kind="stable")]
-        take = functools.partial(take_prompts, chosen=chosen, of=config.prompts_per_step)
-        minibatch = {key: take(value) for key, value in batch.items()}
-        minibatch["weights"] = token_weights(
-          config.weighting,
-          minibatch["mask"],
-          take(truncated),
-          responses_per_prompt=config.responses_per_prompt,
-          max_new_tokens=config.max_new_tokens,
-        )
-        needed = np.count_nonzero(informative[chosen]) if policy_term_only else len(chosen)
-        minibatch = place_rows(minibatch, mesh)
+      for chosen, needed in deal(config, step, np.any(worth != 0, axis=1)):
+        minibatch = place_rows(take_minibatch(config, batch, chosen), mesh)
         microbatches = -(-needed // config.microbatch_prompts)
         state, metrics = update(state, minibatch, hparams, microbatches, frozen)
         totals = add_metrics(totals, jax.device_get(metrics))
-    row = (
-      finalize(totals)
-      | experience_metrics(experience, max_reward=task.max_reward)
-      | {
-        "frac_zero_std": float(np.mean(~informative)),
-        "learning_rate": rate,
-        "updates_skipped": int(state.skipped),
-      }
-    )
-    samples = sample_rows(
-      experience.drawn.problems,
-      experience.texts,
-      rollout,
-      scores,
-      split="train",
+    row = step_row(
+      config,
+      step,
+      totals,
+      experience,
+      worth,
+      skipped=int(state.skipped),
       max_reward=task.max_reward,
-      advantages=group_advantages,
-      grades=experience.grades,
     )
+    samples = step_samples(experience, worth, max_reward=task.max_reward)
     failure = failure_of(
       loss_fn, state, minibatch, hparams, max_skipped=config.optimizer.max_skipped, frozen=frozen
     )

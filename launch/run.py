@@ -4,6 +4,7 @@
   python -m launch.run --sweep=launch/sweeps/grpo_tiny.py --parallel=2    on this machine
   python -m launch.run --sweep=SWEEP.py --backend=slurm                   prints a job array
   python -m launch.run --sweep=SWEEP.py --backend=slurm --execute         submits it
+  python -m launch.run --sweep=SWEEP.py --backend=population              all trials in one program
   python -m launch.run --sweep=SWEEP.py --halving.steps=10,30,90          the best third goes on
   python -m launch.run --sweep=SEARCH.py --search.trials=40               Optuna chooses 40 trials
   python -m launch.report runs/sweep-grpo_tiny                            the table and the curves
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch import halving, search, state
-from launch.backends import gke, local, slurm, tpu
+from launch.backends import gke, local, population, slurm, tpu
 from launch.progress import Progress
 from launch.sweep import SweepError, Trial, described, load, plan
 from rl_llm.config import ConfigError, flatten, option, redact, run
@@ -40,8 +41,8 @@ class Config:
 
   sweep: str = option("", "a Python file with EXPERIMENT and sweep(), see launch/sweeps/")
   workdir: str = option("", "holds a directory per trial; empty = runs/sweep-<name of the file>")
-  backend: Literal["local", "slurm", "tpu", "gke"] = option(
-    "local", "where; all but local print what they would do"
+  backend: Literal["local", "population", "slurm", "tpu", "gke"] = option(
+    "local", "where; slurm, tpu and gke print what they would do"
   )
   execute: bool = option(False, "slurm, tpu, gke: do it")
   dry_run: bool = option(False, "print the plan, write nothing, start nothing")
@@ -70,7 +71,10 @@ BACKENDS = {"slurm": slurm, "tpu": tpu, "gke": gke}
 _HERE = ("devices", "devices_per_trial", "parallel", "processes", "prefix")
 # Jobs of a cluster's queue do not wait for each other's results.
 _WAITS = ("halving.steps", "search.trials")
-NO_EFFECT = {"local": ("execute",), "slurm": (*_HERE, *_WAITS), "tpu": _HERE,
+# A population's members begin together, in this process.
+_STARTS = ("retries", "backoff", "time_limit", "grace", "python", *_WAITS)
+NO_EFFECT = {"local": ("execute",), "population": ("execute", *_HERE, *_STARTS),
+             "slurm": (*_HERE, *_WAITS), "tpu": _HERE,
              "gke": (*_HERE, "backoff", "time_limit", *_WAITS)}
 
 
@@ -195,7 +199,7 @@ def main(config: Config) -> int:
     )
   remote = config.backend in ("tpu", "gke")
   python = config.python or ("python3" if remote else sys.executable)
-  local_ = config.backend == "local"
+  local_ = config.backend in ("local", "population")
   if config.dry_run or not (local_ or config.execute):
     lines = plan_lines if local_ else BACKENDS[config.backend].lines
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error.
@@ -224,7 +228,10 @@ def main(config: Config) -> int:
     if config.backend in ("slurm", "gke"):
       write_plan(config, workdir, trials, python)
       return BACKENDS[config.backend].submit(config, workdir, trials, python)
-    if config.search.trials:
+    if config.backend == "population":
+      write_plan(config, workdir, trials, python)
+      verdicts = population.train_all(trials, workdir)
+    elif config.search.trials:
       verdicts = study.run(search_all)
     elif config.halving.steps:
       verdicts = halving.run_rungs(config.halving, workdir, trials, run_all)

@@ -330,13 +330,58 @@ def collect(
   """
   with clock("rollout"):
     drawn = draw_problems(task, seed, step, prompts_per_step, encode)
+    keys = step_keys(seed, step, prompts_per_step, responses_per_prompt)
+  return answer(
+    params,
+    drawn,
+    keys,
+    responses_per_prompt=responses_per_prompt,
+    sampling=sampling,
+    generate=generate,
+    pool=pool,
+    tokenizer=tokenizer,
+    judge=judge,
+    clock=clock,
+    check=check,
+    mesh=mesh,
+  )
+
+
+def step_keys(seed: int, step: int, prompts: int, responses: int) -> jax.Array:
+  """[P * G] one key a response of a step of training."""
+  return row_keys(jax.random.fold_in(jax.random.key(seed), step), prompts, responses)
+
+
+def answer(
+  params: Any,
+  drawn: Drawn,
+  keys: jax.Array,
+  *,
+  responses_per_prompt: int,
+  sampling: SamplingConfig,
+  generate: Generate,
+  pool: RewardPool,
+  tokenizer: Tokenizer,
+  judge: Judge | None = None,
+  clock: PhaseClock,
+  check: Callable[[], None] = lambda: None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Experience:
+  """The second half of `collect`: responses to problems that have been drawn, and their rewards.
+
+  Args:
+    params: the policy's weights.
+    drawn: P problems.
+    keys: [P * G] typed keys.
+    responses_per_prompt, sampling, generate, pool, tokenizer, judge, clock, check, mesh: as for
+      `collect`.
+  """
+  with clock("rollout"):
     prompts = pad_prompts(drawn.prompts, pad_id=tokenizer.pad_id)
-    key = jax.random.fold_in(jax.random.key(seed), step)
     # Of the type that evaluation has, or the same shape compiles twice.
-    rows = prompts_per_step * responses_per_prompt
+    rows = len(keys)
     temperature = jnp.full(rows, sampling.temperature, jnp.float32)
     sampling = dataclasses.replace(sampling, temperature=temperature)
-    keys = row_keys(key, prompts_per_step, responses_per_prompt)
     rollout = trim(generate(params, prompts, keys, sampling, responses_per_prompt))
   check()
   with clock("reward"):
@@ -351,6 +396,40 @@ def collect(
       scores = Scores(rewards.reshape(shape), np.ones(shape, bool), {"ok": rewards.size}, results)
   check()
   return Experience(drawn, prompts, rollout, texts, scores, grades)
+
+
+def split_experience(experience: Experience, drawn: Sequence[Drawn]) -> list[Experience]:
+  """The experience of several, who asked for it at once, as each one's own.
+
+  Args:
+    experience: of all problems, the first one's before the second one's.
+    drawn: each one's problems, as many as each other's.
+  """
+  def part(x: Any, number: int) -> Any:
+    size = len(x) // len(drawn)
+    return x[number * size : (number + 1) * size]
+
+  def own_scores(scores: Scores, number: int) -> Scores:
+    results = part(scores.results, number)
+    rewards, ok, counts = to_arrays(results)
+    shape = (-1, scores.rewards.shape[1])
+    return Scores(rewards.reshape(shape), ok.reshape(shape), counts, results)
+
+  found = []
+  for number, own in enumerate(drawn):
+    grades = own_scores(experience.grades, number)
+    judged = experience.scores is not experience.grades
+    found.append(
+      Experience(
+        own,
+        PromptBatch(*(part(x, number) for x in experience.prompts)),
+        Rollout(*(part(x, number) for x in experience.rollout)),
+        part(experience.texts, number),
+        own_scores(experience.scores, number) if judged else grades,
+        grades,
+      )
+    )
+  return found
 
 
 def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str, Any]:

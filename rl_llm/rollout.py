@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.logprobs import chunked_logprobs_and_entropy
+from rl_llm.policy.layers import cast_weights
 from rl_llm.sampling import Sample, SamplingConfig, sample
 
 # The row ended with an end-of-sequence token, which is part of the response and is trained on.
@@ -75,6 +76,7 @@ def prompt_layout(lengths: chex.Array, columns: int) -> tuple[chex.Array, chex.A
   return jnp.maximum(offset, 0).astype(jnp.int32), jnp.where(offset >= 0, 0, -1).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=("prompts", "responses"))
 def row_keys(key: chex.Array, prompts: int, responses: int) -> chex.Array:
   """One PRNG key a row, fold_in(fold_in(key, p), g): draws do not depend on the batch's layout.
 
@@ -149,7 +151,7 @@ def generate(
     params, prompts, positions, segments, policy.init_cache(n_prompts, columns)
   )
   # The loop reads every matrix at every token: those that it rounds are rounded once, before it.
-  params = jax.tree.map(lambda w: w.astype(hidden.dtype) if w.ndim > 1 else w, params)
+  params = cast_weights(params, hidden.dtype)
   temperatures = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (rows,))
 
   def share(x: chex.Array) -> chex.Array:

@@ -143,7 +143,12 @@ def open_console(total_steps: int) -> Console:
 
 
 def begin(
-  run: Run, init_state: Callable[..., Any], *args: Any, steps: int, mesh: jax.sharding.Mesh
+  run: Run,
+  init_state: Callable[..., Any],
+  *args: Any,
+  steps: int,
+  mesh: jax.sharding.Mesh,
+  lay_out: Callable[[Any, jax.sharding.Mesh], Any] = placed_shapes,
 ) -> tuple[int, Any]:
   """The step to go on with, and the state before it: the last checkpoint's, or the first.
 
@@ -153,13 +158,14 @@ def begin(
     *args: arrays; the state must not share them, since an update donates its state.
     steps: of the whole run.
     mesh: the devices over which the state lies, whatever it lay over when it was saved.
+    lay_out: (shapes, mesh) -> the shapes with the layout of each.
 
   Raises:
     ConfigError: the run has already gone further than `steps`.
     ShardingError: the state cannot be cut as the mesh asks.
   """
   start = run.checkpoints.latest()
-  wanted = placed_shapes(jax.eval_shape(init_state, *args), mesh)
+  wanted = lay_out(jax.eval_shape(init_state, *args), mesh)
   if start is None:
     layout = jax.tree.map(lambda x: x.sharding, wanted)
     init = jax.jit(lambda *args: init_state(*jax.tree.map(jnp.copy, args)), out_shardings=layout)

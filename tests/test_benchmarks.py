@@ -1,15 +1,18 @@
 """The benchmark's own arithmetic: what a step costs, that both sides do the same work, one run."""
 
 import contextlib
+import dataclasses
 import io
 
 import pytest
 
-from benchmarks import rollout
+from benchmarks import population, rollout
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, main, table
 from benchmarks.peers import prompt_texts, reward
+from launch.chips import Chip
 from rl_llm.config import ConfigError
 from rl_llm.flops import forward_flops
+from rl_llm.policy import tiny_config
 
 SHAPE = {
   "vocab_size": 11,
@@ -131,3 +134,16 @@ def test_slots_and_batches_say_the_same(capsys):
   assert first.startswith("tiny: 8 responses") and last.endswith(")")
   with pytest.raises(ConfigError, match="slots=3: .* multiple of --responses=2"):
     rollout.measure(rollout.Config(**sizes, slots=3))
+
+
+def test_a_decode_step_reads_the_base_once_and_each_rows_cache():
+  shape = dataclasses.replace(tiny_config(8), n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6)
+  slow = Chip(hbm=1.0, flops=1e12, bandwidth=1.0, network=1.0)
+  sizes = {"shared": 100, "own": 10, "rows": 5, "context": 7}
+  cache = 5 * 7 * 3 * 2 * 6 * 2 * 2  # rows, tokens, layers, heads, size, key and value, bytes
+  for members in (1, 8):
+    seconds = population.decode_seconds(shape, slow, members=members, **sizes)
+    assert seconds == 2 * (100 + members * 10) + members * cache
+  weak = Chip(hbm=1.0, flops=1.0, bandwidth=1e12, network=1.0)
+  attention = 5 * 7 * 3 * 4 * 6 * 2 * 2  # every query head with every key, and its value
+  assert population.decode_seconds(shape, weak, members=1, **sizes) == 2 * 5 * 110 + attention

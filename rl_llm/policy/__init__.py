@@ -19,6 +19,7 @@ from rl_llm.policy.configs import (
 from rl_llm.policy.gguf import demo_gguf_path, load_gguf
 from rl_llm.policy.hf import Layout, load_adapter, load_hf, save_adapter, save_hf
 from rl_llm.policy.lora import join, merge_lora, split_lora
+from rl_llm.policy.population import PopulationPolicy, population_policy
 from rl_llm.policy.scalar_head import apply_head, normal_head, with_head, zero_head
 from rl_llm.policy.transformer import Cache, Params, Policy, make_policy
 
@@ -56,6 +57,7 @@ __all__ = [
   "Cache",
   "Params",
   "Policy",
+  "PopulationPolicy",
   "RopeScaling",
   "TransformerConfig",
   "WeightsError",
@@ -71,6 +73,7 @@ __all__ = [
   "make_policy",
   "merge_lora",
   "normal_head",
+  "population_policy",
   "save_adapter",
   "save_hf",
   "split_lora",
