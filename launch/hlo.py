@@ -29,6 +29,12 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
   >>> collectives(text, loop=3)
   {'all-gather': (3, 96.0), 'all-reduce': (1, 64.0)}
 
+  TPU programs do not say how often a loop runs, but its condition has the constant:
+
+  >>> count = "%c (p: s32[]) -> pred[] {\\n %n = s32[]{:T(128)} constant(5)\\n}\\n"
+  >>> collectives(count + text, loop=3)
+  {'all-gather': (5, 160.0), 'all-reduce': (1, 64.0)}
+
   A TPU computes while it waits: it begins a collective in one place, passes on in others and ends
   it in a last one. Each of them shows it, as of the same chain, and it counts once:
 
@@ -77,8 +83,7 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
         found_as[chain] = kind, size * (2 if kind == "all-reduce" else 1)
       inner = times
       if operation == "while":
-        known = re.search(r'known_trip_count[\\":{n\s]+(\d+)', line)
-        inner = times * (int(known[1]) if known else loop)
+        inner = times * (_trips(line, bodies) or loop)
       for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
         walk(called, inner)
 
@@ -90,6 +95,17 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
     counts[kind] += times
     moved[kind] += times * size
   return {kind: (counts[kind], float(moved[kind])) for kind in KINDS if counts[kind]}
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+  """How often a `while` runs: said beside it, or by the one constant that its condition has."""
+  known = re.search(r'known_trip_count[\\":{n\s]+(\d+)', line)
+  if known:
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", line)
+  lines = bodies.get(condition[1], []) if condition else []
+  bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
+  return int(bounds[0]) if len(bounds) == 1 else None
 
 
 def _sizes(text: str) -> list[int]:
