@@ -102,14 +102,17 @@ def make_mesh(
   # Axes of type Auto: the compiler lays out what lies between the arrays that we place.
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
+  # An axis may be part of a side of the slice: tensor=4 is a quarter of a side of 16 chips.
+  split = {"devices": devices, "allow_split_physical_axes": True}
   if slices == 1:
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), **split)
+    return Mesh(grid, AXES, axis_types=types)
   if sizes["data"] % slices:
     raise ShardingError(
       f"mesh {asked}: {slices} slices of TPUs are joined along data; choose a multiple of {slices}"
     )
   within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **split)
   return Mesh(grid, AXES, axis_types=types)
 
 

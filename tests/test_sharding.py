@@ -18,6 +18,8 @@ class Device:
   process_index: int = 0
   platform: str = "cpu"
   device_kind: str = "cpu"
+  coords: tuple[int, int, int] = (0, 0, 0)
+  core_on_chip: int = 0
 
 
 def test_slices_are_joined_along_data_alone():
@@ -27,6 +29,19 @@ def test_slices_are_joined_along_data_alone():
   slices = [[device.slice_index for device in row.ravel()] for row in grid]
   assert grid.shape == (4, 2, 1)
   assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_an_axis_may_be_part_of_a_side_of_a_slice():
+  """16 x 16 chips as 64 x 4: four that share a matrix lie in one line, with no other between."""
+  chips = [
+    Device(16 * y + x, 0, platform="tpu", device_kind="TPU v6 lite", coords=(x, y, 0))
+    for y in range(16) for x in range(16)
+  ]
+  grid = sharding.make_mesh(data=1, fsdp=64, tensor=4, devices=chips).devices
+  assert grid.shape == (1, 64, 4) and len(set(grid.ravel())) == 256
+  for row in grid[0]:
+    across, along = sorted((sorted({chip.coords[n] for chip in row}) for n in (0, 1)), key=len)
+    assert len(across) == 1 and along == list(range(along[0], along[0] + 4))
 
 
 def test_an_axis_other_than_data_is_not_cut_over_slices():
