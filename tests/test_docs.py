@@ -49,10 +49,13 @@ def unknown_flags(text):
   unknown = []
   for line in text.splitlines():
     before, *commands = re.split(r"-m (?:experiments|launch|benchmarks)\.(?=\w)", line)
-    known = [anyones, *(experiments[re.match(r"\w+", command)[0]] for command in commands)]
-    for part, flags in zip([before, *commands], known, strict=True):
+    parts = [(before, anyones)]
+    for command in commands:  # To the end of the line, or of what stands between backquotes.
+      own, _, after = command.partition("`")
+      parts += [(own, experiments[re.match(r"\w+", own)[0]]), (after, anyones)]
+    for part, known in parts:
       for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", part):
-        if flag not in flags | FOREIGN_FLAGS:
+        if flag not in known | FOREIGN_FLAGS:
           unknown.append(flag)
   return unknown
 
@@ -98,6 +101,7 @@ def test_the_rules_themselves():
   assert missing_paths(text) == ["tests/no.py", "docs/no.md"]
   assert unknown_flags("--model=tiny --loss.clip_hi=1 --no-deps a--b") == ["loss.clip_hi"]
   assert unknown_flags("python -m experiments.sft --packing=1 --kl.coef=1") == ["kl.coef"]
+  assert unknown_flags("`-m experiments.sft --seed=1`, `--kl.coef=1` and `--x.y`") == ["x.y"]
   assert unknown_flags("--kl.coef=1: -m benchmarks.rollout --runs=3 --lr=1") == ["lr"]
   assert unknown_names("rl_llm.kl.k3, rl_llm.kl.k4, rl_llm/kl.py") == ["rl_llm.kl.k4"]
 

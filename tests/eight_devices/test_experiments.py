@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -48,11 +49,21 @@ def small(monkeypatch):
 
 
 def settings(experiment, files, sizes, **changes):  # noqa: F811
-  """Three steps at learning rate 1e-5 of 8 problems or pairs, on a mesh of these sizes."""
+  """Three steps at learning rate 1e-5 of 8 problems, examples or pairs, on such a mesh."""
   found = helpers.settings(files, steps=3, prompts_per_step=8, microbatch_prompts=8)
-  if experiment in (dpo, sft, reward_model):
+  if experiment is dpo:
     del found["prompts_per_step"], found["microbatch_prompts"], found["responses_per_prompt"]
+  if experiment in (sft, reward_model):
+    found = {"model": "tiny", "prompt_format": "plain", "steps": 3, "held_out_fraction": 0.3}
+    found["data"] = str(files / f"{experiment.__name__}.jsonl")
+    answers = ["completion"] if experiment is sft else ["chosen", "rejected"]
+    with open(found["data"], "w") as file:
+      for i in range(24):
+        row = {name: (n + 1) * name[i % 4 :] for n, name in enumerate(answers)}
+        file.write(json.dumps({"prompt": chr(97 + i) * (i % 5 + 1)} | row) + "\n")
   found |= {
+    sft: {"task": "none", "examples_per_step": 8, "microbatch_rows": 8},
+    reward_model: {"pairs_per_step": 8, "microbatch_pairs": 8},
     dpo: {"pairs_per_step": 8, "microbatch_pairs": 8, "responses_per_prompt": 4},
     ppo: {"kl.coef": 0.1, "prompts_per_step": 16},
     grpo: {"kl.coef": 0.1},
