@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 from launch import halving, state
 from launch.sweep import Settings, Trial, load_function, plan
 from rl_llm.config import ConfigError, option
+from rl_llm.console import number
 from rl_llm.files import locked
 from rl_llm.metrics import read
 from rl_llm.report import finite
@@ -110,8 +111,10 @@ class Study:
     trial = plan(self._experiment, settings, where=self._path, first=number + 1)[0]
     self._asked.append(Asked(handle, trial._replace(order=number)))
     self.trials.setdefault(trial.id, self._asked[-1].trial)
-    words = (f"{key}={value}" for key, value in handle.params.items())
-    self.names[trial.id] = " ".join(words)
+    self.names[trial.id] = " ".join(
+      f"{key}={number(value, 4) if isinstance(value, float) else value}"
+      for key, value in handle.params.items()
+    )
     return self.trials[trial.id]
 
   def save(self) -> None:
