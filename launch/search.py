@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 
 from launch import halving, state
 from launch.sweep import Settings, Trial, load_function, plan
+from rl_llm import console
 from rl_llm.config import ConfigError, option
-from rl_llm.console import number
 from rl_llm.files import locked
 from rl_llm.metrics import read
 from rl_llm.report import finite
@@ -112,7 +112,7 @@ class Study:
     self._asked.append(Asked(handle, trial._replace(order=number)))
     self.trials.setdefault(trial.id, self._asked[-1].trial)
     self.names[trial.id] = " ".join(
-      f"{key}={number(value, 4) if isinstance(value, float) else value}"
+      f"{key}={console.number(value, 4) if isinstance(value, float) else value}"
       for key, value in handle.params.items()
     )
     return self.trials[trial.id]
