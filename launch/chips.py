@@ -91,9 +91,11 @@ def find_devices(topology: str, *, num_slices: int = 1) -> list:
     return jax.devices("cpu")[: shape[0]]
   from jax.experimental import topologies
 
-  # No metadata server tells what machine this is, and libtpu need not say so.
-  for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_MIN_LOG_LEVEL", "3")):
-    os.environ.setdefault(name, value)
+  # No metadata server tells what machine this is, and libtpu need not say so. Nor need it be the
+  # only one on the machine: it takes no chip, and a second plan was refused beside a first.
+  for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+    os.environ.setdefault(name, "1")
+  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   settings = {"num_slices": num_slices} if num_slices > 1 else {}
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings)
