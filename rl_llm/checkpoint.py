@@ -180,6 +180,9 @@ class Checkpointer:
         _remove(aside)
       if isinstance(error, hosts.HostLost):
         raise
+      # Orbax waits for all processes too, and says so when one of them does not come.
+      if hosts.count() > 1 and (isinstance(error, TimeoutError) or hosts.is_of_network(error)):
+        raise hosts.HostLost(hosts.lost(error)) from None
       if isinstance(error, Exception):
         raise CheckpointError(
             f"step {step} could not be saved in {self.directory}: {_brief(error)}. Earlier "

