@@ -82,7 +82,7 @@ def run_layers(
     if last - first == 1:
       if mesh is not None and last < len(weights):
         # The next layer's matrices are gathered once this one begins, and no sooner: left to itself
-        # a compiler begins with those of all layers, and each device holds the whole model.
+        # a compiler may begin with those of all layers, and each device hold the whole model.
         x, weights[last] = jax.lax.optimization_barrier((x, weights[last]))
       layer = jax.checkpoint(layer) if remat else layer
       x, out = layer(x, (weights[first], None, others[first]))
