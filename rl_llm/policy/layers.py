@@ -66,6 +66,7 @@ def run_layers(
   Returns:
     x, and the list of the layers' outputs.
   """
+  weights = list(weights)
   others = [None] * len(weights) if others is None else others
   outputs: list[Any] = []
   for first, last in _runs(weights) if scan else [(i, i + 1) for i in range(len(weights))]:
@@ -79,6 +80,10 @@ def run_layers(
       return body(x, slices, flag if same is None else same, other)
 
     if last - first == 1:
+      if mesh is not None and last < len(weights):
+        # The next layer's matrices are gathered once this one begins, and no sooner: left to itself
+        # a compiler may begin with those of all layers, and each device hold the whole model.
+        x, weights[last] = jax.lax.optimization_barrier((x, weights[last]))
       layer = jax.checkpoint(layer) if remat else layer
       x, out = layer(x, (weights[first], None, others[first]))
       outputs.append(out)

@@ -14,7 +14,8 @@ import pytest
 from launch.hlo import collectives
 from rl_llm import losses, sharding
 from rl_llm.policy import make_policy, tiny_config
-from rl_llm.rollout import response_logprobs
+from rl_llm.rollout import generate, response_logprobs, row_keys
+from rl_llm.sampling import SamplingConfig
 from rl_llm.train_state import init_state
 from rl_llm.update import make_update
 from tests.eight_devices.test_update import mesh_of, ragged_batch
@@ -76,3 +77,22 @@ def test_weights_are_gathered_twice_and_their_gradient_is_added_up_once(sizes, s
   assert moved["all-gather"] < 1.05 * MICROBATCHES * 2 * (layers + table)
   assert moved["all-reduce"] < 1.05 * MICROBATCHES * (slices + 2 * table) + 20_000  # And norms.
   assert sum(moved.values()) < 1.5 * MICROBATCHES * (3 * layers + slices)
+
+
+def test_a_rollout_gathers_a_layer_at_each_token_instead_of_holding_the_model():
+  """The first layer's matrices may be gathered before the loop over tokens, and no others."""
+  jax.config.update("jax_disable_most_optimizations", False)  # They would hold what never changes.
+  config = dataclasses.replace(CONFIG, n_layers=3)
+  mesh = mesh_of((1, 8, 1))
+  policy = make_policy(config, mesh=mesh)
+  rows = sharding.row_sharding(mesh)
+  params = sharding.placed_shapes(jax.eval_shape(policy.init, jax.random.key(0)), mesh)
+  prompts = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=rows)
+  lengths = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=rows)
+  text = generate.lower(
+    params, prompts, lengths, row_keys(jax.random.key(0), 8, 2), SamplingConfig(),
+    policy=policy, responses_per_prompt=2, max_new_tokens=4, eos_ids=(), pad_id=0,
+  ).compile().as_text()
+  steps = 100  # As if the loop ran so often.
+  layer = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(params["layers_1"]) if x.ndim == 2)
+  assert collectives(text, loop=steps)["all-gather"][1] > steps * (config.n_layers - 1) * layer
