@@ -80,7 +80,7 @@ def run_layers(
       return body(x, slices, flag if same is None else same, other)
 
     if last - first == 1:
-      if mesh is not None and last < len(weights):
+      if mesh is not None and mesh.size > 1 and last < len(weights):
         # The next layer's matrices are gathered once this one begins, and no sooner: left to itself
         # a compiler may begin with those of all layers, and each device hold the whole model.
         x, weights[last] = jax.lax.optimization_barrier((x, weights[last]))
