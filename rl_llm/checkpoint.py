@@ -399,13 +399,15 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
 
 
 @jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-  return jnp.all(jnp.isfinite(x))
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+  """Of each leaf, in one program: of many at once, all with collectives, CPU devices may each begin
+  another, and wait for one another for ever."""
+  return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
 def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
   floats = [name for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-  finite = fetch([_all_finite(leaves[name]) for name in floats])
+  finite = fetch(_all_finite([leaves[name] for name in floats]))
   bad = [name for name, good in zip(floats, finite, strict=True) if not good]
   if bad:
     listed = ", ".join(bad[:_MAX_LISTED])
