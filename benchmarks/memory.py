@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import MeshSizes, device_mesh
+from experiments.options import SamplingMesh, device_mesh
 from launch import plan
 from launch.models import find_model
 from launch.programs import programs
@@ -70,7 +70,7 @@ def measure(config: Config) -> Found:
     remat=config.remat,
     scan_layers=config.scan_layers,
     dtype="float32",
-    mesh=MeshSizes(1, 1, 1),
+    mesh=SamplingMesh(1, 1, 1),
   )
   mesh = device_mesh(planned.mesh, per_step={}, at_once={})
   policy = make_policy(

@@ -44,9 +44,9 @@ from experiments.options import (
   Distributed,
   Evaluation,
   Lora,
-  MeshSizes,
   Optimizer,
   Sampling,
+  SamplingMesh,
   adamw,
   check_packing,
   check_sampling,
@@ -212,7 +212,7 @@ class Config:
   sampling: Sampling = Sampling()
   loss: Loss = Loss()
   lora: Lora = Lora()
-  mesh: MeshSizes = MeshSizes()
+  mesh: SamplingMesh = SamplingMesh()
   distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer(learning_rate=1e-5)
   eval: Evaluation = Evaluation()
@@ -441,6 +441,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     slots=config.sampling.slots,
     say=say,
     mesh=mesh,
+    gather=config.mesh.gather,
   )
   pool = contextlib.nullcontext()
   if task:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import MESH_FLAGS, Distributed, MeshSizes, device_mesh, joined
+from experiments.options import MESH_FLAGS, Distributed, SamplingMesh, device_mesh, joined
 from rl_llm import hosts
 from rl_llm.config import ConfigError, option, run
 from rl_llm.console import Console
@@ -94,7 +94,7 @@ class Config:
   dtype: Literal["float32", "bfloat16"] = option("float32", "of the arithmetic")
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
   reward_workers: int = option(2, "grader processes", min=1)
-  mesh: MeshSizes = MeshSizes()
+  mesh: SamplingMesh = SamplingMesh()
   distributed: Distributed = Distributed()
   arithmetic: ArithmeticOptions = ArithmeticOptions()
   copy: CopyOptions = CopyOptions()
@@ -180,6 +180,7 @@ def respond(
     slots=config.slots,
     say=console.say,
     mesh=mesh,
+    gather=config.mesh.gather,
   )
 
   def describe(problem: Problem, sample: int, line: dict[str, Any]) -> dict[str, Any]:

@@ -33,10 +33,10 @@ from experiments.options import (
   Distributed,
   Evaluation,
   Lora,
-  MeshSizes,
   Optimizer,
   PolicyLoss,
   Sampling,
+  SamplingMesh,
   Weighting,
   adamw,
   check_loss,
@@ -171,7 +171,7 @@ class Config:
   loss: PolicyLoss = PolicyLoss()
   kl: KL = KL()
   lora: Lora = Lora()
-  mesh: MeshSizes = MeshSizes()
+  mesh: SamplingMesh = SamplingMesh()
   distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
@@ -435,6 +435,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     slots=config.sampling.slots,
     say=say,
     mesh=mesh,
+    gather=config.mesh.gather,
   )
   judge = make_judge(
     config.reward,

@@ -125,6 +125,16 @@ class MeshSizes:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplingMesh(MeshSizes):
+  """The same, of a run that samples."""
+
+  gather: Literal["step", "token"] = option(
+    "step", "when sampling gathers the matrices that fsdp cuts: all at once, if a device can hold "
+    "them (divided by tensor), or at every token, which takes longer"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Lora:
   """Train thin matrices beside the weights instead of the weights."""
 
@@ -204,6 +214,7 @@ MESH_FLAGS = (
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",
+  "mesh.gather",
   *(f"distributed.{field.name}" for field in dataclasses.fields(Distributed)),
 )
 
@@ -229,7 +240,7 @@ def device_mesh(
     ShardingError: there are not so many devices.
     ConfigError: a setting is not a multiple of the number of devices over which rows lie.
   """
-  mesh = make_mesh(**dataclasses.asdict(options), devices=devices)
+  mesh = make_mesh(data=options.data, fsdp=options.fsdp, tensor=options.tensor, devices=devices)
   parts = row_shards(mesh)
   shares = f" in each of {minibatches} minibatches" if minibatches > 1 else ""
   for settings, multiple, where in ((per_step, parts * minibatches, shares), (at_once, parts, "")):

@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from experiments import grpo
-from experiments.options import MeshSizes, adamw, sampling_config, split_weights
+from experiments.options import SamplingMesh, adamw, sampling_config, split_weights
 from rl_llm.config import ConfigError, flatten, option
 from rl_llm.data.prompts import PromptBatch
 from rl_llm.evaluation import Evaluation, evaluate
@@ -113,7 +113,7 @@ def check(configs: Sequence[grpo.Config]) -> None:
     ("sampling.slots", config.sampling.slots, 0),
     ("distributed.on", config.distributed.on, False),
     *((f"mesh.{name}", getattr(config.mesh, name), size)
-      for name, size in dataclasses.asdict(MeshSizes()).items()),
+      for name, size in dataclasses.asdict(SamplingMesh()).items()),
   ):
     if value != allowed:
       raise ConfigError(

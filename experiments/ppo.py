@@ -46,10 +46,10 @@ from experiments.options import (
   Distributed,
   Evaluation,
   Lora,
-  MeshSizes,
   Optimizer,
   PolicyLoss,
   Sampling,
+  SamplingMesh,
   Weighting,
   adamw,
   check_loss,
@@ -228,7 +228,7 @@ class Config:
   loss: PolicyLoss = PolicyLoss(name="ppo_loss")
   kl: KL = KL()
   lora: Lora = Lora()
-  mesh: MeshSizes = MeshSizes()
+  mesh: SamplingMesh = SamplingMesh()
   distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
@@ -450,6 +450,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     slots=config.sampling.slots,
     say=say,
     mesh=mesh,
+    gather=config.mesh.gather,
   )
   judge = make_judge(
     config.reward,

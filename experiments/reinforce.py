@@ -38,10 +38,10 @@ from experiments.options import (
   Distributed,
   Evaluation,
   Lora,
-  MeshSizes,
   Optimizer,
   PolicyLoss,
   Sampling,
+  SamplingMesh,
   Weighting,
   adamw,
   check_loss,
@@ -186,7 +186,7 @@ class Config:
   loss: PolicyLoss = PolicyLoss(name="reinforce_loss")
   kl: KL = KL()
   lora: Lora = Lora()
-  mesh: MeshSizes = MeshSizes()
+  mesh: SamplingMesh = SamplingMesh()
   distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer()
   eval: Evaluation = Evaluation()
@@ -355,6 +355,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     slots=config.sampling.slots,
     say=say,
     mesh=mesh,
+    gather=config.mesh.gather,
   )
 
   optimizer = adamw(config.optimizer)

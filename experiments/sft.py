@@ -48,8 +48,8 @@ from experiments.options import (
   Distributed,
   Evaluation,
   Lora,
-  MeshSizes,
   Optimizer,
+  SamplingMesh,
   adamw,
   check_schedule,
   device_mesh,
@@ -164,7 +164,7 @@ class Config:
     "the adapters alone too, WORKDIR/adapter"
   )
   lora: Lora = Lora()
-  mesh: MeshSizes = MeshSizes()
+  mesh: SamplingMesh = SamplingMesh()
   distributed: Distributed = Distributed()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
   eval: Evaluation = Evaluation()
@@ -431,7 +431,12 @@ def make_evaluate(
       limit=config.eval.problems,
     )
     generate = make_generate(
-      policy, tokenizer, max_new_tokens=config.max_new_tokens, say=run.console.say, mesh=mesh
+      policy,
+      tokenizer,
+      max_new_tokens=config.max_new_tokens,
+      say=run.console.say,
+      mesh=mesh,
+      gather=config.mesh.gather,
     )
     pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
 

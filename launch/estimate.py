@@ -116,16 +116,17 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   rows = config.prompts_per_step * config.responses_per_prompt / shards
   token = cache_bytes(config, shape) / min(sizes.tensor, shape.n_kv_heads)
   steps = config.max_new_tokens
+  once = config.mesh.gather == "step" and sizes.fsdp > 1
   found.append(
     Estimate(
       "rollout",
       1,
-      weights,
+      gathered if once else weights,
       2 * rows * columns * token + 2 * size * layer / sizes.tensor
       + 2 * 4 * rows * shape.vocab_size / sizes.tensor,
-      moments,
+      weights + moments if once else moments,
       {
-        "all-gather": along(sizes.fsdp, steps * gathered),
+        "all-gather": along(sizes.fsdp, (1 if once else steps) * gathered),
         "all-reduce": along(
           sizes.tensor, steps * 2 * shape.n_layers * 2 * rows * shape.width * size
         ),

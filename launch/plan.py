@@ -43,7 +43,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.options import Lora, MeshSizes, device_mesh
+from experiments.options import Lora, SamplingMesh, device_mesh
 from launch import estimate
 from launch.chips import Chip, find_chip, find_devices, has_compiler
 from launch.hlo import collectives
@@ -79,7 +79,7 @@ class Config:
   dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of the arithmetic")
   kl_coef: float = option(0.0, "above 0 holds a reference model too", min=0)
   value_trunk: Literal["own", "shared"] = option("own", "of ppo's value network")
-  mesh: MeshSizes = MeshSizes(data=1, fsdp=-1)
+  mesh: SamplingMesh = SamplingMesh(data=1, fsdp=-1)
   lora: Lora = Lora()
   search: bool = option(False, "try all meshes and microbatches instead, and compile the best few")
   candidates: int = option(3, "how many of them are compiled", min=1)
@@ -162,7 +162,7 @@ def check(config: Config) -> None:
 def by_formula(config: Config, shape: TransformerConfig) -> list[Program]:
   """The figures of `launch.estimate`, on a mesh that is checked like a real one."""
   count = find_chip(config.topology)[1] * config.num_slices
-  sizes = dataclasses.asdict(config.mesh)
+  sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
   rest = count // math.prod(size for size in sizes.values() if size != -1)
   sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
   found = estimate.Sizes(**sizes)
@@ -215,13 +215,15 @@ def candidates(config: Config, chip: Chip) -> tuple[list[Config], int]:
   count = find_chip(config.topology)[1] * config.num_slices
   update = config.prompts_per_step // getattr(settings_of(config), "minibatches", 1)
   ranked, tried = [], 0
-  for sizes, microbatch in itertools.product(
-    estimate.meshes(config, shape, count), estimate.divisors(update)
+  for sizes, gather, microbatch in itertools.product(
+    estimate.meshes(config, shape, count), ("step", "token"), estimate.divisors(update)
   ):
     if microbatch % (sizes.data * sizes.fsdp) or sizes.data % config.num_slices:
       continue
+    if gather == "token" and (sizes.fsdp == 1 or config.experiment == "dpo"):
+      continue  # Nothing to gather.
     tried += 1
-    mesh = MeshSizes(**sizes._asdict())
+    mesh = SamplingMesh(**sizes._asdict(), gather=gather)
     trial = dataclasses.replace(config, mesh=mesh, microbatch_prompts=microbatch)
     found = by_formula(trial, shape)
     if max(program.peak for program in found) <= chip.hbm:
@@ -303,7 +305,10 @@ def table(config: Config, found: Sequence[Program], chip: Chip | None) -> list[s
     f"does NOT fit: the {worst.name} needs {worst.peak / 1e9:.1f} of {chip.hbm / 1e9:.0f} GB a chip"
   )
   advice = []
-  if worst.arguments + worst.resident > worst.temporaries:
+  whole = config.mesh.gather == "step" and config.mesh.fsdp != 1
+  if worst.name in ("gather", "rollout") and whole:
+    advice += ["a larger --mesh.tensor", "--mesh.gather=token", "fewer --prompts_per_step"]
+  elif worst.arguments + worst.resident > worst.temporaries:
     advice += ["more devices along --mesh.fsdp", "--lora.rank=16"]
   elif "update" in worst.name:
     advice += ["a smaller --microbatch_prompts"] + ["--remat"] * (not config.remat)

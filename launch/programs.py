@@ -16,7 +16,7 @@ from experiments.options import adamw, split_weights
 from rl_llm import sharding
 from rl_llm.flops import forward_flops
 from rl_llm.policy import Policy, TransformerConfig, join
-from rl_llm.rollout import generate, response_logprobs, row_keys
+from rl_llm.rollout import gather_weights, generate, response_logprobs, row_keys
 from rl_llm.sampling import SamplingConfig
 from rl_llm.teacher_forcing import teacher_forced_logprobs
 from rl_llm.train_state import init_state, parameter_count
@@ -93,7 +93,7 @@ class Programs:
     loss = module.make_loss(self.settings, self.policy)
     found = [
       self.update("update", loss, optimizer, state, frozen, batch, held),
-      self.rollout(join(frozen, trained), held),
+      *self.sampling(join(frozen, trained), held),
     ]
     if self.updates > 1 or self.config.kl_coef:
       found.append(self.logprobs(base, held))
@@ -134,7 +134,7 @@ class Programs:
         resident=held - device_bytes((params, state.value and state.value.params)),
       )
     )
-    found.append(self.rollout(params, held))
+    found += self.sampling(params, held)
     return found + ([self.logprobs(base, held)] if self.config.kl_coef else [])
 
   def of_dpo(self) -> list[Lowering]:
@@ -249,7 +249,26 @@ class Programs:
       resident=held - device_bytes((state, frozen)),
     )
 
-  def rollout(self, params, held) -> Lowering:
+  def sampling(self, params, held) -> list[Lowering]:
+    """The rollout, and before it the weights where they are gathered once."""
+    if self.config.mesh.gather == "token" or self.mesh.shape["fsdp"] == 1:
+      return [self.rollout(params, held - device_bytes(params))]
+    mesh = sharding.whole_along_fsdp(self.mesh)
+    gather = functools.partial(gather_weights, dtype=self.policy.dtype, mesh=mesh)
+    sampler = dataclasses.replace(self, policy=self.policy.over(mesh), mesh=mesh)
+    gathering = Lowering(
+      "gather",
+      lambda: gather_weights.lower(params, dtype=self.policy.dtype, mesh=mesh),
+      calls=1,
+      loop=1,
+      flops=0.0,
+      moved=self.gathered(params),
+      resident=held - device_bytes(params),
+    )
+    gathered = sharding.placed_shapes(jax.eval_shape(gather, params), mesh)
+    return [gathering, sampler.rollout(gathered, held)]
+
+  def rollout(self, params, resident) -> Lowering:
     """All prompts of a step at once."""
     config = self.config
     total = config.prompts_per_step * config.responses_per_prompt
@@ -275,7 +294,7 @@ class Programs:
       flops=self.work(),
       # Each token reads all weights that its device computes with, and the cache of its rows.
       moved=config.max_new_tokens * (self.gathered(params) + cache / self.mesh.size),
-      resident=held - device_bytes(params),
+      resident=resident,
     )
 
   def logprobs(self, base, held) -> Lowering:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ from rl_llm.metrics import PhaseClock
 from rl_llm.policy import Policy
 from rl_llm.reward_model import load_reward_model, score_responses
 from rl_llm.rewards import RewardError, RewardPool, RewardResult, to_arrays
-from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout, generate, row_keys
+from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout, gather_weights, generate, row_keys
 from rl_llm.sampling import SamplingConfig
-from rl_llm.sharding import fetch, place, place_rows, row_owners
+from rl_llm.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
 from rl_llm.tasks import Problem, Task, TaskError
 from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts
 
@@ -195,6 +195,7 @@ def make_generate(
   slots: int = 0,
   say: Callable[[str], None],
   mesh: jax.sharding.Mesh | None = None,
+  gather: Literal["step", "token"] = "step",
 ) -> Generate:
   """`rollout.generate` for one model, announcing each shape that it compiles for.
 
@@ -205,12 +206,20 @@ def make_generate(
     slots: responses decoded at once; 0: all.
     say: shows a line.
     mesh: the devices over which the weights lie, and the rows are to lie; None: the first.
+    gather: when a device gathers the weights that the mesh's `fsdp` cuts: all before the first
+      token, and holds them, or each at every token.
   """
   announce = functools.cache(say)
+  whole = gather == "step" and mesh is not None and mesh.shape["fsdp"] > 1
+  if whole:
+    mesh = whole_along_fsdp(mesh)
+    policy = policy.over(mesh)
 
   def generate_responses(params, prompts, keys, sampling, group):
     rows, columns = prompts.tokens.shape
     announce(f"compiling the rollout: {rows} prompts of up to {columns} tokens x {group} responses")
+    if whole:
+      params = gather_weights(params, dtype=policy.dtype, mesh=mesh)
     return generate(
       params,
       *place_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh),

@@ -116,6 +116,20 @@ def make_mesh(
   return Mesh(grid, AXES, axis_types=types)
 
 
+def whole_along_fsdp(mesh: Mesh) -> Mesh:
+  """The same devices without `fsdp`: rows lie as they did, and weights are cut along `tensor` only.
+
+  Sampling reads every matrix at every token, and a matrix that is gathered to be used is gathered
+  as often. Where there is room for all of them, this is the mesh to sample on.
+
+  >>> devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+  >>> dict(whole_along_fsdp(Mesh(devices, AXES)).shape)
+  {'data': 1, 'fsdp': 1, 'tensor': 1}
+  """
+  data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+  return Mesh(mesh.devices.reshape(data * fsdp, 1, tensor), AXES, axis_types=mesh.axis_types)
+
+
 def row_shards(mesh: Mesh) -> int:
   """Into how many parts the rows of a batch are cut: the number of rows must be a multiple."""
   return math.prod(mesh.shape[axis] for axis in ROWS)

@@ -78,6 +78,10 @@ class Policy:
   # over how many devices the rows of a batch lie: what is limited at once on each may be as many
   # times as much in all
   row_shards: int = 1
+  # over(mesh) -> the policy of the same settings for weights and rows that lie over another mesh
+  over: Callable[[jax.sharding.Mesh], Policy] | None = None
+  # of the arithmetic
+  dtype: Any = jnp.float32
 
 
 def make_policy(
@@ -279,7 +283,12 @@ def _make_policy(
     scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     return softcap(scores, config.final_softcap)
 
-  return Policy(config, init, hidden, shared_hidden, unembed, init_cache, logits, shards)
+  def over(mesh: jax.sharding.Mesh) -> Policy:
+    return _make_policy(config, dtype, remat, scan_layers, mesh)
+
+  return Policy(
+    config, init, hidden, shared_hidden, unembed, init_cache, logits, shards, over, dtype
+  )
 
 
 def softcap(x: chex.Array, cap: float | None) -> chex.Array:

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from experiments.options import SamplingMesh
+from launch import plan
 from launch.hlo import collectives
+from launch.models import find_model
 from rl_llm import losses, sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import generate, response_logprobs, row_keys
@@ -96,3 +99,27 @@ def test_a_rollout_gathers_a_layer_at_each_token_instead_of_holding_the_model():
   steps = 100  # As if the loop ran so often.
   layer = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(params["layers_1"]) if x.ndim == 2)
   assert collectives(text, loop=steps)["all-gather"][1] > steps * (config.n_layers - 1) * layer
+
+
+def test_a_plan_gathers_weights_before_the_rollout_that_holds_them():
+  def moved(program):
+    return sum(moved for _, moved in program.collectives.values())
+
+  config = plan.Config(
+    topology="cpu:8", model="tiny", prompts_per_step=8, responses_per_prompt=2,
+    microbatch_prompts=8, prompt_tokens=8, max_new_tokens=6, dtype="float32",
+    mesh=SamplingMesh(1, 8, 1),
+  )
+  once = {program.name: program for program in plan.plan(config)}
+  assert list(once) == ["update", "gather", "rollout"]
+  shapes = jax.tree.leaves(jax.eval_shape(make_policy(find_model("tiny")).init, jax.random.key(0)))
+  weights = 4 * sum(x.size for x in shapes)
+  assert moved(once["rollout"]) < weights / 50  # Tokens and their log-probs.
+  assert weights < once["rollout"].arguments < weights + 1000
+  assert once["rollout"].resident > 3 * weights / 8
+  assert once["gather"].collectives["all-gather"][1] == 4 * sum(
+    x.size for x in shapes if x.ndim == 2
+  )
+  token = plan.plan(dataclasses.replace(config, mesh=SamplingMesh(1, 8, 1, gather="token")))
+  assert [program.name for program in token] == ["update", "rollout"]
+  assert token[1].arguments < weights / 4 and moved(token[1]) > weights

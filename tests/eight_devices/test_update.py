@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ import numpy as np
 import optax
 import pytest
 
+from launch.hlo import collectives
 from rl_llm import losses, sharding
+from rl_llm.data.prompts import PromptBatch
+from rl_llm.experience import make_generate
 from rl_llm.policy import make_policy, tiny_config
-from rl_llm.rollout import generate, response_logprobs, row_keys
+from rl_llm.rollout import gather_weights, generate, response_logprobs, row_keys
 from rl_llm.sampling import SamplingConfig
 from rl_llm.train_state import init_state
 from rl_llm.update import make_optimizer, make_update
@@ -164,6 +168,44 @@ def test_a_rollout_says_what_one_device_says(sizes, slots):
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
   np.testing.assert_array_equal(found.stop_reason, wanted.stop_reason)
   np.testing.assert_allclose(found.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_a_rollout_on_gathered_weights_says_what_one_device_says(sizes):
+  """And nothing is communicated along `fsdp` while it runs."""
+  mesh, batch = mesh_of(sizes), ragged_batch()
+  prompts = PromptBatch(batch["prompts"], batch["prompt_lengths"])
+  keys = row_keys(jax.random.key(3), PROMPTS, GROUP)
+  sampling = SamplingConfig(jnp.full(PROMPTS * GROUP, 0.7))
+  tokenizer = SimpleNamespace(eos_ids=(1, 2), pad_id=0)
+  settings = {"max_new_tokens": STEPS, "say": lambda line: None}
+  alone = make_generate(POLICY, tokenizer, **settings)
+  wanted = alone(params(), prompts, keys, sampling, GROUP)
+  policy = make_policy(POLICY.config, mesh=mesh)
+  placed = sharding.place(params(), mesh)
+  found = make_generate(policy, tokenizer, **settings, mesh=mesh)(
+    placed, prompts, keys, sampling, GROUP
+  )
+  np.testing.assert_array_equal(found.tokens, wanted.tokens)
+  np.testing.assert_allclose(found.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
+
+  whole = sharding.whole_along_fsdp(mesh)
+  gathered = gather_weights(placed, dtype=jnp.bfloat16, mesh=whole)
+  layer = gathered["layers_0"]
+  assert layer["mlp"]["up"]["weight"].dtype == jnp.bfloat16
+  assert layer["mlp_norm"]["scale"].dtype == jnp.float32
+  for leaf in jax.tree.leaves(layer["mlp"]):
+    assert {shard.data.size * sizes[2] for shard in leaf.addressable_shards} == {leaf.size}
+  compiled = generate.lower(
+    jax.tree.map(lambda x: x.astype(jnp.float32), gathered),
+    *sharding.place_rows((*prompts[:2], keys, sampling), whole),
+    policy=policy.over(whole), responses_per_prompt=GROUP, max_new_tokens=STEPS,
+    eos_ids=(1, 2), pad_id=0,
+  ).compile()
+  if sizes[2] == 1:
+    # Tokens and their log-probs, a few bytes a row; less than the smallest matrix.
+    moved = sum(moved for _, moved in collectives(compiled.as_text(), loop=STEPS).values())
+    assert moved < STEPS * min(4 * x.size for x in jax.tree.leaves(layer) if x.ndim == 2)
 
 
 # What does not fit.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.options import Lora, MeshSizes
+from experiments.options import Lora, SamplingMesh
 from launch import estimate, plan
 from launch.chips import GPUS, NETWORK_CARD, TPUS, Chip, find_chip
 from launch.hlo import collectives
@@ -31,7 +31,7 @@ SMALL = plan.Config(
   prompt_tokens=8,
   max_new_tokens=6,
   dtype="float32",
-  mesh=MeshSizes(),
+  mesh=SamplingMesh(),
 )
 TINY = find_model("tiny")
 
@@ -169,6 +169,9 @@ def test_the_limit_that_binds_is_named_and_so_is_what_to_change():
   lines = plan.table(SMALL, [FITS, FITS._replace(name="rollout", temporaries=9e9)], CHIP)
   assert "does NOT fit: the rollout needs 11.0 of 10 GB a chip" in lines[-2]
   assert "--prompts_per_step" in lines[-1]
+  sliced = dataclasses.replace(SMALL, mesh=SamplingMesh(1, 8, 1))
+  lines = plan.table(sliced, [FITS._replace(name="gather", output=9e9)], CHIP)
+  assert "--mesh.gather=token" in lines[-1]
   lines = plan.table(SMALL, [FITS._replace(resident=7e9)], CHIP)
   assert lines[-1] == "try more devices along --mesh.fsdp, or --lora.rank=16"
 
@@ -185,7 +188,7 @@ def test_tokens_a_second_follow_from_the_bounds_and_the_assumption():
 
 
 def test_the_command_of_a_plan_gives_the_plan():
-  config = dataclasses.replace(SMALL, remat=False, mesh=MeshSizes(2, 4, 1), lora=Lora(rank=3),
+  config = dataclasses.replace(SMALL, remat=False, mesh=SamplingMesh(2, 4, 1), lora=Lora(rank=3),
                                minibatches=1)
   command = plan.flags(config)
   for said in ("--topology=cpu:1", "--remat=false", "--mesh.data=2", "--mesh.fsdp=4",
@@ -241,11 +244,17 @@ def test_gpus_are_planned_by_formula_and_it_says_so():
   parameters, _ = estimate.count_parameters(MODELS[POD.model])
   update, rollout = found
   assert update.arguments == pytest.approx(12 * parameters / 8)
+  assert rollout.arguments == pytest.approx(2 * parameters)  # Gathered, in bfloat16.
+  assert rollout.resident == pytest.approx(update.arguments)
+  assert rollout.collectives == {"all-gather": (1, 2 * parameters)}
+  by_token = dataclasses.replace(POD, mesh=SamplingMesh(1, 8, 1, gather="token"))
+  _, rollout = plan.plan(by_token)
   assert rollout.arguments + rollout.resident == pytest.approx(update.arguments)
+  assert rollout.collectives == {"all-gather": (1, POD.max_new_tokens * 2 * parameters)}
   lines = plan.table(POD, found, chip)
   assert lines[1].startswith("by formula, not compiled") and " - " in lines[3]
   with pytest.raises(ShardingError, match="fsdp=3 x tensor=1: does not divide 8 devices"):
-    plan.plan(dataclasses.replace(POD, mesh=MeshSizes(1, 3, 1)))
+    plan.plan(dataclasses.replace(POD, mesh=SamplingMesh(1, 3, 1)))
 
 
 def test_the_formula_halves_what_is_halved():
