@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from benchmarks import population, rollout
+from benchmarks import population, rollout, update
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, main, table
 from benchmarks.peers import prompt_texts, reward
 from launch.chips import Chip
@@ -147,3 +147,19 @@ def test_a_decode_step_reads_the_base_once_and_each_rows_cache():
   weak = Chip(hbm=1.0, flops=1.0, bandwidth=1e12, network=1.0)
   attention = 5 * 7 * 3 * 4 * 6 * 2 * 2  # every query head with every key, and its value
   assert population.decode_seconds(shape, weak, members=1, **sizes) == 2 * 5 * 110 + attention
+
+
+def test_an_update_is_timed_where_both_forms_give_one_gradient(monkeypatch, capsys):
+  sizes = {"model": "tiny", "prompts": 2, "responses": 3, "prompt_tokens": 7, "new_tokens": 4}
+  config = update.Config(**sizes, runs=1)
+  assert update.main(config) == 0
+  said = capsys.readouterr().out
+  assert "2 x 3 responses of 4 tokens to prompts of 7" in said and "times as fast" in said
+  _, policy = update.make_sides(config)
+  shape = {name: getattr(policy.config, name) for name in SHAPE}
+  forward = forward_flops(**shape, prompts=6, responses=1, prompt_tokens=7, new_tokens=4)
+  assert update.flops_of(config, policy)["plain"] == 3 * forward
+  right = update.plain_logprobs
+  monkeypatch.setattr(update, "plain_logprobs", lambda *args, **kw: 1.001 * right(*args, **kw))
+  with pytest.raises(update.BenchmarkError, match="differ by 1.0e-03"):
+    update.main(config)

@@ -1,0 +1,179 @@
+"""The gradient of a group's responses: a prompt read once, against a copy for each response.
+
+  python -m benchmarks.update                 SmolLM2, 8 responses of 50 to a prompt of 200
+  python -m benchmarks.update --model=tiny    in a minute
+
+The G responses to a prompt share it. A trainer that makes a row of every response reads the prompt
+G times; ours reads it once and lets all responses see its keys and values
+(`rl_llm.rollout.response_hidden`). With L prompt tokens and T tokens of each response
+
+    tokens read:  G (L + T)  against  L + G T        2,000 against 600 for 8 x (200 + 50)
+
+and the products, but for those with the vocabulary, are in proportion. Both sides give the gradient
+of the same loss, take turns, and must agree to 1e-5 (relative, L2) before anything is printed. The
+floor is what a side's matrix products would take at the rate of a large square product, measured in
+the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.peers import matmul_gflops
+from rl_llm.config import option, run
+from rl_llm.flops import forward_flops
+from rl_llm.model import load_model
+from rl_llm.policy import Policy
+from rl_llm.rollout import logprobs_of_hidden, response_logprobs
+
+MATMUL = 2048  # side of the square product whose rate is the floor's
+TOLERANCE = 1e-5  # of the gradients' difference, relative, L2
+
+
+class BenchmarkError(RuntimeError):
+  """The two sides do not give the same gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The group, and how often each side is timed."""
+
+  model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, a .gguf file")
+  prompts: int = option(1, "P, groups whose gradient is taken at once", min=1)
+  responses: int = option(8, "G, responses a prompt", min=1)
+  prompt_tokens: int = option(200, "L, tokens of each prompt", min=1)
+  new_tokens: int = option(50, "T, tokens of each response", min=1)
+  remat: bool = option(False, "compute activations twice instead of holding them, on both sides")
+  runs: int = option(5, "times each side is run, after one that is not counted", min=1)
+
+
+def plain_logprobs(
+  params: Any, prompts: Any, lengths: Any, tokens: Any, mask: Any, *, policy: Policy
+) -> jax.Array:
+  """As `response_logprobs`, with a row of prompt and response for each response.
+
+  Args:
+    params: the weights.
+    prompts: [P, L] int32, without padding.
+    lengths: [P] int32, all L.
+    tokens: [P * G, T] int32.
+    mask: [P * G, T] bool.
+    policy: the model's functions.
+
+  Returns:
+    [P * G, T] float32, nats.
+  """
+  del lengths
+  copies = jnp.repeat(prompts, tokens.shape[0] // prompts.shape[0], axis=0)
+  read = jnp.concatenate([copies, tokens[:, :-1]], axis=1)
+  positions = jnp.broadcast_to(jnp.arange(read.shape[1]), read.shape)
+  hidden, _ = policy.hidden(params, read, positions)
+  predicting = hidden[:, prompts.shape[1] - 1 :]
+  return logprobs_of_hidden(params, predicting, tokens, mask, policy=policy)[0]
+
+
+def shared_logprobs(params: Any, *responses: Any, policy: Policy) -> jax.Array:
+  return response_logprobs(params, *responses, policy=policy)[0]
+
+
+def distance(found: Any, wanted: Any) -> float:
+  """The L2 norm of the difference of two trees, relative to the second's.
+
+  >>> distance({"a": jnp.array([3.0, 4.5])}, {"a": jnp.array([3.0, 4.0])})
+  0.1
+  """
+  difference = optax.tree.norm(jax.tree.map(jnp.subtract, found, wanted))
+  return float(difference / optax.tree.norm(wanted))
+
+
+def make_sides(config: Config) -> tuple[dict[str, Any], Policy]:
+  """For each side its compiled gradient, called without arguments; and the policy."""
+  policy, params, _ = load_model(config.model, remat=config.remat)
+  rng = np.random.default_rng(0)
+  rows = config.prompts * config.responses
+
+  def random_tokens(*shape):
+    return rng.integers(0, policy.config.vocab_size, shape).astype(np.int32)
+
+  batch = (
+    random_tokens(config.prompts, config.prompt_tokens),
+    np.full(config.prompts, config.prompt_tokens, np.int32),
+    random_tokens(rows, config.new_tokens),
+    np.ones((rows, config.new_tokens), bool),
+  )
+  worth = rng.normal(size=(rows, 1)).astype(np.float32)
+
+  def compiled(logprobs_of):
+    def loss(params, worth, *batch):
+      return -jnp.mean(worth * logprobs_of(params, *batch, policy=policy))
+
+    return jax.jit(jax.grad(loss)).lower(params, worth, *batch).compile()
+
+  forms = {"plain": plain_logprobs, "shared": shared_logprobs}
+  programs = {name: compiled(form) for name, form in forms.items()}
+  sides = {
+    name: (program, lambda program=program: jax.block_until_ready(program(params, worth, *batch)))
+    for name, program in programs.items()
+  }
+  return sides, policy
+
+
+def flops_of(config: Config, policy: Policy) -> dict[str, int]:
+  """Operations of each side's products: three times those of its forward pass."""
+  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
+  sizes = {field: getattr(policy.config, field) for field in fields}
+  sizes |= {"prompt_tokens": config.prompt_tokens, "new_tokens": config.new_tokens}
+  rows = config.prompts * config.responses
+  return {
+    "plain": 3 * forward_flops(**sizes, prompts=rows, responses=1),
+    "shared": 3 * forward_flops(**sizes, prompts=config.prompts, responses=config.responses),
+  }
+
+
+def main(config: Config) -> int:
+  sides, policy = make_sides(config)
+  gradients = {name: side() for name, (_, side) in sides.items()}
+  apart = distance(gradients["shared"], gradients["plain"])
+  if not apart <= TOLERANCE:
+    raise BenchmarkError(f"the gradients differ by {apart:.1e} of their length, over {TOLERANCE}")
+  del gradients
+  square, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(jnp.matmul)
+  gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), MATMUL)
+  print(
+    f"{config.model}, float32: {config.prompts} x {config.responses} responses of "
+    f"{config.new_tokens} tokens to prompts of {config.prompt_tokens}; gradients agree to "
+    f"{apart:.1e}; {gflops:.0f} GFLOP/s", flush=True,
+  )
+  seconds: dict[str, list[float]] = {name: [] for name in sides}
+  for _ in range(config.runs):
+    for name, (_, side) in sides.items():
+      start = time.perf_counter()
+      side()
+      seconds[name].append(time.perf_counter() - start)
+  work = flops_of(config, policy)
+  for name, (program, _) in sides.items():
+    taken, floor = seconds[name], work[name] / gflops / 1e9
+    print(
+      f"  {name:6} {statistics.median(taken):6.2f} s ({min(taken):.2f} to {max(taken):.2f}), "
+      f"{statistics.median(taken) / floor:.2f} times its floor of {floor:.2f} s "
+      f"({work[name] / 1e12:.2f} TFLOP); "
+      f"{program.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB of temporaries"
+    )
+  ratios = [a / b for a, b in zip(seconds["plain"], seconds["shared"], strict=True)]
+  print(
+    f"  shared is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to "
+    f"{max(ratios):.2f}); its products alone are {work['plain'] / work['shared']:.2f} times fewer"
+  )
+  return 0
+
+
+if __name__ == "__main__":
+  run(main, Config, errors=(BenchmarkError,))
