@@ -26,19 +26,25 @@ from rl_llm.files import write_atomically
 # (model, topology, flags): GRPO's full fine-tune, 256 problems a step, 8 responses of 1,024 tokens.
 ROWS = (
   ("qwen2.5-1.5b", "v5e:4x4", "--microbatch_prompts=16"),
-  ("qwen2.5-7b", "v5e:16x16", ""),
+  ("qwen2.5-7b", "v5e:16x16", "--mesh.gather=token"),
+  ("qwen2.5-7b", "v5e:16x16", "--mesh.fsdp=64 --mesh.tensor=4 --microbatch_prompts=128"),
   ("qwen2.5-32b", "v5p:4x4x4", "--microbatch_prompts=64"),
-  ("llama-3.1-70b", "v6e:16x16", "--mesh.fsdp=64 --mesh.tensor=4 --microbatch_prompts=64"),
+  (
+    "llama-3.1-70b",
+    "v6e:16x16",
+    "--mesh.fsdp=64 --mesh.tensor=4 --mesh.gather=token --microbatch_prompts=64",
+  ),
+  ("llama-3.1-70b", "v6e:16x16", "--mesh.fsdp=32 --mesh.tensor=8 --microbatch_prompts=32"),
 )
 HEAD = """# What fits on which slice
 
 `python -m benchmarks.plan_table`: the update and the rollout of GRPO's full fine-tune (float32 weights and moments, bfloat16 arithmetic, remat, layers scanned), compiled for slices that were not there.
 A step is 256 problems of 512 tokens with 8 responses of 1,024. GB are those of one chip, from the compiler: *resident* are moments that stay while a rollout runs. *Binds* is the largest of three lower bounds, of compute, HBM and network. *Compiling* is in seconds of the processors (2 cores). Nothing was run on such a chip.
 
-An update reads each matrix for hundreds of thousands of tokens, so gathering it costs little. A decode step reads it for one token a row: with `--mesh.fsdp` alone the network carries the model once a token, and the rollout takes longer than the update. `--mesh.tensor` is what helps there ([parallelism.md](../parallelism.md)).
+An update reads each matrix for hundreds of thousands of tokens, so gathering it costs little. A decode step reads it for one token a row: a rollout gathers all weights before its first token (*gather*) and then waits for HBM, or, where a chip has no room for them, gathers each at every token (`--mesh.gather=token`) and waits for the network, longer than the update takes. `--mesh.tensor` divides what is gathered ([parallelism.md](../parallelism.md)).
 
-| model | slice | program | arguments | temporaries | resident | peak of | binds | compiling | fits |
-|---|---|---|---|---|---|---|---|---|---|
+| model | slice | mesh | program | arguments | temporaries | resident | peak of | binds | compiling | fits |
+|---|---|---|---|---|---|---|---|---|---|---|
 """  # noqa: E501  Lines of Markdown.
 
 
@@ -69,16 +75,27 @@ def compile_row(row: str, *, seconds: float) -> dict | None:
 
 def row_lines(row: tuple[str, str, str], found: dict | None) -> list[str]:
   """One line a program."""
-  model, topology, _ = row
+  model, topology, flags = row
   if found is None:
-    return [f"| {model} | {topology} | - | - | - | - | - | - | - | not compiled |"]
+    return [f"| {model} | {topology} | {mesh(flags)} | - | - | - | - | - | - | - | not compiled |"]
   chip, _ = find_chip(topology)
-  return [
-    program_line(model, topology, Program(**fields), chip) for fields in found["programs"]
-  ]
+  head = model, topology, mesh(flags)
+  return [program_line(*head, Program(**fields), chip) for fields in found["programs"]]
 
 
-def program_line(model: str, topology: str, program: Program, chip: Chip) -> str:
+def mesh(flags: str) -> str:
+  """What the flags say of the mesh.
+
+  >>> mesh("--mesh.fsdp=64 --mesh.gather=token --microbatch_prompts=64"), mesh("")
+  ('fsdp=64, gather=token', 'fsdp=all')
+  """
+  said = [flag.removeprefix("--mesh.") for flag in flags.split() if flag.startswith("--mesh.")]
+  if not any(word.startswith("fsdp=") for word in said):
+    said.insert(0, "fsdp=all")
+  return ", ".join(said)
+
+
+def program_line(model: str, topology: str, mesh: str, program: Program, chip: Chip) -> str:
   times = program.times(chip)
   binding = max(times, key=times.get)
   gigabytes = [
@@ -87,10 +104,11 @@ def program_line(model: str, topology: str, program: Program, chip: Chip) -> str
   cells = (
     model,
     topology,
+    mesh,
     program.name,
     *gigabytes,
     f"{program.peak / 1e9:.1f} of {chip.hbm / 1e9:.0f}",
-    f"{binding}, {times[binding]:.1f} s",
+    f"{binding}, {times[binding]:.2f} s",
     f"{program.compile_seconds:.0f} s",
     "yes" if program.peak <= chip.hbm else "no",
   )

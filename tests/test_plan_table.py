@@ -40,10 +40,12 @@ def test_a_row_is_kept_as_soon_as_it_is_compiled_and_the_rest_is_done_later(tmp_
 
 
 def test_a_line_says_what_binds_and_whether_it_fits():
-  lines = plan_table.row_lines(("m", "v5e:4x4", ""), FIGURES)
+  lines = plan_table.row_lines(("m", "v5e:4x4", "--mesh.fsdp=4 --remat"), FIGURES)
   assert lines == [
-    "| m | v5e:4x4 | update | 1.00 | 2.00 | 0.00 | 3.0 of 16 | compute, 1.0 s | 60 s | yes |",
-    "| m | v5e:4x4 | rollout | 1.00 | 12.00 | 4.00 | 17.0 of 16 | HBM, 3.0 s | 61 s | no |",
+    "| m | v5e:4x4 | fsdp=4 | update | 1.00 | 2.00 | 0.00 | 3.0 of 16 | compute, 1.00 s "
+    "| 60 s | yes |",
+    "| m | v5e:4x4 | fsdp=4 | rollout | 1.00 | 12.00 | 4.00 | 17.0 of 16 | HBM, 3.00 s "
+    "| 61 s | no |",
   ]
 
 
