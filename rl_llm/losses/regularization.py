@@ -93,7 +93,7 @@ def entropy_loss(entropies, weights) -> tuple[Array, Metrics]:
 def value_loss(values, old_values, returns, weights, *, clip=0.2) -> tuple[Array, Metrics]:
   """Half the squared error of the value network, which may not run from what it said before.
 
-      clipped = old_values + clip_to(values - old_values, -clip, clip)
+      clipped = clip_to(values, old_values - clip, old_values + clip)
       loss    = sum(weights * max((values - returns)^2, (clipped - returns)^2) / 2)
 
   A value that moved 0.5 towards its return 1, where 0.2 is allowed: the worse error, 0.8, counts,
@@ -134,7 +134,7 @@ def value_loss(values, old_values, returns, weights, *, clip=0.2) -> tuple[Array
   error = jnp.square(values - returns)
   worst = error
   if clip is not None:
-    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
+    clipped = jnp.clip(values, old_values - clip, old_values + clip)
     worst = jnp.maximum(error, jnp.square(clipped - returns))
   metrics = {
     "value_error": _checks.metric(error, mask),

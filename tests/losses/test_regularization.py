@@ -85,3 +85,15 @@ def test_bad_settings_are_named():
     losses.kl_loss(LOGPROBS, REF, WEIGHTS, value="k4")
   with pytest.raises(ValueError, match="ratio has shape"):
     losses.kl_loss(LOGPROBS, REF, WEIGHTS, ratio=np.ones(3))
+
+
+def test_a_value_that_moved_less_than_the_clip_is_not_counted_as_clipped():
+  """Added up as old + (value - old) it comes back with another last bit, which is no clipping."""
+  rng = np.random.default_rng(0)
+  old = rng.uniform(-1e-3, 1e-3, (20, 50)).astype(np.float32)  # As of a new value head.
+  values = rng.uniform(-0.19, 0.19, old.shape).astype(np.float32)
+  returns, weights = rng.normal(size=(2, *old.shape)).astype(np.float32)
+  _, metrics = jax.jit(losses.value_loss, static_argnames="clip")(
+    values, old, returns, np.abs(weights), clip=0.2
+  )
+  assert float(metrics["value_clip_fraction"][0]) == 0
