@@ -28,13 +28,13 @@ ROWS = (
   ("qwen2.5-1.5b", "v5e:4x4", "--microbatch_prompts=16"),
   ("qwen2.5-7b", "v5e:16x16", "--mesh.gather=token"),
   ("qwen2.5-7b", "v5e:16x16", "--mesh.fsdp=64 --mesh.tensor=4 --microbatch_prompts=128"),
-  ("qwen2.5-32b", "v5p:4x4x4", "--microbatch_prompts=64"),
+  ("qwen2.5-32b", "v5p:4x4x4", "--mesh.gather=token --microbatch_prompts=64"),
+  ("qwen2.5-32b", "v5p:4x4x4", "--mesh.fsdp=16 --mesh.tensor=4 --microbatch_prompts=64"),
   (
     "llama-3.1-70b",
     "v6e:16x16",
     "--mesh.fsdp=64 --mesh.tensor=4 --mesh.gather=token --microbatch_prompts=64",
   ),
-  ("llama-3.1-70b", "v6e:16x16", "--mesh.fsdp=32 --mesh.tensor=8 --microbatch_prompts=32"),
 )
 HEAD = """# What fits on which slice
 

@@ -35,6 +35,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -192,7 +193,12 @@ def compile_program(lowering: Lowering, mesh: jax.sharding.Mesh) -> Program:
   """Compiles, and reads off what the compiler says."""
   print(f"compiling the {lowering.name} for {mesh.size} devices", file=sys.stderr, flush=True)
   begin = time.process_time()
-  compiled = lowering.lower().compile()
+  try:
+    compiled = lowering.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return too_large(lowering, str(error), time.process_time() - begin)
   seconds = time.process_time() - begin
   memory = compiled.memory_analysis()
   return Program(
@@ -206,6 +212,17 @@ def compile_program(lowering: Lowering, mesh: jax.sharding.Mesh) -> Program:
     seconds,
     lowering.resident,
     lowering.calls,
+  )
+
+
+def too_large(lowering: Lowering, said: str, seconds: float) -> Program:
+  """A program that the compiler gave up: it says what would not fit, and nothing of the rest."""
+  print(f"the {lowering.name}: {said.splitlines()[0]}", file=sys.stderr, flush=True)
+  found = re.search(r"temporaries \((\d+(?:\.\d+)?)([KMGT])\)", said)
+  needed = float(found[1]) * 2 ** (10 * "_KMGT".index(found[2])) if found else math.inf
+  return Program(
+    lowering.name, 0.0, needed, 0.0, {}, lowering.flops, lowering.moved, seconds,
+    lowering.resident, lowering.calls,
   )
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from launch import estimate, plan
 from launch.chips import GPUS, NETWORK_CARD, TPUS, Chip, find_chip
 from launch.hlo import collectives
 from launch.models import MODELS, find_model
+from launch.programs import Lowering
 from rl_llm.config import ConfigError
 from rl_llm.policy import make_policy
 from rl_llm.sharding import ShardingError
@@ -153,6 +155,28 @@ def test_the_formula_of_the_rollout_reads_weights_at_every_token():
   """Float32, one device: T tokens read all weights, and half of the cache on average."""
   keys = TINY.n_layers * TINY.n_kv_heads * TINY.head_dim * 8 * (8 + 3)
   np.testing.assert_allclose(by_name(SMALL)["rollout"].moved, 6 * 4 * (count() + 2 * keys))
+
+
+def test_a_program_that_the_compiler_gives_up_does_not_fit(capsys):
+  """libtpu raises where it has no room for temporaries; other errors are not about room."""
+
+  def lower(said):
+    def compile():
+      raise jax.errors.JaxRuntimeError(said)
+
+    return SimpleNamespace(compile=compile)
+
+  def compiled(said):
+    lowering = Lowering("gather", lambda: lower(said), 1, 1, 1.0, 2.0, 3e9)
+    return plan.compile_program(lowering, SimpleNamespace(size=64))
+
+  full = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+  program = compiled(full + "temporaries (120.02G) exceeds available HBM (95.74G).")
+  assert program.temporaries == 120.02 * 2**30 and not plan.fits([program], TPUS["v5p"])
+  assert "Ran out of memory on HBM" in capsys.readouterr().err
+  assert compiled("RESOURCE_EXHAUSTED: no room").temporaries == float("inf")
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    compiled("INTERNAL: RET_CHECK failure")
 
 
 # What a person is told.
