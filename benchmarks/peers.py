@@ -406,6 +406,16 @@ def load_tunix(job: dict) -> tuple[Any, Any, list[str], dict]:
   }
 
 
+def check_read(rows: Any, ids: list[list[int]], *, responses: int) -> None:
+  """Refuses rows that Tunix's sampler has made other ids of than the tokenizer, such as a BOS more.
+
+  Raises:
+    ValueError: it has.
+  """
+  if rows[::responses].tolist() != ids:
+    raise ValueError("Tunix's sampler reads the prompts as other ids than their tokenizer")
+
+
 def tunix(job: dict, channel: Channel) -> None:
   """A step of Tunix's GRPOLearner, whose loop its data holds until a step is asked for.
 
@@ -469,8 +479,11 @@ def tunix(job: dict, channel: Channel) -> None:
     nonlocal tokens
     with watch("generation"):
       rollout = generate(*args, **kwargs)
-      tokens += sum(map(len, rollout.tokens))
-      return rollout
+    tokens += sum(map(len, rollout.tokens))
+    check_read(
+      rollout.left_padded_prompt_tokens, ready["prompt_ids"], responses=job["responses"]
+    )
+    return rollout
 
   cluster.generate = timed_generate
   learner = grpo_learner.GRPOLearner(
@@ -584,6 +597,7 @@ def generate_tunix(job: dict, channel: Channel) -> None:
       eos_tokens=[-1],  # Nothing ends a response before its length.
       seed=number,
     )
+    check_read(written.padded_prompt_tokens, ready["prompt_ids"], responses=job["responses"])
     return sum(map(len, written.tokens))
 
   serve(channel, ready | {"note": f"a cache of {cache} columns"}, turn)

@@ -6,11 +6,12 @@ import io
 import sys
 import typing
 
+import numpy as np
 import pytest
 
 from benchmarks import generation, grpo_step, population, rollout
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, interpreters, main, table
-from benchmarks.peers import SIDES, memory_gbytes, prompt_texts, reward
+from benchmarks.peers import SIDES, check_read, memory_gbytes, prompt_texts, reward
 from launch.chips import Chip
 from rl_llm.config import ConfigError
 from rl_llm.flops import forward_flops
@@ -111,6 +112,15 @@ def test_sides_that_do_not_do_the_same_work_are_refused():
       check_same({"ours": ready, "trl": ready | change}, prompt_tokens=3)
   with pytest.raises(BenchmarkError, match="3 tokens"):
     check_same({"ours": ready}, prompt_tokens=4)
+
+
+def test_a_sampler_that_reads_other_ids_is_refused():
+  rows = np.array([[5, 6], [5, 6], [7, 8], [7, 8]])
+  check_read(rows, [[5, 6], [7, 8]], responses=2)
+  with pytest.raises(ValueError, match="other ids"):
+    check_read(rows, [[5, 6], [5, 6]], responses=2)
+  with pytest.raises(ValueError, match="other ids"):  # A BOS before each.
+    check_read(np.pad(rows, ((0, 0), (1, 0))), [[5, 6], [7, 8]], responses=2)
 
 
 def test_one_step_of_the_tiny_model_runs_end_to_end(monkeypatch):
