@@ -1,7 +1,8 @@
 # make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo-smollm2-arithmetic-seed0/
 # make test   the test suite;  make test-full adds the long trials;  make lint
 # make test-slurm  an array of trials on a real Slurm, which it installs (Debian) and starts on this machine alone
-# make bench  a GRPO step against TRL's, which gets a .venv-trl of its own (about 1.5 GB)
+# make bench  a GRPO step against TRL's and Tunix's, each in a virtual environment of its own
+# make bench-peers  only these environments: .venv-trl (about 1.5 GB) and .venv-tunix (about 1 GB)
 # make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
 # make parity verl's and TRL's own losses on the inputs of tests/parity, compared with ours (.venv-verl and .venv-trl)
 # make docs   the tables of docs/algorithms.md, made from the docstrings
@@ -45,7 +46,7 @@ lint: $(VENV)/test-$(VERSION)
 bench: $(VENV)/run-$(VERSION) bench-peers
 	$(BIN)/python -m benchmarks.grpo_step $(BENCH_FLAGS)
 
-bench-peers: .venv-trl/ready
+bench-peers: .venv-trl/ready .venv-tunix/ready
 
 compare: $(VENV)/run-$(VERSION)
 	@$(PIP) install -q -e '.[plot]'
@@ -56,6 +57,16 @@ compare: $(VENV)/run-$(VERSION)
 	@$(PYTHON) -m venv .venv-trl && echo '*' > .venv-trl/.gitignore
 	@.venv-trl/bin/python -m pip --disable-pip-version-check install -q \
 	  --extra-index-url https://download.pytorch.org/whl/cpu 'trl==1.16.*' 'transformers==5.*' torch
+	@touch $@
+
+# Tunix asks for TensorFlow's data sets, a LaTeX parser and more: only what a GRPO step imports is installed.
+.venv-tunix/ready:
+	@echo "Installing Tunix and JAX into .venv-tunix."
+	@$(PYTHON) -m venv .venv-tunix && echo '*' > .venv-tunix/.gitignore
+	@.venv-tunix/bin/python -m pip --disable-pip-version-check install -q \
+	  jax flax optax orbax-checkpoint google-metrax jaxtyping safetensors sentencepiece \
+	  'transformers==5.*' pandas perfetto pillow
+	@.venv-tunix/bin/python -m pip --disable-pip-version-check install -q --no-deps 'google-tunix==0.1.7'
 	@touch $@
 
 parity: $(VENV)/test-$(VERSION) .venv-trl/ready .venv-verl/ready
@@ -98,4 +109,4 @@ $(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-trl .venv-verl build *.egg-info
+	rm -rf $(VENV) .venv-trl .venv-tunix .venv-verl build *.egg-info

@@ -1,16 +1,18 @@
-"""One GRPO step, ours against TRL's: same model, same weights, same prompts, same machine, one run.
+"""One GRPO step, ours, TRL's and Tunix's: same model, weights, prompts, machine, one run.
 
-  make bench                                                 both sides, TRL in .venv-trl
+  make bench-peers                                           .venv-trl and .venv-tunix, once
+  python -m benchmarks.grpo_step                             all three sides
+  python -m benchmarks.grpo_step --peer=tunix                ours and Tunix's
   python -m benchmarks.grpo_step --trl_python=/path/python   TRL from an interpreter that has it
   python -m benchmarks.grpo_step --peer=none                 ours alone
 
 A step is: sample every response, grade it, and make one optimiser update. Each side is a process of
-its own. They take turns, one step at a time, ours first; while one works the other waits, so
-whatever else the machine does meets both alike. The first steps, which compile and allocate, are
+its own. They take turns, one step at a time, ours first; while one works the others wait, so
+whatever else the machine does meets all alike. The first steps, which compile and allocate, are
 not counted. Before the clock starts the sides must agree on the ids of the prompts and on how
 likely the model finds them; after each step, on how many tokens were written.
 
-The floor is what the step's matrix products alone would take at the best rate either side reaches
+The floor is what the step's matrix products alone would take at the best rate any side reaches
 on a large square product, on this machine, in this run. It counts the least work that gives the
 exact result: each prompt is read once for all its responses, in the update as in the rollout.
 """
@@ -46,7 +48,7 @@ class Config:
   """The step, and how each side is told to take it."""
 
   model: str = option("smollm2", "smollm2, a Hugging Face directory, a .gguf file; tiny: ours only")
-  peer: Literal["trl", "none"] = option("trl", "whom to measure against")
+  peer: Literal["trl", "tunix", "all", "none"] = option("all", "whom to measure against")
   prompts: int = option(4, "P, prompts a step", min=1)
   responses: int = option(8, "G, responses a prompt", min=2)
   prompt_tokens: int = option(46, "tokens of each prompt", min=8)
@@ -62,17 +64,21 @@ class Config:
   trl_checkpointing: bool = option(
     True, "TRL: compute activations twice, its own default; false is faster and takes more memory"
   )
+  tunix_python: str = option(".venv-tunix/bin/python", "interpreter that has Tunix")
+  tunix_microbatch_prompts: int = option(
+    1, "Tunix: prompts whose responses' activations are held at once", min=1
+  )
 
 
 class Side:
-  """A process of `benchmarks.peers`, seen from here."""
+  """A process of `benchmarks.peers`, seen from here; `part` is its name there, if not the same."""
 
-  def __init__(self, name: str, python: str, job: dict[str, Any], log: Path):
+  def __init__(self, name: str, python: str, job: dict[str, Any], log: Path, *, part: str = ""):
     self.name, self._log = name, log
     root = Path(__file__).resolve().parents[1]
     with open(log, "w") as errors:
       self._process = subprocess.Popen(
-        [python, "-m", "benchmarks.peers", name, json.dumps(job)],
+        [python, "-m", "benchmarks.peers", part or name, json.dumps(job)],
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": str(cores()), "JAX_PLATFORMS": "cpu"},
         stdin=subprocess.PIPE,
@@ -106,6 +112,63 @@ class Side:
     self._process.stdin.write("step\n")
     self._process.stdin.flush()
     return self.read()
+
+
+def interpreters(config: Any, peers: dict[str, str]) -> dict[str, str]:
+  """By side, ours first, the interpreter that runs it.
+
+  Args:
+    config: its `peer` is a key of `peers`, "all" or "none".
+    peers: by name, the interpreter asked for.
+
+  Raises:
+    BenchmarkError: there is no such interpreter; the message names the flag and what makes it.
+  """
+  found = {"ours": sys.executable}
+  for name, python in peers.items():
+    if config.peer in (name, "all"):
+      if not shutil.which(python):
+        flag = "tunix_python" if name == "tunix" else "trl_python"
+        raise BenchmarkError(
+          f"--{flag}={python}: no such interpreter; `make bench-peers` makes .venv-trl and "
+          ".venv-tunix with what is measured against, --peer=none measures ours alone"
+        )
+      # Not resolved: a virtual environment's interpreter is a link that knows where it stands.
+      found[name] = os.path.abspath(shutil.which(python))
+  return found
+
+
+def start_sides(
+  commands: dict[str, str],
+  job: dict[str, Any],
+  scratch: str,
+  stack: contextlib.ExitStack,
+  *,
+  prefix: str = "",
+) -> tuple[list[Side], dict[str, dict[str, Any]]]:
+  """Starts the sides, which end with `stack`, and waits until each has loaded its model.
+
+  Args:
+    commands: what `interpreters` gives.
+    job: for all of them; of peers, the exported model's directory is added.
+    scratch: an empty directory.
+    stack: what the sides end with.
+    prefix: of the side's name in `benchmarks.peers`.
+
+  Returns:
+    The sides, and by name what each said before its first step.
+  """
+  if len(commands) > 1:
+    job = job | {"directory": str(Path(scratch, "model"))}
+    with Side("export", sys.executable, job, Path(scratch, "export.log")) as export:
+      job |= export.read()
+  # One after the other, so that none loads while another measures its matrix product.
+  sides, ready = [], {}
+  for name, python in commands.items():
+    log = Path(scratch, f"{name}.log")
+    sides.append(stack.enter_context(Side(name, python, job, log, part=prefix + name)))
+    ready[name] = sides[-1].read()
+  return sides, ready
 
 
 def check_same(ready: dict[str, dict[str, Any]], *, prompt_tokens: int) -> None:
@@ -160,7 +223,9 @@ def table(
     parts = [f"{median(name, key):.2f}" for key in ("generation", "reward", "update")]
     row = (name, f"{median(name, 'seconds'):.2f}", spread, *parts, f"{peak(name) / 1024:.2f}")
     lines.append(columns.format(*row))
-  for name in steps.keys() - {"ours"}:
+  for name in steps:
+    if name == "ours":
+      continue
     times = {
       key: median(name, key) / median("ours", key) for key in ("seconds", "generation", "update")
     }
@@ -183,36 +248,20 @@ def table(
 
 def main(config: Config) -> int:
   rows = config.prompts * config.responses
-  for name, size in (("microbatch_prompts", config.prompts), ("trl_batch_rows", rows)):
+  wholes = {
+    "microbatch_prompts": config.prompts,
+    "tunix_microbatch_prompts": config.prompts,
+    "trl_batch_rows": rows,
+  }
+  for name, size in wholes.items():
     value = getattr(config, name)
     if value < size and size % value:
       raise ConfigError(name, value, f"a divisor of {size}, or more than that")
-  if config.peer == "trl" and not shutil.which(config.trl_python):
-    raise BenchmarkError(
-      f"--trl_python={config.trl_python}: no such interpreter; `make bench-peers` makes .venv-trl "
-      "with TRL in it, --peer=none measures ours alone"
-    )
+  commands = interpreters(config, {"trl": config.trl_python, "tunix": config.tunix_python})
   with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
     total = config.warmup + config.steps
     job = dataclasses.asdict(config) | {"matmul": MATMUL, "total_steps": total}
-
-    def start(name: str, python: str) -> Side:
-      return stack.enter_context(Side(name, python, job, Path(scratch, f"{name}.log")))
-
-    sides = []
-    if config.peer == "trl":
-      job["directory"] = str(Path(scratch, "model"))
-      with Side("export", sys.executable, job, Path(scratch, "export.log")) as export:
-        job |= export.read()
-    # One after the other, so that neither loads while the other measures its matrix product.
-    ready = {}
-    interpreters = {"ours": sys.executable}
-    if config.peer == "trl":
-      # Not resolved: a virtual environment's interpreter is a link that knows where it stands.
-      interpreters["trl"] = os.path.abspath(shutil.which(config.trl_python))
-    for name, python in interpreters.items():
-      sides.append(start(name, python))
-      ready[name] = sides[-1].read()
+    sides, ready = start_sides(commands, job, scratch, stack)
     check_same(ready, prompt_tokens=config.prompt_tokens)
 
     print(

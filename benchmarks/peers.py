@@ -1,16 +1,20 @@
-"""The two sides of a benchmark, each in a process of its own that takes one step when told to.
+"""The sides of a benchmark, each in a process of its own that takes one step when told to.
 
-  python -m benchmarks.peers export|ours|trl JOB       JOB is JSON; benchmarks.grpo_step writes it
+  python -m benchmarks.peers SIDE JOB     a name of SIDES below; JOB is JSON
 
-A side answers on standard output, a JSON object a line: first what it read, then, for each line on
-its standard input, one step's figures. So two sides can alternate on one machine, both loaded and
-warm, neither running while the other is timed. The side "trl" runs under another interpreter, so
-nothing here imports JAX or this library except where that side alone needs it.
+`benchmarks.grpo_step` and `benchmarks.generation` write the jobs. A side answers on standard
+output, a JSON object a line: first what it read, then, for each line on its standard input, one
+step's figures. So the sides can alternate on one machine, all loaded and warm, none running while
+another is timed. TRL and Tunix run under other interpreters, so nothing here imports JAX or this
+library except where a side alone needs it.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
+import importlib.metadata
 import itertools
 import json
 import os
@@ -79,6 +83,26 @@ def matmul_gflops(product: Callable[[], Any], size: int, trials: int = 8) -> flo
   return 2 * size**3 / min(seconds) / 1e9
 
 
+def memory_gbytes(trials: int = 8, size: int = 2**28) -> float:
+  """The best rate at which all cores together read or copy memory that no cache holds, in 1e9 B/s.
+
+  Each core has a part of `size` bytes of its own; a copy counts what it reads and what it writes.
+  """
+  import numpy as np
+
+  workers = cores()
+  parts = [(np.ones(size // 4 // workers, np.float32), np.ones(size // 4 // workers, np.float32))
+           for _ in range(workers)]
+  ways = {1: lambda part: np.dot(part[0], part[0]), 2: lambda part: np.copyto(part[1], part[0])}
+  rates = []
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    for (times, way), _ in itertools.product(ways.items(), range(trials)):
+      begin = time.perf_counter()
+      list(pool.map(way, parts))
+      rates.append(times * size / (time.perf_counter() - begin) / 1e9)
+  return max(rates)
+
+
 class Channel:
   """Lines of JSON to the benchmark; what libraries print goes to standard error instead."""
 
@@ -130,6 +154,32 @@ def export(job: dict, channel: Channel) -> None:
   channel.send({"eos_ids": list(model.tokenizer.eos_ids)})
 
 
+def load_ours(job: dict, *, remat: bool = False) -> tuple[Any, list[str], dict]:
+  """The model, the prompts, and what this side says of what it has read."""
+  import jax
+  import jax.numpy as jnp
+
+  from rl_llm import logprobs
+  from rl_llm.model import load_model
+
+  model = load_model(job["model"], remat=remat)
+  policy, encode = model.policy, model.tokenizer.encode
+  texts = prompt_texts(encode, count=job["prompts"], tokens=job["prompt_tokens"])
+  ids = [encode(text) for text in texts]
+  first = jnp.array(ids[:1])
+  hidden, _ = policy.hidden(model.params, first, jnp.arange(first.shape[1])[None])
+  read = logprobs.token_logprobs(policy.logits(model.params, hidden[:, :-1]), first[:, 1:])
+  square, multiply = jnp.ones((job["matmul"],) * 2), jax.jit(jnp.matmul)
+  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
+  return model, texts, {
+    "prompt_ids": ids,
+    "prompt_logprob": float(jnp.mean(read)),
+    "gflops": matmul_gflops(lambda: multiply(square, square).block_until_ready(), job["matmul"]),
+    "shape": {field: getattr(policy.config, field) for field in fields},
+    "versions": f"jax {jax.__version__}",
+  }
+
+
 def ours(job: dict, channel: Channel) -> None:
   """A step by the functions that `experiments/grpo.py` uses, graded by its pool of processes."""
   import jax
@@ -137,10 +187,9 @@ def ours(job: dict, channel: Channel) -> None:
   import numpy as np
 
   from experiments import grpo
-  from rl_llm import advantages, logprobs, weighting
+  from rl_llm import advantages, weighting
   from rl_llm.data.prompts import pad_prompts
   from rl_llm.experience import response_texts, score, trim
-  from rl_llm.model import load_model
   from rl_llm.rewards import RewardPool, RewardSource
   from rl_llm.rollout import generate, row_keys
   from rl_llm.sampling import SamplingConfig
@@ -155,12 +204,10 @@ def ours(job: dict, channel: Channel) -> None:
     microbatch_prompts=job["microbatch_prompts"],
     sampling=grpo.Sampling(min_new_tokens=job["new_tokens"]),
   )
-  model = load_model(job["model"], remat=job["remat"])
+  model, texts, ready = load_ours(job, remat=job["remat"])
   policy, tokenizer = model.policy, model.tokenizer
-  texts = prompt_texts(tokenizer.encode, count=job["prompts"], tokens=job["prompt_tokens"])
-  ids = [tokenizer.encode(text) for text in texts]
   problems = [Problem(key=str(p), prompt=text, columns={}) for p, text in enumerate(texts)]
-  prompts = pad_prompts(ids, pad_id=tokenizer.pad_id)
+  prompts = pad_prompts(ready["prompt_ids"], pad_id=tokenizer.pad_id)
   optimizer = make_optimizer()
   group = job["responses"]
   microbatches = max(1, job["prompts"] // job["microbatch_prompts"])
@@ -169,22 +216,10 @@ def ours(job: dict, channel: Channel) -> None:
   sampling = SamplingConfig(
     jnp.ones(job["prompts"] * group), min_new_tokens=job["new_tokens"]
   )
-
-  first = jnp.array(ids[:1])
-  hidden, _ = policy.hidden(model.params, first, jnp.arange(first.shape[1])[None])
-  read = logprobs.token_logprobs(policy.logits(model.params, hidden[:, :-1]), first[:, 1:])
-  square, multiply = jnp.ones((job["matmul"],) * 2), jax.jit(jnp.matmul)
-  gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), job["matmul"])
-  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
   state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer))(model.params)
   model = model._replace(params=None)
   with RewardPool(RewardSource(os.path.abspath(__file__), "reward")) as pool:
-    channel.send({
-      "prompt_ids": ids,
-      "prompt_logprob": float(jnp.mean(read)),
-      "gflops": gflops,
-      "shape": {field: getattr(policy.config, field) for field in fields},
-      "versions": f"jax {jax.__version__}",
+    channel.send(ready | {
       "note": f"{microbatches} microbatches, {'' if job['remat'] else 'no '}recomputation, "
       "graded in sandboxed processes",
     })
@@ -224,17 +259,14 @@ def ours(job: dict, channel: Channel) -> None:
       channel.send(watch.stop(int(mask.sum())))
 
 
-def trl(job: dict, channel: Channel) -> None:
-  """A step of TRL's GRPOTrainer, whose loop a callback holds until a step is asked for."""
-  import datasets
+def load_transformers(job: dict) -> tuple[Any, Any, list[str], dict]:
+  """The exported model and tokenizer in transformers, the prompts, and what this side has read."""
   import torch
   import transformers
-  import trl as trl_library
 
   torch.set_num_threads(cores())
   transformers.logging.set_verbosity_error()
   model = transformers.AutoModelForCausalLM.from_pretrained(job["directory"], dtype=torch.float32)
-  model.generation_config.eos_token_id = job["eos_ids"]
   tokenizer = transformers.AutoTokenizer.from_pretrained(job["directory"])
   texts = prompt_texts(
     lambda text: tokenizer(text)["input_ids"], count=job["prompts"], tokens=job["prompt_tokens"]
@@ -244,7 +276,22 @@ def trl(job: dict, channel: Channel) -> None:
   with torch.no_grad():
     read = model(first).logits[:, :-1].log_softmax(-1).gather(-1, first[:, 1:, None])
   square = torch.ones((job["matmul"],) * 2)
-  gflops = matmul_gflops(lambda: square @ square, job["matmul"])
+  return model, tokenizer, texts, {
+    "prompt_ids": ids,
+    "prompt_logprob": float(read.mean()),
+    "gflops": matmul_gflops(lambda: square @ square, job["matmul"]),
+  }
+
+
+def trl(job: dict, channel: Channel) -> None:
+  """A step of TRL's GRPOTrainer, whose loop a callback holds until a step is asked for."""
+  import datasets
+  import torch
+  import transformers
+  import trl as trl_library
+
+  model, tokenizer, texts, ready = load_transformers(job)
+  model.generation_config.eos_token_id = job["eos_ids"]
   watch, tokens = None, 0
 
   def graded(prompts, completions, completion_ids, **columns):
@@ -301,10 +348,7 @@ def trl(job: dict, channel: Channel) -> None:
       ),
     )
     versions = [f"{m.__name__} {m.__version__}" for m in (trl_library, transformers, torch)]
-    channel.send({
-      "prompt_ids": ids,
-      "prompt_logprob": float(read.mean()),
-      "gflops": gflops,
+    channel.send(ready | {
       "versions": ", ".join(versions),
       "note": f"batches of {batch_rows} rows x {rows // batch_rows} accumulated, "
       f"{'' if job['trl_checkpointing'] else 'no '}recomputation, graded in its own process",
@@ -312,5 +356,257 @@ def trl(job: dict, channel: Channel) -> None:
     trainer.train()
 
 
+def tunix_mesh() -> Any:
+  """One device, under the names of the axes that Tunix's models are laid out on."""
+  import jax
+  import numpy as np
+
+  return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+
+
+def load_tunix(job: dict) -> tuple[Any, Any, list[str], dict]:
+  """The exported model and tokenizer in Tunix, the prompts, and what this side has read."""
+  import jax
+  import jax.numpy as jnp
+  import transformers
+  from tunix.models.llama3 import model as llama
+  from tunix.models.llama3 import params
+
+  entries = json.loads(Path(job["directory"], "config.json").read_text())
+  if entries["model_type"] != "llama":
+    raise ValueError(f"model: {entries['model_type']}; Tunix's side has Llama's architecture only")
+  config = llama.ModelConfig(
+    num_layers=entries["num_hidden_layers"],
+    vocab_size=entries["vocab_size"],
+    embed_dim=entries["hidden_size"],
+    hidden_dim=entries["intermediate_size"],
+    num_heads=entries["num_attention_heads"],
+    head_dim=entries["head_dim"],
+    num_kv_heads=entries["num_key_value_heads"],
+    rope_theta=entries["rope_theta"],
+    norm_eps=entries["rms_norm_eps"],
+    weight_tying=entries["tie_word_embeddings"],
+  )
+  # Tunix 0.1.7 turns every Llama by the base 1e6, whatever its configuration says.
+  llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=config.rope_theta)
+  model = params.create_model_from_safe_tensors(job["directory"], config, tunix_mesh())
+  tokenizer = transformers.AutoTokenizer.from_pretrained(job["directory"])
+  tokenizer.bos_token = None  # It would stand before every prompt.
+  texts = prompt_texts(tokenizer.encode, count=job["prompts"], tokens=job["prompt_tokens"])
+  ids = [tokenizer.encode(text) for text in texts]
+  first, seen = jnp.array(ids[:1]), jnp.tri(job["prompt_tokens"], dtype=bool)[None]
+  logits, _ = model(first, jnp.arange(first.shape[1])[None], None, seen)
+  read = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), first[:, 1:, None], -1)
+  square, multiply = jnp.ones((job["matmul"],) * 2), jax.jit(jnp.matmul)
+  return model, tokenizer, texts, {
+    "prompt_ids": ids,
+    "prompt_logprob": float(read.mean()),
+    "gflops": matmul_gflops(lambda: multiply(square, square).block_until_ready(), job["matmul"]),
+    "versions": f"tunix {importlib.metadata.version('google-tunix')}, jax {jax.__version__}",
+  }
+
+
+def check_read(rows: Any, ids: list[list[int]], *, responses: int) -> None:
+  """Refuses rows that Tunix's sampler has made other ids of than the tokenizer, such as a BOS more.
+
+  Raises:
+    ValueError: it has.
+  """
+  if rows[::responses].tolist() != ids:
+    raise ValueError("Tunix's sampler reads the prompts as other ids than their tokenizer")
+
+
+def tunix(job: dict, channel: Channel) -> None:
+  """A step of Tunix's GRPOLearner, whose loop its data holds until a step is asked for.
+
+  Nothing else in that loop can wait; it comes back for data when the step before has ended.
+  """
+  import numpy as np
+  import optax
+  from tunix.rl import rl_cluster
+  from tunix.rl.grpo import grpo_learner
+  from tunix.rl.rollout import base_rollout
+
+  model, tokenizer, texts, ready = load_tunix(job)
+  prompts = np.array(texts)
+  micro = min(len(prompts), job["tunix_microbatch_prompts"])
+  cache = job["prompt_tokens"] + job["new_tokens"]
+  watch, tokens = None, 0
+
+  def steps():
+    nonlocal watch, tokens
+    while True:
+      channel.wait()
+      watch, tokens = Stopwatch(), 0
+      yield {"prompts": prompts}
+      channel.send(watch.stop(tokens))
+
+  def graded(prompts, completions, **columns):
+    with watch("reward"):
+      return reward(prompts, completions)
+
+  roles = rl_cluster.Role
+  cluster = rl_cluster.RLCluster(
+    actor=model,
+    tokenizer=tokenizer,
+    cluster_config=rl_cluster.ClusterConfig(
+      role_to_mesh=dict.fromkeys(
+        (roles.ACTOR, roles.REFERENCE, roles.ROLLOUT), tunix_mesh()
+      ),
+      training_config=rl_cluster.RLTrainingConfig(
+        actor_optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6)),
+        eval_every_n_steps=job["total_steps"] + 1,
+        max_steps=job["total_steps"] + 1,  # It ends when no further step is asked for.
+        mini_batch_size=len(prompts),
+        # Not even one microbatch is accumulated unless there are several.
+        train_micro_batch_size=micro if micro < len(prompts) else None,
+        rollout_micro_batch_size=len(prompts),
+        compute_logps_micro_batch_size=len(prompts),
+      ),
+      rollout_config=base_rollout.RolloutConfig(
+        max_prompt_length=job["prompt_tokens"],
+        max_tokens_to_generate=job["new_tokens"],
+        kv_cache_size=cache,
+        temperature=1.0,
+        top_p=1.0,
+        eos_tokens=[-1],  # Nothing ends a response before its length.
+      ),
+    ),
+  )
+  generate = cluster.generate
+
+  def timed_generate(*args, **kwargs):
+    nonlocal tokens
+    with watch("generation"):
+      rollout = generate(*args, **kwargs)
+    tokens += sum(map(len, rollout.tokens))
+    check_read(
+      rollout.left_padded_prompt_tokens, ready["prompt_ids"], responses=job["responses"]
+    )
+    return rollout
+
+  cluster.generate = timed_generate
+  learner = grpo_learner.GRPOLearner(
+    cluster, grpo_learner.GRPOConfig(num_generations=job["responses"], beta=0.0), graded
+  )
+  channel.send(ready | {
+    "note": f"{len(prompts) // micro} microbatches, no recomputation, a cache of {cache} columns, "
+    "graded in its own process",
+  })
+  learner.train(steps())
+
+
+def serve(channel: Channel, ready: dict, generate: Callable[[int], int]) -> None:
+  """Generates whenever that is asked for; `generate` is given the turn and says how many tokens."""
+  channel.send(ready)
+  for turn in itertools.count():
+    channel.wait()
+    begin = time.perf_counter()
+    tokens = generate(turn)
+    seconds = time.perf_counter() - begin
+    channel.send({"seconds": seconds, "tokens": tokens, "peak_mb": peak_mb()})
+
+
+def generate_ours(job: dict, channel: Channel) -> None:
+  """`rl_llm.rollout.generate`, which also tells every token's log-probability and entropy."""
+  import jax
+  import jax.numpy as jnp
+
+  from rl_llm.data.prompts import pad_prompts
+  from rl_llm.rollout import generate, row_keys
+  from rl_llm.sampling import SamplingConfig
+
+  model, _, ready = load_ours(job)
+  prompts = pad_prompts(ready["prompt_ids"], pad_id=model.tokenizer.pad_id)
+  group = job["responses"]
+  sampling = SamplingConfig(
+    jnp.ones(job["prompts"] * group), min_new_tokens=job["new_tokens"]
+  )
+
+  def turn(number):
+    rollout = generate(
+      model.params,
+      prompts.tokens,
+      prompts.lengths,
+      row_keys(jax.random.fold_in(jax.random.key(0), number), job["prompts"], group),
+      sampling,
+      policy=model.policy,
+      responses_per_prompt=group,
+      max_new_tokens=job["new_tokens"],
+      eos_ids=model.tokenizer.eos_ids,
+      pad_id=model.tokenizer.pad_id,
+    )
+    return int(rollout.mask.sum())
+
+  serve(channel, ready | {"note": "each prompt read once for all its responses"}, turn)
+
+
+def generate_transformers(job: dict, channel: Channel) -> None:
+  """Hugging Face's `generate` with its own defaults but for the distribution: all of it, at 1."""
+  import torch
+  import transformers
+
+  model, tokenizer, texts, ready = load_transformers(job)
+  prompts = tokenizer(texts, return_tensors="pt")
+
+  def turn(number):
+    torch.manual_seed(number)
+    with torch.inference_mode():
+      rows = model.generate(
+        **prompts,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=job["responses"],
+        min_new_tokens=job["new_tokens"],
+        max_new_tokens=job["new_tokens"],
+      )
+    return rows[:, job["prompt_tokens"] :].numel()
+
+  versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+  note = f"{model.config._attn_implementation} attention"
+  serve(channel, ready | {"versions": versions, "note": note}, turn)
+
+
+def generate_tunix(job: dict, channel: Channel) -> None:
+  """Tunix's Sampler, from texts to texts as it does; the tokenizing takes milliseconds."""
+  from tunix.generate import sampler
+
+  model, tokenizer, texts, ready = load_tunix(job)
+  cache = job["tunix_cache"] or job["prompt_tokens"] + job["new_tokens"]
+  rows = [text for text in texts for _ in range(job["responses"])]
+  sample = sampler.Sampler(
+    model,
+    tokenizer,
+    sampler.CacheConfig(
+      cache_size=cache,
+      num_layers=model.config.num_layers,
+      num_kv_heads=model.config.num_kv_heads,
+      head_dim=model.config.head_dim,
+    ),
+  )
+
+  def turn(number):
+    written = sample(
+      rows,
+      max_generation_steps=job["new_tokens"],
+      max_prompt_length=job["prompt_tokens"],
+      temperature=1.0,
+      top_p=1.0,
+      eos_tokens=[-1],  # Nothing ends a response before its length.
+      seed=number,
+    )
+    check_read(written.padded_prompt_tokens, ready["prompt_ids"], responses=job["responses"])
+    return sum(map(len, written.tokens))
+
+  serve(channel, ready | {"note": f"a cache of {cache} columns"}, turn)
+
+
+SIDES = {
+  side.__name__: side
+  for side in (export, ours, trl, tunix, generate_ours, generate_transformers, generate_tunix)
+}
+
 if __name__ == "__main__":
-  {"export": export, "ours": ours, "trl": trl}[sys.argv[1]](json.loads(sys.argv[2]), Channel())
+  SIDES[sys.argv[1]](json.loads(sys.argv[2]), Channel())

@@ -1,14 +1,17 @@
-"""The benchmark's own arithmetic: what a step costs, that both sides do the same work, one run."""
+"""The benchmarks' own arithmetic: what a step costs, that all sides do the same work, one run."""
 
 import contextlib
 import dataclasses
 import io
+import sys
+import typing
 
+import numpy as np
 import pytest
 
-from benchmarks import population, rollout, update
-from benchmarks.grpo_step import BenchmarkError, Config, check_same, main, table
-from benchmarks.peers import prompt_texts, reward
+from benchmarks import generation, grpo_step, population, rollout, update
+from benchmarks.grpo_step import BenchmarkError, Config, check_same, interpreters, main, table
+from benchmarks.peers import SIDES, check_read, memory_gbytes, prompt_texts, reward
 from launch.chips import Chip
 from rl_llm.config import ConfigError
 from rl_llm.flops import forward_flops
@@ -94,6 +97,8 @@ def test_table_shows_median_spread_ratio_and_floor():
   assert "take 1.00 s (generation 0.25, update 0.75)" in text  # 4 x 2.5 GFLOP at 10 GFLOP/s
   assert "ours takes 2.50 times the floor (generation 2.50, update 2.50)" in text
   assert "trl takes 12.50 times the floor" in text
+  lines = table(steps | {"tunix": steps["ours"]}, forward=2_500_000_000, gflops=10.0)
+  assert "ours is 1.00 times as fast as tunix" in "\n".join(lines)
 
 
 def test_sides_that_do_not_do_the_same_work_are_refused():
@@ -109,6 +114,15 @@ def test_sides_that_do_not_do_the_same_work_are_refused():
     check_same({"ours": ready}, prompt_tokens=4)
 
 
+def test_a_sampler_that_reads_other_ids_is_refused():
+  rows = np.array([[5, 6], [5, 6], [7, 8], [7, 8]])
+  check_read(rows, [[5, 6], [7, 8]], responses=2)
+  with pytest.raises(ValueError, match="other ids"):
+    check_read(rows, [[5, 6], [5, 6]], responses=2)
+  with pytest.raises(ValueError, match="other ids"):  # A BOS before each.
+    check_read(np.pad(rows, ((0, 0), (1, 0))), [[5, 6], [7, 8]], responses=2)
+
+
 def test_one_step_of_the_tiny_model_runs_end_to_end(monkeypatch):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Compiling is most of it.
   config = Config(
@@ -122,9 +136,97 @@ def test_one_step_of_the_tiny_model_runs_end_to_end(monkeypatch):
   assert "\nours" in out.getvalue()
 
 
-def test_a_missing_peer_is_one_line_with_the_command():
-  with pytest.raises(BenchmarkError, match="make bench-peers"):
-    main(Config(trl_python="nowhere/bin/python"))
+@pytest.mark.parametrize("module", [grpo_step, generation], ids=["grpo_step", "generation"])
+@pytest.mark.parametrize("flag", ["trl_python", "tunix_python"])
+def test_a_missing_peer_is_one_line_with_the_command(module, flag):
+  here = {"trl_python": sys.executable, "tunix_python": sys.executable}
+  config = module.Config(**here | {flag: "nowhere/bin/python"})
+  with pytest.raises(BenchmarkError, match=f"--{flag}=nowhere.*make bench-peers") as error:
+    module.main(config)
+  assert "\n" not in str(error.value)
+
+
+def test_peer_chooses_who_is_started():
+  pythons = {"trl": sys.executable, "tunix": sys.executable}
+  for peer, names in [
+    ("all", ["ours", "trl", "tunix"]),
+    ("tunix", ["ours", "tunix"]),
+    ("none", ["ours"]),
+  ]:
+    assert list(interpreters(Config(peer=peer), pythons)) == names
+  # A peer that is not asked for need not be there.
+  assert list(interpreters(Config(peer="trl"), pythons | {"tunix": "nowhere"})) == ["ours", "trl"]
+  for prefix, module in [("", grpo_step), ("generate_", generation)]:
+    field = next(f for f in dataclasses.fields(module.Config) if f.name == "peer")
+    peers = set(typing.get_args(typing.get_type_hints(module.Config)[field.name]))
+    assert {prefix + name for name in peers - {"all", "none"} | {"ours"}} <= SIDES.keys()
+
+
+def slow_floor(prompts, responses, prompt_tokens, new_tokens, gflops, gbytes):
+  """Every step by itself: its products, and every number it must read."""
+  weights = 0
+  for _ in range(3):
+    for rows, columns in [(8, 24), (8, 12), (8, 12), (24, 8), (8, 10), (8, 10), (10, 8)]:
+      weights += rows * columns
+  weights += 8 * 11
+  total, done = 0.0, 0
+  for step in range(1, new_tokens + 1):
+    flops = slow_forward(prompts, responses, prompt_tokens, step) - done
+    done += flops
+    numbers = weights
+    if step > 1:
+      for _ in range(prompts):
+        for _ in range(prompt_tokens):
+          numbers += 3 * 2 * (6 + 6)  # layers, heads, key and value
+        for _ in range(responses):
+          for _ in range(step - 1):
+            numbers += 3 * 2 * (6 + 6)
+    total += max(flops / gflops, 4 * numbers / gbytes) / 1e9
+  return total
+
+
+@pytest.mark.parametrize("gbytes", [1e9, 1.0, 1e-6], ids=["compute", "both", "memory"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 3, 4, 5), (1, 2, 3, 40)])
+def test_generations_floor_is_that_of_counting_every_step(sizes, gbytes):
+  names = ("prompts", "responses", "prompt_tokens", "new_tokens")
+  rates = {"gflops": 1.0, "gbytes": gbytes}
+  floor = generation.floor_seconds(SHAPE, **dict(zip(names, sizes, strict=True)), **rates)
+  assert sum(floor.values()) == pytest.approx(slow_floor(*sizes, **rates), rel=1e-12)
+  if gbytes > 1e6:
+    assert floor["memory"] == 0 < floor["compute"]
+  if gbytes < 1e-3:
+    assert floor["compute"] == 0 < floor["memory"]
+
+
+def test_generations_table_compares_turn_by_turn():
+  def turns(*seconds):
+    return [{"seconds": each, "tokens": 100, "peak_mb": 512.0} for each in seconds]
+
+  lines = generation.table(
+    {"ours": turns(1.0, 2.0, 4.0), "tunix": turns(3.0, 4.0, 20.0)},
+    tokens=100,
+    floor={"compute": 0.25, "memory": 0.25},
+  )
+  assert lines[1].split() == ["ours", "50", "25", "..", "100", "2.00", "0.50", "4.00"]
+  assert lines[2].split() == ["tunix", "25", "5", "..", "33", "4.00", "0.50", "8.00"]
+  assert lines[3].startswith("ours is 3.00 times as fast as tunix (2.00 to 5.00 over 3 turns)")
+  assert lines[4].startswith("floor: 0.50 s, 200 tokens/s; 0.25 s bound by compute and 0.25 s")
+
+
+def test_generation_of_the_tiny_model_runs_end_to_end(monkeypatch, capsys):
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Compiling is most of it.
+  monkeypatch.setattr(generation, "memory_gbytes", lambda: 10.0)
+  config = generation.Config(
+    model="tiny", peer="none", prompts=2, responses=2, prompt_tokens=9, new_tokens=3, turns=2
+  )
+  assert generation.main(config) == 0
+  out = capsys.readouterr().out
+  assert "2 prompts of 9 tokens x 2 responses of 3" in out
+  assert "turn 0 ours" in out and "turn 2 ours" in out and "\nfloor: " in out
+
+
+def test_memory_is_read_at_some_rate():
+  assert 0.01 < memory_gbytes(trials=1, size=2**20) < 1e5
 
 
 def test_slots_and_batches_say_the_same(capsys):
