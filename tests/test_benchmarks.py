@@ -5,11 +5,12 @@ import dataclasses
 import io
 import sys
 import typing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import generation, grpo_step, population, rollout, update
+from benchmarks import generation, grpo_step, packing, population, rollout, update
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, interpreters, main, table
 from benchmarks.peers import SIDES, check_read, memory_gbytes, prompt_texts, reward
 from launch.chips import Chip
@@ -265,3 +266,20 @@ def test_an_update_is_timed_where_both_forms_give_one_gradient(monkeypatch, caps
   monkeypatch.setattr(update, "plain_logprobs", lambda *args, **kw: 1.001 * right(*args, **kw))
   with pytest.raises(update.BenchmarkError, match="differ by 1.0e-03"):
     update.main(config)
+
+
+def test_packed_and_padded_texts_give_one_gradient(monkeypatch, capsys):
+  config = packing.Config(model="tiny", texts=9, mean=6, limit=16, rows_at_once=2, runs=1)
+  assert packing.main(config) == 0
+  said = capsys.readouterr().out
+  assert "9 texts of" in said and "rows of 16" in said and "times as fast" in said
+  texts = packing.make_texts(config, range(3, 60))
+  lengths = [len(text.tokens) for text in texts]
+  assert max(lengths) == 16 and min(lengths) >= 2
+  shape = SimpleNamespace(config=SimpleNamespace(**SHAPE))
+  assert packing.text_flops(shape, texts) == 3 * sum(slow_forward(1, 1, 1, n - 1) for n in lengths)
+  parts = packing.cut({"mask": np.arange(6)[:, None] < 3}, 2)
+  assert [part["mask"].sum() for part in parts] == [2, 1]
+  monkeypatch.setattr(packing, "TOLERANCE", -1.0)
+  with pytest.raises(packing.BenchmarkError, match="gradients differ by"):
+    packing.main(config)

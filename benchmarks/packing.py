@@ -1,0 +1,141 @@
+"""Texts of unequal length: several in a row, against a row each that is filled up with padding.
+
+  python -m benchmarks.packing                 64 texts of 1 to 256 tokens, SmolLM2
+  python -m benchmarks.packing --model=tiny    in a minute
+
+Lengths are drawn from an exponential distribution and cut off, as answers' lengths often look: most
+are short, a few decide how wide the rows are. `--packing` of the experiments puts as many into a
+row as fit, and no text sees another. Both sides give the gradient of the same loss, hold as many
+tokens at once, take turns, and must agree to 1e-5 (relative, L2) before anything is printed. The
+floor is what the products of the texts alone would take, without padding, at the rate of a large
+square product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.peers import STORY, matmul_gflops
+from benchmarks.update import MATMUL, TOLERANCE, distance
+from experiments import sft
+from rl_llm.config import ConfigError, option, run
+from rl_llm.data.encoding import Encoded
+from rl_llm.flops import forward_flops
+from rl_llm.model import load_model
+from rl_llm.policy import Policy
+
+
+class BenchmarkError(RuntimeError):
+  """The two sides do not give the same gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The texts, and how often each side is timed."""
+
+  model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, a .gguf file")
+  texts: int = option(64, "texts of a batch", min=1)
+  mean: int = option(64, "tokens of a text, on average if there were no limit", min=2)
+  limit: int = option(256, "tokens of a text at most, and of a row", min=2)
+  rows_at_once: int = option(4, "rows whose activations are held at once", min=1)
+  runs: int = option(5, "times each side is run, after one that is not counted", min=1)
+
+
+def make_texts(config: Config, story: Sequence[int]) -> list[Encoded]:
+  """The texts: a first token that is not trained, the rest that is; the longest is the limit."""
+  lengths = np.random.default_rng(0).exponential(config.mean, config.texts)
+  lengths = np.clip(np.ceil(lengths), 2, config.limit).astype(int)
+  lengths[0] = config.limit
+  return [
+    Encoded(np.resize(np.roll(story, -7 * n), length).tolist(), [False] + [True] * (length - 1), 1)
+    for n, length in enumerate(lengths)
+  ]
+
+
+def cut(batch: dict[str, np.ndarray], rows: int) -> list[dict[str, np.ndarray]]:
+  """Parts of so many rows; rows at the end in which nothing is trained are left out."""
+  used = int(np.max(np.nonzero(batch["mask"].any(axis=1))[0])) + 1
+  return [
+    {name: value[first : first + rows] for name, value in batch.items()}
+    for first in range(0, used, rows)
+  ]
+
+
+def text_flops(policy: Policy, texts: Sequence[Encoded]) -> int:
+  """Operations of a gradient's products, were every text alone in a row as long as it is."""
+  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
+  shape = {field: getattr(policy.config, field) for field in fields}
+  return 3 * sum(
+    forward_flops(
+      **shape, prompts=1, responses=1, prompt_tokens=1, new_tokens=len(text.tokens) - 1
+    )
+    for text in texts
+  )
+
+
+def main(config: Config) -> int:
+  policy, params, tokenizer = load_model(config.model)
+  texts = make_texts(config, tokenizer.encode(STORY))
+  rows = -(-config.texts // config.rows_at_once) * config.rows_at_once
+  loss_fn = sft.make_loss(policy)
+  add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right), donate_argnums=0)
+  gradient = jax.jit(jax.grad(lambda params, part: loss_fn(params, part, {})[0]))
+  batches = {
+    name: sft.make_batch(texts, name="token_mean", packing=packing, rows=rows, pad_id=0)
+    for name, packing in (("padded", 0), ("packed", config.limit))
+  }
+  if batches["padded"]["tokens"].shape[1] != config.limit:
+    raise ConfigError("limit", config.limit, "a width that batches are padded to, such as 256")
+  parts = {name: cut(batch, config.rows_at_once) for name, batch in batches.items()}
+
+  def side(name: str) -> Any:
+    total = None
+    for part in parts[name]:
+      found = gradient(params, part)
+      total = found if total is None else add(total, found)
+    return jax.block_until_ready(total)
+
+  apart = distance(side("packed"), side("padded"))
+  if not apart <= TOLERANCE:
+    raise BenchmarkError(f"the gradients differ by {apart:.1e} of their length, over {TOLERANCE}")
+  square, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(jnp.matmul)
+  gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), MATMUL)
+  tokens = sum(len(text.tokens) for text in texts)
+  floor = text_flops(policy, texts) / gflops / 1e9
+  print(
+    f"{config.model}, float32: {config.texts} texts of {tokens / config.texts:.0f} tokens on "
+    f"average in rows of {config.limit}; gradients agree to {apart:.1e}; {gflops:.0f} GFLOP/s",
+    flush=True,
+  )
+  seconds: dict[str, list[float]] = {name: [] for name in parts}
+  for _ in range(config.runs):
+    for name, taken in seconds.items():
+      start = time.perf_counter()
+      side(name)
+      taken.append(time.perf_counter() - start)
+  for name, taken in seconds.items():
+    columns = sum(part["mask"].size for part in parts[name])
+    middle = statistics.median(taken)
+    print(
+      f"  {name} {middle:6.2f} s ({min(taken):.2f} to {max(taken):.2f}), {tokens / middle:.0f} "
+      f"tokens/s, {1 - tokens / columns:.0%} padding; {middle / floor:.2f} times the floor of "
+      f"{floor:.2f} s"
+    )
+  ratios = [a / b for a, b in zip(seconds["padded"], seconds["packed"], strict=True)]
+  print(
+    f"  packed is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to "
+    f"{max(ratios):.2f})"
+  )
+  return 0
+
+
+if __name__ == "__main__":
+  run(main, Config, errors=(BenchmarkError,))
