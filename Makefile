@@ -1,7 +1,7 @@
 # make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo-smollm2-arithmetic-seed0/
 # make test   the test suite;  make test-full adds the long trials;  make lint
 # make test-slurm  an array of trials on a real Slurm, which it installs (Debian) and starts on this machine alone
-# make bench  a GRPO step against TRL's and Tunix's, each in a virtual environment of its own
+# make bench  all benchmarks, docs/results/performance.md; TRL and Tunix get virtual environments of their own
 # make bench-peers  only these environments: .venv-trl (about 1.5 GB) and .venv-tunix (about 1 GB)
 # make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
 # make parity verl's and TRL's own losses on the inputs of tests/parity, compared with ours (.venv-verl and .venv-trl)
@@ -44,7 +44,7 @@ lint: $(VENV)/test-$(VERSION)
 	$(BIN)/ruff check .
 
 bench: $(VENV)/run-$(VERSION) bench-peers
-	$(BIN)/python -m benchmarks.grpo_step $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.performance $(BENCH_FLAGS)
 
 bench-peers: .venv-trl/ready .venv-tunix/ready
 

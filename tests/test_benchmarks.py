@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import generation, grpo_step, packing, population, rollout, update
+from benchmarks import generation, grpo_step, logprobs, packing, population, rollout, update
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, interpreters, main, table
 from benchmarks.peers import SIDES, check_read, memory_gbytes, prompt_texts, reward
 from launch.chips import Chip
@@ -283,3 +283,10 @@ def test_packed_and_padded_texts_give_one_gradient(monkeypatch, capsys):
   monkeypatch.setattr(packing, "TOLERANCE", -1.0)
   with pytest.raises(packing.BenchmarkError, match="gradients differ by"):
     packing.main(config)
+
+
+def test_log_probs_in_blocks_are_timed_against_dense_ones(capsys):
+  config = logprobs.Config(tokens=24, width=16, vocabulary=40, chunk_size=8, runs=1)
+  assert logprobs.main(config) == 0
+  said = capsys.readouterr().out
+  assert "24 tokens, D = 16, V = 40" in said and "times the floor" in said

@@ -1,11 +1,14 @@
 """Log-probs and entropies of sampled tokens: block by block of the vocabulary, against dense.
 
-  python -m benchmarks.chunked_logprobs                        2,048 tokens, Qwen's vocabulary
-  python -m benchmarks.chunked_logprobs --vocabulary=49152     SmolLM2's
+  python -m benchmarks.logprobs                        2,048 tokens, Qwen's vocabulary
+  python -m benchmarks.logprobs --vocabulary=49152     SmolLM2's
 
 Both forms give the value and the gradients with respect to hidden states and unembedding, compiled
 from the same loss, and take turns, so that whatever else the machine does meets both alike. They
 must agree before anything is printed. Memory is what XLA allocates besides arguments and results.
+The floor is what the three products of D x V (forward, and backward to hidden states and to the
+unembedding) would take at the rate of a large square product, measured in the same run. Blocks
+compute the forward one twice, so their floor is four thirds of it.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.peers import matmul_gflops
 from rl_llm.config import option, run
 from rl_llm.logprobs import chunked_logprobs_and_entropy, entropy, token_logprobs, unembed
+
+MATMUL = 2048  # side of the square product whose rate is the floor's
 
 
 class BenchmarkError(RuntimeError):
@@ -63,7 +69,12 @@ def main(config: Config) -> int:
     step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
     return step, lambda: jax.block_until_ready(step(*arguments))
 
-  print(f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32", flush=True)
+  square, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(jnp.matmul)
+  gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), MATMUL)
+  print(
+    f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32; "
+    f"{gflops:.0f} GFLOP/s", flush=True,
+  )
   forms = {"dense": compiled(dense), "chunked": compiled(chunked)}
   results = {name: step() for name, (_, step) in forms.items()}
   for left, right in zip(*map(jax.tree.leaves, results.values()), strict=True):
@@ -81,15 +92,18 @@ def main(config: Config) -> int:
       seconds[name].append(time.perf_counter() - start)
       print(f"run {number} {name}: {seconds[name][-1]:.2f} s", flush=True)
 
+  floor = 6 * config.tokens * config.width * config.vocabulary / gflops / 1e9
   for name, taken in seconds.items():
     print(
       f"{name}: {memory[name] / 1e6:.0f} MB of temporaries, {statistics.median(taken):.2f} s "
-      f"({min(taken):.2f} .. {max(taken):.2f})"
+      f"({min(taken):.2f} .. {max(taken):.2f}), {statistics.median(taken) / floor:.2f} times the "
+      f"floor of {floor:.2f} s"
     )
-  times = statistics.median(seconds["chunked"]) / statistics.median(seconds["dense"])
+  times = [a / b for a, b in zip(seconds["chunked"], seconds["dense"], strict=True)]
   print(
-    f"chunked takes 1/{memory['dense'] / memory['chunked']:.1f} of the temporaries and {times:.2f} "
-    "times the time, forward and backward"
+    f"chunked takes 1/{memory['dense'] / memory['chunked']:.1f} of the temporaries and "
+    f"{statistics.median(times):.2f} times the time ({min(times):.2f} to {max(times):.2f}), "
+    "forward and backward"
   )
   return 0
 
