@@ -89,7 +89,7 @@ def machine() -> str:
   """What it ran on.
 
   >>> machine().count(",")
-  4
+  5
   """
   model = platform.machine()
   if os.path.exists("/proc/cpuinfo"):
