@@ -140,6 +140,7 @@ def ours(job: dict, channel: Channel) -> None:
   from rl_llm import advantages, logprobs, weighting
   from rl_llm.data.prompts import pad_prompts
   from rl_llm.experience import response_texts, score, trim
+  from rl_llm.flops import forward_flops
   from rl_llm.model import load_model
   from rl_llm.rewards import RewardPool, RewardSource
   from rl_llm.rollout import generate, row_keys
@@ -175,7 +176,10 @@ def ours(job: dict, channel: Channel) -> None:
   read = logprobs.token_logprobs(policy.logits(model.params, hidden[:, :-1]), first[:, 1:])
   square, multiply = jnp.ones((job["matmul"],) * 2), jax.jit(jnp.matmul)
   gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), job["matmul"])
-  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
+  rows = job["prompts"] * group
+  forward = forward_flops(
+    policy.config, [job["prompt_tokens"]] * job["prompts"], [job["new_tokens"]] * rows
+  )
   state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer))(model.params)
   model = model._replace(params=None)
   with RewardPool(RewardSource(os.path.abspath(__file__), "reward")) as pool:
@@ -183,7 +187,7 @@ def ours(job: dict, channel: Channel) -> None:
       "prompt_ids": ids,
       "prompt_logprob": float(jnp.mean(read)),
       "gflops": gflops,
-      "shape": {field: getattr(policy.config, field) for field in fields},
+      "forward_flops": forward,
       "versions": f"jax {jax.__version__}",
       "note": f"{microbatches} microbatches, {'' if job['remat'] else 'no '}recomputation, "
       "graded in sandboxed processes",
