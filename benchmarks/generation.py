@@ -31,6 +31,7 @@ from benchmarks.grpo_step import MATMUL, BenchmarkError, check_same, interpreter
 from benchmarks.peers import cores, memory_gbytes
 from rl_llm.config import option, run
 from rl_llm.flops import forward_flops
+from rl_llm.policy import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Config:
 
 
 def floor_seconds(
-  shape: dict[str, int],
+  shape: TransformerConfig,
   *,
   prompts: int,
   responses: int,
@@ -70,7 +71,7 @@ def floor_seconds(
   step t - 1 has written, for which it sees the prompt and t - 1 tokens.
 
   Args:
-    shape: the fields of the model that `forward_flops` takes.
+    shape: of the model.
     prompts: P.
     responses: G, per prompt.
     prompt_tokens: L, tokens of each prompt.
@@ -81,14 +82,13 @@ def floor_seconds(
   Returns:
     "compute" and "memory": seconds of the steps that either bounds; their sum is the floor.
   """
-  width, layers, head = shape["width"], shape["n_layers"], shape["head_dim"]
-  projections = 2 * width * (shape["n_heads"] + shape["n_kv_heads"]) * head
-  weights = layers * (projections + 3 * width * shape["mlp_width"]) + width * shape["vocab_size"]
-  column = 2 * layers * shape["n_kv_heads"] * head
-  sizes = {"prompts": prompts, "responses": responses, "prompt_tokens": prompt_tokens}
+  width, layers, head = shape.width, shape.n_layers, shape.head_dim
+  projections = 2 * width * (shape.n_heads + shape.n_kv_heads) * head
+  weights = layers * (projections + 3 * width * shape.mlp_width) + width * shape.vocab_size
+  column = 2 * layers * shape.n_kv_heads * head
   bounds, before = {"compute": 0.0, "memory": 0.0}, 0
   for step in range(1, new_tokens + 1):
-    total = forward_flops(**shape, **sizes, new_tokens=step)
+    total = forward_flops(shape, [prompt_tokens] * prompts, [step] * (prompts * responses))
     columns = prompts * prompt_tokens + prompts * responses * (step - 1) if step > 1 else 0
     compute = (total - before) / gflops / 1e9
     memory = 4 * (weights + column * columns) / gbytes / 1e9
@@ -159,7 +159,7 @@ def main(config: Config) -> int:
         print(f"turn {number} {side.name}: {taken['seconds']:.2f} s{word}", flush=True)
   names = ("prompts", "responses", "prompt_tokens", "new_tokens")
   floor = floor_seconds(
-    ready["ours"]["shape"],
+    TransformerConfig(**ready["ours"]["shape"]),
     **{name: getattr(config, name) for name in names},
     gflops=max(side["gflops"] for side in ready.values()),
     gbytes=gbytes,

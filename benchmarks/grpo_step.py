@@ -35,6 +35,7 @@ from typing import Any, Literal
 from benchmarks.peers import cores
 from rl_llm.config import ConfigError, option, run
 from rl_llm.flops import forward_flops
+from rl_llm.policy import TransformerConfig
 
 MATMUL = 2048  # side of the square product whose rate is the floor's
 
@@ -203,7 +204,7 @@ def table(
 
   Args:
     steps: by side, one dict a timed step, as `benchmarks.peers` reports it.
-    forward: what `forward_flops` gives.
+    forward: what `rl_llm.flops.forward_flops` gives.
     gflops: 1e9 floating-point operations a second, the best measured.
   """
 
@@ -283,9 +284,11 @@ def main(config: Config) -> int:
           steps[side.name].append(taken)
         word = "" if warm else " (not counted)"
         print(f"step {number} {side.name}: {taken['seconds']:.2f} s{word}", flush=True)
-    names = ("prompts", "responses", "prompt_tokens", "new_tokens")
-    sizes = {name: getattr(config, name) for name in names}
-    forward = forward_flops(**ready["ours"]["shape"], **sizes)
+    forward = forward_flops(
+      TransformerConfig(**ready["ours"]["shape"]),
+      [config.prompt_tokens] * config.prompts,
+      [config.new_tokens] * rows,
+    )
     gflops = max(side["gflops"] for side in ready.values())
     print(*table(steps, forward=forward, gflops=gflops), sep="\n")
   return 0

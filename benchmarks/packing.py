@@ -28,9 +28,8 @@ from benchmarks.update import MATMUL, TOLERANCE, distance
 from experiments import sft
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data.encoding import Encoded
-from rl_llm.flops import forward_flops
+from rl_llm.flops import text_flops, update_passes
 from rl_llm.model import load_model
-from rl_llm.policy import Policy
 
 
 class BenchmarkError(RuntimeError):
@@ -69,18 +68,6 @@ def cut(batch: dict[str, np.ndarray], rows: int) -> list[dict[str, np.ndarray]]:
   ]
 
 
-def text_flops(policy: Policy, texts: Sequence[Encoded]) -> int:
-  """Operations of a gradient's products, were every text alone in a row as long as it is."""
-  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
-  shape = {field: getattr(policy.config, field) for field in fields}
-  return 3 * sum(
-    forward_flops(
-      **shape, prompts=1, responses=1, prompt_tokens=1, new_tokens=len(text.tokens) - 1
-    )
-    for text in texts
-  )
-
-
 def main(config: Config) -> int:
   policy, params, tokenizer = load_model(config.model)
   texts = make_texts(config, tokenizer.encode(STORY))
@@ -109,7 +96,10 @@ def main(config: Config) -> int:
   square, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(jnp.matmul)
   gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), MATMUL)
   tokens = sum(len(text.tokens) for text in texts)
-  floor = text_flops(policy, texts) / gflops / 1e9
+  work = text_flops(policy.config, [len(text.tokens) for text in texts], predicted=sum(
+    sum(text.mask) for text in texts
+  ))
+  floor = update_passes(adapters=False) * work / gflops / 1e9
   print(
     f"{config.model}, float32: {config.texts} texts of {tokens / config.texts:.0f} tokens on "
     f"average in rows of {config.limit}; gradients agree to {apart:.1e}; {gflops:.0f} GFLOP/s",

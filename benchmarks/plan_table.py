@@ -18,8 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launch.chips import Chip, find_chip
+from launch.chips import find_chip
 from launch.plan import Program
+from rl_llm.chips import Chip
 from rl_llm.config import option, run
 from rl_llm.files import write_atomically
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from experiments import grpo, population
 from experiments.options import adamw
-from launch import chips
+from rl_llm import chips
 from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import option, replace, run
 from rl_llm.metrics import read

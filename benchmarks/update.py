@@ -131,13 +131,11 @@ def make_sides(config: Config) -> tuple[dict[str, Any], Policy]:
 
 def flops_of(config: Config, policy: Policy) -> dict[str, int]:
   """Operations of each side's products: three times those of its forward pass."""
-  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
-  sizes = {field: getattr(policy.config, field) for field in fields}
-  sizes |= {"prompt_tokens": config.prompt_tokens, "new_tokens": config.new_tokens}
-  rows = config.prompts * config.responses
+  new = [config.new_tokens] * (config.prompts * config.responses)
+  long = [config.prompt_tokens]
   return {
-    "plain": 3 * forward_flops(**sizes, prompts=rows, responses=1),
-    "shared": 3 * forward_flops(**sizes, prompts=config.prompts, responses=config.responses),
+    "plain": 3 * forward_flops(policy.config, long * len(new), new),
+    "shared": 3 * forward_flops(policy.config, long * config.prompts, new),
   }
 
 

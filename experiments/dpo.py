@@ -58,6 +58,7 @@ from experiments.options import (
   split_weights,
 )
 from rl_llm import evaluation, losses, weighting
+from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data.batches import (
   batch_indices,
@@ -80,6 +81,7 @@ from rl_llm.experience import (
   make_generate,
   sample_rows,
 )
+from rl_llm.flops import Work, forward_flops, text_work, update_passes
 from rl_llm.logprobs import sequence_logprobs
 from rl_llm.metrics import PhaseClock, finalize, proportion_interval
 from rl_llm.model import load_model
@@ -204,6 +206,10 @@ class Config:
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
+  profile: int = option(
+    0, "steps to trace with jax.profiler, from the second of this start on, since the first "
+    "compiles; written to WORKDIR/profile; 0 = none", min=0
+  )
   samples_every: int = option(5, "steps between sample tables, on policy", min=1)
   export: bool = option(
     False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
@@ -254,6 +260,7 @@ def volatile(config: Config) -> set[str]:
     "checkpoint.every",
     "checkpoint.keep",
     "export",
+    "profile",
   }
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
@@ -602,14 +609,14 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     return evaluation.Evaluation(metrics, rows)
 
   def draw(state: TrainState, step: int, clock: PhaseClock):
-    """The step's pairs, the reference's log-probs of them, and the rows of the two records."""
+    """The step's pairs, the reference's log-probs of them, the two records' rows, the sampling."""
     if dataset is not None:
       chosen = batch_indices(
         len(training), batch_size=config.pairs_per_step, seed=config.seed, step=step
       )
       refs = [known[2 * index + side] for index in chosen for side in (0, 1)] if known else []
       row = {f"data_{name}": count for name, count in counts.items()}
-      return [training[index] for index in chosen], refs, row, []
+      return [training[index] for index in chosen], refs, row, [], Work()
     experience = collect(
       whole(state.params),
       config.seed,
@@ -643,14 +650,20 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     pairs = sampled_pairs(experience, chosen)
     with clock("logprobs"):
       refs = score(ref_params, flat(pairs)) if ref_params is not None else []
-    return pairs, refs, experience_metrics(experience, max_reward=task.max_reward), samples
+    row = experience_metrics(experience, max_reward=task.max_reward)
+    lengths = experience.rollout.lengths
+    work = Work(
+      generated_tokens=int(np.sum(lengths)),
+      rollout_flops=forward_flops(policy.config, experience.prompts.lengths, lengths),
+    )
+    return pairs, refs, row, samples, work
 
   def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:
-    pairs, refs, row, samples = draw(state, step, clock)
+    pairs, refs, row, samples, work = draw(state, step, clock)
     rate = learning_rate(config.optimizer, step, steps=config.steps)
     row |= {"pairs": len(pairs), "learning_rate": rate, "updates_skipped": int(state.skipped)}
     if not pairs:  # All problems were answered equally well: there is nothing to learn.
-      return Step(state, row, samples)
+      return Step(state, row, samples, work)
     with clock("logprobs"):
       batch, keywords = with_constants(whole(state.params), pairs, config.pairs_per_step, refs)
     row |= {"padding_fraction": padding_fraction(batch["segment_ids"])}
@@ -686,7 +699,12 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     }
     most = config.optimizer.max_skipped
     failure = failure_of(loss_fn, state, batch, hparams, max_skipped=most, frozen=frozen)
-    return Step(state, row, samples, failure)
+    passes = update_passes(adapters=frozen is not None)
+    trained = text_work(policy.config, flat(pairs), passes=passes)
+    work = work._replace(
+      trained_tokens=trained.trained_tokens, update_flops=trained.update_flops
+    )
+    return Step(state, row, samples, work, failure)
 
   with pool:
     state = train_loop(
@@ -699,6 +717,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       eval_every=config.eval.every,
       checkpoint_every=config.checkpoint.every,
       samples_every=config.samples_every,
+      peak=find_peak(list(mesh.devices.flat), config.dtype),
+      profile=config.profile,
     )
   if config.export:
     export_model(run, policy.config, whole(state.params), tokenizer, base=config.model)

@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec
 
 from experiments import grpo
 from experiments.options import SamplingMesh, adamw, sampling_config, split_weights
+from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, flatten, option
 from rl_llm.data.prompts import PromptBatch
 from rl_llm.evaluation import Evaluation, evaluate
@@ -44,6 +45,7 @@ from rl_llm.experience import (
   split_experience,
   step_keys,
 )
+from rl_llm.flops import Work, response_work, update_passes
 from rl_llm.metrics import MetricsWriter, PhaseClock, add_metrics, read
 from rl_llm.model import LanguageModel, load_model
 from rl_llm.policy import Policy, join, population_policy
@@ -281,7 +283,7 @@ def _train(
     hparams = stacked(jax.device_get([grpo.hyperparameters(member, step) for member in configs]))
     hparams = place_rows(hparams, mesh)
     announce(f"compiling the update: responses of up to {batches[0]['mask'].shape[1]} tokens")
-    totals = {}
+    totals, learned = {}, [[] for _ in configs]
     deals = [
       grpo.deal(member, step, np.any(worth != 0, axis=1))
       for member, worth in zip(configs, worths, strict=True)
@@ -299,6 +301,8 @@ def _train(
         microbatches = -(-needed // config.microbatch_prompts)
         state, metrics = programs.update(state, minibatch, hparams, microbatches, frozen)
         totals = add_metrics(totals, fetch(metrics))
+        for of_one, (chosen, needed) in zip(learned, dealt, strict=True):
+          of_one.append(chosen[:needed])
     skipped, reasons = fetch(state.skipped), {}
     rows = [
       grpo.step_row(
@@ -336,7 +340,19 @@ def _train(
     whole = {"members": int(np.count_nonzero(~failed(state)))}
     if rewards:
       whole |= {"reward_mean": float(np.mean(rewards)), "reward_best": max(rewards)}
-    return Step(state, whole)
+    works = [
+      response_work(
+        policy.config,
+        own.prompts.lengths,
+        own.rollout.lengths,
+        np.sum(batch["mask"], axis=1),
+        of_one,
+        passes=update_passes(adapters=frozen is not None),
+      )
+      for own, batch, of_one in zip(each, batches, learned, strict=True)
+    ]
+    work = Work(*(sum(parts) for parts in zip(*works, strict=True)))  # Of all at once.
+    return Step(state, whole, work=work)
 
   with contextlib.ExitStack() as stack:
     for member, directory in zip(configs, directories, strict=True):
@@ -360,6 +376,8 @@ def _train(
       eval_every=config.eval.every,
       checkpoint_every=config.checkpoint.every,
       samples_every=config.samples_every,
+      peak=find_peak(list(mesh.devices.flat), config.dtype),
+      profile=config.profile,
     )
     over = failed(state)
     last = read(run.workdir / "metrics.jsonl")[-1]

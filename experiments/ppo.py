@@ -67,6 +67,7 @@ from experiments.options import (
   token_weights,
 )
 from rl_llm import advantages, losses, presets
+from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, option, run
 from rl_llm.controllers import AdaptiveKL, adaptive_kl
 from rl_llm.evaluation import evaluate
@@ -83,6 +84,7 @@ from rl_llm.experience import (
   sample_rows,
   take_prompts,
 )
+from rl_llm.flops import response_work, update_passes
 from rl_llm.kl import kl_penalty
 from rl_llm.masked import masked_mean, whiten
 from rl_llm.metrics import PhaseClock, add_metrics, finalize
@@ -217,6 +219,10 @@ class Config:
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   samples_every: int = option(5, "steps between sample tables", min=1)
+  profile: int = option(
+    0, "steps to trace with jax.profiler, from the second of this start on, since the first "
+    "compiles; written to WORKDIR/profile; 0 = none", min=0
+  )
   export: bool = option(
     False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
     "the adapters alone too, WORKDIR/adapter"
@@ -268,7 +274,10 @@ def overrides(config: Config) -> dict[str, Any]:
 
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", *MESH_FLAGS, "samples_every", "checkpoint.every", "checkpoint.keep", "export"}
+  names = {
+    "workdir", *MESH_FLAGS, "samples_every", "checkpoint.every", "checkpoint.keep", "export",
+    "profile",
+  }
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
@@ -580,7 +589,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     }
     value_hparams = {"learning_rate": jnp.float32(value_rate)}
     announce(f"compiling the update: responses of up to {mask.shape[1]} tokens")
-    totals, trained, value = {}, state.policy, state.value
+    totals, trained, value, learned = {}, state.policy, state.value, []
     with clock("update"):
       for chosen in minibatches(
         config.seed,
@@ -610,6 +619,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
             if key != "loss"  # The same as "value_loss".
           }
         totals = add_metrics(totals, jax.device_get(metrics))
+        learned.append(chosen)
     kl_coef = float(state.kl.coef)
     kl_ref = kl.sum() / max(mask.sum(), 1)
     state = State(trained, value, state.kl)
@@ -653,7 +663,16 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       failure = failure or failure_of(
         value_loss_fn, value, minibatch, value_hparams, max_skipped=most, frozen=frozen
       )
-    return Step(state, row, samples, failure)
+    work = response_work(
+      policy.config,
+      prompts.lengths,
+      rollout.lengths,
+      np.sum(mask, axis=1),
+      learned,
+      passes=update_passes(adapters=frozen is not None),
+      towers=int(value is not None),
+    )
+    return Step(state, row, samples, work, failure)
 
   with pool:
     state = train_loop(
@@ -666,6 +685,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       eval_every=config.eval.every,
       checkpoint_every=config.checkpoint.every,
       samples_every=config.samples_every,
+      peak=find_peak(list(mesh.devices.flat), config.dtype),
+      profile=config.profile,
     )
   if config.export:
     weights = whole(state.policy.params)

@@ -59,6 +59,7 @@ from experiments.options import (
   token_weights,
 )
 from rl_llm import advantages, losses, presets
+from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, option, run
 from rl_llm.evaluation import evaluate
 from rl_llm.experience import (
@@ -73,6 +74,7 @@ from rl_llm.experience import (
   sample_rows,
   take_prompts,
 )
+from rl_llm.flops import response_work, update_passes
 from rl_llm.kl import k1
 from rl_llm.masked import masked_mean
 from rl_llm.metrics import PhaseClock, add_metrics, finalize
@@ -176,6 +178,10 @@ class Config:
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   samples_every: int = option(5, "steps between sample tables", min=1)
+  profile: int = option(
+    0, "steps to trace with jax.profiler, from the second of this start on, since the first "
+    "compiles; written to WORKDIR/profile; 0 = none", min=0
+  )
   export: bool = option(
     False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
     "the adapters alone too, WORKDIR/adapter"
@@ -225,7 +231,10 @@ def overrides(config: Config) -> dict[str, Any]:
 
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", *MESH_FLAGS, "samples_every", "checkpoint.every", "checkpoint.keep", "export"}
+  names = {
+    "workdir", *MESH_FLAGS, "samples_every", "checkpoint.every", "checkpoint.keep", "export",
+    "profile",
+  }
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
@@ -480,7 +489,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     announce(f"compiling the update: responses of up to {mask.shape[1]} tokens")
     baseline = moving_average(state)
     reward = np.mean(scores.rewards[scores.ok]) if scores.ok.any() else baseline
-    totals, trained = {}, state.policy
+    totals, trained, learned = {}, state.policy, []
     with clock("update"):
       for chosen in minibatches(
         config.seed,
@@ -505,6 +514,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
         minibatch = place_rows(minibatch, mesh)
         trained, metrics = update(trained, minibatch, hparams, microbatches, frozen)
         totals = add_metrics(totals, jax.device_get(metrics))
+        learned.append(chosen[:needed])
     decay = config.advantage.decay
     state = State(
       trained,
@@ -536,7 +546,15 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     failure = failure_of(
       loss_fn, trained, minibatch, hparams, max_skipped=config.optimizer.max_skipped, frozen=frozen
     )
-    return Step(state, row, samples, failure)
+    work = response_work(
+      policy.config,
+      prompts.lengths,
+      rollout.lengths,
+      np.sum(mask, axis=1),
+      learned,
+      passes=update_passes(adapters=frozen is not None),
+    )
+    return Step(state, row, samples, work, failure)
 
   with pool:
     state = train_loop(
@@ -549,6 +567,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       eval_every=config.eval.every,
       checkpoint_every=config.checkpoint.every,
       samples_every=config.samples_every,
+      peak=find_peak(list(mesh.devices.flat), config.dtype),
+      profile=config.profile,
     )
   if config.export:
     export_model(run, policy.config, whole(state.policy.params), tokenizer, base=config.model)

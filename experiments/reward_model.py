@@ -75,6 +75,7 @@ from experiments.options import (
   split_weights,
 )
 from rl_llm import hosts, losses
+from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data import DataError, Dataset
 from rl_llm.data.batches import batch_indices, packed_shares, padding_fraction, pair_batch
@@ -82,6 +83,7 @@ from rl_llm.data.encoding import Pair, encode_pair, limit_pairs
 from rl_llm.data.loading import load_sequences, read_examples
 from rl_llm.evaluation import Evaluation
 from rl_llm.experience import agree_on_data
+from rl_llm.flops import text_work, update_passes
 from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy, join, merge_lora
@@ -168,6 +170,10 @@ class Config:
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
+  profile: int = option(
+    0, "steps to trace with jax.profiler, from the second of this start on, since the first "
+    "compiles; written to WORKDIR/profile; 0 = none", min=0
+  )
   lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   distributed: Distributed = Distributed()
@@ -194,7 +200,7 @@ def overrides(config: Config) -> dict[str, Any]:
 
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", *MESH_FLAGS, "checkpoint.every", "checkpoint.keep"}
+  names = {"workdir", *MESH_FLAGS, "checkpoint.every", "checkpoint.keep", "profile"}
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
@@ -391,7 +397,13 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     row |= {"padding_fraction": padding_fraction(read.segment_ids)}
     most = config.optimizer.max_skipped
     failure = failure_of(loss_fn, state, batch, hparams, max_skipped=most, frozen=frozen)
-    return Step(state, row, failure=failure)
+    work = text_work(
+      policy.config,
+      [sequence for pair in pairs for sequence in pair],
+      passes=update_passes(adapters=frozen is not None),
+      predicts=False,
+    )
+    return Step(state, row, work=work, failure=failure)
 
   state = train_loop(
     run,
@@ -403,6 +415,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     eval_every=config.eval.every,
     checkpoint_every=config.checkpoint.every,
     samples_every=config.steps,
+    peak=find_peak(list(mesh.devices.flat), config.dtype),
+    profile=config.profile,
   )
   center = float(np.mean(rewards_of(whole(state.params), loaded.training[scored])))
   params = on_main(merge_lora(whole(state.params)))

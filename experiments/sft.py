@@ -58,6 +58,7 @@ from experiments.options import (
   split_weights,
 )
 from rl_llm import evaluation, losses, weighting
+from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data import DataError
 from rl_llm.data.batches import batch_indices, packed_batch, padding_fraction, sequence_batch
@@ -71,6 +72,7 @@ from rl_llm.experience import (
   make_encode,
   make_generate,
 )
+from rl_llm.flops import text_work, update_passes
 from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy, join
@@ -159,6 +161,10 @@ class Config:
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
+  profile: int = option(
+    0, "steps to trace with jax.profiler, from the second of this start on, since the first "
+    "compiles; written to WORKDIR/profile; 0 = none", min=0
+  )
   export: bool = option(
     False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
     "the adapters alone too, WORKDIR/adapter"
@@ -197,7 +203,7 @@ def overrides(config: Config) -> dict[str, Any]:
 
 def volatile(config: Config) -> set[str]:
   """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", *MESH_FLAGS, "checkpoint.every", "checkpoint.keep", "export"}
+  names = {"workdir", *MESH_FLAGS, "checkpoint.every", "checkpoint.keep", "export", "profile"}
   # A falling learning rate depends on where it is to end.
   return names | {"steps"} if config.optimizer.schedule == "constant" else names
 
@@ -394,7 +400,9 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     }
     most = config.optimizer.max_skipped
     failure = failure_of(loss_fn, state, batch, hparams, max_skipped=most, frozen=frozen)
-    return Step(state, row, failure=failure)
+    passes = update_passes(adapters=frozen is not None)
+    work = text_work(policy.config, sequences, passes=passes)
+    return Step(state, row, work=work, failure=failure)
 
   with pool:
     state = train_loop(
@@ -407,6 +415,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       eval_every=config.eval.every,
       checkpoint_every=config.checkpoint.every,
       samples_every=config.steps,
+      peak=find_peak(list(mesh.devices.flat), config.dtype),
+      profile=config.profile,
     )
   if config.export:
     export_model(run, policy.config, whole(state.params), tokenizer, base=config.model)

@@ -1,42 +1,16 @@
-"""The accelerators that can be planned for: their limits, and how many of them lie how."""
+"""The slices and boxes that can be planned for: how many accelerators of which kind lie how."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from typing import NamedTuple
 
 import jax
 
+from rl_llm.chips import GPUS, TPUS, Chip
 from rl_llm.config import ConfigError
 
-
-class Chip(NamedTuple):
-  """One accelerator's limits."""
-
-  hbm: float  # bytes
-  flops: float  # bfloat16 operations a second
-  bandwidth: float  # bytes a second between HBM and the chip
-  network: float  # bytes a second to and from its neighbours, all links together, both ways
-
-
-# cloud.google.com/tpu/docs: system architecture of each version; links as in
-# jax-ml.github.io/scaling-book/tpus (two directions; 4 links in a 2D torus, 6 in a 3D one).
-TPUS = {
-  "v4": Chip(32e9, 275e12, 1.2e12, 270e9),
-  "v5e": Chip(16e9, 197e12, 0.82e12, 180e9),
-  "v5p": Chip(95e9, 459e12, 2.8e12, 540e9),
-  "v6e": Chip(32e9, 918e12, 1.6e12, 360e9),
-}
-# NVIDIA's data sheets (nvidia.com/en-us/data-center: a100 80GB SXM, h100 SXM, h200 SXM; DGX B200,
-# an eighth of it): dense bfloat16, and NVLink in both directions together.
-GPUS = {
-  "a100": Chip(80e9, 312e12, 2.039e12, 600e9),
-  "h100": Chip(80e9, 989e12, 3.35e12, 900e9),
-  "h200": Chip(141e9, 989e12, 4.8e12, 900e9),
-  "b200": Chip(180e9, 2250e12, 8e12, 1800e9),
-}
 GPUS_A_BOX = 8  # Joined by NVLink; beyond, each has a network card of 400 Gb/s in the same systems.
 NETWORK_CARD = 100e9  # bytes a second, both ways
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
-from launch.programs import cache_bytes, itemsize, settings_of, update_passes, work
+from launch.programs import cache_bytes, itemsize, settings_of, work
+from rl_llm.flops import update_passes
 from rl_llm.policy import TransformerConfig, make_policy
 from rl_llm.rollout import CHUNK_SIZE
 from rl_llm.train_state import parameter_count
@@ -66,7 +67,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   microbatches = max(1, prompts // at_once)
   size, slices, shards = itemsize(config), sizes.fsdp * sizes.tensor, sizes.data * sizes.fsdp
   chips = shards * sizes.tensor
-  passes = update_passes(bool(config.lora.rank), remat=config.remat)
+  passes = update_passes(adapters=bool(config.lora.rank)) + config.remat
   heads = shape.n_heads / sizes.tensor
 
   weights, moments = 4 * total / slices, 8 * trained / slices

@@ -46,11 +46,12 @@ import jax.numpy as jnp
 
 from experiments.options import Lora, SamplingMesh, device_mesh
 from launch import estimate
-from launch.chips import Chip, find_chip, find_devices, has_compiler
+from launch.chips import find_chip, find_devices, has_compiler
 from launch.hlo import collectives
 from launch.models import MODELS, find_model
 from launch.programs import Lowering, programs, settings_of
 from rl_llm import sharding
+from rl_llm.chips import Chip
 from rl_llm.config import ConfigError, option, run
 from rl_llm.policy import TransformerConfig, WeightsError, make_policy
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from experiments import dpo, grpo, ppo, reinforce
 from experiments.options import adamw, split_weights
 from rl_llm import sharding
-from rl_llm.flops import forward_flops
+from rl_llm.flops import forward_flops, text_flops, update_passes
 from rl_llm.policy import Policy, TransformerConfig, join
 from rl_llm.rollout import gather_weights, generate, response_logprobs, row_keys
 from rl_llm.sampling import SamplingConfig
@@ -236,7 +236,7 @@ class Programs:
     update = make_update(loss, optimizer, microbatches=microbatches, mesh=self.mesh)
     names = ("learning_rate", "kl_coef", "entropy_coef", "value_coef", "sft_coef")
     hparams = {name: array(jnp.float32) for name in names} | {"loss": {}}
-    passes = update_passes(frozen is not None, remat=self.config.remat)
+    passes = update_passes(adapters=frozen is not None) + self.config.remat
     trained = device_bytes(state.params)
     return Lowering(
       name,
@@ -339,28 +339,10 @@ def cache_bytes(config: Config, shape: TransformerConfig) -> int:
   return 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * itemsize(config)
 
 
-def update_passes(adapters: bool, *, remat: bool) -> int:
-  """An update's work in forward passes: a backward one is two, or one where weights are frozen."""
-  return (2 if adapters else 3) + remat
-
-
 def work(config: Config, shape: TransformerConfig) -> float:
   """Operations of one pass over all that a step reads."""
-  fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
-  sizes = {field: getattr(shape, field) for field in fields}
-  prompt, new = config.prompt_tokens, config.max_new_tokens
+  prompt, new, prompts = config.prompt_tokens, config.max_new_tokens, config.prompts_per_step
   if config.experiment == "dpo":  # Two texts a pair, and every token of them is predicted.
-    return forward_flops(
-      **sizes,
-      prompts=2 * config.prompts_per_step,
-      responses=1,
-      prompt_tokens=1,
-      new_tokens=prompt + new,
-    )
-  return forward_flops(
-    **sizes,
-    prompts=config.prompts_per_step,
-    responses=config.responses_per_prompt,
-    prompt_tokens=prompt,
-    new_tokens=new,
-  )
+    lengths = [prompt + new] * (2 * prompts)
+    return text_flops(shape, lengths, predicted=sum(lengths))
+  return forward_flops(shape, [prompt] * prompts, [new] * (prompts * config.responses_per_prompt))

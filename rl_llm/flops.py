@@ -1,63 +1,181 @@
-"""How much work a step is, by formula: what measured and planned times are compared with."""
+"""How much work a step is, by formula: what measured and planned times are compared with.
+
+Counted are the matrix products that a step cannot do without, 2 operations a multiply-add, over
+the tokens that are there: no padding, nothing computed twice, no norms, softmax or rotations. So
+the figures do not depend on how a step is computed, and a program that wastes nothing and never
+waits would take flops / peak seconds (Chowdhery et al., 2022, PaLM, https://arxiv.org/abs/2204.02311,
+appendix B, where the share it reaches is called model FLOPs utilization, MFU).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-def forward_flops(
-  *,
-  vocab_size: int,
-  width: int,
-  n_layers: int,
-  n_heads: int,
-  n_kv_heads: int,
-  head_dim: int,
-  mlp_width: int,
-  prompts: int,
-  responses: int,
-  prompt_tokens: int,
-  new_tokens: int,
-) -> int:
-  """Operations of the matrix products that read all prompts and responses once, 2 a multiply-add.
+import numpy as np
 
-      token      = 2 layers (2 D N H + 2 D K H + 3 D F)     for every token read
-      attention  = 4 layers N H                             for every key that a token sees
-      prediction = 2 D V                                    for every token written
+from rl_llm.data.encoding import Encoded
+
+
+class Work(NamedTuple):
+  """What a step samples and trains on; 0 where it does not.
+
+  Attributes:
+    generated_tokens: of all responses sampled.
+    rollout_flops: one forward pass over prompts and responses.
+    trained_tokens: the tokens that the losses of the updates sum over; twice in two epochs.
+    update_flops: forward and backward passes of the updates.
+  """
+
+  generated_tokens: int = 0
+  rollout_flops: int = 0
+  trained_tokens: int = 0
+  update_flops: int = 0
+
+
+def forward_flops(shape: Any, prompt_lengths: Any, response_lengths: Any) -> int:
+  """Operations that read all prompts and responses once and predict the responses' tokens.
+
+      token      = 2 (2 D N H + 2 D K H + 3 D F) in each layer, for every token read
+      attention  = 4 N H                         in each layer, for every key that a token sees
+      prediction = 2 D V                         for every token of a response
 
   A prompt is read once for all its responses, and the last token of a response by nobody. One layer
-  of width 1 with one head of size 1, an MLP of width 1, a vocabulary of 1, a prompt of one token
-  and a response of one: the prompt's token meets 7 weights and one key, 14 + 4, and the prediction
+  of width 1 with one head of size 2, an MLP of width 1, a vocabulary of 1, a prompt of one token
+  and a response of one: the prompt's token meets 11 weights and one key, 22 + 8, and the prediction
   makes 2.
 
-  >>> ones = dict.fromkeys(("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim",
-  ...   "mlp_width", "prompts", "responses", "prompt_tokens", "new_tokens"), 1)
-  >>> forward_flops(**ones)
-  20
+  >>> from rl_llm.policy import TransformerConfig
+  >>> shape = TransformerConfig(vocab_size=1, width=1, n_layers=1, n_heads=1, n_kv_heads=1,
+  ...   head_dim=2, mlp_width=1)
+  >>> forward_flops(shape, [1], [1])
+  32
 
   Args:
-    vocab_size: V.
-    width: D.
-    n_layers: layers.
-    n_heads: N.
-    n_kv_heads: K.
-    head_dim: H.
-    mlp_width: F.
-    prompts: P.
-    responses: G, per prompt.
-    prompt_tokens: L, tokens of each prompt.
-    new_tokens: T, tokens of each response.
+    shape: a `rl_llm.policy.TransformerConfig`: V = vocab_size, D = width, N = n_heads,
+      K = n_kv_heads, H = head_dim, F = mlp_width; a sliding layer's token sees its window.
+    prompt_lengths: [P] ints, tokens of each prompt.
+    response_lengths: [P * G] ints, tokens of each response; row b answers prompt b // G.
 
   Returns:
-    What generation costs; an update costs three times as much, since its backward pass has two
-    products for each of the forward one.
+    What generation costs; a training update of all weights costs three times as much.
   """
-  projections = 2 * width * (n_heads + n_kv_heads) * head_dim
-  token = 2 * n_layers * (projections + 3 * width * mlp_width)
-  attention = 4 * n_layers * n_heads * head_dim
-  prediction = 2 * width * vocab_size
+  predicted = int(np.sum(response_lengths))
+  return trunk_flops(shape, prompt_lengths, response_lengths) + prediction_flops(shape, predicted)
 
-  def read(tokens: int) -> int:
-    """A row's first tokens; each sees itself and those before it."""
-    return tokens * token + attention * tokens * (tokens + 1) // 2
 
-  response = read(prompt_tokens + new_tokens - 1) - read(prompt_tokens) + new_tokens * prediction
-  return prompts * (read(prompt_tokens) + responses * response)
+def trunk_flops(shape: Any, prompt_lengths: Any, response_lengths: Any = ()) -> int:
+  """The layers' part of `forward_flops`: what a network costs that predicts no tokens.
+
+  Args:
+    shape, prompt_lengths, response_lengths: as for `forward_flops`; without responses, whole texts.
+  """
+  prompts = np.asarray(prompt_lengths, np.int64).reshape(-1)
+  responses = np.asarray(response_lengths, np.int64).reshape(prompts.size, -1)
+  read = np.maximum(responses - 1, 0)
+  rows = (prompts, 0), (read, prompts[:, None])
+  tokens = sum(int(np.sum(count)) for count, _ in rows)
+  projections = 2 * shape.width * (shape.n_heads + shape.n_kv_heads) * shape.head_dim
+  flops = 2 * shape.n_layers * (projections + 3 * shape.width * shape.mlp_width) * tokens
+  for layer in range(shape.n_layers):
+    window = shape.sliding_window if shape.is_sliding(layer) else None
+    keys = sum(keys_seen(count, before, window) for count, before in rows)
+    flops += 4 * shape.n_heads * shape.head_dim * keys
+  return flops
+
+
+def keys_seen(count: Any, before: Any, window: int | None = None) -> int:
+  """How many keys `count` tokens see which follow `before` others: each these, and up to itself.
+
+  >>> keys_seen(3, 2), keys_seen(3, 2, window=4)  # 3 + 4 + 5, 3 + 4 + 4
+  (12, 11)
+
+  Args:
+    count, before: ints, or arrays of them that broadcast.
+    window: the most that one token sees; None: all.
+  """
+  growing = count if window is None else np.clip(window - before, 0, count)
+  seen = growing * before + growing * (growing + 1) // 2
+  return int(np.sum(seen if window is None else seen + (count - growing) * window))
+
+
+def prediction_flops(shape: Any, tokens: int) -> int:
+  """Scoring the vocabulary for so many tokens."""
+  return 2 * shape.width * shape.vocab_size * tokens
+
+
+def text_flops(shape: Any, lengths: Any, *, predicted: int) -> int:
+  """Operations of one forward pass over whole texts, each read to its last token.
+
+  Args:
+    shape: as for `forward_flops`.
+    lengths: [R] ints, tokens of each text.
+    predicted: how many of all their tokens are predicted: those that are trained on.
+  """
+  return trunk_flops(shape, lengths) + prediction_flops(shape, predicted)
+
+
+def update_passes(*, adapters: bool) -> int:
+  """An update's work in forward passes: the backward pass has two products for each forward one,
+  for the gradient of either factor; weights that stay as they are need none.
+
+  With adapters that leaves out their own thin products, and attention's second one: a few percent.
+
+  >>> update_passes(adapters=False), update_passes(adapters=True)
+  (3, 2)
+  """
+  return 2 if adapters else 3
+
+
+def response_work(
+  shape: Any,
+  prompt_lengths: np.ndarray,
+  response_lengths: np.ndarray,
+  trained_lengths: np.ndarray,
+  updates: Sequence[np.ndarray],
+  *,
+  passes: int,
+  towers: int = 0,
+) -> Work:
+  """The work of a step that samples responses and trains on them.
+
+  Args:
+    shape: as for `forward_flops`.
+    prompt_lengths: [P] ints.
+    response_lengths: [P * G] ints, as sampled.
+    trained_lengths: [P * G] ints, 0 where a response is left out.
+    updates: for each update the problems, as ints below P, whose responses it learns from. Those
+      that add nothing, since all their advantages are 0, are not among them, whether they were
+      computed or not.
+    passes: from `update_passes`.
+    towers: networks of the policy's shape that each update trains beside it on the same tokens, and
+      that predict none, as a value network with a trunk of its own.
+  """
+  by_prompt = np.reshape(trained_lengths, (len(prompt_lengths), -1))
+  tokens, flops = 0, 0
+  for chosen in updates:
+    read = shape, prompt_lengths[chosen], by_prompt[chosen]
+    tokens += int(by_prompt[chosen].sum())
+    if len(chosen):
+      flops += passes * (forward_flops(*read) + towers * trunk_flops(*read))
+  return Work(
+    int(np.sum(response_lengths)),
+    forward_flops(shape, prompt_lengths, response_lengths),
+    tokens,
+    flops,
+  )
+
+
+def text_work(shape: Any, texts: Sequence[Encoded], *, passes: int, predicts: bool = True) -> Work:
+  """The work of one update on whole texts.
+
+  Args:
+    shape: as for `forward_flops`.
+    texts: with their masks, of the tokens that are trained on.
+    passes: from `update_passes`.
+    predicts: whether these are predicted; a reward model predicts none.
+  """
+  trained = sum(sum(text.mask) for text in texts)
+  lengths = [len(text.tokens) for text in texts]
+  flops = text_flops(shape, lengths, predicted=trained if predicts else 0)
+  return Work(trained_tokens=trained, update_flops=passes * flops)

@@ -159,9 +159,10 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
-  """The rows without the keys under "time/": what an interrupted and a straight run must share.
+  """The rows without the keys that depend on the clock: what an interrupted and a straight run must
+  share. They are those under "time/" and, divided by these, under "speed/".
 
-  >>> without_timings([{"step": 1, "loss": 0.5, "time/step": 2.1}])
+  >>> without_timings([{"step": 1, "loss": 0.5, "time/step": 2.1, "speed/mfu": 0.3}])
   [{'step': 1, 'loss': 0.5}]
 
   Args:
@@ -170,7 +171,10 @@ def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
   Returns:
     New rows, in the same order.
   """
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+  return [
+    {key: value for key, value in row.items() if not key.startswith(("time/", "speed/"))}
+    for row in rows
+  ]
 
 
 class PhaseClock:
@@ -182,7 +186,7 @@ class PhaseClock:
       writer.write(step, row | clock.metrics())  # "time/rollout", and "time/step" since it was made
 
   Work on a device is asynchronous: a phase must end by waiting for its result, or its time shows up
-  in the next.
+  in the next. A trace that is being taken (`rl_llm.profiling`) shows the phases by name.
   """
 
   def __init__(self):
@@ -192,8 +196,11 @@ class PhaseClock:
   @contextmanager
   def __call__(self, phase: str) -> Iterator[None]:
     """Adds the time until the block ends to the phase."""
+    import jax  # Whoever times a phase has it; whoever reads records need not wait for it.
+
     started = time.monotonic()
-    yield
+    with jax.profiler.TraceAnnotation(phase):
+      yield
     self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
 
   def metrics(self) -> dict[str, float]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from rl_llm import metrics as metrics_lib
 from rl_llm.console import duration, number, printable
+from rl_llm.speed import MFU_MEANS, phases_of, rate_lines, rates, step_table, steps_counted
 
 _STEPS_SHOWN = 24  # with samples
 _ROWS_SHOWN = 16  # samples of one step
@@ -210,10 +211,25 @@ _PLOTS = (
     "The schedule as it was applied.",
     0.0,
   ),
+  _Plot(
+    "Tokens a second",
+    "tokens per second",
+    (
+      ("speed/generated_tokens_per_second", "generated, in the rollout"),
+      ("speed/trained_tokens_per_second", "trained, in the update"),
+    ),
+    "A rollout slows down where responses differ in length and the short ones wait for the longest;"
+    " steps that compile are slow too.",
+    0.0,
+  ),
+  _Plot(
+    "MFU of the update",
+    "fraction of the peak",
+    (("speed/mfu", "MFU"),),
+    f"{MFU_MEANS}. What is missing to 1 is waiting, moving data, and work on padding.",
+    0.0,
+  ),
 )
-
-_PHASES = ("rollout", "reward", "logprobs", "update", "eval", "checkpoint")
-
 
 def write_report(run_dir: str | os.PathLike) -> Path:
   """Writes report.html into a run's directory, from the files there; also of a run that goes on.
@@ -240,6 +256,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     _header(run_dir.resolve().name, rows, config),
     _config(config, defaults),
     _section("Curves", "".join(_curves(rows)), "plots"),
+    _section("Where the time of a step goes", _speed(rows)),
     _pairs(before_after(samples)),
     _samples(samples),
   )
@@ -407,8 +424,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     curves = [(key, name) for key, name in plot.curves if any(key in row for row in rows)]
     if curves:
       yield _line_figure(plot, curves, rows)
-  phases = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")}
-  phases = [name for name in _PHASES if name in phases] + sorted(phases - {*_PHASES, "step"})
+  phases = phases_of(rows)
   if phases:
     yield _time_figure(phases, rows)
 
@@ -541,13 +557,17 @@ def _line(axes: _Axes, points: Sequence[tuple[int, float | None]], color: int, n
 
 
 def _time_figure(phases: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-  """Seconds of each phase, stacked; many steps share a bar that shows their mean."""
+  """Seconds of each phase and of none, stacked; many steps share a bar that shows their mean."""
   size = max(1, math.ceil(len(rows) / 100))
   bins = [rows[start : start + size] for start in range(0, len(rows), size)]
-  stacks = [
-    [sum(finite(row.get(f"time/{name}")) or 0.0 for row in rows_) / len(rows_) for name in phases]
-    for rows_ in bins
-  ]
+
+  def seconds_of(row: Mapping[str, Any]) -> list[float]:
+    own = [finite(row.get(f"time/{name}")) or 0.0 for name in phases]
+    return [*own, max(0.0, _step_seconds(row) - sum(own))]
+
+  stacks = [[sum(part) / len(rows_) for part in zip(*map(seconds_of, rows_), strict=True)]
+            for rows_ in bins]
+  phases = [*phases, "idle"]
   axes = _axes([row["step"] for row in rows], [sum(stack) for stack in stacks], low=0.0)
   axes = axes._replace(x_low=axes.x_low - 0.5, x_high=axes.x_high + 0.5)
   drawing = _frame(axes, "seconds a step")
@@ -565,6 +585,28 @@ def _time_figure(phases: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> st
       base += seconds
   caption = "Where the time goes: the first steps also compile, so judge by the later ones."
   return _figure("Time per phase", phases, drawing, caption)
+
+
+def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
+  """The step table, and the rates of the steps in it."""
+  table = step_table(rows)
+  if table is None:
+    return ""
+  lines = [(phase.name, phase.steps, phase.seconds, phase.share) for phase in table.phases]
+  lines.append(("step", table.steps, table.seconds, 1.0))
+  cells = "".join(
+    f'<tr><td>{_shown(name)}</td><td class="number">{steps}</td>'
+    f'<td class="number">{seconds:.3f}</td><td class="number">{share:.1%}</td></tr>'
+    for name, steps, seconds, share in lines
+  )
+  heads = ("phase", "steps", "median seconds", "share")
+  head = "".join(f'<th class="number">{name}</th>' for name in heads[1:])
+  told = "<br>".join(_shown(line) for line in rate_lines(rates(rows)))
+  return (
+    f"<p>In {steps_counted(table)}. A phase's median is that of the steps that had it; idle is "
+    f"the time in no phase, in which the devices wait for the host.</p>"
+    f"<table><tr><th>{heads[0]}</th>{head}</tr>{cells}</table><p>{told}</p>"
+  )
 
 
 # --- texts --------------------------------------------------------------------------------------

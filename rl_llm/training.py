@@ -21,11 +21,13 @@ import jax.numpy as jnp
 from rl_llm import hosts
 from rl_llm.chat_template import ChatTemplateError
 from rl_llm.checkpoint import Checkpointer, CheckpointError
+from rl_llm.chips import Peak
 from rl_llm.config import ConfigError
 from rl_llm.console import Console, number
 from rl_llm.data import DataError
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.evaluation import Evaluation
+from rl_llm.flops import Work
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import MetricsWriter, PhaseClock, read
 from rl_llm.policy import (
@@ -37,10 +39,12 @@ from rl_llm.policy import (
   save_hf,
 )
 from rl_llm.policy.hf import import_safetensors
+from rl_llm.profiling import StepTracer, compile_clock
 from rl_llm.report import before_after, write_report
 from rl_llm.rewards import RewardError
 from rl_llm.run_directory import opened, write_result
 from rl_llm.sharding import ShardingError, fetch, placed_shapes
+from rl_llm.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
 from rl_llm.tasks import TaskError
 from rl_llm.tokenizers import Tokenizer, TokenizerError, save_tokenizer
 from rl_llm.train_state import TrainState
@@ -81,12 +85,14 @@ class Step(NamedTuple):
     state: the pytree that the next step begins with, and that checkpoints hold.
     metrics: the step's row of metrics.jsonl, timings aside.
     samples: its rows of samples.jsonl.
+    work: what it sampled and trained on, of which its row gets rates.
     failure: why the run cannot go on, once this step is on record; "" if it can.
   """
 
   state: Any
   metrics: Mapping[str, Any]
   samples: Sequence[dict[str, Any]] = ()
+  work: Work = Work()
   failure: str = ""
 
 
@@ -188,6 +194,8 @@ def train_loop(
   eval_every: int,
   checkpoint_every: int,
   samples_every: int,
+  peak: Peak | None = None,
+  profile: int = 0,
 ) -> Any:
   """Takes the steps from `start` on.
 
@@ -203,6 +211,9 @@ def train_loop(
     eval_every: steps between evaluations.
     checkpoint_every: steps between checkpoints.
     samples_every: steps between tables of samples on the console.
+    peak: of the devices, for the MFU; None: not known.
+    profile: steps to trace into the directory `profile`, from the second one on, since the first
+      compiles.
 
   Returns:
     The last state.
@@ -215,36 +226,45 @@ def train_loop(
   saved = start
   files = [workdir / "metrics.jsonl", workdir / "samples.jsonl"] if hosts.is_main() else [None] * 2
   metrics_file, samples_file = (MetricsWriter(path, resume_step=start - 1) for path in files)
-  with metrics_file, samples_file:
+  last_traced = min(start + profile, steps - 1) if profile else start
+  if profile and last_traced == start:
+    console.say("--profile begins with the second step of a start: there is none, and no trace")
+  step_trace = StepTracer(
+    workdir / "profile", first=start + 1, last=last_traced, say=console.say
+  )
+  with metrics_file, samples_file, compile_clock() as compiled, step_trace:
     try:
       for step in range(start, steps + 1):
-        row, samples = {}, []
-        clock = PhaseClock()
-        stop.check_together(f"step {step}")
-        # What happened before this step is on record by now, so nothing is lost whenever we die.
-        if step > saved and (step % checkpoint_every == 0 or step == steps):
-          with clock("checkpoint"):
-            checkpoints.save(step, state)
-          saved = step
-        if step % eval_every == 0 or step == steps:
-          with clock("eval"):
-            found = evaluate(state)
-          console.evaluation(step, found.metrics)
-          row |= found.metrics
-          samples += found.rows
-        if step == steps:
-          metrics_file.write(step, row | clock.metrics())
-          samples_file.write(step, *samples)
-          break
-        state, metrics, trained, failure = take_step(state, step, clock)
-        samples_file.write(step, *samples, *trained)
-        if trained and step % samples_every == 0:
-          console.samples(step, trained)
-        row |= dict(metrics) | clock.metrics()
-        metrics_file.write(step, row)
-        console.step(step, row)
-        if failure:
-          raise Diverged(failure)
+        with step_trace(step):
+          row, samples = {}, []
+          clock, compiled_before = PhaseClock(), compiled()
+          stop.check_together(f"step {step}")
+          # What happened before this step is on record by now, so nothing is lost whenever we die.
+          if step > saved and (step % checkpoint_every == 0 or step == steps):
+            with clock("checkpoint"):
+              checkpoints.save(step, state)
+            saved = step
+          if step % eval_every == 0 or step == steps:
+            with clock("eval"):
+              found = evaluate(state)
+            console.evaluation(step, found.metrics)
+            row |= found.metrics
+            samples += found.rows
+          if step == steps:
+            metrics_file.write(step, row | clock.metrics())
+            samples_file.write(step, *samples)
+            break
+          state, metrics, trained, work, failure = take_step(state, step, clock)
+          samples_file.write(step, *samples, *trained)
+          if trained and step % samples_every == 0:
+            console.samples(step, trained)
+          times = clock.metrics()
+          row |= dict(metrics) | times | speed_metrics(times, work, peak)
+          row["speed/compile_seconds"] = compiled() - compiled_before
+          metrics_file.write(step, row)
+          console.step(step, row)
+          if failure:
+            raise Diverged(failure)
     except Interrupted as interruption:
       if step > saved:
         checkpoints.save(step, state)
@@ -378,8 +398,24 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
       figures = [number(result[when][key]) for when in ("before", "after")]
       name = key.removeprefix("eval/").replace("_", " ")
       console.say(f"held-out {name}: {figures[0]} -> {figures[1]}")
+  show_speed(console, read(workdir / "metrics.jsonl"))
   console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
   console.say(f"report: {workdir / 'report.html'}")
+
+
+def show_speed(console: Console, rows: list[dict[str, Any]]) -> None:
+  """Where the time of a step goes, and the rates; nothing of a record without times."""
+  table = step_table(rows)
+  if table is None:
+    return
+  console.say(f"where the time of a step goes, in {steps_counted(table)}")
+  lines = [(phase.name, phase.steps, phase.seconds, phase.share) for phase in table.phases]
+  lines.append(("step", table.steps, table.seconds, 1.0))
+  console.say(f"  {'phase':<10}  {'steps':>6}  {'median s':>8}  {'share':>6}")
+  for name, steps, seconds, share in lines:
+    console.say(f"  {name:<10}  {steps:>6}  {seconds:>8.3f}  {share:>6.1%}")
+  for line in rate_lines(rates(rows)):
+    console.say(line)
 
 
 def exit_code(train: Callable[[], Any], *, distributed: Mapping[str, Any] | None = None) -> int:

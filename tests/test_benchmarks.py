@@ -5,7 +5,6 @@ import dataclasses
 import io
 import sys
 import typing
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,52 +12,11 @@ import pytest
 from benchmarks import generation, grpo_step, logprobs, packing, population, rollout, update
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, interpreters, main, table
 from benchmarks.peers import SIDES, check_read, memory_gbytes, prompt_texts, reward
-from launch.chips import Chip
+from rl_llm.chips import Chip
 from rl_llm.config import ConfigError
 from rl_llm.flops import forward_flops
 from rl_llm.policy import tiny_config
-
-SHAPE = {
-  "vocab_size": 11,
-  "width": 8,
-  "n_layers": 3,
-  "n_heads": 4,
-  "n_kv_heads": 2,
-  "head_dim": 6,
-  "mlp_width": 10,
-}
-
-
-def slow_forward(prompts, responses, prompt_tokens, new_tokens):
-  """Every product of every token, one after another: 2 per multiply-add."""
-
-  def read(column):
-    """One token through all layers, when columns 0 .. column are seen."""
-    flops = 0
-    for _ in range(3):
-      for rows, columns in [(8, 24), (8, 12), (8, 12), (24, 8), (8, 10), (8, 10), (10, 8)]:
-        flops += 2 * rows * columns
-      for _ in range(4):
-        for _ in range(column + 1):
-          flops += 2 * 6 + 2 * 6  # query . key, weight * value
-    return flops
-
-  total = 0
-  for _ in range(prompts):
-    for column in range(prompt_tokens):
-      total += read(column)
-    for _ in range(responses):
-      for token in range(new_tokens):
-        total += 2 * 8 * 11  # Its prediction.
-        if token < new_tokens - 1:  # The last token sampled is read by nobody.
-          total += read(prompt_tokens + token)
-  return total
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 1, 5, 1), (2, 3, 4, 5)])
-def test_flops_are_those_of_counting_every_product(sizes):
-  names = ("prompts", "responses", "prompt_tokens", "new_tokens")
-  assert forward_flops(**SHAPE, **dict(zip(names, sizes, strict=True))) == slow_forward(*sizes)
+from tests.test_flops import SHAPE, slow_forward
 
 
 def test_prompts_have_the_length_asked_for():
@@ -172,7 +130,7 @@ def slow_floor(prompts, responses, prompt_tokens, new_tokens, gflops, gbytes):
   weights += 8 * 11
   total, done = 0.0, 0
   for step in range(1, new_tokens + 1):
-    flops = slow_forward(prompts, responses, prompt_tokens, step) - done
+    flops = slow_forward(SHAPE, [prompt_tokens] * prompts, [[step] * responses] * prompts) - done
     done += flops
     numbers = weights
     if step > 1:
@@ -259,8 +217,7 @@ def test_an_update_is_timed_where_both_forms_give_one_gradient(monkeypatch, caps
   said = capsys.readouterr().out
   assert "2 x 3 responses of 4 tokens to prompts of 7" in said and "times as fast" in said
   _, policy = update.make_sides(config)
-  shape = {name: getattr(policy.config, name) for name in SHAPE}
-  forward = forward_flops(**shape, prompts=6, responses=1, prompt_tokens=7, new_tokens=4)
+  forward = forward_flops(policy.config, [7] * 6, [4] * 6)
   assert update.flops_of(config, policy)["plain"] == 3 * forward
   right = update.plain_logprobs
   monkeypatch.setattr(update, "plain_logprobs", lambda *args, **kw: 1.001 * right(*args, **kw))
@@ -276,8 +233,6 @@ def test_packed_and_padded_texts_give_one_gradient(monkeypatch, capsys):
   texts = packing.make_texts(config, range(3, 60))
   lengths = [len(text.tokens) for text in texts]
   assert max(lengths) == 16 and min(lengths) >= 2
-  shape = SimpleNamespace(config=SimpleNamespace(**SHAPE))
-  assert packing.text_flops(shape, texts) == 3 * sum(slow_forward(1, 1, 1, n - 1) for n in lengths)
   parts = packing.cut({"mask": np.arange(6)[:, None] < 3}, 2)
   assert [part["mask"].sum() for part in parts] == [2, 1]
   monkeypatch.setattr(packing, "TOLERANCE", -1.0)

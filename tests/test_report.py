@@ -87,6 +87,14 @@ def fake_run(folder, *, steps=30, every=5, extra=(), hostile="", problems=20, re
           "time/logprobs": 1.1,
           "time/update": 7 + rng.random() + 12 * (step == 1),
           "time/checkpoint": 1.5 * (step % 10 == 0),
+          "speed/generated_tokens_per_second": 90 + rng.random(),
+          "speed/rollout_flops_per_second": 12e9,
+          "speed/trained_tokens_per_second": 110 + rng.random(),
+          "speed/update_flops_per_second": 50e9,
+          "speed/mfu": 0.5,
+          "speed/peak_flops": 100e9,
+          "speed/peak_measured": True,
+          "speed/compile_seconds": 20.0 * (step == 1),
         }
         if reference:
           row["kl_ref"] = 0.02 * step / steps + abs(rng.gauss(0, 1e-3))
@@ -184,6 +192,8 @@ def test_every_curve_of_the_run_is_drawn_with_axes_unit_and_caption(page):
     "Reward failures",
     "Loss",
     "Learning rate",
+    "Tokens a second",
+    "MFU of the update",
     "Time per phase",
   ]
   for title, figure in drawn.items():
@@ -232,14 +242,38 @@ def test_the_band_lies_around_its_curve(page):
 def test_phases_stack_to_the_sum_of_the_step(tmp_path):
   with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
     writer.write(1, {"time/rollout": 3.0, "time/update": 1.0, "time/other": 2.0, "time/step": 6.5})
-  bars = list(figures(report_of(tmp_path))["Time per phase"].iter("rect"))
+  figure = figures(report_of(tmp_path))["Time per phase"]
+  bars = list(figure.iter("rect"))
   heights = [float(bar.get("height")) for bar in bars]
   assert heights[0] == pytest.approx(3 * heights[1], rel=0.01)
   assert heights[2] == pytest.approx(2 * heights[1], rel=0.01)
+  assert heights[3] == pytest.approx(0.5 * heights[1], rel=0.01)  # 6.5 - (3 + 1 + 2)
+  assert bars[3].find("title").text == "step 1, idle: 0.5 s"
   for below, above in zip(bars, bars[1:], strict=False):
     assert float(above.get("y")) + float(above.get("height")) == pytest.approx(
       float(below.get("y")), abs=0.02
     )
+
+
+def test_the_step_table_and_the_rates_are_those_of_the_steps_that_did_not_compile(page):
+  section = re.search("<h2>Where the time of a step goes</h2>.*?</section>", page, re.S).group(0)
+  rows = re.findall("<tr>(.*?)</tr>", section)
+  cells = {row[0]: row[1:] for row in (re.findall("<td.*?>(.*?)</td>", line) for line in rows[1:])}
+  names = "rollout reward logprobs update eval checkpoint idle step"
+  assert [*cells] == names.split()
+  assert cells["reward"][:2] == ["29", "0.400"]  # Steps 2 to 30; step 1 compiled.
+  assert cells["eval"][:2] == ["6", "6.000"] and cells["idle"][:2] == ["29", "0.100"]
+  shares = [float(row[2].rstrip("%")) for name, row in cells.items() if name != "step"]
+  assert sum(shares) == pytest.approx(100, abs=0.5)
+  assert "In 29 steps that did not compile." in section
+  assert "MFU of the update: 0.5, with a peak of 100 GFLOP/s, measured" in section
+  assert "no padding, nothing computed twice" in section
+
+
+def test_a_record_without_times_has_no_step_table(tmp_path):
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    writer.write(1, {"entropy": 1.0})
+  assert "Where the time" not in report_of(tmp_path)
 
 
 def test_the_header_says_before_and_after(tmp_path):
@@ -357,7 +391,7 @@ def test_a_long_run_stays_a_small_file(tmp_path):
   page = report_of(fake_run(tmp_path / "long", steps=300, every=50))
   Checker(page)
   assert len(page) < 400_000 and "steps in between are left out" in page
-  assert len(list(figures(page)["Time per phase"].iter("rect"))) <= 100 * 6
+  assert len(list(figures(page)["Time per phase"].iter("rect"))) <= 100 * 7
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

@@ -15,10 +15,11 @@ import pytest
 
 from experiments.options import Lora, SamplingMesh
 from launch import estimate, plan
-from launch.chips import GPUS, NETWORK_CARD, TPUS, Chip, find_chip
+from launch.chips import NETWORK_CARD, find_chip
 from launch.hlo import collectives
 from launch.models import MODELS, find_model
 from launch.programs import Lowering
+from rl_llm.chips import GPUS, TPUS, Chip
 from rl_llm.config import ConfigError
 from rl_llm.policy import make_policy
 from rl_llm.sharding import ShardingError

@@ -1,0 +1,128 @@
+"""What an accelerator can do at most: what measured and planned times are held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Chip(NamedTuple):
+  """One accelerator's limits."""
+
+  hbm: float  # bytes
+  flops: float  # bfloat16 operations a second
+  bandwidth: float  # bytes a second between HBM and the chip
+  network: float  # bytes a second to and from its neighbours, all links together, both ways
+
+
+# cloud.google.com/tpu/docs: system architecture of each version; links as in
+# jax-ml.github.io/scaling-book/tpus (two directions; 4 links in a 2D torus, 6 in a 3D one).
+TPUS = {
+  "v4": Chip(32e9, 275e12, 1.2e12, 270e9),
+  "v5e": Chip(16e9, 197e12, 0.82e12, 180e9),
+  "v5p": Chip(95e9, 459e12, 2.8e12, 540e9),
+  "v6e": Chip(32e9, 918e12, 1.6e12, 360e9),
+}
+# NVIDIA's data sheets (nvidia.com/en-us/data-center: a100 80GB SXM, h100 SXM, h200 SXM; DGX B200,
+# an eighth of it): dense bfloat16, and NVLink in both directions together.
+GPUS = {
+  "a100": Chip(80e9, 312e12, 2.039e12, 600e9),
+  "h100": Chip(80e9, 989e12, 3.35e12, 900e9),
+  "h200": Chip(141e9, 989e12, 4.8e12, 900e9),
+  "b200": Chip(180e9, 2250e12, 8e12, 1800e9),
+}
+# What JAX calls them. Others of a family (H100 PCIe, H100 NVL) have other limits.
+DEVICE_KINDS = {
+  "TPU v4": "v4",
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
+  "NVIDIA A100-SXM4-40GB": "a100",
+  "NVIDIA A100-SXM4-80GB": "a100",
+  "NVIDIA H100 80GB HBM3": "h100",
+  "NVIDIA H200": "h200",
+  "NVIDIA B200": "b200",
+}
+
+
+class Peak(NamedTuple):
+  """The most operations that devices do in a second, all together."""
+
+  flops: float
+  measured: bool  # here, since nobody publishes it
+
+
+def published_flops(device_kind: str, dtype: Any) -> float | None:
+  """Operations a second of one device by its maker's word, None where it is not in the table.
+
+  float32 is meant as JAX multiplies it unless told otherwise: on a TPU rounded to bfloat16, so at
+  the same rate, on a GPU rounded to TF32, at half the rate of bfloat16.
+
+  >>> published_flops("TPU v5 lite", "float32") / 1e12
+  197.0
+  >>> published_flops("NVIDIA H100 80GB HBM3", "float32") / 1e12
+  494.5
+  >>> published_flops("NVIDIA H100 PCIe", "bfloat16") is None
+  True
+
+  Args:
+    device_kind: of a `jax.Device`.
+    dtype: of the arithmetic, float32 or bfloat16.
+  """
+  kind = DEVICE_KINDS.get(device_kind)
+  if kind is None or jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+    return None
+  halved = kind in GPUS and jnp.dtype(dtype) == jnp.float32
+  return (TPUS | GPUS)[kind].flops / (2 if halved else 1)
+
+
+def product_flops(device: Any, dtype: Any, *, size: int = 768, seconds: float = 0.2) -> float:
+  """Operations a second of a square matrix product: the fastest of as many as fit into the time.
+
+  Of 2 cores that other programs use too it says what these leave.
+
+  Args:
+    device: a `jax.Device`.
+    dtype: of the matrices.
+    size: of their sides: all cores are busy, and one product is short beside the time to spend.
+    seconds: to spend after compiling; one product is made in any case.
+  """
+  square = jax.device_put(jnp.ones((size, size), dtype), device)
+  multiply = jax.jit(jnp.matmul)
+  multiply(square, square).block_until_ready()
+  best, until = float("inf"), time.perf_counter() + seconds
+  while best == float("inf") or time.perf_counter() < until:
+    started = time.perf_counter()
+    multiply(square, square).block_until_ready()
+    best = min(best, time.perf_counter() - started)
+  return 2 * size**3 / best
+
+
+def find_peak(
+  devices: Sequence[Any], dtype: Any, *, measure: Callable[..., float] = product_flops
+) -> Peak | None:
+  """The peak of devices of one kind; None where it is not known.
+
+  A CPU's is measured. The CPU devices of a process are one machine's cores, which each product
+  uses all of, so together they have the peak of one.
+
+  Args:
+    devices: all that train, of this process and of others.
+    dtype: of the arithmetic.
+    measure: (device, dtype) -> operations a second of a CPU.
+  """
+  kinds = {device.device_kind for device in devices}
+  if len(kinds) > 1:
+    return None
+  own = [device for device in devices if device.process_index == jax.process_index()]
+  if devices[0].platform == "cpu":
+    return Peak(measure(own[0], dtype) * len(devices) / len(own), True)
+  flops = published_flops(kinds.pop(), dtype)
+  return None if flops is None else Peak(flops * len(devices), False)
