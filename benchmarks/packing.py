@@ -14,8 +14,8 @@ square product measured in the same run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,17 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers import STORY, matmul_gflops
-from benchmarks.update import MATMUL, TOLERANCE, distance
+from benchmarks.peers import STORY
+from benchmarks.timing import (
+  BenchmarkError,
+  alternate,
+  check_close,
+  distance,
+  measure_ceilings,
+  ratios,
+  spread,
+)
+from benchmarks.update import TOLERANCE
 from experiments import sft
 from rl_llm.config import ConfigError, option, run
 from rl_llm.data.encoding import Encoded
 from rl_llm.flops import text_flops, update_passes
 from rl_llm.model import load_model
-
-
-class BenchmarkError(RuntimeError):
-  """The two sides do not give the same gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,40 +95,32 @@ def main(config: Config) -> int:
       total = found if total is None else add(total, found)
     return jax.block_until_ready(total)
 
-  apart = distance(side("packed"), side("padded"))
-  if not apart <= TOLERANCE:
-    raise BenchmarkError(f"the gradients differ by {apart:.1e} of their length, over {TOLERANCE}")
-  square, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(jnp.matmul)
-  gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), MATMUL)
+  gradients = {name: side(name) for name in parts}
+  check_close(gradients, tolerance=TOLERANCE)
+  apart = distance(*gradients.values())
+  del gradients
+  ceilings = measure_ceilings()
   tokens = sum(len(text.tokens) for text in texts)
-  work = text_flops(policy.config, [len(text.tokens) for text in texts], predicted=sum(
-    sum(text.mask) for text in texts
-  ))
-  floor = update_passes(adapters=False) * work / gflops / 1e9
   print(
     f"{config.model}, float32: {config.texts} texts of {tokens / config.texts:.0f} tokens on "
-    f"average in rows of {config.limit}; gradients agree to {apart:.1e}; {gflops:.0f} GFLOP/s",
+    f"average in rows of {config.limit}; gradients agree to {apart:.1e}; {ceilings}",
     flush=True,
   )
-  seconds: dict[str, list[float]] = {name: [] for name in parts}
-  for _ in range(config.runs):
-    for name, taken in seconds.items():
-      start = time.perf_counter()
-      side(name)
-      taken.append(time.perf_counter() - start)
+  seconds = alternate(
+    {name: functools.partial(side, name) for name in parts}, runs=config.runs
+  )
+  ceilings = ceilings.or_better(measure_ceilings())
+  predicted = sum(sum(text.mask) for text in texts)
+  work = text_flops(policy.config, [len(text.tokens) for text in texts], predicted=predicted)
+  floor = update_passes(adapters=False) * work / ceilings.flops
   for name, taken in seconds.items():
     columns = sum(part["mask"].size for part in parts[name])
     middle = statistics.median(taken)
     print(
-      f"  {name} {middle:6.2f} s ({min(taken):.2f} to {max(taken):.2f}), {tokens / middle:.0f} "
-      f"tokens/s, {1 - tokens / columns:.0%} padding; {middle / floor:.2f} times the floor of "
-      f"{floor:.2f} s"
+      f"  {name} {spread(taken)} s, {tokens / middle:.0f} tokens/s, {1 - tokens / columns:.0%} "
+      f"padding; {middle / floor:.2f} times the floor of {floor:.2f} s"
     )
-  ratios = [a / b for a, b in zip(seconds["padded"], seconds["packed"], strict=True)]
-  print(
-    f"  packed is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to "
-    f"{max(ratios):.2f})"
-  )
+  print(f"  packed is {spread(ratios(seconds['padded'], seconds['packed']))} times as fast")
   return 0
 
 

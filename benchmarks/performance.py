@@ -60,6 +60,11 @@ BENCHMARKS = (
   ),
   Benchmark("packing", "", "Texts of unequal length: several in a row, against a row each."),
   Benchmark(
+    "scaling", "",
+    "How the cost of a step grows with the model, the batch, the responses' length and their "
+    "number, beside what the count of operations predicts.",
+  ),
+  Benchmark(
     "logprobs", "",
     "Log-probs and entropies over a vocabulary of 151,936: in blocks of tokens, against all at "
     "once.",

@@ -19,27 +19,29 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from benchmarks.peers import STORY, matmul_gflops
+from benchmarks.peers import STORY
+from benchmarks.timing import (
+  BenchmarkError,
+  alternate,
+  check_close,
+  distance,
+  measure_ceilings,
+  ratios,
+  spread,
+)
 from rl_llm.config import option, run
 from rl_llm.flops import forward_flops
 from rl_llm.model import load_model
 from rl_llm.policy import Policy
 from rl_llm.rollout import logprobs_of_hidden, response_logprobs
 
-MATMUL = 2048  # side of the square product whose rate is the floor's
 TOLERANCE = 1e-5  # of the gradients' difference, relative, L2
-
-
-class BenchmarkError(RuntimeError):
-  """The two sides do not give the same gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +84,6 @@ def plain_logprobs(
 
 def shared_logprobs(params: Any, *responses: Any, policy: Policy) -> jax.Array:
   return response_logprobs(params, *responses, policy=policy)[0]
-
-
-def distance(found: Any, wanted: Any) -> float:
-  """The L2 norm of the difference of two trees, relative to the second's.
-
-  >>> distance({"a": jnp.array([0.0, 2.0])}, {"a": jnp.array([0.0, 4.0])})
-  0.5
-  """
-  difference = optax.tree.norm(jax.tree.map(jnp.subtract, found, wanted))
-  return float(difference / optax.tree.norm(wanted))
 
 
 def make_sides(config: Config) -> tuple[dict[str, Any], Policy]:
@@ -142,37 +134,28 @@ def flops_of(config: Config, policy: Policy) -> dict[str, int]:
 def main(config: Config) -> int:
   sides, policy = make_sides(config)
   gradients = {name: side() for name, (_, side) in sides.items()}
-  apart = distance(gradients["shared"], gradients["plain"])
-  if not apart <= TOLERANCE:
-    raise BenchmarkError(f"the gradients differ by {apart:.1e} of their length, over {TOLERANCE}")
+  check_close(gradients, tolerance=TOLERANCE)
+  apart = distance(*gradients.values())
   del gradients
-  square, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(jnp.matmul)
-  gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), MATMUL)
+  ceilings = measure_ceilings()
   print(
     f"{config.model}, float32: {config.prompts} x {config.responses} responses of "
     f"{config.new_tokens} tokens to prompts of {config.prompt_tokens}; gradients agree to "
-    f"{apart:.1e}; {gflops:.0f} GFLOP/s", flush=True,
+    f"{apart:.1e}; {ceilings}", flush=True,
   )
-  seconds: dict[str, list[float]] = {name: [] for name in sides}
-  for _ in range(config.runs):
-    for name, (_, side) in sides.items():
-      start = time.perf_counter()
-      side()
-      seconds[name].append(time.perf_counter() - start)
+  seconds = alternate({name: side for name, (_, side) in sides.items()}, runs=config.runs)
+  ceilings = ceilings.or_better(measure_ceilings())
   work = flops_of(config, policy)
   for name, (program, _) in sides.items():
-    taken, floor = seconds[name], work[name] / gflops / 1e9
+    floor = work[name] / ceilings.flops
     print(
-      f"  {name:6} {statistics.median(taken):6.2f} s ({min(taken):.2f} to {max(taken):.2f}), "
-      f"{statistics.median(taken) / floor:.2f} times its floor of {floor:.2f} s "
-      f"({work[name] / 1e12:.2f} TFLOP); "
+      f"  {name:6} {spread(seconds[name])} s, {statistics.median(seconds[name]) / floor:.2f} times "
+      f"its floor of {floor:.2f} s ({work[name] / 1e12:.2f} TFLOP); "
       f"{program.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB of temporaries"
     )
-  ratios = [a / b for a, b in zip(seconds["plain"], seconds["shared"], strict=True)]
-  print(
-    f"  shared is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to "
-    f"{max(ratios):.2f}); its products alone are {work['plain'] / work['shared']:.2f} times fewer"
-  )
+  times = spread(ratios(seconds["plain"], seconds["shared"]))
+  fewer = work["plain"] / work["shared"]
+  print(f"  shared is {times} times as fast; its products alone are {fewer:.2f} times fewer")
   return 0
 
 

@@ -221,7 +221,7 @@ def test_an_update_is_timed_where_both_forms_give_one_gradient(monkeypatch, caps
   assert update.flops_of(config, policy)["plain"] == 3 * forward
   right = update.plain_logprobs
   monkeypatch.setattr(update, "plain_logprobs", lambda *args, **kw: 1.001 * right(*args, **kw))
-  with pytest.raises(update.BenchmarkError, match="differ by 1.0e-03"):
+  with pytest.raises(update.BenchmarkError, match="1.0e-03 apart"):
     update.main(config)
 
 
@@ -236,7 +236,7 @@ def test_packed_and_padded_texts_give_one_gradient(monkeypatch, capsys):
   parts = packing.cut({"mask": np.arange(6)[:, None] < 3}, 2)
   assert [part["mask"].sum() for part in parts] == [2, 1]
   monkeypatch.setattr(packing, "TOLERANCE", -1.0)
-  with pytest.raises(packing.BenchmarkError, match="gradients differ by"):
+  with pytest.raises(packing.BenchmarkError, match="apart, allowed"):
     packing.main(config)
 
 
