@@ -1,6 +1,6 @@
 """Texts of unequal length: several in a row, against a row each that is filled up with padding.
 
-  python -m benchmarks.packing                 64 texts of 1 to 256 tokens, SmolLM2
+  python -m benchmarks.packing                 24 texts of 2 to 256 tokens, SmolLM2
   python -m benchmarks.packing --model=tiny    in a minute
 
 Lengths are drawn from an exponential distribution and cut off, as answers' lengths often look: most
@@ -46,11 +46,11 @@ class Config:
   """The texts, and how often each side is timed."""
 
   model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, a .gguf file")
-  texts: int = option(64, "texts of a batch", min=1)
+  texts: int = option(24, "texts of a batch", min=1)
   mean: int = option(64, "tokens of a text, on average if there were no limit", min=2)
   limit: int = option(256, "tokens of a text at most, and of a row", min=2)
   rows_at_once: int = option(4, "rows whose activations are held at once", min=1)
-  runs: int = option(5, "times each side is run, after one that is not counted", min=1)
+  runs: int = option(3, "times each side is run, after one that is not counted", min=1)
 
 
 def make_texts(config: Config, story: Sequence[int]) -> list[Encoded]:
