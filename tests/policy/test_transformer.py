@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from rl_llm.policy import RopeScaling, TransformerConfig, make_policy, tiny_config
-from rl_llm.policy.transformer import apply_rope, attend, attention_mask, rope_frequencies
+from rl_llm.policy.transformer import (
+  FEW_ROWS,
+  apply_rope,
+  attend,
+  attention_mask,
+  rope_frequencies,
+  times_transposed,
+)
 from tests.policy.make_goldens import N_TOKENS, family_model, family_tokens
 
 # Between them: both attention paths, full and sliding layers, soft caps, QK norm, local RoPE.
@@ -104,6 +111,34 @@ def test_attend_against_loops(cap):
       scale=0.3,
     )
     np.testing.assert_allclose(out, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_times_transposed_against_numpy_values_and_gradients(rows):
+  rng = np.random.default_rng(rows)
+  x, weight, toward = (rng.normal(size=s) for s in ((rows, 24), (40, 24), (rows, 40)))
+  product, pull = jax.vjp(times_transposed, jnp.float32(x), jnp.float32(weight))
+  np.testing.assert_allclose(product, x @ weight.T, rtol=1e-4, atol=1e-4)
+  of_x, of_weight = pull(jnp.float32(toward))
+  np.testing.assert_allclose(of_x, toward @ weight, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(of_weight, toward.T @ x, rtol=1e-4, atol=1e-4)
+  narrow = jnp.bfloat16(x), jnp.bfloat16(weight)
+  assert times_transposed(*narrow).dtype == jnp.bfloat16
+  assert times_transposed(*narrow, dtype=jnp.float32).dtype == jnp.float32
+
+
+def test_times_transposed_puts_the_matrix_first_for_few_rows_on_a_cpu_alone():
+  def lowered(rows: int, platform: str) -> str:
+    traced = jax.jit(times_transposed).trace(jnp.ones((rows, 24)), jnp.ones((40, 24)))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+  few, many, elsewhere = lowered(32, "cpu"), lowered(FEW_ROWS + 1, "cpu"), lowered(32, "tpu")
+  assert "-> tensor<40x32xf32>" in few and "optimization_barrier" in few
+  assert "-> tensor<129x40xf32>" in many and "optimization_barrier" not in many
+  assert "-> tensor<32x40xf32>" in elsewhere and "optimization_barrier" not in elsewhere
+  # And the compiler leaves it so.
+  compiled = jax.jit(times_transposed).lower(jnp.ones((32, 24)), jnp.ones((40, 24))).compile()
+  assert "f32[40,32]" in compiled.as_text()
 
 
 def test_llama3_frequencies_against_the_rule():
