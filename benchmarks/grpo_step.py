@@ -4,6 +4,7 @@
   python -m benchmarks.grpo_step                             all three sides
   python -m benchmarks.grpo_step --peer=tunix                ours and Tunix's
   python -m benchmarks.grpo_step --trl_python=/path/python   TRL from an interpreter that has it
+  python -m benchmarks.grpo_step --peer=mixed                ours, and ours in bfloat16
   python -m benchmarks.grpo_step --peer=none                 ours alone
 
 A step is: sample every response, grade it, and make one optimiser update. Each side is a process of
@@ -49,7 +50,9 @@ class Config:
   """The step, and how each side is told to take it."""
 
   model: str = option("smollm2", "smollm2, a Hugging Face directory, a .gguf file; tiny: ours only")
-  peer: Literal["trl", "tunix", "all", "none"] = option("all", "whom to measure against")
+  peer: Literal["trl", "tunix", "mixed", "all", "none"] = option(
+    "all", "whom to measure against; mixed: ours in bfloat16, with float32 weights; all: the others"
+  )
   prompts: int = option(4, "P, prompts a step", min=1)
   responses: int = option(8, "G, responses a prompt", min=2)
   prompt_tokens: int = option(46, "tokens of each prompt", min=8)
@@ -235,6 +238,12 @@ def table(
       f"(generation {times['generation']:.2f}, update {times['update']:.2f}); "
       f"{name} takes {peak(name) / peak('ours'):.2f} times the memory"
     )
+  for name, taken in steps.items():
+    if gaps := [step["logprob_gap"] for step in taken if "logprob_gap" in step]:
+      lines.append(
+        f"{name}: the sampler's and the trainer's log-probs differ by "
+        f"{statistics.median(gaps):.2g} nats a token"
+      )
   floor = {"generation": forward / gflops / 1e9, "update": 3 * forward / gflops / 1e9}
   total = sum(floor.values())
   lines.append(
@@ -259,6 +268,8 @@ def main(config: Config) -> int:
     if value < size and size % value:
       raise ConfigError(name, value, f"a divisor of {size}, or more than that")
   commands = interpreters(config, {"trl": config.trl_python, "tunix": config.tunix_python})
+  if config.peer == "mixed":
+    commands["mixed"] = sys.executable
   with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
     total = config.warmup + config.steps
     job = dataclasses.asdict(config) | {"matmul": MATMUL, "total_steps": total}

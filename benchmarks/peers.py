@@ -154,16 +154,19 @@ def export(job: dict, channel: Channel) -> None:
   channel.send({"eos_ids": list(model.tokenizer.eos_ids)})
 
 
-def load_ours(job: dict, *, remat: bool = False) -> tuple[Any, list[str], dict]:
-  """The model, the prompts, and what this side says of what it has read."""
+def load_ours(
+  job: dict, *, remat: bool = False, dtype: str = "float32"
+) -> tuple[Any, list[str], dict]:
+  """The model, the prompts, and what this side says of what it has read, in float32."""
   import jax
   import jax.numpy as jnp
 
   from rl_llm import logprobs
   from rl_llm.model import load_model
+  from rl_llm.policy import make_policy
 
-  model = load_model(job["model"], remat=remat)
-  policy, encode = model.policy, model.tokenizer.encode
+  model = load_model(job["model"], remat=remat, dtype=jnp.dtype(dtype))
+  policy, encode = make_policy(model.policy.config), model.tokenizer.encode
   texts = prompt_texts(encode, count=job["prompts"], tokens=job["prompt_tokens"])
   ids = [encode(text) for text in texts]
   first = jnp.array(ids[:1])
@@ -180,7 +183,12 @@ def load_ours(job: dict, *, remat: bool = False) -> tuple[Any, list[str], dict]:
   }
 
 
-def ours(job: dict, channel: Channel) -> None:
+def mixed(job: dict, channel: Channel) -> None:
+  """Our step, computed in bfloat16; weights and moments stay float32."""
+  ours(job, channel, dtype="bfloat16")
+
+
+def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
   """A step by the functions that `experiments/grpo.py` uses, graded by its pool of processes."""
   import jax
   import jax.numpy as jnp
@@ -204,7 +212,7 @@ def ours(job: dict, channel: Channel) -> None:
     microbatch_prompts=job["microbatch_prompts"],
     sampling=grpo.Sampling(min_new_tokens=job["new_tokens"]),
   )
-  model, texts, ready = load_ours(job, remat=job["remat"])
+  model, texts, ready = load_ours(job, remat=job["remat"], dtype=dtype)
   policy, tokenizer = model.policy, model.tokenizer
   problems = [Problem(key=str(p), prompt=text, columns={}) for p, text in enumerate(texts)]
   prompts = pad_prompts(ready["prompt_ids"], pad_id=tokenizer.pad_id)
@@ -217,11 +225,13 @@ def ours(job: dict, channel: Channel) -> None:
     jnp.ones(job["prompts"] * group), min_new_tokens=job["new_tokens"]
   )
   state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer))(model.params)
+  hidden, _ = jax.eval_shape(policy.hidden, model.params, prompts.tokens, prompts.tokens)
+  kept = jax.tree.leaves(model.params)[0].dtype
   model = model._replace(params=None)
   with RewardPool(RewardSource(os.path.abspath(__file__), "reward")) as pool:
     channel.send(ready | {
-      "note": f"{microbatches} microbatches, {'' if job['remat'] else 'no '}recomputation, "
-      "graded in sandboxed processes",
+      "note": f"{hidden.dtype} with {kept} weights, {microbatches} microbatches, "
+      f"{'' if job['remat'] else 'no '}recomputation, graded in sandboxed processes",
     })
     for step in itertools.count():
       channel.wait()
@@ -255,8 +265,9 @@ def ours(job: dict, channel: Channel) -> None:
         ).reshape(-1),
         "weights": np.asarray(weighting.token_mean(mask)),
       }
-      state, _ = jax.block_until_ready(update(state, batch, hparams))
-      channel.send(watch.stop(int(mask.sum())))
+      state, metrics = jax.block_until_ready(update(state, batch, hparams))
+      gap, tokens = map(float, metrics["logprob_gap_mean"])
+      channel.send(watch.stop(int(mask.sum())) | {"logprob_gap": gap / tokens})
 
 
 def load_transformers(job: dict) -> tuple[Any, Any, list[str], dict]:
@@ -605,7 +616,9 @@ def generate_tunix(job: dict, channel: Channel) -> None:
 
 SIDES = {
   side.__name__: side
-  for side in (export, ours, trl, tunix, generate_ours, generate_transformers, generate_tunix)
+  for side in (
+    export, ours, mixed, trl, tunix, generate_ours, generate_transformers, generate_tunix,
+  )
 }
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ BENCHMARKS = (
     "grpo_step", "--peer=tunix --steps=3", "The same against Tunix's GRPO learner.",
   ),
   Benchmark(
+    "grpo_step", "--peer=mixed --steps=3",
+    "Our own step in bfloat16 with float32 weights. A processor without bfloat16 units has to "
+    "convert every number, so there this is the slower of the two.",
+  ),
+  Benchmark(
     "generation", "--turns=3",
     "Sampling alone, against Hugging Face's generate and Tunix's sampler with a cache no longer "
     "than it need be.",

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 import typing
 
@@ -82,17 +83,24 @@ def test_a_sampler_that_reads_other_ids_is_refused():
     check_read(np.pad(rows, ((0, 0), (1, 0))), [[5, 6], [7, 8]], responses=2)
 
 
-def test_one_step_of_the_tiny_model_runs_end_to_end(monkeypatch):
+@pytest.mark.parametrize("peer", ["none", "mixed"])
+def test_one_step_of_the_tiny_model_runs_end_to_end(peer, monkeypatch):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Compiling is most of it.
   config = Config(
-    model="tiny", peer="none", prompts=2, responses=4, prompt_tokens=9, new_tokens=3, steps=1,
+    model="tiny", peer=peer, prompts=2, responses=4, prompt_tokens=9, new_tokens=3, steps=1,
     warmup=1, microbatch_prompts=1,
   )
   out = io.StringIO()
   with contextlib.redirect_stdout(out):
     assert main(config) == 0
   assert "2 prompts of 9 tokens x 4 responses of 3" in out.getvalue()
-  assert "\nours" in out.getvalue()
+  printed = out.getvalue()
+  assert "\nours" in printed
+  gaps = dict(re.findall(r"(\w+): the sampler's .* differ by (\S+) nats", printed))
+  assert float(gaps["ours"]) < 1e-4
+  if peer == "mixed":
+    assert "mixed: jax" in printed and "bfloat16 with float32 weights" in printed
+    assert float(gaps["mixed"]) < 0.1
 
 
 @pytest.mark.parametrize("module", [grpo_step, generation], ids=["grpo_step", "generation"])
