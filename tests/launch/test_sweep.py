@@ -154,8 +154,9 @@ def test_another_experiment_is_another_trial_and_a_changed_default_too(monkeypat
     "Config",
     [(name, f.type, dataclasses.field(default=5 if name == "fault_at" else f.default,
                                       metadata=f.metadata)) for name, f in fields.items()],
-    frozen=True, namespace={"__module__": standin.__name__},
+    frozen=True,
   )
+  changed.__module__ = standin.__name__  # Where the names in its types are looked up.
   monkeypatch.setattr(standin, "Config", changed)
   assert ids({}) != before
 
