@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.options import (
+  ATTENTION_HELP,
   MESH_FLAGS,
   Checkpoint,
   Distributed,
@@ -86,6 +87,7 @@ from rl_llm.logprobs import sequence_logprobs
 from rl_llm.metrics import PhaseClock, finalize, proportion_interval
 from rl_llm.model import load_model
 from rl_llm.policy import Policy, join
+from rl_llm.policy.attention import AttentionName
 from rl_llm.reference_cache import compute_logprobs, reference_logprobs
 from rl_llm.rewards import RewardPool
 from rl_llm.sharding import place_rows
@@ -206,6 +208,7 @@ class Config:
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
+  attention: AttentionName = option("auto", ATTENTION_HELP)
   profile: int = option(
     0, "steps to trace with jax.profiler, from the second of this start on, since the first "
     "compiles; written to WORKDIR/profile; 0 = none", min=0
@@ -427,6 +430,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,
     scan_layers=config.scan_layers,
+    attention=config.attention,
     mesh=mesh,
   )
   policy, tokenizer = model.policy, model.tokenizer

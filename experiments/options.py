@@ -21,6 +21,8 @@ from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import make_mesh, row_shards
 from rl_llm.update import learning_rate_at, make_optimizer
 
+ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:

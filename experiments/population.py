@@ -494,6 +494,7 @@ def load_members(
       dtype=jnp.dtype(config.dtype),
       remat=config.remat,
       scan_layers=config.scan_layers,
+      attention=config.attention,
     )
 
   model = load(configs[0])

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.options import (
+  ATTENTION_HELP,
   MESH_FLAGS,
   Checkpoint,
   Distributed,
@@ -80,6 +81,7 @@ from rl_llm.masked import masked_mean
 from rl_llm.metrics import PhaseClock, add_metrics, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy, join
+from rl_llm.policy.attention import AttentionName
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import STOP_LENGTH, response_logprobs
 from rl_llm.sharding import fetch, place_rows
@@ -177,6 +179,7 @@ class Config:
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
+  attention: AttentionName = option("auto", ATTENTION_HELP)
   samples_every: int = option(5, "steps between sample tables", min=1)
   profile: int = option(
     0, "steps to trace with jax.profiler, from the second of this start on, since the first "
@@ -342,6 +345,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,
     scan_layers=config.scan_layers,
+    attention=config.attention,
     mesh=mesh,
   )
   policy, tokenizer = model.policy, model.tokenizer

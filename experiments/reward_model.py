@@ -60,6 +60,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.options import (
+  ATTENTION_HELP,
   MESH_FLAGS,
   Checkpoint,
   Distributed,
@@ -87,6 +88,7 @@ from rl_llm.flops import text_work, update_passes
 from rl_llm.metrics import PhaseClock, finalize
 from rl_llm.model import load_model
 from rl_llm.policy import Policy, join, merge_lora
+from rl_llm.policy.attention import AttentionName
 from rl_llm.policy.scalar_head import normal_head, with_head
 from rl_llm.reward_model import (
   packed_rewards,
@@ -170,6 +172,7 @@ class Config:
   )
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
+  attention: AttentionName = option("auto", ATTENTION_HELP)
   profile: int = option(
     0, "steps to trace with jax.profiler, from the second of this start on, since the first "
     "compiles; written to WORKDIR/profile; 0 = none", min=0
@@ -267,6 +270,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,
     scan_layers=config.scan_layers,
+    attention=config.attention,
     mesh=mesh,
   )
   policy, tokenizer = model.policy, model.tokenizer

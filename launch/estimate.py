@@ -1,4 +1,4 @@
-"""What a run needs of a chip by formula alone: for chips without a compiler, and to search with.
+"""What a run needs of a chip by formula alone: where there is no compiler, and to search with.
 
 The formulas know the large arrays and nothing of what a compiler adds or saves. They are good for
 an order: which of two meshes is better, and whether there is any hope. `launch.plan` says beside

@@ -2,14 +2,15 @@
 
 A pod is paid for by the minute, and the first thing it says is often RESOURCE_EXHAUSTED. The
 compiler knows that beforehand: with `libtpu` installed (pip install jax[tpu]) it compiles on any
-machine for a named slice, and reports the memory that each chip would need.
+machine for a named slice of TPUs, with jax[cuda12] for NVIDIA's GPUs, and reports the memory that
+each chip would need.
 
   python -m launch.plan --topology=v5e:16x16 --model=qwen2.5-7b
   python -m launch.plan --topology=v5p:2x2x4 --model=DIR --mesh.fsdp=4 --mesh.tensor=4
   python -m launch.plan --topology=v5e:4x4 --model=qwen2.5-1.5b --experiment=ppo --kl_coef=0.1
   python -m launch.plan --topology=v5e:8x8 --model=qwen2.5-7b --search     meshes and microbatches
   python -m launch.plan --topology=v5e:16x16 --num_slices=2 --mesh.data=2 --mesh.fsdp=256
-  python -m launch.plan --topology=h100:8 --model=qwen2.5-7b     by formula: there is no compiler
+  python -m launch.plan --topology=h100:8 --model=qwen2.5-7b     by formula without jax[cuda12]
   python -m launch.plan --topology=cpu:8 --model=tiny --vocab_size=264     needs no libtpu
 
 What is compiled is what the experiment runs: its updates, its rollout, and its passes for log-probs
@@ -44,7 +45,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.options import Lora, SamplingMesh, device_mesh
+from experiments.options import ATTENTION_HELP, Lora, SamplingMesh, device_mesh
 from launch import estimate
 from launch.chips import find_chip, find_devices, has_compiler
 from launch.hlo import collectives
@@ -54,6 +55,7 @@ from rl_llm import sharding
 from rl_llm.chips import Chip
 from rl_llm.config import ConfigError, option, run
 from rl_llm.policy import TransformerConfig, WeightsError, make_policy
+from rl_llm.policy.attention import AttentionError, AttentionName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Config:
   )
   remat: bool = option(True, "compute activations twice instead of holding them")
   scan_layers: bool = option(True, "compile one layer and loop over all: compiles sooner")
+  attention: AttentionName = option("auto", ATTENTION_HELP)
   dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of the arithmetic")
   kl_coef: float = option(0.0, "above 0 holds a reference model too", min=0)
   value_trunk: Literal["own", "shared"] = option("own", "of ppo's value network")
@@ -136,6 +139,7 @@ def plan(config: Config) -> list[Program]:
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,
     scan_layers=config.scan_layers,
+    attention=config.attention,
     mesh=mesh,
   )
   return [compile_program(lowering, mesh) for lowering in programs(config, policy, mesh)]
@@ -394,4 +398,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(sharding.ShardingError, WeightsError))
+  run(main, Config, errors=(sharding.ShardingError, WeightsError, AttentionError))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.policy import Policy, load_weights, make_policy, tiny_config
+from rl_llm.policy.attention import AttentionName
 from rl_llm.sharding import place, tree_shardings
 from rl_llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -28,6 +29,7 @@ def load_model(
   dtype: Any = jnp.float32,
   remat: bool = False,
   scan_layers: bool = False,
+  attention: AttentionName = "auto",
   mesh: jax.sharding.Mesh | None = None,
 ) -> LanguageModel:
   """Loads a model's configuration, weights and tokenizer.
@@ -39,14 +41,20 @@ def load_model(
     dtype: of the arithmetic; weights stay float32.
     remat: compute activations again in the backward pass instead of keeping them.
     scan_layers: compile one layer and loop over them, as `make_policy` says.
+    attention: by which kernel rows of many keys are read, as `make_policy` says.
     mesh: the devices over which the weights are to lie; None: on the first.
 
   Raises:
     WeightsError: the weights cannot be used; TokenizerError: the tokenizer cannot; ShardingError:
-      the weights cannot be cut as the mesh asks.
+      the weights cannot be cut as the mesh asks; AttentionError: there is no such kernel here.
   """
   make = functools.partial(
-    make_policy, dtype=dtype, remat=remat, scan_layers=scan_layers, mesh=mesh
+    make_policy,
+    dtype=dtype,
+    remat=remat,
+    scan_layers=scan_layers,
+    attention=attention,
+    mesh=mesh,
   )
   if name == "tiny":
     tokenizer = ByteTokenizer()

@@ -38,6 +38,7 @@ from rl_llm.policy import (
   save_adapter,
   save_hf,
 )
+from rl_llm.policy.attention import AttentionError
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.profiling import StepTracer, compile_clock
 from rl_llm.report import before_after, write_report
@@ -61,6 +62,7 @@ USER_ERRORS = (
   RewardError,
   CheckpointError,
   ShardingError,
+  AttentionError,
   hosts.HostsDiffer,
 )
 

@@ -18,6 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl_llm.policy.attention import (
+  AttentionName,
+  Kernel,
+  Sight,
+  attend,
+  attention_mask,
+  find_kernel,
+  fused_attend,
+  softcap,
+  takes,
+)
 from rl_llm.policy.configs import RopeScaling, TransformerConfig
 from rl_llm.policy.layers import run_layers
 from rl_llm.sharding import constrain, constrain_rows, copy_to_rows, row_shards
@@ -93,6 +104,7 @@ def make_policy(
   dtype: Any = jnp.float32,
   remat: bool = False,
   scan_layers: bool = False,
+  attention: AttentionName = "auto",
   mesh: jax.sharding.Mesh | None = None,
 ) -> Policy:
   """The pure functions of a model of this shape; the same arguments give the same object, so
@@ -116,14 +128,20 @@ def make_policy(
     scan_layers: compile one layer and loop over their stack, wherever several tokens of a row are
       read at once: a deep model then compiles several times sooner. Decoding stays unrolled. It
       changes results by rounding.
+    attention: by which kernel rows of many keys are read: "cudnn" (NVIDIA), "splash" (TPU), "xla"
+      for none, "auto" for what the platform has. See `rl_llm.policy.attention`.
     mesh: the devices over which weights and rows lie, from `rl_llm.sharding.make_mesh`; None where
       there is one.
 
   Returns:
     A `Policy`.
+
+  Raises:
+    AttentionError: the platform has no such kernel.
   """
   # One spelling of the arguments for each policy, or the cache would hold several.
-  return _make_policy(config, jnp.dtype(dtype), remat, scan_layers, mesh)
+  kernel = find_kernel(attention, dtype=dtype, mesh=mesh)
+  return _make_policy(config, jnp.dtype(dtype), remat, scan_layers, kernel, mesh)
 
 
 @functools.cache
@@ -132,10 +150,11 @@ def _make_policy(
   dtype: Any,
   remat: bool,
   scan_layers: bool,
+  kernel: Kernel | None,
   mesh: jax.sharding.Mesh | None,
 ) -> Policy:
   model = Transformer(config, dtype)
-  block, norm = Block(config, dtype), RMSNorm(config)
+  block, norm = Block(config, dtype, kernel), RMSNorm(config)
   settings = {"remat": remat, "dtype": dtype, "mesh": mesh}
   sliding = [config.is_sliding(layer) for layer in range(config.n_layers)]
   shards = 1 if mesh is None else row_shards(mesh)
@@ -163,8 +182,8 @@ def _make_policy(
     return [params[f"layers_{layer}"] for layer in range(config.n_layers)]
 
   def read(x, weights, geometry: Geometry, is_sliding, cached, cursor):
-    rope_and_mask = geometry.of(is_sliding)
-    x, cached = block.apply({"params": weights}, by_rows(x), *rope_and_mask, cached, cursor)
+    rope_and_sight = geometry.of(is_sliding)
+    x, cached = block.apply({"params": weights}, by_rows(x), *rope_and_sight, cached, cursor)
     return by_rows(x), cached
 
   def final(params: Params, x: chex.Array) -> chex.Array:
@@ -287,21 +306,12 @@ def _make_policy(
     return softcap(scores.reshape(*hidden.shape[:-1], -1), config.final_softcap)
 
   def over(mesh: jax.sharding.Mesh) -> Policy:
-    return _make_policy(config, dtype, remat, scan_layers, mesh)
+    there = None if kernel is None else kernel._replace(mesh=mesh)
+    return _make_policy(config, dtype, remat, scan_layers, there, mesh)
 
   return Policy(
     config, init, hidden, shared_hidden, unembed, init_cache, logits, shards, over, dtype
   )
-
-
-def softcap(x: chex.Array, cap: float | None) -> chex.Array:
-  """cap * tanh(x / cap): nearly x where |x| is small beside `cap`, never beyond it; None leaves x
-  alone.
-
-  >>> round(float(softcap(jnp.array(30.0), 30.0)), 2)  # 30 tanh(1)
-  22.85
-  """
-  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -358,57 +368,21 @@ def apply_rope(x: chex.Array, cos: chex.Array, sin: chex.Array) -> chex.Array:
   return rotated.reshape(x.shape).astype(x.dtype)
 
 
-def attention_mask(
-  query_segments: chex.Array,
-  key_segments: chex.Array,
-  query_positions: chex.Array,
-  key_positions: chex.Array,
-  first_column: chex.Array | int = 0,
-  window: int | None = None,
-) -> chex.Array:
-  """Which keys each query sees: the one place where causality, padding, packing and windows are
-  decided (see `Policy`). Queries stand at columns first_column .. first_column + T of the keys; all
-  keys at other columns were written before them.
-
-  Padding, then a two-token sequence:
-
-  >>> segments, positions = jnp.array([[-1, 0, 0]]), jnp.array([[0, 0, 1]])
-  >>> attention_mask(segments, segments, positions, positions)[0, 0].astype(int).tolist()
-  [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
-
-  Args:
-    query_segments: [B, T] int32.
-    key_segments: [B, S] int32, -1 = never seen.
-    query_positions: [B, T] int32.
-    key_positions: [B, S] int32.
-    first_column: the key column that holds the first query's own key.
-    window: how many positions back a query sees, its own included; None for all.
-
-  Returns:
-    [B, 1, T, S] bool.
-  """
-  query, key = query_segments[:, :, None], key_segments[:, None, :]
-  # How far a key lies behind the first query's. What a cache holds was written before, also behind.
-  behind = (jnp.arange(key_segments.shape[1]) - first_column)[None, :]
-  length = query_segments.shape[1]
-  causal = (behind <= jnp.arange(length)[:, None]) | (behind >= length)
-  seen = (key != -1) & ((key == query) | (key == 0)) & causal
-  if window is not None:
-    seen &= query_positions[:, :, None] - key_positions[:, None, :] < window
-  return seen[:, None]
-
-
 class Geometry(NamedTuple):
   """Where a pass's tokens stand and what they see: ((cos, sin), mask), in each kind of layer."""
 
   full: tuple[tuple[chex.Array, chex.Array], chex.Array]
   sliding: tuple[tuple[chex.Array, chex.Array], chex.Array]
+  segments: tuple[chex.Array, chex.Array]  # of the queries and of the keys
 
-  def of(self, is_sliding: bool | chex.Array):
+  def of(self, is_sliding: bool | chex.Array) -> tuple[tuple[chex.Array, chex.Array], Sight]:
     """That of a layer: of its kind, or chosen by data where a loop runs over both kinds."""
     if isinstance(is_sliding, bool):
-      return self.sliding if is_sliding else self.full
-    return jax.tree.map(functools.partial(jnp.where, is_sliding), self.sliding, self.full)
+      rope, mask = self.sliding if is_sliding else self.full
+    else:
+      choose = functools.partial(jnp.where, is_sliding)
+      rope, mask = jax.tree.map(choose, self.sliding, self.full)
+    return rope, Sight(mask, *self.segments, is_sliding)
 
 
 def make_geometry(
@@ -433,47 +407,10 @@ def make_geometry(
 
   full = rope(config.rope_theta, config.rope_scaling), mask(None)
   if "sliding" not in config.layer_types:
-    return Geometry(full, full)
+    return Geometry(full, full, (query_segments, key_segments))
   local = config.rope_local_theta
-  return Geometry(full, (rope(local, None) if local else full[0], mask(config.sliding_window)))
-
-
-def attend(
-  query: chex.Array,
-  keys: chex.Array,
-  values: chex.Array,
-  mask: chex.Array,
-  *,
-  scale: float,
-  cap: float | None = None,
-) -> chex.Array:
-  """Grouped-query attention over a cache's layout: query head n reads key head n // (N / K).
-
-  Args:
-    query: [B, T, N, H] float.
-    keys: [B, K, H, S] float.
-    values: [B, K, S, H] float.
-    mask: [B, 1, T, S] bool; a query that sees nothing gets a finite value that means nothing.
-    scale: multiplies query-key products.
-    cap: soft cap of the scaled products (Gemma 2), or None.
-
-  Returns:
-    [B, T, N, H]; the softmax is taken in float32.
-  """
-  batch, length, heads, head_dim = query.shape
-  kv_heads = keys.shape[1]
-  group = heads // kv_heads
-  # All queries that read one key head become the rows of one product: no key is repeated.
-  rows = query.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-  rows = rows.reshape(batch, kv_heads, group * length, head_dim)
-  scores = jnp.einsum("bkrh,bkhs->bkrs", rows, keys, preferred_element_type=jnp.float32)
-  scores = softcap(scores * scale, cap).reshape(batch, kv_heads, group, length, -1)
-  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  weights = weights.reshape(batch, kv_heads, group * length, -1)
-  out = jnp.einsum("bkrs,bksh->bkrh", weights, values)
-  out = out.reshape(batch, kv_heads, group, length, head_dim)
-  return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+  sliding = rope(local, None) if local else full[0], mask(config.sliding_window)
+  return Geometry(full, sliding, (query_segments, key_segments))
 
 
 class RMSNorm(nn.Module):
@@ -568,10 +505,11 @@ class Linear(nn.Module):
 class Attention(nn.Module):
   config: TransformerConfig
   dtype: Any
+  kernel: Kernel | None = None
 
   @nn.compact
-  def __call__(self, x, rope, mask, cached, cursor):
-    """x [B, T, D], rope (cos, sin), mask [B, 1, T, S], cached (keys, values) or None."""
+  def __call__(self, x, rope, sight: Sight, cached, cursor):
+    """x [B, T, D], rope (cos, sin), cached (keys, values) or None."""
     config = self.config
     flat = _flat(x)
 
@@ -587,15 +525,26 @@ class Attention(nn.Module):
       key = RMSNorm(config, name="key_norm")(key)
     query, key = apply_rope(query, *rope), apply_rope(key, *rope)
     scale, cap = config.attention_scale, config.attn_softcap
-    if cached is None and cap is None:
-      out = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
-    else:
+    if cached is not None:
       keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-      if cached is not None:
-        keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
-        values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
-        cached = keys, values
-      out = attend(query, keys, values, mask, scale=scale, cap=cap)
+      keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
+      values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
+      cached = keys, values
+    n_keys = sight.key_segments.shape[1]
+    first = cursor if isinstance(cursor, int) else 0 if n_keys == x.shape[1] else None
+    if takes(self.kernel, query, n_keys, config.n_kv_heads, first_column=first, cap=cap):
+      if n_keys > x.shape[1]:
+        key, value = keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
+      out = fused_attend(
+        query, key, value, sight, kernel=self.kernel, first_column=first,
+        window=config.sliding_window, scale=scale, cap=cap,
+      )
+    elif cached is None and cap is None:
+      out = jax.nn.dot_product_attention(query, key, value, mask=sight.mask, scale=scale)
+    else:
+      if cached is None:
+        keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+      out = attend(query, keys, values, sight.mask, scale=scale, cap=cap)
     linear = Linear(config.width, False, self.dtype, name="output")
     return linear(out.reshape(*flat.shape[:1], -1)).reshape(x.shape), cached
 
@@ -617,16 +566,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
   config: TransformerConfig
   dtype: Any
+  kernel: Kernel | None = None
 
   @nn.compact
-  def __call__(self, x, rope, mask, cached, cursor):
+  def __call__(self, x, rope, sight: Sight, cached, cursor):
     config = self.config
 
     def post(name: str, y: chex.Array) -> chex.Array:
       return RMSNorm(config, name=name)(y) if config.post_norms else y
 
-    y, cached = Attention(config, self.dtype, name="attention")(
-      RMSNorm(config, name="attention_norm")(x), rope, mask, cached, cursor
+    y, cached = Attention(config, self.dtype, self.kernel, name="attention")(
+      RMSNorm(config, name="attention_norm")(x), rope, sight, cached, cursor
     )
     x = x + post("attention_post_norm", y)
     y = MLP(config, self.dtype, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
@@ -660,5 +610,5 @@ class Transformer(nn.Module):
     zeros = jnp.zeros_like(tokens)
     geometry = make_geometry(config, zeros, zeros, zeros, zeros)
     for layer in range(config.n_layers):
-      x, _ = Block(config, self.dtype, name=f"layers_{layer}")(x, *geometry.full, None, 0)
+      x, _ = Block(config, self.dtype, name=f"layers_{layer}")(x, *geometry.of(False), None, 0)
     return RMSNorm(config, name="final_norm")(x)

@@ -233,3 +233,26 @@ def test_what_cannot_be_cut_is_named():
     sharding.tree_shardings({"embed": {"embedding": shape}}, mesh_of((1, 1, 8)))
   with pytest.raises(sharding.ShardingError, match=r"tokens: 12 rows cannot be cut into 8 parts"):
     sharding.place_rows({"tokens": np.zeros((12, 3))}, mesh_of((4, 2, 1)))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (2, 1, 4)], ids=str)
+def test_each_device_gives_its_own_rows_and_heads_to_the_kernel(sizes):
+  """Over 4 devices the 2 key heads are copied to those whose queries read them."""
+  batch = ragged_batch()
+  arrays = [batch[name] for name in ("prompts", "prompt_lengths", "tokens", "mask")]
+
+  def gradient(policy, weights, arrays):
+    def summed(weights):
+      logprobs, _ = response_logprobs(weights, *arrays, policy=policy, chunk_size=16)
+      return jnp.sum(logprobs * batch["weights"])
+
+    return jax.jit(jax.value_and_grad(summed))(weights)
+
+  mesh = mesh_of(sizes)
+  kernel = make_policy(POLICY.config, attention="splash", mesh=mesh)
+  placed = sharding.place(params(), mesh), sharding.place_rows(arrays, mesh)
+  loss, found = gradient(kernel, *placed)
+  wanted_loss, wanted = gradient(POLICY, params(), arrays)
+  np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+  pairs = zip(*map(jax.tree.leaves, (found, wanted)), strict=True)
+  assert all(distance(np.asarray(x), np.asarray(y)) < 1e-5 for x, y in pairs)

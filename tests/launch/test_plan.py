@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from experiments.options import Lora, SamplingMesh
-from launch import estimate, plan
+from launch import chips, estimate, plan
 from launch.chips import NETWORK_CARD, find_chip
 from launch.hlo import collectives
 from launch.models import MODELS, find_model
 from launch.programs import Lowering
-from rl_llm.chips import GPUS, TPUS, Chip
+from rl_llm.chips import DEVICE_KINDS, GPUS, TPUS, Chip
 from rl_llm.config import ConfigError
 from rl_llm.policy import make_policy
 from rl_llm.sharding import ShardingError
@@ -260,7 +260,12 @@ POD = dataclasses.replace(plan.Config(), topology="h100:8", prompts_per_step=64,
                           microbatch_prompts=8, model="qwen2.5-1.5b")
 
 
-def test_gpus_are_planned_by_formula_and_it_says_so():
+@pytest.fixture
+def no_cuda_plugin(monkeypatch):
+  monkeypatch.setattr(chips, "_cuda_plugin", lambda: False)
+
+
+def test_gpus_without_their_compiler_are_planned_by_formula_and_it_says_so(no_cuda_plugin):
   chip, number = find_chip("h100:8")
   assert chip == GPUS["h100"] and number == 8
   assert find_chip("h100:16")[0].network == NETWORK_CARD  # Two boxes.
@@ -280,6 +285,41 @@ def test_gpus_are_planned_by_formula_and_it_says_so():
   assert lines[1].startswith("by formula, not compiled") and " - " in lines[3]
   with pytest.raises(ShardingError, match="fsdp=3 x tensor=1: does not divide 8 devices"):
     plan.plan(dataclasses.replace(POD, mesh=SamplingMesh(1, 3, 1)))
+
+
+@pytest.mark.skipif(not chips._cuda_plugin(), reason="needs jax[cuda12]")
+def test_gpus_are_compiled_for_where_there_is_a_compiler(tmp_path):
+  """Two of them halve what each holds, and a fused kernel holds no scores."""
+
+  def programs(attention):
+    path = tmp_path / attention
+    flags = [
+      "--topology=h100:2", "--model=tiny", "--prompts_per_step=4", "--responses_per_prompt=2",
+      "--microbatch_prompts=2", "--max_new_tokens=512", "--mesh.fsdp=2", f"--json={path}",
+      f"--attention={attention}",
+    ]
+    subprocess.run([sys.executable, "-m", "launch.plan", *flags], check=True)
+    found = [SimpleNamespace(**each) for each in json.loads(path.read_text())["programs"]]
+    return {program.name: program for program in found}
+
+  found, plain = programs("auto"), programs("xla")
+  assert list(found) == ["update", "gather", "rollout"]
+  assert found["update"].arguments == pytest.approx(12 * count() / 2, rel=0.2)
+  assert found["update"].collectives and found["gather"].collectives
+  assert found["update"].temporaries < plain["update"].temporaries
+
+
+def test_a_gpu_is_described_to_the_compiler_as_the_table_of_limits_has_it():
+  for kind, die in chips.DIES.items():
+    limits = GPUS[kind]
+    assert die.bandwidth == pytest.approx(limits.bandwidth, rel=0.05)
+    assert die.memory == pytest.approx(limits.hbm, rel=0.08)
+    assert die.name in DEVICE_KINDS and f"core_count: {die.cores} " in chips.target_config(die)
+
+
+def test_part_of_a_box_beside_whole_ones_is_refused():
+  with pytest.raises(ConfigError, match="--topology=h100:12: must be fewer than 8 GPUs or a mult"):
+    chips.find_devices("h100:12")
 
 
 def test_the_formula_halves_what_is_halved():
