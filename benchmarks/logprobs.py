@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers import matmul_gflops
+from benchmarks.timing import (
+  BenchmarkError,
+  alternate,
+  check_close,
+  measure_ceilings,
+  ratios,
+  spread,
+)
 from rl_llm.config import option, run
 from rl_llm.logprobs import chunked_logprobs_and_entropy, entropy, token_logprobs, unembed
 
-MATMUL = 2048  # side of the square product whose rate is the floor's
-
-
-class BenchmarkError(RuntimeError):
-  """The two forms do not agree."""
+TOLERANCE = 1e-5  # of the two forms' difference, relative, L2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,41 +71,29 @@ def main(config: Config) -> int:
     step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
     return step, lambda: jax.block_until_ready(step(*arguments))
 
-  square, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(jnp.matmul)
-  gflops = matmul_gflops(lambda: multiply(square, square).block_until_ready(), MATMUL)
-  print(
-    f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32; "
-    f"{gflops:.0f} GFLOP/s", flush=True,
-  )
   forms = {"dense": compiled(dense), "chunked": compiled(chunked)}
-  results = {name: step() for name, (_, step) in forms.items()}
-  for left, right in zip(*map(jax.tree.leaves, results.values()), strict=True):
-    if not np.allclose(left, right, rtol=1e-3, atol=1e-5 * float(jnp.max(jnp.abs(left)))):
-      raise BenchmarkError(f"the forms differ by up to {float(jnp.max(jnp.abs(left - right)))}")
-  del results
+  ceilings = measure_ceilings()
+  seconds = alternate(
+    {name: step for name, (_, step) in forms.items()},
+    runs=config.runs,
+    check=lambda results: check_close(results, tolerance=TOLERANCE),
+  )
+  ceilings = ceilings.or_better(measure_ceilings())
+  print(
+    f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32; {ceilings}"
+  )
   memory = {
     name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in forms.items()
   }
-  seconds = {name: [] for name in forms}
-  for number in range(config.runs):
-    for name, (_, step) in forms.items():
-      start = time.perf_counter()
-      step()
-      seconds[name].append(time.perf_counter() - start)
-      print(f"run {number} {name}: {seconds[name][-1]:.2f} s", flush=True)
-
-  floor = 6 * config.tokens * config.width * config.vocabulary / gflops / 1e9
+  floor = 6 * config.tokens * config.width * config.vocabulary / ceilings.flops
   for name, taken in seconds.items():
     print(
-      f"{name}: {memory[name] / 1e6:.0f} MB of temporaries, {statistics.median(taken):.2f} s "
-      f"({min(taken):.2f} .. {max(taken):.2f}), {statistics.median(taken) / floor:.2f} times the "
-      f"floor of {floor:.2f} s"
+      f"{name}: {memory[name] / 1e6:.0f} MB of temporaries, {spread(taken)} s, "
+      f"{statistics.median(taken) / floor:.2f} times the floor of {floor:.2f} s"
     )
-  times = [a / b for a, b in zip(seconds["chunked"], seconds["dense"], strict=True)]
   print(
     f"chunked takes 1/{memory['dense'] / memory['chunked']:.1f} of the temporaries and "
-    f"{statistics.median(times):.2f} times the time ({min(times):.2f} to {max(times):.2f}), "
-    "forward and backward"
+    f"{spread(ratios(seconds['chunked'], seconds['dense']))} times the time, forward and backward"
   )
   return 0
 

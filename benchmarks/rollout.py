@@ -6,7 +6,7 @@
 Both sides decode the same responses, drawn with the same keys, and never hold more rows at once
 than there are slots. One takes them in batches, each as long as its longest response; to the other
 all are given at once, and it fills a slot when its response has ended. They take turns, and must
-have written the same number of tokens.
+have written the same numbers of tokens.
 
 A real model says when it has ended, which cannot be chosen. So the policy is given an end of known
 probability, 1 / mean, in place of its own: lengths are geometric, as exponential as whole tokens
@@ -19,21 +19,17 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.timing import BenchmarkError, alternate, ratios, spread
 from rl_llm.config import ConfigError, option, run
 from rl_llm.model import load_model
 from rl_llm.policy import Policy
 from rl_llm.rollout import generate, row_keys
 from rl_llm.sampling import SamplingConfig
-
-
-class BenchmarkError(RuntimeError):
-  """The two sides did not do the same work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +65,8 @@ def with_end(policy: Policy, eos: int, mean: int) -> Policy:
   return dataclasses.replace(policy, logits=logits)
 
 
-def measure(config: Config) -> dict[str, list[float]]:
-  """Seconds of each side's runs, and the tokens and the longest response of each batch."""
+def measure(config: Config) -> tuple[dict[str, list[float]], np.ndarray]:
+  """Seconds of each side's runs, and the tokens of each response."""
   rows = config.prompts * config.responses
   if config.slots % config.responses or rows % config.slots:
     raise ConfigError(
@@ -109,41 +105,31 @@ def measure(config: Config) -> dict[str, list[float]]:
     parts = [roll(p, p + batch, 0) for p in range(0, config.prompts, batch)]
     return np.concatenate(parts)
 
+  written = {}
+
+  def check(lengths: dict[str, np.ndarray]) -> None:
+    written.update(lengths)
+    if not np.array_equal(*lengths.values()):
+      raise BenchmarkError(f"tokens: { {name: int(x.sum()) for name, x in lengths.items()} }")
+
   sides = {"batches": batches, "slots": lambda: roll(0, config.prompts, config.slots)}
-  found: dict[str, list[float]] = {name: [] for name in sides}
-  for turn in range(config.runs + 1):
-    written = {}
-    for name, side in sides.items():
-      start = time.perf_counter()
-      written[name] = side()
-      if turn:
-        found[name].append(time.perf_counter() - start)
-    if len({int(x.sum()) for x in written.values()}) > 1:
-      raise BenchmarkError(f"tokens: { {k: int(x.sum()) for k, x in written.items()} }")
-  lengths = written["slots"]
-  found["tokens"] = [int(lengths.sum())]
-  found["longest"] = [int(n) for n in lengths.reshape(-1, config.slots).max(axis=1)]
-  return found
+  return alternate(sides, runs=config.runs, check=check), written["slots"]
 
 
 def main(config: Config) -> None:
-  found = measure(config)
-  tokens, steps = found["tokens"][0], sum(found["longest"])
-  rows = config.prompts * config.responses
+  found, lengths = measure(config)
+  tokens, rows = int(lengths.sum()), config.prompts * config.responses
+  steps = int(lengths.reshape(-1, config.slots).max(axis=1).sum())
   print(
     f"{config.model}: {rows} responses, {tokens / rows:.0f} tokens on average; batches of "
     f"{config.slots} take {steps} steps, the least with {config.slots} slots is "
     f"{-(-tokens // config.slots)}"
   )
-  for name in ("batches", "slots"):
-    seconds = found[name]
-    print(
-      f"  {name:8} {statistics.median(seconds):7.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
-      f" {tokens / statistics.median(seconds):7.0f} tokens/s"
-    )
-  ratios = [a / b for a, b in zip(found["batches"], found["slots"], strict=True)]
-  print(f"  {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
+  for name, seconds in found.items():
+    per_second = tokens / statistics.median(seconds)
+    print(f"  {name:8} {spread(seconds, digits=1)} s, {per_second:.0f} tokens/s")
+  print(f"  {spread(ratios(found['batches'], found['slots']))} times as fast")
 
 
 if __name__ == "__main__":
-  run(main, Config)
+  run(main, Config, errors=(BenchmarkError,))

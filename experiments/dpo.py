@@ -633,6 +633,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       generate=generate,
       pool=pool,
       tokenizer=tokenizer,
+      parts=config.sampling.parts,
       clock=clock,
       check=stop.check,
       mesh=mesh,
@@ -750,7 +751,9 @@ def check(config: Config) -> None:
       f"at least pairs_per_step ({pairs}) with --loss={config.loss.name}",
       "it compares the pairs of a batch with each other",
     )
-  check_sampling(config.sampling, max_new_tokens=config.max_new_tokens)
+  check_sampling(
+    config.sampling, max_new_tokens=config.max_new_tokens, prompts=config.pairs_per_step
+  )
   check_schedule(config.optimizer, steps=config.steps)
   if config.task != "none":
     task_family(config.task)

@@ -532,6 +532,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       pool=pool,
       tokenizer=tokenizer,
       judge=judge,
+      parts=config.sampling.parts,
       clock=clock,
       check=stop.check,
       mesh=mesh,
@@ -606,7 +607,9 @@ def check(config: Config) -> None:
     microbatch_prompts=config.microbatch_prompts,
   )
   check_loss(config.loss)
-  check_sampling(config.sampling, max_new_tokens=config.max_new_tokens)
+  check_sampling(
+    config.sampling, max_new_tokens=config.max_new_tokens, prompts=config.prompts_per_step
+  )
   check_schedule(config.optimizer, steps=config.steps)
   task_family(config.task)
 

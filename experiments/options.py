@@ -36,6 +36,9 @@ class Sampling:
   slots: int = option(
     0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
   )
+  parts: int = option(
+    1, "of a step's problems, each graded while the next is sampled: for slow graders", min=1
+  )
   allow_truncated: bool = option(
     False, "train on top-k or top-p samples although they come from another distribution"
   )
@@ -364,8 +367,12 @@ def check_updates(options: PolicyLoss, *, updates: int) -> None:
     )
 
 
-def check_sampling(sampling: Sampling, *, max_new_tokens: int) -> None:
+def check_sampling(sampling: Sampling, *, max_new_tokens: int, prompts: int) -> None:
   """Refuses what cannot be sampled, or would train on another distribution unasked."""
+  if prompts % sampling.parts:
+    raise ConfigError(
+      "sampling.parts", sampling.parts, f"a divisor of the {prompts} problems of a step"
+    )
   if sampling.min_new_tokens > max_new_tokens:
     raise ConfigError(
       "sampling.min_new_tokens",

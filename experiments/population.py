@@ -113,6 +113,7 @@ def check(configs: Sequence[grpo.Config]) -> None:
     )
   for path, value, allowed in (
     ("sampling.slots", config.sampling.slots, 0),
+    ("sampling.parts", config.sampling.parts, 1),
     ("distributed.on", config.distributed.on, False),
     *((f"mesh.{name}", getattr(config.mesh, name), size)
       for name, size in dataclasses.asdict(SamplingMesh()).items()),

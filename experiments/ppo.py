@@ -547,6 +547,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       pool=pool,
       tokenizer=tokenizer,
       judge=judge,
+      parts=config.sampling.parts,
       clock=clock,
       check=stop.check,
       mesh=mesh,
@@ -712,7 +713,9 @@ def check(config: Config) -> None:
     raise ConfigError(
       "kl.coef", config.kl.coef, "above 0 with --kl.controller=adaptive", "try --kl.coef=0.001"
     )
-  check_sampling(config.sampling, max_new_tokens=config.max_new_tokens)
+  check_sampling(
+    config.sampling, max_new_tokens=config.max_new_tokens, prompts=config.prompts_per_step
+  )
   check_schedule(config.optimizer, steps=config.steps)
   task_family(config.task)
 

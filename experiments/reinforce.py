@@ -447,6 +447,7 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
       generate=generate,
       pool=pool,
       tokenizer=tokenizer,
+      parts=config.sampling.parts,
       clock=clock,
       check=stop.check,
       mesh=mesh,
@@ -602,7 +603,9 @@ def check(config: Config) -> None:
       "1 with --advantage=leave_one_out, which compares whole responses",
       "try --advantage=reinforce_plus_plus_baseline",
     )
-  check_sampling(config.sampling, max_new_tokens=config.max_new_tokens)
+  check_sampling(
+    config.sampling, max_new_tokens=config.max_new_tokens, prompts=config.prompts_per_step
+  )
   check_schedule(config.optimizer, steps=config.steps)
   task_family(config.task)
 

@@ -311,6 +311,7 @@ def collect(
   pool: RewardPool,
   tokenizer: Tokenizer,
   judge: Judge | None = None,
+  parts: int = 1,
   clock: PhaseClock,
   check: Callable[[], None] = lambda: None,
   mesh: jax.sharding.Mesh | None = None,
@@ -333,6 +334,7 @@ def collect(
     pool: the grader's workers.
     tokenizer: the model's.
     judge: from `make_judge`, gives the scores instead of the grader; None: the grades are them.
+    parts: the problems are sampled in so many parts, each graded while the next is sampled.
     clock: times "rollout" and "reward".
     check: called between phases; raises to stop.
     mesh: that of `generate`.
@@ -350,6 +352,7 @@ def collect(
     pool=pool,
     tokenizer=tokenizer,
     judge=judge,
+    parts=parts,
     clock=clock,
     check=check,
     mesh=mesh,
@@ -372,37 +375,68 @@ def answer(
   pool: RewardPool,
   tokenizer: Tokenizer,
   judge: Judge | None = None,
+  parts: int = 1,
   clock: PhaseClock,
   check: Callable[[], None] = lambda: None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Experience:
   """The second half of `collect`: responses to problems that have been drawn, and their rewards.
 
+  A device that has been given part k + 1 samples it while the host grades part k, so of graders and
+  sampler the faster one costs nothing but at the ends. What is sampled is the same for any number
+  of parts, since keys are by row; but each part decodes fewer rows at once, which costs where the
+  graders were quick anyway.
+
   Args:
     params: the policy's weights.
     drawn: P problems.
     keys: [P * G] typed keys.
-    responses_per_prompt, sampling, generate, pool, tokenizer, judge, clock, check, mesh: as for
-      `collect`.
+    responses_per_prompt, sampling, generate, pool, tokenizer, judge, parts, clock, check, mesh: as
+      for `collect`; parts divides P.
   """
   with clock("rollout"):
     prompts = pad_prompts(drawn.prompts, pad_id=tokenizer.pad_id)
-    # Of the type that evaluation has, or the same shape compiles twice.
-    rows = len(keys)
-    temperature = jnp.full(rows, sampling.temperature, jnp.float32)
-    sampling = dataclasses.replace(sampling, temperature=temperature)
-    rollout = trim(generate(params, prompts, keys, sampling, responses_per_prompt))
-  check()
-  with clock("reward"):
-    texts = response_texts(rollout, tokenizer)
-    scores = grades = score(
-      pool, drawn.problems, texts, group_size=responses_per_prompt, owners=owners_of(mesh, rows)
+  size = len(drawn.problems) // parts  # Problems of a part.
+  rows = size * responses_per_prompt
+  # Of the type that evaluation has, or the same shape compiles twice.
+  temperature = jnp.full(rows, sampling.temperature, jnp.float32)
+  sampling = dataclasses.replace(sampling, temperature=temperature)
+  owners = owners_of(mesh, rows)
+
+  def start(part: int) -> Rollout:
+    """Returns before the device has done it."""
+    own = slice(part * size, (part + 1) * size)
+    return generate(
+      params,
+      PromptBatch(prompts.tokens[own], prompts.lengths[own]),
+      keys[part * rows : (part + 1) * rows],
+      sampling,
+      responses_per_prompt,
     )
+
+  sampled: list[Rollout] = []
+  texts: list[str] = []
+  results: list[RewardResult] = []
+  with clock("rollout"):
+    under_way = start(0)
+  for part in range(parts):
+    with clock("rollout"):
+      following = start(part + 1) if part + 1 < parts else None
+      sampled.append(to_host(under_way))
+      under_way = following
+    check()
+    with clock("reward"):
+      said = response_texts(sampled[-1], tokenizer)
+      problems = drawn.problems[part * size : (part + 1) * size]
+      results += grade(pool, problems, said, group_size=responses_per_prompt, owners=owners)
+      texts += said
+  rollout = trim(Rollout(*map(np.concatenate, zip(*sampled, strict=True))))
+  with clock("reward"):
+    scores = grades = as_scores(results, group_size=responses_per_prompt)
     if judge:
       rewards = judge(prompts, rollout)
-      results = [RewardResult(float(reward), "ok") for reward in rewards]
-      shape = grades.rewards.shape
-      scores = Scores(rewards.reshape(shape), np.ones(shape, bool), {"ok": rewards.size}, results)
+      judged = [RewardResult(float(reward), "ok") for reward in rewards]
+      scores = as_scores(judged, group_size=responses_per_prompt)
   check()
   return Experience(drawn, prompts, rollout, texts, scores, grades)
 
@@ -419,10 +453,7 @@ def split_experience(experience: Experience, drawn: Sequence[Drawn]) -> list[Exp
     return x[number * size : (number + 1) * size]
 
   def own_scores(scores: Scores, number: int) -> Scores:
-    results = part(scores.results, number)
-    rewards, ok, counts = to_arrays(results)
-    shape = (-1, scores.rewards.shape[1])
-    return Scores(rewards.reshape(shape), ok.reshape(shape), counts, results)
+    return as_scores(part(scores.results, number), group_size=scores.rewards.shape[1])
 
   found = []
   for number, own in enumerate(drawn):
@@ -489,13 +520,18 @@ def _mean(values: np.ndarray, where: np.ndarray) -> float | None:
   return float(np.mean(values[where])) if where.any() else None
 
 
+def to_host(rollout: Rollout) -> Rollout:
+  """The whole rollout as numpy arrays, once the devices are done with it."""
+  return Rollout(*(np.asarray(x) for x in fetch(rollout)))
+
+
 def trim(rollout: Rollout) -> Rollout:
   """Brings a rollout to the host, without the columns that no response reached.
 
   Columns are kept up to a bucket, so that an update compiles for few widths and does not pay for
   the longest response allowed when all were short.
   """
-  rollout = Rollout(*(np.asarray(x) for x in fetch(rollout)))
+  rollout = to_host(rollout)
   width = min(bucket(int(rollout.lengths.max())), rollout.tokens.shape[1])
   return rollout._replace(
     tokens=rollout.tokens[:, :width],
@@ -520,14 +556,14 @@ def owners_of(mesh: jax.sharding.Mesh | None, rows: int) -> np.ndarray:
   return row_owners(mesh, rows)
 
 
-def score(
+def grade(
   pool: RewardPool,
   problems: Sequence[Problem],
   texts: Sequence[str],
   *,
   group_size: int,
   owners: np.ndarray | None = None,
-) -> Scores:
+) -> list[RewardResult]:
   """Grades P * G responses, row p * G + g answering problem p.
 
   Args:
@@ -546,13 +582,32 @@ def score(
     [texts[row] for row in own],
     [repeated[row].columns for row in own],
   )
-  if shared:  # Also where one has all rows, as in a last batch that is hardly filled.
-    graded = hosts.exchange("the grades", results)
-    by_owner = [iter(of_one) for of_one in graded]
-    results = [RewardResult(*next(by_owner[owner])) for owner in owners]
+  if not shared:
+    return results
+  # Also where one has all rows, as in a last batch that is hardly filled.
+  graded = hosts.exchange("the grades", results)
+  by_owner = [iter(of_one) for of_one in graded]
+  return [RewardResult(*next(by_owner[owner])) for owner in owners]
+
+
+def as_scores(results: list[RewardResult], *, group_size: int) -> Scores:
+  """[P * G] results as arrays of P groups."""
   rewards, ok, counts = to_arrays(results)
-  shape = (len(problems), group_size)
+  shape = (-1, group_size)
   return Scores(rewards.reshape(shape), ok.reshape(shape), counts, results)
+
+
+def score(
+  pool: RewardPool,
+  problems: Sequence[Problem],
+  texts: Sequence[str],
+  *,
+  group_size: int,
+  owners: np.ndarray | None = None,
+) -> Scores:
+  """What `grade` finds, as arrays; the arguments are its own."""
+  results = grade(pool, problems, texts, group_size=group_size, owners=owners)
+  return as_scores(results, group_size=group_size)
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:

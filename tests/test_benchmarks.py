@@ -200,7 +200,7 @@ def test_slots_and_batches_say_the_same(capsys):
   sizes = {"model": "tiny", "prompts": 4, "responses": 2, "prompt_tokens": 5, "mean": 4}
   rollout.main(rollout.Config(**sizes, limit=12, slots=4))
   first, *_, last = capsys.readouterr().out.splitlines()
-  assert first.startswith("tiny: 8 responses") and last.endswith(")")
+  assert first.startswith("tiny: 8 responses") and last.endswith(" times as fast")
   with pytest.raises(ConfigError, match="slots=3: .* multiple of --responses=2"):
     rollout.measure(rollout.Config(**sizes, slots=3))
 

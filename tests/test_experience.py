@@ -9,16 +9,23 @@ import pytest
 
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.experience import (
+  Drawn,
+  answer,
   draw_problems,
   encode_problems,
+  make_generate,
   prompt_text,
   response_texts,
   sample_rows,
   score,
+  step_keys,
   trim,
 )
+from rl_llm.metrics import PhaseClock
+from rl_llm.model import load_model
 from rl_llm.rewards import RewardResult, RewardSource
 from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout
+from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import Problem, Task
 from rl_llm.tokenizers import ByteTokenizer, TokenizerError
 
@@ -165,3 +172,67 @@ def test_grades_and_rows_belong_to_their_problems():
   plain = sample_rows(problems, texts, rollout, scores, split="eval", max_reward=0.5)
   assert all(row["advantage"] is None and row["split"] == "eval" for row in plain)
   assert [row["correct"] for row in plain] == [True, True, False, True]
+
+
+def test_a_part_is_graded_once_the_next_is_under_way():
+  events = []
+  said = ["a", "bb", "!", "cc", "ddd", "e", "f", "gg"]
+
+  def generate(params, prompts, keys, sampling, group):
+    first = keys[0]
+    events.append(f"sample {prompts.tokens[0, -1]}")
+    assert sampling.temperature.tolist() == [0.5] * 2 and group == 2
+    return make_rollout(said[first : first + len(keys)], 4)
+
+  class Watched(Pool):
+    def score(self, prompts, completions, columns):
+      events.append(f"grade {prompts[0]}")
+      return super().score(prompts, completions, columns)
+
+  problems = [problem(name) for name in "wxyz"]
+  experience = answer(
+    None,
+    Drawn(problems, [[10], [11], [12], [13]], 0),
+    np.arange(8),
+    responses_per_prompt=2,
+    sampling=SamplingConfig(0.5),
+    generate=generate,
+    pool=Watched(),
+    tokenizer=ByteTokenizer(),
+    parts=4,
+    clock=PhaseClock(),
+  )
+  assert events == [
+    "sample 10", "sample 11", "grade w", "sample 12", "grade x", "sample 13", "grade y", "grade z",
+  ]
+  assert experience.texts == said
+  assert experience.scores.rewards.tolist() == [[0.5, 1.0], [0.0, 1.0], [1.5, 0.5], [0.5, 1.0]]
+  assert experience.scores.ok.tolist() == [[True, True], [False, True], [True, True], [True, True]]
+  assert experience.rollout.lengths.tolist() == [2, 3, 2, 3, 4, 2, 2, 3]
+
+
+def test_what_is_sampled_does_not_depend_on_the_number_of_parts():
+  model = load_model("tiny")
+  generate = make_generate(model.policy, model.tokenizer, max_new_tokens=9, say=lambda line: None)
+  problems = [problem("a" * (1 + 3 * n)) for n in range(4)]
+  drawn = Drawn(problems, [list(p.prompt.encode()) for p in problems], 0)
+
+  def found(parts):
+    return answer(
+      model.params,
+      drawn,
+      step_keys(0, 3, 4, 3),
+      responses_per_prompt=3,
+      sampling=SamplingConfig(1.0),
+      generate=generate,
+      pool=Pool(),
+      tokenizer=model.tokenizer,
+      parts=parts,
+      clock=PhaseClock(),
+    )
+
+  whole, halves = found(1), found(2)
+  assert whole.texts == halves.texts and len(set(whole.texts)) > 6
+  for one, other in zip(whole.rollout, halves.rollout, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+  np.testing.assert_array_equal(whole.scores.rewards, halves.scores.rewards)

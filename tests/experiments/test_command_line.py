@@ -85,6 +85,10 @@ CASES = {
     ["--sampling.min_new_tokens=17"],
     ["--sampling.min_new_tokens=17", "at most max_new_tokens (16)"],
   ),
+  "parts of unequal size": (
+    ["--sampling.parts=3"],
+    ["--sampling.parts=3", "a divisor of the 16 problems of a step"],
+  ),
   "top_k while training": (
     ["--sampling.top_k=5"],
     ["--sampling.top_k=5", "--sampling.allow_truncated"],
@@ -97,6 +101,10 @@ CASES = {
   "task option": (
     [*TINY, "--copy.max_length=0"],
     ["copy.max_length=0", "at least min_length=3"],
+  ),
+  "a kernel that is not here": (
+    [*TINY, "--attention=cudnn"],
+    ["attention: cudnn is for gpu, here is cpu; auto takes what there is"],
   ),
   "no such model": (["--model=nowhere"], ["nowhere: no such model directory or .gguf file"]),
   "no tokens for a chat": (

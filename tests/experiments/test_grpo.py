@@ -317,7 +317,7 @@ def test_three_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, small, files, mo
 # Compilations.
 
 
-def test_one_compilation_a_shape_over_fifty_ragged_steps(tmp_path, small, files, caplog):
+def test_one_compilation_a_shape_over_a_hundred_ragged_steps(tmp_path, small, files, caplog):
   """Shapes as the samples say they were; nothing is compiled twice, nothing by step."""
   rows = [{"prompt": "abc"}, {"prompt": "a" * 20}, {"prompt": "b" * 7}, {"prompt": "c" * 11}]
   held_out = tmp_path / "held_out.jsonl"
@@ -326,7 +326,7 @@ def test_one_compilation_a_shape_over_fifty_ragged_steps(tmp_path, small, files,
   changes = {
     "task": f"jsonl:{tmp_path / 'rows.jsonl'}",
     "jsonl.held_out_file": str(held_out),
-    "steps": 50,
+    "steps": 100,
     "prompts_per_step": 1,
     "microbatch_prompts": 1,
     "max_new_tokens": 12,
@@ -341,7 +341,7 @@ def test_one_compilation_a_shape_over_fifty_ragged_steps(tmp_path, small, files,
     if (match := re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()))
   )
   shapes = set()
-  for step in range(50):
+  for step in range(100):
     rows = [row for row in found.samples if row["step"] == step and row["split"] == "train"]
     columns = min(bucket(max(row["length"] for row in rows)), 12)
     shapes.add((bucket(max(len(row["prompt"]) for row in rows)), columns))

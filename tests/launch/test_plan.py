@@ -61,8 +61,8 @@ def by_name(config):
 
 @pytest.mark.parametrize(
   ("name", "billions"),
-  [("qwen2.5-1.5b", 1.54), ("qwen2.5-7b", 7.62), ("qwen2.5-32b", 32.8), ("qwen2.5-72b", 72.7),
-   ("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.6)],
+  [("qwen2.5-0.5b", 0.494), ("qwen2.5-1.5b", 1.54), ("qwen2.5-7b", 7.62), ("qwen2.5-32b", 32.8),
+   ("qwen2.5-72b", 72.7), ("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.6)],
 )  # As their model cards count them.
 def test_models_have_as_many_parameters_as_they_say(name, billions):
   assert estimate.count_parameters(MODELS[name])[0] / 1e9 == pytest.approx(billions, rel=0.005)

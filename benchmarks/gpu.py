@@ -1,0 +1,412 @@
+"""One GPU: how near an update and decoding come to what it can do, and what models need of it.
+
+  python -m benchmarks.gpu                     on the GPU that is here
+  python -m benchmarks.gpu --predict=h100      compiled for one that is not (pip install ".[cuda]")
+  python -m benchmarks.gpu --torch_python=P    and PyTorch with transformers, on the same GPU
+
+Weights are random, arithmetic is in bfloat16, weights and moments are float32. Three things:
+
+  update   one of GRPO, 8 responses of 1,024 tokens to each prompt of 512, 16,384 tokens at least
+           in one microbatch. Its MFU: what formulas say it must compute (`rl_llm.flops`), over what
+           the GPU's maker says it can. PyTorch's is a row of prompt and response for each response.
+  decode   a token of 64 rows, and of 256: what a rollout of 288 tokens takes longer than one of 32,
+           over 256. Its bound: all weights and the keys and values of all rows read once at the
+           maker's bandwidth, or the products at the peak if that takes longer.
+  memory   the largest that a step of 8 x 8 responses needs, of models of 0.5, 1.5 and 7 billion
+           weights, the last with adapters of rank 16. Each in a process of its own.
+
+Predicted means: the same programs, compiled for that GPU where none is. Memory is the compiler's
+word. Time is between two figures made of the operations and bytes that the compiler counts: the
+longer of both at the maker's rates, if everything overlaps, and their sum, if nothing does. Real
+products reach 60 to 80 % of the peak, so what is measured will lie below.
+
+{PREDICTED}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import seconds_of, spread
+from experiments import grpo
+from experiments.options import Lora, SamplingMesh, adamw, device_mesh
+from launch import plan
+from launch.chips import find_devices, has_compiler
+from launch.models import find_model
+from launch.programs import Lowering, Programs, array, programs, settings_of
+from rl_llm import sharding
+from rl_llm.chips import DEVICE_KINDS, GPUS, Chip
+from rl_llm.config import ConfigError, option, run
+from rl_llm.flops import forward_flops
+from rl_llm.policy import Policy, TransformerConfig, make_policy
+from rl_llm.policy.layers import cast_weights
+from rl_llm.sampling import SamplingConfig, sample
+from rl_llm.train_state import init_state
+
+GROUP = 8  # responses a prompt
+SHORT, LONG = 32, 288  # tokens of the two rollouts whose difference is timed
+MODELS = (("qwen2.5-0.5b", 0), ("qwen2.5-1.5b", 0), ("qwen2.5-7b", 16))  # and adapters' rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is measured, and where."""
+
+  predict: str = option("", f"a GPU that is not here: {', '.join(GPUS)}; empty = the one that is")
+  model: str = option("qwen2.5-1.5b", "of update and decode: a name of launch.models, a directory")
+  prompt_tokens: int = option(512, "of each prompt", min=2)
+  new_tokens: int = option(1024, "of each response of an update", min=2)
+  microbatch_tokens: int = option(16_384, "read by an update at once, at least", min=1)
+  rows: tuple[int, ...] = option((64, 256), "decoded at once", min=GROUP)
+  remat: bool = option(False, "compute activations twice instead of holding them")
+  runs: int = option(5, "timed, after one that is not", min=1)
+  part: str = option("all", "all, update, decode, memory, or memory:MODEL:RANK for one of them")
+  torch_python: str = option("", "an interpreter with torch and transformers; empty = ours alone")
+
+
+class Cost(NamedTuple):
+  """What a compiled program does, by its compiler."""
+
+  flops: float
+  bytes: float
+
+  def seconds(self, chip: Chip) -> tuple[float, float]:
+    """If operations and memory overlap, and if they do not.
+
+    >>> Cost(flops=4.0, bytes=3.0).seconds(Chip(hbm=1, flops=2.0, bandwidth=1.0, network=1))
+    (3.0, 5.0)
+    """
+    compute, memory = self.flops / chip.flops, self.bytes / chip.bandwidth
+    return max(compute, memory), compute + memory
+
+
+def planned(config: Config, *, prompts: int, new_tokens: int, model: str, rank: int) -> plan.Config:
+  """A step of one microbatch, as `launch.programs` takes it."""
+  return plan.Config(
+    topology="cpu:1",  # Not read: the devices are given.
+    model=model,
+    prompts_per_step=prompts,
+    microbatch_prompts=prompts,
+    responses_per_prompt=GROUP,
+    prompt_tokens=config.prompt_tokens,
+    max_new_tokens=new_tokens,
+    remat=config.remat,
+    scan_layers=False,
+    dtype="bfloat16",
+    mesh=SamplingMesh(1, 1, 1),
+    lora=Lora(rank=rank),
+  )
+
+
+def policy_of(step: plan.Config, devices: list) -> tuple[Policy, jax.sharding.Mesh]:
+  mesh = device_mesh(step.mesh, per_step={}, at_once={}, devices=devices)
+  make = {"remat": step.remat, "scan_layers": step.scan_layers, "mesh": mesh}
+  return make_policy(find_model(step.model), dtype=jnp.bfloat16, **make), mesh
+
+
+def lowerings(step: plan.Config, devices: list) -> dict[str, Lowering]:
+  """The update and the rollout."""
+  return {found.name: found for found in programs(step, *policy_of(step, devices))}
+
+
+def filled(shapes: Any) -> Any:
+  """Arrays of these shapes on the device: small random weights, tokens, keys."""
+
+  def fill(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.split(jax.random.key(0), x.shape)
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.shape:
+      return 0.02 * jnp.abs(jax.random.normal(jax.random.key(1), x.shape, x.dtype))
+    return jnp.ones(x.shape, x.dtype)
+
+  return jax.jit(lambda: jax.tree.map(fill, shapes))()
+
+
+# Update.
+
+
+def update_prompts(config: Config) -> int:
+  """As many as have the tokens of a microbatch, a prompt read once for its responses.
+
+  >>> update_prompts(Config())  # 2 x (512 + 8 x 1,024) = 17,408
+  2
+  """
+  return -(-config.microbatch_tokens // (config.prompt_tokens + GROUP * config.new_tokens))
+
+
+def update_flops(config: Config, shape: TransformerConfig) -> int:
+  """What three passes over prompts and responses must compute."""
+  prompts = update_prompts(config)
+  responses = [config.new_tokens] * (prompts * GROUP)
+  return 3 * forward_flops(shape, [config.prompt_tokens] * prompts, responses)
+
+
+def update_step(config: Config) -> plan.Config:
+  prompts = update_prompts(config)
+  return planned(config, prompts=prompts, new_tokens=config.new_tokens, model=config.model, rank=0)
+
+
+def timed_update(config: Config, devices: list) -> list[float]:
+  """Seconds of each run."""
+  lowered = lowerings(update_step(config), devices)["update"].lower()
+  (*shapes, _, frozen), _ = lowered.args_info
+  compiled = lowered.compile()
+  state, batch, hparams = filled(shapes)
+  seconds = []
+  for _ in range(config.runs + 1):
+    taken, (state, _) = seconds_of(
+      lambda s=state: jax.block_until_ready(compiled(s, batch, hparams, 1, frozen))
+    )
+    seconds.append(taken)
+  return seconds[1:]
+
+
+def update_cost(config: Config, devices: list) -> Cost:
+  """By the compiler, of the update with its logits in one piece: it counts a loop's body once."""
+  step = update_step(config)
+  settings = settings_of(step)
+  policy, mesh = policy_of(step, devices)
+  parts = Programs(step, settings, policy, mesh)
+  optimizer = adamw(settings.optimizer)
+  _, frozen, trained = parts.weights()
+  state = parts.placed(lambda params: init_state(params, optimizer), trained)
+  batch = parts.batch()
+  rows, length = batch["tokens"].shape
+  batch["advantages"] = array(jnp.float32, rows)
+  loss = grpo.make_loss(settings, policy, chunk_size=rows * length)
+  return cost(parts.update("update", loss, optimizer, state, frozen, batch, 0.0).lower().compile())
+
+
+def cost(compiled: Any) -> Cost:
+  found = compiled.cost_analysis()
+  return Cost(found["flops"], found["bytes accessed"])
+
+
+# Decode.
+
+
+def decode_bound(config: Config, shape: TransformerConfig, rows: int, chip: Chip) -> float:
+  """The least that a token of all rows takes, halfway between the two rollouts' lengths."""
+  seen = config.prompt_tokens + (SHORT + LONG) // 2
+  total = forward_flops(shape, [seen] * rows, [2] * rows)
+  flops = total - forward_flops(shape, [seen] * rows, [1] * rows)
+  projections = 2 * shape.width * (shape.n_heads + shape.n_kv_heads) * shape.head_dim
+  layer = projections + 3 * shape.width * shape.mlp_width
+  weights = shape.n_layers * layer + shape.width * shape.vocab_size
+  cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * seen * rows
+  return Cost(flops, 2 * (weights + cache)).seconds(chip)[0]
+
+
+def timed_decode(config: Config, rows: int, devices: list) -> list[float]:
+  """Seconds a token of all rows, of each pair of rollouts."""
+  found = []
+  for length in (SHORT, LONG):
+    step = planned(config, prompts=rows // GROUP, new_tokens=length, model=config.model, rank=0)
+    lowered = lowerings(step, devices)["rollout"].lower()
+    arguments, compiled = filled(lowered.args_info[0]), lowered.compile()
+    runs = [seconds_of(lambda: jax.block_until_ready(compiled(*arguments)))[0]  # noqa: B023
+            for _ in range(config.runs + 1)]
+    found.append(runs[1:])
+  return [(long - short) / (LONG - SHORT) for short, long in zip(*found, strict=True)]
+
+
+def decode_cost(config: Config, rows: int, devices: list) -> Cost:
+  """By the compiler, of what a rollout's loop runs once: a token of every row, and its choice."""
+  step = planned(config, prompts=rows // GROUP, new_tokens=LONG, model=config.model, rank=0)
+  policy, mesh = policy_of(step, devices)
+
+  def decode(params, cache, tokens, keys):
+    zeros = jnp.zeros((rows, 1), jnp.int32)
+    hidden, cache = policy.hidden(params, tokens[:, None], zeros, zeros, cache)
+    logits = policy.logits(params, hidden[:, 0])
+    return sample(keys, logits, SamplingConfig(jnp.ones(rows))), cache
+
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  shapes = jax.eval_shape(
+    lambda params: (
+      cast_weights(params, jnp.bfloat16),
+      policy.init_cache(rows, config.prompt_tokens + (SHORT + LONG) // 2),
+      jnp.zeros(rows, jnp.int32),
+      jax.random.split(jax.random.key(0), rows),
+    ),
+    params,
+  )
+  lowered = jax.jit(decode, donate_argnums=1).lower(*sharding.placed_shapes(shapes, mesh))
+  return cost(lowered.compile())
+
+
+# Memory.
+
+
+def memory_step(config: Config, model: str, rank: int) -> plan.Config:
+  return planned(config, prompts=GROUP, new_tokens=config.new_tokens, model=model, rank=rank)
+
+
+def predicted_memory(config: Config, model: str, rank: int, devices: list) -> float:
+  """Bytes, of the larger of update and rollout, two prompts' activations at a time."""
+  step = dataclasses.replace(memory_step(config, model, rank), microbatch_prompts=2, remat=True)
+  policy, mesh = policy_of(step, devices)
+  return max(plan.compile_program(each, mesh).peak for each in programs(step, policy, mesh))
+
+
+def measured_memory(config: Config, model: str, rank: int, devices: list) -> float:
+  """Bytes that the device has held at most in this process, after a rollout and an update."""
+  step = dataclasses.replace(memory_step(config, model, rank), microbatch_prompts=2, remat=True)
+  lowered = {name: each.lower() for name, each in lowerings(step, devices).items()}
+  (*shapes, _, frozen), _ = lowered["update"].args_info
+  state, batch, hparams, frozen = filled((*shapes, frozen))
+  (params, *others), _ = lowered["rollout"].args_info
+  rest = filled(others)
+  weights = state.params if frozen is None else filled(params)
+  jax.block_until_ready(lowered["rollout"].compile()(weights, *rest))
+  del weights, rest
+  microbatches = step.prompts_per_step // step.microbatch_prompts
+  compiled = lowered["update"].compile()
+  jax.block_until_ready(compiled(state, batch, hparams, microbatches, frozen))
+  return devices[0].memory_stats()["peak_bytes_in_use"]
+
+
+# What is printed.
+
+
+def report_update(config: Config, devices: list, chip: Chip) -> list[str]:
+  flops, prompts = update_flops(config, find_model(config.model)), update_prompts(config)
+  tokens = prompts * (config.prompt_tokens + GROUP * config.new_tokens)
+  what = f"update, {tokens:,} tokens at once, {flops / 1e12:.0f} TFLOP"
+  if config.predict:
+    found = update_cost(config, devices)
+    least, most = found.seconds(chip)
+    low, high = (100 * flops / chip.flops / seconds for seconds in (most, least))
+    return [
+      f"{what}: predicted {least:.3f} to {most:.3f} s, MFU {low:.0f} to {high:.0f} %; the compiler "
+      f"counts {found.flops / 1e12:.0f} TFLOP and {found.bytes / 1e9:.0f} GB"
+    ]
+  seconds = timed_update(config, devices)
+  shares = [100 * flops / chip.flops / each for each in seconds]
+  lines = [f"{what}: {spread(seconds, digits=3)} s, MFU {spread(shares, digits=0)} %"]
+  return lines + against_torch(config, "update", rows=prompts * GROUP, seconds=seconds)
+
+
+def report_decode(config: Config, devices: list, chip: Chip) -> list[str]:
+  lines = []
+  for rows in config.rows:
+    bound = decode_bound(config, find_model(config.model), rows, chip)
+    what = f"decode, {rows} rows: at least {1e3 * bound:.2f} ms a token"
+    if config.predict:
+      found = decode_cost(config, rows, devices)
+      least, most = found.seconds(chip)
+      lines.append(
+        f"{what}; predicted {1e3 * least:.2f} to {1e3 * most:.2f} ms, {100 * bound / most:.0f} to "
+        f"{100 * bound / least:.0f} % of the bound; the compiler counts {found.bytes / 1e9:.2f} GB"
+      )
+      continue
+    seconds = timed_decode(config, rows, devices)
+    shares = [100 * bound / each for each in seconds]
+    taken = spread([1e3 * each for each in seconds])
+    lines.append(f"{what}; {taken} ms, {spread(shares, digits=0)} % of the bound")
+    lines += against_torch(config, "decode", rows=rows, seconds=seconds)
+  return lines
+
+
+def report_memory(config: Config, chip: Chip) -> list[str]:
+  lines = []
+  for model, rank in MODELS:
+    flags = [f"--{name}={getattr(config, name)}" for name in ("predict", "prompt_tokens",
+                                                              "new_tokens")]
+    words = [sys.executable, "-m", "benchmarks.gpu", f"--part=memory:{model}:{rank}", *flags]
+    found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    how = f"rank {rank}" if rank else "all weights"
+    said = "predicted " if config.predict else ""
+    if found.returncode:
+      lines.append(f"memory, {model}, {how}: failed, exit code {found.returncode}")
+      continue
+    largest = json.loads(found.stdout.splitlines()[-1])["bytes"]
+    lines.append(f"memory, {model}, {how}: {said}{largest / 1e9:.1f} of {chip.hbm / 1e9:.0f} GB")
+  return lines
+
+
+def against_torch(config: Config, part: str, *, rows: int, seconds: list[float]) -> list[str]:
+  """How long PyTorch and transformers take for it, in a process of their own."""
+  if not config.torch_python:
+    return []
+  shape = find_model(config.model)
+  job = {
+    "part": part,
+    "shape": dataclasses.asdict(shape),
+    "rows": rows,
+    "prompt_tokens": config.prompt_tokens,
+    "new_tokens": config.new_tokens,
+    "lengths": (SHORT, LONG),
+    "runs": config.runs,
+    "remat": config.remat,
+  }
+  script = Path(__file__).with_name("gpu_torch.py")
+  words = [config.torch_python, script, json.dumps(job)]
+  found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+  theirs = json.loads(found.stdout.splitlines()[-1])
+  ratio = [a / b for a, b in zip(sorted(theirs["seconds"]), sorted(seconds), strict=True)]
+  scale, unit = (1, "s") if part == "update" else (1e3, "ms a token")
+  taken = spread([scale * each for each in theirs["seconds"]], digits=3)
+  return [f"  {theirs['versions']}: {taken} {unit}, {spread(ratio)} times as long as ours"]
+
+
+def find_gpu(config: Config) -> tuple[list, str]:
+  """The devices to run on or to compile for, and which row of the table of limits is theirs."""
+  if config.predict:
+    if config.predict not in GPUS:
+      raise ConfigError("predict", config.predict, f"one of {', '.join(GPUS)}")
+    topology = f"{config.predict}:1"
+    if not has_compiler(topology):
+      raise ConfigError(
+        "predict", config.predict, "compiled for with jax[cuda12]", 'pip install ".[cuda]"'
+      )
+    jax.config.update("jax_platforms", "cpu")
+    return find_devices(topology), config.predict
+  devices = jax.devices()[:1]
+  kind = DEVICE_KINDS.get(devices[0].device_kind)
+  if kind not in GPUS:
+    raise ConfigError(
+      "predict", config.predict, f"one of {', '.join(GPUS)}",
+      f"here is no GPU that is known, but {devices[0].device_kind}",
+    )
+  return devices, kind
+
+
+def main(config: Config) -> None:
+  for rows in config.rows:
+    if rows % GROUP:
+      raise ConfigError("rows", rows, f"multiples of {GROUP}")
+  parts = ("all", "update", "decode", "memory")
+  one = re.fullmatch(r"memory:(.+):(\d+)", config.part)
+  if config.part not in parts and not one:
+    raise ConfigError("part", config.part, f"{', '.join(parts)} or memory:MODEL:RANK")
+  devices, kind = find_gpu(config)
+  chip = GPUS[kind]
+  if one:
+    largest = predicted_memory if config.predict else measured_memory
+    print(json.dumps({"bytes": largest(config, one[1], int(one[2]), devices)}))
+    return
+  how = "compiled for, not run" if config.predict else devices[0].device_kind
+  print(f"{kind} ({how}), {config.model}, bfloat16 with float32 weights, jax {jax.__version__}")
+  if config.part in ("all", "update"):
+    print(*report_update(config, devices, chip), sep="\n", flush=True)
+  if config.part in ("all", "decode"):
+    print(*report_decode(config, devices, chip), sep="\n", flush=True)
+  if config.part in ("all", "memory"):
+    print(*report_memory(config, chip), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+  # A process takes what it needs and no more: others measure beside it.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  run(main, Config)
