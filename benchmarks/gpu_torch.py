@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-
-import torch
-import transformers
+from typing import Any
 
 
-def make_model(shape: dict, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def make_model(shape: dict, device: str, dtype: Any) -> Any:
+  import torch
+  import transformers
+
   config = transformers.Qwen2Config(
     vocab_size=shape["vocab_size"],
     hidden_size=shape["width"],
@@ -39,11 +40,15 @@ def make_model(shape: dict, device: str, dtype: torch.dtype) -> torch.nn.Module:
 
 def clock(device: str) -> float:
   if device == "cuda":
+    import torch
+
     torch.cuda.synchronize()
   return time.perf_counter()
 
 
 def update(job: dict, device: str) -> list[float]:
+  import torch
+
   model = make_model(job["shape"], device, torch.float32)
   if job["remat"]:
     model.gradient_checkpointing_enable()
@@ -68,6 +73,8 @@ def update(job: dict, device: str) -> list[float]:
 
 
 def decode(job: dict, device: str) -> list[float]:
+  import torch
+
   model = make_model(job["shape"], device, torch.bfloat16).eval()
   shape = job["rows"], job["prompt_tokens"]
   prompts = torch.randint(1, job["shape"]["vocab_size"], shape, device=device)
@@ -89,6 +96,9 @@ def decode(job: dict, device: str) -> list[float]:
 
 
 def main(job: dict) -> None:
+  import torch
+  import transformers
+
   device = "cuda" if torch.cuda.is_available() else "cpu"
   seconds = {"update": update, "decode": decode}[job["part"]](job, device)
   versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
