@@ -65,6 +65,8 @@ def number(value: Any, digits: int = 3) -> str:
 
   >>> number(0.123456), number(1234.5), number(12), number(2e-5), number(None), number("nan")
   ('0.123', '1234', '12', '2e-5', '-', 'nan')
+  >>> number(163.2, 2), number(99.7, 2), number(1e7)
+  ('163', '100', '1e7')
 
   Args:
     value: a number, a record's text for a non-finite one, or None.
@@ -78,7 +80,9 @@ def number(value: Any, digits: int = 3) -> str:
   if isinstance(value, int):
     return str(value)
   value = float(value)
-  text = f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.{digits}g}"
+  text = f"{value:.{digits}g}"
+  if "e" in text and 1 <= abs(value) < 1e6:
+    text = f"{value:.0f}"
   return text.replace("e-0", "e-").replace("e+0", "e")
 
 
