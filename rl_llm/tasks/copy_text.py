@@ -115,10 +115,12 @@ def credit(completion: str, answer: str) -> float:
 
       credit = 0.5 * right / longest + 0.1 * shared / longest
 
-  `right` counts the places with the right character, `shared` the characters that occur in the
-  answer at all, `longest` is the longer of the two lengths: writing on after the answer costs.
-  Random bytes hit the character of a place once in 256 tries, but some character of the answer
-  more often, and learning which places are right needs no order.
+  `right` counts the places with the right character, `shared` those of the answer's places that
+  hold any of its characters, `longest` is the longer of the two lengths. Random bytes hit the
+  character of a place once in 256 tries, but some character of the answer more often, and learning
+  which places are right needs no order. Writing on after the answer costs, and the same whatever
+  is written: were characters of the answer worth more there than others, a model would learn to
+  write them and unlearn to end before it ever has, and with that the 1.
 
   >>> credit("abc", "abc"), credit("abx", "abc")
   (1.0, 0.4)
@@ -129,7 +131,7 @@ def credit(completion: str, answer: str) -> float:
     return 1.0
   longest = max(len(completion), len(answer))
   right = sum(a == b for a, b in zip(completion, answer, strict=False))
-  shared = sum(character in answer for character in completion)
+  shared = sum(character in answer for character in completion[: len(answer)])
   return (5 * right + shared) / (10 * longest)
 
 

@@ -51,7 +51,7 @@ def test_problem_and_determinism():
     ("xbc", "abc", 0.5 * 2 / 3 + 0.1 * 2 / 3),
     ("abcx", "abc", 0.5 * 3 / 4 + 0.1 * 3 / 4),
     ("abc ", "abc", 0.5 * 3 / 4 + 0.1 * 3 / 4),
-    ("aaaa", "a", 0.5 / 4 + 0.1),
+    ("aaaa", "a", 0.5 / 4 + 0.1 / 4),
   ],
 )
 def test_credit(completion, answer, value):
@@ -63,6 +63,12 @@ def test_only_the_exact_string_is_correct_and_every_right_step_pays():
   assert max(credit(text, "abba") for text in texts if text != "abba") < 0.6
   path = [credit("abba"[:n], "abba") for n in range(5)]
   assert path == sorted(path) and len(set(path)) == 5
+
+
+@pytest.mark.parametrize("written", ["", "c", "ca", "cad", "abc", "bbb", "xyz"])
+def test_what_is_written_behind_the_answer_costs_the_same_whatever_it_is(written):
+  one_more = [credit(written.ljust(3, "x") + extra, "abc") for extra in "abcx"]
+  assert len(set(one_more)) == 1 and one_more[0] <= credit(written.ljust(3, "x"), "abc")
 
 
 def test_reward_in_a_worker():
