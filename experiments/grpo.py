@@ -12,7 +12,8 @@ reward model, no preference data: a grader and G answers a question.
 Rerunning the same command goes on from the last checkpoint; so does it after Ctrl-C or a kill.
 
 Measured with the first command, seed 0, on 2 cores: of 100 held-out sums, right at temperature 1
-from 0.19 to 0.93, greedily from 0.69 to 0.96, in 569 s of training and evaluation.
+from 0.19 to 0.93, greedily from 0.69 to 0.96, in 569 s of training and evaluation. With the second,
+seed 0: of 20 held-out strings, right greedily from 0.00 to 1.00, in 72 s.
 """
 
 from __future__ import annotations
@@ -196,13 +197,13 @@ class Config:
 
 # What a two-layer model of random weights needs instead of a pretrained one's defaults.
 TINY = {
-  "steps": 120,
+  "steps": 150,
   "prompts_per_step": 64,
   "max_new_tokens": 4,
   "microbatch_prompts": 64,
   "loss.entropy_coef": 0.1,  # Without it the model settles on one answer before it reads.
-  "optimizer.learning_rate": 3e-3,
-  "eval.every": 40,
+  "optimizer.learning_rate": 2e-3,  # At 3e-3 a seed in eight stays with what it tried first.
+  "eval.every": 50,
   "samples_every": 20,
   "checkpoint.every": 20,
 }

@@ -14,7 +14,7 @@ EXPERIMENT = "experiments.grpo"
 
 def sweep():
   yield from product(
-    fixed(model="tiny", task="copy", epochs=2),
+    fixed(model="tiny", task="copy", steps=120, epochs=2),
     {"optimizer.learning_rate": [1e-3, 3e-3, 1e-2], "loss.clip_high": [0.1, 0.3]},
     zipped(responses_per_prompt=[4, 16], prompts_per_step=[128, 32], microbatch_prompts=[128, 32]),
     seed=[0, 1],
