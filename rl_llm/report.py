@@ -334,6 +334,10 @@ def finite(value: Any) -> float | None:
   return value if math.isfinite(value) else None
 
 
+def _counted(count: int, noun: str) -> str:
+  return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def _section(title: str, content: str, kind: str = "") -> str:
   if not content:
     return ""
@@ -525,12 +529,20 @@ def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[
       lower = [f"{axes.x(x):.1f},{axes.y(low):.1f}" for x, low, _ in reversed(bands[key])]
       drawing += f'<polygon class="band f{i}" points="{" ".join(upper + lower)}"/>'
     drawing += _line(axes, points[key], i, name)
-  gone = [step for curve in points.values() for step, y in curve if y is None]
   caption = plot.caption
+  # None says that a step had nothing to measure, as where every group agreed: no fault.
+  empty = {row["step"] for row in rows for key, _ in curves if key in row and row[key] is None}
+  if empty:
+    caption += f" Nothing to measure in {_counted(len(empty), 'step')}, first in step {min(empty)}."
+  gone = [
+    row["step"]
+    for row in rows
+    for key, _ in curves
+    if row.get(key) is not None and finite(row[key]) is None
+  ]
   if gone:
-    plural = "s" if len(gone) > 1 else ""
-    count = f"{len(gone)} value{plural} missing or not finite"
-    caption += f" <strong>{count}, first at step {min(gone)}.</strong>"
+    count = f"{_counted(len(gone), 'value')} not finite, first at step {min(gone)}"
+    caption += f" <strong>{count}.</strong>"
   return _figure(plot.title, [name for _, name in curves], drawing, caption)
 
 

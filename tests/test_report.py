@@ -384,7 +384,18 @@ def test_values_that_are_not_finite_break_the_curve_and_are_counted(tmp_path):
   figure = figures(report_of(tmp_path))["Gradient norm"]
   assert [len(line) for line in pixels(figure)] == [2, 2]
   caption = "".join(figure.find("figcaption").itertext())
-  assert "2 values missing or not finite, first at step 2." in caption
+  assert "2 values not finite, first at step 2." in caption
+
+
+def test_a_step_with_nothing_to_measure_breaks_the_curve_and_is_no_fault(tmp_path):
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    for step, value in enumerate([1.0, 2.0, None, 3.0, 4.0]):
+      writer.write(step, {"grad_norm": value})
+  figure = figures(report_of(tmp_path))["Gradient norm"]
+  assert [len(line) for line in pixels(figure)] == [2, 2]
+  caption = "".join(figure.find("figcaption").itertext())
+  assert "Nothing to measure in 1 step, first in step 2." in caption
+  assert "finite" not in caption and figure.find("figcaption/strong") is None
 
 
 def test_a_long_run_stays_a_small_file(tmp_path):
