@@ -84,7 +84,7 @@ def run_layers(
         # The next layer's matrices are gathered once this one begins, and no sooner: left to itself
         # a compiler may begin with those of all layers, and each device hold the whole model.
         x, weights[last] = jax.lax.optimization_barrier((x, weights[last]))
-      layer = jax.checkpoint(layer) if remat else layer
+      layer = rematerialized(layer) if remat else layer
       x, out = layer(x, (weights[first], None, others[first]))
       outputs.append(out)
       continue
@@ -99,6 +99,35 @@ def run_layers(
     x, out = jax.lax.scan(layer, x, stacked)
     outputs += [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(last - first)]
   return x, outputs
+
+
+def rematerialized(layer: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., Any]:
+  """The layer, of whose forward pass only the input is kept; the backward pass computes the rest
+  again.
+
+  `jax.checkpoint` says so too, with a barrier that a CPU's compiler takes away: it then computes
+  all layers again at once, before the first of them is needed, and no memory is saved. Here the
+  input becomes `x + 0 * cotangent` before it is read again, so that no layer can begin before the
+  backward pass has come to it. A cotangent that is not finite makes the gradient nan, which it was.
+
+  Args:
+    layer: (x, parts) -> (x, output), the first x like the second in structure and shapes.
+  """
+
+  @jax.custom_vjp
+  def run(x, parts):
+    return layer(x, parts)
+
+  def forward(x, parts):
+    return layer(x, parts), (x, parts)
+
+  def backward(kept, cotangents):
+    x, parts = kept
+    x = jax.tree.map(lambda x, cotangent: x + 0 * cotangent, x, cotangents[0])
+    return jax.vjp(layer, x, parts)[1](cotangents)
+
+  run.defvjp(forward, backward)
+  return run
 
 
 def stack_layers(weights: Sequence[Any], *, dtype: Any, mesh: Mesh | None = None) -> Any:

@@ -62,9 +62,10 @@ def test_a_loop_has_the_states_and_gradients_of_layers_one_by_one(kind, apply):
 
 
 @pytest.mark.parametrize("apply", [hidden_of, responses_of])
-def test_so_it_is_with_remat(apply):
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_so_it_is_with_remat(apply, scan_layers):
   config, params = family_model("gemma3")
-  found = value_and_gradient(apply, params, config=config, scan_layers=True, remat=True)
+  found = value_and_gradient(apply, params, config=config, scan_layers=scan_layers, remat=True)
   assert_close(found, value_and_gradient(apply, params, config=config))
 
 
