@@ -42,6 +42,11 @@ BENCHMARKS = (
     "same prompts, as many tokens.",
   ),
   Benchmark(
+    "grpo_step", "--peer=trl --steps=3 --remat",
+    "The same where we compute activations again too, as TRL does unless told otherwise: less "
+    "memory, and a longer update.",
+  ),
+  Benchmark(
     "grpo_step", "--peer=tunix --steps=3", "The same against Tunix's GRPO learner.",
   ),
   Benchmark(

@@ -15,6 +15,8 @@ from rl_llm.policy.attention import attend, attention_mask
 from rl_llm.policy.transformer import FEW_ROWS, apply_rope, rope_frequencies, times_transposed
 from tests.policy.make_goldens import N_TOKENS, family_model, family_tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Between them: both attention paths, full and sliding layers, soft caps, QK norm, local RoPE.
 KINDS = ("gemma2", "gemma3")
 
@@ -286,7 +288,7 @@ def test_out_of_window_keys_do_not_matter_to_one_layer(tiny):
 
 
 def test_remat_changes_memory_and_nothing_else():
-  config = dataclasses.replace(tiny_config(32), n_layers=8)
+  config = dataclasses.replace(tiny_config(32), n_layers=6)
   tokens = jnp.arange(2048).reshape(16, 128) % 32
   params = jax.jit(make_policy(config).init)(jax.random.key(0))
   gradients, held = [], []
@@ -296,7 +298,7 @@ def test_remat_changes_memory_and_nothing_else():
     program = gradient.lower(params).compile()
     held.append(program.memory_analysis().temp_size_in_bytes)
     gradients.append(program(params))
-  assert held[1] < 0.3 * held[0], held  # Of 8 layers' activations one layer's, and the inputs.
+  assert held[1] < 0.4 * held[0], held  # Of 6 layers' activations one layer's, and the inputs.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *gradients)
 
 
