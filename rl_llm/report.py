@@ -519,9 +519,9 @@ def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[
     for key, _ in curves
     if key.startswith("eval/")
   }
-  values = [y for curve in points.values() for _, y in curve if y is not None]
-  values += [end for band in bands.values() for _, low, high in band for end in (low, high)]
-  axes = _axes([row["step"] for row in rows], values, plot.low, plot.high)
+  drawn = [y for curve in points.values() for _, y in curve if y is not None]
+  drawn += [end for band in bands.values() for _, low, high in band for end in (low, high)]
+  axes = _axes([row["step"] for row in rows], drawn, plot.low, plot.high)
   drawing = _frame(axes, plot.unit)
   for i, (key, name) in enumerate(curves):
     if bands.get(key):
@@ -530,16 +530,12 @@ def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[
       drawing += f'<polygon class="band f{i}" points="{" ".join(upper + lower)}"/>'
     drawing += _line(axes, points[key], i, name)
   caption = plot.caption
+  values = [(row["step"], row[key]) for row in rows for key, _ in curves if key in row]
   # None says that a step had nothing to measure, as where every group agreed: no fault.
-  empty = {row["step"] for row in rows for key, _ in curves if key in row and row[key] is None}
+  empty = {step for step, value in values if value is None}
   if empty:
     caption += f" Nothing to measure in {_counted(len(empty), 'step')}, first in step {min(empty)}."
-  gone = [
-    row["step"]
-    for row in rows
-    for key, _ in curves
-    if row.get(key) is not None and finite(row[key]) is None
-  ]
+  gone = [step for step, value in values if value is not None and finite(value) is None]
   if gone:
     count = f"{_counted(len(gone), 'value')} not finite, first at step {min(gone)}"
     caption += f" <strong>{count}.</strong>"
@@ -662,8 +658,8 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     lines = "".join(_sample_line(row) for row in rows[:_ROWS_SHOWN])
     more = f", the first {_ROWS_SHOWN} shown" if len(rows) > _ROWS_SHOWN else ""
     folds.append(
-      f"<details{' open' if step == steps[-1] else ''}><summary>step {step}: {len(rows)} "
-      f"sample{'s' if len(rows) > 1 else ''}{more}</summary><table><tr><th>prompt</th>"
+      f"<details{' open' if step == steps[-1] else ''}><summary>step {step}: "
+      f"{_counted(len(rows), 'sample')}{more}</summary><table><tr><th>prompt</th>"
       "<th>response</th><th>reward</th><th>advantage</th><th>tokens</th></tr>"
       f"{lines}</table></details>"
     )

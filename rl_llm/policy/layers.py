@@ -111,7 +111,7 @@ def rematerialized(layer: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[...
   backward pass has come to it. A cotangent that is not finite makes the gradient nan, which it was.
 
   Args:
-    layer: (x, parts) -> (x, output), the first x like the second in structure and shapes.
+    layer: (x, parts) -> (x, output), the x it returns like the x it takes in structure and shapes.
   """
 
   @jax.custom_vjp

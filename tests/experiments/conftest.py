@@ -19,7 +19,7 @@ from tests.experiments.helpers import REWARD, Chatty
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
+def compilation_cache(tmp_path_factory, quick_compilation):
   """Equal programs are compiled once: most runs here differ by a number, not by a program."""
   settings = {
     "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
@@ -30,10 +30,7 @@ def compilation_cache(tmp_path_factory):
   for name, value in settings.items():
     jax.config.update(name, value)
   jax_cache.reset_cache()
-  # Compiling is most of the time of such small runs.
-  jax.config.update("jax_disable_most_optimizations", True)
   yield settings
-  jax.config.update("jax_disable_most_optimizations", False)
   for name, value in before.items():
     jax.config.update(name, value)
   jax_cache.reset_cache()
