@@ -7,8 +7,5 @@ collect_ignore_glob = ["test_*.py"] if jax.device_count() != 8 else []
 
 
 @pytest.fixture(autouse=True)
-def compile_fast():
+def compile_fast(quick_compilation):
   """Compiling is nearly all of the time of programs this small."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
