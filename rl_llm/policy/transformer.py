@@ -30,7 +30,7 @@ from rl_llm.policy.attention import (
   takes,
 )
 from rl_llm.policy.configs import RopeScaling, TransformerConfig
-from rl_llm.policy.layers import run_layers
+from rl_llm.policy.layers import rematerialized, run_layers
 from rl_llm.sharding import constrain, constrain_rows, copy_to_rows, row_shards
 
 Params = dict[str, Any]
@@ -422,11 +422,14 @@ class RMSNorm(nn.Module):
   def __call__(self, x: chex.Array) -> chex.Array:
     plus_one = self.config.norm_plus_one
     initializer = nn.initializers.zeros if plus_one else nn.initializers.ones
-    scale = self.param("scale", initializer, (x.shape[-1],)).astype(jnp.float32)
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(mean_square + self.config.rms_eps)
-    return (normed * (1.0 + scale if plus_one else scale)).astype(x.dtype)
+
+    def normalize(x: chex.Array, scale: chex.Array) -> chex.Array:
+      wide, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+      mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+      normed = wide * jax.lax.rsqrt(mean_square + self.config.rms_eps)
+      return (normed * (1.0 + scale if plus_one else scale)).astype(x.dtype)
+
+    return rematerialized(normalize)(x, self.param("scale", initializer, (x.shape[-1],)))
 
 
 def _flat(x: chex.Array) -> chex.Array:
@@ -484,22 +487,30 @@ class Linear(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: chex.Array) -> chex.Array:
-    shape = x.shape[-1], self.features
+  def __call__(self, x: Any, before: Callable[[Any], chex.Array] | None = None) -> chex.Array:
+    """Of `before(x)`, which is computed again in the backward pass and not kept; None: of x."""
     if self.is_initializing():
+      x, before = x if before is None else before(x), None
+      shape = x.shape[-1], self.features
       self.param("weight", lambda key: nn.initializers.lecun_normal()(key, shape).T)
-    x = x.astype(self.dtype)
-    y = _product(x, self.get_variable("params", "weight").astype(self.dtype))
-    if self.has_variable("params", "lora_a"):
-      a, b, scale = (
-        self.get_variable("params", f"lora_{name}").astype(self.dtype)
-        for name in ("a", "b", "scale")
-      )
-      y = y + scale * jnp.einsum("...r,fr->...f", jnp.einsum("...d,rd->...r", x, a), b)
-    if not self.use_bias:
-      return y
-    bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    return y + bias.astype(self.dtype)
+      if self.use_bias:
+        self.param("bias", nn.initializers.zeros, (self.features,))
+    weights = {name: w.astype(self.dtype) for name, w in self.variables["params"].items()}
+
+    def multiply(x: Any, weights: Params) -> chex.Array:
+      x = (x if before is None else before(x)).astype(self.dtype)
+      y = _product(x, weights["weight"])
+      if "lora_a" in weights:
+        narrow = jnp.einsum("...d,rd->...r", x, weights["lora_a"])
+        y = y + weights["lora_scale"] * jnp.einsum("...r,fr->...f", narrow, weights["lora_b"])
+      return y + weights["bias"] if self.use_bias else y
+
+    return multiply(x, weights) if before is None else rematerialized(multiply)(x, weights)
+
+
+def _rematerialized_attention(attend, query, keys, values, mask) -> chex.Array:
+  """Scores and their softmax are as many as queries times keys times heads, and soon made again."""
+  return rematerialized(lambda qkv, mask: attend(*qkv, mask=mask))((query, keys, values), mask)
 
 
 class Attention(nn.Module):
@@ -540,11 +551,13 @@ class Attention(nn.Module):
         window=config.sliding_window, scale=scale, cap=cap,
       )
     elif cached is None and cap is None:
-      out = jax.nn.dot_product_attention(query, key, value, mask=sight.mask, scale=scale)
+      plain = functools.partial(jax.nn.dot_product_attention, scale=scale)
+      out = _rematerialized_attention(plain, query, key, value, sight.mask)
     else:
       if cached is None:
         keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-      out = attend(query, keys, values, sight.mask, scale=scale, cap=cap)
+      plain = functools.partial(attend, scale=scale, cap=cap)
+      out = _rematerialized_attention(plain, query, keys, values, sight.mask)
     linear = Linear(config.width, False, self.dtype, name="output")
     return linear(out.reshape(*flat.shape[:1], -1)).reshape(x.shape), cached
 
@@ -556,11 +569,15 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     linear = functools.partial(Linear, use_bias=False, dtype=self.dtype)
+    silu = self.config.activation == "silu"
+
+    def gated(halves: tuple[chex.Array, chex.Array]) -> chex.Array:
+      gate, up = halves
+      return (nn.silu(gate) if silu else nn.gelu(gate, approximate=True)) * up
+
     flat = _flat(x)
-    gate = linear(self.config.mlp_width, name="gate")(flat)
-    gate = nn.silu(gate) if self.config.activation == "silu" else nn.gelu(gate, approximate=True)
-    up = linear(self.config.mlp_width, name="up")(flat)
-    return linear(self.config.width, name="down")(gate * up).reshape(x.shape)
+    halves = tuple(linear(self.config.mlp_width, name=name)(flat) for name in ("gate", "up"))
+    return linear(self.config.width, name="down")(halves, before=gated).reshape(x.shape)
 
 
 class Block(nn.Module):

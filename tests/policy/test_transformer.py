@@ -15,8 +15,6 @@ from rl_llm.policy.attention import attend, attention_mask
 from rl_llm.policy.transformer import FEW_ROWS, apply_rope, rope_frequencies, times_transposed
 from tests.policy.make_goldens import N_TOKENS, family_model, family_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Between them: both attention paths, full and sliding layers, soft caps, QK norm, local RoPE.
 KINDS = ("gemma2", "gemma3")
 
@@ -285,6 +283,24 @@ def test_out_of_window_keys_do_not_matter_to_one_layer(tiny):
   b, _ = hidden(params, changed, columns(tokens))
   moved = np.abs(np.asarray(a - b)).max(axis=-1)[0] > 0
   assert moved.tolist() == [False] * 4 + [True] * 3 + [False]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_of_a_layer_neither_scores_nor_gated_halves_are_kept(cached):
+  """Until the backward pass there are gate and up, from which the rest is soon made again."""
+  config = dataclasses.replace(tiny_config(32), n_layers=2, mlp_width=57)
+  policy, tokens, n_keys = make_policy(config), jnp.arange(22).reshape(2, 11), 13 if cached else 11
+  params = jax.jit(policy.init)(jax.random.key(0))
+
+  def hidden(params):
+    cache = policy.init_cache(2, n_keys) if cached else None
+    return policy.hidden(params, tokens, columns(tokens), None, cache)[0]
+
+  _, pull = jax.vjp(hidden, params)
+  kept = [x.shape for x in jax.tree.leaves(pull) if jnp.issubdtype(x.dtype, jnp.floating)]
+  assert kept.count((22, 57)) == 2 * config.n_layers
+  rows = {11, 2 * 11}  # Tokens; in a cache's layout those of all heads that read one key head.
+  assert not [shape for shape in kept if shape[-1:] == (n_keys,) and rows & {*shape[-2:-1]}], kept
 
 
 def test_remat_changes_memory_and_nothing_else():
