@@ -198,6 +198,7 @@ def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
   from rl_llm import advantages, weighting
   from rl_llm.data.prompts import pad_prompts
   from rl_llm.experience import response_texts, score, trim
+  from rl_llm.memory import freed_given_back
   from rl_llm.rewards import RewardPool, RewardSource
   from rl_llm.rollout import generate, row_keys
   from rl_llm.sampling import SamplingConfig
@@ -228,7 +229,7 @@ def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
   hidden, _ = jax.eval_shape(policy.hidden, model.params, prompts.tokens, prompts.tokens)
   kept = jax.tree.leaves(model.params)[0].dtype
   model = model._replace(params=None)
-  with RewardPool(RewardSource(os.path.abspath(__file__), "reward")) as pool:
+  with freed_given_back(), RewardPool(RewardSource(os.path.abspath(__file__), "reward")) as pool:
     channel.send(ready | {
       "note": f"{hidden.dtype} with {kept} weights, {microbatches} microbatches, "
       f"{'' if job['remat'] else 'no '}recomputation, graded in sandboxed processes",

@@ -29,6 +29,7 @@ from rl_llm.data.prompts import PromptTooLong
 from rl_llm.evaluation import Evaluation
 from rl_llm.flops import Work
 from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.memory import freed_given_back
 from rl_llm.metrics import MetricsWriter, PhaseClock, read
 from rl_llm.policy import (
   TransformerConfig,
@@ -234,7 +235,7 @@ def train_loop(
   step_trace = StepTracer(
     workdir / "profile", first=start + 1, last=last_traced, say=console.say
   )
-  with metrics_file, samples_file, compile_clock() as compiled, step_trace:
+  with metrics_file, samples_file, compile_clock() as compiled, freed_given_back(), step_trace:
     try:
       for step in range(start, steps + 1):
         with step_trace(step):
