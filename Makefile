@@ -28,7 +28,7 @@ run: $(VENV)/run-$(VERSION)
 	@$(BIN)/python -m experiments.grpo $(RUN_FLAGS)
 
 test: $(VENV)/test-$(VERSION)
-	$(BIN)/python -m pytest -n 2 --dist=loadfile -q tests
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder -q tests
 
 test-full: $(VENV)/test-$(VERSION)
 	RL_LLM_FULL=1 $(BIN)/python -m pytest -q tests

@@ -34,7 +34,7 @@ def free_port() -> int:
 
 def start(arguments, *, devices=1, **environment) -> subprocess.Popen:
   """`python ARGUMENTS` on so many devices of a CPU."""
-  names = ("PATH", "HOME", "TMPDIR", "LANG", "RL_LLM_FULL")
+  names = "PATH HOME TMPDIR LANG RL_LLM_FULL JAX_DISABLE_MOST_OPTIMIZATIONS XLA_FLAGS".split()
   inherited = {name: os.environ[name] for name in names if name in os.environ}
   return subprocess.Popen(
     [sys.executable, *map(str, arguments)],
@@ -44,7 +44,6 @@ def start(arguments, *, devices=1, **environment) -> subprocess.Popen:
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
       "JAX_NUM_CPU_DEVICES": str(devices),
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiling is most of the time of small programs.
     }
     | environment,
     stdout=subprocess.PIPE,

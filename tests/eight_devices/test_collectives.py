@@ -82,9 +82,17 @@ def test_weights_are_gathered_twice_and_their_gradient_is_added_up_once(sizes, s
   assert sum(moved.values()) < 1.5 * MICROBATCHES * (3 * layers + slices)
 
 
-def test_a_rollout_gathers_a_layer_at_each_token_instead_of_holding_the_model():
+@pytest.fixture
+def careful_compilation():
+  """With few optimisations a loop would hold what never changes."""
+  before = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_a_rollout_gathers_a_layer_at_each_token_instead_of_holding_the_model(careful_compilation):
   """The first layer's matrices may be gathered before the loop over tokens, and no others."""
-  jax.config.update("jax_disable_most_optimizations", False)  # They would hold what never changes.
   config = dataclasses.replace(CONFIG, n_layers=3)
   mesh = mesh_of((1, 8, 1))
   policy = make_policy(config, mesh=mesh)

@@ -66,7 +66,8 @@ def settings(experiment, files, sizes, **changes):  # noqa: F811
     reward_model: {"pairs_per_step": 8, "microbatch_pairs": 8},
     dpo: {"pairs_per_step": 8, "microbatch_pairs": 8, "responses_per_prompt": 4},
     ppo: {"kl.coef": 0.1, "prompts_per_step": 16},
-    grpo: {"kl.coef": 0.1},
+    # At temperature 1 one draw lies within rounding of the border between two tokens.
+    grpo: {"kl.coef": 0.1, "sampling.temperature": 0.9},
   }.get(experiment, {})
   mesh = {f"mesh.{name}": size for name, size in zip(sharding.AXES, sizes, strict=True)}
   return found | {"optimizer.learning_rate": 1e-5} | mesh | changes

@@ -1,4 +1,4 @@
-"""A small model and a small task, and compilation that does not dominate such small runs."""
+"""A small model and a small task, and equal programs compiled once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.experiments.helpers import REWARD, Chatty
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory, quick_compilation):
+def compilation_cache(tmp_path_factory):
   """Equal programs are compiled once: most runs here differ by a number, not by a program."""
   settings = {
     "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),

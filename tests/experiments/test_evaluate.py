@@ -40,16 +40,8 @@ class Terse(ByteTokenizer):
   eos_ids = (258, *range(0, 256, 3))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is most of the time of such small runs."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
-def models(quick_compilation):
+def models():
   """One narrow layer that depends on its prompt; `tiny2` has other weights."""
   config = dataclasses.replace(
     tiny_config(ByteTokenizer.vocab_size),

@@ -195,10 +195,12 @@ def test_overlong_prompts_are_dropped_or_cut_and_counted(tmp_path, small, files,
 
 
 def test_kl_value_is_what_is_reported_and_nothing_else(tmp_path, small, files):
-  base = settings(files, **BUSY)
+  """But for rounding: they are two programs. Of `eps` see below."""
+  base = settings(files, **BUSY) | {"optimizer.eps": 1e-2}
   runs = [run(tmp_path / kind, base | {"kl.value": kind}) for kind in ("k1", "k3")]
   assert runs[0].metrics[0]["kl_ref"] != runs[1].metrics[0]["kl_ref"]
-  assert equal(runs[0].params, runs[1].params)
+  for a, b in zip(*(jax.tree.leaves(run.params) for run in runs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_microbatches_change_nothing(tmp_path, small, files):

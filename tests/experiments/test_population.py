@@ -59,9 +59,10 @@ def population_of(path):
   return found
 
 
-@pytest.mark.parametrize(
-  "changes", [TWICE, ADAPTERS], ids=["all weights, two updates", "adapters"]
-)
+ALONE = {"adapters": ADAPTERS} | ({"all weights, two updates": TWICE} if helpers.FULL else {})
+
+
+@pytest.mark.parametrize("changes", ALONE.values(), ids=ALONE)
 def test_the_first_step_is_that_of_the_run_alone(tmp_path, small, files, changes):
   trials = members(files, **changes)
   code, ids = sweep(tmp_path, trials)

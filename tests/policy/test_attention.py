@@ -24,14 +24,6 @@ from tests.policy.make_goldens import family_model
 SPLASH = find_kernel("splash", dtype=jnp.float32)  # On a CPU: step by step.
 
 
-@pytest.fixture(autouse=True)
-def compile_fast():
-  """A kernel step by step is much to compile and little to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def by_hand(query, keys, values, seen, scale, cap):
   """softmax(cap(q k scale)) v, one query and one head at a time; zeros where nothing is seen."""
   out = np.zeros(query.shape)

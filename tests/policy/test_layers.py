@@ -14,8 +14,6 @@ from rl_llm.policy.layers import run_layers
 from rl_llm.rollout import response_hidden
 from tests.policy.make_goldens import family_model, family_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Full layers alone; QK norm; full and sliding layers by turns, with another RoPE, and with caps.
 KINDS = ("llama", "qwen3", "gemma3", "gemma2")
 # Two rows of two packed sequences, and padding.

@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.extend.core import jaxprs_in_params
 
 from rl_llm.policy import join, make_policy, population_policy, split_lora, tiny_config
@@ -18,14 +17,6 @@ MEMBERS, PROMPTS, GROUP, STEPS = 3, 2, 2, 5
 POLICY = make_policy(dataclasses.replace(tiny_config(32), n_layers=1))
 # Sharper than random weights are, so that a member's tokens tell it from the others.
 PARAMS = jax.tree.map(lambda x: 3 * x, jax.jit(POLICY.init)(jax.random.key(0)))
-
-
-@pytest.fixture(autouse=True)
-def compile_fast():
-  """Compiling is nearly all of the time of programs this small."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @jax.jit
