@@ -106,14 +106,15 @@ def make_update(
   differentiate = jax.value_and_grad(trained_loss, has_aux=True)
 
   def accumulate(params, frozen, batch, hparams, used):
-    def value_and_grad(params, batch, hparams):
+    @jax.jit  # Read once by Python, though it is asked for its shapes and then for the loop.
+    def value_and_grad(params, frozen, batch, hparams):
       value, grads = differentiate(params, frozen, batch, hparams)
       # The barrier: a sum over devices that is added to a running total is best left where it is.
       # Moved behind the loop, every device would hold the whole total; and libtpu's attempt fails.
       return value, grads if mesh is None else jax.lax.optimization_barrier(constrain(grads, mesh))
 
     if microbatches == 1:
-      return value_and_grad(params, batch, hparams)
+      return value_and_grad(params, frozen, batch, hparams)
     parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
     if mesh is not None:
       parts = constrain_rows(parts, mesh, axis=1)
@@ -122,12 +123,11 @@ def make_update(
       part = jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), parts
       )
-      return jax.tree.map(jnp.add, total, value_and_grad(params, part, hparams))
+      return jax.tree.map(jnp.add, total, value_and_grad(params, frozen, part, hparams))
 
     first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first, hparams)
-    )
+    shapes = jax.eval_shape(value_and_grad, params, frozen, first, hparams)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.fori_loop(0, used, add, zeros)
 
   def update(

@@ -69,6 +69,20 @@ def test_microbatches_left_out_are_not_computed_and_nothing_recompiles():
   assert update._cache_size() == 1
 
 
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_the_loss_is_traced_once(microbatches):
+  traced = []
+
+  def loss(*arguments):
+    traced.append(arguments)
+    return regression_loss(*arguments)
+
+  params, batch, hparams = make_problem()
+  update = make_update(loss, optax.identity(), microbatches=microbatches)
+  update(init_state(params, optax.identity()), batch, hparams)
+  assert len(traced) == 1
+
+
 def test_rows_that_do_not_divide_name_the_numbers():
   params, batch, hparams = make_problem()
   update = make_update(regression_loss, optax.identity(), microbatches=5)

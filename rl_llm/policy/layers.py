@@ -8,6 +8,7 @@ and are stacked inside the programs that are worth it: those that read many toke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ from jax.sharding import Mesh
 
 from rl_llm.sharding import constrain, constrain_stacked
 
-# (x, weights of a layer, whether it is a sliding one, what else is the layer's) -> (x, output)
-Body = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+# (x, weights of a layer, whether it is a sliding one, what else is the layer's, what all layers
+# read) -> (x, output)
+Body = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
 
 
 def run_layers(
@@ -27,6 +29,7 @@ def run_layers(
   weights: Sequence[Any],
   sliding: Sequence[bool],
   others: Sequence[Any] | None = None,
+  common: Any = None,
   *,
   scan: bool,
   remat: bool,
@@ -37,7 +40,7 @@ def run_layers(
   """x through all layers, and what each of them put out.
 
   >>> weights = [{"weight": jnp.float32(w)} for w in (2, 3, 5)]
-  >>> body = lambda x, layer, sliding, _: (x * layer["weight"], x)
+  >>> body = lambda x, layer, sliding, other, common: (x * layer["weight"], x)
   >>> for scan in (False, True):
   ...   x, out = run_layers(body, jnp.float32(1), weights, [False] * 3, scan=scan, remat=False,
   ...                       dtype=jnp.float32)
@@ -46,13 +49,15 @@ def run_layers(
   30.0 [1.0, 2.0, 6.0]
 
   Args:
-    body: see `Body`. Whether a layer slides is a bool where all layers of a loop agree, and an
-      array where they do not, as in Gemma's.
+    body: see `Body`; it closes over no array, since layers that are alike are traced once for all.
+      Whether a layer slides is a bool where all layers of a loop agree, and an array where they do
+      not, as in Gemma's.
     x: any tree of arrays.
     weights: a tree for each layer. Neighbours alike in structure and shapes share a loop: one that
       has adapters which the others lack (LoRA on some layers) does not.
     sliding: for each layer.
     others: a tree for each layer, all alike (keys and values of a cache); None for none.
+    common: a tree for all of them (angles and masks).
     scan: one loop over the stack instead of one layer after another.
     remat: compute what happens within a layer again in the backward pass.
     dtype: weights are cast to it before they are stacked, as they would be where they are used.
@@ -69,23 +74,30 @@ def run_layers(
   weights = list(weights)
   others = [None] * len(weights) if others is None else others
   outputs: list[Any] = []
+
+  def layer(x, parts, same):
+    slices, flag, other, common = parts
+    if mesh is not None:
+      slices = lay(cast_weights(slices, dtype), mesh)
+    return body(x, slices, flag if same is None else same, other, common)
+
+  # So that layers that are alike are traced, differentiated and transposed once: else tracing takes
+  # as long as compiling.
+  @functools.partial(jax.jit, static_argnums=2)
+  def single(x, parts, same):
+    function = functools.partial(layer, same=same)
+    return (rematerialized(function) if remat else function)(x, parts)
+
   for first, last in _runs(weights) if scan else [(i, i + 1) for i in range(len(weights))]:
     flags = list(sliding[first:last])
     same = flags[0] if len(set(flags)) == 1 else None
-
-    def layer(x, parts, same=same):
-      slices, flag, other = parts
-      if mesh is not None:
-        slices = lay(cast_weights(slices, dtype), mesh)
-      return body(x, slices, flag if same is None else same, other)
 
     if last - first == 1:
       if mesh is not None and mesh.size > 1 and last < len(weights):
         # The next layer's matrices are gathered once this one begins, and no sooner: left to itself
         # a compiler may begin with those of all layers, and each device hold the whole model.
         x, weights[last] = jax.lax.optimization_barrier((x, weights[last]))
-      layer = rematerialized(layer) if remat else layer
-      x, out = layer(x, (weights[first], None, others[first]))
+      x, out = single(x, (weights[first], None, others[first], common), same)
       outputs.append(out)
       continue
 
@@ -95,8 +107,11 @@ def run_layers(
       jax.tree.map(lambda *leaves: jnp.stack(leaves), *others[first:last]),
     )
     # Within a loop nothing can be merged with the forward pass, so nothing need be kept from it.
-    layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-    x, out = jax.lax.scan(layer, x, stacked)
+    def one(x, parts, same=same):
+      return layer(x, (*parts, common), same)
+
+    one = jax.checkpoint(one, prevent_cse=False) if remat else one
+    x, out = jax.lax.scan(one, x, stacked)
     outputs += [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(last - first)]
   return x, outputs
 

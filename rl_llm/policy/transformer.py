@@ -218,7 +218,8 @@ def _make_policy(
       key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cursor))
     geometry = make_geometry(config, segment_ids, key_segments, positions, key_positions, cursor)
 
-    def body(x, weights, is_sliding, cached):
+    def body(x, weights, is_sliding, cached, common):
+      geometry, cursor = common
       return read(x, weights, geometry, is_sliding, cached, cursor)
 
     x, layers = run_layers(
@@ -227,6 +228,7 @@ def _make_policy(
       layers_of(params),
       sliding,
       None if cache is None else list(zip(cache.keys, cache.values, strict=True)),
+      (geometry, cursor),
       scan=scan_layers and tokens.shape[1] > 1,
       lay=lay(len(tokens), tokens.size),
       **settings,
@@ -257,11 +259,11 @@ def _make_policy(
       jnp.concatenate([share(positions), more_positions], axis=1),
       columns,
     )
-    empty = init_cache(rows, columns)
 
-    def body(xs, weights, is_sliding, _):
-      x, y = xs
+    def body(xs, weights, is_sliding, _, geometries):
+      (x, y), (of_prompts, of_following) = xs, geometries
       # A cache of one layer, just as long as the prompts.
+      empty = init_cache(rows, columns)
       cached = empty.keys[0], empty.values[0]
       x, (keys, values) = read(x, weights, of_prompts, is_sliding, cached, 0)
       room = (0, more.shape[1])
@@ -278,6 +280,7 @@ def _make_policy(
       (embed(params, tokens), embed(params, more)),
       layers_of(params),
       sliding,
+      common=(of_prompts, of_following),
       scan=scan_layers,
       lay=lay(rows, tokens.size + more.size),
       **settings,
