@@ -179,27 +179,24 @@ def takes(
   n_keys: int,
   n_kv_heads: int,
   *,
-  first_column: int | None,
   cap: float | None,
 ) -> bool:
   """Whether this pass goes through the kernel; from shapes alone, so while a program is traced.
 
-  Decoding, where a row has one query, never does, nor what is written at a column of a longer cache
-  that only the program will know.
+  Decoding, where a row has one query, never does.
 
   Args:
     kernel: None for none.
     query: [B, T, N, H] float.
     n_keys: S.
     n_kv_heads: K.
-    first_column: the key column of the first query's own key; None where it is not known yet.
     cap: soft cap of the scores, or None.
 
   Raises:
     AttentionError: the kernel was asked for by name and cannot do it.
   """
   rows, length, heads, head_dim = query.shape
-  if kernel is None or length == 1 or first_column is None:
+  if kernel is None or length == 1:
     return False
   if not kernel.asked and n_keys < FEW_KEYS:
     return False

@@ -154,7 +154,8 @@ def _make_policy(
   mesh: jax.sharding.Mesh | None,
 ) -> Policy:
   model = Transformer(config, dtype)
-  block, norm = Block(config, dtype, kernel), RMSNorm(config)
+  block, norm = Block(config, dtype), RMSNorm(config)
+  look = functools.partial(_look, config=config, kernel=kernel)
   settings = {"remat": remat, "dtype": dtype, "mesh": mesh}
   sliding = [config.is_sliding(layer) for layer in range(config.n_layers)]
   shards = 1 if mesh is None else row_shards(mesh)
@@ -181,10 +182,9 @@ def _make_policy(
   def layers_of(params: Params) -> list[Params]:
     return [params[f"layers_{layer}"] for layer in range(config.n_layers)]
 
-  def read(x, weights, geometry: Geometry, is_sliding, cached, cursor):
-    rope_and_sight = geometry.of(is_sliding)
-    x, cached = block.apply({"params": weights}, by_rows(x), *rope_and_sight, cached, cursor)
-    return by_rows(x), cached
+  def read(x, weights, rope, mix):
+    x, kept = block.apply({"params": weights}, by_rows(x), rope, mix)
+    return by_rows(x), kept
 
   def final(params: Params, x: chex.Array) -> chex.Array:
     return norm.apply({"params": params["final_norm"]}, x)
@@ -220,7 +220,20 @@ def _make_policy(
 
     def body(x, weights, is_sliding, cached, common):
       geometry, cursor = common
-      return read(x, weights, geometry, is_sliding, cached, cursor)
+      rope, sight = geometry.of(is_sliding)
+
+      def mix(query, key, value):
+        if cached is None:
+          return look(query, key, value, sight), None
+        keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+        keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
+        values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
+        if keys.shape[-1] == query.shape[1]:  # Nothing was read before.
+          return look(query, key, value, sight), (keys, values)
+        out = _rematerialized_attend(query, keys, values, sight.mask, config=config)
+        return out, (keys, values)
+
+      return read(x, weights, rope, mix)
 
     x, layers = run_layers(
       body,
@@ -247,8 +260,16 @@ def _make_policy(
     if copies * rows != more.shape[0]:
       raise ValueError(f"following: {more.shape[0]} rows are not a multiple of prompts' {rows}")
 
-    def share(x):
+    def share(x: chex.Array) -> chex.Array:
       return jnp.repeat(x, copies, axis=0)
+
+    def join(x: chex.Array, y: chex.Array) -> chex.Array:
+      """[P, L, ...] and [B, T, ...] as [P, L + G * T, ...]: a prompt, and behind it what follows.
+      All but attention works token by token, and so makes one product of both with each matrix."""
+      return jnp.concatenate([x, y.reshape(rows, -1, *y.shape[2:])], axis=1)
+
+    def part(xy: chex.Array) -> tuple[chex.Array, chex.Array]:
+      return xy[:, :columns], xy[:, columns:].reshape(*more.shape, *xy.shape[2:])
 
     of_prompts = make_geometry(config, segments, segments, positions, positions)
     of_following = make_geometry(
@@ -260,24 +281,21 @@ def _make_policy(
       columns,
     )
 
-    def body(xs, weights, is_sliding, _, geometries):
-      (x, y), (of_prompts, of_following) = xs, geometries
-      # A cache of one layer, just as long as the prompts.
-      empty = init_cache(rows, columns)
-      cached = empty.keys[0], empty.values[0]
-      x, (keys, values) = read(x, weights, of_prompts, is_sliding, cached, 0)
-      room = (0, more.shape[1])
-      none = (0, 0)
-      cached = (
-        jnp.pad(share(keys), (none, none, none, room)),
-        jnp.pad(share(values), (none, none, room, none)),
-      )
-      y, _ = read(y, weights, of_following, is_sliding, cached, columns)
-      return (x, y), None
+    def body(xy, weights, is_sliding, _, common):
+      (rope, sight), (more_rope, more_sight) = (geometry.of(is_sliding) for geometry in common)
 
-    (x, y), _ = run_layers(
+      def mix(query, key, value):
+        (query, more_query), (key, more_key), (value, more_value) = map(part, (query, key, value))
+        keys = jnp.concatenate([share(key), more_key], axis=1)
+        values = jnp.concatenate([share(value), more_value], axis=1)
+        out = look(query, key, value, sight)
+        return join(out, look(more_query, keys, values, more_sight, first_column=columns)), None
+
+      return read(xy, weights, jax.tree.map(join, rope, more_rope), mix)
+
+    xy, _ = run_layers(
       body,
-      (embed(params, tokens), embed(params, more)),
+      embed(params, join(tokens, more)),
       layers_of(params),
       sliding,
       common=(of_prompts, of_following),
@@ -285,7 +303,7 @@ def _make_policy(
       lay=lay(rows, tokens.size + more.size),
       **settings,
     )
-    return final(params, x), final(params, y)
+    return part(final(params, xy))
 
   def unembed(params: Params) -> chex.Array:
     return params["embed" if config.tie_embeddings else "unembed"]["embedding"]
@@ -432,12 +450,13 @@ class RMSNorm(nn.Module):
       normed = wide * jax.lax.rsqrt(mean_square + self.config.rms_eps)
       return (normed * (1.0 + scale if plus_one else scale)).astype(x.dtype)
 
-    return rematerialized(normalize)(x, self.param("scale", initializer, (x.shape[-1],)))
+    scale = self.param("scale", initializer, (x.shape[-1],))
+    return rematerialized(normalize)(_flat(x), scale).reshape(x.shape)
 
 
 def _flat(x: chex.Array) -> chex.Array:
   """[B, T, D] as [B * T, D]: a weight's gradient then sums over one axis, and a CPU need not
-  transpose activations for it."""
+  transpose activations for it, nor sum with one core where B is 1."""
   return x.reshape(-1, x.shape[-1])
 
 
@@ -511,19 +530,46 @@ class Linear(nn.Module):
     return multiply(x, weights) if before is None else rematerialized(multiply)(x, weights)
 
 
-def _rematerialized_attention(attend, query, keys, values, mask) -> chex.Array:
-  """Scores and their softmax are as many as queries times keys times heads, and soon made again."""
-  return rematerialized(lambda qkv, mask: attend(*qkv, mask=mask))((query, keys, values), mask)
+def _rematerialized_attend(query, keys, values, mask, *, config: TransformerConfig) -> chex.Array:
+  """Plain attention, over a cache's layout. Scores and their softmax are as many as queries times
+  keys times heads, and soon made again, so they are not kept for the backward pass."""
+  plain = functools.partial(attend, scale=config.attention_scale, cap=config.attn_softcap)
+  return rematerialized(lambda qkv, mask: plain(*qkv, mask))((query, keys, values), mask)
+
+
+def _look(
+  query: chex.Array,
+  keys: chex.Array,
+  values: chex.Array,
+  sight: Sight,
+  *,
+  config: TransformerConfig,
+  kernel: Kernel | None,
+  first_column: int = 0,
+) -> chex.Array:
+  """What queries [B, T, N, H] take from keys and values [B, S, K, H], by the kernel if there is one
+  for it."""
+  cap = config.attn_softcap
+  if takes(kernel, query, *keys.shape[1:3], cap=cap):
+    return fused_attend(
+      query, keys, values, sight, kernel=kernel, first_column=first_column,
+      window=config.sliding_window, scale=config.attention_scale, cap=cap,
+    )
+  keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
+  return _rematerialized_attend(query, keys, values, sight.mask, config=config)
+
+
+# (query [B, T, N, H], key [B, T, K, H], value [B, T, K, H]) -> (out [B, T, N, H], what is kept)
+Mix = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
 
 
 class Attention(nn.Module):
   config: TransformerConfig
   dtype: Any
-  kernel: Kernel | None = None
 
   @nn.compact
-  def __call__(self, x, rope, sight: Sight, cached, cursor):
-    """x [B, T, D], rope (cos, sin), cached (keys, values) or None."""
+  def __call__(self, x: chex.Array, rope: Any, mix: Mix) -> tuple[chex.Array, Any]:
+    """x [B, T, D], rope (cos, sin); who sees whom is `mix`'s, all else is done token by token."""
     config = self.config
     flat = _flat(x)
 
@@ -537,32 +583,9 @@ class Attention(nn.Module):
     if config.qk_norm:
       query = RMSNorm(config, name="query_norm")(query)
       key = RMSNorm(config, name="key_norm")(key)
-    query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-    scale, cap = config.attention_scale, config.attn_softcap
-    if cached is not None:
-      keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-      keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
-      values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
-      cached = keys, values
-    n_keys = sight.key_segments.shape[1]
-    first = cursor if isinstance(cursor, int) else 0 if n_keys == x.shape[1] else None
-    if takes(self.kernel, query, n_keys, config.n_kv_heads, first_column=first, cap=cap):
-      if n_keys > x.shape[1]:
-        key, value = keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
-      out = fused_attend(
-        query, key, value, sight, kernel=self.kernel, first_column=first,
-        window=config.sliding_window, scale=scale, cap=cap,
-      )
-    elif cached is None and cap is None:
-      plain = functools.partial(jax.nn.dot_product_attention, scale=scale)
-      out = _rematerialized_attention(plain, query, key, value, sight.mask)
-    else:
-      if cached is None:
-        keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-      plain = functools.partial(attend, scale=scale, cap=cap)
-      out = _rematerialized_attention(plain, query, keys, values, sight.mask)
+    out, kept = mix(apply_rope(query, *rope), apply_rope(key, *rope), value)
     linear = Linear(config.width, False, self.dtype, name="output")
-    return linear(out.reshape(*flat.shape[:1], -1)).reshape(x.shape), cached
+    return linear(out.reshape(*flat.shape[:1], -1)).reshape(x.shape), kept
 
 
 class MLP(nn.Module):
@@ -586,21 +609,20 @@ class MLP(nn.Module):
 class Block(nn.Module):
   config: TransformerConfig
   dtype: Any
-  kernel: Kernel | None = None
 
   @nn.compact
-  def __call__(self, x, rope, sight: Sight, cached, cursor):
+  def __call__(self, x: chex.Array, rope: Any, mix: Mix) -> tuple[chex.Array, Any]:
     config = self.config
 
     def post(name: str, y: chex.Array) -> chex.Array:
       return RMSNorm(config, name=name)(y) if config.post_norms else y
 
-    y, cached = Attention(config, self.dtype, self.kernel, name="attention")(
-      RMSNorm(config, name="attention_norm")(x), rope, sight, cached, cursor
+    y, kept = Attention(config, self.dtype, name="attention")(
+      RMSNorm(config, name="attention_norm")(x), rope, mix
     )
     x = x + post("attention_post_norm", y)
     y = MLP(config, self.dtype, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
-    return x + post("mlp_post_norm", y), cached
+    return x + post("mlp_post_norm", y), kept
 
 
 class Table(nn.Module):
@@ -628,7 +650,11 @@ class Transformer(nn.Module):
       Table(config, name="unembed")()
     x = jnp.take(Table(config, name="embed")(), tokens, axis=0).astype(self.dtype)
     zeros = jnp.zeros_like(tokens)
-    geometry = make_geometry(config, zeros, zeros, zeros, zeros)
+    rope, sight = make_geometry(config, zeros, zeros, zeros, zeros).of(False)
+
+    def mix(*made: chex.Array) -> tuple[chex.Array, None]:
+      return _look(*made, sight, config=config, kernel=None), None
+
     for layer in range(config.n_layers):
-      x, _ = Block(config, self.dtype, name=f"layers_{layer}")(x, *geometry.of(False), None, 0)
+      x, _ = Block(config, self.dtype, name=f"layers_{layer}")(x, rope, mix)
     return RMSNorm(config, name="final_norm")(x)

@@ -68,17 +68,19 @@ def matrix_bytes() -> tuple[int, int]:
   ("sizes", "scan_layers"), [((1, 8, 1), False), ((2, 4, 1), True)], ids=str
 )
 def test_weights_are_gathered_twice_and_their_gradient_is_added_up_once(sizes, scan_layers):
-  """For each microbatch: forward and again; and once although prompts and responses both use it.
+  """For each microbatch: forward and again; and once for prompts and responses.
 
   With layers one after another the last one's two gathers may be one. The table is left to the
-  compiler, which gives every device the whole of its gradient.
+  compiler, which gives every device the whole of its gradient, and of the states it is made from.
   """
   moved = of_update(sizes, scan_layers=scan_layers)
   layers, table = matrix_bytes()
   slices = 2 * layers / sizes[1] if sizes[0] > 1 else 0  # Along data, the slices' all-reduce.
   assert moved.get("reduce-scatter", 0) == MICROBATCHES * layers
   assert moved["all-gather"] < 1.05 * MICROBATCHES * 2 * (layers + table)
-  assert moved["all-reduce"] < 1.05 * MICROBATCHES * (slices + 2 * table) + 20_000  # And norms.
+  states = 4 * 8 * 15 * CONFIG.width  # In float32, of 8 prompts of 7 tokens and what follows them.
+  most = 1.05 * MICROBATCHES * (slices + 2 * table) + states + 20_000  # And norms.
+  assert moved["all-reduce"] < most
   assert sum(moved.values()) < 1.5 * MICROBATCHES * (3 * layers + slices)
 
 

@@ -151,17 +151,16 @@ def test_a_prefix_that_others_see_is_not_silently_left_out():
 
 def test_a_step_of_decoding_goes_by_plain_attention():
   query = jnp.zeros((2, 1, 4, 8))
-  assert not takes(SPLASH, query, 1024, 2, first_column=None, cap=None)
-  assert not takes(SPLASH, query, 1024, 2, first_column=0, cap=None)
-  assert takes(SPLASH, jnp.zeros((2, 5, 4, 8)), 1024, 2, first_column=0, cap=None)
+  assert not takes(SPLASH, query, 1024, 2, cap=None)
+  assert takes(SPLASH, jnp.zeros((2, 5, 4, 8)), 1024, 2, cap=None)
 
 
 def test_short_rows_go_by_plain_attention_unless_the_kernel_is_asked_for():
   query = jnp.zeros((2, 64, 4, 8))
   chosen = Kernel("splash", False, None, False)
-  assert not takes(chosen, query, 511, 2, first_column=0, cap=None)
-  assert takes(chosen, query, 512, 2, first_column=0, cap=None)
-  assert takes(SPLASH, query, 64, 2, first_column=0, cap=None)
+  assert not takes(chosen, query, 511, 2, cap=None)
+  assert takes(chosen, query, 512, 2, cap=None)
+  assert takes(SPLASH, query, 64, 2, cap=None)
 
 
 def test_what_the_platform_lacks_is_named():
@@ -176,7 +175,7 @@ def test_what_the_platform_lacks_is_named():
 @pytest.mark.parametrize("cap", [None, 30.0])
 def test_what_cudnn_cannot_do_is_an_error_where_it_was_asked_for_and_plain_otherwise(cap):
   query = jnp.zeros((2, 64, 4, 8), jnp.bfloat16)
-  check = functools.partial(takes, first_column=0, cap=cap)
+  check = functools.partial(takes, cap=cap)
   why = "no soft cap" if cap else "cuDNN is not detected"  # There is none here.
   with pytest.raises(ValueError, match=f"attention: cudnn cannot do this: .*{why}"):
     check(Kernel("cudnn", True, None, False), query, 1024, 2)

@@ -59,7 +59,8 @@ def test_each_row_is_its_own_members():
       params, prompts[problems], lengths[problems], together.tokens[rows], together.mask[rows],
       policy=POLICY, temperature=0.7,
     )
-    np.testing.assert_allclose(together.sampler_logprobs[rows], scored, atol=2e-5)
+    # Those of one member alone are as far off where compilation is quick, and 1e-5 where it is not.
+    np.testing.assert_allclose(together.sampler_logprobs[rows], scored, atol=5e-5)
   texts = np.asarray(together.tokens).reshape(MEMBERS, -1)
   assert len({row.tobytes() for row in texts}) == MEMBERS
 
