@@ -13,7 +13,8 @@ Weights are random, arithmetic is in bfloat16, weights and moments are float32. 
            over 256. Its bound: all weights and the keys and values of all rows read once at the
            maker's bandwidth, or the products at the peak if that takes longer.
   memory   the largest that a step of 8 x 8 responses needs, of models of 0.5, 1.5 and 7 billion
-           weights, the last with adapters of rank 16. Each in a process of its own.
+           weights, the last with adapters of rank 16; layers in a loop, and computed twice. Each in
+           a process of its own.
 
 Predicted means: the same programs, compiled for that GPU where none is. Memory is the compiler's
 word. Time is between two figures made of the operations and bytes that the compiler counts: the
@@ -22,9 +23,10 @@ products reach 60 to 80 % of the peak, so what is measured will lie below.
 
 Not run on a GPU yet. Predicted for an H100 by --predict=h100 (JAX 0.10.2):
 
-  update, 17,408 tokens at once, 168 TFLOP: 0.170 to 0.331 s, MFU 51 to 100 %
-  decode,  64 rows: at least 1.29 ms a token; 1.88 to 2.09 ms, 62 to 68 % of the bound
-  decode, 256 rows: at least 2.39 ms a token; 3.94 to 4.77 ms, 50 to 61 % of the bound
+  update, 17,408 tokens at once, 168 TFLOP: 0.170 to 0.301 s, MFU 57 to 100 %
+  decode,  64 rows: at least 1.29 ms a token; 1.74 to 1.95 ms, 66 to 74 % of the bound
+  decode, 256 rows: at least 2.39 ms a token; 3.80 to 4.64 ms, 52 to 63 % of the bound
+  memory: 0.5 billion weights 11.6 GB, 1.5 billion 34.1 GB, 7 billion with adapters 58.3 GB of 80
 """
 
 from __future__ import annotations
@@ -263,19 +265,21 @@ def decode_cost(config: Config, rows: int, devices: list) -> Cost:
 
 
 def memory_step(config: Config, model: str, rank: int) -> plan.Config:
-  return planned(config, prompts=GROUP, new_tokens=config.new_tokens, model=model, rank=rank)
+  """As a deep model is trained: layers in a loop, two prompts' activations at a time, and twice."""
+  step = planned(config, prompts=GROUP, new_tokens=config.new_tokens, model=model, rank=rank)
+  return dataclasses.replace(step, microbatch_prompts=2, remat=True, scan_layers=True)
 
 
 def predicted_memory(config: Config, model: str, rank: int, devices: list) -> float:
-  """Bytes, of the larger of update and rollout, two prompts' activations at a time."""
-  step = dataclasses.replace(memory_step(config, model, rank), microbatch_prompts=2, remat=True)
+  """Bytes, of the larger of update and rollout."""
+  step = memory_step(config, model, rank)
   policy, mesh = policy_of(step, devices)
   return max(plan.compile_program(each, mesh).peak for each in programs(step, policy, mesh))
 
 
 def measured_memory(config: Config, model: str, rank: int, devices: list) -> float:
   """Bytes that the device has held at most in this process, after a rollout and an update."""
-  step = dataclasses.replace(memory_step(config, model, rank), microbatch_prompts=2, remat=True)
+  step = memory_step(config, model, rank)
   lowered = {name: each.lower() for name, each in lowerings(step, devices).items()}
   (*shapes, _, frozen), _ = lowered["update"].args_info
   state, batch, hparams, frozen = filled((*shapes, frozen))
