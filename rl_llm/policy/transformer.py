@@ -330,6 +330,8 @@ def _make_policy(
     there = None if kernel is None else kernel._replace(mesh=mesh)
     return _make_policy(config, dtype, remat, scan_layers, there, mesh)
 
+  # Jitted, or layers that are traced once a call would be compiled once a call outside of a jit.
+  hidden, shared_hidden = jax.jit(hidden), jax.jit(shared_hidden)
   return Policy(
     config, init, hidden, shared_hidden, unembed, init_cache, logits, shards, over, dtype
   )
