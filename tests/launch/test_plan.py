@@ -42,14 +42,6 @@ TINY = find_model("tiny")
 planned = functools.cache(plan.plan)
 
 
-@pytest.fixture(autouse=True)
-def compile_fast():
-  """What is asked of these programs does not depend on how well they are compiled."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def count():
   return parameter_count(jax.eval_shape(make_policy(TINY).init, jax.random.key(0)))

@@ -15,8 +15,9 @@ from rl_llm.sampling import SamplingConfig
 
 MEMBERS, PROMPTS, GROUP, STEPS = 3, 2, 2, 5
 POLICY = make_policy(dataclasses.replace(tiny_config(32), n_layers=1))
-# Sharper than random weights are, so that a member's tokens tell it from the others.
-PARAMS = jax.tree.map(lambda x: 3 * x, jax.jit(POLICY.init)(jax.random.key(0)))
+# Sharper than random weights are, so that a member's tokens tell it from the others; three times as
+# large they make 3e-5 of rounding.
+PARAMS = jax.tree.map(lambda x: 2 * x, jax.jit(POLICY.init)(jax.random.key(0)))
 
 
 @jax.jit
@@ -59,8 +60,7 @@ def test_each_row_is_its_own_members():
       params, prompts[problems], lengths[problems], together.tokens[rows], together.mask[rows],
       policy=POLICY, temperature=0.7,
     )
-    # Those of one member alone are as far off where compilation is quick, and 1e-5 where it is not.
-    np.testing.assert_allclose(together.sampler_logprobs[rows], scored, atol=5e-5)
+    np.testing.assert_allclose(together.sampler_logprobs[rows], scored, atol=2e-5)
   texts = np.asarray(together.tokens).reshape(MEMBERS, -1)
   assert len({row.tobytes() for row in texts}) == MEMBERS
 
