@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 
 import jax
@@ -20,9 +21,14 @@ from tests.experiments.helpers import REWARD, Chatty
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Equal programs are compiled once: most runs here differ by a number, not by a program."""
+  """Equal programs are compiled once: most runs here differ by a number, not by a program.
+
+  Once for all workers of a parallel test run: each has a directory of its own below the run's.
+  """
+  base = tmp_path_factory.getbasetemp()
+  shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
   settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+    "jax_compilation_cache_dir": str(shared / "compiled"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
   }
