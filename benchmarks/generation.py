@@ -169,4 +169,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(BenchmarkError,))
+  run(main, Config)

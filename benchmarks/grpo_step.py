@@ -35,13 +35,14 @@ from typing import Any, Literal
 
 from benchmarks.peers import cores
 from rl_llm.config import ConfigError, option, run
+from rl_llm.errors import UserError
 from rl_llm.flops import forward_flops
 from rl_llm.policy import TransformerConfig
 
 MATMUL = 2048  # side of the square product whose rate is the floor's
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(UserError, RuntimeError):
   """A side cannot be run, or the sides do not do the same work; the message says which and how."""
 
 
@@ -306,4 +307,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(BenchmarkError,))
+  run(main, Config)

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import (
-  BenchmarkError,
   alternate,
   check_close,
   measure_ceilings,
@@ -99,4 +98,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(BenchmarkError,))
+  run(main, Config)

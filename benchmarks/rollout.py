@@ -132,4 +132,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(BenchmarkError,))
+  run(main, Config)

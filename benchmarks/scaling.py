@@ -223,4 +223,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(BenchmarkError,))
+  run(main, Config)

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.peers import matmul_gflops
+from rl_llm.errors import UserError
 
 MATMUL = 2048  # side of the square product whose rate is the ceiling of arithmetic
 BYTES = 2**28  # of an array that no cache holds, whose reading is the ceiling of memory
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(UserError, RuntimeError):
   """The sides do not do the same work; the message says how they differ."""
 
 

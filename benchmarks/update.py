@@ -27,7 +27,6 @@ import numpy as np
 
 from benchmarks.peers import STORY
 from benchmarks.timing import (
-  BenchmarkError,
   alternate,
   check_close,
   distance,
@@ -160,4 +159,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(BenchmarkError,))
+  run(main, Config)

@@ -54,8 +54,8 @@ from launch.programs import Lowering, programs, settings_of
 from rl_llm import sharding
 from rl_llm.chips import Chip
 from rl_llm.config import ConfigError, option, run
-from rl_llm.policy import TransformerConfig, WeightsError, make_policy
-from rl_llm.policy.attention import AttentionError, AttentionName
+from rl_llm.policy import TransformerConfig, make_policy
+from rl_llm.policy.attention import AttentionName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,4 +398,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(sharding.ShardingError, WeightsError, AttentionError))
+  run(main, Config)

@@ -506,4 +506,4 @@ def arguments(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(ValueError,), argv=arguments(sys.argv))
+  run(main, Config, argv=arguments(sys.argv))

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from launch import halving, search, state
 from launch.backends import gke, local, population, slurm, tpu
 from launch.progress import Progress
-from launch.sweep import SweepError, Trial, described, load, plan
+from launch.sweep import Trial, described, load, plan
 from rl_llm.config import ConfigError, flatten, option, redact, run
 from rl_llm.files import write_atomically
 from rl_llm.interrupt import Interrupted
@@ -254,4 +254,4 @@ def ending(verdicts: dict[str, str], workdir: Path) -> int:
 
 
 if __name__ == "__main__":
-  run(main, Config, errors=(SweepError,))
+  run(main, Config)

@@ -31,11 +31,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from rl_llm.config import ConfigError, flatten, resolve, to_flags
+from rl_llm.errors import UserError
 
 Settings = dict[str, Any]  # flag -> value
 
 
-class SweepError(ValueError):
+class SweepError(UserError, ValueError):
   """A sweep that cannot be run; the message names the file, the trial and the setting."""
 
 

@@ -30,6 +30,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rl_llm.errors import UserError
+
 Messages = Sequence[Mapping[str, Any]]
 
 _MEMORY_BYTES = 512 * 2**20
@@ -45,7 +47,7 @@ _PROBE = (
 )
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(UserError, ValueError):
   """A template was refused, failed, or exceeded its limits; one line says which."""
 
 

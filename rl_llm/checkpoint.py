@@ -33,6 +33,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from rl_llm import hosts
+from rl_llm.errors import UserError
 from rl_llm.sharding import everywhere, fetch, make_mesh
 
 FORMAT_VERSION = 1
@@ -45,7 +46,7 @@ _MAX_LISTED = 10  # leaf paths in one message
 _DATA_FILE_BYTES = 256 * 1024**2  # several files, so that they are hashed in parallel
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
   """A checkpoint could not be written, trusted or used; the message says which, and what to do."""
 
 

@@ -18,7 +18,10 @@ record in the run's directory) is read off the dataclass:
     if __name__ == "__main__":
       config.run(main, Config)        # --batch=4 --loss.clip_high=0.28 --system_prompt=none --help
 
-A group that has a `name` may be given by it: `--loss=ppo_loss` is `--loss.name=ppo_loss`.
+A group that has a `name` may be given by it: `--loss=ppo_loss` is `--loss.name=ppo_loss`. A group
+that stands in its class as `inline(Group())` has no prefix, so that several experiments share
+fields such as `--seed` and each keeps its own defaults. A group may have a method
+`check(self, config)`, which `check` calls with the whole config.
 Fields may be int, float, str, bool, Literal of strings, tuple[int | float | str, ...], any of these
 `| None`, or a nested frozen dataclass. Library functions receive fields, never the config.
 """
@@ -43,9 +46,10 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from absl import app, flags
 
+from rl_llm.errors import UserError
 from rl_llm.files import write_atomically
 
-_METADATA = frozenset({"help", "min", "above", "max", "below", "choices"})
+_METADATA = frozenset({"help", "min", "above", "max", "below", "choices", "volatile"})
 _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 _PLURALS = {int: "integers", float: "finite numbers", str: "texts"}
 
@@ -84,7 +88,7 @@ def redact(text: str, *, environ: Mapping[str, str] | None = None) -> str:
   return _TOKEN.sub("[redacted]", text)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
   """A setting that cannot work, in one line: the field, the value, what is allowed, the fix.
 
   >>> print(ConfigError("batch", 6, "a multiple of microbatch (4)", "try --batch=8"))
@@ -114,6 +118,7 @@ def option(
   max: float | None = None,
   below: float | None = None,
   choices: Iterable[Any] | None = None,
+  volatile: bool | Callable[[Any], bool] = False,
 ) -> Any:
   """A dataclass field with its help and bounds, so that the range stands beside the default.
 
@@ -132,6 +137,8 @@ def option(
     max: largest value allowed.
     below: value to stay strictly below.
     choices: the only values allowed, where a `Literal` cannot say it because they are computed.
+    volatile: whether a run may resume with another value, since it does not change what is
+      computed; or a function of the config that says so.
 
   Returns:
     A `dataclasses.field` whose metadata holds what was given.
@@ -140,7 +147,27 @@ def option(
   metadata = {"help": help} | {name: bound for name, bound in given.items() if bound is not None}
   if choices is not None:
     metadata["choices"] = tuple(choices)
+  if volatile:
+    metadata["volatile"] = volatile
   return dataclasses.field(default=default, metadata=metadata)
+
+
+def inline(default: Any) -> Any:
+  """A group whose fields are flags without a prefix, as if they stood in the config itself.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Run:
+  ...   steps: int = option(24, "updates")
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   run: Run = inline(Run(steps=32))
+  >>> flatten(Config())
+  {'steps': 32}
+
+  Args:
+    default: an instance of the group's class, with the defaults that hold here.
+  """
+  return dataclasses.field(default=default, metadata={"inline": True})
 
 
 class _Leaf(NamedTuple):
@@ -155,6 +182,7 @@ class _Leaf(NamedTuple):
   help: str
   default: Any
   group: str  # what the dataclass that holds it says of itself
+  volatile: bool | Callable[[Any], bool]
 
 
 def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_Leaf]:
@@ -171,13 +199,17 @@ def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_
   hints = typing.get_type_hints(config_class)
   leaves = []
   for field in dataclasses.fields(config_class):
-    path = prefix + field.name
     hint, value = hints[field.name], getattr(default, field.name)
     if dataclasses.is_dataclass(hint):
-      leaves += _leaves(hint, path + ".", value)
+      leaves += _leaves(hint, _prefix(field, prefix), value)
     else:
-      leaves.append(_leaf(path, hint, value, field.metadata, config_class))
+      leaves.append(_leaf(prefix + field.name, hint, value, field.metadata, config_class))
   return leaves
+
+
+def _prefix(field: dataclasses.Field, prefix: str) -> str:
+  """What the paths of a group's fields begin with."""
+  return prefix if field.metadata.get("inline") else f"{prefix}{field.name}."
 
 
 def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: type) -> _Leaf:
@@ -212,12 +244,18 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
   if hint not in _KIND_NAMES or any(type(choice) is not hint for choice in choices):
     raise unsupported
   bounds = {name: metadata[name] for name in ("min", "above", "max", "below") if name in metadata}
-  group = (config_class.__doc__ or "").strip().split("\n")[0]
-  if group.startswith(config_class.__name__ + "("):  # what dataclasses writes where nobody else did
-    group = ""
-  leaf = _Leaf(path, hint, is_tuple, optional, choices, bounds, metadata["help"], default, group)
+  leaf = _Leaf(
+    path, hint, is_tuple, optional, choices, bounds, metadata["help"], default,
+    _summary(config_class), metadata.get("volatile", False),
+  )
   _check(leaf, default)
   return leaf
+
+
+def _summary(config_class: type) -> str:
+  """The first line of a group's docstring; "" where dataclasses wrote one."""
+  line = (config_class.__doc__ or "").strip().split("\n")[0]
+  return "" if line.startswith(config_class.__name__ + "(") else line
 
 
 def _allowed(leaf: _Leaf) -> str:
@@ -456,6 +494,34 @@ def resolve(
   return config, {path: values[path] for path in given}
 
 
+def volatile(config: Any) -> set[str]:
+  """The paths of the fields with which a run may resume at other values: see `option`."""
+  leaves = _leaves(type(config), default=config)
+  return {
+    leaf.path
+    for leaf in leaves
+    if (leaf.volatile(config) if callable(leaf.volatile) else leaf.volatile)
+  }
+
+
+def check(config: Any) -> None:
+  """Calls the `check(config)` of every group that has one: they refuse what does not fit together.
+
+  Raises:
+    ConfigError: the first that does not fit.
+  """
+
+  def visit(group: Any) -> None:
+    for field in dataclasses.fields(group):
+      value = getattr(group, field.name)
+      if dataclasses.is_dataclass(value):
+        visit(value)
+        if hasattr(value, "check"):
+          value.check(config)
+
+  visit(config)
+
+
 def to_flags(config: Any, paths: Iterable[str]) -> list[str]:
   """These fields of the config as arguments of a command line; credentials too are as they are.
 
@@ -490,7 +556,7 @@ def _build(config_class: type, values: Mapping[str, Any], prefix: str = "") -> A
   hints = typing.get_type_hints(config_class)
   return config_class(
     **{
-      field.name: _build(hints[field.name], values, f"{prefix}{field.name}.")
+      field.name: _build(hints[field.name], values, _prefix(field, prefix))
       if dataclasses.is_dataclass(hints[field.name])
       else values[prefix + field.name]
       for field in dataclasses.fields(config_class)
@@ -569,22 +635,19 @@ def run(
   config_class: type,
   *,
   overrides: Callable[[Any], Mapping[str, Any]] | None = None,
-  errors: tuple[type[Exception], ...] = (),
   argv: list[str] | None = None,
 ) -> NoReturn:
   """Runs an experiment from the command line, with one clear line for whatever the user got wrong.
 
   A wrong flag costs a second, not a traceback after a minute of compilation: an unknown flag (with
   the nearest one), a wrong type, a value outside its bounds or a stray argument prints `error: ...`
-  to stderr and exits with code 2. So do ConfigError and the `errors` when `main` raises them.
+  to stderr and exits with code 2. So does every `UserError` that `main` raises.
   `--help` prints the module's docstring and every field. absl's own flags work as ever.
 
   Args:
     main: called with the config; its return value is the exit code.
     config_class: a frozen dataclass.
     overrides: from the config as typed to a preset's `overrides` for `from_flags`.
-    errors: further exception classes whose message alone tells the user what to do (a missing model
-      directory, a broken file).
     argv: the command line with the program's name first; sys.argv when None.
   """
   define_flags(config_class)
@@ -611,7 +674,7 @@ def run(
       if overrides is not None:
         config = from_flags(config_class, overrides=overrides(config))
       return main(config)
-    except (ConfigError, *errors) as error:
+    except UserError as error:
       _fail(error)
 
   app.run(with_config, sys.argv if argv is None else argv, flags_parser=parse)
@@ -656,12 +719,13 @@ def _help_text(config_class: type, width: int) -> str:
     "",
     "Flags, with their defaults:",
   ]
-  group = ""
+  shown = "", _summary(config_class)
   for leaf in _leaves(config_class):
-    prefix = leaf.path.rpartition(".")[0]
-    if prefix != group:
-      group = prefix
-      lines += ["", f"{group}: {leaf.group}".rstrip(": ") if group else "More:"]
+    group = leaf.path.rpartition(".")[0], leaf.group
+    if group != shown:
+      shown = group
+      own = group[1] == _summary(config_class)
+      lines += ["", "More:" if own else ": ".join(filter(None, group))]
     lines.append(f"  --{leaf.path}={_text(leaf, leaf.default)}")
     note = f"{leaf.help} ({_allowed(leaf)})"
     lines += textwrap.wrap(note, width, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,27 +14,24 @@ import numpy as np
 
 from rl_llm import hosts
 from rl_llm.config import ConfigError
-from rl_llm.console import Console
 from rl_llm.data.prompts import pad_prompts
 from rl_llm.experience import (
   Drawn,
-  Generate,
+  Sampler,
   owners_of,
   response_texts,
   sample_rows,
   score,
   trim,
 )
-from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.interrupt import Interrupted
 from rl_llm.metrics import MetricsWriter, PhaseClock, proportion_interval, read
-from rl_llm.model import LanguageModel
 from rl_llm.reference_cache import fingerprint
-from rl_llm.rewards import RewardPool
 from rl_llm.rollout import Rollout, row_keys
+from rl_llm.run_directory import Run
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import row_shards
-from rl_llm.tasks import Problem, Task
-from rl_llm.tokenizers import Tokenizer
+from rl_llm.tasks import Problem
 
 
 class Evaluation(NamedTuple):
@@ -45,17 +42,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-  params: Any,
-  drawn: Drawn,
-  *,
-  generate: Generate,
-  pool: RewardPool,
-  tokenizer: Tokenizer,
-  samples: int,
-  prompts_per_batch: int,
-  max_reward: float,
-  check: Callable[[], None] = lambda: None,
-  mesh: jax.sharding.Mesh | None = None,
+  sampler: Sampler, params: Any, drawn: Drawn, *, samples: int, prompts_per_batch: int
 ) -> Evaluation:
   """Answers every problem once greedily and `samples` times at temperature 1, and grades it all.
 
@@ -64,16 +51,11 @@ def evaluate(
   A response whose grade failed counts as not correct; `eval/failed_grades` says how many did.
 
   Args:
+    sampler: what to sample and grade with; its `check` is called between batches.
     params: the weights to evaluate.
     drawn: the held-out problems, encoded.
-    generate: samples responses.
-    pool: the grader's workers.
-    tokenizer: to read the responses with.
     samples: sampled responses a problem, >= 1.
     prompts_per_batch: problems a rollout.
-    max_reward: a response with at least this reward is correct.
-    check: called between batches; raises to stop.
-    mesh: that of `generate`.
 
   Returns:
     An `Evaluation`; accuracies come with 95 % intervals from `proportion_interval`.
@@ -83,19 +65,15 @@ def evaluate(
   batches, failed = [], 0
   rows: list[dict[str, Any]] = []
   for start in range(0, len(drawn.problems), prompts_per_batch):
-    check()
+    sampler.check()
     batch_rows = graded_responses(
+      sampler,
       params,
       drawn.problems[start : start + prompts_per_batch],
       drawn.prompts[start : start + prompts_per_batch],
       row_keys(jax.random.fold_in(jax.random.key(0), start), prompts_per_batch, group),
       SamplingConfig(temperature),
       group_size=group,
-      generate=generate,
-      pool=pool,
-      tokenizer=tokenizer,
-      max_reward=max_reward,
-      mesh=mesh,
     )
     batches.append(np.array([row["correct"] for row in batch_rows]).reshape(-1, group))
     failed += sum(row["reward"] is None for row in batch_rows)
@@ -109,6 +87,7 @@ def evaluate(
 
 
 def graded_responses(
+  sampler: Sampler,
   params: Any,
   problems: Sequence[Problem],
   prompts: Sequence[Sequence[int]],
@@ -116,12 +95,7 @@ def graded_responses(
   sampling: SamplingConfig,
   *,
   group_size: int,
-  generate: Generate,
-  pool: RewardPool,
-  tokenizer: Tokenizer,
-  max_reward: float,
   columns: int = 0,
-  mesh: jax.sharding.Mesh | None = None,
 ) -> list[dict[str, Any]]:
   """Samples and grades a batch: one dict a response, as `rl_llm.experience.sample_rows` gives them.
 
@@ -129,52 +103,41 @@ def graded_responses(
   up and what is too much is thrown away, so that all batches have one shape.
 
   Args:
+    sampler: what to sample and grade with.
     params: the weights to evaluate.
     problems: at most P problems.
     prompts: their tokens.
     keys: [P * G] typed keys.
     sampling: how tokens are chosen; a temperature [P * G] may differ by row.
     group_size: G, responses a problem.
-    generate: samples responses.
-    pool: the grader's workers.
-    tokenizer: to read the responses with.
-    max_reward: a response with at least this reward is correct.
     columns: prompt columns at least, so that batches of ragged prompts have one width too.
-    mesh: that of `generate`.
 
   Returns:
     `len(problems) * G` rows, problem by problem.
   """
   missing = len(keys) // group_size - len(problems)
   batch = pad_prompts(
-    [*prompts, *[prompts[0]] * missing], pad_id=tokenizer.pad_id, columns=columns
+    [*prompts, *[prompts[0]] * missing], pad_id=sampler.tokenizer.pad_id, columns=columns
   )
-  rollout = trim(generate(params, batch, keys, sampling, group_size))
+  rollout = trim(sampler.generate(params, batch, keys, sampling, group_size))
   rollout = Rollout(*(x[: len(problems) * group_size] for x in rollout))
-  texts = response_texts(rollout, tokenizer)
-  owners = owners_of(mesh, len(keys))[: len(texts)]
-  scores = score(pool, problems, texts, group_size=group_size, owners=owners)
+  texts = response_texts(rollout, sampler.tokenizer)
+  owners = owners_of(sampler.mesh, len(keys))[: len(texts)]
+  scores = score(sampler.pool, problems, texts, group_size=group_size, owners=owners)
+  max_reward = sampler.task.max_reward
   return sample_rows(problems, texts, rollout, scores, split="eval", max_reward=max_reward)
 
 
 def record_responses(
-  workdir: Path,
-  model: LanguageModel,
+  run: Run,
+  sampler: Sampler,
+  params: Any,
   drawn: Drawn,
+  sampling: SamplingConfig,
   *,
   seed: int,
-  temperatures: Sequence[float],
-  top_k: int,
-  top_p: float,
   prompts_per_batch: int,
-  generate: Generate,
-  task: Task,
-  workers: int,
-  deadline: float,
   describe: Callable[[Problem, int, dict[str, Any]], dict[str, Any]],
-  console: Console,
-  stop: StopSignals,
-  mesh: jax.sharding.Mesh | None = None,
 ) -> None:
   """Samples and grades responses to every problem into samples.jsonl, a batch at a time.
 
@@ -183,39 +146,33 @@ def record_responses(
   nor further samples change what a response is drawn with.
 
   Args:
-    workdir: a directory of its own.
-    model: whose responses; other weights than those on record are refused.
+    run: a directory of its own, its console, and the signals that stop it.
+    sampler: what to sample and grade with.
+    params: whose responses; other weights than those on record are refused.
     drawn: the problems, encoded.
+    sampling: its temperatures [G] are one a response to each problem; 0 is greedy and does not
+      count as accuracy.
     seed: of the responses.
-    temperatures: one a response to each problem; 0 is greedy and does not count as accuracy.
-    top_k: as for `SamplingConfig`.
-    top_p: as for `SamplingConfig`.
     prompts_per_batch: problems a batch, at most; they are shared out evenly. A multiple of
       `rl_llm.sharding.row_shards`, as each batch is.
-    generate: from `make_generate`.
-    task: whose grader.
-    workers: its processes.
-    deadline: seconds a response.
     describe: (problem, number of the sample, row) -> what its line says besides.
-    console: shows a line a batch.
-    stop: asked before every batch.
-    mesh: that of `generate`.
 
   Raises:
     ConfigError: the record was begun with other weights, or on devices that take other batches.
     Interrupted: a signal came; finished batches are on record.
   """
   # One shape: problems are shared out evenly, and every batch is as wide as the longest prompt.
+  workdir, console, temperatures = run.workdir, run.console, np.asarray(sampling.temperature)
   count, group = len(drawn.problems), len(temperatures)
   batches = -(-count // prompts_per_batch)
-  parts = 1 if mesh is None else row_shards(mesh)
+  parts = 1 if sampler.mesh is None else row_shards(sampler.mesh)
   size = -(-count // (batches * parts)) * parts
   columns = max(map(len, drawn.prompts))
   keys = row_keys(jax.random.key(seed), batches * size, group)
   tiled = jnp.tile(jnp.array(temperatures, jnp.float32), size)
-  sampling = SamplingConfig(tiled, top_k=top_k, top_p=top_p)
+  sampling = dataclasses.replace(sampling, temperature=tiled)
 
-  weights = fingerprint(model.params)[:16]
+  weights = fingerprint(params)[:16]
   recorded = workdir / "metrics.jsonl"
   rows = read(recorded) if hosts.is_main() and recorded.exists() else []
   rows = hosts.share("the record", rows)
@@ -236,14 +193,13 @@ def record_responses(
     )
   if rows:
     console.say(f"{done} of {batches} batches are on record in {workdir}")
-  pool = RewardPool(task.reward, workers=workers, deadline=deadline)
   files = [workdir / "samples.jsonl", recorded] if hosts.is_main() else [None, None]
   samples_file, metrics_file = (MetricsWriter(path, resume_step=done - 1) for path in files)
-  with pool, samples_file, metrics_file:
+  with samples_file, metrics_file:
     for batch in range(done, batches):
       clock = PhaseClock()
       try:
-        stop.check_together(f"batch {batch}")
+        run.stop.check_together(f"batch {batch}")
       except Interrupted as interruption:
         console.say(
           f"{interruption}: {batch} of {batches} batches are on record; the same command goes on "
@@ -253,18 +209,14 @@ def record_responses(
       chosen = slice(batch * size, (batch + 1) * size)
       problems = drawn.problems[chosen]
       lines = graded_responses(
-        model.params,
+        sampler,
+        params,
         problems,
         drawn.prompts[chosen],
         keys[batch * size * group : (batch + 1) * size * group],
         sampling,
         group_size=group,
-        generate=generate,
-        pool=pool,
-        tokenizer=model.tokenizer,
-        max_reward=task.max_reward,
         columns=columns,
-        mesh=mesh,
       )
       for index, line in enumerate(lines):
         line |= describe(problems[index // group], index % group, line)

@@ -26,7 +26,15 @@ from rl_llm.metrics import PhaseClock
 from rl_llm.policy import Policy
 from rl_llm.reward_model import load_reward_model, score_responses
 from rl_llm.rewards import RewardError, RewardPool, RewardResult, to_arrays
-from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout, gather_weights, generate, row_keys
+from rl_llm.rollout import (
+  STOP_EOS,
+  STOP_LENGTH,
+  ResponseBatch,
+  Rollout,
+  gather_weights,
+  generate,
+  row_keys,
+)
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
 from rl_llm.tasks import Problem, Task, TaskError
@@ -59,7 +67,7 @@ class Scores(NamedTuple):
 
 
 class Experience(NamedTuple):
-  """P problems, G responses to each, and what they are worth."""
+  """P problems, G responses to each, and what graders said: what a step learns from."""
 
   drawn: Drawn
   prompts: PromptBatch  # [P, L], left-padded
@@ -67,6 +75,21 @@ class Experience(NamedTuple):
   texts: list[str]  # [P * G]
   scores: Scores  # what is trained on: the grades, or a reward model's rewards
   grades: Scores  # what the task's grader said
+  metrics: dict[str, Any]  # what the step's row says of it
+  samples: list[dict[str, Any]]  # [P * G] its lines of samples.jsonl
+
+
+class Sampler(NamedTuple):
+  """All that sampling and grading needs besides weights: functions and statics, bound once."""
+
+  task: Task
+  tokenizer: Tokenizer
+  encode: Callable[[Sequence[Problem]], Drawn]  # from `make_encode`
+  generate: Generate  # from `make_generate`
+  pool: RewardPool  # the grader's workers
+  judge: Judge | None = None  # from `make_judge`: rewards instead of the grades; None: the grades
+  mesh: jax.sharding.Mesh | None = None  # that of `generate`
+  check: Callable[[], None] = lambda: None  # called between phases; raises to stop
 
 
 def encode_problems(
@@ -275,9 +298,7 @@ def make_judge(
   def judge(prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
     rewards = score_responses(
       params,
-      prompts,
-      rollout.tokens,
-      rollout.mask,
+      ResponseBatch(*prompts, rollout.tokens, rollout.mask, rollout.mask),
       policy=model.policy,
       rows_per_batch=rows_per_batch,
       mesh=mesh,
@@ -298,23 +319,16 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def collect(
+  sampler: Sampler,
   params: Any,
   seed: int,
   step: int,
-  *,
-  task: Task,
-  prompts_per_step: int,
-  responses_per_prompt: int,
-  sampling: SamplingConfig,
-  encode: Callable[[Sequence[Problem]], Drawn],
-  generate: Generate,
-  pool: RewardPool,
-  tokenizer: Tokenizer,
-  judge: Judge | None = None,
-  parts: int = 1,
   clock: PhaseClock,
-  check: Callable[[], None] = lambda: None,
-  mesh: jax.sharding.Mesh | None = None,
+  *,
+  prompts: int,
+  responses: int,
+  sampling: SamplingConfig,
+  parts: int = 1,
 ) -> Experience:
   """One step's experience: draws problems, samples responses and grades them.
 
@@ -322,40 +336,24 @@ def collect(
   fold_in(fold_in(fold_in(key(seed), step), problem), sample).
 
   Args:
+    sampler: what to sample with.
     params: the policy's weights.
     seed: of the run.
     step: of the run.
-    task: where problems come from.
-    prompts_per_step: P.
-    responses_per_prompt: G.
-    sampling: its temperature may be a number.
-    encode: from `make_encode`.
-    generate: from `make_generate`.
-    pool: the grader's workers.
-    tokenizer: the model's.
-    judge: from `make_judge`, gives the scores instead of the grader; None: the grades are them.
-    parts: the problems are sampled in so many parts, each graded while the next is sampled.
     clock: times "rollout" and "reward".
-    check: called between phases; raises to stop.
-    mesh: that of `generate`.
+    prompts: P.
+    responses: G, to each prompt.
+    sampling: its temperature may be a number.
+    parts: the problems are sampled in this many parts, each graded while the next is sampled.
+
+  Raises:
+    Whatever `sampler.check` raises: nothing has changed that would have to be saved.
   """
   with clock("rollout"):
-    drawn = draw_problems(task, seed, step, prompts_per_step, encode)
-    keys = step_keys(seed, step, prompts_per_step, responses_per_prompt)
+    drawn = draw_problems(sampler.task, seed, step, prompts, sampler.encode)
+    keys = step_keys(seed, step, prompts, responses)
   return answer(
-    params,
-    drawn,
-    keys,
-    responses_per_prompt=responses_per_prompt,
-    sampling=sampling,
-    generate=generate,
-    pool=pool,
-    tokenizer=tokenizer,
-    judge=judge,
-    parts=parts,
-    clock=clock,
-    check=check,
-    mesh=mesh,
+    sampler, params, drawn, keys, clock, responses=responses, sampling=sampling, parts=parts
   )
 
 
@@ -365,20 +363,15 @@ def step_keys(seed: int, step: int, prompts: int, responses: int) -> jax.Array:
 
 
 def answer(
+  sampler: Sampler,
   params: Any,
   drawn: Drawn,
   keys: jax.Array,
-  *,
-  responses_per_prompt: int,
-  sampling: SamplingConfig,
-  generate: Generate,
-  pool: RewardPool,
-  tokenizer: Tokenizer,
-  judge: Judge | None = None,
-  parts: int = 1,
   clock: PhaseClock,
-  check: Callable[[], None] = lambda: None,
-  mesh: jax.sharding.Mesh | None = None,
+  *,
+  responses: int,
+  sampling: SamplingConfig,
+  parts: int = 1,
 ) -> Experience:
   """The second half of `collect`: responses to problems that have been drawn, and their rewards.
 
@@ -388,30 +381,28 @@ def answer(
   graders were quick anyway.
 
   Args:
-    params: the policy's weights.
+    sampler, params, clock, responses, sampling, parts: as for `collect`; parts divides P.
     drawn: P problems.
     keys: [P * G] typed keys.
-    responses_per_prompt, sampling, generate, pool, tokenizer, judge, parts, clock, check, mesh: as
-      for `collect`; parts divides P.
   """
   with clock("rollout"):
-    prompts = pad_prompts(drawn.prompts, pad_id=tokenizer.pad_id)
+    prompts = pad_prompts(drawn.prompts, pad_id=sampler.tokenizer.pad_id)
   size = len(drawn.problems) // parts  # Problems of a part.
-  rows = size * responses_per_prompt
+  rows = size * responses
   # Of the type that evaluation has, or the same shape compiles twice.
   temperature = jnp.full(rows, sampling.temperature, jnp.float32)
   sampling = dataclasses.replace(sampling, temperature=temperature)
-  owners = owners_of(mesh, rows)
+  owners = owners_of(sampler.mesh, rows)
 
   def start(part: int) -> Rollout:
     """Returns before the device has done it."""
     own = slice(part * size, (part + 1) * size)
-    return generate(
+    return sampler.generate(
       params,
       PromptBatch(prompts.tokens[own], prompts.lengths[own]),
       keys[part * rows : (part + 1) * rows],
       sampling,
-      responses_per_prompt,
+      responses,
     )
 
   sampled: list[Rollout] = []
@@ -424,30 +415,79 @@ def answer(
       following = start(part + 1) if part + 1 < parts else None
       sampled.append(to_host(under_way))
       under_way = following
-    check()
+    sampler.check()
     with clock("reward"):
-      said = response_texts(sampled[-1], tokenizer)
+      said = response_texts(sampled[-1], sampler.tokenizer)
       problems = drawn.problems[part * size : (part + 1) * size]
-      results += grade(pool, problems, said, group_size=responses_per_prompt, owners=owners)
+      results += grade(sampler.pool, problems, said, group_size=responses, owners=owners)
       texts += said
   rollout = trim(Rollout(*map(np.concatenate, zip(*sampled, strict=True))))
   with clock("reward"):
-    scores = grades = as_scores(results, group_size=responses_per_prompt)
-    if judge:
-      rewards = judge(prompts, rollout)
+    scores = grades = as_scores(results, group_size=responses)
+    if sampler.judge:
+      rewards = sampler.judge(prompts, rollout)
       judged = [RewardResult(float(reward), "ok") for reward in rewards]
-      scores = as_scores(judged, group_size=responses_per_prompt)
-  check()
-  return Experience(drawn, prompts, rollout, texts, scores, grades)
+      scores = as_scores(judged, group_size=responses)
+  sampler.check()
+  return make_experience(
+    drawn, prompts, rollout, texts, scores, grades, max_reward=sampler.task.max_reward
+  )
 
 
-def split_experience(experience: Experience, drawn: Sequence[Drawn]) -> list[Experience]:
+def make_experience(
+  drawn: Drawn,
+  prompts: PromptBatch,
+  rollout: Rollout,
+  texts: list[str],
+  scores: Scores,
+  grades: Scores,
+  *,
+  max_reward: float,
+) -> Experience:
+  """The experience with what the record says of it; a grade of `max_reward` or more is correct."""
+  found = Experience(drawn, prompts, rollout, texts, scores, grades, {}, [])
+  return found._replace(
+    metrics=experience_metrics(found, max_reward=max_reward),
+    samples=sample_rows(
+      drawn.problems,
+      texts,
+      rollout,
+      scores,
+      split="train",
+      max_reward=max_reward,
+      grades=grades,
+    ),
+  )
+
+
+def response_batch(experience: Experience) -> ResponseBatch:
+  """The responses as a loss reads them; advantages and weights come later.
+
+  A response without a reward is as if it had not been sampled: none of its tokens is trained on.
+  """
+  rollout = experience.rollout
+  return ResponseBatch(
+    prompts=experience.prompts.tokens,
+    prompt_lengths=experience.prompts.lengths,
+    tokens=rollout.tokens,
+    attended=rollout.mask,
+    mask=rollout.mask & experience.scores.ok.reshape(-1, 1),
+    sampler_logprobs=rollout.sampler_logprobs,
+    truncated=rollout.stop_reason == STOP_LENGTH,
+  )
+
+
+def split_experience(
+  experience: Experience, drawn: Sequence[Drawn], *, max_reward: float
+) -> list[Experience]:
   """The experience of several, who asked for it at once, as each one's own.
 
   Args:
     experience: of all problems, the first one's before the second one's.
-    drawn: each one's problems, as many as each other's.
+    drawn: each one's problems, the same number for each.
+    max_reward: as for `make_experience`.
   """
+
   def part(x: Any, number: int) -> Any:
     size = len(x) // len(drawn)
     return x[number * size : (number + 1) * size]
@@ -460,13 +500,14 @@ def split_experience(experience: Experience, drawn: Sequence[Drawn]) -> list[Exp
     grades = own_scores(experience.grades, number)
     judged = experience.scores is not experience.grades
     found.append(
-      Experience(
+      make_experience(
         own,
         PromptBatch(*(part(x, number) for x in experience.prompts)),
         Rollout(*(part(x, number) for x in experience.rollout)),
         part(experience.texts, number),
         own_scores(experience.scores, number) if judged else grades,
         grades,
+        max_reward=max_reward,
       )
     )
   return found
@@ -493,26 +534,36 @@ def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str
   }
 
 
-def take_prompts(x: np.ndarray, chosen: np.ndarray, *, of: int) -> np.ndarray:
-  """The rows of the chosen problems, however many rows each of the `of` problems has.
-
-  >>> take_prompts(np.array([10, 11, 20, 21]), np.array([1]), of=2).tolist()
-  [20, 21]
-  """
-  return x.reshape(of, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
-
-
 def minibatches(
-  seed: int, step: int, *, prompts: int, epochs: int, count: int
-) -> Iterator[np.ndarray]:
+  seed: int,
+  step: int,
+  *,
+  prompts: int,
+  epochs: int,
+  count: int,
+  matters: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, int]]:
   """The problems of each update, `count` updates an epoch: every epoch deals them out anew.
 
-  >>> [chosen.size for chosen in minibatches(0, 0, prompts=6, epochs=1, count=3)]
-  [2, 2, 2]
+  >>> [(chosen.size, used) for chosen, used in minibatches(0, 0, prompts=6, epochs=1, count=3)]
+  [(2, 2), (2, 2), (2, 2)]
+
+  Args:
+    seed: of the run.
+    step: of the run.
+    prompts: P.
+    epochs: passes over all of them.
+    count: updates in each pass; divides P.
+    matters: [P] bool, False = its responses add nothing to the loss; None: all matter.
+
+  Yields:
+    The chosen problems, those that matter first, and how many of them do.
   """
   for epoch in range(epochs):
     rng = np.random.default_rng(np.random.SeedSequence([seed, step, epoch]))
-    yield from np.split(rng.permutation(prompts), count)
+    for chosen in np.split(rng.permutation(prompts), count):
+      used = np.ones(len(chosen), bool) if matters is None else matters[chosen]
+      yield chosen[np.argsort(~used, kind="stable")], int(np.count_nonzero(used))
 
 
 def _mean(values: np.ndarray, where: np.ndarray) -> float | None:
@@ -629,7 +680,6 @@ def sample_rows(
   *,
   split: str,
   max_reward: float,
-  advantages: np.ndarray | None = None,
   grades: Scores | None = None,
 ) -> list[dict[str, Any]]:
   """One dict a response, as samples.jsonl holds them: what the model wrote and what came of it.
@@ -641,14 +691,13 @@ def sample_rows(
     scores: their rewards.
     split: "train" or "eval".
     max_reward: a response with at least this grade is correct.
-    advantages: [P, G], or None where there are none.
     grades: what the grader said, where `scores` are a reward model's.
   """
   graded = (grades or scores).results
   group_size = len(texts) // len(problems)
   rows = []
   for index, (text, reward, grade) in enumerate(zip(texts, scores.results, graded, strict=True)):
-    problem, (p, g) = problems[index // group_size], divmod(index, group_size)
+    problem = problems[index // group_size]
     row = {
       "split": split,
       "problem": problem.key,
@@ -656,7 +705,7 @@ def sample_rows(
       "response": text,
       "reward": reward.value,
       "status": grade.status,
-      "advantage": None if advantages is None else float(advantages[p, g]),
+      "advantage": None,  # Known once the step has learned from it.
       "stop_reason": "eos" if rollout.stop_reason[index] == STOP_EOS else "length",
       "length": int(rollout.lengths[index]),
       "correct": grade.value is not None and grade.value >= max_reward,

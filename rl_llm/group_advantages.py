@@ -7,6 +7,7 @@ whole batch: compute them before it is split into microbatches or over devices.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,12 @@ from rl_llm.types import (
 def group_relative(
   rewards,
   *,
-  scale="std",
+  scale: Literal["std", "batch", "leave_one_out", "none"] = "std",
   ddof=1,
   eps=1e-6,
-  baseline="mean",
-  singleton="zero",
-  eps_rule="add",
+  baseline: Literal["mean", "leave_one_out"] = "mean",
+  singleton: Literal["zero", "raw"] = "zero",
+  eps_rule: Literal["add", "max"] = "add",
   where=None,
 ) -> Array:
   """GRPO's advantage: how a response compares with the others to the same prompt.
@@ -61,7 +62,7 @@ def group_relative(
     rewards: [P, G], G responses to each of P prompts; integers are converted to float.
     scale: "std" divides by the group's standard deviation + `eps`, "batch" by that of all rewards,
       "leave_one_out" by that of the *other* responses, where they differ (NeMo), "none" not at all.
-    ddof: of the standard deviation, 1 divides by G - 1.
+    ddof: of the standard deviation: 1 divides by G - 1, 0 by G.
     eps: added to the standard deviation, > 0.
     baseline: "mean" of the group, or "leave_one_out", the mean of the *other* responses (RLOO).
     singleton: what a group of one gets, "zero" or "raw", its reward (verl, SkyRL).
@@ -85,6 +86,7 @@ def group_relative(
   check_choice("singleton", singleton, ("zero", "raw"))
   check_choice("eps_rule", eps_rule, ("add", "max"))
   check_above("eps", eps, 0)
+  check_between("ddof", ddof, 0, 1)
   rewards, where = _groups(rewards, where)
   count = jnp.sum(where, axis=1, keepdims=True)
   shifted = _shifted(rewards, where)
@@ -421,6 +423,10 @@ def informative_groups(rewards, *, where=None) -> Array:
   rewards, where = _groups(rewards, where)
   low = jnp.min(jnp.where(where, rewards, jnp.inf), axis=1)
   return jnp.max(jnp.where(where, rewards, -jnp.inf), axis=1) > low
+
+
+# What an experiment offers by name: those that need nothing but the rewards, the usual one first.
+GROUP_ADVANTAGES = (group_relative, leave_one_out, maxrl)
 
 
 def _groups(rewards, where):

@@ -30,13 +30,14 @@ from jax._src.distributed import global_state
 
 from rl_llm import last_words
 from rl_llm.config import ConfigError, redact
+from rl_llm.errors import UserError
 
 _LISTEN_SECONDS = 1.0  # Between two looks whether another process has failed.
 _DEAD = re.compile(r"Task (\d+) heartbeat timeout")
 _HEARD_MS = 5000  # For the last words of a process to reach the others.
 
 
-class HostsDiffer(ValueError):
+class HostsDiffer(UserError, ValueError):
   """The processes were not started alike; the message names the process and what differs."""
 
 

@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 
 from rl_llm.config import redact
+from rl_llm.errors import UserError
 from rl_llm.files import write_atomically
+
+
+class RecordError(UserError, ValueError):
+  """A record is broken; the message names the file and the line."""
 
 
 class MetricsWriter:
@@ -49,7 +54,7 @@ class MetricsWriter:
       dropped. None begins a new record and drops all that was there.
 
   Raises:
-    ValueError: a line before the last is not a JSON object with an int "step".
+    RecordError: a line before the last is not a JSON object with an int "step".
   """
 
   def __init__(self, path: str | os.PathLike | None, *, resume_step: int | None = None):
@@ -134,7 +139,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict]]:
     except (ValueError, TypeError, KeyError, RecursionError):
       if number == numbered[-1][0]:
         break
-      raise ValueError(
+      raise RecordError(
         f'{path}:{number}: must be a JSON object with an int "step"; only the last line may be '
         "cut. Move the file away to begin a new record"
       ) from None
@@ -152,7 +157,7 @@ def read(path: str | os.PathLike) -> list[dict]:
     One dict per line, "step" among its keys; non-finite numbers are strings that `float` reads.
 
   Raises:
-    ValueError: a line before the last is broken; the message names the file and the line.
+    RecordError: a line before the last is broken; the message names the file and the line.
     FileNotFoundError: there is no such file.
   """
   return [row for _, row in _lines(Path(path))]
@@ -224,7 +229,7 @@ def add_metrics(
   return added
 
 
-def finalize(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float | None]:
+def finalize(metrics: Mapping[str, Any]) -> dict[str, Any]:
   """Divides metrics that were added up as (sum, count) pairs over microbatches and hosts.
 
   Averages cannot be averaged where counts differ. 3 tokens of which 1 was clipped and 1 token that
@@ -234,13 +239,19 @@ def finalize(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float | None]:
   {'clip_fraction': 0.5, 'kl': None}
 
   Args:
-    metrics: name -> (sum, count), scalars of any kind.
+    metrics: name -> (sum, count), where a sum may be an array; what is no pair stays as it is.
 
   Returns:
     name -> sum / count, and None where nothing was counted.
   """
-  pairs = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
-  return {name: total / count if count else None for name, (total, count) in pairs.items()}
+
+  def mean(metric: Any) -> Any:
+    if not isinstance(metric, tuple):
+      return metric
+    total, count = np.asarray(metric[0], float), float(metric[1])
+    return (total / count if total.ndim else float(total) / count) if count else None
+
+  return {name: mean(metric) for name, metric in metrics.items()}
 
 
 def proportion_interval(

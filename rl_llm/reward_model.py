@@ -18,13 +18,12 @@ import numpy as np
 
 from rl_llm.data.batches import PackedShares
 from rl_llm.data.packing import unpack
-from rl_llm.data.prompts import PromptBatch
 from rl_llm.metrics import proportion_interval
 from rl_llm.model import LanguageModel
 from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf, make_policy
 from rl_llm.policy.hf import leaf_shapes, read_config, read_weights, write_directory
 from rl_llm.policy.scalar_head import apply_head
-from rl_llm.rollout import response_hidden
+from rl_llm.rollout import ResponseBatch, response_hidden, take_prompts
 from rl_llm.sharding import fetch, place_rows
 from rl_llm.tokenizers import (
   ModelTokenizer,
@@ -36,15 +35,7 @@ from rl_llm.tokenizers import (
 _CLASSIFIER = "ForSequenceClassification"
 
 
-def response_rewards(
-  params: Any,
-  prompts: chex.Array,
-  prompt_lengths: chex.Array,
-  tokens: chex.Array,
-  mask: chex.Array,
-  *,
-  policy: Any,
-) -> chex.Array:
+def response_rewards(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.Array:
   """Scores sampled responses: the head's number at the response's last token.
 
   An answer is judged when it is whole, so what is read is the state after its last token, the
@@ -53,10 +44,7 @@ def response_rewards(
 
   Args:
     params: a reward model's, with its "head".
-    prompts: [P, L] int32, left-padded.
-    prompt_lengths: [P] int32.
-    tokens: [B, T] int32, the responses, B = P * G; row b answers prompt b // G.
-    mask: [B, T] bool, True = part of the response.
+    batch: of which prompts, prompt_lengths, tokens and `attended` are read.
     policy: the pure functions of the trunk, a `rl_llm.policy.Policy`.
 
   Returns:
@@ -67,10 +55,11 @@ def response_rewards(
   """
   # The state that would predict one more token has read them all.
   after = ((0, 0), (0, 1))
-  hidden = response_hidden(
-    params, prompts, prompt_lengths, jnp.pad(tokens, after), jnp.pad(mask, after), policy=policy
+  longer = batch._replace(
+    tokens=jnp.pad(batch.tokens, after), attended=jnp.pad(batch.attended, after)
   )
-  return apply_head(params["head"], _at(hidden, _last(mask) + 1))
+  hidden = response_hidden(params, longer, policy=policy)
+  return apply_head(params["head"], _at(hidden, _last(batch.attended) + 1))
 
 
 def sequence_rewards(
@@ -135,9 +124,7 @@ _jitted_rewards = jax.jit(response_rewards, static_argnames="policy")
 
 def score_responses(
   params: Any,
-  prompts: PromptBatch,
-  tokens: np.ndarray,
-  mask: np.ndarray,
+  batch: ResponseBatch,
   *,
   policy: Any,
   rows_per_batch: int,
@@ -150,9 +137,7 @@ def score_responses(
 
   Args:
     params: a reward model's. It reads the rollout's ids, so its tokenizer must be the policy's.
-    prompts: P prompts.
-    tokens: [B, T] int32, B = P * G, as `rl_llm.experience.trim` leaves them.
-    mask: [B, T] bool.
+    batch: P prompts and B = P * G responses, on the host.
     policy: the pure functions of the trunk.
     rows_per_batch: the most responses scored at once, at least G.
     mesh: the devices over which the weights lie; None: the first.
@@ -163,7 +148,7 @@ def score_responses(
   Raises:
     ValueError: B is not a multiple of P, or a prompt's responses do not fit into a batch.
   """
-  n_prompts, rows = len(prompts.lengths), len(tokens)
+  n_prompts, rows = len(batch.prompt_lengths), len(batch.tokens)
   if rows % n_prompts:
     raise ValueError(f"tokens: {rows} rows are not a multiple of the {n_prompts} rows of prompts")
   group = rows // n_prompts
@@ -175,11 +160,9 @@ def score_responses(
   size = min(rows_per_batch // group, n_prompts)
   rewards = []
   for start in range(0, n_prompts, size):
-    chosen = np.arange(start, start + size) % n_prompts
-    of_chosen = (chosen[:, None] * group + np.arange(group)).reshape(-1)
-    batch = (prompts.tokens[chosen], prompts.lengths[chosen], tokens[of_chosen], mask[of_chosen])
-    batch = _jitted_rewards(params, *place_rows(batch, mesh), policy=policy)
-    rewards.append(np.asarray(fetch(batch)))
+    part = take_prompts(batch, np.arange(start, start + size) % n_prompts)
+    found = _jitted_rewards(params, place_rows(part, mesh), policy=policy)
+    rewards.append(np.asarray(fetch(found)))
   return np.concatenate(rewards)[:rows]
 
 

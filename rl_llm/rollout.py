@@ -40,6 +40,53 @@ class Rollout(NamedTuple):
   stop_reason: chex.Array  # [B] int32, STOP_EOS or STOP_LENGTH
 
 
+class ResponseBatch(NamedTuple):
+  """What a loss reads of sampled responses: P prompts and G responses to each, B = P * G rows.
+
+  Row b answers prompt b // G, and t runs over what follows the prompt. Two masks say two things: a
+  token that an environment wrote into the middle of a row is `attended`, since later tokens see it,
+  and not in `mask`, since the policy did not write it.
+
+  What a run does not need is None: then no array of it exists, on the host or on a device. Every
+  array has P or B rows, so minibatches and devices take their shares of all of them the same way.
+  """
+
+  prompts: chex.Array  # [P, L] int32, left-padded
+  prompt_lengths: chex.Array  # [P] int32
+  tokens: chex.Array  # [B, T] int32
+  attended: chex.Array  # [B, T] bool, True = seen by the tokens after it
+  mask: chex.Array  # [B, T] bool, True = written by the policy and trained on; within `attended`
+  sampler_logprobs: chex.Array | None = None  # [B, T] float32, nats, as the sampler reported them
+  old_logprobs: chex.Array | None = None  # [B, T], of the policy before this batch's updates
+  ref_logprobs: chex.Array | None = None  # [B, T], of the frozen reference
+  advantages: chex.Array | None = None  # [B] or [B, T]
+  weights: chex.Array | None = None  # [B, T], of one update's rows, from `rl_llm.weighting`
+  truncated: chex.Array | None = None  # [B] bool, True = cut off at the limit of its length
+  old_values: chex.Array | None = None  # [B, T], of a value network before this batch's updates
+  returns: chex.Array | None = None  # [B, T], what the values should have been
+
+
+def take_prompts(batch: Any, chosen: chex.Array) -> Any:
+  """The rows of the chosen prompts, in that order, of every array.
+
+  >>> prompts, lengths, rows = jnp.array([[7], [8]]), jnp.ones(2), jnp.arange(4)[:, None]
+  >>> batch = ResponseBatch(prompts, lengths, rows, rows >= 0, rows >= 0)
+  >>> take_prompts(batch, jnp.array([1])).tokens.tolist()
+  [[2], [3]]
+
+  Args:
+    batch: a `ResponseBatch`, or any tree that holds one and arrays of its rows; host or device.
+    chosen: [M] ints below P.
+  """
+  leaves = jax.tree.leaves(batch)
+  count = min(len(leaf) for leaf in leaves)  # P; all others have G times as many rows.
+
+  def take(x: chex.Array) -> chex.Array:
+    return x.reshape(count, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
+
+  return jax.tree.map(take, batch)
+
+
 class DecodeState(NamedTuple):
   """All that one decode step reads and writes: B responses, of which S at a time have a slot."""
 
@@ -321,15 +368,7 @@ def _pad_to(room: Any, cache: Any) -> Any:
   return jax.tree.map(put, room, cache)
 
 
-def response_hidden(
-  params: Any,
-  prompts: chex.Array,
-  prompt_lengths: chex.Array,
-  tokens: chex.Array,
-  mask: chex.Array,
-  *,
-  policy: Any,
-) -> chex.Array:
+def response_hidden(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.Array:
   """The states that predict the tokens of responses: what any head of the trainer's side reads.
 
   It reads as the sampler reads: each prompt once, its keys and values shared out to its G
@@ -339,31 +378,28 @@ def response_hidden(
 
   Args:
     params: the weights to read with.
-    prompts: [P, L] int32, left-padded.
-    prompt_lengths: [P] int32.
-    tokens: [B, T] int32, the responses, B = P * G; row b answers prompt b // G.
-    mask: [B, T] bool, True = part of the response.
+    batch: of which prompts, prompt_lengths, tokens and `attended` are read.
     policy: as for `generate`.
 
   Returns:
-    [B, T, D] in the compute dtype: column t has seen the prompt and the tokens before t. Column 0
-    is the prompt's end; the last token is not read.
+    [B, T, D] in the compute dtype: column t has seen the prompt and the attended tokens before t.
+    Column 0 is the prompt's end; the last token is not read.
 
   Raises:
     ValueError: B is not a multiple of P.
   """
-  n_prompts, columns = prompts.shape
-  rows, steps = tokens.shape
+  n_prompts, columns = batch.prompts.shape
+  rows, steps = batch.tokens.shape
   if rows % n_prompts:
     raise ValueError(f"tokens: {rows} rows are not a multiple of the {n_prompts} rows of prompts")
   share = functools.partial(jnp.repeat, repeats=rows // n_prompts, axis=0)
-  reading = prompts, *prompt_layout(prompt_lengths, columns)
+  reading = batch.prompts, *prompt_layout(batch.prompt_lengths, columns)
   if steps == 1:  # Nothing follows the last token: it is not read.
     return share(policy.hidden(params, *reading)[0][:, -1:])
   following = (
-    tokens[:, :-1],
-    share(prompt_lengths)[:, None] + jnp.arange(steps - 1),
-    jnp.where(mask[:, :-1], 0, -1),
+    batch.tokens[:, :-1],
+    share(batch.prompt_lengths)[:, None] + jnp.arange(steps - 1),
+    jnp.where(batch.attended[:, :-1], 0, -1),
   )
   hidden, following = policy.shared_hidden(params, reading, following)
   # The prompt's end predicts the first token.
@@ -385,7 +421,9 @@ def logprobs_of_hidden(
   Args:
     params: the weights, of which only the unembedding is read.
     hidden: [B, T, D] float, from `response_hidden`.
-    tokens, mask, policy, temperature, chunk_size: as for `response_logprobs`.
+    tokens: [B, T] int32, those that each state predicts.
+    mask: [B, T] bool, those that are wanted.
+    policy, temperature, chunk_size: as for `response_logprobs`.
 
   Returns:
     logprobs [B, T] and entropies [B, T], float32, nats, 0 outside the mask.
@@ -403,10 +441,7 @@ def logprobs_of_hidden(
 
 def response_logprobs(
   params: Any,
-  prompts: chex.Array,
-  prompt_lengths: chex.Array,
-  tokens: chex.Array,
-  mask: chex.Array,
+  batch: ResponseBatch,
   *,
   policy: Any,
   temperature: chex.Array | float = 1.0,
@@ -419,27 +454,23 @@ def response_logprobs(
 
   Args:
     params: the weights to score under.
-    prompts: [P, L] int32, left-padded.
-    prompt_lengths: [P] int32.
-    tokens: [B, T] int32, the responses, B = P * G; row b answers prompt b // G.
-    mask: [B, T] bool, True = part of the response.
+    batch: of which prompts, prompt_lengths, tokens, `attended` and `mask` are read.
     policy: as for `generate`.
     temperature: the sampler's; the same for both, or the ratio of the first update is not 1.
     chunk_size: as many logits exist at once as this many tokens have, on all devices together;
       None: CHUNK_SIZE on each device over which rows lie.
 
   Returns:
-    logprobs [B, T] and entropies [B, T], float32, nats, 0 outside the mask.
+    logprobs [B, T] and entropies [B, T], float32, nats, 0 outside `mask`.
 
   Raises:
     ValueError: B is not a multiple of P.
   """
-  hidden = response_hidden(params, prompts, prompt_lengths, tokens, mask, policy=policy)
   return logprobs_of_hidden(
     params,
-    hidden,
-    tokens,
-    mask,
+    response_hidden(params, batch, policy=policy),
+    batch.tokens,
+    batch.mask,
     policy=policy,
     temperature=temperature,
     chunk_size=chunk_size,

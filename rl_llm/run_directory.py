@@ -11,13 +11,27 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from rl_llm import hosts
+from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import ConfigError, flatten, redact, write_config
+from rl_llm.console import Console
 from rl_llm.files import locked, write_atomically
+from rl_llm.interrupt import StopSignals
+
+
+class Run(NamedTuple):
+  """A run while it is at work in its directory."""
+
+  workdir: Path
+  console: Console  # its lines to the person who started it
+  stop: StopSignals  # asked where nothing is lost
+  checkpoints: Checkpointer | None = None  # None where nothing is trained
+  result: dict[str, Any] | None = None  # of a finished run, which has nothing left to do
+
 
 _SHARED_SECONDS = 10  # A network file system may show a new file late.
 

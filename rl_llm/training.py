@@ -1,8 +1,8 @@
-"""What every training run does whatever it trains: go on, evaluate, record, save, stop, report.
+"""What every training run does whatever it trains: resume, evaluate, record, save, stop, report.
 
-An experiment brings its first state, a function that takes one step and one that evaluates. The
-loop sees to it that a run killed at any moment and started again ends as if nothing had happened:
-a step is done once its lines are on record, and only then may a checkpoint hold it.
+An experiment brings its first state and two functions: `sample`, which gives a step's experience
+and may be interrupted, and `learn`, which makes the step's updates of it and may not. Everything
+else that happens at a step is derived from what these two return, in one place.
 """
 
 from __future__ import annotations
@@ -11,138 +11,131 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rl_llm import hosts
-from rl_llm.chat_template import ChatTemplateError
-from rl_llm.checkpoint import Checkpointer, CheckpointError
+from rl_llm.checkpoint import Checkpointer
 from rl_llm.chips import Peak
-from rl_llm.config import ConfigError
+from rl_llm.config import ConfigError, volatile
 from rl_llm.console import Console, number
-from rl_llm.data import DataError
-from rl_llm.data.prompts import PromptTooLong
+from rl_llm.errors import UserError
 from rl_llm.evaluation import Evaluation
 from rl_llm.flops import Work
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.memory import freed_given_back
-from rl_llm.metrics import MetricsWriter, PhaseClock, read
-from rl_llm.policy import (
-  TransformerConfig,
-  WeightsError,
-  join,
-  merge_lora,
-  save_adapter,
-  save_hf,
-)
-from rl_llm.policy.attention import AttentionError
+from rl_llm.metrics import MetricsWriter, PhaseClock, finalize, read
+from rl_llm.policy import TransformerConfig, merge_lora, save_adapter, save_hf
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.profiling import StepTracer, compile_clock
 from rl_llm.report import before_after, write_report
-from rl_llm.rewards import RewardError
-from rl_llm.run_directory import opened, write_result
-from rl_llm.sharding import ShardingError, fetch, placed_shapes
+from rl_llm.run_directory import Run, opened, write_result
+from rl_llm.sharding import fetch, placed_shapes
 from rl_llm.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
-from rl_llm.tasks import TaskError
-from rl_llm.tokenizers import Tokenizer, TokenizerError, save_tokenizer
+from rl_llm.tokenizers import Tokenizer, save_tokenizer
 from rl_llm.train_state import TrainState
-from rl_llm.update import LossFn, first_nonfinite
-
-# What a person can put right: told in one line, without a traceback.
-USER_ERRORS = (
-  WeightsError,
-  TokenizerError,
-  ChatTemplateError,
-  TaskError,
-  DataError,
-  PromptTooLong,
-  RewardError,
-  CheckpointError,
-  ShardingError,
-  AttentionError,
-  hosts.HostsDiffer,
-)
+from rl_llm.update import name_nonfinite
 
 
 class Diverged(RuntimeError):
   """Training cannot go on; the message says where it broke and what to try."""
 
 
-class Run(NamedTuple):
-  """Where a run lives and what it is saved to, and its lines to the person who started it."""
+class Learned(NamedTuple):
+  """What a step's updates were, for its record.
 
-  workdir: Path
-  checkpoints: Checkpointer
-  console: Console
-  stop: StopSignals
+  Attributes:
+    metrics: name -> (sum, count), or a number; they may still be on the devices. Those of an update
+      hold "nonfinite_leaves"; those of a second network's update have names with its prefix.
+    advantages: [P, G] what each response was worth, for samples.jsonl; None where none is sampled.
+    work: what was sampled and trained on, of which the step's row gets rates.
+  """
+
+  metrics: Mapping[str, Any]
+  advantages: Any = None
+  work: Work = Work()
+
+
+class Examples(NamedTuple):
+  """What a step takes from a file of examples: the counterpart of a sampled `Experience`."""
+
+  examples: Sequence[Any]
+  metrics: Mapping[str, Any] = {}  # what the step's row says of them
+  samples: Sequence[dict[str, Any]] = ()  # lines of samples.jsonl
 
 
 class Step(NamedTuple):
-  """What one step gave.
+  """One step, for its record; the last "step" of a run only evaluates."""
 
-  Attributes:
-    state: the pytree that the next step begins with, and that checkpoints hold.
-    metrics: the step's row of metrics.jsonl, timings aside.
-    samples: its rows of samples.jsonl.
-    work: what it sampled and trained on, of which its row gets rates.
-    failure: why the run cannot go on, once this step is on record; "" if it can.
-  """
-
-  state: Any
-  metrics: Mapping[str, Any]
-  samples: Sequence[dict[str, Any]] = ()
-  work: Work = Work()
-  failure: str = ""
+  number: int
+  clock: PhaseClock
+  evaluation: Evaluation | None = None
+  state: Any = None
+  experience: Any = None  # an `Experience` or `Examples`: its metrics and samples are read
+  learned: Learned | None = None
+  compile_seconds: float = 0.0
 
 
-def start_run(
-  body: Callable[[Run], dict[str, Any]],
+class Schedule(NamedTuple):
+  """When a run does what it does not do at every step."""
+
+  steps: int  # of the whole run
+  eval_every: int
+  checkpoint_every: int
+  profile: int = 0  # steps to trace, from the second one on, since the first compiles
+
+
+# (state, step, clock) -> experience. It may raise `Interrupted`: the state is as it was.
+Sample = Callable[[Any, int, PhaseClock], Any]
+# (state, experience, step, clock) -> (state, learned). It donates the state's arrays, and so cannot
+# be interrupted: it is given nothing that it could ask.
+Learn = Callable[[Any, Any, int, PhaseClock], tuple[Any, Learned]]
+# (step) -> why training cannot go further, "" if it can
+Record = Callable[[Step], str]
+
+
+@contextmanager
+def open_run(
   config: Any,
   workdir: str | os.PathLike,
   *,
   steps: int,
-  volatile: Iterable[str],
   checkpoints_kept: int = 1,
   export: bool = False,
-) -> dict[str, Any]:
-  """Opens the run's directory for this process alone and runs `body` in it, unless it is finished.
+) -> Iterator[Run]:
+  """Opens the run's directory for this process alone; the run has a result if it is finished.
 
   Args:
-    body: trains and gives the result.
     config: recorded in the directory; a run of other settings there is refused.
     workdir: the directory.
-    steps: of the whole run: a finished run with fewer goes on.
-    volatile: fields of the config that may differ from those the run began with.
+    steps: of the whole run: a finished run with fewer steps resumes.
     checkpoints_kept: how many stay.
     export: whether a directory `model` is wanted.
-
-  Returns:
-    The result, which result.json holds.
 
   Raises:
     ConfigError: the directory cannot be used.
     WeightsError: an export is wanted, and safetensors is not installed.
-    Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
-    Diverged: the gradients were not finite too often.
   """
   if export:
     import_safetensors()  # Or a run would find out at its end.
   workdir = Path(workdir)
   with StopSignals() as stop, open_console(steps) as console:
-    with opened(workdir, config, volatile=volatile, doing="trains in") as result:
-      finished = result is not None and result["steps"] >= steps
+    with opened(workdir, config, volatile=volatile(config), doing="trains in") as result:
       exported = hosts.share("the exported model", (workdir / "model").exists())
-      if not finished or (export and not exported):
+      if result is None or result["steps"] < steps or (export and not exported):
         checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
-        return body(Run(workdir, checkpoints, console, stop))
+        yield Run(workdir, console, stop, checkpoints)
+        return
       console.say(f"{workdir} is finished; a larger --steps goes on, another --workdir begins anew")
       if hosts.is_main():
         show_result(console, workdir, result)
-      return result
+      yield Run(workdir, console, stop, result=result)
 
 
 def open_console(total_steps: int) -> Console:
@@ -190,125 +183,187 @@ def train_loop(
   run: Run,
   start: int,
   state: Any,
-  take_step: Callable[[Any, int, PhaseClock], Step],
-  evaluate: Callable[[Any], Evaluation],
   *,
-  steps: int,
-  eval_every: int,
-  checkpoint_every: int,
-  samples_every: int,
-  peak: Peak | None = None,
-  profile: int = 0,
+  sample: Sample,
+  learn: Learn,
+  evaluate: Callable[[Any], Evaluation],
+  record: Record,
+  schedule: Schedule,
 ) -> Any:
-  """Takes the steps from `start` on.
+  """Takes the steps from `start` on: sample, learn, record.
+
+  A run killed at any moment and started again ends as if nothing had happened: a step is done once
+  its lines are on record, and only then may a checkpoint hold it. Metrics stay on the devices until
+  a step is over.
 
   Args:
     run: the directory, the console, and the signals that stop the run.
     start: from `begin`.
     state: from `begin`.
-    take_step: (state, step, clock) -> `Step`. It may donate the state's arrays, and must not ask
-      `run.stop` once it has: what is saved at an interruption is the state it was given.
+    sample: see `Sample`.
+    learn: see `Learn`.
     evaluate: (state) -> metrics "eval/..." and samples; done before step 0, every `eval_every`
       steps, and at the end.
-    steps: of the whole run.
-    eval_every: steps between evaluations.
-    checkpoint_every: steps between checkpoints.
-    samples_every: steps between tables of samples on the console.
-    peak: of the devices, for the MFU; None: not known.
-    profile: steps to trace into the directory `profile`, from the second one on, since the first
-      compiles.
+    record: such as `open_record` gives.
+    schedule: see `Schedule`.
 
   Returns:
     The last state.
 
   Raises:
-    Interrupted: as for `start_run`.
-    Diverged: as for `start_run`.
+    Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
+    Diverged: `record` said so.
   """
-  console, stop, workdir, checkpoints = run.console, run.stop, run.workdir, run.checkpoints
   saved = start
-  files = [workdir / "metrics.jsonl", workdir / "samples.jsonl"] if hosts.is_main() else [None] * 2
-  metrics_file, samples_file = (MetricsWriter(path, resume_step=start - 1) for path in files)
-  last_traced = min(start + profile, steps - 1) if profile else start
-  if profile and last_traced == start:
-    console.say("--profile begins with the second step of a start: there is none, and no trace")
-  step_trace = StepTracer(
-    workdir / "profile", first=start + 1, last=last_traced, say=console.say
-  )
-  with metrics_file, samples_file, compile_clock() as compiled, freed_given_back(), step_trace:
+  with compile_clock() as compiled, freed_given_back(), _tracer(run, start, schedule) as trace:
     try:
-      for step in range(start, steps + 1):
-        with step_trace(step):
-          row, samples = {}, []
-          clock, compiled_before = PhaseClock(), compiled()
-          stop.check_together(f"step {step}")
+      for step in range(start, schedule.steps + 1):
+        with trace(step):
+          done, before = Step(step, PhaseClock()), compiled()
+          last = step == schedule.steps
+          run.stop.check_together(f"step {step}")
           # What happened before this step is on record by now, so nothing is lost whenever we die.
-          if step > saved and (step % checkpoint_every == 0 or step == steps):
-            with clock("checkpoint"):
-              checkpoints.save(step, state)
+          if step > saved and (last or step % schedule.checkpoint_every == 0):
+            with done.clock("checkpoint"):
+              run.checkpoints.save(step, state)
             saved = step
-          if step % eval_every == 0 or step == steps:
-            with clock("eval"):
-              found = evaluate(state)
-            console.evaluation(step, found.metrics)
-            row |= found.metrics
-            samples += found.rows
-          if step == steps:
-            metrics_file.write(step, row | clock.metrics())
-            samples_file.write(step, *samples)
+          if last or step % schedule.eval_every == 0:
+            with done.clock("eval"):
+              done = done._replace(evaluation=evaluate(state))
+            run.console.evaluation(step, done.evaluation.metrics)
+          if last:
+            record(done)
             break
-          state, metrics, trained, work, failure = take_step(state, step, clock)
-          samples_file.write(step, *samples, *trained)
-          if trained and step % samples_every == 0:
-            console.samples(step, trained)
-          times = clock.metrics()
-          row |= dict(metrics) | times | speed_metrics(times, work, peak)
-          row["speed/compile_seconds"] = compiled() - compiled_before
-          metrics_file.write(step, row)
-          console.step(step, row)
+          experience = sample(state, step, done.clock)
+          run.stop.check()  # For the last time: from here on the state is donated.
+          state, learned = learn(state, experience, step, done.clock)
+          with done.clock("update"):
+            learned = learned._replace(metrics=finalize(fetch(dict(learned.metrics))))
+          compile_seconds = compiled() - before
+          failure = record(
+            Step(step, done.clock, done.evaluation, state, experience, learned, compile_seconds)
+          )
           if failure:
             raise Diverged(failure)
     except Interrupted as interruption:
       if step > saved:
-        checkpoints.save(step, state)
-      console.say(
-        f"{interruption}: saved at step {step} of {steps}; the same command goes on from it"
-      )
+        run.checkpoints.save(step, state)
+      where = f"step {step} of {schedule.steps}"
+      run.console.say(f"{interruption}: saved at {where}; the same command goes on from it")
       raise
   return state
 
 
-def failure_of(
-  loss_fn: LossFn,
-  state: TrainState,
-  batch: Any,
-  hparams: Any,
-  *,
-  max_skipped: int,
-  frozen: Any = None,
-) -> str:
-  """Why training cannot go on, "" if it can: `max_skipped` updates in a row were not finite.
+def _tracer(run: Run, start: int, schedule: Schedule) -> StepTracer:
+  """Traces the steps that the schedule asks for."""
+  last = min(start + schedule.profile, schedule.steps - 1) if schedule.profile else start
+  if schedule.profile and last == start:
+    run.console.say("--profile begins with the second step of a start: there is none, and no trace")
+  directory = run.workdir / "profile"
+  return StepTracer(directory, first=start + 1, last=last, say=run.console.say)
+
+
+@contextmanager
+def open_record(
+  run: Run, start: int, *, samples_every: int, max_skipped: int, peak: Peak | None = None
+) -> Iterator[Record]:
+  """The record of a run, open while the block lasts: one function that writes a step's lines.
 
   Args:
-    loss_fn: the update's.
-    state: after the update.
-    batch: of the update.
-    hparams: of the update.
-    max_skipped: how many are too many.
-    frozen: of the update.
+    run: whose metrics.jsonl and samples.jsonl; its console shows what was written.
+    start: the step that the run begins or resumes with: lines of later steps are dropped.
+    samples_every: steps between tables of samples on the console; 0: none.
+    max_skipped: updates in a row without a finite gradient after which training cannot continue.
+    peak: of the devices, for the MFU; None: not known.
   """
-  skipped = int(state.skipped_in_a_row)
-  if skipped < max_skipped:
-    return ""
+  names = ("metrics.jsonl", "samples.jsonl")
+  metrics_file, samples_file = (
+    MetricsWriter(run.workdir / name if hosts.is_main() else None, resume_step=start - 1)
+    for name in names
+  )
 
-  def trained_loss(params, frozen, batch, hparams):
-    return loss_fn(join(frozen, params), batch, hparams)
+  def record(step: Step) -> str:
+    row, lines = step_rows(step)
+    failure = failure_of(step, max_skipped=max_skipped) if step.learned else ""
+    times = step.clock.metrics()
+    row |= times
+    if step.learned:
+      row |= speed_metrics(times, step.learned.work, peak)
+      row["speed/compile_seconds"] = step.compile_seconds
+    samples_file.write(step.number, *lines)
+    metrics_file.write(step.number, row)  # Last: a step with this line is on record.
+    trained = [line for line in lines if line["split"] == "train"]
+    if trained and samples_every and step.number % samples_every == 0:
+      run.console.samples(step.number, trained)
+    if step.learned:
+      run.console.step(step.number, row)
+    return failure
 
-  gradient_of = jax.jit(jax.grad(trained_loss, has_aux=True))
-  gradient = gradient_of(state.params, frozen, batch, hparams)[0]
+  with metrics_file, samples_file:
+    yield record
+
+
+def step_rows(step: Step) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """The step's line of metrics.jsonl, timings aside, and its lines of samples.jsonl."""
+  row: dict[str, Any] = {}
+  lines: list[dict[str, Any]] = []
+  if step.evaluation is not None:
+    row |= step.evaluation.metrics
+    lines += step.evaluation.rows
+  if step.learned is not None:
+    row |= {k: v for k, v in step.learned.metrics.items() if not k.endswith("nonfinite_leaves")}
+    row |= step.experience.metrics
+    for prefix, trained in train_states(step.state):
+      row[f"{prefix}updates_skipped"] = int(trained.skipped)
+    advantages = step.learned.advantages
+    if advantages is None:
+      lines += step.experience.samples
+    else:
+      worths = np.asarray(advantages).reshape(-1)
+      for line, worth in zip(step.experience.samples, worths, strict=True):
+        lines.append(line | {"advantage": float(worth)})
+  return row, lines
+
+
+def train_states(state: Any) -> list[tuple[str, TrainState]]:
+  """The networks that a state trains: the first by an empty prefix, others by their field's name.
+
+  >>> class Two(NamedTuple):
+  ...   policy: TrainState
+  ...   value: TrainState
+  >>> [prefix for prefix, _ in train_states(Two(TrainState(*[0] * 5), TrainState(*[0] * 5)))]
+  ['', 'value_']
+  """
+  if isinstance(state, TrainState):
+    return [("", state)]
+  found = [
+    (f"{name}_", leaf) for name, leaf in state._asdict().items() if isinstance(leaf, TrainState)
+  ]
+  return [("", found[0][1]), *found[1:]]
+
+
+def policy_state(state: Any) -> TrainState:
+  """The state of the network that samples: the first that a state trains."""
+  return train_states(state)[0][1]
+
+
+def failure_of(step: Step, *, max_skipped: int) -> str:
+  """Why training cannot go further, "" if it can: `max_skipped` updates in a row were not finite.
+
+  The update itself said which leaves of its gradient were not: nothing is computed again.
+  """
+  for prefix, trained in train_states(step.state):
+    skipped = int(trained.skipped_in_a_row)
+    if skipped >= max_skipped:
+      return diagnosis(trained.params, step.learned.metrics[f"{prefix}nonfinite_leaves"], skipped)
+  return ""
+
+
+def diagnosis(params: Any, nonfinite_leaves: Any, skipped: int) -> str:
+  """What to say of that many updates in a row without a finite gradient."""
   return (
     f"{skipped} updates in a row had a gradient that is not finite, first in "
-    f"{first_nonfinite(gradient)}; the parameters are those before them. Lower "
+    f"{name_nonfinite(params, nonfinite_leaves)}; the parameters are those before them. Lower "
     "--optimizer.learning_rate, or look at samples.jsonl for what the model wrote"
   )
 
@@ -450,7 +505,7 @@ def exit_code(train: Callable[[], Any], *, distributed: Mapping[str, Any] | None
 
 def _end_all(error: Exception) -> NoReturn:
   """Tells all processes why this one cannot go on, and ends them."""
-  if isinstance(error, (ConfigError, *USER_ERRORS)):
+  if isinstance(error, UserError):
     hosts.end_all(str(error), 2, of_one=not isinstance(error, hosts.HostsDiffer))
   if isinstance(error, hosts.HostLost):
     hosts.end_all(str(error), 1, of_one=False)

@@ -93,7 +93,8 @@ def make_update(
   Returns:
     The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is the
     loss's. Metrics are (sum, count) pairs: the loss's own, summed over the microbatches computed,
-    and "loss", "grad_norm", "update_skipped".
+    and "loss", "grad_norm", "update_skipped", and "nonfinite_leaves", whose sum is [N]: 1 for each
+    leaf of the gradient, in the order of `jax.tree.leaves`, that is not finite (`name_nonfinite`).
 
   Raises:
     ValueError: at trace time, when the batch's rows are not divisible.
@@ -138,6 +139,7 @@ def make_update(
     frozen: Any = None,
   ):
     (loss, metrics), grads = accumulate(state.params, frozen, batch, hparams, used)
+    squares = jnp.stack([optax.tree.norm(leaf, squared=True) for leaf in jax.tree.leaves(grads)])
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -162,6 +164,7 @@ def make_update(
       "loss": (loss, one),
       "grad_norm": (grad_norm, one),
       "update_skipped": (skipped.astype(jnp.float32), one),
+      "nonfinite_leaves": ((~jnp.isfinite(squares)).astype(jnp.float32), one),
     }
 
   # Donated: the state, whose buffers the new state takes over. Not the batch: later epochs read it
@@ -206,13 +209,17 @@ def learning_rate_at(
   raise ValueError(f"schedule: {schedule!r}; allowed: 'constant', 'linear', 'cosine'")
 
 
-def first_nonfinite(tree: Any) -> str | None:
-  """The path of the first leaf with an entry that is not finite, for a diagnosis; else None.
+def name_nonfinite(params: Any, leaves: Any) -> str:
+  """The path of the first leaf of a gradient that was not finite, for a diagnosis.
 
-  >>> first_nonfinite({"a": jnp.zeros(2), "b": {"c": jnp.array([1.0, jnp.nan])}})
+  >>> name_nonfinite({"a": 0.0, "b": {"c": 0.0}}, [0.0, 1.0])
   "['b']['c']"
+
+  Args:
+    params: what the gradient is of, arrays or their shapes.
+    leaves: [N] how often each leaf was not finite: the update's "nonfinite_leaves". Where none was,
+      each was finite and the sum of their squares was not.
   """
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
-      return jax.tree_util.keystr(path)
-  return None
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  found = [jax.tree_util.keystr(path) for path, n in zip(paths, leaves, strict=True) if n]
+  return found[0] if found else "its norm, which overflows"

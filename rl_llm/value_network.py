@@ -9,18 +9,10 @@ import jax.numpy as jnp
 
 from rl_llm.masked import masked_var
 from rl_llm.policy.scalar_head import apply_head
-from rl_llm.rollout import response_hidden
+from rl_llm.rollout import ResponseBatch, response_hidden
 
 
-def response_values(
-  params: Any,
-  prompts: chex.Array,
-  prompt_lengths: chex.Array,
-  tokens: chex.Array,
-  mask: chex.Array,
-  *,
-  policy: Any,
-) -> chex.Array:
+def response_values(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.Array:
   """The value of the state before each response token, aligned with `response_logprobs`.
 
       values[b, t] = apply_head(head, hidden that has seen the prompt and tokens[b, :t])
@@ -31,26 +23,23 @@ def response_values(
   A tower of its own is `with_head(policy_params, zero_head(width))`. Where the policy's trunk is
   shared, one pass serves both heads:
 
-      hidden = response_hidden(params["policy"], *responses, policy=policy)
-      logprobs, entropies = logprobs_of_hidden(params["policy"], hidden, tokens, mask, ...)
-      values = values_of_hidden(params["value_head"], hidden, mask)
+      hidden = response_hidden(params, batch, policy=policy)
+      logprobs, entropies = logprobs_of_hidden(params, hidden, batch.tokens, batch.mask, ...)
+      values = values_of_hidden(params["head"], hidden, batch.mask)
 
   Args:
     params: a tower's, with its "head".
-    prompts: [P, L] int32, left-padded.
-    prompt_lengths: [P] int32.
-    tokens: [B, T] int32, the responses, B = P * G; row b answers prompt b // G.
-    mask: [B, T] bool, True = part of the response.
+    batch: of which prompts, prompt_lengths, tokens, `attended` and `mask` are read.
     policy: the pure functions of the trunk, a `rl_llm.policy.Policy`.
 
   Returns:
-    values [B, T], float32, in units of reward, 0 outside the mask.
+    values [B, T], float32, in units of reward, 0 outside `mask`.
 
   Raises:
     ValueError: B is not a multiple of P.
   """
-  hidden = response_hidden(params, prompts, prompt_lengths, tokens, mask, policy=policy)
-  return values_of_hidden(params["head"], hidden, mask)
+  hidden = response_hidden(params, batch, policy=policy)
+  return values_of_hidden(params["head"], hidden, batch.mask)
 
 
 def values_of_hidden(head: Any, hidden: chex.Array, mask: chex.Array) -> chex.Array:

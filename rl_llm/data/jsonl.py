@@ -15,8 +15,10 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rl_llm.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError, ValueError):
   """A file or a row of it cannot be used; the message begins with `path:line:`."""
 
 

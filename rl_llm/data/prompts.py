@@ -7,10 +7,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rl_llm.errors import UserError
+
 Overlong = Literal["error", "drop", "truncate_left"]
 
 
-class PromptTooLong(ValueError):
+class PromptTooLong(UserError, ValueError):
   """A prompt is longer than the limit and the policy for such prompts is to stop."""
 
 

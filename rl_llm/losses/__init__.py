@@ -80,8 +80,47 @@ from rl_llm.losses.unpaired import (
   xpo_loss,
 )
 
+# Those of one interface each, the usual one first: what an experiment offers by name.
+# (logprobs, old_logprobs, advantages, weights, *, mask=None, ...), but for REINFORCE, which has no
+# old policy.
+POLICY_LOSSES = (
+  grpo_loss,
+  ppo_loss,
+  reinforce_loss,
+  cispo_loss,
+  sapo_loss,
+  dppo_tv_loss,
+  dppo_kl_loss,
+  dro_loss,
+  gspo_loss,
+  gspo_token_loss,
+  gmpo_loss,
+  vespo_loss,
+)
+# (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights, *, ...);
+# the last three have no reference.
+PREFERENCE_LOSSES = (
+  dpo_loss,
+  robust_dpo_loss,
+  hinge_dpo_loss,
+  ipo_loss,
+  exo_loss,
+  nca_loss,
+  bco_loss,
+  sppo_loss,
+  apo_zero_loss,
+  apo_down_loss,
+  discopop_loss,
+  aot_loss,
+  simpo_loss,
+  cpo_loss,
+  orpo_loss,
+)
+
 __all__ = [
   "BATCH_COUPLED",
+  "POLICY_LOSSES",
+  "PREFERENCE_LOSSES",
   "action_ids_of",
   "aot_loss",
   "aot_unpaired_loss",

@@ -19,6 +19,7 @@ and often both fall. Watch "chosen_reward".
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def dpo_loss(
   *,
   beta=0.1,
   label_smoothing=0.0,
-  divergence="reverse_kl",
+  divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
   alpha=0.5,
 ) -> tuple[Array, Metrics]:
   """DPO: the log-likelihood of the preferences, under the reward that the policy implies.

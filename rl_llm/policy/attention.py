@@ -18,6 +18,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from rl_llm.errors import UserError
 from rl_llm.sharding import ROWS, row_shards
 
 AttentionName = Literal["auto", "xla", "cudnn", "splash"]
@@ -117,7 +118,7 @@ def attend(
 
 
 
-class AttentionError(ValueError):
+class AttentionError(UserError, ValueError):
   """A kernel was asked for that is not here, or that cannot do what is asked of it."""
 
 

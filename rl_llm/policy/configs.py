@@ -6,8 +6,10 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from rl_llm.errors import UserError
 
-class WeightsError(ValueError):
+
+class WeightsError(UserError, ValueError):
   """A model's files cannot be used: one line with the file, what is wrong with it, and the fix."""
 
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rl_llm.errors import UserError
 from rl_llm.rewards import worker as protocol
 
 STATUSES = ("ok", "not_applicable", "raised", "timed_out", "died", "invalid")
@@ -34,7 +35,7 @@ MAX_ABSOLUTE = 1e6
 REQUIRED_LAYERS = ("network", "files")
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError, RuntimeError):
   """The reward function cannot be used; the message names it and the fix."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 
 from rl_llm.tasks.arithmetic import ArithmeticOptions, arithmetic_task
 from rl_llm.tasks.copy_text import CopyOptions, copy_task
@@ -13,6 +14,8 @@ from rl_llm.tasks.problem import Problem, Task, TaskError
 from rl_llm.tasks.reasoning_gym import ReasoningGymOptions, reasoning_gym_task
 
 __all__ = [
+  "FORMS",
+  "TASKS",
   "ArithmeticOptions",
   "CopyOptions",
   "Gsm8kOptions",
@@ -30,14 +33,24 @@ __all__ = [
   "task_family",
 ]
 
-_OPTIONS = {
-  "arithmetic": ArithmeticOptions,
-  "copy": CopyOptions,
-  "reasoning_gym": ReasoningGymOptions,
-  "jsonl": JsonlOptions,
-  "gsm8k": Gsm8kOptions,
+# Everything that a task's name decides, in one place: its options, and the function that makes it
+# of the options, and before them of what stands after the colon, if its name takes something.
+TASKS = {
+  "arithmetic": (ArithmeticOptions, arithmetic_task),
+  "copy": (CopyOptions, copy_task),
+  "reasoning_gym": (ReasoningGymOptions, reasoning_gym_task),
+  "jsonl": (JsonlOptions, jsonl_task),
+  "gsm8k": (Gsm8kOptions, gsm8k_task),
 }
-_FORMS = ("arithmetic", "copy", "reasoning_gym:<name>", "jsonl:<path>", "gsm8k:<path>")
+
+
+def _rest(family: str) -> str:
+  """What stands after the colon of a task's name, by its parameter's; "" where nothing does."""
+  *before, _ = inspect.signature(TASKS[family][1]).parameters
+  return before[0] if before else ""
+
+
+FORMS = tuple(f"{name}:<{_rest(name)}>" if _rest(name) else name for name in TASKS)
 
 
 def task_family(spec: str) -> str:
@@ -50,13 +63,12 @@ def task_family(spec: str) -> str:
     TaskError: no such task, or the part after the colon is missing or too much; names the nearest.
   """
   family, colon, rest = spec.partition(":")
-  if family not in _OPTIONS:
-    near = difflib.get_close_matches(family, _OPTIONS, n=1)
+  if family not in TASKS:
+    near = difflib.get_close_matches(family, TASKS, n=1)
     guess = f" did you mean {near[0]}?" if near else ""
-    raise TaskError(f"task={spec!r}: no such task;{guess} must be one of {', '.join(_FORMS)}")
-  takes_rest = family in ("reasoning_gym", "jsonl", "gsm8k")
-  if takes_rest != bool(rest) or bool(colon) != bool(rest):
-    form = next(form for form in _FORMS if form.startswith(family))
+    raise TaskError(f"task={spec!r}: no such task;{guess} must be one of {', '.join(FORMS)}")
+  if bool(_rest(family)) != bool(rest) or bool(colon) != bool(rest):
+    form = FORMS[list(TASKS).index(family)]
     raise TaskError(f"task={spec!r}: must be written {form}")
   return family
 
@@ -70,28 +82,19 @@ def load_task(spec: str, **options) -> Task:
 
   Args:
     spec: the name; after a colon the puzzle or the path.
-    **options: fields of `ArithmeticOptions`, `CopyOptions`, `ReasoningGymOptions`,
-      `JsonlOptions` or `Gsm8kOptions`.
+    **options: fields of the task's options in `TASKS`.
 
   Raises:
     TaskError: the name, an option's name or its value does not fit.
     DataError: a file or a row of it cannot be used.
   """
   family = task_family(spec)
-  known = [field.name for field in dataclasses.fields(_OPTIONS[family])]
+  kind, make = TASKS[family]
+  known = [field.name for field in dataclasses.fields(kind)]
   for name in options:
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1)
       guess = f" did you mean {near[0]}?" if near else ""
       raise TaskError(f"{family}.{name}: no such option;{guess} must be one of {', '.join(known)}")
-  chosen = _OPTIONS[family](**options)
   rest = spec.partition(":")[2]
-  if family == "arithmetic":
-    return arithmetic_task(chosen)
-  if family == "copy":
-    return copy_task(chosen)
-  if family == "reasoning_gym":
-    return reasoning_gym_task(rest, chosen)
-  if family == "gsm8k":
-    return gsm8k_task(rest, chosen)
-  return jsonl_task(rest, chosen)
+  return make(*[rest] * bool(rest), kind(**options))

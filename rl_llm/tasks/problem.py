@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rl_llm.data.held_out import hashed
+from rl_llm.errors import UserError
 from rl_llm.rewards import RewardSource
 
 
-class TaskError(ValueError):
+class TaskError(UserError, ValueError):
   """A task or one of its options cannot be used; the message names it and the fix."""
 
 

@@ -1,0 +1,490 @@
+"""Groups of flags that several experiments have; an experiment may change their defaults.
+
+Groups that stand in a `Config` as `inline(...)` have no prefix: `--seed`, `--task`. A group checks
+itself: `rl_llm.config.check(config)` calls each group's `check` before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from rl_llm import losses, presets
+from rl_llm.config import ConfigError, inline, option
+from rl_llm.group_advantages import GROUP_ADVANTAGES
+from rl_llm.keywords import keyword_group
+from rl_llm.policy.attention import AttentionName
+from rl_llm.tasks import FORMS, TASKS, task_family
+
+ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
+PRESETS = Literal[
+  "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
+]
+
+
+# What every run has.
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What survives a crash."""
+
+  every: int = option(
+    10, "steps between checkpoints; the last one is always written", min=1, volatile=True
+  )
+  keep: int = option(1, "checkpoints kept", min=1, volatile=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+  """Several processes, on one host or many, train one model; each is started with this command."""
+
+  on: bool = option(
+    False,
+    "--distributed for short: join the others, found by Slurm, Open MPI, GKE or the TPU VM",
+    volatile=True,
+  )
+  coordinator: str = option(
+    "", "HOST:PORT of process 0, where none of these says it", volatile=True
+  )
+  processes: int = option(
+    0, "how many there are, where none of these says it", min=0, volatile=True
+  )
+  process_id: int = option(
+    -1, "this one's number, from 0, where none of these says it", min=-1, volatile=True
+  )
+  heartbeat: int = option(
+    100,
+    "seconds without a sign of life after which a process is lost, and the others end",
+    min=1,
+    volatile=True,
+  )
+  wait: int = option(
+    600,
+    "seconds that processes wait for one that is late, at most: at the start, at a step, for "
+    "grades, at a checkpoint",
+    min=1,
+    volatile=True,
+  )
+
+  def joined(self) -> dict[str, Any] | None:
+    """The keywords of `rl_llm.hosts.initialize`; None for a process that trains alone.
+
+    Raises:
+      ConfigError: other processes are described, and not to be joined.
+    """
+    keywords = dataclasses.asdict(self)
+    if keywords.pop("on"):
+      return keywords
+    for name in ("coordinator", "processes", "process_id"):
+      if keywords[name] != getattr(Distributed(), name):
+        raise ConfigError(f"distributed.{name}", keywords[name], "left out without --distributed")
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The run: how long, where, and what it leaves."""
+
+  workdir: str = option(
+    "",
+    "the run's directory; empty = runs/<experiment>-<model>-<task or data>-seed<seed>",
+    volatile=True,
+  )
+  seed: int = option(0, "of problems, samples and order, and of the tiny model's weights", min=0)
+  steps: int = option(
+    24,
+    "batches, each followed by its updates",
+    min=1,
+    # A falling learning rate depends on where it is to end.
+    volatile=lambda config: config.optimizer.schedule == "constant",
+  )
+  profile: int = option(
+    0,
+    "steps to trace with jax.profiler, from the second of this start on, since the first "
+    "compiles; written to WORKDIR/profile; 0 = none",
+    min=0,
+    volatile=True,
+  )
+  checkpoint: Checkpoint = Checkpoint()
+  distributed: Distributed = Distributed()
+
+
+def reward() -> Any:
+  return option(
+    "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
+  )
+
+
+def preset(parts: str) -> Any:
+  return option("none", f"a published recipe for {parts}; flags given explicitly win")
+
+
+def samples_every() -> Any:
+  return option(5, "steps between sample tables, where it samples", min=1, volatile=True)
+
+
+def export() -> Any:
+  return option(
+    False,
+    "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank the "
+    "adapters alone too, WORKDIR/adapter",
+    volatile=True,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW."""
+
+  learning_rate: float = option(1.5e-5, "after warm-up", above=0)
+  schedule: Literal["constant", "linear", "cosine"] = option("constant", "towards 0 at the end")
+  warmup_steps: int = option(0, "steps over which the learning rate rises from 0", min=0)
+  b1: float = option(0.9, "decay of the mean gradient", min=0, below=1)
+  b2: float = option(0.95, "decay of the mean squared gradient", min=0, below=1)
+  eps: float = option(1e-8, "added to its root", above=0)
+  weight_decay: float = option(0.0, "of matrices, decoupled", min=0)
+  max_grad_norm: float = option(1.0, "longer gradients are scaled down; 0 = never", min=0)
+  mu_dtype: Literal["float32", "bfloat16"] = option("float32", "in which the mean gradient is kept")
+  max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
+
+  def check(self, config: Any) -> None:
+    """Refuses a warm-up that never ends."""
+    if self.schedule != "constant" and self.warmup_steps >= config.run.steps:
+      raise ConfigError(
+        "optimizer.warmup_steps", self.warmup_steps, f"less than steps ({config.run.steps})"
+      )
+
+
+# The model and its devices.
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Train thin matrices next to the weights instead of the weights."""
+
+  rank: int = option(0, "of each change; 0 trains all weights", min=0)
+  alpha: float = option(32.0, "the change is multiplied by alpha / rank", above=0)
+  targets: str = option("attention|mlp", "pattern found in the paths of the weights to adapt")
+  adapter: str = option(
+    "", "begin with the adapters of this directory, such as a run's WORKDIR/adapter or one that "
+    "PEFT wrote, of this rank, alpha and targets; empty = new ones"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The model and its arithmetic."""
+
+  model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, or a .gguf file")
+  dtype: Literal["float32", "bfloat16"] = option(
+    "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
+  )
+  remat: bool = option(False, "compute activations twice instead of holding them")
+  scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
+  attention: AttentionName = option("auto", ATTENTION_HELP)
+  lora: Lora = Lora()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+  """How the devices share the work; -1 = the devices that the other axes leave, one axis only."""
+
+  # A run resumes on whatever devices it finds: they change what is computed by rounding alone.
+  data: int = option(
+    -1, "copies of the weights, each with other rows of the batch", min=-1, volatile=True
+  )
+  fsdp: int = option(
+    1, "the same, but each matrix is cut over these devices", min=-1, volatile=True
+  )
+  tensor: int = option(
+    1, "devices that share the heads and the MLP of the same rows", min=-1, volatile=True
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingMesh(MeshSizes):
+  """How the devices share the work; -1 = the devices that the other axes leave, one axis only."""
+
+  gather: Literal["step", "token"] = option(
+    "step",
+    "when sampling gathers the matrices that fsdp cuts: all at once, if a device can hold "
+    "them (divided by tensor), or at every token, which takes longer",
+    volatile=True,
+  )
+
+
+# Problems, prompts and responses.
+
+_Families = dataclasses.make_dataclass(
+  "Families",
+  [(name, options, options()) for name, (options, _) in TASKS.items()],
+  frozen=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is asked, and who grades it."""
+
+  task: str = option(
+    "arithmetic", f"{', '.join(FORMS)}; none, where an experiment has --data, is no task"
+  )
+  reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
+  reward_workers: int = option(2, "grader processes", min=1)
+  families: _Families = inline(_Families())
+
+  def check(self, config: Any) -> None:
+    """Refuses a task that there is not."""
+    if self.task != "none" or not hasattr(config, "data"):
+      task_family(self.task)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a conversation becomes tokens."""
+
+  prompt_format: Literal["auto", "chat", "plain"] = option(
+    "auto", "chat = the model's own chat template, plain = bare text; auto = chat if it has one, "
+    "and plain for a file of bare texts"
+  )
+  system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Prompts and responses where the model samples."""
+
+  max_prompt_tokens: int = option(512, "limit of a prompt's length", min=1)
+  overlong_prompt: Literal["error", "drop", "truncate_left"] = option(
+    "error", "what to do with longer prompts"
+  )
+  max_new_tokens: int = option(16, "limit of a response's length", min=1)
+  layout: Layout = inline(Layout())
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Accuracy on problems that training never draws."""
+
+  every: int = option(16, "steps between evaluations; first and last are always done", min=1)
+  problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
+  samples: int = option(
+    7, "responses a problem at temperature 1, in addition to the greedy one", min=1
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How responses are drawn."""
+
+  temperature: float = option(1.0, "of the sampler and of the trainer", above=0)
+  top_k: int = option(0, "keep the k likeliest tokens, 0 = all; needs allow_truncated", min=0)
+  top_p: float = option(
+    1.0, "keep the likeliest tokens that reach p; needs allow_truncated", above=0, max=1
+  )
+  min_new_tokens: int = option(0, "no end of sequence before this many tokens", min=0)
+  slots: int = option(
+    0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
+  )
+  parts: int = option(
+    1, "of a step's problems, each graded while the next is sampled: for slow graders", min=1
+  )
+  allow_truncated: bool = option(
+    False, "train on top-k or top-p samples although they come from another distribution"
+  )
+
+  def check(self, config: Any) -> None:
+    """Refuses what cannot be sampled, or would train on another distribution unasked."""
+    size = getattr(config, "updates", None) or config.pairs
+    if size.per_step % self.parts:
+      raise ConfigError(
+        "sampling.parts", self.parts, f"a divisor of the {size.per_step} problems of a step"
+      )
+    if self.min_new_tokens > config.prompts.max_new_tokens:
+      raise ConfigError(
+        "sampling.min_new_tokens",
+        self.min_new_tokens,
+        f"at most max_new_tokens ({config.prompts.max_new_tokens})",
+      )
+    for name, off in (("top_k", 0), ("top_p", 1.0)):
+      if getattr(self, name) != off and not self.allow_truncated:
+        raise ConfigError(
+          f"sampling.{name}",
+          getattr(self, name),
+          "off while training: it samples from another distribution than the one that is trained",
+          "--sampling.allow_truncated does it all the same",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+  """How a step's responses become updates."""
+
+  prompts_per_step: int = option(16, "P, problems a step", min=1)
+  responses_per_prompt: int = option(8, "G, responses a problem", min=1)
+  epochs: int = option(1, "passes over a step's responses", min=1)
+  minibatches: int = option(1, "optimiser updates a pass; divides prompts_per_step", min=1)
+  microbatch_prompts: int = option(
+    2, "problems whose responses' activations are held at once; divides prompts_per_step / "
+    "minibatches, or is more than that", min=1
+  )
+
+  @property
+  def per_step(self) -> int:
+    return self.prompts_per_step
+
+  @property
+  def count(self) -> int:
+    """Of a step."""
+    return self.epochs * self.minibatches
+
+  @property
+  def microbatches(self) -> int:
+    """Of an update."""
+    return max(1, self.prompts_per_step // self.minibatches // self.microbatch_prompts)
+
+  def check(self, config: Any) -> None:
+    """Refuses sizes that do not divide."""
+    if self.prompts_per_step % self.minibatches:
+      raise ConfigError(
+        "minibatches", self.minibatches, f"a divisor of prompts_per_step ({self.prompts_per_step})"
+      )
+    problems = self.prompts_per_step // self.minibatches
+    if problems > self.microbatch_prompts and problems % self.microbatch_prompts:
+      raise ConfigError(
+        "microbatch_prompts",
+        self.microbatch_prompts,
+        f"a divisor of the {problems} problems of an update (prompts_per_step / minibatches)",
+        f"try --microbatch_prompts={math.gcd(problems, self.microbatch_prompts)}",
+      )
+
+
+# Files of examples.
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The data, and how much of it is kept for evaluation."""
+
+  data: str = option("", "a file of examples, JSONL (plain or gzip) or Parquet")
+  data_errors: Literal["strict", "lenient"] = option(
+    "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
+  )
+  held_out_fraction: float = option(
+    0.1, "of a file's prompts, kept for evaluation", min=0, below=1
+  )
+  max_tokens: int = option(512, "limit of a sequence of --data, prompt included", min=2)
+  overlong: Literal["error", "drop", "truncate_left", "truncate_right"] = option(
+    "error", "what to do with longer ones"
+  )
+  packing: int = option(
+    0, "tokens of a row that several sequences share; 0 = each has a row of its own", min=0
+  )
+  layout: Layout = inline(Layout())
+
+  @property
+  def strict(self) -> bool:
+    return self.data_errors == "strict"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """How many pairs are an update."""
+
+  pairs_per_step: int = option(
+    16, "pairs an update; on policy, the problems of which each gives at most one pair", min=1
+  )
+  microbatch_pairs: int = option(
+    4, "pairs whose activations are held at once; divides pairs_per_step, or is more than that",
+    min=1,
+  )
+
+  @property
+  def per_step(self) -> int:
+    return self.pairs_per_step
+
+  @property
+  def microbatches(self) -> int:
+    return max(1, self.pairs_per_step // self.microbatch_pairs)
+
+  def check(self, config: Any) -> None:
+    """Refuses sizes that do not divide."""
+    pairs, part = self.pairs_per_step, self.microbatch_pairs
+    if pairs > part and pairs % part:
+      raise ConfigError(
+        "microbatch_pairs",
+        part,
+        f"a divisor of pairs_per_step ({pairs})",
+        f"try --microbatch_pairs={math.gcd(pairs, part)}",
+      )
+
+
+# The objective.
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+  """How much each token counts."""
+
+  name: Literal[
+    "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
+  ] = option("token_mean", "a function of rl_llm.weighting")
+  length: int = option(0, "of constant_length; 0 = max_new_tokens", min=0)
+  drop_truncated: bool = option(False, "responses cut off at the limit do not count (DAPO)")
+
+
+@dataclasses.dataclass(frozen=True)
+class KL:
+  """The price of leaving the model that training began with."""
+
+  coef: float = option(0.0, "0 keeps no reference model", min=0)
+  value: Literal["k1", "k2", "k3"] = option("k3", "the estimator that is reported")
+  gradient: Literal["k1", "k2", "k3"] = option("k2", "the estimator that is differentiated")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardKL:
+  """The price of leaving the model that training began with, taken off each token's reward."""
+
+  coef: float = option(0.0, "0 keeps no reference model", min=0)
+  value: Literal["k1", "k2", "k3"] = option("k1", "the estimator that is priced and reported")
+
+
+PolicyLoss = keyword_group(
+  "loss",
+  "The surrogate, and its keywords; none = the default of the loss.",
+  losses.POLICY_LOSSES,
+  shape=(1, 1),
+  further={"entropy_coef": (float, option(0.0, "reward for entropy, per nat; of any surrogate"))},
+)
+
+GroupAdvantage = keyword_group(
+  "advantage",
+  "How a response compares with the others to its prompt.",
+  GROUP_ADVANTAGES,
+  shape=(2, 2),
+  unset=False,
+)
+
+
+def check_updates(loss: Any, updates: Updates) -> None:
+  """Refuses several updates a step by a loss that takes every sample for the policy's own."""
+  if loss.name == "reinforce_loss" and updates.count > 1:
+    raise ConfigError(
+      "loss.name",
+      loss.name,
+      "a loss with a ratio where a step has several updates (epochs * minibatches > 1)",
+      "after the first the samples are another policy's: try --loss=ppo_loss",
+    )
+
+
+def recipe(preset: str, *parts: str) -> dict[str, Any]:
+  """What a published recipe changes in these groups: dotted path -> value."""
+  if preset == "none":
+    return {}
+  found = presets.grpo(preset)
+  return {
+    f"{part}.{key}": value for part in parts for key, value in getattr(found, part).items()
+  }

@@ -1,0 +1,162 @@
+"""Flags from functions: the keywords of a family of functions as one group of settings.
+
+A loss says in its signature which numbers it takes, and under `Args:` what they mean. A flag that
+repeats either goes stale, so the group is read off the functions: a new loss in the tuple, or a new
+keyword of an old one, is a flag without another line.
+
+    Loss = keyword_group("loss", "The surrogate.", (ppo_loss, grpo_loss), shape=(1, 1))
+    call(config.loss, logprobs=..., old_logprobs=..., advantages=..., weights=..., mask=...)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from rl_llm.config import ConfigError, option
+
+
+def keyword_group(
+  prefix: str,
+  doc: str,
+  functions: Sequence[Callable],
+  *,
+  shape: tuple[int, ...],
+  unset: bool = True,
+  further: Mapping[str, tuple[Any, Any]] | None = None,
+) -> type:
+  """A frozen dataclass: `name`, one of the functions, and every keyword that one of them has.
+
+  Keyword-only parameters are settings unless `Args:` describes an array, whose text begins with its
+  shape. A parameter without an annotation has the type of its default; `None` stands for a float.
+
+  >>> from rl_llm.losses import cispo_loss, ppo_loss
+  >>> Loss = keyword_group("loss", "The surrogate.", (ppo_loss, cispo_loss), shape=(1, 1))
+  >>> [field.name for field in dataclasses.fields(Loss)]
+  ['name', 'clip_low', 'clip_high', 'dual_clip', 'delta', 'low', 'high']
+  >>> given(Loss(name="cispo_loss", high=3.0))
+  {'high': 3.0}
+
+  Args:
+    prefix: what the group is called in the config, for error messages.
+    doc: what the group is, for `--help`.
+    functions: their positional parameters are arrays. The first one is the default.
+    shape: of arrays that the functions take, to try settings on without computing anything.
+    unset: whether a keyword is None until it is given, which leaves it to the function; else it has
+      the default of the first function that knows it.
+    further: settings that are no function's: name -> (type, `option(...)`).
+
+  Returns:
+    The class. Its `functions` are the functions by name; its `check(config)` refuses keywords that
+    the chosen function lacks or does not accept.
+
+  Raises:
+    TypeError: two functions have the same keyword with different defaults, and it is not unset.
+  """
+  table = {function.__name__: function for function in functions}
+  names = Literal[tuple(table)]  # type: ignore[valid-type]
+  fields: dict[str, tuple[Any, Any]] = {
+    "name": (names, option(functions[0].__name__, "the function; each has the keywords below"))
+  }
+  defaults: dict[str, Any] = {}
+  for keyword in dict.fromkeys(key for function in functions for key in settings(function)):
+    having = [function for function in functions if keyword in settings(function)]
+    kind, default = settings(having[0])[keyword]
+    if not unset and any(settings(function)[keyword] != (kind, default) for function in having):
+      raise TypeError(f"{prefix}.{keyword}: {[f.__name__ for f in having]} disagree on its default")
+    text = next(filter(None, (described(function, keyword) for function in having)), keyword)
+    if len(having) < len(functions):
+      text += f" [{', '.join(function.__name__ for function in having)}]"
+    defaults[keyword] = None if unset else default
+    fields[keyword] = (kind | None if unset else kind, option(defaults[keyword], text))
+  fields |= further or {}
+
+  def check(self: Any, config: Any) -> None:
+    _check(self, prefix, defaults, shape)
+
+  # The keywords' own values come last: a class attribute is no field.
+  namespace = {"functions": table, "defaults": defaults, "check": check, "__doc__": doc}
+  made = [(name, kind, field) for name, (kind, field) in fields.items()]
+  return dataclasses.make_dataclass(prefix.title(), made, frozen=True, namespace=namespace)
+
+
+def given(group: Any) -> dict[str, Any]:
+  """The keywords of the chosen function that have a value."""
+  known = settings(group.functions[group.name])
+  values = {keyword: getattr(group, keyword) for keyword in group.defaults if keyword in known}
+  return {keyword: value for keyword, value in values.items() if value is not None}
+
+
+def call(group: Any, *, keywords: Mapping[str, Any] | None = None, **arrays: Any) -> Any:
+  """Calls the chosen function.
+
+  Args:
+    group: an instance of a `keyword_group`.
+    keywords: the settings; None: `given(group)`. A caller that traces them passes them itself.
+    **arrays: by the names of the function's parameters; those that it lacks are left out, as
+      REINFORCE has no `old_logprobs`.
+  """
+  function = group.functions[group.name]
+  known = inspect.signature(function).parameters
+  arrays = {name: value for name, value in arrays.items() if name in known}
+  return function(**arrays, **(given(group) if keywords is None else keywords))
+
+
+def settings(function: Callable) -> dict[str, tuple[Any, Any]]:
+  """The function's keywords that are settings and not arrays: name -> (type, default)."""
+  hints = typing.get_type_hints(function)
+  found = {}
+  for name, parameter in inspect.signature(function).parameters.items():
+    is_setting = parameter.kind is parameter.KEYWORD_ONLY
+    if is_setting and not re.match(r"(None, or )?\[", described(function, name, see_others=True)):
+      kind = float if parameter.default is None else type(parameter.default)
+      found[name] = hints.get(name, kind), parameter.default
+  return found
+
+
+def described(function: Callable, keyword: str, *, see_others: bool = False) -> str:
+  """What `Args:` says of a keyword; "" where it only points to another function.
+
+  >>> from rl_llm.losses import ppo_loss
+  >>> described(ppo_loss, "dual_clip")
+  'None, or the c above, > 1; 3 is usual'
+  """
+  section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+  # `clip_low, clip_high: text` describes both.
+  entries = re.finditer(r"(?m)^  ([\w, *]+): ((?:.|\n   )*)", section)
+  for entry in entries:
+    if keyword in re.split(r",\s*", entry[1]):
+      text = " ".join(entry[2].split()).removesuffix(".")
+      return "" if text.startswith("as ") and not see_others else text
+  return ""
+
+
+def _check(group: Any, prefix: str, defaults: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+  """Refuses keywords that the chosen function lacks, and values that it does not accept."""
+  function = group.functions[group.name]
+  known = settings(function)
+  for keyword, default in defaults.items():
+    value = getattr(group, keyword)
+    if keyword not in known and value != default:
+      has = f"which has {', '.join(known)}" if known else "which has no keywords"
+      raise ConfigError(f"{prefix}.{keyword}", value, f"left out with --{prefix}={group.name}", has)
+  arrays = [
+    np.zeros(shape, np.float32)
+    for parameter in inspect.signature(function).parameters.values()
+    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+  ]
+  try:
+    jax.eval_shape(lambda: function(*arrays, **given(group)))
+  except ValueError as error:
+    named = next((key for key in known if str(error).startswith(f"{key} ")), "name")
+    value, reason = getattr(group, named), str(error).rstrip(".")
+    allowed = reason.partition("it must be ")[2] or "given what it takes"
+    fix = "" if allowed in reason and named != "name" else reason
+    raise ConfigError(f"{prefix}.{named}", value, allowed, fix) from None

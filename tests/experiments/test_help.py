@@ -1,0 +1,81 @@
+"""Flags are a promise: each that there was is there still, with its type and its default.
+
+Command lines, flagfiles of old runs and sweeps name flags, and rely on the defaults of those they
+do not name. goldens/flags.json holds all of them as of commit 10a5d9f:
+
+  python -m tests.experiments.test_help
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import experiments
+from rl_llm.config import _leaves
+
+GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
+
+# Flags that came after the goldens, by script.
+ADDED: dict[str, set[str]] = {}
+
+
+def flags(config_class):
+  """{flag: what it takes, and what it is by default}."""
+  return {
+    leaf.path: {
+      "type": leaf.kind.__name__,
+      "tuple": leaf.is_tuple,
+      "optional": leaf.optional,
+      "choices": list(leaf.choices),
+      "default": list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default,
+    }
+    for leaf in _leaves(config_class)
+  }
+
+
+def scripts():
+  """{name: module} of all that have flags."""
+  names = [module.name for module in pkgutil.iter_modules(experiments.__path__)]
+  modules = {name: importlib.import_module(f"experiments.{name}") for name in names}
+  return {name: module for name, module in modules.items() if hasattr(module, "Config")}
+
+
+def goldens():
+  return json.loads(GOLDENS.read_text())
+
+
+@pytest.mark.parametrize("name", goldens() if GOLDENS.exists() else [])
+def test_flags_are_what_they_were(name):
+  wanted, found = goldens()[name], flags(scripts()[name].Config)
+  assert wanted.keys() - found.keys() == set()
+  assert found.keys() - wanted.keys() == ADDED.get(name, set())
+  for flag, before in wanted.items():
+    now = found[flag]
+    choices = before.pop("choices")
+    # More of them may come, but neither may all texts become allowed nor a list appear.
+    assert set(choices) <= set(now["choices"]) and bool(choices) == bool(now["choices"]), flag
+    assert {key: now[key] for key in before} == before, flag
+
+
+def test_every_script_is_looked_at():
+  assert goldens().keys() == scripts().keys()
+
+
+def write_goldens():
+  GOLDENS.parent.mkdir(exist_ok=True)
+  lines = []
+  for name, module in scripts().items():
+    rows = [
+      f"  {json.dumps(flag)}: {json.dumps(what)}" for flag, what in flags(module.Config).items()
+    ]
+    lines.append(f"{json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n}")
+  GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+  write_goldens()
