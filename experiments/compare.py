@@ -9,7 +9,7 @@ them. DPO makes its pairs of its own graded responses, so none of them needs dat
   python -m experiments.compare --methods=dpo,grpo --seeds=0
 
 Each run is `python -m experiments.<method>` with the flags that are printed. They are done one
-after another, and each resumes by itself: rerunning the same command goes on where it stopped.
+after another, and each resumes: rerunning the same command continues where it stopped.
 
 The variance of the gradient estimate is measured apart, at the model that training begins with: the
 gradients g of independent batches, from a run whose learning rate is too small to move a weight and
@@ -28,6 +28,7 @@ of PPO's gradients is measured, whose checkpoints hold two networks.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -45,14 +46,25 @@ import jax
 import numpy as np
 
 from rl_llm.checkpoint import Checkpointer
-from rl_llm.config import ConfigError, flatten, option, run
+from rl_llm.config import ConfigError, flatten, option, run, to_flags
 from rl_llm.files import write_atomically
 from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.metrics import read
+from rl_llm.metrics import noise_to_signal, read
+from rl_llm.training import exit_code
 
-METHODS = ("reinforce", "ppo", "dpo", "grpo")
-NAMES = {"reinforce": "REINFORCE", "ppo": "PPO", "dpo": "DPO", "grpo": "GRPO"}
-
+# Of each: its name, whether it needs a reward model, the networks it holds, and what a step takes
+# of them for every token that is trained on, one update a batch: F is a forward pass, B a backward
+# pass (about twice the work). Sampling comes on top, the same for all.
+METHODS = {
+  "reinforce": ("REINFORCE", "no", "policy", "policy F + B; none where a group agrees"),
+  "ppo": (
+    "PPO", "no (a grader; or --reward=model:DIR)", "policy, value", "policy 2F + B, value 2F + B"
+  ),
+  "dpo": (
+    "DPO", "no: preferences", "policy, reference", "policy F + B, reference F; 2 responses of G"
+  ),
+  "grpo": ("GRPO", "no", "policy", "policy F + B; none where a group agrees"),
+}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -60,13 +72,13 @@ class Config:
 
   model: str = option("smollm2", "what every method begins with, as in experiments.grpo")
   task: str = option("arithmetic", "the task of all, as in experiments.grpo")
-  methods: tuple[str, ...] = option(METHODS, "which of them", choices=METHODS)
+  methods: tuple[str, ...] = option(tuple(METHODS), "which of them", choices=METHODS)
   seeds: tuple[int, ...] = option((0, 1, 2), "one run of each method for each", min=0)
   steps: int = option(16, "rollouts of each run", min=1)
   prompts_per_step: int = option(12, "problems a rollout", min=1)
   responses_per_prompt: int = option(8, "responses a problem", min=2)
   eval_every: int = option(8, "steps between evaluations", min=1)
-  eval_samples: int = option(2, "responses a problem at temperature 1, beside the greedy", min=1)
+  eval_samples: int = option(2, "responses a problem at temperature 1, and one greedy", min=1)
   target: float = option(0.8, "the accuracy to which sampled tokens are counted", above=0, below=1)
   variance_batches: int = option(8, "gradients whose variance is taken; 0 = none", min=0)
   variance_warmup: int = option(8, "steps before them in which PPO's values are learned", min=0)
@@ -74,42 +86,39 @@ class Config:
   out: str = option("", "a second directory for the table and the figure, such as docs/results")
 
 
-def flags(config: Config, method: str, seed: int) -> list[str]:
-  """The command line of one run, without its directory."""
-  problems = "pairs_per_step" if method == "dpo" else "prompts_per_step"
-  return [
-    f"--model={config.model}",
-    f"--task={config.task}",
-    f"--seed={seed}",
-    f"--steps={config.steps}",
-    f"--{problems}={config.prompts_per_step}",
-    f"--responses_per_prompt={config.responses_per_prompt}",
-    f"--eval.every={config.eval_every}",
-    f"--eval.samples={config.eval_samples}",
-  ]
+def settings(config: Config, method: str, seed: int) -> dict[str, Any]:
+  """The flags of one run, but for its directory."""
+  return {
+    "model": config.model,
+    "task": config.task,
+    "seed": seed,
+    "steps": config.steps,
+    "pairs_per_step" if method == "dpo" else "prompts_per_step": config.prompts_per_step,
+    "responses_per_prompt": config.responses_per_prompt,
+    "eval.every": config.eval_every,
+    "eval.samples": config.eval_samples,
+  }
 
 
-def variance_flags(config: Config, method: str) -> list[str]:
+def variance_settings(config: Config, method: str) -> dict[str, Any]:
   """The same for gradients of independent batches at the parameters that training begins with."""
   steps = config.variance_batches + (config.variance_warmup if method == "ppo" else 0)
-  given = {
-    "--steps": steps,
-    "--optimizer.learning_rate": 1e-30,
-    "--optimizer.b1": 0,
-    "--optimizer.max_grad_norm": 0,
-    "--checkpoint.every": 1,
-    "--checkpoint.keep": config.variance_batches,
-    "--eval.every": steps,
-    "--eval.problems": 1,
-    "--eval.samples": 1,
+  return settings(config, method, 1000) | {
+    "steps": steps,
+    "optimizer.learning_rate": 1e-30,
+    "optimizer.b1": 0,
+    "optimizer.max_grad_norm": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": config.variance_batches,
+    "eval.every": steps,
+    "eval.problems": 1,
+    "eval.samples": 1,
+    # One update a step: the whole batch's gradient.
+    **({"minibatches": 1} if method == "ppo" else {}),
   }
-  if method == "ppo":
-    given["--minibatches"] = 1  # One update a step: the whole batch's gradient.
-  kept = [flag for flag in flags(config, method, 1000) if flag.partition("=")[0] not in given]
-  return kept + [f"{name}={value}" for name, value in given.items()]
 
 
-def do(method: str, arguments: list[str], workdir: Path, stop: StopSignals) -> None:
+def do(method: str, given: dict[str, Any], workdir: Path, stop: StopSignals) -> None:
   """Runs one experiment to its end, unless that is done; notes what memory it took.
 
   Raises:
@@ -118,25 +127,24 @@ def do(method: str, arguments: list[str], workdir: Path, stop: StopSignals) -> N
   """
   if (workdir / "result.json").exists():
     return
-  command = [sys.executable, "-m", f"experiments.{method}", *arguments, f"--workdir={workdir}"]
+  command = [sys.executable, "-m", f"experiments.{method}"]
+  command += [f"--{name}={value}" for name, value in (given | {"workdir": workdir}).items()]
   print("$", *command[1:], flush=True)
   stop.check()
-  # A session of its own: Ctrl-C reaches us, and the run gets the one signal that we send.
   # What one run has compiled, the next one of the method reads.
   environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.absolute().parent / "compiled")}
+  # A session of its own: Ctrl-C reaches us, and the run gets the one signal that we send.
   child = subprocess.Popen(command, env=environment | os.environ, start_new_session=True)
-  received = None
-  while True:
-    done, status, usage = os.wait4(child.pid, os.WNOHANG)
-    if done:
-      break
-    if received is None:
-      try:
-        stop.check()
-      except Interrupted as interruption:
-        received = interruption
-        child.send_signal(signal.SIGTERM)
+  received, done = None, 0
+  while not done:
     time.sleep(0.2)
+    try:
+      stop.check()
+    except Interrupted as interruption:
+      if received is None:
+        child.send_signal(signal.SIGTERM)
+      received = interruption
+    done, status, usage = os.wait4(child.pid, os.WNOHANG)
   child.returncode = os.waitstatus_to_exitcode(status)
   if workdir.is_dir():
     with open(workdir / "peak_memory.txt", "a") as file:  # A line a piece, KiB.
@@ -151,35 +159,15 @@ def do(method: str, arguments: list[str], workdir: Path, stop: StopSignals) -> N
 
 def gradients(workdir: Path, count: int) -> list[np.ndarray]:
   """The policy's gradients that the last `count` checkpoints hold, each as one vector."""
-  checkpoints = Checkpointer(workdir / "checkpoints", keep=count)
-  steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())[-count:]
-  found = []
-  for step in steps:
-    manifest = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())
-    wanted = {
-      name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype, shape in manifest["leaves"]
-    }
-    _, state, _ = checkpoints.restore(wanted, step)
+  directory, found = workdir / "checkpoints", []
+  for step in sorted(int(path.name) for path in directory.iterdir())[-count:]:
+    leaves = json.loads((directory / str(step) / "manifest.json").read_text())["leaves"]
+    wanted = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype, shape in leaves}
+    _, state, _ = Checkpointer(directory, keep=count).restore(wanted, step)
     # PPO's value network is the state's field `value`.
     moments = [n for n in sorted(state) if "/mu/" in n and not n.startswith("value/")]
     found.append(np.concatenate([np.asarray(state[name]).ravel() for name in moments]))
   return found
-
-
-def noise(vectors: Sequence[np.ndarray]) -> float:
-  """trace(covariance) / |mean|^2, infinite where the mean cannot be told from 0.
-
-  Of 3 and 5: variance 2, and 4^2 - 2 / 2 = 15 is the unbiased square of the mean.
-
-  >>> round(noise([np.array([3.0]), np.array([5.0])]), 4)
-  0.1333
-  """
-  products = np.array([[np.dot(a, b) for b in vectors] for a in vectors], np.float64)
-  count = len(vectors)
-  signal_and_noise = products.mean()  # |mean|^2
-  trace = (np.trace(products) - count * signal_and_noise) / (count - 1)
-  squared = signal_and_noise - trace / count
-  return float(trace / squared) if squared > 0 else float("inf")
 
 
 def curve(rows: Sequence[dict], *, responses: int) -> list[dict[str, float]]:
@@ -216,114 +204,90 @@ def tokens_to(points: Sequence[dict[str, float]], target: float) -> float | None
   return 0.0 if points[0]["accuracy"] >= target else None
 
 
-# What a step takes of each network for every token that is trained on, one update a batch: F is a
-# forward pass, B a backward pass (about twice the work). Sampling comes on top, the same for all.
-COSTS = {
-  "reinforce": ("no", "policy", "policy F + B; none where a group agrees"),
-  "ppo": ("no (a grader; or --reward=model:DIR)", "policy, value", "policy 2F + B, value 2F + B"),
-  "dpo": ("no: preferences", "policy, reference", "policy F + B, reference F; 2 responses of G"),
-  "grpo": ("no", "policy", "policy F + B; none where a group agrees"),
-}
-
-
 def measure(config: Config, method: str) -> dict[str, Any]:
   """All figures of a method, from the records of its runs."""
   runs, root = [], Path(config.workdir)
-  responses = config.prompts_per_step * config.responses_per_prompt
   for seed in config.seeds:
     rows = read(root / f"{method}-seed{seed}" / "metrics.jsonl")
     memory = (root / f"{method}-seed{seed}" / "peak_memory.txt").read_text().split()
-    points = curve(rows, responses=responses)
+    points = curve(rows, responses=config.prompts_per_step * config.responses_per_prompt)
     trained = [row for row in rows if "time/rollout" in row][1:]  # The first compiles.
-    runs.append(
-      {
-        "seed": seed,
-        "points": points,
-        "tokens_to_target": tokens_to(points, config.target),
-        "phases": {
-          name: statistics.median(row.get(f"time/{name}", 0.0) for row in trained)
-          for name in phases(trained)
-        },
-        "peak_gib": max(map(int, memory)) / 2**20,
-      }
-    )
-  found = {"method": method, "runs": runs, "noise": None}
-  if config.variance_batches > 1:
-    found["noise"] = json.loads((root / f"{method}-variance" / "noise.json").read_text())
-  return found
+    runs.append({
+      "seed": seed,
+      "points": points,
+      "tokens_to_target": tokens_to(points, config.target),
+      "phases": {
+        name: statistics.median(row.get(f"time/{name}", 0.0) for row in trained)
+        for name in phases(trained)
+      },
+      "peak_gib": max(map(int, memory)) / 2**20,
+    })
+  noise = root / f"{method}-variance" / "noise.json"
+  measured = json.loads(noise.read_text()) if config.variance_batches > 1 else None
+  return {"method": method, "runs": runs, "noise": measured}
 
 
 def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
   """The comparison as Markdown, a column a method."""
+  names = sorted({name for method in found for trial in method["runs"] for name in trial["phases"]})
 
-  def each(trial: dict, when: int) -> str:
-    return "{accuracy:.2f} ({low:.2f} to {high:.2f})".format(**trial["points"][when])
+  def column(method: dict[str, Any]) -> dict[str, str]:
+    """Its cells by the names of their rows."""
+    title, reward_model, networks, passes = METHODS[method["method"]]
+    trials = method["runs"]
+    seconds = {
+      name: statistics.median(trial["phases"].get(name, 0.0) for trial in trials) for name in names
+    }
+    tokens = [trial["tokens_to_target"] for trial in trials]
+    cells = {
+      "": title,
+      "reward model needed": reward_model,
+      "networks held": networks,
+      "passes per token trained": passes,
+      **{f"seconds a step, {name}": f"{median:.1f}" for name, median in seconds.items()},
+      "seconds a step, in all": f"{sum(seconds.values()):.1f}",
+      "peak memory, GiB": f"{max(trial['peak_gib'] for trial in trials):.1f}",
+    }
+    if method["noise"] is not None:
+      cells["gradient noise at the start"] = f"{float(method['noise']):.1f}"
+    cells[f"tokens sampled to {config.target:.0%}"] = ", ".join(
+      "not reached" if count is None else f"{count:,.0f}" for count in tokens
+    )
+    for trial in trials:
+      for when, point in (("before", 0), ("after", -1)):
+        cells[f"accuracy {when}, seed {trial['seed']}"] = (
+          "{accuracy:.2f} ({low:.2f} to {high:.2f})".format(**trial["points"][point])
+        )
+    return cells
 
-  def row(name: str, cell) -> str:
-    return f"| {name} | " + " | ".join(str(cell(method)) for method in found) + " |"
-
-  def tokens(method: dict) -> str:
-    reached = [run["tokens_to_target"] for run in method["runs"]]
-    shown = [f"{value:,.0f}" if value is not None else "not reached" for value in reached]
-    return ", ".join(shown)
-
-  names = sorted({name for method in found for run in method["runs"] for name in run["phases"]})
-
-  def seconds(method: dict, name: str) -> float:
-    return statistics.median(run["phases"].get(name, 0.0) for run in method["runs"])
-
-  lines = [
-    "| | " + " | ".join(NAMES[method["method"]] for method in found) + " |",
-    "|---" * (len(found) + 1) + "|",
-    row("reward model needed", lambda m: COSTS[m["method"]][0]),
-    row("networks held", lambda m: COSTS[m["method"]][1]),
-    row("passes per token trained", lambda m: COSTS[m["method"]][2]),
-  ]
-  lines += [
-    row(f"seconds a step, {name}", lambda m, name=name: f"{seconds(m, name):.1f}")
-    for name in names
-  ]
-  lines += [
-    row("seconds a step, in all", lambda m: f"{sum(seconds(m, name) for name in names):.1f}"),
-    row("peak memory, GiB", lambda m: f"{max(run['peak_gib'] for run in m['runs']):.1f}"),
-  ]
-  if all(method["noise"] is not None for method in found):
-    lines.append(row("gradient noise at the start", lambda m: f"{float(m['noise']):.1f}"))
-  lines.append(row(f"tokens sampled to {config.target:.0%}", tokens))
-  for index, seed in enumerate(config.seeds):
-    lines.append(row(f"accuracy before, seed {seed}", lambda m, i=index: each(m["runs"][i], 0)))
-    lines.append(row(f"accuracy after, seed {seed}", lambda m, i=index: each(m["runs"][i], -1)))
-  return "\n".join(lines) + "\n"
+  columns = [column(method) for method in found]
+  rows = [[name, *(cells[name] for cells in columns)] for name in columns[0]]
+  lines = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in rows]
+  return "\n".join([lines[0], "|---" * (len(found) + 1) + "|", *lines[1:], ""])
 
 
 def page(config: Config, text: str) -> str:
   """The table with what it takes to read it and to get it again."""
-  given = [
-    f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-    for name, value in flatten(config).items()
-    if value != flatten(Config())[name] and name not in ("workdir", "out")
-  ]
-  command = " ".join(["python -m experiments.compare", *given])
-  responses = config.prompts_per_step * config.responses_per_prompt
-  machine = f"{os.cpu_count()} cores, {platform.machine()}, JAX {jax.__version__}"
-  lines = [
-    f"# {', '.join(NAMES[method] for method in config.methods)} side by side",
-    "",
-    f"`{command}` on {machine}: {config.model}, {config.task}, {config.steps} steps of "
-    f"{config.prompts_per_step} problems x {config.responses_per_prompt} responses.",
-    "",
-    text,
-    "Accuracy is that of sampled answers to held-out problems, with its 95 % interval. Seconds of "
-    "phases are medians over steps and seeds without the first step, which compiles; memory is the "
-    "most of any run.",
-  ]
-  if config.variance_batches > 1:
-    lines.append(
-      "Gradient noise is trace(covariance) / |mean|^2 of the gradients of "
-      f"{config.variance_batches} batches of {responses} responses at the model that training "
-      "begins with."
-    )
-  return "\n".join([*lines, "", "![accuracy against tokens and time](compare.svg)", ""])
+  values, defaults = flatten(config), flatten(Config())
+  given = [n for n in values if values[n] != defaults[n] and n not in ("workdir", "out")]
+  command = " ".join(["python -m experiments.compare", *to_flags(config, given)])
+  noise = f"""
+Gradient noise is trace(covariance) / |mean|^2 of the gradients of {config.variance_batches} \
+batches of {config.prompts_per_step * config.responses_per_prompt} responses at the model that \
+training begins with."""
+  return f"""# {", ".join(METHODS[method][0] for method in config.methods)} side by side
+
+`{command}` on {os.cpu_count()} cores, {platform.machine()}, JAX {jax.__version__}: \
+{config.model}, {config.task}, {config.steps} steps of {config.prompts_per_step} problems x \
+{config.responses_per_prompt} responses.
+
+{text}
+Accuracy is that of sampled answers to held-out problems, with its 95 % interval. Seconds of \
+phases are medians over steps and seeds without the first step, which compiles; memory is the \
+most of any run.{noise if config.variance_batches > 1 else ""}
+
+![accuracy against tokens and time](compare.svg)
+"""
 
 
 def draw(config: Config, found: Sequence[dict[str, Any]], path: Path) -> None:
@@ -345,7 +309,7 @@ def draw(config: Config, found: Sequence[dict[str, Any]], path: Path) -> None:
           marker="o",
           markersize=3,
           linewidth=1.2,
-          label=NAMES[method["method"]] if number == 0 else None,
+          label=METHODS[method["method"]][0] if number == 0 else None,
         )
   axes[0].set(xlabel="tokens sampled, thousands", ylabel="held-out accuracy at temperature 1")
   axes[1].set(xlabel="minutes of training, evaluations left out", ylim=(0, 1))
@@ -367,22 +331,20 @@ def compare(config: Config) -> list[dict[str, Any]]:
     Interrupted: a signal came.
     ConfigError: a run failed, or the figure cannot be drawn.
   """
-  try:
-    import matplotlib  # noqa: F401  Better now than after two hours.
-  except ImportError:
+  if importlib.util.find_spec("matplotlib") is None:  # Better now than after two hours.
     raise ConfigError(
       "out", config.out, "used where matplotlib is installed", "pip install matplotlib"
-    ) from None
+    )
   root = Path(config.workdir)
   with StopSignals() as stop:
     for seed in config.seeds:
       for method in config.methods:
-        do(method, flags(config, method, seed), root / f"{method}-seed{seed}", stop)
+        do(method, settings(config, method, seed), root / f"{method}-seed{seed}", stop)
     for method in config.methods if config.variance_batches > 1 else ():
       directory = root / f"{method}-variance"
       if not (directory / "noise.json").exists():
-        do(method, variance_flags(config, method), directory, stop)
-        found = noise(gradients(directory, config.variance_batches))
+        do(method, variance_settings(config, method), directory, stop)
+        found = noise_to_signal(gradients(directory, config.variance_batches))
         write_atomically(directory / "noise.json", json.dumps(found).encode())
         shutil.rmtree(directory / "checkpoints")  # Gigabytes that nothing reads any more.
   found = [measure(config, method) for method in config.methods]
@@ -398,12 +360,7 @@ def compare(config: Config) -> list[dict[str, Any]]:
 
 
 def main(config: Config) -> int:
-  try:
-    compare(config)
-  except Interrupted as interruption:
-    print("the same command goes on")
-    return 128 + interruption.signum
-  return 0
+  return exit_code(lambda: compare(config))
 
 
 if __name__ == "__main__":

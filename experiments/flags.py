@@ -174,13 +174,21 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-  """The model and its arithmetic."""
+class Weights:
+  """The model."""
 
-  model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, or a .gguf file")
+  model: str = option(
+    "smollm2", "smollm2, tiny, a Hugging Face directory (also a run's model), or a .gguf file"
+  )
   dtype: Literal["float32", "bfloat16"] = option(
     "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Weights):
+  """The model and its arithmetic."""
+
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
   attention: AttentionName = option("auto", ATTENTION_HELP)
@@ -232,7 +240,7 @@ class Task:
     "arithmetic", f"{', '.join(FORMS)}; none, where an experiment has --data, is no task"
   )
   reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
-  reward_workers: int = option(2, "grader processes", min=1)
+  reward_workers: int = option(2, "grader processes", min=1, volatile=True)
   families: _Families = inline(_Families())
 
   def check(self, config: Any) -> None:
@@ -361,6 +369,35 @@ class Updates:
       )
 
 
+# Responses that nothing is trained on.
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """Where responses are kept, one by one, and what they are a function of."""
+
+  workdir: str = option(
+    "",
+    "the record's directory; empty = runs/<experiment>-<model>-<task>-seed<seed>",
+    volatile=True,
+  )
+  seed: int = option(0, "of problems and responses, and of the tiny model's weights", min=0)
+  distributed: Distributed = Distributed()
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+  """How these are drawn."""
+
+  temperature: float = option(1.0, "of the sampler", above=0)
+  top_k: int = option(0, "keep the k likeliest tokens, 0 = all", min=0)
+  top_p: float = option(1.0, "keep the likeliest tokens that reach p", above=0, max=1)
+  prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
+  slots: int = option(
+    0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
+  )
+
+
 # Files of examples.
 
 
@@ -382,11 +419,27 @@ class Data:
   packing: int = option(
     0, "tokens of a row that several sequences share; 0 = each has a row of its own", min=0
   )
-  layout: Layout = inline(Layout())
 
   @property
   def strict(self) -> bool:
     return self.data_errors == "strict"
+
+
+def check_packing(packing: int, longest: int) -> None:
+  """Refuses rows that the longest sequence does not fit into."""
+  if 0 < packing < longest:
+    raise ConfigError("packing", packing, f"0, or at least a sequence's limit ({longest})")
+
+
+def check_measured(config: Any, own: str) -> None:
+  """Refuses a run without a task and without held-out data; `own`: --data that is the task's."""
+  if config.task.task == "none":
+    if config.data.data == own:
+      raise ConfigError("data", own, "a file where there is no task", "or name one with --task")
+    if not config.data.held_out_fraction:
+      raise ConfigError(
+        "held_out_fraction", 0, "above 0 with --task=none", "nothing would say what was learned"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

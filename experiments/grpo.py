@@ -178,6 +178,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       return run.result
     with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
+      programs = programs._replace(update=setup.announced(programs.update, run))
       init = functools.partial(init_state, optimizer=setup.adamw(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       state = setup.train_loop(
@@ -186,7 +187,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
         model,
         begun,
         sample=problems.sample,
-        learn=functools.partial(learn, config, model, setup.announced(programs, run)),
+        learn=functools.partial(learn, config, model, programs),
         evaluate=problems.evaluate,
       )
     return setup.finish(config, run, model, state)

@@ -17,7 +17,7 @@ after: how often the better answer has the larger reward, and whether the networ
 as it is sure (calibration_error; 0 is best). It is written as a Hugging Face directory,
 WORKDIR/model, whose rewards have mean 0 over training answers.
 
-Rerunning the same command goes on from the last checkpoint; so does it after Ctrl-C or a kill.
+Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
 Measured, seed 0, on 2 cores, in two minutes in all: a tiny model that copies half of its strings
 right, a judge of its own answers, and what training against the judge does to it. C stands for
@@ -51,77 +51,32 @@ import dataclasses
 import functools
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import (
-  ATTENTION_HELP,
-  MESH_FLAGS,
-  Checkpoint,
-  Distributed,
-  Lora,
-  MeshSizes,
-  Optimizer,
-  adamw,
-  check_packing,
-  check_schedule,
-  device_mesh,
-  joined,
-  learning_rate,
-  split_weights,
-)
-from rl_llm import hosts, losses
-from rl_llm.chips import find_peak
-from rl_llm.config import ConfigError, option, run
-from rl_llm.data import DataError, Dataset
-from rl_llm.data.batches import batch_indices, packed_shares, padding_fraction, pair_batch
-from rl_llm.data.encoding import Pair, encode_pair, limit_pairs
-from rl_llm.data.loading import load_sequences, read_examples
+from experiments import flags, setup
+from rl_llm import config as configs
+from rl_llm import data, hosts, losses, metrics, policy, reward_model, sharding, training
+from rl_llm.data import batches, encoding
 from rl_llm.evaluation import Evaluation
-from rl_llm.experience import agree_on_data
-from rl_llm.flops import text_work, update_passes
-from rl_llm.metrics import PhaseClock, finalize
-from rl_llm.model import load_model
-from rl_llm.policy import Policy, join, merge_lora
-from rl_llm.policy.attention import AttentionName
-from rl_llm.policy.scalar_head import normal_head, with_head
-from rl_llm.reward_model import (
-  packed_rewards,
-  pair_statistics,
-  save_reward_model,
-  sequence_rewards,
-)
-from rl_llm.sharding import fetch, place_rows
-from rl_llm.train_state import TrainState, init_state, parameter_count
-from rl_llm.training import (
-  USER_ERRORS,
-  Run,
-  Step,
-  begin,
-  default_workdir,
-  exit_code,
-  failure_of,
-  finish,
-  on_main,
-  start_run,
-  train_loop,
-)
+from rl_llm.policy import scalar_head
+from rl_llm.train_state import TrainState, init_state
 from rl_llm.update import make_update
-
-FORMATS = ("preference", "implicit_preference")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
   """What is measured on pairs that training never draws."""
 
-  every: int = option(8, "steps between evaluations; first and last are always done", min=1)
-  pairs: int = option(
+  every: int = configs.option(
+    8, "steps between evaluations; first and last are always done", min=1
+  )
+  pairs: int = configs.option(
     256, "held-out pairs that are scored, and training pairs for the mean reward; 0 = all", min=0
   )
 
@@ -130,59 +85,20 @@ class Scoring:
 class Config:
   """Everything that defines a run."""
 
-  model: str = option(
-    "smollm2", "smollm2, tiny, a Hugging Face directory, or a .gguf file; for PPO and GRPO, one "
-    "with the tokenizer of their model"
-  )
-  data: str = option("", "the file of pairs; experiments.make_preferences writes one")
-  data_errors: Literal["strict", "lenient"] = option(
-    "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
-  )
-  held_out_fraction: float = option(0.2, "of the file's prompts, kept for evaluation",
-                                    above=0, below=1)
-  margin_column: str = option(
+  run: flags.Run = configs.inline(flags.Run(steps=16))
+  model: flags.Model = configs.inline(flags.Model())
+  data: flags.Data = configs.inline(flags.Data(held_out_fraction=0.2))
+  layout: flags.Layout = configs.inline(flags.Layout())
+  pairs: flags.Pairs = configs.inline(flags.Pairs(pairs_per_step=8))
+  margin_column: str = configs.option(
     "", "a column with the number by which the rewards of a pair are to differ; empty = none"
   )
-  center_coef: float = option(
+  center_coef: float = configs.option(
     0.01, "strength with which a pair's rewards are held around 0, or they drift", min=0
   )
-  workdir: str = option(
-    "", "the run's directory; empty = runs/reward_model-<model>-<data>-seed<seed>"
-  )
-  seed: int = option(0, "of the head, of the pairs' order, and of the tiny model's weights", min=0)
-  steps: int = option(16, "updates", min=1)
-  pairs_per_step: int = option(8, "B, pairs an update", min=1)
-  max_tokens: int = option(512, "limit of a prompt with an answer", min=2)
-  overlong: Literal["error", "drop", "truncate_left", "truncate_right"] = option(
-    "error", "what to do with longer ones"
-  )
-  packing: int = option(
-    0, "tokens of a row that several answers with their prompts share; 0 = each has its own", min=0
-  )
-  microbatch_pairs: int = option(
-    4, "pairs whose activations are held at once; divides pairs_per_step, or is more than that",
-    min=1,
-  )
-  prompt_format: Literal["auto", "chat", "plain"] = option(
-    "auto", "chat = the model's own chat template, plain = bare text; auto = chat if it has one"
-  )
-  system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
-  dtype: Literal["float32", "bfloat16"] = option(
-    "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
-  )
-  remat: bool = option(False, "compute activations twice instead of holding them")
-  scan_layers: bool = option(False, "compile one layer and loop over all: compiles sooner")
-  attention: AttentionName = option("auto", ATTENTION_HELP)
-  profile: int = option(
-    0, "steps to trace with jax.profiler, from the second of this start on, since the first "
-    "compiles; written to WORKDIR/profile; 0 = none", min=0
-  )
-  lora: Lora = Lora()
-  mesh: MeshSizes = MeshSizes()
-  distributed: Distributed = Distributed()
-  optimizer: Optimizer = Optimizer(learning_rate=2e-5)
+  mesh: flags.MeshSizes = flags.MeshSizes()
+  optimizer: flags.Optimizer = flags.Optimizer(learning_rate=2e-5)
   eval: Scoring = Scoring()
-  checkpoint: Checkpoint = Checkpoint()
 
 
 # What a two-layer model of random weights needs instead of a pretrained one's defaults.
@@ -198,241 +114,220 @@ TINY = {
 
 def overrides(config: Config) -> dict[str, Any]:
   """What the model changes, unless the command line says otherwise."""
-  return dict(TINY) if config.model == "tiny" else {}
+  return dict(TINY) if config.model.model == "tiny" else {}
 
 
-def volatile(config: Config) -> set[str]:
-  """Flags with which a run may be resumed at other values: they do not change what is computed."""
-  names = {"workdir", *MESH_FLAGS, "checkpoint.every", "checkpoint.keep", "profile"}
-  # A falling learning rate depends on where it is to end.
-  return names | {"steps"} if config.optimizer.schedule == "constant" else names
+def check(config: Config) -> None:
+  """Refuses settings that do not fit together, before anything is loaded or compiled."""
+  configs.check(config)
+  if not config.data.data:
+    raise configs.ConfigError(
+      "data", "", "a file of preference pairs", "python -m experiments.make_preferences makes one"
+    )
+  if not config.data.held_out_fraction:
+    raise configs.ConfigError("held_out_fraction", 0, "above 0", "nothing would be evaluated")
+  flags.check_packing(config.data.packing, config.data.max_tokens)
 
 
-def make_loss(config: Config, policy: Policy):
+class Batch(NamedTuple):
+  """What the loss reads of 2 * B answers, chosen and rejected in turn; one of the first two."""
+
+  sequences: batches.SequenceBatch | None  # each answer in a row of its own
+  packed: batches.PackedShares | None  # several answers a row
+  weights: np.ndarray  # [B]
+  margin: np.ndarray  # [B] by how much the rewards of a pair are to differ
+
+
+def make_loss(config: Config, trunk: policy.Policy):
   """The objective: Bradley-Terry on pairs, whose rows alternate."""
 
-  def loss_fn(params, batch, hparams):
-    if config.packing:
-      rewards = packed_rewards(params, batch["packed"], policy=policy)
+  def loss_fn(params, batch: Batch, hparams):
+    if batch.packed is not None:
+      rewards = reward_model.packed_rewards(params, batch.packed, policy=trunk)
     else:
-      fields = ("tokens", "mask", "positions", "segment_ids")
-      rewards = sequence_rewards(params, *(batch[field] for field in fields), policy=policy)
-    loss, metrics = losses.reward_model_loss(
+      rewards = reward_model.sequence_rewards(params, *batch.sequences, policy=trunk)
+    loss, found = losses.reward_model_loss(
       rewards[0::2],
       rewards[1::2],
-      batch["weights"],
-      margin=batch["margin"],
+      batch.weights,
+      margin=batch.margin,
       center_coef=config.center_coef,
     )
-    return loss, jax.lax.stop_gradient(metrics)
+    return loss, jax.lax.stop_gradient(found)
 
   return loss_fn
 
 
-def train(config: Config, workdir: str) -> dict[str, Any]:
-  """Runs to the end, or goes on from where an earlier run of the same config stopped.
-
-  Returns:
-    The result that result.json holds: accuracy and calibration on held-out pairs before and after,
-    steps, seconds.
-
-  Raises:
-    Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
-    Diverged: too many updates in a row were not finite.
-  """
-  check(config)
-  return start_run(
-    functools.partial(_train, config),
-    config,
-    workdir,
-    steps=config.steps,
-    volatile=volatile(config),
-    checkpoints_kept=config.checkpoint.keep,
-    export=True,
+def make_batch(
+  config: Config, pairs: Sequence[encoding.Pair], margin: np.ndarray, *, pad_id: int
+) -> tuple[Batch, batches.SequenceBatch]:
+  """The batch, and the rows that are read, packed or not."""
+  weights = np.full(len(pairs), 1 / len(pairs), np.float32)
+  if not config.data.packing:
+    sequences = batches.pair_batch(pairs, pad_id=pad_id)
+    return Batch(sequences, None, weights, margin), sequences
+  packed = batches.packed_shares(
+    setup.flat(pairs),
+    shares=config.pairs.microbatches,
+    per_share=2 * len(pairs) // config.pairs.microbatches,
+    length=config.data.packing,
+    pad_id=pad_id,
   )
+  return Batch(None, packed, weights, margin), packed.packed
 
 
-def _train(config: Config, run: Run) -> dict[str, Any]:
-  say, stop = run.console.say, run.stop
-  mesh = device_mesh(
-    config.mesh,
-    per_step={"pairs_per_step": config.pairs_per_step},
-    at_once={"microbatch_pairs": config.microbatch_pairs},
+def learn(
+  config: Config,
+  model: setup.Model,
+  update: Callable,
+  state: TrainState,
+  drawn: training.Examples,
+  step: int,
+  clock: metrics.PhaseClock,
+) -> tuple[TrainState, training.Learned]:
+  """One step's update on (pair, margin) examples."""
+  pairs, margin = zip(*drawn.examples, strict=True)
+  batch, read = make_batch(
+    config, pairs, np.array(margin, np.float32), pad_id=model.tokenizer.pad_id
   )
-  check_packing(config.packing, mesh)
-  say(f"loading {config.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
-  strict = config.data_errors == "strict"
-  dataset = read_examples(config.data, formats=FORMATS, strict=strict)
-  check_margins(config, dataset)
-  model = load_model(
-    config.model,
-    seed=config.seed,
-    dtype=jnp.dtype(config.dtype),
-    remat=config.remat,
-    scan_layers=config.scan_layers,
-    attention=config.attention,
-    mesh=mesh,
-  )
-  policy, tokenizer = model.policy, model.tokenizer
-  trunk = {name: leaf for name, leaf in model.params.items() if name != "unembed"}
-  frozen, first = split_weights(config.lora, trunk, seed=config.seed)
-  whole = functools.partial(join, frozen)
-  prompt_format = config.prompt_format
-  if prompt_format == "auto":
-    prompt_format = "chat" if tokenizer.chat_template else "plain"
-  loaded = load_sequences(
-    config.data,
-    dataset,
-    encode=functools.partial(
-      encode_pair,
-      tokenizer=tokenizer,
-      prompt_format=prompt_format,
-      system_prompt=config.system_prompt,
-    ),
-    limit_all=limit_pairs,
-    limit=config.max_tokens,
-    overlong=config.overlong,
-    strict=strict,
-    held_out_fraction=config.held_out_fraction,
-    check=stop.check,
-  )
-  agree_on_data(side.tokens for pair in loaded.training + loaded.held_out for side in pair)
-  margins = margins_of(config, loaded.training_columns)
-  scored = slice(config.eval.pairs or None)
-  held_out = loaded.held_out[scored]
-  held_out_margins = margins_of(config, loaded.held_out_columns)[scored]
+  hparams = {"learning_rate": jnp.float32(setup.learning_rate(config, step))}
+  with clock("update"):
+    placed = sharding.place_rows(batch, model.mesh)
+    state, found = update(
+      state, placed, hparams, config.pairs.microbatches, model.weights.frozen
+    )
+  found |= {"padding_fraction": batches.padding_fraction(read.segment_ids)}
+  return state, training.Learned(found, work=setup.text_work(model, pairs, predicts=False))
 
-  optimizer = adamw(config.optimizer)
-  loss_fn = make_loss(config, policy)
-  microbatches = max(1, config.pairs_per_step // config.microbatch_pairs)
-  update = make_update(loss_fn, optimizer, microbatches=microbatches, mesh=mesh)
-  announce = functools.cache(say)
-  run.console.sizes(
-    {
-      "parameters": parameter_count(model.params),
-      "parameters trained": parameter_count(first),
-      "pairs a step": config.pairs_per_step,
-      "pairs a microbatch": min(config.pairs_per_step, config.microbatch_pairs),
-      "steps": config.steps,
-      "data": loaded.note,
-      "held-out pairs scored": len(held_out),
-      "prompt format": prompt_format,
-      "directory": str(run.workdir),
-    }
-  )
 
-  def first_state(params) -> TrainState:
-    head = normal_head(policy.config.width, jax.random.key(config.seed))
-    return init_state(with_head(params, head), optimizer)
+def make_score(config: Config, run: training.Run, model: setup.Model):
+  """(params, pairs) -> [N, 2] rewards of chosen and rejected answers; may be interrupted."""
+  score = jax.jit(functools.partial(reward_model.sequence_rewards, policy=model.policy))
+  size, pad_id, mesh = config.pairs.pairs_per_step, model.tokenizer.pad_id, model.mesh
 
-  start, state = begin(run, first_state, first, steps=config.steps, mesh=mesh)
-  model, trunk, first = model._replace(params=None), None, None
-  score = jax.jit(functools.partial(sequence_rewards, policy=policy))
-
-  def rewards_of(params, pairs: Sequence[Pair]) -> np.ndarray:
-    """[N, 2]: of the chosen and of the rejected answers; one program for each width."""
+  def rewards_of(params, pairs: Sequence[encoding.Pair]) -> np.ndarray:
     rewards = np.zeros((len(pairs), 2), np.float32)
-    # Pairs of like length share a batch.
+    # Pairs of similar length share a batch: one program for each width.
     order = sorted(range(len(pairs)), key=lambda index: -max(len(s.tokens) for s in pairs[index]))
-    for first in range(0, len(order), config.pairs_per_step):
-      stop.check()
-      chosen = order[first : first + config.pairs_per_step]
-      batch = pair_batch(
-        [pairs[index] for index in chosen], pad_id=tokenizer.pad_id, rows=2 * config.pairs_per_step
-      )
-      found = fetch(score(params, *place_rows(batch, mesh)))
+    for first in range(0, len(order), size):
+      run.stop.check()
+      chosen = order[first : first + size]
+      batch = batches.pair_batch([pairs[index] for index in chosen], pad_id=pad_id, rows=2 * size)
+      found = sharding.fetch(score(params, *sharding.place_rows(batch, mesh)))
       rewards[chosen] = found.reshape(-1, 2)[: len(chosen)]
     return rewards
 
-  def evaluate_state(state: TrainState) -> Evaluation:
-    say(f"scoring {len(held_out)} held-out pairs")
-    chosen, rejected = rewards_of(whole(state.params), held_out).T
-    found = pair_statistics(chosen, rejected)
-    loss, _ = losses.reward_model_loss(
-      jnp.asarray(chosen),
-      jnp.asarray(rejected),
-      jnp.full(len(chosen), 1 / len(chosen)),
-      margin=jnp.asarray(held_out_margins),
-      center_coef=config.center_coef,
-    )
-    metrics = {
-      "eval/pair_accuracy": found.accuracy,
-      "eval/pair_low": found.low,
-      "eval/pair_high": found.high,
-      "eval/pair_loss": float(loss),
-      "eval/margin": found.margin,
-      "eval/calibration_error": found.calibration_error,
-      "eval/chosen_reward": float(np.mean(chosen)),
-      "eval/rejected_reward": float(np.mean(rejected)),
-    }
-    say(f"margin {found.margin:.2f}, calibration error {found.calibration_error:.2f}")
-    return Evaluation(metrics, [])
+  return rewards_of
 
-  def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:
-    chosen = batch_indices(
-      len(loaded.training), batch_size=config.pairs_per_step, seed=config.seed, step=step
-    )
-    pairs = [loaded.training[index] for index in chosen]
-    batch = {
-      "weights": np.full(len(pairs), 1 / len(pairs), np.float32),
-      "margin": margins[chosen],
-    }
-    if config.packing:
-      packed = packed_shares(
-        [sequence for pair in pairs for sequence in pair],
-        shares=microbatches,
-        per_share=2 * len(pairs) // microbatches,
-        length=config.packing,
-        pad_id=tokenizer.pad_id,
-      )
-      batch, read = batch | {"packed": packed}, packed.packed
-    else:
-      read = pair_batch(pairs, pad_id=tokenizer.pad_id)
-      batch |= read._asdict()
-    rate = learning_rate(config.optimizer, step, steps=config.steps)
-    hparams = {"learning_rate": jnp.float32(rate)}
-    announce(f"compiling the update: rows of {read.tokens.shape[1]} tokens")
-    stop.check()
-    with clock("update"):
-      batch = place_rows(batch, mesh)
-      state, metrics = update(state, batch, hparams, microbatches, frozen)
-      row = finalize(jax.device_get(metrics))
-    row |= {"learning_rate": rate, "updates_skipped": int(state.skipped)}
-    row |= {"padding_fraction": padding_fraction(read.segment_ids)}
-    most = config.optimizer.max_skipped
-    failure = failure_of(loss_fn, state, batch, hparams, max_skipped=most, frozen=frozen)
-    work = text_work(
-      policy.config,
-      [sequence for pair in pairs for sequence in pair],
-      passes=update_passes(adapters=frozen is not None),
-      predicts=False,
-    )
-    return Step(state, row, work=work, failure=failure)
 
-  state = train_loop(
-    run,
-    start,
-    state,
-    take_step,
-    evaluate_state,
-    steps=config.steps,
-    eval_every=config.eval.every,
-    checkpoint_every=config.checkpoint.every,
-    samples_every=config.steps,
-    peak=find_peak(list(mesh.devices.flat), config.dtype),
-    profile=config.profile,
+def evaluate(
+  config: Config,
+  run: training.Run,
+  rewards_of: Callable,
+  held_out: Sequence[encoding.Pair],
+  margins: np.ndarray,
+  params: Any,
+) -> Evaluation:
+  """How often the better answer of held-out pairs has the larger reward, and how sure that is."""
+  run.console.say(f"scoring {len(held_out)} held-out pairs")
+  chosen, rejected = rewards_of(params, held_out).T
+  found = reward_model.pair_statistics(chosen, rejected)
+  loss, _ = losses.reward_model_loss(
+    jnp.asarray(chosen),
+    jnp.asarray(rejected),
+    jnp.full(len(chosen), 1 / len(chosen)),
+    margin=jnp.asarray(margins),
+    center_coef=config.center_coef,
   )
-  center = float(np.mean(rewards_of(whole(state.params), loaded.training[scored])))
-  params = on_main(merge_lora(whole(state.params)))
+  run.console.say(f"margin {found.margin:.2f}, calibration error {found.calibration_error:.2f}")
+  figures = {
+    "eval/pair_accuracy": found.accuracy,
+    "eval/pair_low": found.low,
+    "eval/pair_high": found.high,
+    "eval/pair_loss": float(loss),
+    "eval/margin": found.margin,
+    "eval/calibration_error": found.calibration_error,
+    "eval/chosen_reward": float(np.mean(chosen)),
+    "eval/rejected_reward": float(np.mean(rejected)),
+  }
+  return Evaluation(figures, [])
+
+
+def train(config: Config, workdir: str) -> dict[str, Any]:
+  """Trains to the end, or resumes an earlier run of the same config; gives result.json's content.
+
+  Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
+  """
+  check(config)
+  with setup.open_run(config, workdir, export=True) as run:
+    if run.result:
+      return run.result
+    size = config.pairs
+    mesh = setup.open_mesh(
+      config,
+      per_step={"pairs_per_step": size.pairs_per_step},
+      at_once={"microbatch_pairs": size.microbatch_pairs},
+    )
+    setup.check_packing(config, mesh)
+    dataset = setup.read_data(config, "preference", "implicit_preference")
+    check_margins(config, dataset)
+    model = setup.load_model(config, run, mesh, without="unembed")
+    loaded = setup.load_pairs(config, run, dataset, model.tokenizer, config.layout)
+    scored = slice(config.eval.pairs or None)
+    examples = list(
+      zip(loaded.training, margins_of(config, loaded.training_columns), strict=True)
+    )
+    sizes = {
+      "pairs a step": size.pairs_per_step,
+      "pairs a microbatch": size.pairs_per_step // size.microbatches,
+      "data": loaded.note,
+      "held-out pairs scored": len(loaded.held_out[scored]),
+    }
+    setup.show_sizes(config, run, model.weights, sizes)
+    optimizer, loss_fn = setup.adamw(config.optimizer), make_loss(config, model.policy)
+    update = make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
+    width, seed = model.policy.config.width, config.run.seed
+
+    def first_state(params) -> TrainState:
+      head = scalar_head.normal_head(width, jax.random.key(seed))
+      return init_state(scalar_head.with_head(params, head), optimizer)
+
+    def sample(params, step: int, clock: metrics.PhaseClock) -> training.Examples:
+      chosen = setup.step_indices(config, len(examples), step, size=size.pairs_per_step)
+      return training.Examples([examples[index] for index in chosen])
+
+    begun, model = setup.begin(config, run, model, first_state)
+    rewards_of = make_score(config, run, model)
+    held_out_margins = margins_of(config, loaded.held_out_columns)[scored]
+    state = setup.train_loop(
+      config,
+      run,
+      model,
+      begun,
+      sample=sample,
+      learn=functools.partial(learn, config, model, setup.announced(update, run)),
+      evaluate=functools.partial(
+        evaluate, config, run, rewards_of, loaded.held_out[scored], held_out_margins
+      ),
+    )
+    params = model.weights.whole(state.params)
+    center = float(np.mean(rewards_of(params, loaded.training[scored])))
+    export(run, model, params, center=center)
+    return training.finish(run)
+
+
+def export(run: training.Run, model: setup.Model, params: Any, *, center: float) -> None:
+  """Writes the reward model, whose rewards have mean 0 over training answers, to WORKDIR/model."""
+  params = training.on_main(policy.merge_lora(params))
   if hosts.is_main():
     directory = run.workdir / "model"
     shutil.rmtree(directory, ignore_errors=True)  # Of an earlier end of this run.
-    save_reward_model(directory, policy.config, params, tokenizer, center=center)
-    say(f"reward model: {directory}")
-  return finish(run)
+    shape = model.policy.config
+    reward_model.save_reward_model(directory, shape, params, model.tokenizer, center=center)
+    run.console.say(f"reward model: {directory}")
 
 
-def check_margins(config: Config, dataset: Dataset) -> None:
+def check_margins(config: Config, dataset: data.Dataset) -> None:
   """Refuses a margin that is no number; the message names the line."""
   name = config.margin_column
   if not name:
@@ -440,8 +335,8 @@ def check_margins(config: Config, dataset: Dataset) -> None:
   for example, line in zip(dataset.examples, dataset.lines, strict=True):
     value = example.columns.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-      raise DataError(
-        f"{config.data}:{line}: margin_column={name!r} is "
+      raise data.DataError(
+        f"{config.data.data}:{line}: margin_column={name!r} is "
         f"{repr(value) if name in example.columns else 'missing'}; must be a number in every row"
       )
 
@@ -452,38 +347,9 @@ def margins_of(config: Config, columns: Sequence[dict[str, Any]]) -> np.ndarray:
   return np.array([row[name] if name else 0.0 for row in columns], np.float32)
 
 
-def check(config: Config) -> None:
-  """Refuses settings that do not fit together, before anything is loaded or compiled."""
-  if not config.data:
-    raise ConfigError(
-      "data", "", "a file of preference pairs", "python -m experiments.make_preferences makes one"
-    )
-  pairs, part = config.pairs_per_step, config.microbatch_pairs
-  if pairs > part and pairs % part:
-    raise ConfigError(
-      "microbatch_pairs",
-      part,
-      f"a divisor of pairs_per_step ({pairs})",
-      f"try --microbatch_pairs={math.gcd(pairs, part)}",
-    )
-  if 0 < config.packing < config.max_tokens:
-    raise ConfigError(
-      "packing",
-      config.packing,
-      f"0, or at least max_tokens ({config.max_tokens})",
-      f"--max_tokens={config.packing} makes it so",
-    )
-  check_schedule(config.optimizer, steps=config.steps)
-
-
-def main(config: Config) -> int:
-  workdir = config.workdir or default_workdir(
-    "reward_model", model=config.model, data=Path(config.data).name, seed=config.seed
-  )
-  return exit_code(
-    functools.partial(train, config, workdir), distributed=joined(config.distributed)
-  )
-
-
 if __name__ == "__main__":
-  run(main, Config, overrides=overrides, errors=USER_ERRORS)
+  configs.run(
+    lambda config: setup.main(train, config, data=Path(config.data.data).name),
+    Config,
+    overrides=overrides,
+  )

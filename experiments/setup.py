@@ -22,6 +22,7 @@ import optax
 
 from experiments import flags
 from rl_llm import (
+  data,
   evaluation,
   experience,
   flops,
@@ -37,11 +38,15 @@ from rl_llm import (
 from rl_llm import model as models
 from rl_llm import policy as policies
 from rl_llm.chips import find_peak
-from rl_llm.config import ConfigError
+from rl_llm.config import ConfigError, volatile
+from rl_llm.data import batches, encoding, loading
+from rl_llm.data.prompts import PromptTooLong
+from rl_llm.interrupt import StopSignals
 from rl_llm.masked import masked_mean
 from rl_llm.metrics import PhaseClock
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import ResponseBatch, response_logprobs, take_prompts
+from rl_llm.run_directory import opened
 from rl_llm.sampling import SamplingConfig
 from rl_llm.train_state import parameter_count
 
@@ -156,11 +161,16 @@ def finish(config: Any, run: training.Run, model: Model, state: Any) -> dict[str
   return training.finish(run)
 
 
-def main(train: Callable[[Any, str], Any], config: Any, *, data: str = "") -> int:
+def main(
+  train: Callable[[Any, str], Any], config: Any, *, model: str = "", data: str = ""
+) -> int:
   """Trains in the directory that the config names, or that is named after it: the exit code."""
   name = Path(sys.modules[type(config).__module__].__file__).stem
   workdir = config.run.workdir or training.default_workdir(
-    name, model=config.model.model, data=data or config.task.task, seed=config.run.seed
+    name,
+    model=model or config.model.model,
+    data=data or config.task.task,
+    seed=config.run.seed,
   )
   return training.exit_code(
     functools.partial(train, config, workdir), distributed=config.run.distributed.joined()
@@ -409,6 +419,26 @@ def make_problems(
 
 
 @contextlib.contextmanager
+def open_problems(
+  config: Any,
+  run: training.Run,
+  model: Model,
+  task: tasks.Task | None,
+  *,
+  prompts: int,
+  responses: int = 0,
+  slots: int = 0,
+) -> Iterator[Problems | None]:
+  """`make_problems` of a sampler that ends with the block; None where there is no task."""
+  model = model._replace(weights=None)  # The caller frees them once a state has taken over.
+  if task is None:
+    yield None
+    return
+  with open_sampler(config, run, model, task, slots=slots) as sampler:
+    yield make_problems(config, run, sampler, prompts=prompts, responses=responses)
+
+
+@contextlib.contextmanager
 def open_sampling(
   config: Any, run: training.Run, *, reference: bool
 ) -> Iterator[tuple[Model, Problems]]:
@@ -466,6 +496,99 @@ def sampling_config(options: Any) -> SamplingConfig:
   )
 
 
+# Files of examples.
+
+
+def read_data(config: Any, *formats: str) -> data.Dataset:
+  """The rows of --data, which must be of one of these formats."""
+  return loading.read_examples(config.data.data, formats=formats, strict=config.data.strict)
+
+
+def prompt_format(layout: flags.Layout, tokenizer: tokenizers.Tokenizer) -> str:
+  """"chat" or "plain": "auto" takes the model's chat template, if it has one."""
+  if layout.prompt_format != "auto":
+    return layout.prompt_format
+  return "chat" if tokenizer.chat_template else "plain"
+
+
+def load_data(
+  config: Any,
+  run: training.Run,
+  dataset: data.Dataset,
+  *,
+  encode: Callable[[Any], Any],
+  limit_all: Callable[..., encoding.Limited],
+) -> loading.Loaded:
+  """The rows as tokens, to train on and held out; all processes have the same.
+
+  Args:
+    config: its group `data` is read.
+    run: whose signals stop it.
+    dataset: from `read_data`.
+    encode: an example's tokens, `encoding.encode` or `encode_pair` with its settings.
+    limit_all: `encoding.limit_sequences` or `limit_pairs`.
+  """
+  options = config.data
+  loaded = loading.load_sequences(
+    options.data,
+    dataset,
+    encode=encode,
+    limit_all=limit_all,
+    limit=options.max_tokens,
+    overlong=options.overlong,
+    strict=options.strict,
+    held_out_fraction=options.held_out_fraction,
+    check=run.stop.check,
+  )
+  sequences = flat(loaded.training + loaded.held_out)
+  experience.agree_on_data(sequence.tokens for sequence in sequences)
+  return loaded
+
+
+def load_pairs(
+  config: Any,
+  run: training.Run,
+  dataset: data.Dataset,
+  tokenizer: tokenizers.Tokenizer,
+  layout: flags.Layout,
+) -> loading.Loaded:
+  """`load_data` of preference pairs."""
+  encode = functools.partial(
+    encoding.encode_pair,
+    tokenizer=tokenizer,
+    prompt_format=prompt_format(layout, tokenizer),
+    system_prompt=layout.system_prompt,
+  )
+  return load_data(config, run, dataset, encode=encode, limit_all=encoding.limit_pairs)
+
+
+def check_packing(config: Any, mesh: jax.sharding.Mesh) -> None:
+  """Refuses packed answers over several devices: both of a pair may lie on different ones."""
+  packing, shards = config.data.packing, sharding.row_shards(mesh)
+  if packing and shards > 1:
+    raise ConfigError("packing", packing, f"0 where rows lie over {shards} devices")
+
+
+def flat(examples: Sequence[Any]) -> list[encoding.Encoded]:
+  """The sequences of examples, in the order of a batch's rows: of a pair, both."""
+  return [
+    sequence
+    for example in examples
+    for sequence in (example if isinstance(example, encoding.Pair) else [example])
+  ]
+
+
+def step_indices(config: Any, count: int, step: int, *, size: int) -> np.ndarray:
+  """Which of `count` examples a step of `size` takes."""
+  return batches.batch_indices(count, batch_size=size, seed=config.run.seed, step=step)
+
+
+def text_work(model: Model, examples: Sequence[Any], *, predicts: bool = True) -> flops.Work:
+  """What an update on whole texts trained on."""
+  passes = flops.update_passes(adapters=model.weights.frozen is not None)
+  return flops.text_work(model.policy.config, flat(examples), passes=passes, predicts=predicts)
+
+
 # Updates.
 
 
@@ -493,16 +616,16 @@ def learning_rate(config: Any, step: int) -> float:
   )
 
 
-def announced(programs: Any, run: training.Run) -> Any:
-  """The programs, whose update says when it meets a new width, since it is compiled then."""
+def announced(update: Callable, run: training.Run) -> Callable:
+  """The update, which says when it meets a new width, since it is compiled then."""
   say = functools.cache(run.console.say)
 
   def announced_update(state: Any, batch: Any, *further: Any) -> Any:
     width = max(mask.shape[1] for mask in jax.tree.leaves(batch) if mask.dtype == bool)
     say(f"compiling the update: rows of up to {width} tokens")
-    return programs.update(state, batch, *further)
+    return update(state, batch, *further)
 
-  return programs._replace(update=announced_update)
+  return announced_update
 
 
 class Programs(NamedTuple):
@@ -682,3 +805,76 @@ def token_weights(config: Any, batch: ResponseBatch) -> jax.Array:
     weights = weights * weighting.drop_truncated(batch.mask, batch.truncated)
   return weights
 
+
+# Responses that nothing is trained on.
+
+
+def run_name(model: str) -> str:
+  """The model; of one that a run exported, the run's directory, whose name says more."""
+  path = Path(model)
+  return str(path.parent) if path.name == "model" and path.parent.name else model
+
+
+@contextlib.contextmanager
+def open_record(
+  config: Any, workdir: str, problems: Sequence[tasks.Problem]
+) -> Iterator[training.Run]:
+  """Opens the directory in which responses to these problems are kept, for this process alone."""
+  rounds = -(-len(problems) // config.responses.prompts_per_batch)
+  with StopSignals() as stop, training.open_console(rounds) as console:
+    with opened(Path(workdir), config, volatile=volatile(config), doing="writes to"):
+      yield training.Run(Path(workdir), console, stop)
+
+
+def record_responses(
+  config: Any,
+  run: training.Run,
+  task: tasks.Task,
+  problems: Sequence[tasks.Problem],
+  *,
+  temperatures: Sequence[float],
+  describe: Callable[[tasks.Problem, int, dict[str, Any]], dict[str, Any]],
+) -> tuple[experience.Drawn, str]:
+  """Writes the responses that are not on record yet: samples.jsonl, then metrics.jsonl.
+
+  Args:
+    config: its groups `run`, `model`, `responses`, `task`, `prompts` and `mesh` are read.
+    run: from `open_record`.
+    task: whose grader is asked.
+    problems: what the model is asked.
+    temperatures: one a response to each problem; 0 is greedy.
+    describe: as for `evaluation.record_responses`.
+
+  Returns:
+    The problems that fit, and how they were laid out: "chat" or "plain".
+
+  Raises:
+    PromptTooLong: none fits.
+  """
+  options, size = config.responses, config.responses.prompts_per_batch
+  mesh = open_mesh(config, per_step={"prompts_per_batch": size}, at_once={})
+  name, dtype = config.model.model, jnp.dtype(config.model.dtype)
+  run.console.say(f"loading {name} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+  policy, params, tokenizer = models.load_model(
+    name, seed=config.run.seed, dtype=dtype, mesh=mesh
+  )
+  model = Model(policy, tokenizer, mesh, Weights(None, None, None))
+  with open_sampler(config, run, model, task, slots=options.slots) as sampler:
+    drawn = sampler.encode(problems)
+    if not drawn.problems:
+      limit = config.prompts.max_prompt_tokens
+      raise PromptTooLong(
+        f"all {drawn.overlong} prompts are over --max_prompt_tokens={limit}; raise it"
+      )
+    experience.agree_on_data(drawn.prompts)
+    evaluation.record_responses(
+      run,
+      sampler,
+      params,
+      drawn,
+      SamplingConfig(np.asarray(temperatures), top_k=options.top_k, top_p=options.top_p),
+      seed=config.run.seed,
+      prompts_per_batch=size,
+      describe=describe,
+    )
+  return drawn, sampler.encode.keywords["prompt_format"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
-from launch.programs import cache_bytes, itemsize, settings_of, work
+from launch.programs import cache_bytes, itemsize, updates_of, work
 from rl_llm.flops import update_passes
 from rl_llm.policy import TransformerConfig, make_policy
 from rl_llm.rollout import CHUNK_SIZE
@@ -59,10 +59,8 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   """
   total, layer = count_parameters(shape)
   trained = 0 if config.lora.rank else total
-  settings = settings_of(config)
-  minibatches = getattr(settings, "minibatches", 1)
-  updates = minibatches * getattr(settings, "epochs", 1)
-  prompts = config.prompts_per_step // minibatches
+  updates = updates_of(config)
+  prompts = config.prompts_per_step // updates.minibatches
   at_once = min(config.microbatch_prompts, prompts)
   microbatches = max(1, prompts // at_once)
   size, slices, shards = itemsize(config), sizes.fsdp * sizes.tensor, sizes.data * sizes.fsdp
@@ -93,7 +91,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   found = [
     Estimate(
       "update",
-      updates,
+      updates.count,
       weights + moments,
       gradient + cast + kept + logits,
       0.0,
@@ -108,7 +106,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
           ),
         ),
       },
-      passes * work(config, shape) / minibatches / chips,
+      passes * work(config, shape) / updates.minibatches / chips,
       passes * microbatches * gathered + 6 * 4 * trained / slices,
     )
   ]

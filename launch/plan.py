@@ -45,12 +45,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.options import ATTENTION_HELP, Lora, SamplingMesh, device_mesh
+from experiments import setup
+from experiments.flags import ATTENTION_HELP, Lora, SamplingMesh
 from launch import estimate
 from launch.chips import find_chip, find_devices, has_compiler
 from launch.hlo import collectives
 from launch.models import MODELS, find_model
-from launch.programs import Lowering, programs, settings_of
+from launch.programs import Lowering, programs, updates_of
 from rl_llm import sharding
 from rl_llm.chips import Chip
 from rl_llm.config import ConfigError, option, run
@@ -129,9 +130,11 @@ def plan(config: Config) -> list[Program]:
   check(config)
   if not has_compiler(config.topology):
     return by_formula(config, shape)
-  mesh = device_mesh(
-    config.mesh,
-    **multiples(config),
+  mesh = setup.open_mesh(
+    config,
+    per_step={"prompts_per_step": config.prompts_per_step},
+    at_once={"microbatch_prompts": config.microbatch_prompts},
+    minibatches=updates_of(config).minibatches,
     devices=find_devices(config.topology, num_slices=config.num_slices),
   )
   policy = make_policy(
@@ -145,18 +148,9 @@ def plan(config: Config) -> list[Program]:
   return [compile_program(lowering, mesh) for lowering in programs(config, policy, mesh)]
 
 
-def multiples(config: Config) -> dict:
-  """What `device_mesh` is to look at."""
-  return {
-    "per_step": {"prompts_per_step": config.prompts_per_step},
-    "at_once": {"microbatch_prompts": config.microbatch_prompts},
-    "minibatches": getattr(settings_of(config), "minibatches", 1),
-  }
-
-
 def check(config: Config) -> None:
   """Refuses sizes that do not divide."""
-  minibatches = getattr(settings_of(config), "minibatches", 1)
+  minibatches = updates_of(config).minibatches
   update = config.prompts_per_step // minibatches
   if config.prompts_per_step % minibatches or update % min(config.microbatch_prompts, update):
     raise ConfigError(
@@ -235,7 +229,7 @@ def candidates(config: Config, chip: Chip) -> tuple[list[Config], int]:
   """Meshes and microbatches that fit by formula, soonest done first; and of how many."""
   shape = find_model(config.model, vocab_size=config.vocab_size)
   count = find_chip(config.topology)[1] * config.num_slices
-  update = config.prompts_per_step // getattr(settings_of(config), "minibatches", 1)
+  update = config.prompts_per_step // updates_of(config).minibatches
   ranked, tried = [], 0
   for sizes, gather, microbatch in itertools.product(
     estimate.meshes(config, shape, count), ("step", "token"), estimate.divisors(update)

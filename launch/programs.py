@@ -11,21 +11,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import dpo, grpo, ppo, reinforce
-from experiments.options import adamw, split_weights
+from experiments import flags, grpo, ppo, reinforce, setup
 from rl_llm import sharding
+from rl_llm.config import flatten, replace
 from rl_llm.flops import forward_flops, text_flops, update_passes
-from rl_llm.policy import Policy, TransformerConfig, join
-from rl_llm.rollout import gather_weights, generate, response_logprobs, row_keys
+from rl_llm.policy import Policy, TransformerConfig
+from rl_llm.rollout import ResponseBatch, gather_weights, generate, row_keys
 from rl_llm.sampling import SamplingConfig
-from rl_llm.teacher_forcing import teacher_forced_logprobs
 from rl_llm.train_state import init_state, parameter_count
-from rl_llm.update import make_update
+
+try:
+  from experiments import dpo
+except ImportError:
+  dpo = None
 
 if TYPE_CHECKING:
   from launch.plan import Config
 
 EXPERIMENTS = {"grpo": grpo, "reinforce": reinforce, "ppo": ppo, "dpo": dpo}
+# Flags of the plan that an experiment has by another name.
+ALIASES = {
+  "prompts_per_step": "pairs_per_step",
+  "microbatch_prompts": "microbatch_pairs",
+  "kl_coef": "kl.coef",
+  "value_trunk": "value.trunk",
+}
 
 
 class Lowering(NamedTuple):
@@ -41,27 +51,19 @@ class Lowering(NamedTuple):
 
 
 def settings_of(config: Config) -> Any:
-  """The experiment's own Config at these flags."""
-  module = EXPERIMENTS[config.experiment]
-  shared = {
-    name: getattr(config, name)
-    for name in ("responses_per_prompt", "max_new_tokens", "remat", "scan_layers", "lora")
-  }
-  if module is dpo:
-    return dpo.Config(
-      pairs_per_step=config.prompts_per_step, microbatch_pairs=config.microbatch_prompts, **shared
-    )
-  own = module.Config()
-  shared |= {
-    "prompts_per_step": config.prompts_per_step,
-    "microbatch_prompts": config.microbatch_prompts,
-    "epochs": config.epochs,
-    "minibatches": config.minibatches or own.minibatches,
-    "kl": dataclasses.replace(own.kl, coef=config.kl_coef),
-  }
-  if module is ppo:
-    shared["value"] = dataclasses.replace(own.value, trunk=config.value_trunk)
-  return module.Config(**shared)
+  """The experiment's own Config, with every flag of the plan that it has too."""
+  own = EXPERIMENTS[config.experiment].Config()
+  known, values = flatten(own), flatten(config)
+  if not config.minibatches:
+    del values["minibatches"]
+  values |= {alias: values[path] for path, alias in ALIASES.items()}
+  return replace(own, {path: value for path, value in values.items() if path in known})
+
+
+def updates_of(config: Config) -> flags.Updates:
+  """How what a step reads becomes updates; one update where the experiment takes pairs."""
+  sizes = {name: getattr(config, name) for name in ("prompts_per_step", "microbatch_prompts")}
+  return getattr(settings_of(config), "updates", flags.Updates(**sizes))
 
 
 def programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Lowering]:
@@ -72,7 +74,7 @@ def programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Lo
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """The programs of one run."""
+  """The programs of one run; its arrays are shapes that know their devices."""
 
   config: Config
   settings: Any
@@ -81,234 +83,179 @@ class Programs:
 
   def of_policy_gradient(self) -> list[Lowering]:
     """GRPO's and REINFORCE's: an update, a rollout, and log-probs where something compares."""
-    module, optimizer = EXPERIMENTS[self.config.experiment], adamw(self.settings.optimizer)
-    base, frozen, trained = self.weights()
-    state = self.placed(functools.partial(init_state, optimizer=optimizer), trained)
-    held = device_bytes((state, frozen, self.reference(base, frozen)))
-    batch = self.batch()
-    if module is grpo:
-      batch["advantages"] = array(jnp.float32, len(batch["tokens"]))
-      if self.config.kl_coef:
-        batch["ref_logprobs"] = batch["sampler_logprobs"]
-    loss = module.make_loss(self.settings, self.policy)
-    found = [
-      self.update("update", loss, optimizer, state, frozen, batch, held),
-      *self.sampling(join(frozen, trained), held),
-    ]
-    if self.updates > 1 or self.config.kl_coef:
-      found.append(self.logprobs(base, held))
-    return found
+    module = EXPERIMENTS[self.config.experiment]
+    made = module.make_programs(self.settings, self.policy, self.mesh)
+    coefs = {"kl_coef": 0.0} if module is grpo else {}
+    minibatch = self.minibatch(made.take)
+    found = [self.update("update", made.update, self.state, minibatch, self.numbers(**coefs))]
+    found += self.sampling(self.weights.whole(self.state.params))
+    passes = (self.updates.count > 1) + (self.config.kl_coef > 0)
+    return found + [self.logprobs(made.logprobs, calls=passes)] * (passes > 0)
 
   def of_ppo(self) -> list[Lowering]:
     """PPO's: the same, of two networks; and their passes before the updates."""
-    base, frozen, trained = self.weights()
-    width = self.policy.config.width
-    init = functools.partial(ppo.init_ppo, config=self.settings, width=width)
-    state = self.placed(init, trained)
-    held = device_bytes((state, frozen, self.reference(base, frozen)))
-    batch = self.batch() | {
-      name: self.batch()["sampler_logprobs"] for name in ("old_values", "returns")
-    }
-    loss = ppo.make_loss(self.settings, self.policy)
-    optimizer = ppo.policy_optimizer(self.settings)
-    found = [self.update("update", loss, optimizer, state.policy, frozen, batch, held)]
-    if state.value is not None:
-      value_loss = ppo.make_value_loss(self.settings, self.policy)
-      optimizer = adamw(self.settings.optimizer)
-      found.append(
-        self.update("value update", value_loss, optimizer, state.value, frozen, batch, held)
-      )
-    params = join(frozen, state.policy.params)
-    value = state.value and join(frozen, state.value.params)
-    responses = self.rows(self.responses(self.config.prompts_per_step))
-    before = ppo.make_before(self.settings, self.policy)
+    made = ppo.make_programs(self.settings, self.policy, self.mesh)
+    policy, value, _ = self.state
+    minibatch = self.minibatch(made.policy.take)
+    numbers = self.numbers(value_coef=0.0)
+    found = [self.update("update", made.policy.update, policy, minibatch, numbers)]
+    if value is not None:
+      numbers = {"learning_rate": array(jnp.float32)}
+      found.append(self.update("value update", made.update_value, value, minibatch, numbers))
+    params, tower = self.weights.whole(policy.params), value and self.weights.whole(value.params)
     networks = 1 if value is None else 2
     found.append(
-      Lowering(
-        "values",
-        lambda: before.lower(params, value, responses),
-        calls=1,
-        loop=1,
-        flops=networks * self.work(),
-        moved=networks * self.gathered(base),
-        resident=held - device_bytes((params, state.value and state.value.params)),
+      self.lowering(
+        "values", made.before, params, tower, self.batch,
+        flops=networks * self.work(), moved=networks * self.gathered(self.weights.reference),
       )
     )
-    found += self.sampling(params, held)
-    return found + ([self.logprobs(base, held)] if self.config.kl_coef else [])
+    found += self.sampling(params)
+    return found + [self.logprobs(made.policy.logprobs)] * (self.config.kl_coef > 0)
 
   def of_dpo(self) -> list[Lowering]:
-    """DPO's on a file of pairs: the reference reads them all, then there are updates alone."""
-    optimizer = adamw(self.settings.optimizer)
-    base, frozen, trained = self.weights()
-    state = self.placed(functools.partial(init_state, optimizer=optimizer), trained)
-    held = device_bytes((state, frozen))
-    pairs = self.config.prompts_per_step
-    shape = (2 * pairs, self.config.prompt_tokens + self.config.max_new_tokens)
-    batch = {
-      "tokens": array(jnp.int32, *shape),
-      "mask": array(bool, *shape),
-      "positions": array(jnp.int32, *shape),
-      "segment_ids": array(jnp.int32, *shape),
-      "weights": array(jnp.float32, pairs),
-      "chosen_weights": array(jnp.float32, *shape),
-      "ref_answers": array(jnp.float32, 2 * pairs),
-    }
-    read = [batch[name] for name in ("tokens", "mask", "positions", "segment_ids")]
-    score = jax.jit(
-      lambda params, temperature, *rows: teacher_forced_logprobs(
-        params, *rows, policy=self.policy, temperature=temperature
-      )[0]
-    )
-    loss = dpo.make_loss(self.settings, self.policy)
-    return [
-      self.update("update", loss, optimizer, state, frozen, batch, held),
-      Lowering(
-        "reference",
-        lambda: score.lower(base, array(jnp.float32), *self.rows(read)),
-        calls=0,  # Before the first step.
-        loop=1,
-        flops=self.work(),
-        moved=self.gathered(base),
-        resident=held - (device_bytes(base) if frozen is not None else 0),
-      ),
-    ]
+    raise NotImplementedError
 
   # The arrays.
 
-  def weights(self):
-    """(the model's, those that are frozen or None, those that are trained), on their devices."""
+  @functools.cached_property
+  def weights(self) -> setup.Weights:
+    """With the model as the reference, whether something compares with it or not."""
+    lora = dataclasses.replace(self.config.lora, adapter="")  # Saved ones have the same shapes.
 
     def split(key):
-      params = self.policy.init(key)
-      lora = dataclasses.replace(self.config.lora, adapter="")  # Saved ones have the same shapes.
-      return params, *split_weights(lora, params, seed=0)
+      return setup.split_weights(lora, self.policy.init(key), seed=0, reference=True)
 
-    return self.placed(split, jax.random.key(0))
+    found = self.placed(split, jax.random.key(0))
+    # With adapters the reference is what is frozen.
+    frozen = dict(jax.tree.leaves_with_path(found.frozen))
+    same = jax.tree.map_with_path(lambda path, x: frozen.get(path, x), found.reference)
+    return found._replace(reference=same)
+
+  @functools.cached_property
+  def state(self) -> Any:
+    """As training begins."""
+    init = functools.partial(init_state, optimizer=setup.adamw(self.settings.optimizer))
+    if self.config.experiment == "ppo":
+      init = functools.partial(ppo.init_ppo, config=self.settings, width=self.policy.config.width)
+    return self.placed(init, self.weights.trained)
+
+  @functools.cached_property
+  def batch(self) -> ResponseBatch:
+    """A step's responses before its updates."""
+    config = self.config
+    prompts, rows = config.prompts_per_step, config.prompts_per_step * config.responses_per_prompt
+    mask, per_token = (array(dtype, rows, config.max_new_tokens) for dtype in (bool, jnp.float32))
+    batch = ResponseBatch(
+      prompts=array(jnp.int32, prompts, config.prompt_tokens),
+      prompt_lengths=array(jnp.int32, prompts),
+      tokens=array(jnp.int32, rows, config.max_new_tokens),
+      attended=mask,
+      mask=mask,
+      sampler_logprobs=per_token,
+      old_logprobs=per_token if self.updates.count > 1 else None,
+      ref_logprobs=per_token if config.kl_coef else None,
+      advantages=array(jnp.float32, rows) if config.experiment == "grpo" else per_token,
+      truncated=array(bool, rows),
+    )
+    if config.experiment == "ppo":
+      batch = batch._replace(old_values=per_token, returns=per_token)
+    return self.rows(batch)
+
+  def minibatch(self, take: Callable) -> ResponseBatch:
+    """The responses of one update."""
+    chosen = array(jnp.int32, self.updates.prompts_per_step // self.updates.minibatches)
+    return self.rows(jax.eval_shape(take, self.batch, chosen))
 
   def placed(self, make: Callable[..., Any], *arguments) -> Any:
     return sharding.placed_shapes(jax.eval_shape(make, *arguments), self.mesh)
 
-  def reference(self, base, frozen):
-    """What a KL holds beside the rest: with adapters nothing, the model itself is still there."""
-    return base if self.config.kl_coef and frozen is None else None
-
-  def responses(self, prompts: int):
-    """What every pass over responses reads."""
-    shape = (prompts * self.config.responses_per_prompt, self.config.max_new_tokens)
-    return (
-      array(jnp.int32, prompts, self.config.prompt_tokens),
-      array(jnp.int32, prompts),
-      array(jnp.int32, *shape),
-      array(bool, *shape),
-    )
-
-  def batch(self) -> dict[str, Any]:
-    """That of an update, as far as all methods share it."""
-    names = ("prompts", "prompt_lengths", "tokens", "mask")
-    batch = dict(zip(names, self.responses(self.update_prompts), strict=True))
-    per_token = array(jnp.float32, *batch["tokens"].shape)
-    names = ["sampler_logprobs", "advantages", "weights"]
-    return batch | dict.fromkeys(names + ["old_logprobs"] * (self.updates > 1), per_token)
-
-  def rows(self, shapes):
+  def rows(self, shapes, mesh: jax.sharding.Mesh | None = None):
     """Shapes of a batch, whose rows lie over the mesh."""
-    layout = sharding.row_sharding(self.mesh)
+    layout = sharding.row_sharding(mesh or self.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes)
 
   # The programs.
 
   @property
-  def minibatches(self) -> int:
-    return getattr(self.settings, "minibatches", 1)
+  def updates(self) -> flags.Updates:
+    return updates_of(self.config)
 
-  @property
-  def updates(self) -> int:
-    """A step."""
-    return self.minibatches * getattr(self.settings, "epochs", 1)
+  def numbers(self, **further: float) -> dict[str, Any]:
+    """What a step's updates are computed with besides their batch."""
+    return jax.eval_shape(lambda: setup.hyperparameters(self.settings, 0, **further))
 
-  @property
-  def update_prompts(self) -> int:
-    return self.config.prompts_per_step // self.minibatches
-
-  def update(self, name, loss, optimizer, state, frozen, batch, held) -> Lowering:
-    microbatches = max(1, self.update_prompts // self.config.microbatch_prompts)
-    update = make_update(loss, optimizer, microbatches=microbatches, mesh=self.mesh)
-    names = ("learning_rate", "kl_coef", "entropy_coef", "value_coef", "sft_coef")
-    hparams = {name: array(jnp.float32) for name in names} | {"loss": {}}
+  def update(self, name: str, program, state, batch, hparams) -> Lowering:
+    size, frozen = self.updates, self.weights.frozen
     passes = update_passes(adapters=frozen is not None) + self.config.remat
-    trained = device_bytes(state.params)
-    return Lowering(
-      name,
-      lambda: update.lower(state, self.rows(batch), hparams, microbatches, frozen),
-      calls=self.updates,
-      loop=microbatches,
-      flops=passes * self.work() / self.minibatches,
-      # Weights once a pass of every microbatch, as they are gathered; the state read and written.
-      moved=passes * microbatches * self.gathered(frozen or state.params) + 6 * trained,
-      resident=held - device_bytes((state, frozen)),
+    # Weights once a pass of every microbatch, as they are gathered; the state read and written.
+    moved = passes * size.microbatches * self.gathered(frozen or state.params)
+    moved += 6 * device_bytes(state.params)
+    return self.lowering(
+      name, program, state, batch, hparams, size.microbatches, frozen,
+      calls=size.count, loop=size.microbatches, flops=passes * self.work() / size.minibatches,
+      moved=moved,
     )
 
-  def sampling(self, params, held) -> list[Lowering]:
+  def sampling(self, params) -> list[Lowering]:
     """The rollout, and before it the weights where they are gathered once."""
     if self.config.mesh.gather == "token" or self.mesh.shape["fsdp"] == 1:
-      return [self.rollout(params, held - device_bytes(params))]
+      return [self.rollout(params, self.policy, self.mesh)]
     mesh = sharding.whole_along_fsdp(self.mesh)
-    gather = functools.partial(gather_weights, dtype=self.policy.dtype, mesh=mesh)
-    sampler = dataclasses.replace(self, policy=self.policy.over(mesh), mesh=mesh)
-    gathering = Lowering(
-      "gather",
-      lambda: gather_weights.lower(params, dtype=self.policy.dtype, mesh=mesh),
-      calls=1,
-      loop=1,
-      flops=0.0,
-      moved=self.gathered(params),
-      resident=held - device_bytes(params),
-    )
-    gathered = sharding.placed_shapes(jax.eval_shape(gather, params), mesh)
-    return [gathering, sampler.rollout(gathered, held)]
+    whole = {"dtype": self.policy.dtype, "mesh": mesh}
+    moved = self.gathered(params)
+    gathering = self.lowering("gather", gather_weights, params, flops=0.0, moved=moved, **whole)
+    gathered = jax.eval_shape(functools.partial(gather_weights, **whole), params)
+    params = sharding.placed_shapes(gathered, mesh)
+    return [gathering, self.rollout(params, self.policy.over(mesh), mesh)]
 
-  def rollout(self, params, resident) -> Lowering:
+  def rollout(self, params, policy: Policy, mesh: jax.sharding.Mesh) -> Lowering:
     """All prompts of a step at once."""
-    config = self.config
-    total = config.prompts_per_step * config.responses_per_prompt
+    config, batch = self.config, self.batch
+    rows, steps = batch.tokens.shape
     keys = jax.eval_shape(
       lambda: row_keys(jax.random.key(0), config.prompts_per_step, config.responses_per_prompt)
     )
-    prompts = self.responses(config.prompts_per_step)[:2]
-    arrays = (*prompts, keys, SamplingConfig(array(jnp.float32, total)))
-    settings = {
-      "policy": self.policy,
-      "responses_per_prompt": config.responses_per_prompt,
-      "max_new_tokens": config.max_new_tokens,
-      "eos_ids": (0,),
-      "pad_id": 0,
-    }
-    length = config.prompt_tokens + config.max_new_tokens / 2  # On average.
-    cache = length * total * cache_bytes(config, self.policy.config)
-    return Lowering(
+    sampling = SamplingConfig(array(jnp.float32, rows))
+    length = config.prompt_tokens + steps / 2  # On average.
+    cache = length * rows * cache_bytes(config, policy.config)
+    return self.lowering(
       "rollout",
-      lambda: generate.lower(params, *self.rows(arrays), **settings),
-      calls=1,
-      loop=config.max_new_tokens,
-      flops=self.work(),
+      generate,
+      params,
+      *self.rows((batch.prompts, batch.prompt_lengths, keys, sampling), mesh),
+      loop=steps,
       # Each token reads all weights that its device computes with, and the cache of its rows.
-      moved=config.max_new_tokens * (self.gathered(params) + cache / self.mesh.size),
-      resident=resident,
+      moved=steps * (self.gathered(params) + cache / mesh.size),
+      policy=policy,
+      responses_per_prompt=config.responses_per_prompt,
+      max_new_tokens=steps,
+      eos_ids=(0,),
+      pad_id=0,
     )
 
-  def logprobs(self, base, held) -> Lowering:
+  def logprobs(self, score: Callable, *, calls: int = 1) -> Lowering:
     """Of all responses of a step, under the reference or under the policy before the updates."""
-    score = jax.jit(functools.partial(response_logprobs, policy=self.policy, temperature=1.0))
-    responses = self.rows(self.responses(self.config.prompts_per_step))
+    weights, moved = self.weights, self.gathered(self.weights.reference)
+    model = weights.reference if self.config.kl_coef else weights.whole(self.state.params)
+    return self.lowering("log-probs", score, model, self.batch, calls=calls, moved=moved)
+
+  def lowering(
+    self, name: str, program, *arguments, calls=1, loop=1, flops=None, moved, **static
+  ) -> Lowering:
+    """A call of the program; by default it computes one pass over all that a step reads."""
+    held = self.state, self.weights.frozen
+    if self.weights.frozen is None and flatten(self.settings).get("kl.coef"):
+      held = *held, self.weights.reference
+    given = set(map(id, jax.tree.leaves(arguments)))
     return Lowering(
-      "log-probs",
-      lambda: score.lower(base, *responses),
-      calls=(self.updates > 1 and self.config.experiment != "ppo") + (self.config.kl_coef > 0),
-      loop=1,
-      flops=self.work(),
-      moved=self.gathered(base),
-      resident=held - device_bytes(base),
+      name,
+      lambda: program.lower(*arguments, **static),
+      calls,
+      loop,
+      self.work() if flops is None else flops,
+      moved,
+      device_bytes([x for x in jax.tree.leaves(held) if id(x) not in given]),
     )
 
   def gathered(self, params) -> float:

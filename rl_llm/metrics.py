@@ -316,3 +316,27 @@ def proportion_interval(
   center = (mean + z * z / (2 * n)) / (1 + z * z / n)
   half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
   return mean, min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean)
+
+
+def noise_to_signal(vectors: Sequence[Any]) -> float:
+  """How much noise independent estimates of one vector have: trace(covariance) / |mean|^2.
+
+  Of gradients of independent batches it is the number of batches to average before the signal is as
+  long as the noise; both are estimated without bias. Of 3 and 5: the variance is 2, and
+  4^2 - 2 / 2 = 15 the square of the mean:
+
+  >>> round(noise_to_signal([np.array([3.0]), np.array([5.0])]), 4)
+  0.1333
+
+  Args:
+    vectors: N >= 2 arrays [D].
+
+  Returns:
+    The ratio; infinity where the mean cannot be told from 0.
+  """
+  products = np.array([[np.dot(a, b) for b in vectors] for a in vectors], np.float64)
+  count = len(vectors)
+  signal_and_noise = products.mean()  # |mean|^2
+  trace = (np.trace(products) - count * signal_and_noise) / (count - 1)
+  squared = signal_and_noise - trace / count
+  return float(trace / squared) if squared > 0 else float("inf")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 
-from rl_llm.masked import masked_var
+from rl_llm.masked import masked_mean, masked_var
 from rl_llm.policy.scalar_head import apply_head
 from rl_llm.rollout import ResponseBatch, response_hidden
 
@@ -83,3 +84,15 @@ def explained_variance(values: chex.Array, returns: chex.Array, mask: chex.Array
   variance = masked_var(returns, mask)
   unexplained = masked_var(returns - values, mask)
   return jnp.where(variance > 0, 1 - unexplained / jnp.maximum(variance, 1e-30), jnp.nan)
+
+
+@jax.jit
+def value_statistics(
+  values: chex.Array, returns: chex.Array, mask: chex.Array
+) -> dict[str, chex.Array]:
+  """What a value network foresaw of a step, for its record; the arguments as above."""
+  return {
+    "explained_variance": explained_variance(values, returns, mask),
+    "values_mean": masked_mean(values, mask),
+    "returns_mean": masked_mean(returns, mask),
+  }

@@ -167,6 +167,32 @@ def packed_batch(
   return _fill(SequenceBatch(*pack(sequences, length=length, pad_id=pad_id)[:4]), pad_id, rows)
 
 
+def packed_with_values(
+  sequences: Sequence[Encoded], values: np.ndarray, *, length: int, pad_id: int, rows: int
+) -> tuple[SequenceBatch, np.ndarray]:
+  """`packed_batch`, and numbers a token that move with their tokens, such as weights.
+
+  >>> two = [Encoded([n] * n, [False] + [True] * (n - 1), 1) for n in (3, 2)]
+  >>> values = np.array([[0.0, 0.5, 0.5], [0.0, 1.0, 0.0]])
+  >>> packed_with_values(two, values, length=5, pad_id=0, rows=1)[1].tolist()
+  [[0.0, 0.5, 0.5, 0.0, 1.0]]
+
+  Args:
+    sequences, length, pad_id, rows: as for `packed_batch`.
+    values: [N or more, T'], in the layout of `sequence_batch`.
+
+  Returns:
+    The batch and float32 values [rows, length], 0 in padding.
+  """
+  packed = pack(sequences, length=length, pad_id=pad_id)
+  batch = _fill(SequenceBatch(*packed[:4]), pad_id, rows)
+  moved = np.zeros(batch.mask.shape, np.float32)
+  places = zip(packed.rows[:, 0], packed.starts[:, 0], packed.lengths[:, 0], strict=True)
+  for own, (row, start, size) in zip(values, places, strict=False):
+    moved[row, start : start + size] = own[:size]
+  return batch, moved
+
+
 def packed_shares(
   sequences: Sequence[Encoded], *, shares: int, per_share: int, length: int, pad_id: int
 ) -> PackedShares:
