@@ -530,6 +530,8 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
 
     def progress(done: int, total: int) -> None:
       announce(f"log-probs of the reference: {10 * (10 * done // total)} % of {total} sequences")
+      if done < total:
+        stop.check()
 
     try:
       known = reference_logprobs(
@@ -541,7 +543,6 @@ def _train(config: Config, run: Run) -> dict[str, Any]:
         rows_per_batch=2 * config.pairs_per_step,
         pad_id=tokenizer.pad_id,
         mesh=mesh,
-        check=stop.check,
         progress=progress,
       )
     except OSError as error:

@@ -43,7 +43,6 @@ def reference_logprobs(
   rows_per_batch: int,
   pad_id: int,
   mesh: jax.sharding.Mesh | None = None,
-  check: Callable[[], None] = lambda: None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[np.ndarray]:
   """`compute_logprobs`, or what an earlier call with the same weights and sequences kept.
@@ -52,6 +51,7 @@ def reference_logprobs(
     directory: where the file is; made if it is not there. Several data sets, models and runs may
       share it.
     params: as for `compute_logprobs`, like all the rest.
+    progress: called after each batch that is computed; raises to stop, and nothing is then kept.
 
   Returns:
     Log-probs of each sequence, as `compute_logprobs`; bit for bit those of the call that computed
@@ -72,7 +72,6 @@ def reference_logprobs(
     rows_per_batch=rows_per_batch,
     pad_id=pad_id,
     mesh=mesh,
-    check=check,
     progress=progress,
   )
   return cached_logprobs(directory / f"reference-{key[:16]}.npz", key, compute)
