@@ -405,8 +405,8 @@ class Fork(NamedTuple):
 
   def part(self, xy: chex.Array) -> tuple[chex.Array, chex.Array]:
     """The way back."""
-    following = xy[:, self.columns :].reshape(self.rows, self.steps, *xy.shape[2:])
-    return xy[:, : self.columns], following
+    prompts, following = xy[:, : self.columns], xy[:, self.columns :]
+    return prompts, following.reshape(self.rows, self.steps, *xy.shape[2:])
 
 
 def _forked_layer(
