@@ -154,6 +154,243 @@ def row_keys(key: chex.Array, prompts: int, responses: int) -> chex.Array:
   return by_row(by_prompt).reshape(prompts * responses)
 
 
+class Decoding(NamedTuple):
+  """What the decode loop is compiled for: hashable, without arrays."""
+
+  policy: Any  # the pure functions of `rl_llm.policy.Policy`
+  responses_per_prompt: int  # G
+  max_new_tokens: int  # T
+  eos_ids: tuple[int, ...]  # each ends a response; may be empty
+  slots: int  # S, responses decoded at once, from 1 to B
+
+
+class Requests(NamedTuple):
+  """What is asked of each of the B rows. The decode loop reads it and does not change it."""
+
+  prompt_lengths: chex.Array  # [B] int32
+  keys: chex.Array  # [B] typed keys
+  sampling: SamplingConfig  # its temperature is [B] float32
+
+
+class Prefilled(NamedTuple):
+  """What `prefill` returns. The decode loop reads it and does not change it."""
+
+  params: Any  # the weights, rounded as `rl_llm.policy.layers.cast_weights` does
+  cache: Any  # the policy's cache of the prompts, [P, L, ...]
+  first: Sample  # [B], the first token of each response
+
+
+def prefill(
+  params: Any,
+  prompts: chex.Array,
+  prompt_lengths: chex.Array,
+  requests: Requests,
+  *,
+  decoding: Decoding,
+) -> Prefilled:
+  """Reads every prompt once, and draws the first token of every response.
+
+  Args:
+    params: the policy's weights.
+    prompts: [P, L] int32, left-padded.
+    prompt_lengths: [P] int32, from 1 to L.
+    requests: of the B = P * G rows.
+    decoding: the loop's settings. No more logits exist at once than a decode step has.
+  """
+  policy, slots = decoding.policy, decoding.slots
+  n_prompts, columns = prompts.shape
+  positions, segments = prompt_layout(prompt_lengths, columns)
+  hidden, cache = policy.hidden(
+    params, prompts, positions, segments, policy.init_cache(n_prompts, columns)
+  )
+  # The loop reads every matrix at every token: those that it rounds are rounded once, before it.
+  params = cast_weights(params, hidden.dtype)
+  last = jnp.repeat(hidden[:, -1], decoding.responses_per_prompt, axis=0)
+  rows = len(last)
+
+  def draw(hidden: chex.Array, row: chex.Array) -> Sample:
+    return _draw(params, hidden, row, jnp.zeros_like(row), requests, decoding=decoding)
+
+  if slots == rows:
+    return Prefilled(params, cache, draw(last, jnp.arange(rows)))
+  parts = jnp.minimum(jnp.arange(-(-rows // slots) * slots), rows - 1).reshape(-1, slots)
+  drawn = jax.lax.map(lambda row: draw(last[row], row), parts)
+  return Prefilled(params, cache, jax.tree.map(lambda x: x.reshape(-1)[:rows], drawn))
+
+
+def decode_step(
+  params: Any, state: DecodeState, requests: Requests, *, decoding: Decoding
+) -> DecodeState:
+  """Reads the token that each slot sampled last, and samples the next one.
+
+  Slots whose row has ended compute the same, and write to no row.
+
+  Args:
+    params: the policy's weights.
+    state: rows in their slots, each with at least one token.
+    requests: of all B rows.
+    decoding: the loop's settings.
+  """
+  rows, max_new_tokens = state.tokens.shape
+  columns = state.cache.positions.shape[1] - max_new_tokens
+  cache = state.cache._replace(cursor=columns + state.step % max_new_tokens)
+  position = requests.prompt_lengths[state.row] + state.length - 1
+  hidden, cache = decoding.policy.hidden(
+    params,
+    state.last[:, None],
+    position[:, None],
+    jnp.zeros((decoding.slots, 1), jnp.int32),
+    cache,
+  )
+  drawn = _draw(params, hidden[:, 0], state.row, state.length, requests, decoding=decoding)
+  ended = _ends(drawn.token, decoding)
+  # Rows beyond the last are written nowhere.
+  row = jnp.where(state.alive, state.row, rows)
+  at = row, state.length
+  length = state.length + 1
+  return state._replace(
+    step=state.step + 1,
+    cache=cache,
+    length=length,
+    last=drawn.token,
+    alive=state.alive & ~ended & (length < max_new_tokens),
+    tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
+    mask=state.mask.at[at].set(True, mode="drop"),
+    logprobs=state.logprobs.at[at].set(drawn.logprob, mode="drop"),
+    entropies=state.entropies.at[at].set(drawn.entropy, mode="drop"),
+    ended=state.ended.at[row].set(ended, mode="drop"),
+  )
+
+
+def admit(state: DecodeState, prefilled: Prefilled, *, decoding: Decoding) -> DecodeState:
+  """Gives the free slots to waiting rows, in their order.
+
+  The slot's cache then holds the row's prompt, and nothing of what the slot said before.
+
+  Args:
+    state: between two decode steps.
+    prefilled: from `prefill`.
+    decoding: the loop's settings.
+  """
+  rows, max_new_tokens = state.tokens.shape
+  cache, prompts = state.cache, prefilled.cache
+  columns = prompts.positions.shape[1]
+  candidate = state.waiting + jnp.cumsum(~state.alive) - 1
+  comes = ~state.alive & (candidate < rows)
+  row = jnp.where(comes, candidate, state.row)
+
+  def put(kept: chex.Array, new: chex.Array, *, axis: int) -> chex.Array:
+    """Writes the prompts' columns, which lie along `axis`, in the slots whose row comes."""
+    new = new[row // decoding.responses_per_prompt]
+    comer = comes.reshape(-1, *[1] * (kept.ndim - 1))
+    old = jax.lax.slice_in_dim(kept, 0, columns, axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(kept, jnp.where(comer, new, old), 0, axis=axis)
+
+  segment_ids = jnp.where(comes[:, None], -1, cache.segment_ids)
+  return state._replace(
+    waiting=state.waiting + jnp.sum(comes, dtype=jnp.int32),
+    cache=cache._replace(
+      keys=jax.tree.map(functools.partial(put, axis=3), cache.keys, prompts.keys),
+      values=jax.tree.map(functools.partial(put, axis=2), cache.values, prompts.values),
+      segment_ids=put(segment_ids, prompts.segment_ids, axis=1),
+      positions=put(cache.positions, prompts.positions, axis=1),
+    ),
+    row=row,
+    length=jnp.where(comes, 1, state.length),
+    last=jnp.where(comes, prefilled.first.token[row], state.last),
+    alive=jnp.where(comes, ~state.ended[row] & (max_new_tokens > 1), state.alive),
+  )
+
+
+def _draw(
+  params: Any,
+  hidden: chex.Array,
+  row: chex.Array,
+  length: chex.Array,
+  requests: Requests,
+  *,
+  decoding: Decoding,
+) -> Sample:
+  """Token number `length` of these rows, from the hidden states [S, D] that predict it."""
+  logits = decoding.policy.logits(params, hidden)
+  sampling, suppress = requests.sampling, None
+  if decoding.eos_ids and sampling.min_new_tokens:
+    is_eos = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(decoding.eos_ids))
+    suppress = is_eos & (length < sampling.min_new_tokens)[:, None]
+  sampling = dataclasses.replace(sampling, temperature=sampling.temperature[row])
+  keys = jax.vmap(jax.random.fold_in)(requests.keys[row], length)
+  return sample(keys, logits, sampling, suppress=suppress)
+
+
+def _ends(tokens: chex.Array, decoding: Decoding) -> chex.Array:
+  return jnp.isin(tokens, jnp.array(decoding.eos_ids, jnp.int32))
+
+
+def first_state(prefilled: Prefilled, *, pad_id: int, decoding: Decoding) -> DecodeState:
+  """The first token of every row is written, and all rows wait for a slot."""
+  slots, max_new_tokens = decoding.slots, decoding.max_new_tokens
+  columns, (rows,) = prefilled.cache.positions.shape[1], prefilled.first.token.shape
+
+  def first_column(x: chex.Array, fill: Any) -> chex.Array:
+    return jnp.full((rows, max_new_tokens), fill, x.dtype).at[:, 0].set(x)
+
+  return DecodeState(
+    step=jnp.zeros((), jnp.int32),
+    waiting=jnp.zeros((), jnp.int32),
+    cache=decoding.policy.init_cache(slots, columns + max_new_tokens),
+    row=jnp.zeros((slots,), jnp.int32),
+    length=jnp.ones((slots,), jnp.int32),
+    last=jnp.zeros((slots,), jnp.int32),
+    alive=jnp.zeros((slots,), bool),
+    tokens=first_column(prefilled.first.token, pad_id),
+    mask=first_column(jnp.ones((rows,), bool), False),
+    logprobs=first_column(prefilled.first.logprob, 0),
+    entropies=first_column(prefilled.first.entropy, 0),
+    ended=_ends(prefilled.first.token, decoding),
+  )
+
+
+def _admit_all(state: DecodeState, prefilled: Prefilled, *, decoding: Decoding) -> DecodeState:
+  """`admit` of the first state where every row has a slot: nothing need be kept of the cache."""
+  rows, max_new_tokens = state.tokens.shape
+  share = functools.partial(jnp.repeat, repeats=decoding.responses_per_prompt, axis=0)
+  copies = jax.tree.map(lambda x: share(x) if x.ndim else x, prefilled.cache)
+  return state._replace(
+    waiting=jnp.int32(rows),
+    cache=_pad_to(state.cache, copies),
+    row=jnp.arange(rows),
+    last=prefilled.first.token,
+    alive=~state.ended & (max_new_tokens > 1),
+  )
+
+
+def _decode_all(
+  state: DecodeState, prefilled: Prefilled, requests: Requests, *, decoding: Decoding
+) -> DecodeState:
+  """Decodes until every row has ended."""
+  rows, slots = len(state.tokens), decoding.slots
+
+  def step(state: DecodeState) -> DecodeState:
+    return decode_step(prefilled.params, state, requests, decoding=decoding)
+
+  if slots == rows:
+    state = _admit_all(state, prefilled, decoding=decoding)
+    return jax.lax.while_loop(lambda state: jnp.any(state.alive), step, state)
+
+  def keep_decoding(state: DecodeState) -> chex.Array:
+    """Until enough slots are free that waiting rows should be admitted."""
+    free = jnp.sum(~state.alive)
+    admits = (state.waiting < rows) & (free >= max(1, slots // 8))
+    return jnp.any(state.alive) & ~admits
+
+  def admit_and_decode(state: DecodeState) -> DecodeState:
+    return jax.lax.while_loop(keep_decoding, step, admit(state, prefilled, decoding=decoding))
+
+  return jax.lax.while_loop(
+    lambda state: jnp.any(state.alive) | (state.waiting < rows), admit_and_decode, state
+  )
+
+
 @functools.partial(
   jax.jit,
   static_argnames=(
@@ -201,7 +438,7 @@ def generate(
     A `Rollout` of B = P * G rows, T columns.
   """
   chex.assert_rank([prompts, prompt_lengths, keys], [2, 1, 1])
-  n_prompts, columns = prompts.shape
+  n_prompts = len(prompts)
   rows = n_prompts * responses_per_prompt
   if keys.shape[0] != rows:
     raise ValueError(
@@ -210,145 +447,16 @@ def generate(
     )
 
   slots = min(slots or rows, rows)
-  positions, segments = prompt_layout(prompt_lengths, columns)
-  hidden, read = policy.hidden(
-    params, prompts, positions, segments, policy.init_cache(n_prompts, columns)
-  )
-  # The loop reads every matrix at every token: those that it rounds are rounded once, before it.
-  params = cast_weights(params, hidden.dtype)
+  decoding = Decoding(policy, responses_per_prompt, max_new_tokens, eos_ids, slots)
   temperatures = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (rows,))
-
-  def share(x: chex.Array) -> chex.Array:
-    """A prompt's row for each of its responses."""
-    return jnp.repeat(x, responses_per_prompt, axis=0)
-
-  lengths = share(prompt_lengths)
-
-  def choose(hidden: chex.Array, row: chex.Array, length: chex.Array) -> Sample:
-    """Token number `length` of these rows."""
-    logits = policy.logits(params, hidden)
-    suppress = None
-    if eos_ids and sampling.min_new_tokens:
-      is_eos = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(eos_ids))
-      suppress = is_eos & (length < sampling.min_new_tokens)[:, None]
-    how = dataclasses.replace(sampling, temperature=temperatures[row])
-    return sample(jax.vmap(jax.random.fold_in)(keys[row], length), logits, how, suppress=suppress)
-
-  def ends(tokens: chex.Array) -> chex.Array:
-    return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32))
-
-  def first_tokens() -> Sample:
-    """From the prompts' ends; no more logits at once than a decode step has."""
-    last, everyone = share(hidden[:, -1]), jnp.arange(rows)
-    if slots == rows:
-      return choose(last, everyone, jnp.zeros(rows, jnp.int32))
-    parts = jnp.minimum(jnp.arange(-(-rows // slots) * slots), rows - 1).reshape(-1, slots)
-    drawn = jax.lax.map(lambda row: choose(last[row], row, jnp.zeros_like(row)), parts)
-    return jax.tree.map(lambda x: x.reshape(-1)[:rows], drawn)
-
-  first = first_tokens()
-
-  def seat(state: DecodeState) -> DecodeState:
-    """Gives the free slots to those who wait."""
-    candidate = state.waiting + jnp.cumsum(~state.alive) - 1
-    comes = ~state.alive & (candidate < rows)
-    row = jnp.where(comes, candidate, state.row)
-
-    def put(axis):
-      """Of a cache's arrays, the prompt's columns; what the slot has said is forgotten."""
-
-      def put_one(kept, new):
-        new = new[row // responses_per_prompt]
-        comer = comes.reshape(-1, *[1] * (kept.ndim - 1))
-        old = jax.lax.slice_in_dim(kept, 0, columns, axis=axis)
-        return jax.lax.dynamic_update_slice_in_dim(
-          kept, jnp.where(comer, new, old), 0, axis=axis
-        )
-
-      return put_one
-
-    cache = state.cache
-    segment_ids = jnp.where(comes[:, None], -1, cache.segment_ids)
-    return state._replace(
-      waiting=state.waiting + jnp.sum(comes, dtype=jnp.int32),
-      cache=cache._replace(
-        keys=jax.tree.map(put(3), cache.keys, read.keys),
-        values=jax.tree.map(put(2), cache.values, read.values),
-        segment_ids=put(1)(segment_ids, read.segment_ids),
-        positions=put(1)(cache.positions, read.positions),
-      ),
-      row=row,
-      length=jnp.where(comes, 1, state.length),
-      last=jnp.where(comes, first.token[row], state.last),
-      alive=jnp.where(comes, ~state.ended[row] & (max_new_tokens > 1), state.alive),
-    )
-
-  def decode(state: DecodeState) -> DecodeState:
-    cache = state.cache._replace(cursor=columns + state.step % max_new_tokens)
-    position = lengths[state.row] + state.length - 1
-    hidden, cache = policy.hidden(
-      params, state.last[:, None], position[:, None], jnp.zeros((slots, 1), jnp.int32), cache
-    )
-    drawn = choose(hidden[:, 0], state.row, state.length)
-    ended = ends(drawn.token)
-    # Rows beyond the last are written nowhere.
-    row = jnp.where(state.alive, state.row, rows)
-    at = row, state.length
-    length = state.length + 1
-    return state._replace(
-      step=state.step + 1,
-      cache=cache,
-      length=length,
-      last=drawn.token,
-      alive=state.alive & ~ended & (length < max_new_tokens),
-      tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
-      mask=state.mask.at[at].set(True, mode="drop"),
-      logprobs=state.logprobs.at[at].set(drawn.logprob, mode="drop"),
-      entropies=state.entropies.at[at].set(drawn.entropy, mode="drop"),
-      ended=state.ended.at[row].set(ended, mode="drop"),
-    )
-
-  def first_column(x: chex.Array, fill: Any) -> chex.Array:
-    return jnp.full((rows, max_new_tokens), fill, x.dtype).at[:, 0].set(x)
-
-  room = policy.init_cache(slots, columns + max_new_tokens)
-  state = DecodeState(
-    step=jnp.zeros((), jnp.int32),
-    waiting=jnp.zeros((), jnp.int32),
-    cache=room,
-    row=jnp.zeros((slots,), jnp.int32),
-    length=jnp.ones((slots,), jnp.int32),
-    last=jnp.zeros((slots,), jnp.int32),
-    alive=jnp.zeros((slots,), bool),
-    tokens=first_column(first.token, pad_id),
-    mask=first_column(jnp.ones((rows,), bool), False),
-    logprobs=first_column(first.logprob, 0),
-    entropies=first_column(first.entropy, 0),
-    ended=ends(first.token),
+  requests = Requests(
+    prompt_lengths=jnp.repeat(prompt_lengths, responses_per_prompt, axis=0),
+    keys=keys,
+    sampling=dataclasses.replace(sampling, temperature=temperatures),
   )
-  if slots == rows:  # All are seated from the beginning.
-    pad = functools.partial(_pad_to, room)
-    state = state._replace(
-      waiting=jnp.int32(rows),
-      cache=pad(jax.tree.map(lambda x: share(x) if x.ndim else x, read)),
-      row=jnp.arange(rows),
-      last=first.token,
-      alive=~state.ended & (max_new_tokens > 1),
-    )
-    state = jax.lax.while_loop(lambda state: jnp.any(state.alive), decode, state)
-  else:
-
-    def go_on(state: DecodeState) -> chex.Array:
-      """Until enough are free that those who wait should be seated."""
-      free = jnp.sum(~state.alive)
-      seats = (state.waiting < rows) & (free >= max(1, slots // 8))
-      return jnp.any(state.alive) & ~seats
-
-    state = jax.lax.while_loop(
-      lambda state: jnp.any(state.alive) | (state.waiting < rows),
-      lambda state: jax.lax.while_loop(go_on, decode, seat(state)),
-      state,
-    )
+  prefilled = prefill(params, prompts, prompt_lengths, requests, decoding=decoding)
+  state = first_state(prefilled, pad_id=pad_id, decoding=decoding)
+  state = _decode_all(state, prefilled, requests, decoding=decoding)
   return Rollout(
     tokens=state.tokens,
     mask=state.mask,

@@ -209,13 +209,14 @@ def test_a_file_with_a_right_checksum_around_a_pickle_runs_nothing(path, tmp_pat
 def test_stopped_in_the_middle_nothing_is_left(setting, tmp_path):
   calls = []
 
-  def check():
-    calls.append(None)
+  def progress(done, total):
+    calls.append(done)
     if len(calls) == 3:
       raise Computed
 
   with pytest.raises(Computed):
-    setting.run(tmp_path / "made", check=check)
+    setting.run(tmp_path / "made", progress=progress)
+  assert calls == [2, 4, 6]
   assert [file for _, _, files in os.walk(tmp_path) for file in files] == []
 
 
@@ -232,6 +233,6 @@ def test_a_copy_under_another_name_is_only_found_there(setting, computed, tmp_pa
   [file] = os.listdir(computed[1])
   shutil.copy(computed[1] / file, tmp_path / "other.npz")
   with pytest.raises(Computed):
-    setting.run(tmp_path, check=recompute)
+    setting.run(tmp_path, progress=lambda done, total: recompute())
   shutil.copy(computed[1] / file, tmp_path / file)
-  setting.run(tmp_path, check=recompute)
+  setting.run(tmp_path, progress=lambda done, total: recompute())

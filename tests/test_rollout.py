@@ -16,13 +16,21 @@ from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import (
   STOP_EOS,
   STOP_LENGTH,
+  DecodeState,
+  Decoding,
+  Prefilled,
+  Requests,
   Rollout,
+  admit,
+  decode_step,
+  first_state,
   generate,
   logprobs_of_hidden,
+  prefill,
   response_logprobs,
   row_keys,
 )
-from rl_llm.sampling import SamplingConfig
+from rl_llm.sampling import Sample, SamplingConfig
 
 PAD = 256
 # Every seventh id ends a response, so that about one token in seven does.
@@ -212,6 +220,145 @@ def test_greedy_rows_are_an_argmax_loop(tiny):
       if token in EOS:
         break
     assert rollout.tokens[row, : rollout.lengths[row]].tolist() == wanted
+
+
+# One part at a time.
+
+
+def requests_for(lengths, temperatures):
+  """Of the rows of `PROMPTS`, GROUP each."""
+  sampling = SamplingConfig(jnp.asarray(temperatures, jnp.float32))
+  return Requests(jnp.repeat(lengths, GROUP), keys_for(), sampling)
+
+
+@pytest.mark.parametrize("slots", [9, 4])
+def test_prefill_draws_first_tokens_from_the_last_column_of_each_prompt(tiny, slots):
+  policy, params = tiny
+  tokens, lengths = left_pad(PROMPTS, 6)
+  temperatures = np.array([0.0, 0.7, 1.3] * 3)
+  made = jax.jit(prefill, static_argnames="decoding")(
+    params, tokens, lengths, requests_for(lengths, temperatures),
+    decoding=Decoding(policy, GROUP, STEPS, EOS, slots),
+  )
+  np.testing.assert_array_equal(made.cache.segment_ids, np.where(tokens == PAD, -1, 0))
+  logits_of = full_forward(policy)
+  for row, temperature in enumerate(temperatures):
+    prompt = PROMPTS[row // GROUP]
+    logits = logits_of(params, prompt)[len(prompt) - 1]
+    logprobs = jax.nn.log_softmax(logits / (temperature or 1.0))
+    token = int(made.first.token[row])
+    np.testing.assert_allclose(made.first.logprob[row], logprobs[token], rtol=0, atol=1e-4)
+    if temperature == 0:
+      assert token == np.argmax(logits)
+  assert len(set(np.asarray(made.first.token)[1::3].tolist())) > 1  # not one token for all
+
+
+def test_a_decode_step_reads_as_a_teacher_forced_pass_and_writes_live_rows_only(tiny):
+  """Two slots, by hand: one works on row 7 at its third token, the row of the other has ended."""
+  policy, params = tiny
+  columns, step = 6, STEPS + 3  # The circle has turned once.
+  written = [20, 30, 40]  # by row 7, an answer to the last prompt; 40 has not been read yet
+  prompts, _ = left_pad([PROMPTS[2], PROMPTS[0]], columns)
+  segments = jnp.where(prompts == PAD, -1, 0)
+  cache = policy.init_cache(2, columns + STEPS)
+  _, cache = policy.hidden(
+    params, prompts, jnp.maximum(jnp.cumsum(segments + 1, axis=1) - 1, 0), segments, cache
+  )
+  for back, token in ((2, written[0]), (1, written[1])):
+    column = columns + (step - back) % STEPS
+    position = np.array([[len(PROMPTS[2]) + 2 - back], [0]])
+    _, cache = policy.hidden(
+      params, np.array([[token], [0]]), position, np.array([[0], [-1]]),
+      cache._replace(cursor=jnp.int32(column)),
+    )
+  decoding = Decoding(policy, GROUP, STEPS, EOS, 2)
+  nothing = jnp.zeros((9, STEPS))
+  before = DecodeState(
+    step=jnp.int32(step),
+    waiting=jnp.int32(9),
+    cache=cache,
+    row=jnp.array([7, 1]),
+    length=jnp.array([3, 4]),
+    last=jnp.array([written[-1], 50]),
+    alive=jnp.array([True, False]),
+    tokens=jnp.full((9, STEPS), PAD).at[7, :3].set(jnp.array(written)),
+    mask=(nothing == 1).at[7, :3].set(True),
+    logprobs=nothing,
+    entropies=nothing,
+    ended=jnp.zeros(9, bool),
+  )
+  lengths = np.array([len(prompt) for prompt in PROMPTS])
+  after = jax.jit(decode_step, static_argnames="decoding")(
+    params, before, requests_for(lengths, np.zeros(9)), decoding=decoding
+  )
+  text = [*PROMPTS[2], *written]
+  logprobs = jax.nn.log_softmax(full_forward(policy)(params, text)[len(text) - 1])
+  token = int(np.argmax(logprobs))
+  np.testing.assert_array_equal(after.tokens, before.tokens.at[7, 3].set(token))
+  np.testing.assert_array_equal(after.mask, before.mask.at[7, 3].set(True))
+  np.testing.assert_allclose(after.logprobs, nothing.at[7, 3].set(logprobs[token]), atol=1e-4)
+  entropy = -jnp.sum(jnp.exp(logprobs) * logprobs)
+  np.testing.assert_allclose(after.entropies, nothing.at[7, 3].set(entropy), atol=1e-4)
+  ends = token in EOS
+  np.testing.assert_array_equal(after.ended, before.ended.at[7].set(ends))
+  assert after.alive.tolist() == [not ends, False] and int(after.last[0]) == token
+  assert after.length.tolist() == [4, 5] and int(after.step) == step + 1
+  # It was written to the circle's next column.
+  changed = np.flatnonzero((after.cache.keys[0] != cache.keys[0]).any(axis=(0, 1, 2)))
+  assert changed.tolist() == [columns + step % STEPS]
+
+
+@pytest.mark.parametrize("waiting, rows", [(3, [3, 1, 4]), (5, [5, 1, 2]), (6, [0, 1, 2])])
+def test_admit_seats_waiting_rows_and_forgets_what_their_slots_held(tiny, waiting, rows):
+  """Six responses to three prompts, three slots: the first and the last are free."""
+  policy, _ = tiny
+  columns, steps = 4, 3
+  rng = np.random.default_rng(0)
+
+  def filled(cache):
+    """Keys and values of noise, everything seen."""
+    noise = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)  # noqa: E731
+    return cache._replace(
+      keys=jax.tree.map(noise, cache.keys),
+      values=jax.tree.map(noise, cache.values),
+      segment_ids=jnp.zeros_like(cache.segment_ids),
+      positions=jnp.asarray(rng.integers(1, 9, cache.positions.shape), jnp.int32),
+    )
+
+  decoding = Decoding(policy, 2, steps, (13,), 3)
+  first = Sample(jnp.array([10, 11, 12, 13, 14, 15]), jnp.zeros(6), jnp.zeros(6))
+  prefilled = Prefilled(None, filled(policy.init_cache(3, columns)), first)
+  state = first_state(prefilled, pad_id=PAD, decoding=decoding)
+  before = state._replace(
+    waiting=jnp.int32(waiting),
+    cache=filled(state.cache),
+    row=jnp.array([0, 1, 2]),
+    length=jnp.array([3, 2, 3]),
+    last=jnp.array([50, 51, 52]),
+    alive=jnp.array([False, True, False]),
+  )
+  after = admit(before, prefilled, decoding=decoding)
+  assert after.row.tolist() == rows
+  comes = [row >= waiting for row in rows]
+  assert int(after.waiting) == waiting + sum(comes)
+  for slot, row in enumerate(rows):
+    old, new, prompt = (
+      jax.tree.map(lambda x, i=i: x[i] if x.ndim else x, cache)
+      for cache, i in ((before.cache, slot), (after.cache, slot), (prefilled.cache, row // 2))
+    )
+    if not comes[slot]:  # It keeps all it had.
+      jax.tree.map(np.testing.assert_array_equal, new, old)
+      kept = [x[slot].item() for x in (after.length, after.last, after.alive)]
+      assert kept == [x[slot].item() for x in (before.length, before.last, before.alive)]
+      continue
+    assert new.segment_ids.tolist() == [0] * columns + [-1] * steps  # Nothing else is seen.
+    np.testing.assert_array_equal(new.positions[:columns], prompt.positions)
+    for layer in range(len(new.keys)):
+      np.testing.assert_array_equal(new.keys[layer][..., :columns], prompt.keys[layer])
+      np.testing.assert_array_equal(new.values[layer][:, :columns], prompt.values[layer])
+    # A row that ended with its first token is seated, and has nothing to say.
+    assert bool(after.alive[slot]) == (int(first.token[row]) != 13)
+    assert after.length[slot] == 1 and after.last[slot] == first.token[row]
 
 
 # What must not matter.

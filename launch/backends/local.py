@@ -294,16 +294,118 @@ def look(trial: Trial, directory: Path, heartbeats: dict[Path, float], *, retrie
   return Sight("elsewhere" if alive else "wait", LOOK)
 
 
+class Limits(NamedTuple):
+  """How often and how long each trial may run."""
+
+  retries: int  # how often a trial that failed is started again, over all launchers
+  backoff: float  # seconds before the first of them; doubles each time
+  time_limit: float  # seconds of one start, 0 = none
+  grace: float  # seconds to save in, once asked to end
+
+
+@dataclasses.dataclass
+class Launcher:
+  """What this launcher knows of the trials. `drive` is its loop, each method a part of one turn."""
+
+  workdir: Path
+  free: list[Slot]
+  commands: Callable[[Trial, Slot], list[list[str]]]
+  limits: Limits
+  progress: Progress
+  ask: Callable[[subprocess.Popen, int | None], None]
+  trials: list[Trial] = dataclasses.field(default_factory=list)
+  running: list[Start] = dataclasses.field(default_factory=list)
+  settled: dict[str, str] = dataclasses.field(default_factory=dict)  # id -> verdict
+  elsewhere: set[str] = dataclasses.field(default_factory=set)  # ids that another launcher runs
+  next_look: dict[str, float] = dataclasses.field(default_factory=dict)  # id -> monotonic time
+  heartbeats: dict[Path, float] = dataclasses.field(default_factory=dict)  # lease -> its first
+  waits: dict[str, float] = dataclasses.field(default_factory=dict)  # id -> seconds, after a lease
+
+  def add(self, trials: Sequence[Trial]) -> None:
+    self.trials += trials
+    self.next_look |= dict.fromkeys((trial.id for trial in trials), 0.0)
+
+  def open_ids(self) -> list[str]:
+    """The trials that are not settled."""
+    return [trial.id for trial in self.trials if trial.id not in self.settled]
+
+  def end_those_over(self, *, time_limit: float, stopping: bool) -> None:
+    """Watches every trial that runs, and frees the slots of those that are over."""
+    limits = self.limits
+    for over in [r for r in self.running if watch(r, time_limit=time_limit, grace=limits.grace)]:
+      self.running.remove(over)
+      self.free.append(over.slot)
+      verdict = conclude(
+        over, retries=limits.retries, backoff=limits.backoff, stopping=stopping
+      )
+      self.progress.ended(over, verdict)
+      if verdict == "again":
+        self.next_look[over.trial.id] = 0.0
+      else:
+        self.settled[over.trial.id] = verdict
+
+  def end_hopeless(self, hopeless: Callable[[Trial], bool]) -> None:
+    for each in self.running:
+      if each.kill_at is None and time.monotonic() - each.judged > LOOK:
+        each.judged = time.monotonic()
+        if hopeless(each.trial):
+          each.cause = HOPELESS
+          each.ask_to_end(self.limits.grace)
+
+  def begin_more(self, more: Callable[[Mapping[str, str]], list[Trial]]) -> None:
+    """Starts trials while a slot is free; asks for more of them if none waits for it."""
+    begun = {each.trial.id for each in self.running} | self.settled.keys() | self.elsewhere
+    if self.free and begun.issuperset(self.next_look):
+      self.add(more(self.settled))
+    for trial in self.trials:
+      due = trial.id not in self.settled and self.next_look[trial.id] <= time.monotonic()
+      if self.free and due:
+        self.next_look[trial.id] = time.monotonic() + self.begin(trial)
+
+  def begin(self, trial: Trial) -> float:
+    """Starts the trial in a free slot; else seconds until it can be tried again."""
+    directory, retries = self.workdir / trial.id, self.limits.retries
+    sight = look(trial, directory, self.heartbeats, retries=retries)
+    self.elsewhere.discard(trial.id)
+    if sight.verdict in ("done", "failed"):
+      self.settled[trial.id] = sight.verdict
+      self.progress.found(trial, directory, sight.verdict)
+    elif sight.verdict == "elsewhere":
+      self.elsewhere.add(trial.id)
+    elif sight.verdict == "go" and (lease := state.take_lease(directory)) is not None:
+      # Between our look and our lease another launcher may have come and gone; and a process may
+      # train there without one, started by hand or not quite dead yet.
+      with locked(directory / ".lock") as alone:
+        pass
+      if not alone or standing(trial, directory, retries=retries).verdict != "go":
+        state.release_lease(lease)
+        wait = min(2 * self.waits.get(trial.id, 0.1), 30.0)  # Each look costs a lease.
+        self.waits[trial.id] = wait
+        return wait
+      state.record(directory, status="running", slot=self.free[0].name)
+      slot = self.free.pop(0)
+      commands = self.commands(trial, slot)
+      self.running.append(start(trial, directory, slot, lease, commands, self.ask))
+      self.progress.started(self.running[-1])
+      return float("inf")
+    return max(sight.seconds, 0.2)
+
+  def stop_all(self, received: int) -> None:
+    """Asks every trial to save and end, and waits for it."""
+    for each in self.running:
+      each.ask_to_end(self.limits.grace, received)
+    while self.running:
+      self.end_those_over(time_limit=0, stopping=True)
+      time.sleep(POLL)
+
+
 def drive(
   trials: Sequence[Trial],
   workdir: Path,
   *,
   slots: Sequence[Slot],
   commands: Callable[[Trial, Slot], list[list[str]]],
-  retries: int,
-  backoff: float,
-  time_limit: float,
-  grace: float,
+  limits: Limits,
   progress: Progress,
   ask: Callable[[subprocess.Popen, int | None], None] = ask,
   more: Callable[[Mapping[str, str]], list[Trial]] = lambda verdicts: [],
@@ -316,10 +418,7 @@ def drive(
     workdir: holds their directories.
     slots: one trial at a time in each.
     commands: the command of each process of a trial in a slot.
-    retries: how often a trial that failed is started again, over all launchers.
-    backoff: seconds before the first of them; doubles each time.
-    time_limit: seconds of one start, 0 = none.
-    grace: seconds to save in, once asked to end.
+    limits: of each trial.
     progress: where to say what happens.
     ask: (process, the signal that the launcher received or None) asks a process to save and end.
     more: trials to run besides, asked for when a slot is free and no trial waits for it; it is
@@ -332,84 +431,23 @@ def drive(
   Raises:
     Interrupted: SIGINT or SIGTERM came; the trials were asked to save, and have ended.
   """
-  trials, free, running = list(trials), list(slots), []
-  settled: dict[str, str] = {}
-  next_look = {trial.id: 0.0 for trial in trials}
-  elsewhere: set[str] = set()
-  heartbeats: dict[Path, float] = {}
-  waits: dict[str, float] = {}
-
-  def finish(over: Start, stopping: bool) -> None:
-    running.remove(over)
-    free.append(over.slot)
-    verdict = conclude(over, retries=retries, backoff=backoff, stopping=stopping)
-    progress.ended(over, verdict)
-    if verdict == "again":
-      next_look[over.trial.id] = 0.0
-    else:
-      settled[over.trial.id] = verdict
-
-  def begin(trial: Trial) -> float:
-    """Starts the trial in a free slot; else seconds until it can be tried again."""
-    directory = workdir / trial.id
-    sight = look(trial, directory, heartbeats, retries=retries)
-    elsewhere.discard(trial.id)
-    if sight.verdict in ("done", "failed"):
-      settled[trial.id] = sight.verdict
-      progress.found(trial, directory, sight.verdict)
-    elif sight.verdict == "elsewhere":
-      elsewhere.add(trial.id)
-    elif sight.verdict == "go" and (lease := state.take_lease(directory)) is not None:
-      # Between our look and our lease another launcher may have come and gone; and a process may
-      # train there without one, started by hand or not quite dead yet.
-      with locked(directory / ".lock") as alone:
-        pass
-      if not alone or standing(trial, directory, retries=retries).verdict != "go":
-        state.release_lease(lease)
-        waits[trial.id] = min(2 * waits.get(trial.id, 0.1), 30.0)  # Each look costs a lease.
-        return waits[trial.id]
-      state.record(directory, status="running", slot=free[0].name)
-      slot = free.pop(0)
-      running.append(start(trial, directory, slot, lease, commands(trial, slot), ask))
-      progress.started(running[-1])
-      return float("inf")
-    return max(sight.seconds, 0.2)
-
-  def stop_all(received: int) -> None:
-    for each in running:
-      each.ask_to_end(grace, received)
-    while running:
-      for each in [r for r in running if watch(r, time_limit=0, grace=grace)]:
-        finish(each, True)
-      time.sleep(POLL)
-
+  launcher = Launcher(workdir, list(slots), commands, limits, progress, ask)
+  launcher.add(trials)
+  running, settled, elsewhere = launcher.running, launcher.settled, launcher.elsewhere
   with StopSignals() as stop:
     try:
       while True:
         stop.check()
-        for each in [r for r in running if watch(r, time_limit=time_limit, grace=grace)]:
-          finish(each, False)
-        for each in running:
-          if each.kill_at is None and time.monotonic() - each.judged > LOOK:
-            each.judged = time.monotonic()
-            if hopeless(each.trial):
-              each.cause = HOPELESS
-              each.ask_to_end(grace)
-        begun = {each.trial.id for each in running} | settled.keys() | elsewhere
-        if free and begun.issuperset(next_look):
-          found = more(settled)
-          trials += found
-          next_look |= dict.fromkeys((trial.id for trial in found), 0.0)
-        for trial in trials:
-          if free and trial.id not in settled and next_look[trial.id] <= time.monotonic():
-            next_look[trial.id] = time.monotonic() + begin(trial)
-        open_ = [trial.id for trial in trials if trial.id not in settled]
-        if not running and all(id in elsewhere for id in open_):
-          return settled | dict.fromkeys(open_, "elsewhere")
-        progress.show(running, settled, len(trials), len(elsewhere))
+        launcher.end_those_over(time_limit=limits.time_limit, stopping=False)
+        launcher.end_hopeless(hopeless)
+        launcher.begin_more(more)
+        left = launcher.open_ids()
+        if not running and elsewhere.issuperset(left):
+          return settled | dict.fromkeys(left, "elsewhere")
+        progress.show(running, settled, len(launcher.trials), len(elsewhere))
         time.sleep(POLL)
     except Interrupted as interruption:
-      stop_all(interruption.signum)
+      launcher.stop_all(interruption.signum)
       raise
     except BaseException:
       for each in running:

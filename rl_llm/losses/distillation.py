@@ -103,8 +103,7 @@ def chunked_gkd_loss(
   *,
   beta=0.5,
   temperature=1.0,
-  softcap=None,
-  teacher_softcap=None,
+  softcaps=(None, None),
   chunk_size=256,
 ) -> tuple[Array, Metrics]:
   """`gkd_loss` from hidden states, without building [B, T, V].
@@ -133,8 +132,7 @@ def chunked_gkd_loss(
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
     beta: as in `gkd_loss`.
     temperature: as in `gkd_loss`.
-    softcap: the student's bound on its logits, > 0, or None.
-    teacher_softcap: the teacher's.
+    softcaps: the student's bound on its logits and the teacher's, each > 0 or None.
     chunk_size: the most tokens whose logits may exist at once; any number of tokens works.
 
   Returns:
@@ -151,8 +149,9 @@ def chunked_gkd_loss(
   """
   check_between("beta", beta, 0, 1)
   check_above("temperature", temperature, 0)
-  check_above("softcap", softcap, 0)
-  check_above("teacher_softcap", teacher_softcap, 0)
+  softcap, teacher_softcap = softcaps
+  check_above("softcaps[0]", softcap, 0)
+  check_above("softcaps[1]", teacher_softcap, 0)
   check_above("chunk_size", chunk_size, 0)
   check_ndim("hidden", hidden, 3, "[B, T, D]")
   check_float("hidden", hidden)

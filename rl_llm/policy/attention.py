@@ -258,7 +258,7 @@ def fused_attend(
       _splash, kernel=kernel, first_column=first_column, window=window, scale=scale, cap=cap
     )
 
-  arrays = (query, keys, values, sight.query_segments, sight.key_segments)
+  arrays = (query, keys, values, (sight.query_segments, sight.key_segments))
   if isinstance(sight.is_sliding, bool):
     return attend_within(window if sight.is_sliding else None)(*arrays)
   return jax.lax.cond(sight.is_sliding, attend_within(window), attend_within(None), *arrays)
@@ -296,12 +296,10 @@ def _refused_by_cudnn(
   return ""
 
 
-def _splash(
-  query, keys, values, query_segments, key_segments, *, kernel: Kernel, **settings
-) -> chex.Array:
+def _splash(query, keys, values, segments, *, kernel: Kernel, **settings) -> chex.Array:
   part = functools.partial(_splash_part, interpret=kernel.interpret, **settings)
   if kernel.mesh is None:
-    return part(query, keys, values, query_segments, key_segments)
+    return part(query, keys, values, segments)
   heads, tensor = query.shape[2], kernel.mesh.shape["tensor"]
   if keys.shape[2] % tensor:  # Fewer key heads than devices: each gets those of its own queries.
     keys, values = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (keys, values))
@@ -309,18 +307,17 @@ def _splash(
   return jax.shard_map(
     part,
     mesh=kernel.mesh,
-    in_specs=(by_head, by_head, by_head, by_row, by_row),
+    in_specs=(by_head, by_head, by_head, by_row),
     out_specs=by_head,
     check_vma=False,
-  )(query, keys, values, query_segments, key_segments)
+  )(query, keys, values, segments)
 
 
 def _splash_part(
   query,
   keys,
   values,
-  query_segments,
-  key_segments,
+  segments,
   *,
   first_column: int,
   window: int | None,
@@ -328,10 +325,11 @@ def _splash_part(
   cap: float | None,
   interpret: bool,
 ) -> chex.Array:
-  """One device's rows and heads."""
+  """One device's rows and heads; segments are those of the queries and those of the keys."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+  query_segments, key_segments = segments
   _, length, heads, head_dim = query.shape
   more_queries, more_keys = -length % LANES, -keys.shape[1] % LANES
   n_queries, n_keys = length + more_queries, keys.shape[1] + more_keys

@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rl_llm.sharding import constrain, constrain_stacked
+
+
+class Layer(NamedTuple):
+  """What a layer has that the others do not share."""
+
+  weights: Any  # a tree of arrays
+  is_sliding: bool
+  other: Any = None  # a tree of arrays, of one structure in all layers (a cache's keys and values)
+
 
 # (x, weights of a layer, whether it is a sliding one, what else is the layer's, what all layers
 # read) -> (x, output)
@@ -26,9 +35,7 @@ Body = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
 def run_layers(
   body: Body,
   x: Any,
-  weights: Sequence[Any],
-  sliding: Sequence[bool],
-  others: Sequence[Any] | None = None,
+  layers: Sequence[Layer],
   common: Any = None,
   *,
   scan: bool,
@@ -39,11 +46,11 @@ def run_layers(
 ) -> tuple[Any, list[Any]]:
   """x through all layers, and what each of them put out.
 
-  >>> weights = [{"weight": jnp.float32(w)} for w in (2, 3, 5)]
-  >>> body = lambda x, layer, sliding, other, common: (x * layer["weight"], x)
+  >>> layers = [Layer({"weight": jnp.float32(w)}, is_sliding=False) for w in (2, 3, 5)]
+  >>> body = lambda x, weights, is_sliding, other, common: (x * weights["weight"], x)
   >>> for scan in (False, True):
-  ...   x, out = run_layers(body, jnp.float32(1), weights, [False] * 3, scan=scan, remat=False,
-  ...                       dtype=jnp.float32)
+  ...   x, out = run_layers(
+  ...     body, jnp.float32(1), layers, scan=scan, remat=False, dtype=jnp.float32)
   ...   print(float(x), [float(y) for y in out])
   30.0 [1.0, 2.0, 6.0]
   30.0 [1.0, 2.0, 6.0]
@@ -53,10 +60,8 @@ def run_layers(
       Whether a layer slides is a bool where all layers of a loop agree, and an array where they do
       not, as in Gemma's.
     x: any tree of arrays.
-    weights: a tree for each layer. Neighbours alike in structure and shapes share a loop: one that
-      has adapters which the others lack (LoRA on some layers) does not.
-    sliding: for each layer.
-    others: a tree for each layer, all alike (keys and values of a cache); None for none.
+    layers: one `Layer` each. Neighbours whose weights have the same structure and shapes share a
+      loop: one that has adapters which the others lack (LoRA on some layers) does not.
     common: a tree for all of them (angles and masks).
     scan: one loop over the stack instead of one layer after another.
     remat: compute what happens within a layer again in the backward pass.
@@ -71,8 +76,7 @@ def run_layers(
   Returns:
     x, and the list of the layers' outputs.
   """
-  weights = list(weights)
-  others = [None] * len(weights) if others is None else others
+  layers = list(layers)
   outputs: list[Any] = []
 
   def layer(x, parts, same):
@@ -88,23 +92,25 @@ def run_layers(
     function = functools.partial(layer, same=same)
     return (rematerialized(function) if remat else function)(x, parts)
 
-  for first, last in _runs(weights) if scan else [(i, i + 1) for i in range(len(weights))]:
-    flags = list(sliding[first:last])
+  runs = _runs([layer.weights for layer in layers])
+  for first, last in runs if scan else [(i, i + 1) for i in range(len(layers))]:
+    weights, flags, others = zip(*layers[first:last], strict=True)
     same = flags[0] if len(set(flags)) == 1 else None
 
     if last - first == 1:
-      if mesh is not None and mesh.size > 1 and last < len(weights):
+      if mesh is not None and mesh.size > 1 and last < len(layers):
         # The next layer's matrices are gathered once this one begins, and no sooner: left to itself
         # a compiler may begin with those of all layers, and each device hold the whole model.
-        x, weights[last] = jax.lax.optimization_barrier((x, weights[last]))
-      x, out = single(x, (weights[first], None, others[first], common), same)
+        x, later = jax.lax.optimization_barrier((x, layers[last].weights))
+        layers[last] = layers[last]._replace(weights=later)
+      x, out = single(x, (weights[0], None, others[0], common), same)
       outputs.append(out)
       continue
 
     stacked = (
-      stack_layers(weights[first:last], dtype=dtype, mesh=mesh),
+      stack_layers(weights, dtype=dtype, mesh=mesh),
       jnp.array(flags),
-      jax.tree.map(lambda *leaves: jnp.stack(leaves), *others[first:last]),
+      jax.tree.map(lambda *leaves: jnp.stack(leaves), *others),
     )
     # Within a loop nothing can be merged with the forward pass, so nothing need be kept from it.
     def one(x, parts, same=same):

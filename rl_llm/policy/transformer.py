@@ -30,7 +30,7 @@ from rl_llm.policy.attention import (
   takes,
 )
 from rl_llm.policy.configs import RopeScaling, TransformerConfig
-from rl_llm.policy.layers import rematerialized, run_layers
+from rl_llm.policy.layers import Layer, rematerialized, run_layers
 from rl_llm.sharding import constrain, constrain_rows, copy_to_rows, row_shards
 
 Params = dict[str, Any]
@@ -141,200 +141,289 @@ def make_policy(
   """
   # One spelling of the arguments for each policy, or the cache would hold several.
   kernel = find_kernel(attention, dtype=dtype, mesh=mesh)
-  return _make_policy(config, jnp.dtype(dtype), remat, scan_layers, kernel, mesh)
+  return _make_policy(Setup(config, jnp.dtype(dtype), remat, scan_layers, kernel, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What the functions of a policy are bound to. All of it is static: hashable, without arrays."""
+
+  config: TransformerConfig
+  dtype: Any
+  remat: bool
+  scan_layers: bool
+  kernel: Kernel | None
+  mesh: jax.sharding.Mesh | None
+
+  @property
+  def row_shards(self) -> int:
+    """Over how many devices the rows of a batch lie."""
+    return 1 if self.mesh is None else row_shards(self.mesh)
 
 
 @functools.cache
-def _make_policy(
-  config: TransformerConfig,
-  dtype: Any,
-  remat: bool,
-  scan_layers: bool,
-  kernel: Kernel | None,
-  mesh: jax.sharding.Mesh | None,
-) -> Policy:
-  model = Transformer(config, dtype)
-  block, norm = Block(config, dtype), RMSNorm(config)
-  look = functools.partial(_look, config=config, kernel=kernel)
-  settings = {"remat": remat, "dtype": dtype, "mesh": mesh}
-  sliding = [config.is_sliding(layer) for layer in range(config.n_layers)]
-  shards = 1 if mesh is None else row_shards(mesh)
+def _make_policy(setup: Setup) -> Policy:
+  def bind(function: Callable) -> Callable:
+    return functools.partial(function, setup)
 
-  def init(key: chex.Array) -> Params:
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-  def embed(params: Params, tokens: chex.Array) -> chex.Array:
-    x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(dtype)
-    return by_rows(x * jnp.asarray(config.embed_scale, dtype))
-
-  def by_rows(x: chex.Array) -> chex.Array:
-    """Keeps each device at its own rows, where they can be divided."""
-    return constrain_rows(x, mesh) if mesh is not None and divide(x.shape[0]) else x
-
-  def divide(rows: int) -> bool:
-    return rows % shards == 0
-
-  def lay(rows: int, tokens: int) -> Callable[[Params, jax.sharding.Mesh], Params]:
-    """How matrices lie that meet so many: few tokens are sent sooner than a matrix."""
-    many = tokens >= config.width
-    return copy_to_rows if shards > 1 and many and divide(rows) else constrain
-
-  def layers_of(params: Params) -> list[Params]:
-    return [params[f"layers_{layer}"] for layer in range(config.n_layers)]
-
-  def read(x, weights, rope, mix):
-    x, kept = block.apply({"params": weights}, by_rows(x), rope, mix)
-    return by_rows(x), kept
-
-  def final(params: Params, x: chex.Array) -> chex.Array:
-    return norm.apply({"params": params["final_norm"]}, x)
-
-  def hidden(
-    params: Params,
-    tokens: chex.Array,
-    positions: chex.Array,
-    segment_ids: chex.Array | None = None,
-    cache: Cache | None = None,
-  ) -> tuple[chex.Array, Cache | None]:
-    if segment_ids is None:
-      segment_ids = jnp.zeros_like(positions)
-    if tokens.ndim != 2:
-      raise ValueError(f"tokens: shape {tokens.shape}, must be [B, T]; add the batch axis")
-    for name, value in (("positions", positions), ("segment_ids", segment_ids)):
-      if value.shape != tokens.shape:
-        raise ValueError(f"{name}: shape {value.shape}, must be that of tokens, {tokens.shape}")
-    if cache is not None and (
-      cache.positions.shape[0] != tokens.shape[0] or cache.positions.shape[1] < tokens.shape[1]
-    ):
-      raise ValueError(
-        f"cache: made for [B, S] = {cache.positions.shape}, tokens are [B, T] = {tokens.shape}; "
-        f"use init_cache({tokens.shape[0]}, length) with length >= all tokens to be read"
-      )
-    positions, segment_ids = positions.astype(jnp.int32), segment_ids.astype(jnp.int32)
-    key_segments, key_positions, cursor = segment_ids, positions, 0
-    if cache is not None:
-      cursor = cache.cursor
-      key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cursor))
-      key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cursor))
-    geometry = make_geometry(config, segment_ids, key_segments, positions, key_positions, cursor)
-
-    def body(x, weights, is_sliding, cached, common):
-      geometry, cursor = common
-      rope, sight = geometry.of(is_sliding)
-
-      def mix(query, key, value):
-        if cached is None:
-          return look(query, key, value, sight), None
-        keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-        keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
-        values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
-        if keys.shape[-1] == query.shape[1]:  # Nothing was read before.
-          return look(query, key, value, sight), (keys, values)
-        out = _rematerialized_attend(query, keys, values, sight.mask, config=config)
-        return out, (keys, values)
-
-      return read(x, weights, rope, mix)
-
-    x, layers = run_layers(
-      body,
-      embed(params, tokens),
-      layers_of(params),
-      sliding,
-      None if cache is None else list(zip(cache.keys, cache.values, strict=True)),
-      (geometry, cursor),
-      scan=scan_layers and tokens.shape[1] > 1,
-      lay=lay(len(tokens), tokens.size),
-      **settings,
-    )
-    x = final(params, x)
-    if cache is None:
-      return x, None
-    keys, values = zip(*layers, strict=True)
-    return x, Cache(keys, values, key_segments, key_positions, cursor + tokens.shape[1])
-
-  def shared_hidden(params: Params, prompts: Any, following: Any) -> tuple[chex.Array, chex.Array]:
-    (tokens, positions, segments), (more, more_positions, more_segments) = jax.tree.map(
-      lambda x: x.astype(jnp.int32), (tuple(prompts), tuple(following))
-    )
-    (rows, columns), copies = tokens.shape, more.shape[0] // tokens.shape[0]
-    if copies * rows != more.shape[0]:
-      raise ValueError(f"following: {more.shape[0]} rows are not a multiple of prompts' {rows}")
-
-    def share(x: chex.Array) -> chex.Array:
-      return jnp.repeat(x, copies, axis=0)
-
-    def join(x: chex.Array, y: chex.Array) -> chex.Array:
-      """[P, L, ...] and [B, T, ...] as [P, L + G * T, ...]: a prompt, and behind it what follows.
-      All but attention works token by token, and so makes one product of both with each matrix."""
-      return jnp.concatenate([x, y.reshape(rows, -1, *y.shape[2:])], axis=1)
-
-    def part(xy: chex.Array) -> tuple[chex.Array, chex.Array]:
-      return xy[:, :columns], xy[:, columns:].reshape(*more.shape, *xy.shape[2:])
-
-    of_prompts = make_geometry(config, segments, segments, positions, positions)
-    of_following = make_geometry(
-      config,
-      more_segments,
-      jnp.concatenate([share(segments), more_segments], axis=1),
-      more_positions,
-      jnp.concatenate([share(positions), more_positions], axis=1),
-      columns,
-    )
-
-    def body(xy, weights, is_sliding, _, common):
-      (rope, sight), (more_rope, more_sight) = (geometry.of(is_sliding) for geometry in common)
-
-      def mix(query, key, value):
-        (query, more_query), (key, more_key), (value, more_value) = map(part, (query, key, value))
-        keys = jnp.concatenate([share(key), more_key], axis=1)
-        values = jnp.concatenate([share(value), more_value], axis=1)
-        out = look(query, key, value, sight)
-        return join(out, look(more_query, keys, values, more_sight, first_column=columns)), None
-
-      return read(xy, weights, jax.tree.map(join, rope, more_rope), mix)
-
-    xy, _ = run_layers(
-      body,
-      embed(params, join(tokens, more)),
-      layers_of(params),
-      sliding,
-      common=(of_prompts, of_following),
-      scan=scan_layers,
-      lay=lay(rows, tokens.size + more.size),
-      **settings,
-    )
-    return part(final(params, xy))
-
-  def unembed(params: Params) -> chex.Array:
-    return params["embed" if config.tie_embeddings else "unembed"]["embedding"]
-
-  def init_cache(batch: int, length: int) -> Cache:
-    def empty(*columns: int) -> tuple[chex.Array, ...]:
-      shape = (batch, config.n_kv_heads, *columns)
-      return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
-
-    return Cache(
-      keys=empty(config.head_dim, length),
-      values=empty(length, config.head_dim),
-      segment_ids=jnp.full((batch, length), -1, jnp.int32),
-      positions=jnp.zeros((batch, length), jnp.int32),
-      cursor=jnp.zeros((), jnp.int32),
-    )
-
-  def logits(params: Params, hidden: chex.Array) -> chex.Array:
-    table = unembed(params).astype(hidden.dtype)
-    scores = times_transposed(hidden.reshape(-1, hidden.shape[-1]), table, dtype=jnp.float32)
-    return softcap(scores.reshape(*hidden.shape[:-1], -1), config.final_softcap)
-
-  def over(mesh: jax.sharding.Mesh) -> Policy:
-    there = None if kernel is None else kernel._replace(mesh=mesh)
-    return _make_policy(config, dtype, remat, scan_layers, there, mesh)
-
-  # Jitted, or layers that are traced once a call would be compiled once a call outside of a jit.
-  hidden, shared_hidden = jax.jit(hidden), jax.jit(shared_hidden)
   return Policy(
-    config, init, hidden, shared_hidden, unembed, init_cache, logits, shards, over, dtype
+    config=setup.config,
+    init=bind(init),
+    # Jitted, or layers that are traced once a call would be compiled once a call outside of a jit.
+    hidden=jax.jit(bind(hidden)),
+    shared_hidden=jax.jit(bind(shared_hidden)),
+    unembed=bind(unembed),
+    init_cache=bind(init_cache),
+    logits=bind(logits),
+    row_shards=setup.row_shards,
+    over=bind(over),
+    dtype=setup.dtype,
   )
+
+
+# The functions of a policy, as `Policy` describes them, with their setup in front.
+
+
+def init(setup: Setup, key: chex.Array) -> Params:
+  model = Transformer(setup.config, setup.dtype)
+  return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def hidden(
+  setup: Setup,
+  params: Params,
+  tokens: chex.Array,
+  positions: chex.Array,
+  segment_ids: chex.Array | None = None,
+  cache: Cache | None = None,
+) -> tuple[chex.Array, Cache | None]:
+  if segment_ids is None:
+    segment_ids = jnp.zeros_like(positions)
+  _check_pass(tokens, positions, segment_ids, cache)
+  positions, segment_ids = positions.astype(jnp.int32), segment_ids.astype(jnp.int32)
+  key_segments, key_positions, cursor, cached = segment_ids, positions, 0, None
+  if cache is not None:
+    cursor, cached = cache.cursor, list(zip(cache.keys, cache.values, strict=True))
+    key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cursor))
+    key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cursor))
+  geometry = make_geometry(
+    setup.config, segment_ids, key_segments, positions, key_positions, cursor
+  )
+  x, layers = run_layers(
+    functools.partial(_cached_layer, setup),
+    _embed(setup, params, tokens),
+    _layers(setup, params, cached),
+    (geometry, cursor),
+    scan=setup.scan_layers and tokens.shape[1] > 1,
+    remat=setup.remat,
+    dtype=setup.dtype,
+    mesh=setup.mesh,
+    lay=_layout(setup, len(tokens), tokens.size),
+  )
+  x = _final_norm(setup, params, x)
+  if cache is None:
+    return x, None
+  keys, values = zip(*layers, strict=True)
+  return x, Cache(keys, values, key_segments, key_positions, cursor + tokens.shape[1])
+
+
+def shared_hidden(
+  setup: Setup, params: Params, prompts: Any, following: Any
+) -> tuple[chex.Array, chex.Array]:
+  (tokens, positions, segments), (more, more_positions, more_segments) = jax.tree.map(
+    lambda x: x.astype(jnp.int32), (tuple(prompts), tuple(following))
+  )
+  if more.shape[0] % tokens.shape[0]:
+    raise ValueError(
+      f"following: {more.shape[0]} rows are not a multiple of prompts' {tokens.shape[0]}"
+    )
+  fork = Fork(*tokens.shape, *more.shape)
+  of_prompts = make_geometry(setup.config, segments, segments, positions, positions)
+  of_following = make_geometry(
+    setup.config,
+    more_segments,
+    fork.with_prompts(segments, more_segments),
+    more_positions,
+    fork.with_prompts(positions, more_positions),
+    fork.columns,
+  )
+  xy, _ = run_layers(
+    functools.partial(_forked_layer, setup, fork),
+    _embed(setup, params, fork.join(tokens, more)),
+    _layers(setup, params),
+    (of_prompts, of_following),
+    scan=setup.scan_layers,
+    remat=setup.remat,
+    dtype=setup.dtype,
+    mesh=setup.mesh,
+    lay=_layout(setup, len(tokens), tokens.size + more.size),
+  )
+  return fork.part(_final_norm(setup, params, xy))
+
+
+def unembed(setup: Setup, params: Params) -> chex.Array:
+  return params["embed" if setup.config.tie_embeddings else "unembed"]["embedding"]
+
+
+def init_cache(setup: Setup, batch: int, length: int) -> Cache:
+  config = setup.config
+
+  def empty(*columns: int) -> tuple[chex.Array, ...]:
+    shape = (batch, config.n_kv_heads, *columns)
+    return tuple(jnp.zeros(shape, setup.dtype) for _ in range(config.n_layers))
+
+  return Cache(
+    keys=empty(config.head_dim, length),
+    values=empty(length, config.head_dim),
+    segment_ids=jnp.full((batch, length), -1, jnp.int32),
+    positions=jnp.zeros((batch, length), jnp.int32),
+    cursor=jnp.zeros((), jnp.int32),
+  )
+
+
+def logits(setup: Setup, params: Params, hidden: chex.Array) -> chex.Array:
+  table = unembed(setup, params).astype(hidden.dtype)
+  scores = times_transposed(hidden.reshape(-1, hidden.shape[-1]), table, dtype=jnp.float32)
+  return softcap(scores.reshape(*hidden.shape[:-1], -1), setup.config.final_softcap)
+
+
+def over(setup: Setup, mesh: jax.sharding.Mesh) -> Policy:
+  kernel = None if setup.kernel is None else setup.kernel._replace(mesh=mesh)
+  return _make_policy(dataclasses.replace(setup, kernel=kernel, mesh=mesh))
+
+
+# What `hidden` and `shared_hidden` are made of.
+
+
+def _check_pass(
+  tokens: chex.Array, positions: chex.Array, segment_ids: chex.Array, cache: Cache | None
+) -> None:
+  if tokens.ndim != 2:
+    raise ValueError(f"tokens: shape {tokens.shape}, must be [B, T]; add the batch axis")
+  for name, value in (("positions", positions), ("segment_ids", segment_ids)):
+    if value.shape != tokens.shape:
+      raise ValueError(f"{name}: shape {value.shape}, must be that of tokens, {tokens.shape}")
+  if cache is not None and (
+    cache.positions.shape[0] != tokens.shape[0] or cache.positions.shape[1] < tokens.shape[1]
+  ):
+    raise ValueError(
+      f"cache: made for [B, S] = {cache.positions.shape}, tokens are [B, T] = {tokens.shape}; "
+      f"use init_cache({tokens.shape[0]}, length) with length >= all tokens to be read"
+    )
+
+
+def _embed(setup: Setup, params: Params, tokens: chex.Array) -> chex.Array:
+  x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(setup.dtype)
+  return _by_rows(setup, x * jnp.asarray(setup.config.embed_scale, setup.dtype))
+
+
+def _final_norm(setup: Setup, params: Params, x: chex.Array) -> chex.Array:
+  return RMSNorm(setup.config).apply({"params": params["final_norm"]}, x)
+
+
+def _layers(
+  setup: Setup, params: Params, cached: list[tuple[chex.Array, chex.Array]] | None = None
+) -> list[Layer]:
+  """Each layer's weights, whether it slides, and its keys and values in a cache."""
+  return [
+    Layer(params[f"layers_{i}"], setup.config.is_sliding(i), None if cached is None else cached[i])
+    for i in range(setup.config.n_layers)
+  ]
+
+
+def _by_rows(setup: Setup, x: chex.Array) -> chex.Array:
+  """Keeps each device at its own rows, where they can be divided."""
+  if setup.mesh is None or x.shape[0] % setup.row_shards:
+    return x
+  return constrain_rows(x, setup.mesh)
+
+
+def _layout(
+  setup: Setup, rows: int, tokens: int
+) -> Callable[[Params, jax.sharding.Mesh], Params]:
+  """How matrices lie that meet this batch: few tokens are sent sooner than a matrix."""
+  shards, many = setup.row_shards, tokens >= setup.config.width
+  return copy_to_rows if shards > 1 and many and rows % shards == 0 else constrain
+
+
+def _apply_block(
+  setup: Setup, x: chex.Array, weights: Params, rope: Any, mix: Mix
+) -> tuple[chex.Array, Any]:
+  block = Block(setup.config, setup.dtype)
+  x, kept = block.apply({"params": weights}, _by_rows(setup, x), rope, mix)
+  return _by_rows(setup, x), kept
+
+
+def _cached_layer(
+  setup: Setup, x: chex.Array, weights: Params, is_sliding: Any, cached: Any, common: Any
+) -> tuple[chex.Array, Any]:
+  """A layer of `hidden`, as `run_layers` calls it; its output is the layer's new cache."""
+  geometry, cursor = common
+  rope, sight = geometry.of(is_sliding)
+  look = functools.partial(_look, config=setup.config, kernel=setup.kernel)
+
+  def mix(query: chex.Array, key: chex.Array, value: chex.Array) -> tuple[chex.Array, Any]:
+    if cached is None:
+      return look(query, key, value, sight), None
+    keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
+    values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
+    if keys.shape[-1] == query.shape[1]:  # Nothing was read before.
+      return look(query, key, value, sight), (keys, values)
+    out = _rematerialized_attend(query, keys, values, sight.mask, config=setup.config)
+    return out, (keys, values)
+
+  return _apply_block(setup, x, weights, rope, mix)
+
+
+class Fork(NamedTuple):
+  """Prompts [P, L, ...] and what follows them [B, T, ...], B = P * G: how one is laid to the other.
+
+  All but attention works token by token. So both lie in one array, [P, L + G * T, ...], a prompt
+  and behind it what follows, and make one product with each matrix.
+
+  >>> fork = Fork(prompts=1, columns=2, rows=2, steps=1)
+  >>> both = fork.join(jnp.array([[5, 6]]), jnp.array([[7], [8]]))
+  >>> both.tolist(), [x.tolist() for x in fork.part(both)]
+  ([[5, 6, 7, 8]], [[[5, 6]], [[7], [8]]])
+  >>> fork.with_prompts(jnp.array([[5, 6]]), jnp.array([[7], [8]])).tolist()
+  [[5, 6, 7], [5, 6, 8]]
+  """
+
+  prompts: int  # P
+  columns: int  # L
+  rows: int  # B
+  steps: int  # T
+
+  def with_prompts(self, x: chex.Array, y: chex.Array) -> chex.Array:
+    """[P, L, ...] and [B, T, ...] as [B, L + T, ...]: each row behind a copy of its prompt."""
+    return jnp.concatenate([jnp.repeat(x, self.rows // self.prompts, axis=0), y], axis=1)
+
+  def join(self, x: chex.Array, y: chex.Array) -> chex.Array:
+    """[P, L, ...] and [B, T, ...] as [P, L + G * T, ...]."""
+    return jnp.concatenate([x, y.reshape(self.prompts, -1, *y.shape[2:])], axis=1)
+
+  def part(self, xy: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """The way back."""
+    prompts, following = xy[:, : self.columns], xy[:, self.columns :]
+    return prompts, following.reshape(self.rows, self.steps, *xy.shape[2:])
+
+
+def _forked_layer(
+  setup: Setup, fork: Fork, xy: chex.Array, weights: Params, is_sliding: Any, _: Any, common: Any
+) -> tuple[chex.Array, Any]:
+  """A layer of `shared_hidden`, as `run_layers` calls it."""
+  (rope, sight), (more_rope, more_sight) = (geometry.of(is_sliding) for geometry in common)
+  look = functools.partial(_look, config=setup.config, kernel=setup.kernel)
+
+  def mix(*joined: chex.Array) -> tuple[chex.Array, None]:
+    (query, more_query), (key, more_key), (value, more_value) = map(fork.part, joined)
+    keys, values = fork.with_prompts(key, more_key), fork.with_prompts(value, more_value)
+    out = look(query, key, value, sight)
+    more = look(more_query, keys, values, more_sight, first_column=fork.columns)
+    return fork.join(out, more), None
+
+  return _apply_block(setup, xy, weights, jax.tree.map(fork.join, rope, more_rope), mix)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:

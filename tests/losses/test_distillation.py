@@ -112,7 +112,7 @@ def test_chunked_gkd_equals_dense_in_value_and_gradients(beta, temperature, soft
   def chunked(hidden, unembedding, chunk_size):
     return losses.chunked_gkd_loss(
       hidden, unembedding, TEACHER_HIDDEN, TEACHER_UNEMBEDDING, WEIGHTS,
-      chunk_size=chunk_size, softcap=softcap, **settings)
+      chunk_size=chunk_size, softcaps=(softcap, None), **settings)
 
   both = lambda f: jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))  # noqa: E731
   expected = both(dense)(HIDDEN, UNEMBEDDING)
@@ -125,7 +125,7 @@ def test_chunked_gkd_equals_dense_in_value_and_gradients(beta, temperature, soft
 def test_chunked_gkd_caps_the_teacher_and_gives_it_no_gradient():
   def loss(teacher_hidden, teacher_unembedding):
     return losses.chunked_gkd_loss(HIDDEN, UNEMBEDDING, teacher_hidden, teacher_unembedding,
-                                   WEIGHTS, teacher_softcap=1.5, chunk_size=4)[0]
+                                   WEIGHTS, softcaps=(None, 1.5), chunk_size=4)[0]
 
   value, gradients = jax.value_and_grad(loss, (0, 1))(TEACHER_HIDDEN, TEACHER_UNEMBEDDING)
   expected = gkd_loop(LOGITS, 1.5 * np.tanh(TEACHER_LOGITS / 1.5), 0.5, 1.0)
@@ -256,8 +256,8 @@ def test_bad_settings_are_named(call):
   ({"teacher_unembedding": TEACHER_UNEMBEDDING[:5]}, "teacher_unembedding.*V = 7 rows"),
   ({"unembedding": UNEMBEDDING.astype(int)}, "unembedding has dtype int"),
   ({"teacher_hidden": TEACHER_HIDDEN[:1]}, "teacher_hidden has shape"),
-  ({"chunk_size": 0}, "chunk_size is 0"), ({"softcap": 0}, "softcap is 0"),
-  ({"teacher_softcap": -1}, "teacher_softcap is -1"),
+  ({"chunk_size": 0}, "chunk_size is 0"), ({"softcaps": (0, None)}, r"softcaps\[0\] is 0"),
+  ({"softcaps": (None, -1)}, r"softcaps\[1\] is -1"),
 ])
 def test_wrong_unembeddings_are_named(wrong, message):
   good = {"hidden": HIDDEN, "unembedding": UNEMBEDDING, "teacher_hidden": TEACHER_HIDDEN,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_llm.policy import join, make_policy, split_lora
-from rl_llm.policy.layers import run_layers
+from rl_llm.policy.layers import Layer, run_layers
 from rl_llm.rollout import response_hidden
 from tests.policy.make_goldens import family_model, family_tokens
 
@@ -163,9 +163,8 @@ def test_layers_that_differ_are_looped_over_in_runs():
     return x + layer["weight"].sum() * jnp.where(sliding, 10, 1), x
 
   sliding = [False, False, False, True, False, True]
-  x, out = run_layers(
-    body, jnp.float32(0), weights, sliding, scan=True, remat=False, dtype=jnp.float32
-  )
+  layers = [Layer(*parts) for parts in zip(weights, sliding, strict=True)]
+  x, out = run_layers(body, jnp.float32(0), layers, scan=True, remat=False, dtype=jnp.float32)
   assert [float(y) for y in (*out, x)] == [0, 2, 4, 7, 27, 29, 49]
   assert set(calls) == {((2,), True), ((3,), True), ((2,), False)} and len(calls) == 3
 
@@ -179,9 +178,9 @@ def test_layers_that_are_alike_are_traced_once_for_all(remat):
     return x * jnp.sin(layer["weight"] * common) + other, None
 
   def last(weights, common, layers):
+    made = [Layer({"weight": weights[i]}, i % 2 == 1, weights[i]) for i in range(layers)]
     x, _ = run_layers(
-      body, jnp.float32(1), [{"weight": w} for w in weights], [False, True] * (layers // 2),
-      list(weights), common, scan=False, remat=remat, dtype=jnp.float32,
+      body, jnp.float32(1), made, common, scan=False, remat=remat, dtype=jnp.float32
     )
     return x
 
