@@ -44,12 +44,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import seconds_of, spread
-from experiments import grpo
-from experiments.options import Lora, SamplingMesh, adamw, device_mesh
+from experiments import grpo, setup
+from experiments.flags import Lora, SamplingMesh
 from launch import plan
 from launch.chips import find_devices, has_compiler
 from launch.models import find_model
-from launch.programs import Lowering, Programs, array, programs, settings_of
+from launch.programs import Lowering, Programs, programs, settings_of
 from rl_llm import sharding
 from rl_llm.chips import DEVICE_KINDS, GPUS, Chip
 from rl_llm.config import ConfigError, option, run
@@ -57,7 +57,6 @@ from rl_llm.flops import forward_flops
 from rl_llm.policy import Policy, TransformerConfig, make_policy
 from rl_llm.policy.layers import cast_weights
 from rl_llm.sampling import SamplingConfig, sample
-from rl_llm.train_state import init_state
 
 GROUP = 8  # responses a prompt
 SHORT, LONG = 32, 288  # tokens of the two rollouts whose difference is timed
@@ -115,7 +114,7 @@ def planned(config: Config, *, prompts: int, new_tokens: int, model: str, rank: 
 
 
 def policy_of(step: plan.Config, devices: list) -> tuple[Policy, jax.sharding.Mesh]:
-  mesh = device_mesh(step.mesh, per_step={}, at_once={}, devices=devices)
+  mesh = setup.open_mesh(step, per_step={}, at_once={}, devices=devices)
   make = {"remat": step.remat, "scan_layers": step.scan_layers, "mesh": mesh}
   return make_policy(find_model(step.model), dtype=jnp.bfloat16, **make), mesh
 
@@ -180,17 +179,11 @@ def timed_update(config: Config, devices: list) -> list[float]:
 def update_cost(config: Config, devices: list) -> Cost:
   """By the compiler, of the update with its logits in one piece: it counts a loop's body once."""
   step = update_step(config)
-  settings = settings_of(step)
-  policy, mesh = policy_of(step, devices)
-  parts = Programs(step, settings, policy, mesh)
-  optimizer = adamw(settings.optimizer)
-  _, frozen, trained = parts.weights()
-  state = parts.placed(lambda params: init_state(params, optimizer), trained)
-  batch = parts.batch()
-  rows, length = batch["tokens"].shape
-  batch["advantages"] = array(jnp.float32, rows)
-  loss = grpo.make_loss(settings, policy, chunk_size=rows * length)
-  return cost(parts.update("update", loss, optimizer, state, frozen, batch, 0.0).lower().compile())
+  parts = Programs(step, settings_of(step), *policy_of(step, devices))
+  loss = grpo.make_loss(parts.settings, parts.policy, chunk_size=parts.batch.tokens.size)
+  made = setup.make_programs(parts.settings, parts.policy, parts.mesh, loss)
+  batch, numbers = parts.minibatch(made.take), parts.numbers(kl_coef=0.0)
+  return cost(parts.update("update", made.update, parts.state, batch, numbers).lower().compile())
 
 
 def cost(compiled: Any) -> Cost:

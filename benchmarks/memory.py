@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import SamplingMesh, device_mesh
+from experiments import setup
+from experiments.flags import SamplingMesh
 from launch import plan
 from launch.models import find_model
 from launch.programs import programs
@@ -72,7 +73,7 @@ def measure(config: Config) -> Found:
     dtype="float32",
     mesh=SamplingMesh(1, 1, 1),
   )
-  mesh = device_mesh(planned.mesh, per_step={}, at_once={})
+  mesh = setup.open_mesh(planned, per_step={}, at_once={})
   policy = make_policy(
     small_model(), remat=config.remat, scan_layers=config.scan_layers, mesh=mesh
   )

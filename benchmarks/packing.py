@@ -63,11 +63,11 @@ def make_texts(config: Config, story: Sequence[int]) -> list[Encoded]:
   ]
 
 
-def cut(batch: dict[str, np.ndarray], rows: int) -> list[dict[str, np.ndarray]]:
+def cut(batch: sft.Batch, rows: int) -> list[sft.Batch]:
   """Parts of so many rows; rows at the end in which nothing is trained are left out."""
-  used = int(np.max(np.nonzero(batch["mask"].any(axis=1))[0])) + 1
+  used = int(np.max(np.nonzero(batch.sequences.mask.any(axis=1))[0])) + 1
   return [
-    {name: value[first : first + rows] for name, value in batch.items()}
+    jax.tree.map(lambda x, first=first: x[first : first + rows], batch)
     for first in range(0, used, rows)
   ]
 
@@ -83,7 +83,7 @@ def main(config: Config) -> int:
     name: sft.make_batch(texts, name="token_mean", packing=packing, rows=rows, pad_id=0)
     for name, packing in (("padded", 0), ("packed", config.limit))
   }
-  if batches["padded"]["tokens"].shape[1] != config.limit:
+  if batches["padded"].sequences.tokens.shape[1] != config.limit:
     raise ConfigError("limit", config.limit, "a width that batches are padded to, such as 256")
   parts = {name: cut(batch, config.rows_at_once) for name, batch in batches.items()}
 
@@ -113,7 +113,7 @@ def main(config: Config) -> int:
   work = text_flops(policy.config, [len(text.tokens) for text in texts], predicted=predicted)
   floor = update_passes(adapters=False) * work / ceilings.flops
   for name, taken in seconds.items():
-    columns = sum(part["mask"].size for part in parts[name])
+    columns = sum(part.sequences.mask.size for part in parts[name])
     middle = statistics.median(taken)
     print(
       f"  {name} {spread(taken)} s, {tokens / middle:.0f} tokens/s, {1 - tokens / columns:.0%} "

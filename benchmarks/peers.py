@@ -188,87 +188,71 @@ def mixed(job: dict, channel: Channel) -> None:
   ours(job, channel, dtype="bfloat16")
 
 
+def phases(watch: Stopwatch) -> Callable[[str], Any]:
+  """The clock of an experiment's step, whose rollout and grading are parts of the stopwatch's."""
+  parts = {"rollout": "generation", "reward": "reward"}
+  return lambda phase: watch(parts[phase]) if phase in parts else contextlib.nullcontext()
+
+
 def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
-  """A step by the functions that `experiments/grpo.py` uses, graded by its pool of processes."""
+  """A step of `experiments.grpo`: what it samples and grades, and what it learns from that."""
   import jax
-  import jax.numpy as jnp
-  import numpy as np
 
-  from experiments import grpo
-  from rl_llm import advantages, weighting
-  from rl_llm.data.prompts import pad_prompts
-  from rl_llm.experience import response_texts, score, trim
+  from experiments import grpo, setup
+  from rl_llm.config import replace
+  from rl_llm.experience import Drawn, Sampler, answer, make_generate, step_keys
   from rl_llm.memory import freed_given_back
+  from rl_llm.model import Weights
   from rl_llm.rewards import RewardPool, RewardSource
-  from rl_llm.rollout import generate, row_keys
-  from rl_llm.sampling import SamplingConfig
-  from rl_llm.tasks import Problem
+  from rl_llm.tasks import Problem, Task
   from rl_llm.train_state import init_state
-  from rl_llm.update import make_optimizer, make_update
 
-  config = grpo.Config(
-    prompts_per_step=job["prompts"],
-    responses_per_prompt=job["responses"],
-    max_new_tokens=job["new_tokens"],
-    microbatch_prompts=job["microbatch_prompts"],
-    sampling=grpo.Sampling(min_new_tokens=job["new_tokens"]),
+  prompts, group, new_tokens = job["prompts"], job["responses"], job["new_tokens"]
+  config = replace(
+    grpo.Config(),
+    {
+      "prompts_per_step": prompts,
+      "responses_per_prompt": group,
+      "max_new_tokens": new_tokens,
+      "microbatch_prompts": job["microbatch_prompts"],
+      "sampling.min_new_tokens": new_tokens,
+      "optimizer.learning_rate": 1e-6,
+    },
   )
-  model, texts, ready = load_ours(job, remat=job["remat"], dtype=dtype)
-  policy, tokenizer = model.policy, model.tokenizer
+  loaded, texts, ready = load_ours(job, remat=job["remat"], dtype=dtype)
+  policy, tokenizer = loaded.policy, loaded.tokenizer
   problems = [Problem(key=str(p), prompt=text, columns={}) for p, text in enumerate(texts)]
-  prompts = pad_prompts(ready["prompt_ids"], pad_id=tokenizer.pad_id)
-  optimizer = make_optimizer()
-  group = job["responses"]
-  microbatches = max(1, job["prompts"] // job["microbatch_prompts"])
-  update = make_update(grpo.make_loss(config, policy), optimizer, microbatches=microbatches)
-  hparams = {"learning_rate": jnp.float32(1e-6), "entropy_coef": jnp.float32(0), "loss": {}}
-  sampling = SamplingConfig(
-    jnp.ones(job["prompts"] * group), min_new_tokens=job["new_tokens"]
+  drawn = Drawn(problems, ready["prompt_ids"], 0)
+  task = Task("stories", None, (), RewardSource(os.path.abspath(__file__), "reward"))
+  programs = grpo.make_programs(config, policy, None)
+  optimizer = setup.adamw(config.optimizer)
+  state = jax.jit(lambda p: init_state(jax.tree.map(jax.numpy.copy, p), optimizer))(loaded.params)
+  ids = jax.numpy.array(ready["prompt_ids"])
+  hidden, _ = jax.eval_shape(policy.hidden, loaded.params, ids, ids)
+  kept = jax.tree.leaves(loaded.params)[0].dtype
+  del loaded
+  model = setup.Model(policy, tokenizer, None, Weights(None, None, None))
+  sampling = setup.sampling_config(config.sampling)
+  generate = make_generate(
+    policy, tokenizer, max_new_tokens=new_tokens, say=lambda line: None
   )
-  state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer))(model.params)
-  hidden, _ = jax.eval_shape(policy.hidden, model.params, prompts.tokens, prompts.tokens)
-  kept = jax.tree.leaves(model.params)[0].dtype
-  model = model._replace(params=None)
-  with freed_given_back(), RewardPool(RewardSource(os.path.abspath(__file__), "reward")) as pool:
+  with freed_given_back(), RewardPool(task.reward) as pool:
+    sampler = Sampler(task, tokenizer, None, generate, pool)
     channel.send(ready | {
-      "note": f"{hidden.dtype} with {kept} weights, {microbatches} microbatches, "
+      "note": f"{hidden.dtype} with {kept} weights, {config.updates.microbatches} microbatches, "
       f"{'' if job['remat'] else 'no '}recomputation, graded in sandboxed processes",
     })
     for step in itertools.count():
       channel.wait()
       watch = Stopwatch()
-      with watch("generation"):
-        rollout = trim(
-          generate(
-            state.params,
-            prompts.tokens,
-            prompts.lengths,
-            row_keys(jax.random.fold_in(jax.random.key(0), step), job["prompts"], group),
-            sampling,
-            policy=policy,
-            responses_per_prompt=group,
-            max_new_tokens=job["new_tokens"],
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
-          )
-        )
-      with watch("reward"):
-        scores = score(pool, problems, response_texts(rollout, tokenizer), group_size=group)
-      mask = rollout.mask & scores.ok.reshape(-1, 1)
-      batch = {
-        "prompts": prompts.tokens,
-        "prompt_lengths": prompts.lengths,
-        "tokens": rollout.tokens,
-        "mask": mask,
-        "sampler_logprobs": rollout.sampler_logprobs,
-        "advantages": np.asarray(
-          advantages.group_relative(scores.rewards, where=scores.ok)
-        ).reshape(-1),
-        "weights": np.asarray(weighting.token_mean(mask)),
-      }
-      state, metrics = jax.block_until_ready(update(state, batch, hparams))
-      gap, tokens = map(float, metrics["logprob_gap_mean"])
-      channel.send(watch.stop(int(mask.sum())) | {"logprob_gap": gap / tokens})
+      clock, keys = phases(watch), step_keys(config.run.seed, step, prompts, group)
+      experience = answer(
+        sampler, state.params, drawn, keys, clock, responses=group, sampling=sampling
+      )
+      state, learned = grpo.learn(config, model, programs, state, experience, step, clock)
+      jax.block_until_ready(state)
+      gap, tokens = map(float, learned.metrics["logprob_gap_mean"])
+      channel.send(watch.stop(learned.work.generated_tokens) | {"logprob_gap": gap / tokens})
 
 
 def load_transformers(job: dict) -> tuple[Any, Any, list[str], dict]:

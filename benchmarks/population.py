@@ -30,8 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import grpo, population
-from experiments.options import adamw
+from experiments import grpo, population, setup
 from rl_llm import chips
 from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import option, replace, run
@@ -117,7 +116,7 @@ def apart(configs: Sequence[grpo.Config], number: int, together: Path, alone: Pa
   first = population.load_members([configs[number]], make_mesh(data=1))[2]
   one = jax.tree.map(lambda x: x[0], first)
   all_ = jax.tree.map(lambda x: jnp.repeat(x, len(configs), axis=0), first)
-  init = functools.partial(init_state, optimizer=adamw(configs[0].optimizer))
+  init = functools.partial(init_state, optimizer=setup.adamw(configs[0].optimizer))
 
   def restored(shapes: Any, workdir: Path) -> Any:
     return Checkpointer(workdir / "checkpoints").restore(shapes, 1)[1].params

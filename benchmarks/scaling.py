@@ -35,7 +35,7 @@ from benchmarks.timing import (
 from rl_llm.config import ConfigError, option, run
 from rl_llm.flops import forward_flops
 from rl_llm.policy import TransformerConfig, make_policy
-from rl_llm.rollout import Rollout, generate, response_logprobs, row_keys
+from rl_llm.rollout import ResponseBatch, Rollout, generate, response_logprobs, row_keys
 from rl_llm.sampling import SamplingConfig
 
 
@@ -136,7 +136,8 @@ def make_step(point: Point, *, prompt_tokens: int, layers: int, vocabulary: int)
 
   def loss(params, tokens):
     everything = jnp.ones(tokens.shape, bool)
-    logprobs, _ = response_logprobs(params, prompts, lengths, tokens, everything, policy=policy)
+    batch = ResponseBatch(prompts, lengths, tokens, everything, everything)
+    logprobs, _ = response_logprobs(params, batch, policy=policy)
     return -jnp.sum(weights * logprobs)
 
   tokens = jnp.asarray(rng.integers(0, vocabulary, (rows, point.new_tokens)), jnp.int32)

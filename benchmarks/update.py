@@ -38,7 +38,7 @@ from rl_llm.config import option, run
 from rl_llm.flops import forward_flops
 from rl_llm.model import load_model
 from rl_llm.policy import Policy
-from rl_llm.rollout import logprobs_of_hidden, response_logprobs
+from rl_llm.rollout import ResponseBatch, logprobs_of_hidden, response_logprobs
 
 TOLERANCE = 1e-5  # of the gradients' difference, relative, L2
 
@@ -56,33 +56,25 @@ class Config:
   runs: int = option(5, "times each side is run, after one that is not counted", min=1)
 
 
-def plain_logprobs(
-  params: Any, prompts: Any, lengths: Any, tokens: Any, mask: Any, *, policy: Policy
-) -> jax.Array:
-  """As `response_logprobs`, with a row of prompt and response for each response.
+def plain_logprobs(params: Any, batch: ResponseBatch, *, policy: Policy) -> jax.Array:
+  """[B, T] as `response_logprobs`, with a row of prompt and response for each response.
 
   Args:
     params: the weights.
-    prompts: [P, L] int32, without padding.
-    lengths: [P] int32, all L.
-    tokens: [P * G, T] int32.
-    mask: [P * G, T] bool.
+    batch: prompts without padding, and responses of which every token is attended.
     policy: the model's functions.
-
-  Returns:
-    [P * G, T] float32, nats.
   """
-  del lengths
+  prompts, tokens = batch.prompts, batch.tokens
   copies = jnp.repeat(prompts, tokens.shape[0] // prompts.shape[0], axis=0)
   read = jnp.concatenate([copies, tokens[:, :-1]], axis=1)
   positions = jnp.broadcast_to(jnp.arange(read.shape[1]), read.shape)
   hidden, _ = policy.hidden(params, read, positions)
   predicting = hidden[:, prompts.shape[1] - 1 :]
-  return logprobs_of_hidden(params, predicting, tokens, mask, policy=policy)[0]
+  return logprobs_of_hidden(params, predicting, tokens, batch.mask, policy=policy)[0]
 
 
-def shared_logprobs(params: Any, *responses: Any, policy: Policy) -> jax.Array:
-  return response_logprobs(params, *responses, policy=policy)[0]
+def shared_logprobs(params: Any, batch: ResponseBatch, *, policy: Policy) -> jax.Array:
+  return response_logprobs(params, batch, policy=policy)[0]
 
 
 def make_sides(config: Config) -> tuple[dict[str, Any], Policy]:
@@ -96,25 +88,27 @@ def make_sides(config: Config) -> tuple[dict[str, Any], Policy]:
     """[number, tokens] of the story, told again and again, each from another word on."""
     return np.stack([np.resize(np.roll(story, -7 * n), tokens) for n in range(number)])
 
-  batch = (
+  everything = np.ones((rows, config.new_tokens), bool)
+  batch = ResponseBatch(
     cuts(config.prompts, config.prompt_tokens),
     np.full(config.prompts, config.prompt_tokens, np.int32),
     cuts(rows, config.new_tokens),
-    np.ones((rows, config.new_tokens), bool),
+    attended=everything,
+    mask=everything,
   )
   # Of one sign: where responses cancel one another, what is left is rounding.
   worth = np.random.default_rng(0).uniform(0.5, 1.5, (rows, 1)).astype(np.float32)
 
   def compiled(logprobs_of):
-    def loss(params, worth, *batch):
-      return -jnp.mean(worth * logprobs_of(params, *batch, policy=policy))
+    def loss(params, worth, batch):
+      return -jnp.mean(worth * logprobs_of(params, batch, policy=policy))
 
-    return jax.jit(jax.grad(loss)).lower(params, worth, *batch).compile()
+    return jax.jit(jax.grad(loss)).lower(params, worth, batch).compile()
 
   forms = {"plain": plain_logprobs, "shared": shared_logprobs}
   programs = {name: compiled(form) for name, form in forms.items()}
   sides = {
-    name: (program, lambda program=program: jax.block_until_ready(program(params, worth, *batch)))
+    name: (program, lambda program=program: jax.block_until_ready(program(params, worth, batch)))
     for name, program in programs.items()
   }
   return sides, policy

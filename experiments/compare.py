@@ -12,13 +12,10 @@ Each run is `python -m experiments.<method>` with the flags that are printed. Th
 after another, and each resumes: rerunning the same command continues where it stopped.
 
 The variance of the gradient estimate is measured apart, at the model that training begins with: the
-gradients g of independent batches, from a run whose learning rate is too small to move a weight and
-whose Adam has b1 = 0, so that its first moment *is* the gradient. Reported is
-
-    noise = trace(covariance of g) / |mean of g|^2
-
-the number of batches to average before the signal is as long as the noise; both are unbiased
-estimates. PPO's value network is trained meanwhile, and its first batches do not count.
+gradients of independent batches, from a run whose learning rate is too small to move a weight and
+whose Adam has b1 = 0, so that its first moment *is* the gradient. Reported is trace(covariance) /
+|mean|^2, the number of batches to average before the signal is as long as the noise. PPO's value
+network is trained meanwhile, and its first batches do not count.
 
 The table and the figure are written to the directory --workdir, and to --out if that is given. Each
 run leaves its last checkpoint there: on the real model 24 GB in all, and 26 GB more while the noise
@@ -45,12 +42,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from rl_llm import config as configs
+from rl_llm import files, interrupt, metrics, training
 from rl_llm.checkpoint import Checkpointer
-from rl_llm.config import ConfigError, flatten, option, run, to_flags
-from rl_llm.files import write_atomically
-from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.metrics import noise_to_signal, read
-from rl_llm.training import exit_code
+from rl_llm.config import ConfigError, option
 
 # Of each: its name, whether it needs a reward model, the networks it holds, and what a step takes
 # of them for every token that is trained on, one update a batch: F is a forward pass, B a backward
@@ -103,7 +98,8 @@ def settings(config: Config, method: str, seed: int) -> dict[str, Any]:
 def variance_settings(config: Config, method: str) -> dict[str, Any]:
   """The same for gradients of independent batches at the parameters that training begins with."""
   steps = config.variance_batches + (config.variance_warmup if method == "ppo" else 0)
-  return settings(config, method, 1000) | {
+  whole = {"minibatches": 1} if method == "ppo" else {}  # One update a step, of the whole batch.
+  return settings(config, method, 1000) | whole | {
     "steps": steps,
     "optimizer.learning_rate": 1e-30,
     "optimizer.b1": 0,
@@ -113,17 +109,13 @@ def variance_settings(config: Config, method: str) -> dict[str, Any]:
     "eval.every": steps,
     "eval.problems": 1,
     "eval.samples": 1,
-    # One update a step: the whole batch's gradient.
-    **({"minibatches": 1} if method == "ppo" else {}),
   }
 
 
-def do(method: str, given: dict[str, Any], workdir: Path, stop: StopSignals) -> None:
+def do(method: str, given: dict[str, Any], workdir: Path, stop: interrupt.StopSignals) -> None:
   """Runs one experiment to its end, unless that is done; notes what memory it took.
 
-  Raises:
-    Interrupted: a signal came; the experiment has saved what it did.
-    ConfigError: the experiment failed.
+  Raises `Interrupted` once the experiment has saved what it did, or `ConfigError` where it failed.
   """
   if (workdir / "result.json").exists():
     return
@@ -140,7 +132,7 @@ def do(method: str, given: dict[str, Any], workdir: Path, stop: StopSignals) -> 
     time.sleep(0.2)
     try:
       stop.check()
-    except Interrupted as interruption:
+    except interrupt.Interrupted as interruption:
       if received is None:
         child.send_signal(signal.SIGTERM)
       received = interruption
@@ -176,8 +168,7 @@ def curve(rows: Sequence[dict], *, responses: int) -> list[dict[str, float]]:
   points = []
   for row in rows:
     if "eval/sampled_accuracy" in row:
-      names = ("accuracy", "low", "high")
-      found = {name: row[f"eval/sampled_{name}"] for name in names}
+      found = {name: row[f"eval/sampled_{name}"] for name in ("accuracy", "low", "high")}
       points.append({"tokens": tokens, "seconds": seconds, **found})
     tokens += responses * row.get("response_length_mean", 0.0)
     seconds += sum(row.get(f"time/{phase}", 0.0) for phase in phases([row]))
@@ -208,7 +199,7 @@ def measure(config: Config, method: str) -> dict[str, Any]:
   """All figures of a method, from the records of its runs."""
   runs, root = [], Path(config.workdir)
   for seed in config.seeds:
-    rows = read(root / f"{method}-seed{seed}" / "metrics.jsonl")
+    rows = metrics.read(root / f"{method}-seed{seed}" / "metrics.jsonl")
     memory = (root / f"{method}-seed{seed}" / "peak_memory.txt").read_text().split()
     points = curve(rows, responses=config.prompts_per_step * config.responses_per_prompt)
     trained = [row for row in rows if "time/rollout" in row][1:]  # The first compiles.
@@ -238,7 +229,6 @@ def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
     seconds = {
       name: statistics.median(trial["phases"].get(name, 0.0) for trial in trials) for name in names
     }
-    tokens = [trial["tokens_to_target"] for trial in trials]
     cells = {
       "": title,
       "reward model needed": reward_model,
@@ -250,14 +240,13 @@ def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
     }
     if method["noise"] is not None:
       cells["gradient noise at the start"] = f"{float(method['noise']):.1f}"
-    cells[f"tokens sampled to {config.target:.0%}"] = ", ".join(
-      "not reached" if count is None else f"{count:,.0f}" for count in tokens
-    )
+    reached = (trial["tokens_to_target"] for trial in trials)
+    shown = ("not reached" if count is None else f"{count:,.0f}" for count in reached)
+    cells[f"tokens sampled to {config.target:.0%}"] = ", ".join(shown)
     for trial in trials:
-      for when, point in (("before", 0), ("after", -1)):
-        cells[f"accuracy {when}, seed {trial['seed']}"] = (
-          "{accuracy:.2f} ({low:.2f} to {high:.2f})".format(**trial["points"][point])
-        )
+      for when, point in (("before", trial["points"][0]), ("after", trial["points"][-1])):
+        shown = "{accuracy:.2f} ({low:.2f} to {high:.2f})".format(**point)
+        cells[f"accuracy {when}, seed {trial['seed']}"] = shown
     return cells
 
   columns = [column(method) for method in found]
@@ -268,9 +257,9 @@ def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
 
 def page(config: Config, text: str) -> str:
   """The table with what it takes to read it and to get it again."""
-  values, defaults = flatten(config), flatten(Config())
+  values, defaults = configs.flatten(config), configs.flatten(Config())
   given = [n for n in values if values[n] != defaults[n] and n not in ("workdir", "out")]
-  command = " ".join(["python -m experiments.compare", *to_flags(config, given)])
+  command = " ".join(["python -m experiments.compare", *configs.to_flags(config, given)])
   noise = f"""
 Gradient noise is trace(covariance) / |mean|^2 of the gradients of {config.variance_batches} \
 batches of {config.prompts_per_step * config.responses_per_prompt} responses at the model that \
@@ -322,21 +311,16 @@ def draw(config: Config, found: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def compare(config: Config) -> list[dict[str, Any]]:
-  """Does what is left to do, and writes compare.json, compare.md and compare.svg.
+  """Does what is left to do, writes compare.json, compare.md and compare.svg; gives the figures.
 
-  Returns:
-    The figures of each method.
-
-  Raises:
-    Interrupted: a signal came.
-    ConfigError: a run failed, or the figure cannot be drawn.
+  Raises `Interrupted` after a signal, or `ConfigError`: a run failed, or there is no matplotlib.
   """
   if importlib.util.find_spec("matplotlib") is None:  # Better now than after two hours.
     raise ConfigError(
       "out", config.out, "used where matplotlib is installed", "pip install matplotlib"
     )
   root = Path(config.workdir)
-  with StopSignals() as stop:
+  with interrupt.StopSignals() as stop:
     for seed in config.seeds:
       for method in config.methods:
         do(method, settings(config, method, seed), root / f"{method}-seed{seed}", stop)
@@ -344,24 +328,20 @@ def compare(config: Config) -> list[dict[str, Any]]:
       directory = root / f"{method}-variance"
       if not (directory / "noise.json").exists():
         do(method, variance_settings(config, method), directory, stop)
-        found = noise_to_signal(gradients(directory, config.variance_batches))
-        write_atomically(directory / "noise.json", json.dumps(found).encode())
+        found = metrics.noise_to_signal(gradients(directory, config.variance_batches))
+        files.write_atomically(directory / "noise.json", json.dumps(found).encode())
         shutil.rmtree(directory / "checkpoints")  # Gigabytes that nothing reads any more.
   found = [measure(config, method) for method in config.methods]
   text = table(config, found)
   for directory in dict.fromkeys((root, Path(config.out or root))):
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "compare.json", (json.dumps(found, indent=1) + "\n").encode())
-    write_atomically(directory / "compare.md", page(config, text).encode())
+    figures = json.dumps(found, indent=1) + "\n"
+    files.write_atomically(directory / "compare.json", figures.encode())
+    files.write_atomically(directory / "compare.md", page(config, text).encode())
     draw(config, found, directory / "compare.svg")
-  print(text)
-  print(f"figure: {root / 'compare.svg'}")
+  print(text, f"figure: {root / 'compare.svg'}", sep="\n")
   return found
 
 
-def main(config: Config) -> int:
-  return exit_code(lambda: compare(config))
-
-
 if __name__ == "__main__":
-  run(main, Config)
+  configs.run(lambda config: training.exit_code(lambda: compare(config)), Config)

@@ -39,13 +39,13 @@ import numpy as np
 from experiments import flags, setup
 from rl_llm import config as configs
 from rl_llm import flops, keywords, losses, metrics, sharding, training, weighting
-from rl_llm.data import batches, encoding, loading, packing
+from rl_llm.data import batches, encoding, loading
 from rl_llm.evaluation import Evaluation
-from rl_llm.experience import Experience
+from rl_llm.experience import sampled_pairs
 from rl_llm.logprobs import sequence_logprobs
+from rl_llm.pairs import PairBatch, make_pair_batch, pair_logprobs
 from rl_llm.policy import Policy
 from rl_llm.reference_cache import compute_logprobs, reference_logprobs
-from rl_llm.teacher_forcing import teacher_forced_logprobs
 from rl_llm.train_state import TrainState, init_state
 from rl_llm.update import make_update
 
@@ -118,25 +118,21 @@ def overrides(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
+  loss, part = config.loss, config.pairs.microbatch_pairs
   sampled = config.prompts.max_prompt_tokens + config.prompts.max_new_tokens
   on_policy = config.data.data == "on_policy"
-  flags.check_packing(config.data.packing, sampled if on_policy else config.data.max_tokens)
-  flags.check_measured(config, "on_policy")
-  if config.loss.name in losses.BATCH_COUPLED and config.pairs.microbatches > 1:
-    raise configs.ConfigError(
-      "microbatch_pairs",
-      config.pairs.microbatch_pairs,
-      f"at least pairs_per_step ({config.pairs.pairs_per_step}) with --loss={config.loss.name}",
-      "it compares the pairs of a batch with each other",
-    )
-  if config.loss.shift and config.loss.name != "bco_loss":
-    raise configs.ConfigError(
-      "loss.shift", config.loss.shift, f"left out with --loss={config.loss.name}", "BCO has it"
-    )
-  if config.loss.alpha is not None and config.loss.divergence != "alpha":
-    raise configs.ConfigError(
-      "loss.alpha", config.loss.alpha, "left out without --loss.divergence=alpha"
-    )
+  config.data.check_fits(sampled if on_policy else config.data.max_tokens)
+  config.data.check_measured(config.task.task, "on_policy")
+  if loss.name in losses.BATCH_COUPLED and config.pairs.microbatches > 1:
+    allowed = f"at least pairs_per_step ({config.pairs.per_step}) with --loss={loss.name}"
+    fix = "it compares the pairs of a batch with each other"
+    raise configs.ConfigError("microbatch_pairs", part, allowed, fix)
+  if loss.shift and loss.name != "bco_loss":
+    allowed = f"left out with --loss={loss.name}"
+    raise configs.ConfigError("loss.shift", loss.shift, allowed, "bco_loss has it")
+  if loss.alpha is not None and loss.divergence != "alpha":
+    allowed = "left out without --loss.divergence=alpha"
+    raise configs.ConfigError("loss.alpha", loss.alpha, allowed)
 
 
 def needs_reference(options: Loss) -> bool:
@@ -148,11 +144,9 @@ def needs_reference(options: Loss) -> bool:
 class Batch(NamedTuple):
   """What the loss reads of R pairs: rows 2i are chosen, rows 2i + 1 rejected."""
 
-  sequences: batches.SequenceBatch  # each answer in a row; packed ones have their mask here alone
-  packed: batches.PackedShares | None  # several answers a row
-  weights: np.ndarray  # [R] how much each pair counts
+  pairs: PairBatch
   chosen_weights: np.ndarray  # [2 R, T] how much each token of the chosen answers counts
-  ref_answers: np.ndarray | None  # [2 R] the reference's log-probs of the answers
+  ref_answers: np.ndarray | None = None  # [2 R] the reference's log-probs of the answers
 
 
 def of_answers(options: Loss, logprobs, mask) -> jax.Array:
@@ -182,28 +176,17 @@ def preference_loss(options: Loss, answers, ref_answers, weights, given):
 
 def make_loss(config: Config, policy: Policy):
   """The objective: the preference loss, plus the chosen answers' likelihood where it is wanted."""
-  score = functools.partial(
-    teacher_forced_logprobs, policy=policy, temperature=config.sampling.temperature
-  )
+  options, temperature = config.loss, config.sampling.temperature
 
   def loss_fn(params, batch: Batch, hparams):
-    mask = batch.sequences.mask
-    if batch.packed is None:
-      logprobs, _ = score(params, *batch.sequences)
-    else:
-      packed, rows, starts, lengths = batch.packed
-      logprobs, _ = score(params, *packed)
-      rows = rows % len(logprobs)  # They are counted over all microbatches.
-      logprobs = packing.unpack(logprobs, rows, starts, lengths, width=mask.shape[1])
-    answers = of_answers(config.loss, logprobs, mask)
-    loss, found = preference_loss(
-      config.loss, answers, batch.ref_answers, batch.weights, hparams["loss"]
-    )
+    mask, weights = batch.pairs.sequences.mask, batch.pairs.weights
+    logprobs = pair_logprobs(params, batch.pairs, policy=policy, temperature=temperature)
+    answers = of_answers(options, logprobs, mask)
+    loss, found = preference_loss(options, answers, batch.ref_answers, weights, hparams["loss"])
     likelihood, of_chosen = losses.sft_loss(logprobs, batch.chosen_weights)
     loss = loss + hparams["sft_coef"] * likelihood
     found |= {"chosen_nll": of_chosen["nll"]}
-    counted = batch.weights != 0
-    sums = sequence_logprobs(logprobs, mask)
+    counted, sums = weights != 0, sequence_logprobs(logprobs, mask)
     for name, side in (("chosen", sums[0::2]), ("rejected", sums[1::2])):
       found[f"{name}_logprobs"] = (jnp.sum(jnp.where(counted, side, 0)), jnp.sum(counted))
     return loss, jax.lax.stop_gradient(found)
@@ -211,14 +194,11 @@ def make_loss(config: Config, policy: Policy):
   return loss_fn
 
 
-def make_batch(pairs: Sequence[encoding.Pair], *, rows: int, pad_id: int) -> Batch:
-  """Arrays of 2 * `rows` sequences, pair by pair, and the weights of pairs and of chosen tokens."""
-  sequences = batches.pair_batch(pairs, pad_id=pad_id, rows=2 * rows)
-  weights = np.zeros(rows, np.float32)
-  weights[: len(pairs)] = 1 / len(pairs)
-  is_chosen = np.arange(2 * rows)[:, None] % 2 == 0
-  chosen_weights = np.asarray(weighting.token_mean(sequences.mask & is_chosen))
-  return Batch(sequences, None, weights, chosen_weights, None)
+def make_batch(pairs: Sequence[encoding.Pair], **sizes: int) -> tuple[Batch, float]:
+  """The batch of an update, and how much of it is padding; `sizes` as for `make_pair_batch`."""
+  made, padding = make_pair_batch(pairs, **sizes)
+  is_chosen = np.arange(len(made.sequences.mask))[:, None] % 2 == 0
+  return Batch(made, np.asarray(weighting.token_mean(made.sequences.mask & is_chosen))), padding
 
 
 class Drawn(NamedTuple):
@@ -231,48 +211,23 @@ class Drawn(NamedTuple):
   work: flops.Work = flops.Work()  # what was sampled for them
 
 
-class Programs(NamedTuple):
-  """What a step runs on the devices besides its rollout; weights are always arguments."""
-
-  score: Callable  # (params, sequences, check=) -> log-probs of each
-  update: Callable  # (state, batch, hparams, microbatches used, frozen) -> (state, metrics)
-
-
-def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh, pad_id: int) -> Programs:
-  """What a step runs on the devices besides its rollout."""
-  size, optimizer = config.pairs, setup.adamw(config.optimizer)
-  return Programs(
-    functools.partial(
-      compute_logprobs,
-      policy=policy,
-      temperature=config.sampling.temperature,
-      rows_per_batch=2 * size.pairs_per_step,
-      pad_id=pad_id,
-      mesh=mesh,
-    ),
-    make_update(make_loss(config, policy), optimizer, microbatches=size.microbatches, mesh=mesh),
-  )
-
-
 def with_constants(
-  config: Config,
-  batch: Batch,
-  params,
-  pairs: Sequence[encoding.Pair],
-  ref_logprobs: list[np.ndarray],
-  score: Callable,
+  options: Loss, batch: Batch, ref_logprobs: list[np.ndarray], policy_logprobs: Callable
 ) -> tuple[Batch, dict[str, Any]]:
-  """The batch and the keywords of its loss, with all that is taken before the batch is split."""
-  mask = batch.sequences.mask
-  given = {k: jnp.float32(v) for k, v in keywords.given(config.loss).items() if type(v) is float}
-  if needs_reference(config.loss):
-    batch = batch._replace(ref_answers=known_answers(config.loss, ref_logprobs, mask))
-  if config.loss.shift == "batch":
+  """The batch and the numbers of its loss, with all that is taken before the batch is split.
+
+  `policy_logprobs()` are those of the policy, where the loss needs them beforehand.
+  """
+  mask = batch.pairs.sequences.mask
+  given = {k: jnp.float32(v) for k, v in keywords.given(options).items() if type(v) is float}
+  if needs_reference(options):
+    batch = batch._replace(ref_answers=known_answers(options, ref_logprobs, mask))
+  if options.shift == "batch":
     given["shift"] = losses.bco_shift(
-      known_answers(config.loss, score(params, setup.flat(pairs)), mask),
+      known_answers(options, policy_logprobs(), mask),
       batch.ref_answers,
       np.arange(len(mask)) % 2 == 0,
-      where=np.repeat(batch.weights != 0, 2),
+      where=np.repeat(batch.pairs.weights != 0, 2),
       **{name: value for name, value in given.items() if name == "beta"},
     )
   return batch, given
@@ -281,58 +236,39 @@ def with_constants(
 def learn(
   config: Config,
   model: setup.Model,
-  programs: Programs,
+  score: Callable,
+  update: Callable,
   state: TrainState,
   drawn: Drawn,
   step: int,
   clock: metrics.PhaseClock,
 ) -> tuple[TrainState, training.Learned]:
   """One step's update on preference pairs."""
-  pairs, size, pad_id = drawn.pairs, config.pairs, model.tokenizer.pad_id
+  pairs, size = drawn.pairs, config.pairs
   if not pairs:  # All problems were answered equally well: there is nothing to learn.
     return state, training.Learned({"pairs": 0}, work=drawn.work)
-  batch = make_batch(pairs, rows=size.pairs_per_step, pad_id=pad_id)
-  lengths = np.sum(batch.sequences.mask, axis=1)[: 2 * len(pairs)]
+  sizes = {"rows": size.per_step, "packing": config.data.packing, "shares": size.microbatches}
+  batch, padding = make_batch(pairs, pad_id=model.tokenizer.pad_id, **sizes)
+  lengths = np.sum(batch.pairs.sequences.mask, axis=1)[: 2 * len(pairs)]
   with clock("logprobs"):
-    params = model.weights.whole(state.params)
+    flat, params = encoding.flat(pairs), model.weights.whole(state.params)
     batch, given = with_constants(
-      config, batch, params, pairs, drawn.ref_logprobs, programs.score
+      config.loss, batch, drawn.ref_logprobs, lambda: score(params, flat)
     )
-  padding = batches.padding_fraction(batch.sequences.segment_ids)
-  if config.data.packing:
-    packed = batches.packed_shares(
-      setup.flat(pairs),
-      shares=size.microbatches,
-      per_share=2 * min(size.pairs_per_step, size.microbatch_pairs),
-      length=config.data.packing,
-      pad_id=pad_id,
-    )
-    padding = batches.padding_fraction(packed.packed.segment_ids)
-    own_mask = batches.SequenceBatch(None, batch.sequences.mask, None, None)
-    batch = batch._replace(packed=packed, sequences=own_mask)
-  hparams = jax.tree.map(
-    jnp.float32,
-    {
-      "learning_rate": setup.learning_rate(config, step),
-      "loss": given,
-      "sft_coef": config.loss.sft_coef,
-    },
-  )
+  numbers = {"learning_rate": setup.learning_rate(config, step), "sft_coef": config.loss.sft_coef}
+  hparams = jax.tree.map(jnp.float32, numbers) | {"loss": given}
   with clock("update"):
     placed = sharding.place_rows(batch, model.mesh)
     used = -(-len(pairs) // size.microbatch_pairs)
-    state, found = programs.update(state, placed, hparams, used, model.weights.frozen)
+    state, found = update(state, placed, hparams, used, model.weights.frozen)
   found |= {
     "pairs": len(pairs),
     "padding_fraction": padding,
     "chosen_length": float(np.mean(lengths[0::2])),
     "rejected_length": float(np.mean(lengths[1::2])),
   }
-  trained = setup.text_work(model, pairs)
-  work = drawn.work._replace(
-    trained_tokens=trained.trained_tokens, update_flops=trained.update_flops
-  )
-  return state, training.Learned(found, work=work)
+  trained = setup.work_on_texts(model, pairs)
+  return state, training.Learned(found, work=flops.Work(*drawn.work[:2], *trained[2:]))
 
 
 def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, int]]:
@@ -352,28 +288,10 @@ def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, 
   ]
 
 
-def sampled_pairs(
-  experience: Experience, chosen: Sequence[tuple[int, int, int]]
-) -> list[encoding.Pair]:
-  """The tokens of the chosen responses, each behind its prompt, as they were sampled."""
-  rollout, prompts = experience.rollout, experience.drawn.prompts
-  group = rollout.tokens.shape[0] // len(prompts)
-
-  def sequence(p: int, g: int) -> encoding.Encoded:
-    row, prompt = p * group + g, prompts[p]
-    response = rollout.tokens[row, : rollout.lengths[row]].tolist()
-    mask = rollout.mask[row, : rollout.lengths[row]].tolist()
-    return encoding.Encoded(prompt + response, [False] * len(prompt) + mask, len(prompt))
-
-  return [encoding.Pair(sequence(p, best), sequence(p, worst)) for p, best, worst in chosen]
-
-
 def on_policy(
-  config: Config,
   model: setup.Model,
-  programs: Programs,
   problems: setup.Problems,
-  check: Callable[[], None],
+  score: Callable,
   params: Any,
   step: int,
   clock: metrics.PhaseClock,
@@ -385,30 +303,39 @@ def on_policy(
   signs = np.zeros(scores.rewards.shape)  # As a table shows them: which was preferred to which.
   for p, best, worst in chosen:
     signs[p, best], signs[p, worst] = 1, -1
-  samples = [
-    line | {"advantage": float(sign)}
-    for line, sign in zip(experience.samples, signs.reshape(-1), strict=True)
-  ]
+  shown = zip(experience.samples, signs.reshape(-1), strict=True)
+  samples = [line | {"advantage": float(sign)} for line, sign in shown]
   pairs, ref_logprobs = sampled_pairs(experience, chosen), []
   if model.weights.reference is not None:
     with clock("logprobs"):
-      flat = setup.flat(pairs)
-      ref_logprobs = programs.score(model.weights.reference, flat, check=check)
-  work = flops.Work(
-    generated_tokens=int(np.sum(lengths)),
-    rollout_flops=flops.forward_flops(model.policy.config, experience.prompts.lengths, lengths),
-  )
+      ref_logprobs = score(model.weights.reference, encoding.flat(pairs))
+  read = flops.forward_flops(model.policy.config, experience.prompts.lengths, lengths)
+  work = flops.Work(generated_tokens=int(np.sum(lengths)), rollout_flops=read)
   return Drawn(pairs, ref_logprobs, experience.metrics, samples, work)
 
 
-def file_source(
-  config: Config, run: training.Run, model: setup.Model, loaded: loading.Loaded
-) -> tuple[Callable, list[np.ndarray]]:
-  """(step -> its pairs of the file), and the reference's log-probs of the held-out answers.
+def of_file(
+  config: Config,
+  loaded: loading.Loaded,
+  known: list[np.ndarray],
+  params: Any,
+  step: int,
+  clock: metrics.PhaseClock,
+) -> Drawn:
+  """The step's pairs of a file; `known`: the reference's log-probs of all its answers."""
+  count, size = len(loaded.training), config.pairs.per_step
+  chosen = batches.batch_indices(count, batch_size=size, seed=config.run.seed, step=step)
+  refs = [known[2 * index + side] for index in chosen for side in (0, 1)] if known else []
+  counts = {f"data_{name}": number for name, number in loaded.counts.items()}
+  return Drawn([loaded.training[index] for index in chosen], refs, counts)
 
-  The reference's log-probs are computed once, or read where an earlier run has kept them.
-  """
-  held_out, known = loaded.held_out[: config.held_out_examples or None], []
+
+def reference_of_file(
+  config: Config, run: training.Run, model: setup.Model, pairs: Sequence[encoding.Pair]
+) -> list[np.ndarray]:
+  """The reference's log-probs of both answers of all pairs, computed once and kept on disk."""
+  if model.weights.reference is None or not pairs:
+    return []
   say = functools.cache(run.console.say)
 
   def progress(done: int, total: int) -> None:
@@ -416,73 +343,39 @@ def file_source(
     if done < total:
       run.stop.check()
 
-  if model.weights.reference is not None:
-    try:
-      known = reference_logprobs(
-        config.reference_cache or run.workdir,
-        model.weights.reference,
-        setup.flat(loaded.training + held_out),
-        policy=model.policy,
-        temperature=config.sampling.temperature,
-        rows_per_batch=2 * config.pairs.pairs_per_step,
-        pad_id=model.tokenizer.pad_id,
-        mesh=model.mesh,
-        progress=progress,
-      )
-    except OSError as error:
-      raise configs.ConfigError(
-        "reference_cache", config.reference_cache, "a directory that can be written", str(error)
-      ) from None
-  counts = {f"data_{name}": count for name, count in loaded.counts.items()}
-
-  def draw(params: Any, step: int, clock: metrics.PhaseClock) -> Drawn:
-    size = config.pairs.pairs_per_step
-    chosen = setup.step_indices(config, len(loaded.training), step, size=size)
-    refs = [known[2 * index + side] for index in chosen for side in (0, 1)] if known else []
-    return Drawn([loaded.training[index] for index in chosen], refs, counts)
-
-  return draw, known[2 * len(loaded.training) :]
+  statics = {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": model.mesh}
+  sizes = {"temperature": config.sampling.temperature, "rows_per_batch": 2 * config.pairs.per_step}
+  where, params = config.reference_cache or run.workdir, model.weights.reference
+  return reference_logprobs(
+    where, params, encoding.flat(pairs), **statics, **sizes, progress=progress
+  )
 
 
-def make_evaluate(
-  config: Config,
-  model: setup.Model,
-  programs: Programs,
-  problems: setup.Problems | None,
+def pair_figures(
+  options: Loss,
   held_out: Sequence[encoding.Pair],
   ref_logprobs: list[np.ndarray],
-  check: Callable[[], None],
-) -> Callable[[Any], Evaluation]:
-  """(params) -> figures of held-out pairs, and accuracy at the task where there is one."""
-  evaluate_pairs = jax.jit(functools.partial(preference_loss, config.loss))
+  score: Callable,
+  pad_id: int,
+  params: Any,
+) -> dict[str, float]:
+  """What the policy makes of held-out pairs, by its loss and by the rewards that it implies."""
+  logprobs = score(params, encoding.flat(held_out))
+  batch, _ = make_batch(held_out, rows=len(held_out), pad_id=pad_id)
+  batch, given = with_constants(options, batch, ref_logprobs, lambda: logprobs)
+  answers = known_answers(options, logprobs, batch.pairs.sequences.mask)
+  loss, found = _jitted_loss(options, answers, batch.ref_answers, batch.pairs.weights, given)
+  right = int(found["pair_accuracy"][0])
+  correct = [1] * right + [0] * (len(held_out) - right)
+  accuracy, low, high = metrics.proportion_interval(correct, 1)
+  figures = {"pair_accuracy": accuracy, "pair_low": low, "pair_high": high}
+  figures |= {name: metrics.finalize(found)[name] for name in REWARDS}
+  for side, name in enumerate(("chosen_logprobs", "rejected_logprobs")):
+    figures[name] = float(np.mean([float(np.sum(own)) for own in logprobs[side::2]]))
+  return {f"eval/{k}": v for k, v in (figures | {"pair_loss": float(loss)}).items()}
 
-  def pair_figures(params: Any) -> dict[str, float]:
-    batch = make_batch(held_out, rows=len(held_out), pad_id=model.tokenizer.pad_id)
-    score = functools.partial(programs.score, check=check)
-    batch, given = with_constants(config, batch, params, held_out, ref_logprobs, score)
-    logprobs = score(params, setup.flat(held_out))
-    answers = known_answers(config.loss, logprobs, batch.sequences.mask)
-    loss, found = evaluate_pairs(answers, batch.ref_answers, batch.weights, given)
-    right = int(found["pair_accuracy"][0])
-    wrong = len(held_out) - right
-    accuracy, low, high = metrics.proportion_interval([1] * right + [0] * wrong, 1)
-    sums = [float(np.sum(own)) for own in logprobs]
-    return {
-      "eval/pair_loss": float(loss),
-      "eval/pair_accuracy": accuracy,
-      "eval/pair_low": low,
-      "eval/pair_high": high,
-      **{f"eval/{name}": metrics.finalize(found)[name] for name in REWARDS},
-      "eval/chosen_logprobs": float(np.mean(sums[0::2])),
-      "eval/rejected_logprobs": float(np.mean(sums[1::2])),
-    }
 
-  def evaluate(params: Any) -> Evaluation:
-    figures = pair_figures(params) if held_out else {}
-    graded = problems.evaluate(params) if problems else Evaluation({}, [])
-    return graded._replace(metrics=figures | graded.metrics)
-
-  return evaluate
+_jitted_loss = jax.jit(preference_loss, static_argnums=0)
 
 
 def train(config: Config, workdir: str) -> dict[str, Any]:
@@ -494,58 +387,55 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
   with setup.open_run(config, workdir, export=config.export) as run:
     if run.result:
       return run.result
-    size = config.pairs
-    mesh = setup.open_mesh(
-      config,
-      per_step={"pairs_per_step": size.pairs_per_step},
-      at_once={"microbatch_pairs": size.microbatch_pairs},
-    )
-    setup.check_packing(config, mesh)
+    size, layout = config.pairs, config.prompts.layout
+    mesh = setup.open_pair_mesh(config)
     task, dataset = setup.load_task(config.task), None
     if config.data.data != "on_policy":
       dataset = setup.read_data(config, "preference", "implicit_preference")
     model = setup.load_model(config, run, mesh, reference=needs_reference(config.loss))
-    loaded, sampled = loading.Loaded([], [], {}, "", [], []), config.responses_per_prompt
+    pad_id, loaded = model.tokenizer.pad_id, loading.Loaded([], [], {}, "", [], [])
     if dataset:
-      layout = config.prompts.layout
-      loaded, sampled = setup.load_pairs(config, run, dataset, model.tokenizer, layout), 0
+      loaded = setup.load_pairs(config, run, dataset, model.tokenizer, layout)
+    responses, slots = 0 if dataset else config.responses_per_prompt, config.sampling.slots
     with setup.open_problems(
-      config,
-      run,
-      model,
-      task,
-      prompts=size.pairs_per_step,
-      responses=sampled,
-      slots=config.sampling.slots,
+      config, run, model, task, prompts=size.per_step, responses=responses, slots=slots
     ) as problems:
       held_out = loaded.held_out[: config.held_out_examples or None]
       sizes = {
-        "pairs a step": size.pairs_per_step,
-        "pairs a microbatch": size.pairs_per_step // size.microbatches,
+        "pairs a step": size.per_step,
+        "pairs a microbatch": size.per_step // size.microbatches,
         "data": loaded.note or f"pairs of responses to {task.name}: {task.note}",
         "held-out pairs": len(held_out),
         "held-out problems": len(problems.held_out.problems) if problems else 0,
       }
       setup.show_sizes(config, run, model.weights, sizes)
-      programs = make_programs(config, model.policy, mesh, model.tokenizer.pad_id)
-      init = functools.partial(init_state, optimizer=setup.adamw(config.optimizer))
+      statics = {"policy": model.policy, "temperature": config.sampling.temperature, "mesh": mesh}
+      score = functools.partial(
+        compute_logprobs, **statics, pad_id=pad_id, rows_per_batch=2 * size.per_step
+      )
+      checked = functools.partial(score, check=run.stop.check)
+      loss_fn, optimizer = make_loss(config, model.policy), setup.adamw(config.optimizer)
+      update = make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
+      init = functools.partial(init_state, optimizer=optimizer)
       begun, model = setup.begin(config, run, model, init)
-      known, stop = [], run.stop.check
+      known = reference_of_file(config, run, model, loaded.training + held_out)
       if dataset:
-        sample, known = file_source(config, run, model, loaded)
         model = model._replace(weights=model.weights._replace(reference=None))
+        sample = functools.partial(of_file, config, loaded, known)
       else:
-        sample = functools.partial(on_policy, config, model, programs, problems, stop)
-      evaluate = make_evaluate(config, model, programs, problems, held_out, known, stop)
-      programs = programs._replace(update=setup.announced(programs.update, run))
+        sample = functools.partial(on_policy, model, problems, checked)
+      known_held_out = known[2 * len(loaded.training) :]
+
+      def evaluate(params: Any) -> Evaluation:
+        own = (config.loss, held_out, known_held_out, checked, pad_id)
+        figures = pair_figures(*own, params) if held_out else {}
+        graded = problems.evaluate(params) if problems else Evaluation({}, [])
+        return graded._replace(metrics=figures | graded.metrics)
+
+      update = setup.announced(update, run)
+      learning = functools.partial(learn, config, model, score, update)
       state = setup.train_loop(
-        config,
-        run,
-        model,
-        begun,
-        sample=sample,
-        learn=functools.partial(learn, config, model, programs),
-        evaluate=evaluate,
+        config, run, model, begun, sample=sample, learn=learning, evaluate=evaluate
       )
     return setup.finish(config, run, model, state)
 

@@ -18,6 +18,7 @@ from rl_llm.policy.attention import AttentionName
 from rl_llm.tasks import FORMS, TASKS, task_family
 
 ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
+KL_ESTIMATORS = Literal["k1", "k2", "k3"]
 PRESETS = Literal[
   "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
 ]
@@ -30,42 +31,30 @@ PRESETS = Literal[
 class Checkpoint:
   """What survives a crash."""
 
-  every: int = option(
-    10, "steps between checkpoints; the last one is always written", min=1, volatile=True
-  )
-  keep: int = option(1, "checkpoints kept", min=1, volatile=True)
+  VOLATILE = True
+
+  every: int = option(10, "steps between checkpoints; the last one is always written", min=1)
+  keep: int = option(1, "checkpoints kept", min=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
   """Several processes, on one host or many, train one model; each is started with this command."""
 
+  VOLATILE = True
+
   on: bool = option(
-    False,
-    "--distributed for short: join the others, found by Slurm, Open MPI, GKE or the TPU VM",
-    volatile=True,
+    False, "--distributed for short: join the others, found by Slurm, Open MPI, GKE or the TPU VM"
   )
-  coordinator: str = option(
-    "", "HOST:PORT of process 0, where none of these says it", volatile=True
-  )
-  processes: int = option(
-    0, "how many there are, where none of these says it", min=0, volatile=True
-  )
-  process_id: int = option(
-    -1, "this one's number, from 0, where none of these says it", min=-1, volatile=True
-  )
+  coordinator: str = option("", "HOST:PORT of process 0, where none of these says it")
+  processes: int = option(0, "how many there are, where none of these says it", min=0)
+  process_id: int = option(-1, "this one's number, from 0, where none of these says it", min=-1)
   heartbeat: int = option(
-    100,
-    "seconds without a sign of life after which a process is lost, and the others end",
-    min=1,
-    volatile=True,
+    100, "seconds without a sign of life after which a process is lost, and the others end", min=1
   )
   wait: int = option(
-    600,
-    "seconds that processes wait for one that is late, at most: at the start, at a step, for "
-    "grades, at a checkpoint",
-    min=1,
-    volatile=True,
+    600, "seconds that processes wait for one that is late, at most: at the start, at a step, for "
+    "grades, at a checkpoint", min=1
   )
 
   def joined(self) -> dict[str, Any] | None:
@@ -84,41 +73,30 @@ class Distributed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """The run: how long, where, and what it leaves."""
+class Record:
+  """The directory, and what its content is a function of."""
 
   workdir: str = option(
-    "",
-    "the run's directory; empty = runs/<experiment>-<model>-<task or data>-seed<seed>",
-    volatile=True,
+    "", "where it is; empty = runs/<experiment>-<model>-<task or data>-seed<seed>", volatile=True
   )
   seed: int = option(0, "of problems, samples and order, and of the tiny model's weights", min=0)
+  distributed: Distributed = Distributed()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Record):
+  """The run: how long, where, and what it leaves."""
+
   steps: int = option(
-    24,
-    "batches, each followed by its updates",
-    min=1,
+    24, "batches, each followed by its updates", min=1,
     # A falling learning rate depends on where it is to end.
     volatile=lambda config: config.optimizer.schedule == "constant",
   )
   profile: int = option(
-    0,
-    "steps to trace with jax.profiler, from the second of this start on, since the first "
-    "compiles; written to WORKDIR/profile; 0 = none",
-    min=0,
-    volatile=True,
+    0, "steps to trace with jax.profiler, from the second of this start on, since the first "
+    "compiles; written to WORKDIR/profile; 0 = none", min=0, volatile=True
   )
   checkpoint: Checkpoint = Checkpoint()
-  distributed: Distributed = Distributed()
-
-
-def reward() -> Any:
-  return option(
-    "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
-  )
-
-
-def preset(parts: str) -> Any:
-  return option("none", f"a published recipe for {parts}; flags given explicitly win")
 
 
 def samples_every() -> Any:
@@ -127,10 +105,8 @@ def samples_every() -> Any:
 
 def export() -> Any:
   return option(
-    False,
-    "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank the "
-    "adapters alone too, WORKDIR/adapter",
-    volatile=True,
+    False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
+    "the adapters alone too, WORKDIR/adapter", volatile=True
   )
 
 
@@ -151,10 +127,9 @@ class Optimizer:
 
   def check(self, config: Any) -> None:
     """Refuses a warm-up that never ends."""
-    if self.schedule != "constant" and self.warmup_steps >= config.run.steps:
-      raise ConfigError(
-        "optimizer.warmup_steps", self.warmup_steps, f"less than steps ({config.run.steps})"
-      )
+    steps = config.run.steps
+    if self.schedule != "constant" and self.warmup_steps >= steps:
+      raise ConfigError("optimizer.warmup_steps", self.warmup_steps, f"less than steps ({steps})")
 
 
 # The model and its devices.
@@ -200,15 +175,11 @@ class MeshSizes:
   """How the devices share the work; -1 = the devices that the other axes leave, one axis only."""
 
   # A run resumes on whatever devices it finds: they change what is computed by rounding alone.
-  data: int = option(
-    -1, "copies of the weights, each with other rows of the batch", min=-1, volatile=True
-  )
-  fsdp: int = option(
-    1, "the same, but each matrix is cut over these devices", min=-1, volatile=True
-  )
-  tensor: int = option(
-    1, "devices that share the heads and the MLP of the same rows", min=-1, volatile=True
-  )
+  VOLATILE = True
+
+  data: int = option(-1, "copies of the weights, each with other rows of the batch", min=-1)
+  fsdp: int = option(1, "the same, but each matrix is cut over these devices", min=-1)
+  tensor: int = option(1, "devices that share the heads and the MLP of the same rows", min=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,19 +187,15 @@ class SamplingMesh(MeshSizes):
   """How the devices share the work; -1 = the devices that the other axes leave, one axis only."""
 
   gather: Literal["step", "token"] = option(
-    "step",
-    "when sampling gathers the matrices that fsdp cuts: all at once, if a device can hold "
-    "them (divided by tensor), or at every token, which takes longer",
-    volatile=True,
+    "step", "when sampling gathers the matrices that fsdp cuts: all at once, if a device can hold "
+    "them (divided by tensor), or at every token, which takes longer"
   )
 
 
 # Problems, prompts and responses.
 
 _Families = dataclasses.make_dataclass(
-  "Families",
-  [(name, options, options()) for name, (options, _) in TASKS.items()],
-  frozen=True,
+  "Families", [(name, kind, kind()) for name, (kind, _) in TASKS.items()], frozen=True
 )
 
 
@@ -278,9 +245,20 @@ class Evaluation:
 
   every: int = option(16, "steps between evaluations; first and last are always done", min=1)
   problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
-  samples: int = option(
-    7, "responses a problem at temperature 1, in addition to the greedy one", min=1
+  samples: int = option(7, "responses a problem at temperature 1, and one greedy one", min=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+  """How responses are drawn that nothing is trained on."""
+
+  temperature: float = option(1.0, "of the sampler", above=0)
+  top_k: int = option(0, "keep the k likeliest tokens, 0 = all", min=0)
+  top_p: float = option(1.0, "keep the likeliest tokens that reach p", above=0, max=1)
+  slots: int = option(
+    0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
   )
+  prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,17 +283,14 @@ class Sampling:
 
   def check(self, config: Any) -> None:
     """Refuses what cannot be sampled, or would train on another distribution unasked."""
-    size = getattr(config, "updates", None) or config.pairs
-    if size.per_step % self.parts:
-      raise ConfigError(
-        "sampling.parts", self.parts, f"a divisor of the {size.per_step} problems of a step"
-      )
-    if self.min_new_tokens > config.prompts.max_new_tokens:
-      raise ConfigError(
-        "sampling.min_new_tokens",
-        self.min_new_tokens,
-        f"at most max_new_tokens ({config.prompts.max_new_tokens})",
-      )
+    problems = (config.updates if hasattr(config, "updates") else config.pairs).per_step
+    if problems % self.parts:
+      allowed = f"a divisor of the {problems} problems of a step"
+      raise ConfigError("sampling.parts", self.parts, allowed)
+    longest = config.prompts.max_new_tokens
+    if self.min_new_tokens > longest:
+      allowed = f"at most max_new_tokens ({longest})"
+      raise ConfigError("sampling.min_new_tokens", self.min_new_tokens, allowed)
     for name, off in (("top_k", 0), ("top_p", 1.0)):
       if getattr(self, name) != off and not self.allow_truncated:
         raise ConfigError(
@@ -324,6 +299,19 @@ class Sampling:
           "off while training: it samples from another distribution than the one that is trained",
           "--sampling.allow_truncated does it all the same",
         )
+
+
+def reward() -> Any:
+  return option(
+    "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
+  )
+
+
+def check_divides(name: str, whole: int, part: int, of: str) -> None:
+  """Refuses a microbatch that does not divide what it is a part of, unless it is larger."""
+  if whole > part and whole % part:
+    fix = f"try --{name}={math.gcd(whole, part)}"
+    raise ConfigError(name, part, f"a divisor of {of}", fix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,47 +343,12 @@ class Updates:
 
   def check(self, config: Any) -> None:
     """Refuses sizes that do not divide."""
-    if self.prompts_per_step % self.minibatches:
-      raise ConfigError(
-        "minibatches", self.minibatches, f"a divisor of prompts_per_step ({self.prompts_per_step})"
-      )
-    problems = self.prompts_per_step // self.minibatches
-    if problems > self.microbatch_prompts and problems % self.microbatch_prompts:
-      raise ConfigError(
-        "microbatch_prompts",
-        self.microbatch_prompts,
-        f"a divisor of the {problems} problems of an update (prompts_per_step / minibatches)",
-        f"try --microbatch_prompts={math.gcd(problems, self.microbatch_prompts)}",
-      )
-
-
-# Responses that nothing is trained on.
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-  """Where responses are kept, one by one, and what they are a function of."""
-
-  workdir: str = option(
-    "",
-    "the record's directory; empty = runs/<experiment>-<model>-<task>-seed<seed>",
-    volatile=True,
-  )
-  seed: int = option(0, "of problems and responses, and of the tiny model's weights", min=0)
-  distributed: Distributed = Distributed()
-
-
-@dataclasses.dataclass(frozen=True)
-class Responses:
-  """How these are drawn."""
-
-  temperature: float = option(1.0, "of the sampler", above=0)
-  top_k: int = option(0, "keep the k likeliest tokens, 0 = all", min=0)
-  top_p: float = option(1.0, "keep the likeliest tokens that reach p", above=0, max=1)
-  prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
-  slots: int = option(
-    0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
-  )
+    prompts, count = self.prompts_per_step, self.minibatches
+    if prompts % count:
+      raise ConfigError("minibatches", count, f"a divisor of prompts_per_step ({prompts})")
+    update = prompts // count
+    of = f"the {update} problems of an update (prompts_per_step / minibatches)"
+    check_divides("microbatch_prompts", update, self.microbatch_prompts, of)
 
 
 # Files of examples.
@@ -405,13 +358,11 @@ class Responses:
 class Data:
   """The data, and how much of it is kept for evaluation."""
 
-  data: str = option("", "a file of examples, JSONL (plain or gzip) or Parquet")
+  data: str = option("", "a file of examples, JSONL (plain or gzip) or Parquet; see above")
   data_errors: Literal["strict", "lenient"] = option(
     "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
   )
-  held_out_fraction: float = option(
-    0.1, "of a file's prompts, kept for evaluation", min=0, below=1
-  )
+  held_out_fraction: float = option(0.1, "of a file's prompts, kept for evaluation", min=0, below=1)
   max_tokens: int = option(512, "limit of a sequence of --data, prompt included", min=2)
   overlong: Literal["error", "drop", "truncate_left", "truncate_right"] = option(
     "error", "what to do with longer ones"
@@ -420,26 +371,19 @@ class Data:
     0, "tokens of a row that several sequences share; 0 = each has a row of its own", min=0
   )
 
-  @property
-  def strict(self) -> bool:
-    return self.data_errors == "strict"
+  def check_fits(self, longest: int) -> None:
+    """Refuses rows that the longest sequence does not fit into."""
+    if 0 < self.packing < longest:
+      allowed = f"0, or at least a sequence's limit ({longest})"
+      raise ConfigError("packing", self.packing, allowed)
 
-
-def check_packing(packing: int, longest: int) -> None:
-  """Refuses rows that the longest sequence does not fit into."""
-  if 0 < packing < longest:
-    raise ConfigError("packing", packing, f"0, or at least a sequence's limit ({longest})")
-
-
-def check_measured(config: Any, own: str) -> None:
-  """Refuses a run without a task and without held-out data; `own`: --data that is the task's."""
-  if config.task.task == "none":
-    if config.data.data == own:
+  def check_measured(self, task: str, own: str) -> None:
+    """Refuses a run without a task and without held-out data; `own` is the task's own --data."""
+    if task == "none" and self.data == own:
       raise ConfigError("data", own, "a file where there is no task", "or name one with --task")
-    if not config.data.held_out_fraction:
-      raise ConfigError(
-        "held_out_fraction", 0, "above 0 with --task=none", "nothing would say what was learned"
-      )
+    if task == "none" and not self.held_out_fraction:
+      name, fix = "held_out_fraction", "nothing would say what was learned"
+      raise ConfigError(name, 0, "above 0 with --task=none", fix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,14 +408,8 @@ class Pairs:
 
   def check(self, config: Any) -> None:
     """Refuses sizes that do not divide."""
-    pairs, part = self.pairs_per_step, self.microbatch_pairs
-    if pairs > part and pairs % part:
-      raise ConfigError(
-        "microbatch_pairs",
-        part,
-        f"a divisor of pairs_per_step ({pairs})",
-        f"try --microbatch_pairs={math.gcd(pairs, part)}",
-      )
+    of = f"pairs_per_step ({self.pairs_per_step})"
+    check_divides("microbatch_pairs", self.pairs_per_step, self.microbatch_pairs, of)
 
 
 # The objective.
@@ -493,8 +431,8 @@ class KL:
   """The price of leaving the model that training began with."""
 
   coef: float = option(0.0, "0 keeps no reference model", min=0)
-  value: Literal["k1", "k2", "k3"] = option("k3", "the estimator that is reported")
-  gradient: Literal["k1", "k2", "k3"] = option("k2", "the estimator that is differentiated")
+  value: KL_ESTIMATORS = option("k3", "the estimator that is reported")
+  gradient: KL_ESTIMATORS = option("k2", "the estimator that is differentiated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -502,7 +440,7 @@ class RewardKL:
   """The price of leaving the model that training began with, taken off each token's reward."""
 
   coef: float = option(0.0, "0 keeps no reference model", min=0)
-  value: Literal["k1", "k2", "k3"] = option("k1", "the estimator that is priced and reported")
+  value: KL_ESTIMATORS = option("k1", "the estimator that is priced and reported")
 
 
 PolicyLoss = keyword_group(
@@ -533,11 +471,12 @@ def check_updates(loss: Any, updates: Updates) -> None:
     )
 
 
-def recipe(preset: str, *parts: str) -> dict[str, Any]:
+def preset(parts: str) -> Any:
+  return option("none", f"a published recipe for {parts}; flags given explicitly win")
+
+
+def recipe(name: str, *parts: str) -> dict[str, Any]:
   """What a published recipe changes in these groups: dotted path -> value."""
-  if preset == "none":
-    return {}
-  found = presets.grpo(preset)
-  return {
-    f"{part}.{key}": value for part in parts for key, value in getattr(found, part).items()
-  }
+  found = {} if name == "none" else presets.grpo(name)._asdict()
+  groups = {part: found[part] for part in parts if found}
+  return {f"{part}.{key}": value for part, own in groups.items() for key, value in own.items()}

@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import config as configs
-from rl_llm import keywords, losses, metrics, sharding, training
+from rl_llm import keywords, losses, metrics, minibatches, sharding, training
 from rl_llm.experience import Experience, response_batch
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
@@ -115,7 +115,7 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
       found |= {"kl_ref": of_kl["kl"]}
     bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
     loss = loss + hparams["entropy_coef"] * bonus
-    found |= of_entropy | setup.logprob_gap(logprobs, batch)
+    found |= of_entropy | minibatches.logprob_gap(logprobs, batch)
     return loss, jax.lax.stop_gradient(found)
 
   return loss_fn
@@ -127,7 +127,12 @@ def group_advantages(options: flags.GroupAdvantage, rewards, ok):
   return keywords.call(options, rewards=rewards, where=ok)
 
 
-def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> setup.Programs:
+def policy_term_only(config: Config) -> bool:
+  """Whether a response with advantage 0 adds nothing: DRO alone has a term without it."""
+  return not (config.kl.coef or config.loss.entropy_coef or config.loss.name == "dro_loss")
+
+
+def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> minibatches.Programs:
   """What a step runs on the devices besides its rollout."""
   return setup.make_programs(config, policy, mesh, make_loss(config, policy))
 
@@ -135,7 +140,7 @@ def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> se
 def learn(
   config: Config,
   model: setup.Model,
-  programs: setup.Programs,
+  programs: minibatches.Programs,
   state: TrainState,
   experience: Experience,
   step: int,
@@ -146,23 +151,23 @@ def learn(
   batch = sharding.place_rows(response_batch(experience), model.mesh)
   with clock("logprobs"):
     old, ref = config.updates.count > 1, config.kl.coef > 0
-    batch = setup.with_logprobs(programs, weights, state, batch, old=old, ref=ref)
+    batch = minibatches.with_logprobs(
+      batch, programs, weights, state.params, old=old, ref=ref
+    )
   advantages = np.asarray(group_advantages(config.advantage, scores.rewards, scores.ok))
   informative = np.any(advantages != 0, axis=1)
   batch = batch._replace(advantages=sharding.place_rows(advantages.reshape(-1), model.mesh))
-  # Groups without an advantage add nothing to the policy term; DRO alone has one without it.
-  other_terms = config.loss.entropy_coef or config.loss.name == "dro_loss" or config.kl.coef
   hparams, totals, trained = setup.hyperparameters(config, step, kl_coef=config.kl.coef), {}, []
   with clock("update"):
     for part in setup.minibatches(
-      config, programs.take, batch, step, matters=informative, only=not other_terms
+      config, programs, batch, step, matters=informative, only=policy_term_only(config)
     ):
       state, found = programs.update(
         state, part.batch, hparams, part.microbatches, weights.frozen
       )
       totals = metrics.add_metrics(totals, found)
       trained.append(part.problems)
-  work = setup.response_work(model, experience, trained)
+  work = setup.step_work(model, experience, trained)
   totals |= {"frac_zero_std": float(np.mean(~informative))}
   return state, training.Learned(totals, advantages, work)
 

@@ -28,46 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from experiments import grpo
-from experiments.options import SamplingMesh, adamw, sampling_config, split_weights
-from rl_llm.chips import find_peak
-from rl_llm.config import ConfigError, flatten, option
+from experiments import flags, grpo, setup
+from rl_llm import config as configs
+from rl_llm import evaluation, experience, metrics, rollout, sharding, training
 from rl_llm.data.prompts import PromptBatch
-from rl_llm.evaluation import Evaluation, evaluate
-from rl_llm.experience import (
-  Drawn,
-  Generate,
-  answer,
-  draw_problems,
-  held_out_problems,
-  make_encode,
-  make_judge,
-  split_experience,
-  step_keys,
-)
-from rl_llm.flops import Work, response_work, update_passes
-from rl_llm.metrics import MetricsWriter, PhaseClock, add_metrics, read
-from rl_llm.model import LanguageModel, load_model
+from rl_llm.experience import Generate, Sampler, response_batch
+from rl_llm.flops import Work
 from rl_llm.policy import Policy, join, population_policy
 from rl_llm.report import write_report
-from rl_llm.rewards import RewardPool
-from rl_llm.rollout import CHUNK_SIZE, Rollout, generate, response_logprobs
+from rl_llm.rollout import ResponseBatch, Rollout
 from rl_llm.run_directory import opened, write_result
-from rl_llm.sharding import ROWS, everywhere, fetch, make_mesh, place_rows, row_sharding
-from rl_llm.tokenizers import Tokenizer
 from rl_llm.train_state import TrainState, init_state, parameter_count
-from rl_llm.training import (
-  Run,
-  Step,
-  begin,
-  export_model,
-  failure_of,
-  finish,
-  start_run,
-  summary,
-  train_loop,
-)
-from rl_llm.update import LossFn, make_update
+from rl_llm.update import make_update
 
 # What is data, or is done on the host before the program begins: paths, or beginnings of them.
 MAY_DIFFER = (
@@ -80,57 +52,309 @@ MAY_DIFFER = (
 class Record:
   """What a population's directory says of it."""
 
-  members: tuple[str, ...] = option((), "the directories of its members, in their order")
+  members: tuple[str, ...] = configs.option((), "the directories of its members, in their order")
 
 
-def check(configs: Sequence[grpo.Config]) -> None:
+def check(members: Sequence[grpo.Config]) -> None:
   """Refuses settings that one program cannot have.
 
   Raises:
     ConfigError: with the first setting that differs but must not, or that does not fit.
   """
-  first, *others = map(flatten, configs)
+  first, *others = map(configs.flatten, members)
   for values in others:
     for path, value in values.items():
       free = path != "loss.name" and path.startswith(MAY_DIFFER)
       # A keyword of the loss is a number for every member, or left to the loss for every member.
-      same = (value is None) == (first[path] is None) if free else value == first[path]
-      if not same:
-        raise ConfigError(
+      if not ((value is None) == (first[path] is None) if free else value == first[path]):
+        raise configs.ConfigError(
           path,
           value,
           f"{first[path]}, as in the first member of the population",
           "what changes the program must be equal: sweep it with another --backend",
         )
-  config = configs[0]
-  seeds = {config.seed for config in configs}
-  if config.model == "tiny" and config.lora.rank and len(seeds) > 1:
-    raise ConfigError(
-      "seed",
-      max(seeds),
-      f"{config.seed} for all, with --model=tiny and --lora.rank",
-      "the base that the adapters share is drawn from it",
-    )
-  for path, value, allowed in (
-    ("sampling.slots", config.sampling.slots, 0),
-    ("sampling.parts", config.sampling.parts, 1),
-    ("distributed.on", config.distributed.on, False),
-    *((f"mesh.{name}", getattr(config.mesh, name), size)
-      for name, size in dataclasses.asdict(SamplingMesh()).items()),
-  ):
-    if value != allowed:
-      raise ConfigError(
-        path, value, f"{allowed} in a population", "whole members lie over the devices"
+  seeds = {member.run.seed for member in members}
+  if first["model"] == "tiny" and first["lora.rank"] and len(seeds) > 1:
+    allowed = f"{first['seed']} for all, with --model=tiny and --lora.rank"
+    fix = "the base that the adapters share is drawn from it"
+    raise configs.ConfigError("seed", max(seeds), allowed, fix)
+  mesh = {f"mesh.{name}": size for name, size in vars(flags.SamplingMesh()).items()}
+  only = {"sampling.slots": 0, "sampling.parts": 1, "distributed.on": False} | mesh
+  for path, allowed in only.items():
+    if first[path] != allowed:
+      fix = "whole members lie over the devices"
+      raise configs.ConfigError(path, first[path], f"{allowed} in a population", fix)
+
+
+class Population(NamedTuple):
+  """The members, and what they share."""
+
+  members: Sequence[grpo.Config]
+  directories: Sequence[Path]  # where each leaves its record and its result
+  policy: Policy
+  tokenizer: Any
+  mesh: jax.sharding.Mesh  # its devices share the members out
+  frozen: Any  # weights that all share; None where each has its own
+  reference: Any  # the members' first weights where some member has a KL; else None
+
+  @property
+  def config(self) -> grpo.Config:
+    """What is equal in all members is read from the first."""
+    return self.members[0]
+
+  def failed(self, state: TrainState) -> np.ndarray:
+    """[N] which members cannot continue."""
+    return sharding.fetch(state.skipped_in_a_row) >= self.config.optimizer.max_skipped
+
+
+class Programs(NamedTuple):
+  """What runs on the devices, for all members at once: members come first in all but `frozen`."""
+
+  # (frozen, own, prompts [N * P, L], lengths, keys [N * P * G], sampling, G)
+  #   -> Rollout of N * P * G rows
+  generate: Callable[..., Rollout]
+  # (frozen, own, batch) -> log-probs [N, B, T]
+  logprobs: Callable[..., jax.Array]
+  # (batch, chosen [N, M]) -> the chosen problems' rows
+  take: Callable[..., ResponseBatch]
+  # (state, batch, hparams, microbatches, frozen) -> (state, metrics)
+  update: Callable[..., tuple[TrainState, dict]]
+
+
+def make_programs(
+  config: grpo.Config, policy: Policy, tokenizer: Any, mesh: jax.sharding.Mesh, *, at_once: int
+) -> Programs:
+  """The functions of one member's step, mapped over members; each device has whole ones.
+
+  Args:
+    config: of any member: what its programs are made of is the same in all.
+    policy: the model's functions.
+    tokenizer: which knows what ends a response.
+    mesh: its devices share the members out.
+    at_once: members on each device, whose logits exist at the same time.
+  """
+  sampler, shared = population_policy(policy), PartitionSpec()
+  members = PartitionSpec(sharding.ROWS)
+  on_each = functools.partial(jax.shard_map, mesh=mesh, out_specs=members, check_vma=False)
+  chunk_size = max(1, rollout.CHUNK_SIZE // at_once)
+  update_one = make_update(
+    grpo.make_loss(config, policy, chunk_size=chunk_size),
+    setup.adamw(config.optimizer),
+    microbatches=config.updates.microbatches,
+  )
+  statics = {"max_new_tokens": config.prompts.max_new_tokens, "eos_ids": tokenizer.eos_ids}
+
+  @functools.partial(jax.jit, static_argnums=6)
+  def generate_all(frozen, own, prompts, lengths, keys, sampling, group):
+    def of_device(frozen, own, *batch):
+      weights, pad_id = (frozen, own), tokenizer.pad_id
+      return rollout.generate(
+        weights, *batch, policy=sampler, responses_per_prompt=group, pad_id=pad_id, **statics
       )
+
+    program = on_each(of_device, in_specs=(shared, *[members] * 5))
+    return program(frozen, own, prompts, lengths, keys, sampling)
+
+  @jax.jit
+  def logprobs(frozen, own, batch):
+    def of_one(frozen, own, batch):
+      temperature = config.sampling.temperature
+      return rollout.response_logprobs(
+        join(frozen, own), batch, policy=policy, temperature=temperature, chunk_size=chunk_size
+      )[0]
+
+    of_device = jax.vmap(of_one, in_axes=(None, 0, 0))
+    return on_each(of_device, in_specs=(shared, members, members))(frozen, own, batch)
+
+  @jax.jit
+  def take(batch, chosen):
+    of_device = jax.vmap(rollout.take_prompts)
+    return on_each(of_device, in_specs=(members, members))(batch, chosen)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state, batch, hparams, microbatches, frozen):
+    of_device = jax.vmap(update_one, in_axes=(0, 0, 0, None, None))
+    specs = (*[members] * 3, shared, shared)
+    return on_each(of_device, in_specs=specs)(state, batch, hparams, microbatches, frozen)
+
+  return Programs(generate_all, logprobs, take, update)
+
+
+def load_members(
+  members: Sequence[grpo.Config], run: training.Run, mesh: jax.sharding.Mesh
+) -> tuple[setup.models.LanguageModel, Any, Any]:
+  """(a model without weights, what all members share or None, the weights of each).
+
+  Args:
+    members: their configs.
+    run: which says what is loaded.
+    mesh: its devices share the members out, and have what is shared each.
+  """
+  model = setup.load_language_model(members[0], run, None)
+  own = []
+  for member in members:  # Only random weights depend on the seed.
+    drawn = member.model.model == "tiny" and member.run.seed != members[0].run.seed
+    params = setup.load_language_model(member, run, None).params if drawn else model.params
+    weights = setup.split_weights(member, params)
+    own.append(weights.trained)
+  frozen = sharding.everywhere(weights.frozen, mesh)
+  return model._replace(params=None), frozen, sharding.place_rows(stacked(own), mesh)
+
+
+def learn(
+  of: Population,
+  programs: Programs,
+  state: TrainState,
+  each: Sequence[experience.Experience],
+  step: int,
+  clock: metrics.PhaseClock,
+) -> tuple[TrainState, training.Learned]:
+  """One step's updates of all members: for each of them, what GRPO does alone."""
+  over, size, mesh = of.failed(state), of.config.updates, of.mesh
+  worths = [
+    np.asarray(grpo.group_advantages(member.advantage, own.scores.rewards, own.scores.ok))
+    for member, own in zip(of.members, each, strict=True)
+  ]
+  # Without a finite gradient a member's weights stay, and so does what the state says of it.
+  spoiled = np.where(over, np.float32(np.nan), np.float32(0))
+  hosts = [
+    response_batch(own)._replace(advantages=worth.reshape(-1) + spoil)
+    for own, worth, spoil in zip(each, worths, spoiled, strict=True)
+  ]
+  batch = sharding.place_rows(stacked(hosts), mesh)
+  with clock("logprobs"):
+    old = programs.logprobs(of.frozen, state.params, batch) if size.count > 1 else None
+    ref = None if of.reference is None else programs.logprobs(of.frozen, of.reference, batch)
+    batch = jax.block_until_ready(batch._replace(old_logprobs=old, ref_logprobs=ref))
+  numbers = [setup.hyperparameters(own, step, kl_coef=own.kl.coef) for own in of.members]
+  hparams = sharding.place_rows(stacked(jax.device_get(numbers)), mesh)
+  orders = [
+    setup.order(member, step, matters=np.any(worth != 0, axis=1))
+    for member, worth in zip(of.members, worths, strict=True)
+  ]
+  totals, trained = {}, [[] for _ in of.members]
+  with clock("update"):
+    for shares in zip(*orders, strict=True):
+      chosen = np.stack([problems for problems, _ in shares])
+      used = [
+        count if grpo.policy_term_only(member) else len(problems)
+        for member, (problems, count) in zip(of.members, shares, strict=True)
+      ]
+      weights = [
+        setup.weigh(member)(rollout.take_prompts(own, problems))
+        for member, own, problems in zip(of.members, hosts, chosen, strict=True)
+      ]
+      minibatch = programs.take(batch, sharding.place_rows(chosen, mesh))._replace(
+        weights=sharding.place_rows(np.stack(weights), mesh), truncated=None
+      )
+      needed = -(-max([int(over.any()), *used]) // size.microbatch_prompts)
+      state, found = programs.update(state, minibatch, hparams, needed, of.frozen)
+      totals = metrics.add_metrics(totals, found)
+      for own, problems, count in zip(trained, chosen, used, strict=True):
+        own.append(problems[:count])
+  model = setup.Model(of.policy, of.tokenizer, mesh, setup.models.Weights(None, of.frozen, None))
+  works = [setup.step_work(model, *pair) for pair in zip(each, trained, strict=True)]
+  work = Work(*(sum(parts) for parts in zip(*works, strict=True)))  # Of all at once.
+  # Of each member: `make_record` takes them apart.
+  return state, training.Learned({"totals": totals, "over": over}, worths, work)
+
+
+class Evaluations(NamedTuple):
+  """What an evaluation found."""
+
+  metrics: dict[str, float]  # of the whole
+  members: list[evaluation.Evaluation]
+
+
+def evaluate_members(
+  of: Population,
+  sampler: Sampler,
+  held_out: experience.Drawn,
+  say: Callable[[str], None],
+  state: TrainState,
+) -> Evaluations:
+  """Every member on the held-out problems."""
+  count = len(of.members)
+  say(f"evaluating {count} members on {len(held_out.problems)} held-out problems")
+  sizes = {
+    "samples": of.config.eval.samples, "prompts_per_batch": of.config.updates.prompts_per_step
+  }
+  found = [
+    evaluation.evaluate(sampler._replace(generate=own), None, held_out, **sizes)
+    for own in in_turns(functools.partial(sampler.generate, state.params), count)
+  ]
+  whole = {}
+  for name in ("sampled", "greedy"):
+    accuracies = [own.metrics[f"eval/{name}_accuracy"] for own in found]
+    say(f"held-out accuracy, {name}: from {min(accuracies):.2f} to {max(accuracies):.2f}")
+    whole |= {f"eval/{name}_mean": float(np.mean(accuracies)), f"eval/{name}_best": max(accuracies)}
+  return Evaluations(whole, found)
+
+
+def make_record(
+  of: Population,
+  run: training.Run,
+  writers: Sequence[tuple[metrics.MetricsWriter, metrics.MetricsWriter]],
+  record_whole: training.Record,
+) -> training.Record:
+  """The record of every member in its own directory, and of the whole."""
+
+  def member_step(step: training.Step, number: int) -> training.Step:
+    """The step as that member would have made it alone."""
+    found, learned = step.evaluation, None
+    if step.learned:
+      worth, totals = step.learned.advantages[number], step.learned.metrics["totals"]
+      figures = metrics.finalize({k: (v[0][number], v[1][number]) for k, v in totals.items()})
+      figures["frac_zero_std"] = float(np.mean(~np.any(worth != 0, axis=1)))
+      figures["learning_rate"] = setup.learning_rate(of.members[number], step.number)
+      learned = training.Learned(figures, worth)
+    return step._replace(
+      evaluation=found and found.members[number],
+      experience=step.learned and step.experience[number],
+      state=step.learned and TrainState(*[None] * 3, *(x[number] for x in step.state)),
+      learned=learned,
+    )
+
+  def record(step: training.Step) -> str:
+    over = step.learned.metrics["over"] if step.learned else of.failed(step.state)
+    means = []
+    if step.learned:
+      skipped = sharding.fetch((step.state.skipped, step.state.skipped_in_a_row))
+      failed, params, step = of.failed(step.state), step.state.params, step._replace(state=skipped)
+    for number, (rows_file, lines_file) in enumerate(writers):
+      own = member_step(step, number)
+      row, lines = training.step_rows(own)
+      means.append(row.get("reward_mean"))
+      if over[number]:
+        continue
+      if step.learned and failed[number]:
+        leaves, count = own.learned.metrics["nonfinite_leaves"], int(skipped[1][number])
+        row["failure"] = training.diagnosis(params, leaves, count)
+        run.console.say(f"{of.directories[number].name} failed: {row['failure']}")
+      lines_file.write(step.number, *lines)
+      rows_file.write(step.number, row | step.clock.metrics())
+    whole, rewards = {}, [mean for mean in means if mean is not None]
+    if step.learned:
+      whole = {"members": int(np.count_nonzero(~failed))}
+    if rewards:
+      whole |= {"reward_mean": float(np.mean(rewards)), "reward_best": max(rewards)}
+    found = step.evaluation and evaluation.Evaluation(step.evaluation.metrics, [])
+    learned = step.learned and step.learned._replace(metrics=whole, advantages=None)
+    examples = training.Examples([])
+    return record_whole(
+      step._replace(evaluation=found, state=None, experience=examples, learned=learned)
+    )
+
+  return record
 
 
 def train(
-  configs: Sequence[grpo.Config], directories: Sequence[Path], workdir: Path
+  members: Sequence[grpo.Config], directories: Sequence[Path], workdir: Path
 ) -> dict[str, Any]:
-  """Trains the members to the end, or goes on from the population's last checkpoint.
+  """Trains the members to the end, or resumes from the population's last checkpoint.
 
   Args:
-    configs: of the members.
+    members: their configs.
     directories: where each member leaves its record and its result.
     workdir: the population's own directory: its checkpoints, and a record of the whole.
 
@@ -142,370 +366,106 @@ def train(
     ConfigError: the settings differ in what must be equal, or a directory cannot be used.
     Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
   """
-  check(configs)
-  return start_run(
-    functools.partial(_train, configs, directories),
+  check(members)
+  config = members[0]
+  with training.open_run(
     Record(tuple(directory.name for directory in directories)),
     workdir,
-    steps=configs[0].steps,
-    volatile=(),
-    checkpoints_kept=configs[0].checkpoint.keep,
-    export=configs[0].export,
-  )
+    steps=config.run.steps,
+    checkpoints_kept=config.run.checkpoint.keep,
+    export=config.export,
+  ) as run:
+    return run.result or _train(members, directories, run)
 
 
 def _train(
-  configs: Sequence[grpo.Config], directories: Sequence[Path], run: Run
+  members: Sequence[grpo.Config], directories: Sequence[Path], run: training.Run
 ) -> dict[str, Any]:
-  say, stop, config, count = run.console.say, run.stop, configs[0], len(configs)
-  mesh = make_mesh(data=math.gcd(count, jax.device_count()))
-  say(f"loading {config.model} for {count} members on {mesh.size} x {jax.devices()[0].device_kind}")
-  task = grpo.make_task(config)
-  model, frozen, first = load_members(configs, mesh)
+  config, count, say = members[0], len(members), run.console.say
+  mesh = sharding.make_mesh(data=math.gcd(count, jax.device_count()))
+  kind = jax.devices()[0].device_kind
+  say(f"loading {config.model.model} for {count} members on {mesh.size} x {kind}")
+  task, size = setup.load_task(config.task), config.updates
+  model, frozen, first = load_members(members, run, mesh)
   policy, tokenizer = model.policy, model.tokenizer
-  model = model._replace(params=None)
-  encode = make_encode(
-    tokenizer,
-    prompt_format=config.prompt_format,
-    system_prompt=config.system_prompt,
-    max_prompt_tokens=config.max_prompt_tokens,
-    overlong=config.overlong_prompt,
+  programs = make_programs(config, policy, tokenizer, mesh, at_once=count // mesh.size)
+  sizes = {
+    "members": count,
+    "parameters shared": parameter_count(frozen),
+    "parameters of each": parameter_count(first) // count,
+    "problems a step, each": size.prompts_per_step,
+    "responses a problem": size.responses_per_prompt,
+  }
+  run.console.sizes(sizes | {"steps": config.run.steps, "directory": str(run.workdir)})
+  init = jax.vmap(functools.partial(init_state, optimizer=setup.adamw(config.optimizer)))
+  begun = training.begin(
+    run, init, first, steps=config.run.steps, mesh=mesh, lay_out=members_over
   )
-  held_out = held_out_problems(task, encode, limit=config.eval.problems)
-  judge = make_judge(
-    config.reward,
-    tokenizer,
-    rows_per_batch=config.microbatch_prompts * config.responses_per_prompt,
-  )
-  programs = make_programs(config, policy, tokenizer, mesh, members_at_once=count // mesh.size)
-  announce = functools.cache(say)
-  run.console.sizes(
-    {
-      "members": count,
-      "parameters shared": parameter_count(frozen),
-      "parameters of each": parameter_count(first) // count,
-      "problems a step, each": config.prompts_per_step,
-      "responses a problem": config.responses_per_prompt,
-      "steps": config.steps,
-      "directory": str(run.workdir),
-    }
-  )
-  start, state = begin(
-    run,
-    jax.vmap(functools.partial(init_state, optimizer=adamw(config.optimizer))),
-    first,
-    steps=config.steps,
-    mesh=mesh,
-    lay_out=members_over,
-  )
-  reference = first if any(member.kl.coef for member in configs) else None
+  reference = first if any(member.kl.coef for member in members) else None
   first = None
-  several_updates = config.epochs * config.minibatches > 1
-  pool = RewardPool(task.reward, workers=config.reward_workers, deadline=config.reward_deadline)
-  evaluations: list[Evaluation] = []  # of the step at hand, until its lines are written
+  of = Population(members, directories, policy, tokenizer, mesh, frozen, reference)
+  announce = functools.cache(say)
 
-  def sample(own, prompts, keys, sampling, group) -> Rollout:
+  def generate(own, prompts, keys, sampling, group) -> Rollout:
     announce(f"compiling the rollout: {len(prompts.tokens)} prompts x {group} responses")
-    batch = place_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh)
+    batch = sharding.place_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh)
     return programs.generate(frozen, own, *batch, group)
 
-  def evaluate_state(state: TrainState) -> Evaluation:
-    say(f"evaluating {count} members on {len(held_out.problems)} held-out problems")
-    generates = in_turns(functools.partial(sample, state.params), count)
-    evaluations[:] = [
-      evaluate(
-        None,
-        held_out,
-        generate=generate_own,
-        pool=pool,
-        tokenizer=tokenizer,
-        samples=config.eval.samples,
-        prompts_per_batch=config.prompts_per_step,
-        max_reward=task.max_reward,
-        check=stop.check,
-      )
-      for generate_own in generates
-    ]
-    rows = {}
-    for name in ("sampled", "greedy"):
-      found = [each.metrics[f"eval/{name}_accuracy"] for each in evaluations]
-      say(f"held-out accuracy, {name}: from {min(found):.2f} to {max(found):.2f}")
-      rows |= {f"eval/{name}_mean": float(np.mean(found)), f"eval/{name}_best": max(found)}
-    return Evaluation(rows, [])
-
-  def failed(state: TrainState) -> np.ndarray:
-    """[N] which members cannot go on."""
-    return fetch(state.skipped_in_a_row) >= config.optimizer.max_skipped
-
-  def take_step(state: TrainState, step: int, clock: PhaseClock) -> Step:
-    over = failed(state)
+  def sample(state, step: int, clock: metrics.PhaseClock) -> list[experience.Experience]:
+    prompts, group = size.prompts_per_step, size.responses_per_prompt
     drawn = [
-      draw_problems(task, member.seed, step, config.prompts_per_step, encode) for member in configs
+      experience.draw_problems(task, member.run.seed, step, prompts, sampler.encode)
+      for member in members
     ]
-    together = Drawn(*(sum(parts[1:], parts[0]) for parts in zip(*drawn, strict=True)))
-    experience = answer(
+    keys = [experience.step_keys(member.run.seed, step, prompts, group) for member in members]
+    found = experience.answer(
+      sampler,
       state.params,
-      together,
-      jnp.concatenate(
-        [
-          step_keys(member.seed, step, config.prompts_per_step, config.responses_per_prompt)
-          for member in configs
-        ]
-      ),
-      responses_per_prompt=config.responses_per_prompt,
-      sampling=sampling_config(config.sampling),
-      generate=sample,
-      pool=pool,
-      tokenizer=tokenizer,
-      judge=judge,
-      clock=clock,
-      check=stop.check,
+      experience.Drawn(*(sum(parts[1:], parts[0]) for parts in zip(*drawn, strict=True))),
+      jnp.concatenate(keys),
+      clock,
+      responses=group,
+      sampling=setup.sampling_config(config.sampling),
     )
-    each = split_experience(experience, drawn)
-    worths = [grpo.group_advantages(*pair) for pair in zip(configs, each, strict=True)]
-    batches = [grpo.make_batch(*pair) for pair in zip(each, worths, strict=True)]
-    with clock("logprobs"):
-      scored = [
-        np.stack([batch[key] for batch in batches])
-        for key in ("prompts", "prompt_lengths", "tokens", "mask")
-      ]
-      scored = place_rows(scored, mesh)
-      weights = {"old_logprobs": state.params} if several_updates else {}
-      weights |= {"ref_logprobs": reference} if reference is not None else {}
-      for key, own in weights.items():
-        for batch, logprobs in zip(
-          batches, fetch(programs.logprobs(frozen, own, *scored)), strict=True
-        ):
-          batch[key] = logprobs
-    stop.check()
-    for number in np.flatnonzero(over):
-      # Without a finite gradient its weights stay, and so does what the state says of it.
-      batches[number]["advantages"] = np.full_like(batches[number]["advantages"], np.nan)
-    hparams = stacked(jax.device_get([grpo.hyperparameters(member, step) for member in configs]))
-    hparams = place_rows(hparams, mesh)
-    announce(f"compiling the update: responses of up to {batches[0]['mask'].shape[1]} tokens")
-    totals, learned = {}, [[] for _ in configs]
-    deals = [
-      grpo.deal(member, step, np.any(worth != 0, axis=1))
-      for member, worth in zip(configs, worths, strict=True)
-    ]
-    with clock("update"):
-      for dealt in zip(*deals, strict=True):
-        minibatch = stacked(
-          [
-            grpo.take_minibatch(member, batch, chosen)
-            for member, batch, (chosen, _) in zip(configs, batches, dealt, strict=True)
-          ]
-        )
-        minibatch = place_rows(minibatch, mesh)
-        needed = max([int(over.any()), *(needed for _, needed in dealt)])
-        microbatches = -(-needed // config.microbatch_prompts)
-        state, metrics = programs.update(state, minibatch, hparams, microbatches, frozen)
-        totals = add_metrics(totals, fetch(metrics))
-        for of_one, (chosen, needed) in zip(learned, dealt, strict=True):
-          of_one.append(chosen[:needed])
-    skipped, reasons = fetch(state.skipped), {}
-    rows = [
-      grpo.step_row(
-        member,
-        step,
-        {key: (total[number], weight[number]) for key, (total, weight) in totals.items()},
-        each[number],
-        worths[number],
-        skipped=int(skipped[number]),
-        max_reward=task.max_reward,
-      )
-      for number, member in enumerate(configs)
-    ]
-    for number in np.flatnonzero(failed(state) & ~over):
-      own_state, own_batch, own_hparams = jax.tree.map(
-        lambda x, number=number: x[number], (state, minibatch, hparams)
-      )
-      reasons[number] = failure_of(
-        programs.loss_fn,
-        own_state,
-        own_batch,
-        own_hparams,
-        max_skipped=config.optimizer.max_skipped,
-        frozen=frozen,
-      )
-      say(f"{directories[number].name} failed: {reasons[number]}")
-    for number in np.flatnonzero(~over):
-      found = evaluations[number] if evaluations else Evaluation({}, [])
-      trained = grpo.step_samples(each[number], worths[number], max_reward=task.max_reward)
-      writers[number][1].write(step, *found.rows, *trained)
-      reason = {"failure": reasons[number]} if number in reasons else {}
-      writers[number][0].write(step, found.metrics | rows[number] | reason | clock.metrics())
-    evaluations.clear()
-    rewards = [row["reward_mean"] for row in rows if row["reward_mean"] is not None]
-    whole = {"members": int(np.count_nonzero(~failed(state)))}
-    if rewards:
-      whole |= {"reward_mean": float(np.mean(rewards)), "reward_best": max(rewards)}
-    works = [
-      response_work(
-        policy.config,
-        own.prompts.lengths,
-        own.rollout.lengths,
-        np.sum(batch["mask"], axis=1),
-        of_one,
-        passes=update_passes(adapters=frozen is not None),
-      )
-      for own, batch, of_one in zip(each, batches, learned, strict=True)
-    ]
-    work = Work(*(sum(parts) for parts in zip(*works, strict=True)))  # Of all at once.
-    return Step(state, whole, work=work)
+    return experience.split_experience(found, drawn, max_reward=task.max_reward)
 
   with contextlib.ExitStack() as stack:
-    for member, directory in zip(configs, directories, strict=True):
-      volatile = grpo.volatile(member)
-      stack.enter_context(opened(directory, member, volatile=volatile, doing="trains in"))
-    stack.enter_context(pool)
+    for member, directory in zip(members, directories, strict=True):
+      may_change = configs.volatile(member)
+      stack.enter_context(opened(directory, member, volatile=may_change, doing="trains in"))
+    alone = setup.Model(policy, tokenizer, None, None)
+    rows_at_once = size.microbatch_prompts * size.responses_per_prompt
+    sampler = stack.enter_context(
+      setup.open_sampler(config, run, alone, task, reward=config.reward, rows_at_once=rows_at_once)
+    )._replace(generate=generate)
+    held_out = experience.held_out_problems(task, sampler.encode, limit=config.eval.problems)
+    names, resumed = ("metrics.jsonl", "samples.jsonl"), begun[0] - 1
     writers = [
       [
-        stack.enter_context(MetricsWriter(directory / name, resume_step=start - 1))
-        for name in ("metrics.jsonl", "samples.jsonl")
+        stack.enter_context(metrics.MetricsWriter(directory / name, resume_step=resumed))
+        for name in names
       ]
       for directory in directories
     ]
-    state = train_loop(
+    record_whole = stack.enter_context(setup.open_record_of(config, run, mesh, begun[0]))
+    state = training.train_loop(
       run,
-      start,
-      state,
-      take_step,
-      evaluate_state,
-      steps=config.steps,
-      eval_every=config.eval.every,
-      checkpoint_every=config.checkpoint.every,
-      samples_every=config.samples_every,
-      peak=find_peak(list(mesh.devices.flat), config.dtype),
-      profile=config.profile,
+      *begun,
+      sample=sample,
+      learn=functools.partial(learn, of, programs),
+      evaluate=functools.partial(evaluate_members, of, sampler, held_out, say),
+      record=make_record(of, run, writers, record_whole),
+      schedule=setup.schedule(config),
     )
-    over = failed(state)
-    last = read(run.workdir / "metrics.jsonl")[-1]
-    times = {key: value for key, value in last.items() if key.startswith("time/")}
-    for number in np.flatnonzero(~over):
-      found, directory = evaluations[number], directories[number]
-      writers[number][1].write(config.steps, *found.rows)
-      writers[number][0].write(config.steps, found.metrics | times)
+    for number in np.flatnonzero(~of.failed(state)):
+      own_run = run._replace(workdir=directories[number])
       if config.export:
-        own = jax.tree.map(lambda x, number=number: x[number], state.params)
-        own_run = run._replace(workdir=directory)
-        export_model(own_run, policy.config, join(frozen, own), tokenizer, base=config.model)
-      write_report(directory)
-      write_result(directory, summary(read(directory / "metrics.jsonl")))
-  return finish(run)
-
-
-class Programs(NamedTuple):
-  """What runs on the devices, for all members at once."""
-
-  # (frozen, own, prompts [N * P, L], lengths, keys [N * P * G], sampling, G)
-  #   -> Rollout of N * P * G rows
-  generate: Callable[..., Rollout]
-  # (frozen, own, prompts [N, P, L], lengths, tokens [N, B, T], mask) -> log-probs [N, B, T]
-  logprobs: Callable[..., jax.Array]
-  # (state, batch, hparams, microbatches, frozen) -> (state, metrics): `make_update`'s, with the
-  # members first in all arrays but `frozen`
-  update: Callable[..., tuple[TrainState, dict]]
-  loss_fn: LossFn  # of one member
-
-
-def make_programs(
-  config: grpo.Config,
-  policy: Policy,
-  tokenizer: Tokenizer,
-  mesh: jax.sharding.Mesh,
-  *,
-  members_at_once: int,
-) -> Programs:
-  """The functions of one member's step, mapped over members; each device has whole ones.
-
-  Args:
-    config: of any member: what its programs are made of is the same in all.
-    policy: the model's functions.
-    tokenizer: which knows what ends a response.
-    mesh: its devices share the members out.
-    members_at_once: on each device, whose logits exist at the same time.
-  """
-  sampler, members, shared = population_policy(policy), PartitionSpec(ROWS), PartitionSpec()
-  on_each = functools.partial(jax.shard_map, mesh=mesh, out_specs=members, check_vma=False)
-  chunk_size = max(1, CHUNK_SIZE // members_at_once)
-  loss_fn = grpo.make_loss(config, policy, chunk_size=chunk_size)
-  update_one = make_update(
-    loss_fn,
-    adamw(config.optimizer),
-    microbatches=max(
-      1, config.prompts_per_step // config.minibatches // config.microbatch_prompts
-    ),
-  )
-
-  @functools.partial(jax.jit, static_argnums=6)
-  def generate_all(frozen, own, prompts, lengths, keys, sampling, group):
-    def of_device(frozen, own, *batch):
-      return generate(
-        (frozen, own),
-        *batch,
-        policy=sampler,
-        responses_per_prompt=group,
-        max_new_tokens=config.max_new_tokens,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-      )
-
-    program = on_each(of_device, in_specs=(shared, *[members] * 5))
-    return program(frozen, own, prompts, lengths, keys, sampling)
-
-  @jax.jit
-  def logprobs(frozen, own, *batch):
-    def of_one(frozen, own, *batch):
-      return response_logprobs(
-        join(frozen, own),
-        *batch,
-        policy=policy,
-        temperature=config.sampling.temperature,
-        chunk_size=chunk_size,
-      )[0]
-
-    of_device = jax.vmap(of_one, in_axes=(None, *[0] * 5))
-    return on_each(of_device, in_specs=(shared, *[members] * 5))(frozen, own, *batch)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def update(state, batch, hparams, microbatches, frozen):
-    of_device = jax.vmap(update_one, in_axes=(0, 0, 0, None, None))
-    specs = (*[members] * 3, shared, shared)
-    return on_each(of_device, in_specs=specs)(state, batch, hparams, microbatches, frozen)
-
-  return Programs(generate_all, logprobs, update, loss_fn)
-
-
-def load_members(
-  configs: Sequence[grpo.Config], mesh: jax.sharding.Mesh
-) -> tuple[LanguageModel, Any, Any]:
-  """(model, what all members share or None, the weights of each, members first).
-
-  Args:
-    configs: of the members.
-    mesh: its devices share the members out, and have what is shared each.
-  """
-
-  def load(config: grpo.Config) -> LanguageModel:
-    return load_model(
-      config.model,
-      seed=config.seed,
-      dtype=jnp.dtype(config.dtype),
-      remat=config.remat,
-      scan_layers=config.scan_layers,
-      attention=config.attention,
-    )
-
-  model = load(configs[0])
-  own = []
-  for config in configs:  # Only random weights depend on the seed.
-    drawn = config.model == "tiny" and config.seed != configs[0].seed
-    params = load(config).params if drawn else model.params
-    frozen, trained = split_weights(config.lora, params, seed=config.seed)
-    own.append(trained)
-  return model, everywhere(frozen, mesh), place_rows(stacked(own), mesh)
+        own = join(frozen, jax.tree.map(lambda x, number=number: x[number], state.params))
+        base = config.model.model
+        training.export_model(own_run, policy.config, own, tokenizer, base=base)
+      write_report(own_run.workdir)
+      write_result(own_run.workdir, training.summary(metrics.read(own_run.workdir / names[0])))
+  return training.finish(run)
 
 
 def in_turns(sample: Generate, count: int) -> list[Generate]:
@@ -529,7 +489,7 @@ def in_turns(sample: Generate, count: int) -> list[Generate]:
         tiled = PromptBatch(*(np.concatenate([x] * count) for x in prompts))
         temperature = jnp.tile(sampling.temperature, count)
         sampling = dataclasses.replace(sampling, temperature=temperature)
-        said.append(fetch(sample(tiled, jnp.concatenate([keys] * count), sampling, group)))
+        said.append(sharding.fetch(sample(tiled, jnp.concatenate([keys] * count), sampling, group)))
       size = len(keys)
       return Rollout(*(x[number * size : (number + 1) * size] for x in said[call]))
 
@@ -545,5 +505,5 @@ def stacked(trees: Sequence[Any]) -> Any:
 
 def members_over(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
   """Shapes of which the first axis is the members', with their layout."""
-  layout = row_sharding(mesh)
+  layout = sharding.row_sharding(mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes)

@@ -37,7 +37,7 @@ import optax
 from experiments import flags, setup
 from rl_llm import advantages as estimators
 from rl_llm import config as configs
-from rl_llm import controllers, keywords, losses, masked, metrics, sharding, training
+from rl_llm import controllers, keywords, losses, masked, metrics, minibatches, sharding, training
 from rl_llm.experience import Experience, response_batch
 from rl_llm.policy import Policy, scalar_head
 from rl_llm.rollout import ResponseBatch, logprobs_of_hidden, response_hidden
@@ -179,7 +179,7 @@ def make_loss(config: Config, policy: Policy):
       found |= of_values
     bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
     loss = loss + hparams["entropy_coef"] * bonus
-    found |= of_entropy | setup.logprob_gap(logprobs, batch)
+    found |= of_entropy | minibatches.logprob_gap(logprobs, batch)
     return loss, jax.lax.stop_gradient(found)
 
   return loss_fn
@@ -255,7 +255,7 @@ def token_advantages(options: Advantage, rewards, values, mask, kl, kl_coef):
 class Programs(NamedTuple):
   """What a step runs on the devices besides its rollout."""
 
-  policy: setup.Programs
+  policy: minibatches.Programs
   before: Callable  # (policy's weights, value network's or None, batch) -> values, log-probs
   update_value: Callable  # of a tower: (state, minibatch, hparams, microbatches, frozen)
 
@@ -287,15 +287,15 @@ def learn(
     tower = state.value and weights.whole(state.value.params)
     values, old = programs.before(weights.whole(state.policy.params), tower, batch)
     batch = batch._replace(old_values=values, old_logprobs=old)
-    batch = setup.with_logprobs(
-      programs.policy, weights, state, batch, old=False, ref=config.kl.coef > 0
+    batch = minibatches.with_logprobs(
+      batch, programs.policy, weights, None, old=False, ref=config.kl.coef > 0
     )
-  kl, totals = setup.reward_kl(batch, value=config.kl.value)
+  kl, totals = minibatches.reward_kl(batch, value=config.kl.value)
   found, returns = token_advantages(
     config.advantage, scores.rewards.reshape(-1), batch.old_values, batch.mask, kl, state.kl.coef
   )
   batch = batch._replace(advantages=found, returns=returns)
-  advantages, _ = setup.per_response(batch, scores.rewards.shape)
+  advantages, _ = minibatches.per_response(batch, scores.rewards.shape)
   totals |= value_statistics(values, returns, batch.mask)
   if config.kl.coef:
     totals |= {"kl_coef": state.kl.coef}
@@ -304,7 +304,7 @@ def learn(
   hparams = setup.hyperparameters(config, step, value_coef=config.value.coef)
   policy, value, trained = state.policy, state.value, []
   with clock("update"):
-    for part in setup.minibatches(config, programs.policy.take, batch, step):
+    for part in setup.minibatches(config, programs.policy, batch, step):
       policy, found = programs.policy.update(
         policy, part.batch, hparams, part.microbatches, weights.frozen
       )
@@ -317,7 +317,7 @@ def learn(
         found |= {f"value_{name.removeprefix('value_')}": of_value[name] for name in of_value}
       totals = metrics.add_metrics(totals, found)
       trained.append(part.problems)
-  work = setup.response_work(model, experience, trained, towers=int(value is not None))
+  work = setup.step_work(model, experience, trained, towers=int(value is not None))
   totals |= {"value_learning_rate": value_rate}
   kl_state, options = state.kl, config.kl
   if options.controller == "adaptive":

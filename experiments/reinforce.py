@@ -33,7 +33,7 @@ import numpy as np
 from experiments import flags, setup
 from rl_llm import advantages as estimators
 from rl_llm import config as configs
-from rl_llm import keywords, losses, metrics, sharding, training
+from rl_llm import keywords, losses, metrics, minibatches, sharding, training
 from rl_llm.experience import Experience, response_batch
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
@@ -143,7 +143,7 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
     )
     bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
     loss = loss + hparams["entropy_coef"] * bonus
-    found |= of_entropy | setup.logprob_gap(logprobs, batch)
+    found |= of_entropy | minibatches.logprob_gap(logprobs, batch)
     return loss, jax.lax.stop_gradient(found)
 
   return loss_fn
@@ -166,7 +166,12 @@ def token_advantages(options: Advantage, rewards, ok, mask, kl, kl_coef, baselin
   return jnp.where(mask, found, 0)
 
 
-def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> setup.Programs:
+def policy_term_only(config: Config) -> bool:
+  """Whether a response with advantage 0 adds nothing: DRO alone has a term without it."""
+  return not (config.loss.entropy_coef or config.loss.name == "dro_loss")
+
+
+def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> minibatches.Programs:
   """What a step runs on the devices besides its rollout."""
   return setup.make_programs(config, policy, mesh, make_loss(config, policy))
 
@@ -174,7 +179,7 @@ def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> se
 def learn(
   config: Config,
   model: setup.Model,
-  programs: setup.Programs,
+  programs: minibatches.Programs,
   state: State,
   experience: Experience,
   step: int,
@@ -185,28 +190,28 @@ def learn(
   batch = sharding.place_rows(response_batch(experience), model.mesh)
   with clock("logprobs"):
     old, ref = config.updates.count > 1, config.kl.coef > 0
-    batch = setup.with_logprobs(programs, weights, state, batch, old=old, ref=ref)
+    batch = minibatches.with_logprobs(
+      batch, programs, weights, state.policy.params, old=old, ref=ref
+    )
   # The mean reward of the steps before, late ones counting more; 0 before the first.
   baseline = float(state.baseline / state.weight) if state.weight else 0.0
-  kl, totals = setup.reward_kl(batch, value=config.kl.value)
+  kl, totals = minibatches.reward_kl(batch, value=config.kl.value)
   per_token = token_advantages(
     config.advantage, scores.rewards, scores.ok, batch.mask, kl, config.kl.coef, baseline
   )
   batch = batch._replace(advantages=per_token)
-  advantages, informative = setup.per_response(batch, scores.rewards.shape)
-  # Groups without an advantage add nothing to the policy term; DRO alone has one without it.
-  other_terms = config.loss.entropy_coef or config.loss.name == "dro_loss"
+  advantages, informative = minibatches.per_response(batch, scores.rewards.shape)
   hparams, policy, trained = setup.hyperparameters(config, step), state.policy, []
   with clock("update"):
     for part in setup.minibatches(
-      config, programs.take, batch, step, matters=informative, only=not other_terms
+      config, programs, batch, step, matters=informative, only=policy_term_only(config)
     ):
       policy, found = programs.update(
         policy, part.batch, hparams, part.microbatches, weights.frozen
       )
       totals = metrics.add_metrics(totals, found)
       trained.append(part.problems)
-  work = setup.response_work(model, experience, trained)
+  work = setup.step_work(model, experience, trained)
   reward = np.mean(scores.rewards[scores.ok]) if scores.ok.any() else baseline
   decay = config.advantage.decay
   averages = decay * state.baseline + (1 - decay) * reward, decay * state.weight + (1 - decay)

@@ -43,13 +43,14 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import config as configs
-from rl_llm import data, losses, metrics, sharding, tasks, training, weighting
+from rl_llm import data, experience, losses, metrics, sharding, training, weighting
 from rl_llm.data import batches, encoding
-from rl_llm.demonstrations import demonstrations
+from rl_llm.demonstrations import encode_answers
 from rl_llm.evaluation import Evaluation
 from rl_llm.policy import Policy
 from rl_llm.reference_cache import compute_logprobs
 from rl_llm.teacher_forcing import teacher_forced_logprobs
+from rl_llm.tokenizers import resolve_format
 from rl_llm.train_state import TrainState, init_state
 from rl_llm.update import make_update
 
@@ -101,15 +102,9 @@ def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
   rows, part = config.examples_per_step, config.microbatch_rows
-  if rows > part and rows % part:
-    raise configs.ConfigError(
-      "microbatch_rows",
-      part,
-      f"a divisor of examples_per_step ({rows})",
-      f"try --microbatch_rows={math.gcd(rows, part)}",
-    )
-  flags.check_packing(config.data.packing, config.data.max_tokens)
-  flags.check_measured(config, "task")
+  flags.check_divides("microbatch_rows", rows, part, f"examples_per_step ({rows})")
+  config.data.check_fits(config.data.max_tokens)
+  config.data.check_measured(config.task.task, "task")
 
 
 class Batch(NamedTuple):
@@ -139,9 +134,8 @@ def make_batch(
   weights = np.asarray(getattr(weighting, name)(padded.mask))
   if not packing:
     return Batch(padded, weights)
-  return Batch(
-    *batches.packed_with_values(sequences, weights, length=packing, pad_id=pad_id, rows=rows)
-  )
+  sizes = {"length": packing, "pad_id": pad_id, "rows": rows}
+  return Batch(*batches.packed_with_values(sequences, weights, **sizes))
 
 
 def learn(
@@ -173,7 +167,7 @@ def learn(
     "trained_tokens": int(np.sum(batch.sequences.mask)),
     "padding_fraction": batches.padding_fraction(segments),
   }
-  return state, training.Learned(found, work=setup.text_work(model, drawn.examples))
+  return state, training.Learned(found, work=setup.work_on_texts(model, drawn.examples))
 
 
 class Source(NamedTuple):
@@ -186,66 +180,36 @@ class Source(NamedTuple):
 
 
 def open_source(
-  config: Config,
-  run: training.Run,
-  tokenizer: Any,
-  task: tasks.Task | None,
-  dataset: data.Dataset | None,
+  config: Config, run: training.Run, tokenizer: Any, task: Any, dataset: data.Dataset | None
 ) -> Source:
   """The examples of a file, or the right answers to a task's problems."""
-  layout, size = config.prompts.layout, config.examples_per_step
-  prompt_format = setup.prompt_format(layout, tokenizer)
+  layout, seed, size = config.prompts.layout, config.run.seed, config.examples_per_step
+  prompt_format = resolve_format(layout.prompt_format, tokenizer)
   if layout.prompt_format == "auto" and dataset and dataset.format == "text":
     # Bare text has no turns; a transcript is a conversation already.
     bare = isinstance(dataset.examples[0].completion, str)
     prompt_format = "plain" if bare else prompt_format
-  encode = functools.partial(
-    encoding.encode,
-    tokenizer=tokenizer,
-    prompt_format=prompt_format,
-    system_prompt=layout.system_prompt,
-  )
+  settings = {"prompt_format": prompt_format, "system_prompt": layout.system_prompt}
+  encode = functools.partial(encoding.encode, tokenizer=tokenizer, **settings)
   kept = slice(config.held_out_examples or None)
   if dataset is None:
-    answers = functools.partial(
-      encode_answers, encode=encode, limit=config.data.max_tokens, overlong=config.data.overlong
-    )
+    limits = {"limit": config.data.max_tokens, "overlong": config.data.overlong}
+    answers = functools.partial(encode_answers, encode=encode, **limits)
+
+    def draw(step: int) -> list[encoding.Encoded]:
+      return answers(task.sample(seed, step, size))
+
+    experience.agree_on_data(sequence.tokens for sequence in draw(0))
     note = f"right answers to {task.name}: {task.note}"
-    source = Source(
-      lambda step: answers(task.sample(config.run.seed, step, size)),
-      answers(task.held_out[kept]),
-      note,
-      {},
-    )
-    setup.experience.agree_on_data(sequence.tokens for sequence in source.draw(0))
-    return source
-  loaded = setup.load_data(
-    config, run, dataset, encode=encode, limit_all=encoding.limit_sequences
-  )
+    return Source(draw, answers(task.held_out[kept]), note, {})
+  loaded = setup.load_data(config, run, dataset, encode, encoding.limit_sequences)
 
   def draw(step: int) -> list[encoding.Encoded]:
-    chosen = setup.step_indices(config, len(loaded.training), step, size=size)
+    count = len(loaded.training)
+    chosen = batches.batch_indices(count, batch_size=size, seed=seed, step=step)
     return [loaded.training[index] for index in chosen]
 
   return Source(draw, loaded.held_out[kept], loaded.note, loaded.counts)
-
-
-def encode_answers(problems, *, encode, limit: int, overlong: str) -> list[encoding.Encoded]:
-  """The right answers to problems as tokens, without those that are dropped as too long."""
-  examples = demonstrations(problems, prompt_format=encode.keywords["prompt_format"])
-  encoded = [encode(example) for example in examples]
-  for problem, sequence in zip(problems, encoded, strict=True):
-    if len(sequence.tokens) > limit and overlong == "error":
-      raise data.DataError(
-        f"problem {problem.key!r:.60}: {len(sequence.tokens)} tokens with its answer, over "
-        f"--max_tokens={limit}; raise it, or choose --overlong=drop, truncate_left or "
-        "truncate_right"
-      )
-  limited = encoding.limit_sequences(encoded, limit=limit, overlong=overlong)
-  kept = [sequence for sequence in limited.kept if sequence is not None]
-  if problems and not kept:
-    raise data.DataError(f"all {len(problems)} examples are over --max_tokens={limit}; raise it")
-  return kept
 
 
 def evaluate(
@@ -257,16 +221,11 @@ def evaluate(
   params: Any,
 ) -> Evaluation:
   """The loss on held-out examples, and accuracy at the task where there is one."""
-  found = {}
+  found, rows = {}, config.examples_per_step
   if held_out:
+    statics = {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": model.mesh}
     logprobs = compute_logprobs(
-      params,
-      held_out,
-      policy=model.policy,
-      rows_per_batch=config.examples_per_step,
-      pad_id=model.tokenizer.pad_id,
-      mesh=model.mesh,
-      check=run.stop.check,
+      params, held_out, **statics, rows_per_batch=rows, check=run.stop.check
     )
     trained = sum(sum(sequence.mask) for sequence in held_out)
     found["eval/token_loss"] = -math.fsum(float(np.sum(x)) for x in logprobs) / trained
@@ -303,9 +262,8 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       }
       setup.show_sizes(config, run, model.weights, sizes)
       optimizer = setup.adamw(config.optimizer)
-      update = make_update(
-        make_loss(model.policy), optimizer, microbatches=max(1, size // part), mesh=mesh
-      )
+      loss_fn, count = make_loss(model.policy), max(1, size // part)
+      update = make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
       init = functools.partial(init_state, optimizer=optimizer)
       begun, model = setup.begin(config, run, model, init)
       dropped = {f"data_{name}": count for name, count in source.counts.items()}

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import flags, grpo, ppo, reinforce, setup
+from experiments import dpo, flags, grpo, ppo, reinforce, setup
 from rl_llm import sharding
 from rl_llm.config import flatten, replace
+from rl_llm.data.batches import SequenceBatch
 from rl_llm.flops import forward_flops, text_flops, update_passes
+from rl_llm.model import Weights
+from rl_llm.pairs import PairBatch
 from rl_llm.policy import Policy, TransformerConfig
 from rl_llm.rollout import ResponseBatch, gather_weights, generate, row_keys
 from rl_llm.sampling import SamplingConfig
+from rl_llm.teacher_forcing import teacher_forced_logprobs
 from rl_llm.train_state import init_state, parameter_count
-
-try:
-  from experiments import dpo
-except ImportError:
-  dpo = None
+from rl_llm.update import make_update
 
 if TYPE_CHECKING:
   from launch.plan import Config
@@ -57,6 +57,7 @@ def settings_of(config: Config) -> Any:
   if not config.minibatches:
     del values["minibatches"]
   values |= {alias: values[path] for path, alias in ALIASES.items()}
+  values["lora.adapter"] = ""  # Saved ones have the same shapes.
   return replace(own, {path: value for path, value in values.items() if path in known})
 
 
@@ -85,46 +86,70 @@ class Programs:
     """GRPO's and REINFORCE's: an update, a rollout, and log-probs where something compares."""
     module = EXPERIMENTS[self.config.experiment]
     made = module.make_programs(self.settings, self.policy, self.mesh)
-    coefs = {"kl_coef": 0.0} if module is grpo else {}
-    minibatch = self.minibatch(made.take)
-    found = [self.update("update", made.update, self.state, minibatch, self.numbers(**coefs))]
-    found += self.sampling(self.weights.whole(self.state.params))
+    numbers = self.numbers(**({"kl_coef": 0.0} if module is grpo else {}))
+    update = self.update("update", made.update, self.state, self.minibatch(made.take), numbers)
+    params = self.weights.whole(self.state.params)
     passes = (self.updates.count > 1) + (self.config.kl_coef > 0)
-    return found + [self.logprobs(made.logprobs, calls=passes)] * (passes > 0)
+    # Under the reference, or under the policy as it is before the updates.
+    scored = self.weights.reference if self.config.kl_coef else params
+    scoring = self.call("log-probs", made.logprobs, scored, self.batch)._replace(calls=passes)
+    return [update, *self.sampling(params), *[scoring] * (passes > 0)]
 
   def of_ppo(self) -> list[Lowering]:
     """PPO's: the same, of two networks; and their passes before the updates."""
     made = ppo.make_programs(self.settings, self.policy, self.mesh)
     policy, value, _ = self.state
-    minibatch = self.minibatch(made.policy.take)
-    numbers = self.numbers(value_coef=0.0)
-    found = [self.update("update", made.policy.update, policy, minibatch, numbers)]
+    batch, numbers = self.minibatch(made.policy.take), self.numbers(value_coef=0.0)
+    params, tower = self.weights.whole(policy.params), value and self.weights.whole(value.params)
+    found = [self.update("update", made.policy.update, policy, batch, numbers)]
+    before = self.call("values", made.before, params, tower, self.batch)
     if value is not None:
       numbers = {"learning_rate": array(jnp.float32)}
-      found.append(self.update("value update", made.update_value, value, minibatch, numbers))
-    params, tower = self.weights.whole(policy.params), value and self.weights.whole(value.params)
-    networks = 1 if value is None else 2
-    found.append(
-      self.lowering(
-        "values", made.before, params, tower, self.batch,
-        flops=networks * self.work(), moved=networks * self.gathered(self.weights.reference),
-      )
-    )
-    found += self.sampling(params)
-    return found + [self.logprobs(made.policy.logprobs)] * (self.config.kl_coef > 0)
+      found.append(self.update("value update", made.update_value, value, batch, numbers))
+      before = before._replace(flops=2 * before.flops, moved=2 * before.moved)
+    found += [before, *self.sampling(params)]
+    if self.config.kl_coef:
+      model = self.weights.reference
+      found.append(self.call("log-probs", made.policy.logprobs, model, self.batch))
+    return found
 
   def of_dpo(self) -> list[Lowering]:
-    raise NotImplementedError
+    """DPO's on a file of pairs: the reference reads them all, then there are updates alone."""
+    pairs = self.config.prompts_per_step
+    shape = 2 * pairs, self.config.prompt_tokens + self.config.max_new_tokens
+    ids, number = array(jnp.int32, *shape), array(jnp.float32)
+    sequences = SequenceBatch(ids, array(bool, *shape), ids, ids)
+    batch = dpo.Batch(
+      PairBatch(sequences, None, array(jnp.float32, pairs)),
+      chosen_weights=array(jnp.float32, *shape),
+      ref_answers=array(jnp.float32, 2 * pairs),
+    )
+    update = make_update(
+      dpo.make_loss(self.settings, self.policy),
+      setup.adamw(self.settings.optimizer),
+      microbatches=self.updates.microbatches,
+      mesh=self.mesh,
+    )
+    numbers = {"learning_rate": number, "loss": {}, "sft_coef": number}
+    score = jax.jit(
+      lambda params, temperature, rows: teacher_forced_logprobs(
+        params, *rows, policy=self.policy, temperature=temperature
+      )[0]
+    )
+    before = self.call("reference", score, self.weights.reference, number, self.rows(sequences))
+    return [
+      self.update("update", update, self.state, self.rows(batch), numbers),
+      before._replace(calls=0),  # Before the first step.
+    ]
 
   # The arrays.
 
   @functools.cached_property
-  def weights(self) -> setup.Weights:
+  def weights(self) -> Weights:
     """With the model as the reference, whether something compares with it or not."""
-    lora = dataclasses.replace(self.config.lora, adapter="")  # Saved ones have the same shapes.
 
     def split(key):
-      return setup.split_weights(lora, self.policy.init(key), seed=0, reference=True)
+      return setup.split_weights(self.settings, self.policy.init(key), reference=True)
 
     found = self.placed(split, jax.random.key(0))
     # With adapters the reference is what is frozen.
@@ -191,9 +216,10 @@ class Programs:
     # Weights once a pass of every microbatch, as they are gathered; the state read and written.
     moved = passes * size.microbatches * self.gathered(frozen or state.params)
     moved += 6 * device_bytes(state.params)
-    return self.lowering(
-      name, program, state, batch, hparams, size.microbatches, frozen,
-      calls=size.count, loop=size.microbatches, flops=passes * self.work() / size.minibatches,
+    return self.call(name, program, state, batch, hparams, size.microbatches, frozen)._replace(
+      calls=size.count,
+      loop=size.microbatches,
+      flops=passes * self.work() / size.minibatches,
       moved=moved,
     )
 
@@ -203,8 +229,8 @@ class Programs:
       return [self.rollout(params, self.policy, self.mesh)]
     mesh = sharding.whole_along_fsdp(self.mesh)
     whole = {"dtype": self.policy.dtype, "mesh": mesh}
-    moved = self.gathered(params)
-    gathering = self.lowering("gather", gather_weights, params, flops=0.0, moved=moved, **whole)
+    gathering = self.call("gather", gather_weights, params, **whole)
+    gathering = gathering._replace(flops=0.0, moved=self.gathered(params))
     gathered = jax.eval_shape(functools.partial(gather_weights, **whole), params)
     params = sharding.placed_shapes(gathered, mesh)
     return [gathering, self.rollout(params, self.policy.over(mesh), mesh)]
@@ -219,43 +245,35 @@ class Programs:
     sampling = SamplingConfig(array(jnp.float32, rows))
     length = config.prompt_tokens + steps / 2  # On average.
     cache = length * rows * cache_bytes(config, policy.config)
-    return self.lowering(
+    sampled = self.call(
       "rollout",
       generate,
       params,
       *self.rows((batch.prompts, batch.prompt_lengths, keys, sampling), mesh),
-      loop=steps,
-      # Each token reads all weights that its device computes with, and the cache of its rows.
-      moved=steps * (self.gathered(params) + cache / mesh.size),
       policy=policy,
       responses_per_prompt=config.responses_per_prompt,
       max_new_tokens=steps,
       eos_ids=(0,),
       pad_id=0,
     )
+    # Each token reads all weights that its device computes with, and the cache of its rows.
+    moved = steps * (self.gathered(params) + cache / mesh.size)
+    return sampled._replace(loop=steps, moved=moved)
 
-  def logprobs(self, score: Callable, *, calls: int = 1) -> Lowering:
-    """Of all responses of a step, under the reference or under the policy before the updates."""
-    weights, moved = self.weights, self.gathered(self.weights.reference)
-    model = weights.reference if self.config.kl_coef else weights.whole(self.state.params)
-    return self.lowering("log-probs", score, model, self.batch, calls=calls, moved=moved)
-
-  def lowering(
-    self, name: str, program, *arguments, calls=1, loop=1, flops=None, moved, **static
-  ) -> Lowering:
-    """A call of the program; by default it computes one pass over all that a step reads."""
+  def call(self, name: str, program: Any, *arguments: Any, **static: Any) -> Lowering:
+    """A program, as if it were one pass of the model over all that a step reads."""
     held = self.state, self.weights.frozen
     if self.weights.frozen is None and flatten(self.settings).get("kl.coef"):
       held = *held, self.weights.reference
     given = set(map(id, jax.tree.leaves(arguments)))
     return Lowering(
       name,
-      lambda: program.lower(*arguments, **static),
-      calls,
-      loop,
-      self.work() if flops is None else flops,
-      moved,
-      device_bytes([x for x in jax.tree.leaves(held) if id(x) not in given]),
+      lower=lambda: program.lower(*arguments, **static),
+      calls=1,
+      loop=1,
+      flops=self.work(),
+      moved=self.gathered(self.weights.reference),
+      resident=device_bytes([x for x in jax.tree.leaves(held) if id(x) not in given]),
     )
 
   def gathered(self, params) -> float:

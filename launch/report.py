@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import html
 import io
+import json
 import math
 import statistics
 import sys
@@ -28,8 +29,9 @@ from launch.progress import FIGURES
 from launch.sweep import varying
 from rl_llm.config import ConfigError, option, redact, run
 from rl_llm.console import duration, number, printable
+from rl_llm.errors import UserError
 from rl_llm.files import write_atomically
-from rl_llm.metrics import read
+from rl_llm.metrics import RecordError, read
 from rl_llm.report import finite, page, write_report
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond them 1.96 is near enough.
@@ -73,16 +75,44 @@ class Group(NamedTuple):
   half: float | None  # of the 95 % interval
 
 
+# What is read of a trial's files.
+_KINDS = {
+  "trial.json": {"id": str, "order": int, "steps": int, "config": dict},
+  "status.json": {"status": str, "seconds": (int, float), "failures": int, "reason": str,
+                  "lines": list},
+  "result.json": {"steps": int, "after": dict},
+}
+
+
+def read_known(path: Path) -> dict[str, Any]:
+  """`state.read_json` of one of a trial's files.
+
+  Raises:
+    RecordError: a value in it is of another kind than the launcher writes.
+  """
+  values = state.read_json(path)
+  for key, kind in _KINDS[path.name].items():
+    if key in values and not isinstance(values[key], kind):
+      shown = json.dumps(values[key])
+      raise RecordError(f"{path}: {key}={shown:.40} cannot be used; move the file away")
+  return values
+
+
 def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:
   """The metric, and what is known of every trial of the directory, in the order of the sweep.
 
   Raises:
     ConfigError: there are no trials.
+    RecordError: a trial's file is broken; the message names it.
   """
-  found = [state.read_json(path) | {"path": path} for path in workdir.glob("*/trial.json")]
+  found = [read_known(path) | {"path": path} for path in workdir.glob("*/trial.json")]
   if not found:
     raise ConfigError("workdir", workdir, "a directory in which launch.run has run a sweep")
-  found.sort(key=lambda trial: (trial.get("order", 0), trial.get("id", "")))
+  for trial in found:
+    if "id" not in trial:
+      raise RecordError(f"{trial['path']}: broken; the launch.run command that began the sweep "
+                        "writes it anew, or move the trial's directory away")
+  found.sort(key=lambda trial: (trial.get("order", 0), trial["id"]))
   records = {}
   for trial in found:
     metrics = trial["path"].parent / "metrics.jsonl"
@@ -94,14 +124,15 @@ def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:
   rows = []
   for trial in found:
     directory, steps = trial["path"].parent, trial.get("steps", 0)
-    status = state.read_json(directory / "status.json")
+    status = read_known(directory / "status.json")
+    after = read_known(directory / "result.json").get("after", {})
     word = state.where(directory, steps, status)
     curve = [
       (row["step"], value)
       for row in records[trial["id"]] if (value := finite(row.get(metric))) is not None
     ]
-    result = finite(state.read_json(directory / "result.json").get("after", {}).get(metric))
-    failed = [status.get("reason", ""), *status.get("lines", [])] if status.get("failures") else []
+    result = finite(after.get(metric))
+    failed = [status.get("reason", ""), *map(str, status.get("lines", []))]
     rows.append(
       Row(
         trial["id"],
@@ -113,7 +144,7 @@ def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:
         status.get("seconds", 0.0),
         result if word == "done" and result is not None else curve[-1][1] if curve else None,
         curve,
-        [] if word == "done" else failed,
+        failed if word != "done" and status.get("failures") else [],
       )
     )
   return metric, rows
@@ -368,10 +399,12 @@ def draw(paths: Sequence[str], groups: Sequence[Group], metric: str, path: str) 
   """The `effects` as a figure: a thin line per combination of the others, and their mean.
 
   Raises:
-    ConfigError: nothing varies, or Matplotlib is not installed.
+    ConfigError: nothing varies, the file is of another kind, or Matplotlib is not installed.
   """
   if not paths:
     raise ConfigError("figure", path, "left out where no setting varies")
+  if not path.endswith((".svg", ".png")):
+    raise ConfigError("figure", path, "a file ending in .svg or .png")
   try:
     import matplotlib
   except ImportError:
@@ -462,12 +495,27 @@ def as_html(
   )
 
 
+def write_own(directory: Path) -> None:
+  """Writes the report of one trial.
+
+  Raises:
+    RecordError: a file of it is broken.
+  """
+  try:
+    write_report(directory)
+  except UserError:
+    raise
+  except (KeyError, TypeError, ValueError) as error:
+    said = f"a line lacks {error}" if isinstance(error, KeyError) else error
+    raise RecordError(f"{directory}: its report cannot be written: {said}") from None
+
+
 def write(workdir: Path, *, metric: str, figure: str = "") -> str:
   """Writes report.csv, report.md, report.html and the figure; gives the table as text."""
   metric, rows = read_rows(workdir, metric=metric)
   for row in rows:
     if row.status not in ("done", "running") and row.step is not None:
-      write_report(row.directory)  # Who never came to an end has not written its own.
+      write_own(row.directory)  # Who never came to an end has not written its own.
   paths, groups = grouped(rows, metric)
   lines = table(paths, groups, metric)
   why = failures(rows)
@@ -489,7 +537,14 @@ def main(config: Config) -> int:
   workdir = Path(config.workdir)
   if not config.workdir:
     raise ConfigError("workdir", "", "the directory of a sweep", "python -m launch.report DIR")
-  print(write(workdir, metric=config.metric, figure=config.figure))
+  try:
+    print(write(workdir, metric=config.metric, figure=config.figure))
+  except OSError as error:
+    field = "figure" if error.filename == config.figure else "workdir"
+    raise ConfigError(
+      field, getattr(config, field), "where files can be read and written",
+      f"{error.filename}: {error.strerror}",
+    ) from None
   print(f"curves: {workdir / 'report.html'}")
   return 0
 

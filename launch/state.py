@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
   """What `write_json` wrote; {} where there is nothing or nothing whole."""
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return {}
   return value if isinstance(value, dict) else {}
 
@@ -178,9 +178,10 @@ def last_row(directory: Path) -> dict[str, Any]:
     with open(directory / "metrics.jsonl", "rb") as file:
       file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
       lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1])
-  except (OSError, ValueError, IndexError):
+    row = json.loads(lines[-1])
+  except (OSError, ValueError, IndexError, RecursionError):
     return {}
+  return row if isinstance(row, dict) else {}
 
 
 def last_lines(path: Path, start: int = 0, *, count: int = LINES) -> list[str]:

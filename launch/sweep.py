@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from rl_llm import config as configs
 from rl_llm.config import ConfigError, flatten, resolve, to_flags
 from rl_llm.errors import UserError
 
@@ -260,8 +261,8 @@ def plan(
   """The trials of a sweep, each once, all checked.
 
   Args:
-    experiment: module with a frozen `Config`, and where it has them `overrides`, `volatile` (or
-      `VOLATILE`) and `check`, as the experiments have.
+    experiment: module with a frozen `Config`, and where it has them `overrides` and `check`, as the
+      experiments have.
     sweep: dictionaries of flags.
     where: what errors begin with.
     first: the number of the first dictionary, for errors.
@@ -282,7 +283,7 @@ def plan(
     check_plain(settings, where=f"{where}, trial {number}")
     try:
       trial = make_trial(module, experiment, settings)
-    except (ConfigError, *getattr(module, "USER_ERRORS", ())) as error:
+    except UserError as error:
       raise SweepError(f"{where}, trial {number}: {error}") from None
     if trial.id not in trials or trial.steps > trials[trial.id].steps:
       trials[trial.id] = trial
@@ -298,10 +299,8 @@ def make_trial(module: ModuleType, experiment: str, settings: Mapping[str, Any])
   config, given = resolve(
     module.Config, settings, overrides=getattr(module, "overrides", None)
   )
-  if hasattr(module, "check"):
-    module.check(config)
-  volatile = getattr(module, "volatile", lambda _: getattr(module, "VOLATILE", ()))
-  ignored = {*volatile(config), "workdir"}
+  getattr(module, "check", configs.check)(config)
+  ignored = {*configs.volatile(config), "workdir"}
   values = flatten(config)
   identity = {
     "experiment": experiment,

@@ -138,7 +138,8 @@ def option(
     below: value to stay strictly below.
     choices: the only values allowed, where a `Literal` cannot say it because they are computed.
     volatile: whether a run may resume with another value, since it does not change what is
-      computed; or a function of the config that says so.
+      computed; or a function of the config that says so. `VOLATILE = True` in a class says it of
+      all of its fields.
 
   Returns:
     A `dataclasses.field` whose metadata holds what was given.
@@ -158,9 +159,8 @@ def inline(default: Any) -> Any:
   >>> @dataclasses.dataclass(frozen=True)
   ... class Run:
   ...   steps: int = option(24, "updates")
-  >>> @dataclasses.dataclass(frozen=True)
-  ... class Config:
-  ...   run: Run = inline(Run(steps=32))
+  >>> group = ("run", Run, inline(Run(steps=32)))
+  >>> Config = dataclasses.make_dataclass("Config", [group], frozen=True)
   >>> flatten(Config())
   {'steps': 32}
 
@@ -246,7 +246,7 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
   bounds = {name: metadata[name] for name in ("min", "above", "max", "below") if name in metadata}
   leaf = _Leaf(
     path, hint, is_tuple, optional, choices, bounds, metadata["help"], default,
-    _summary(config_class), metadata.get("volatile", False),
+    _summary(config_class), metadata.get("volatile", getattr(config_class, "VOLATILE", False)),
   )
   _check(leaf, default)
   return leaf

@@ -6,10 +6,10 @@ the problem, where the user of a file puts it too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from rl_llm.data import Demonstration
-from rl_llm.data.encoding import PromptFormat
+from rl_llm.data import DataError, Demonstration
+from rl_llm.data.encoding import Encoded, Overlong, PromptFormat, limit_sequences
 from rl_llm.experience import prompt_text
 from rl_llm.tasks import Problem, TaskError
 
@@ -54,3 +54,38 @@ def demonstrations(
     prompt = problem.prompt if prompt_format == "chat" else prompt_text(problem.prompt)
     examples.append(Demonstration(prompt, str(answer), problem.columns))
   return examples
+
+
+def encode_answers(
+  problems: Sequence[Problem],
+  *,
+  encode: Callable[[Demonstration], Encoded],
+  limit: int,
+  overlong: Overlong,
+) -> list[Encoded]:
+  """The right answers to problems as tokens, without those that are dropped as too long.
+
+  Args:
+    problems: as for `demonstrations`.
+    encode: `rl_llm.data.encoding.encode` with its settings, as a `functools.partial`.
+    limit: tokens that a prompt with its answer may have.
+    overlong: "error", "drop", "truncate_left" or "truncate_right".
+
+  Raises:
+    DataError: an answer is too long under "error", or all are.
+    TaskError: as for `demonstrations`.
+  """
+  examples = demonstrations(problems, prompt_format=encode.keywords["prompt_format"])
+  encoded = [encode(example) for example in examples]
+  for problem, sequence in zip(problems, encoded, strict=True):
+    if len(sequence.tokens) > limit and overlong == "error":
+      raise DataError(
+        f"problem {problem.key!r:.60}: {len(sequence.tokens)} tokens with its answer, over "
+        f"--max_tokens={limit}; raise it, or choose --overlong=drop, truncate_left or "
+        "truncate_right"
+      )
+  limited = limit_sequences(encoded, limit=limit, overlong=overlong)
+  kept = [sequence for sequence in limited.kept if sequence is not None]
+  if problems and not kept:
+    raise DataError(f"all {len(problems)} examples are over --max_tokens={limit}; raise it")
+  return kept

@@ -14,6 +14,7 @@ import numpy as np
 
 from rl_llm import hosts
 from rl_llm.config import ConfigError
+from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.prompts import (
   Overlong,
   PromptBatch,
@@ -38,7 +39,7 @@ from rl_llm.rollout import (
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
 from rl_llm.tasks import Problem, Task, TaskError
-from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts
+from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts, resolve_format
 
 
 class Drawn(NamedTuple):
@@ -161,8 +162,7 @@ def make_encode(
     prompt_format: "auto", "chat" or "plain".
     **settings: the other keywords of `encode_problems`.
   """
-  if prompt_format == "auto":
-    prompt_format = "chat" if tokenizer.chat_template else "plain"
+  prompt_format = resolve_format(prompt_format, tokenizer)
   return functools.partial(
     encode_problems, tokenizer=tokenizer, prompt_format=prompt_format, **settings
   )
@@ -475,6 +475,27 @@ def response_batch(experience: Experience) -> ResponseBatch:
     sampler_logprobs=rollout.sampler_logprobs,
     truncated=rollout.stop_reason == STOP_LENGTH,
   )
+
+
+def sampled_pairs(
+  experience: Experience, chosen: Sequence[tuple[int, int, int]]
+) -> list[Pair]:
+  """Pairs of responses, each behind its prompt, as they were sampled: no text is encoded again.
+
+  Args:
+    experience: whose responses.
+    chosen: (problem, better response, worse response) of each pair.
+  """
+  rollout, prompts = experience.rollout, experience.drawn.prompts
+  group = rollout.tokens.shape[0] // len(prompts)
+
+  def sequence(p: int, g: int) -> Encoded:
+    row, prompt = p * group + g, prompts[p]
+    response = rollout.tokens[row, : rollout.lengths[row]].tolist()
+    mask = rollout.mask[row, : rollout.lengths[row]].tolist()
+    return Encoded(prompt + response, [False] * len(prompt) + mask, len(prompt))
+
+  return [Pair(sequence(p, better), sequence(p, worse)) for p, better, worse in chosen]
 
 
 def split_experience(

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rl_llm.policy import Policy, load_weights, make_policy, tiny_config
+from rl_llm.config import ConfigError
+from rl_llm.policy import (
+  Policy,
+  join,
+  load_adapter,
+  load_weights,
+  make_policy,
+  split_lora,
+  tiny_config,
+)
 from rl_llm.policy.attention import AttentionName
 from rl_llm.sharding import place, tree_shardings
 from rl_llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -67,3 +77,62 @@ def load_model(
   tokenizer = load_tokenizer(name)
   policy = make(config)
   return LanguageModel(policy, params, tokenizer)
+
+
+class Weights(NamedTuple):
+  """The weights that training begins with, and those that stay as they are."""
+
+  trained: Any  # what the first state is made of
+  frozen: Any  # under adapters all weights, which stay; None where all weights are trained
+  reference: Any  # the model that training began with, whole; None where nothing compares with it
+
+  def whole(self, trained: Any) -> Any:
+    """The weights of a model whose trained part these are."""
+    return join(self.frozen, trained)
+
+
+def split_weights(
+  params: Any,
+  *,
+  rank: int,
+  alpha: float,
+  targets: str,
+  adapter: str = "",
+  seed: int = 0,
+  reference: bool = False,
+) -> Weights:
+  """What is trained, what stays, and what is compared with.
+
+  Fresh adapters are a no-op (B = 0), so the base weights are the reference; loaded ones are not.
+
+  Args:
+    params: the model's.
+    rank: of adapters; 0 trains all weights.
+    alpha: adapters are multiplied by alpha / rank.
+    targets: pattern found in the paths of the weights that get adapters.
+    adapter: a directory of saved adapters to begin with; empty: new ones.
+    seed: of new adapters.
+    reference: whether something compares with the model that training begins with.
+
+  Raises:
+    ConfigError: the pattern is none, no weight has such a path, or adapters are given with rank 0.
+    WeightsError: the saved adapters cannot be used, or are others than the settings say.
+  """
+  if rank == 0:
+    if adapter:
+      raise ConfigError(
+        "lora.rank", 0, f"the rank of --lora.adapter={adapter}", "0 trains all weights"
+      )
+    return Weights(params, None, params if reference else None)
+  # Another stream than that of problems and responses, which fold small numbers into the seed.
+  key = jax.random.fold_in(jax.random.key(seed), 0x10A4)
+  try:
+    frozen, trained = split_lora(params, key, rank=rank, alpha=alpha, targets=targets)
+  except (ValueError, re.error) as error:
+    raise ConfigError(
+      "lora.targets", targets, "a pattern of weights' paths", str(error)
+    ) from None
+  if adapter:
+    trained = load_adapter(adapter, join(frozen, trained))
+    params = join(frozen, trained)
+  return Weights(trained, frozen, params if reference else None)

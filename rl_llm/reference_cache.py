@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 
 from rl_llm import hosts
+from rl_llm.config import ConfigError
 from rl_llm.data.batches import sequence_batch
 from rl_llm.data.encoding import Encoded
 from rl_llm.files import write_atomically
@@ -58,11 +59,10 @@ def reference_logprobs(
     them.
 
   Raises:
-    OSError: the directory cannot be written.
+    ConfigError: the directory cannot be written.
   """
   key = cache_key(params, sequences, policy=policy, temperature=temperature)
   directory = Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
   compute = functools.partial(
     compute_logprobs,
     params,
@@ -74,7 +74,13 @@ def reference_logprobs(
     mesh=mesh,
     progress=progress,
   )
-  return cached_logprobs(directory / f"reference-{key[:16]}.npz", key, compute)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    return cached_logprobs(directory / f"reference-{key[:16]}.npz", key, compute)
+  except OSError as error:
+    raise ConfigError(
+      "reference_cache", str(directory), "a directory that can be written", str(error)
+    ) from None
 
 
 def compute_logprobs(

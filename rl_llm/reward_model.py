@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm.data.batches import PackedShares
+from rl_llm.data.batches import PackedShares, pair_batch
+from rl_llm.data.encoding import Pair
 from rl_llm.data.packing import unpack
 from rl_llm.metrics import proportion_interval
 from rl_llm.model import LanguageModel
@@ -164,6 +166,44 @@ def score_responses(
     found = _jitted_rewards(params, place_rows(part, mesh), policy=policy)
     rewards.append(np.asarray(fetch(found)))
   return np.concatenate(rewards)[:rows]
+
+
+_jitted_sequence_rewards = jax.jit(sequence_rewards, static_argnames="policy")
+
+
+def score_pairs(
+  params: Any,
+  pairs: Sequence[Pair],
+  *,
+  policy: Any,
+  pairs_per_batch: int,
+  pad_id: int,
+  mesh: jax.sharding.Mesh | None = None,
+  check: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+  """`sequence_rewards` of both answers of any number of pairs: one program for each width.
+
+  Args:
+    params: a reward model's.
+    pairs: from `rl_llm.data.encoding.encode_pair`.
+    policy: the pure functions of the trunk.
+    pairs_per_batch: pairs at once; those of similar length share a batch.
+    pad_id: as for `rl_llm.data.batches.pair_batch`.
+    mesh: the devices over which the weights lie; None: the first.
+    check: called before each batch; raises to stop.
+
+  Returns:
+    [N, 2] float32, on the host: of the chosen and of the rejected answers.
+  """
+  rewards = np.zeros((len(pairs), 2), np.float32)
+  order = sorted(range(len(pairs)), key=lambda index: -max(len(s.tokens) for s in pairs[index]))
+  for first in range(0, len(order), pairs_per_batch):
+    check()
+    chosen = order[first : first + pairs_per_batch]
+    batch = pair_batch([pairs[i] for i in chosen], pad_id=pad_id, rows=2 * pairs_per_batch)
+    found = _jitted_sequence_rewards(params, *place_rows(batch, mesh), policy=policy)
+    rewards[chosen] = fetch(found).reshape(-1, 2)[: len(chosen)]
+  return rewards
 
 
 class PairStatistics(NamedTuple):

@@ -137,6 +137,29 @@ def row_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def check_rows(mesh: Mesh, settings: dict[str, int], *, minibatches: int = 1) -> None:
+  """Refuses a batch that cannot be cut for the mesh.
+
+  Args:
+    mesh: from `make_mesh`.
+    settings: the sizes that must divide, by the name of their flag.
+    minibatches: into which each is cut first.
+
+  Raises:
+    ShardingError: a size is not a multiple of the number of devices over which rows lie.
+  """
+  parts = row_shards(mesh)
+  multiple = parts * minibatches
+  shares = f" in each of {minibatches} minibatches" if minibatches > 1 else ""
+  for name, value in settings.items():
+    if value % multiple:
+      raise ShardingError(
+        f"--{name}={value}: must be a multiple of {multiple}: rows lie over data x fsdp = {parts} "
+        f"devices{shares}; try --{name}={-(-value // multiple) * multiple}, or a smaller "
+        "--mesh.data"
+      )
+
+
 def row_sharding(mesh: Mesh) -> NamedSharding:
   """How an array lies whose first axis is the rows of a batch."""
   return _layout(mesh, P(ROWS))

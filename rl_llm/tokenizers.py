@@ -386,6 +386,13 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   )
 
 
+def resolve_format(prompt_format: str, tokenizer: Tokenizer) -> str:
+  """"chat" or "plain": "auto" is the model's chat layout, if it has a template."""
+  if prompt_format != "auto":
+    return prompt_format
+  return "chat" if tokenizer.chat_template else "plain"
+
+
 def format_prompts(
   prompts: Sequence[str | chat.Messages],
   tokenizer: Tokenizer,

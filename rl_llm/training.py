@@ -35,6 +35,7 @@ from rl_llm.policy import TransformerConfig, merge_lora, save_adapter, save_hf
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.profiling import StepTracer, compile_clock
 from rl_llm.report import before_after, write_report
+from rl_llm.reward_model import save_reward_model
 from rl_llm.run_directory import Run, opened, write_result
 from rl_llm.sharding import fetch, placed_shapes
 from rl_llm.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
@@ -232,7 +233,7 @@ def train_loop(
               done = done._replace(evaluation=evaluate(state))
             run.console.evaluation(step, done.evaluation.metrics)
           if last:
-            record(done)
+            record(done._replace(state=state))
             break
           experience = sample(state, step, done.clock)
           run.stop.check()  # For the last time: from here on the state is donated.
@@ -336,10 +337,9 @@ def train_states(state: Any) -> list[tuple[str, TrainState]]:
   """
   if isinstance(state, TrainState):
     return [("", state)]
-  found = [
-    (f"{name}_", leaf) for name, leaf in state._asdict().items() if isinstance(leaf, TrainState)
-  ]
-  return [("", found[0][1]), *found[1:]]
+  fields = state._asdict().items() if state else ()
+  found = [(f"{name}_", leaf) for name, leaf in fields if isinstance(leaf, TrainState)]
+  return [("", leaf) for _, leaf in found[:1]] + found[1:]
 
 
 def policy_state(state: Any) -> TrainState:
@@ -405,6 +405,23 @@ def export_model(
   save_hf(directory, config, merged)
   save_tokenizer(directory, tokenizer)
   run.console.say(f"model: {directory}")
+
+
+def export_reward_model(
+  run: Run, config: TransformerConfig, params: Any, tokenizer: Tokenizer, *, center: float
+) -> None:
+  """Writes a trained reward model as a Hugging Face directory, WORKDIR/model, adapters merged.
+
+  Args:
+    run, config, params, tokenizer: as for `export_model`.
+    center: what is taken off every reward.
+  """
+  params = on_main(merge_lora(params))
+  if hosts.is_main():
+    directory = run.workdir / "model"
+    shutil.rmtree(directory, ignore_errors=True)  # Of an earlier end of this run.
+    save_reward_model(directory, config, params, tokenizer, center=center)
+    run.console.say(f"reward model: {directory}")
 
 
 def on_main(params: Any) -> Any:

@@ -1,6 +1,8 @@
 """Advantages against loops that read like the papers, and edges where published code differs."""
 
+import inspect
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 
 from rl_llm import advantages as adv
+from rl_llm.group_advantages import GROUP_ADVANTAGES
+from rl_llm.keywords import settings
 
 MASK = np.array([
   [True, True, True, True, True],
@@ -398,3 +402,37 @@ def test_all_of_it_compiles():
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+# What an experiment offers by name.
+
+
+@pytest.mark.parametrize("advantage", GROUP_ADVANTAGES, ids=lambda f: f.__name__)
+def test_group_advantages_are_called_in_one_way(advantage):
+  """(rewards, *, where=None, ...) -> [P, G], in which what is masked out is as if absent."""
+  first, *keywords = inspect.signature(advantage).parameters.values()
+  assert first.name == "rewards" and first.kind is first.POSITIONAL_OR_KEYWORD
+  assert {p.kind for p in keywords} == {first.KEYWORD_ONLY}
+  assert settings(advantage).keys() == {p.name for p in keywords} - {"where"}
+  where = np.array([[True, True, False, True], [True] * 4, [False, True, True, True]])
+  rewards = np.where(where, GROUPS, 1e4)
+  found = np.asarray(advantage(rewards, where=where))
+  assert found.shape == GROUPS.shape and found.dtype == np.float32
+  assert (found[~where] == 0).all() and np.isfinite(found).all()
+  for p, kept in enumerate(where):
+    alone = advantage(GROUPS[p : p + 1, kept])[0]
+    np.testing.assert_allclose(found[p, kept], alone, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    advantage(GROUPS), advantage(GROUPS, where=np.ones_like(where)), rtol=1e-6
+  )
+
+
+def test_the_standard_deviation_divides_by_one_less_or_not():
+  rewards = np.array([[1.0, 0.0, 0.0, 0.0]])
+  for ddof in (0, 1):
+    std = math.sqrt((0.75**2 + 3 * 0.25**2) / (4 - ddof))
+    found = adv.group_relative(rewards, ddof=ddof, eps=1e-9)
+    np.testing.assert_allclose(found[0, 0], 0.75 / std, rtol=1e-5)
+  for ddof in (-1, 2):
+    with pytest.raises(ValueError, match=f"ddof is {ddof}; it must be"):
+      adv.group_relative(rewards, ddof=ddof)

@@ -13,8 +13,10 @@ import pytest
 from benchmarks import generation, grpo_step, logprobs, packing, population, rollout, update
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, interpreters, main, table
 from benchmarks.peers import SIDES, check_read, memory_gbytes, prompt_texts, reward
+from experiments import sft
 from rl_llm.chips import Chip
 from rl_llm.config import ConfigError
+from rl_llm.data.batches import SequenceBatch
 from rl_llm.flops import forward_flops
 from rl_llm.policy import tiny_config
 from tests.experiments.helpers import FULL
@@ -240,8 +242,9 @@ def test_packed_and_padded_texts_give_one_gradient(monkeypatch, capsys):
   texts = packing.make_texts(config, range(3, 60))
   lengths = [len(text.tokens) for text in texts]
   assert max(lengths) == 16 and min(lengths) >= 2
-  parts = packing.cut({"mask": np.arange(6)[:, None] < 3}, 2)
-  assert [part["mask"].sum() for part in parts] == [2, 1]
+  mask = np.arange(6)[:, None] < 3
+  parts = packing.cut(sft.Batch(SequenceBatch(*[mask] * 4), mask), 2)
+  assert [part.sequences.mask.sum() for part in parts] == [2, 1]
   monkeypatch.setattr(packing, "TOLERANCE", -1.0)
   with pytest.raises(packing.BenchmarkError, match="apart, allowed"):
     packing.main(config)

@@ -324,6 +324,10 @@ import dataclasses
 from absl import logging
 from rl_llm import config
 from rl_llm.config import option
+from rl_llm.errors import UserError
+
+class ModelMissing(UserError):
+  pass
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
@@ -331,9 +335,21 @@ class Loss:
   clip_high: float = option(0.2, "how far above 1 the ratio may matter", above=0)
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+  """Where it goes."""
+  workdir: str = option("", "the directory")
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """How long, and where."""
+  steps: int = option(3, "how many", min=1)
+  place: Place = Place()
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   learning_rate: float = option(1e-5, "step size", above=0)
   preset: str = option("grpo", "recipe", choices=("grpo", "dapo"))
+  run: Run = config.inline(Run(steps=4))
   shuffle: bool = option(False, "whether to shuffle")
   loss: Loss = Loss()
 
@@ -341,13 +357,13 @@ def main(c):
   if c.learning_rate == 7:
     raise config.ConfigError("learning_rate", 7, "small")
   if c.learning_rate == 8:
-    raise FileNotFoundError("no model\\nat x")
+    raise ModelMissing("no model\\nat x")
   if c.learning_rate == 9:
     raise KeyError("a bug")
   logging.info("informed")
-  print(c.learning_rate, c.loss.clip_high, c.shuffle)
+  print(c.learning_rate, c.run.steps, c.loss.clip_high, c.shuffle)
 
-config.run(main, Config, errors=(FileNotFoundError,),
+config.run(main, Config,
            overrides=lambda c: {"loss.clip_high": 0.28} if c.preset == "dapo" else {})
 '''
 
@@ -367,10 +383,10 @@ def program(tmp_path_factory):
 
 
 def test_run_gives_main_the_config_and_absl_flags_work(program):
-  code, out, err = program("--preset=dapo", "--shuffle", "--verbosity=0")
-  assert (code, out) == (0, "1e-05 0.28 True\n") and "informed" in err
+  code, out, err = program("--preset=dapo", "--shuffle", "--steps=9", "--verbosity=0")
+  assert (code, out) == (0, "1e-05 9 0.28 True\n") and "informed" in err
   code, out, err = program("--preset=dapo", "--loss.clip_high", "0.2", "--verbosity=-1")
-  assert (code, out, err) == (0, "1e-05 0.2 False\n", "")
+  assert (code, out, err) == (0, "1e-05 4 0.2 False\n", "")
 
 
 @pytest.mark.parametrize(
@@ -379,6 +395,8 @@ def test_run_gives_main_the_config_and_absl_flags_work(program):
     (["--lerning_rate=1"], "unknown flag --lerning_rate; did you mean --learning_rate?"),
     (["--clip_high=1"], "unknown flag --clip_high; did you mean --loss.clip_high?"),
     (["--zzzzzz"], "unknown flag --zzzzzz; --help lists them all"),
+    (["--run.steps=1"], "unknown flag --run.steps; did you mean --steps?"),
+    (["--steps=0"], "--steps=0: must be an integer >= 1"),
     (["--learning_rate=fast"], "--learning_rate=fast: must be a finite number > 0"),
     (["--learning_rate=nan"], "--learning_rate=nan: must be a finite number > 0"),
     (["--learning_rate"], "Missing value for flag --learning_rate"),
@@ -404,7 +422,7 @@ def test_a_bug_keeps_its_traceback(program):
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_shows_the_docstring_then_each_field_with_its_default(program, flag):
+def test_help_shows_the_docstring_then_each_field_with_its_default_by_groups(program, flag):
   code, out, err = program(flag)
   assert (code, err) == (0, "")
   expected = """\
@@ -417,6 +435,16 @@ def test_help_shows_the_docstring_then_each_field_with_its_default(program, flag
           step size (a finite number > 0)
       --preset=grpo
           recipe (one of grpo, dapo)
+
+    How long, and where.
+      --steps=4
+          how many (an integer >= 1)
+
+    place: Where it goes.
+      --place.workdir=
+          the directory (text)
+
+    More:
       --shuffle=false
           whether to shuffle (true or false)
 
@@ -462,3 +490,113 @@ def test_a_setting_that_cannot_resolve_says_why():
     config_lib.resolve(Preset, {"part.strenth": 1.0})
   with pytest.raises(ConfigError, match="--part.name=b: must be given once"):
     config_lib.resolve(Preset, {"part": "a", "part.name": "b"})
+
+
+# Groups: without a prefix, volatile, checking themselves.
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where it goes."""
+
+  VOLATILE = True
+
+  workdir: str = option("", "the directory")
+  keep: int = option(1, "how many are kept", min=1)
+
+  def check(self, config):
+    CHECKED.append(("place", config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How it looks."""
+
+  system: str | None = option(None, "what comes first")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """How long, and where."""
+
+  seed: int = option(0, "of all that is drawn", min=0)
+  steps: int = option(
+    24, "updates", min=1, volatile=lambda config: config.schedule == "constant"
+  )
+  place: Place = Place()
+  layout: Layout = config_lib.inline(Layout(system="Hi."))
+
+  def check(self, config):
+    CHECKED.append(("run", config))
+    if self.steps < config.warmup:
+      raise ConfigError("warmup", config.warmup, f"at most steps ({self.steps})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+  """All of it."""
+
+  run: Run = config_lib.inline(Run(steps=8))
+  schedule: Literal["constant", "linear"] = option("constant", "of the learning rate")
+  warmup: int = option(0, "steps", min=0)
+  log: bool = option(True, "whether to tell", volatile=True)
+  loss: Loss = Loss()
+
+
+CHECKED = []
+
+
+def test_an_inline_group_has_flags_without_a_prefix_and_defaults_of_its_own_here():
+  assert config_lib.flatten(Grouped()) == {
+    "seed": 0, "steps": 8, "place.workdir": "", "place.keep": 1, "system": "Hi.",
+    "schedule": "constant", "warmup": 0, "log": True,
+    "loss.clip_high": 0.2, "loss.kind": "grpo", "loss.normalize": True,
+  }
+  found = build("--steps=5", "--system=none", "--place.keep=3", config_class=Grouped)
+  assert found == Grouped(Run(steps=5, place=Place(keep=3), layout=Layout(None)))
+  with pytest.raises(ConfigError, match="--run.steps=5: must be a field .*; did you mean steps"):
+    config_lib.replace(Grouped(), {"run.steps": 5})
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"seed": 3, "place.workdir": "a b", "log": False},
+    {"system": None, "steps": 1, "loss.kind": "ppo"},
+  ],
+)
+def test_a_config_of_groups_comes_back_by_every_way(tmp_path, changes):
+  config = config_lib.replace(Grouped(), changes)
+  flat = config_lib.flatten(config)
+  assert {path: value for path, value in flat.items() if path in changes} == changes
+  assert config_lib.replace(Grouped(), json.loads(json.dumps(flat))) == config
+  assert build(*config_lib.to_flags(config, flat), config_class=Grouped) == config
+  (tmp_path / "flags.txt").write_text(config_lib.to_flagfile(config))
+  assert build(f"--flagfile={tmp_path / 'flags.txt'}", config_class=Grouped) == config
+  assert build(overrides=changes, config_class=Grouped) == config
+  assert config_lib.resolve(Grouped, changes) == (config, changes)
+
+
+def test_two_groups_of_one_flag_are_refused():
+  groups = [("run", Run, config_lib.inline(Run())), ("more", Run, config_lib.inline(Run(seed=1)))]
+  twice = dataclasses.make_dataclass("Twice", groups, frozen=True)
+  with pytest.raises(flags.DuplicateFlagError, match="'seed' is defined twice"):
+    parsed(config_class=twice)
+
+
+def test_what_may_change_at_a_resume_is_said_by_fields_groups_or_the_whole_config():
+  always = {"place.workdir", "place.keep", "log"}
+  assert config_lib.volatile(Grouped()) == always | {"steps"}
+  assert config_lib.volatile(Grouped(schedule="linear")) == always
+  assert config_lib.volatile(Config()) == set()
+
+
+def test_every_group_checks_itself_against_the_whole_config():
+  CHECKED.clear()
+  config = Grouped(warmup=8)
+  config_lib.check(config)
+  assert [(name, seen is config) for name, seen in CHECKED] == [("place", True), ("run", True)]
+  with pytest.raises(ConfigError, match=r"--warmup=9: must be at most steps \(8\)"):
+    config_lib.check(Grouped(warmup=9))
+  config_lib.check(Config())  # None of its groups has a check.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rl_llm.evaluation import estimate_interval, evaluate, majority_at_k, pass_at_k
-from rl_llm.experience import Drawn
+from rl_llm.experience import Drawn, Sampler, make_encode
 from rl_llm.metrics import proportion_interval
 from rl_llm.rewards import RewardPool, RewardSource, graders
 from rl_llm.rollout import STOP_EOS, Rollout
@@ -221,13 +221,14 @@ def test_difficulty(tmp_path):
 
 def test_evaluate_grades_every_problem_once_greedily_and_by_samples():
   """A model of glass: greedy rows copy the prompt, sampled ones of even problems too."""
-  tokenizer = ByteTokenizer()
-  problems = list(load_task("copy").held_out[:5])
+  tokenizer, task = ByteTokenizer(), load_task("copy")
+  problems = list(task.held_out[:5])
   drawn = Drawn(problems, [tokenizer.encode(problem.prompt) for problem in problems], 0)
   even = {problem.key for problem in problems[::2]}
-  shapes = []
+  shapes, checks = [], []
 
   def generate(params, prompts, keys, sampling, group):
+    assert params == "weights"
     shapes.append((*prompts.tokens.shape, len(keys)))
     temperature = np.asarray(sampling.temperature).reshape(-1, group)
     assert (temperature == [0.0, 1.0, 1.0]).all()
@@ -245,17 +246,17 @@ def test_evaluate_grades_every_problem_once_greedily_and_by_samples():
     )
 
   with RewardPool(RewardSource("rl_llm.tasks.copy_text", own_grader=True), workers=1) as pool:
-    found = evaluate(
-      None,
-      drawn,
-      generate=generate,
-      pool=pool,
-      tokenizer=tokenizer,
-      samples=2,
-      prompts_per_batch=2,
-      max_reward=1.0,
+    sampler = Sampler(
+      task,
+      tokenizer,
+      make_encode(tokenizer, max_prompt_tokens=99),
+      generate,
+      pool,
+      check=lambda: checks.append(len(shapes)),
     )
+    found = evaluate(sampler, "weights", drawn, samples=2, prompts_per_batch=2)
   assert shapes == [(2, 8, 6)] * 3  # the last batch is filled up
+  assert checks == [0, 1, 2]  # before each batch
   assert [row["problem"] for row in found.rows] == [problem.key for problem in problems]
   assert all(row["correct"] and row["split"] == "eval" for row in found.rows)
   assert found.metrics["eval/greedy_accuracy"] == 1.0

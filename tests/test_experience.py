@@ -10,14 +10,20 @@ import pytest
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.experience import (
   Drawn,
+  Sampler,
   answer,
+  as_scores,
+  collect,
   draw_problems,
   encode_problems,
   make_generate,
+  minibatches,
   prompt_text,
+  response_batch,
   response_texts,
   sample_rows,
   score,
+  split_experience,
   step_keys,
   trim,
 )
@@ -153,25 +159,22 @@ def test_grades_and_rows_belong_to_their_problems():
   assert scores.ok.tolist() == [[True, True], [False, True]]
   assert (scores.counts["ok"], scores.counts["raised"]) == (3, 1)
 
-  rows = sample_rows(
-    problems,
-    texts,
-    rollout,
-    scores,
-    split="train",
-    max_reward=1.0,
-    advantages=np.array([[-1.0, 1.0], [0.0, 0.25]]),
-  )
+  rows = sample_rows(problems, texts, rollout, scores, split="train", max_reward=1.0)
   assert [row["prompt"] for row in rows] == ["p", "p", "q", "q"]
   assert [row["response"] for row in rows] == texts
   assert [row["reward"] for row in rows] == [0.5, 1.0, None, 1.0]
   assert [row["correct"] for row in rows] == [False, True, False, True]
-  assert [row["advantage"] for row in rows] == [-1.0, 1.0, 0.0, 0.25]
   assert [row["length"] for row in rows] == [2, 3, 2, 3]
   assert [row.get("detail") for row in rows] == [None, None, "ValueError: !", None]
-  plain = sample_rows(problems, texts, rollout, scores, split="eval", max_reward=0.5)
-  assert all(row["advantage"] is None and row["split"] == "eval" for row in plain)
-  assert [row["correct"] for row in plain] == [True, True, False, True]
+  assert {(row["advantage"], row["split"]) for row in rows} == {(None, "train")}
+  # What is trained on may be another's opinion than the grader's.
+  judged = as_scores([RewardResult(r, "ok") for r in (3.0, -1.0, 2.0, 0.0)], group_size=2)
+  other = sample_rows(
+    problems, texts, rollout, judged, split="eval", max_reward=0.5, grades=scores
+  )
+  assert [row["reward"] for row in other] == [3.0, -1.0, 2.0, 0.0]
+  assert [row["status"] for row in other] == ["ok", "ok", "raised", "ok"]
+  assert [row["correct"] for row in other] == [True, True, False, True]
 
 
 def test_a_part_is_graded_once_the_next_is_under_way():
@@ -190,25 +193,114 @@ def test_a_part_is_graded_once_the_next_is_under_way():
       return super().score(prompts, completions, columns)
 
   problems = [problem(name) for name in "wxyz"]
+  sampler = make_sampler(generate, Watched())
   experience = answer(
+    sampler._replace(check=lambda: events.append("check")),
     None,
     Drawn(problems, [[10], [11], [12], [13]], 0),
     np.arange(8),
-    responses_per_prompt=2,
+    PhaseClock(),
+    responses=2,
     sampling=SamplingConfig(0.5),
-    generate=generate,
-    pool=Watched(),
-    tokenizer=ByteTokenizer(),
     parts=4,
-    clock=PhaseClock(),
   )
   assert events == [
-    "sample 10", "sample 11", "grade w", "sample 12", "grade x", "sample 13", "grade y", "grade z",
+    "sample 10",
+    "sample 11", "check", "grade w",
+    "sample 12", "check", "grade x",
+    "sample 13", "check", "grade y",
+    "check", "grade z",
+    "check",
   ]
   assert experience.texts == said
   assert experience.scores.rewards.tolist() == [[0.5, 1.0], [0.0, 1.0], [1.5, 0.5], [0.5, 1.0]]
   assert experience.scores.ok.tolist() == [[True, True], [False, True], [True, True], [True, True]]
   assert experience.rollout.lengths.tolist() == [2, 3, 2, 3, 4, 2, 2, 3]
+  assert experience.scores is experience.grades
+
+
+def make_sampler(generate, pool, **changes):
+  encode = encoder(99, "error")
+  return Sampler(ragged_task(), ByteTokenizer(), encode, generate, pool)._replace(**changes)
+
+
+def glass(texts, width=4):
+  """A model that says these texts, one a row, whatever it is asked."""
+  return lambda params, prompts, keys, sampling, group: make_rollout(texts[: len(keys)], width)
+
+
+def collected(texts, *, prompts=2, **changes):
+  sampler = make_sampler(glass(texts), Pool(), **changes)
+  return collect(
+    sampler, None, 0, 3, PhaseClock(), prompts=prompts, responses=2, sampling=SamplingConfig(1.0)
+  )
+
+
+def test_the_record_of_a_step_is_that_of_its_responses():
+  """Four responses: rewards 0.5, 1 and 2, and a grade that failed; one was cut off."""
+  found = collected(["a", "bb", "!", "cccc"])
+  metrics = found.metrics
+  assert metrics["reward_mean"] == pytest.approx((0.5 + 1 + 2) / 3)
+  assert metrics["accuracy"] == pytest.approx(2 / 3)
+  assert metrics["response_length_mean"] == (2 + 3 + 2 + 4) / 4
+  assert metrics["truncated_fraction"] == 1 / 4 and metrics["overlong_prompts"] == 0
+  assert metrics["entropy"] == 2.5
+  assert (metrics["rewards_ok"], metrics["rewards_raised"]) == (3, 1)
+  assert "grade_mean" not in metrics
+  assert [line["response"] for line in found.samples] == ["a", "bb", "!", "cccc"]
+  # Problem i of step 3 has 4 + i letters.
+  assert [line["prompt"] for line in found.samples] == ["xxxx"] * 2 + ["xxxxx"] * 2
+
+
+def test_a_judge_is_trained_on_and_the_grader_only_tells():
+  seen = []
+
+  def judge(prompts, rollout):
+    seen.append((prompts.lengths.tolist(), rollout.tokens.shape))
+    return np.array([-1.0, 2.0, 5.0, 0.0], np.float32)
+
+  found = collected(["a", "bb", "!", "cc"], judge=judge)
+  assert seen == [([4, 5], (4, 4))]
+  assert found.scores.rewards.tolist() == [[-1, 2], [5, 0]] and found.scores.ok.all()
+  assert found.grades.ok.tolist() == [[True, True], [False, True]]
+  assert found.metrics["reward_mean"] == 1.5
+  assert found.metrics["grade_mean"] == pytest.approx((0.5 + 1 + 1) / 3)
+  assert found.metrics["rewards_raised"] == 1
+  assert [line["reward"] for line in found.samples] == [-1, 2, 5, 0]
+  assert [line["correct"] for line in found.samples] == [False, True, False, True]
+
+
+def test_a_batch_has_the_responses_as_a_loss_reads_them():
+  """A response without a reward is attended as ever; none of its tokens is trained on."""
+  found = collected(["a", "bb", "!", "cccc"])
+  batch = response_batch(found)
+  assert batch.prompt_lengths.tolist() == [4, 5] and len(batch.prompts) == 2
+  assert batch.tokens.tolist() == found.rollout.tokens.tolist()
+  assert batch.attended.sum(axis=1).tolist() == [2, 3, 2, 4]
+  assert batch.mask.sum(axis=1).tolist() == [2, 3, 0, 4]
+  assert batch.truncated.tolist() == [False, False, False, True]
+  assert (batch.sampler_logprobs[batch.attended] == -1.5).all()
+  given = {name for name, value in batch._asdict().items() if value is not None}
+  assert given == {
+    "prompts", "prompt_lengths", "tokens", "attended", "mask", "sampler_logprobs", "truncated"
+  }
+
+
+def test_each_of_several_gets_its_own_part_of_an_experience():
+  texts = ["a", "bb", "!", "cccc", "d", "ee", "fff", "g"]
+  whole = collected(texts, prompts=4)
+  problems, prompts = whole.drawn.problems, whole.drawn.prompts
+  drawn = [Drawn(problems[:2], prompts[:2], 0), Drawn(problems[2:], prompts[2:], 1)]
+  first, second = split_experience(whole, drawn, max_reward=1.0)
+  assert first.texts == texts[:4] and second.texts == texts[4:]
+  assert first.drawn is drawn[0] and second.prompts.lengths.tolist() == [6, 7]
+  assert first.scores.ok.tolist() == [[True, True], [False, True]] and second.scores.ok.all()
+  assert second.rollout.lengths.tolist() == [2, 3, 4, 2]
+  assert (first.metrics["rewards_raised"], second.metrics["rewards_raised"]) == (1, 0)
+  assert (first.metrics["overlong_prompts"], second.metrics["overlong_prompts"]) == (0, 1)
+  assert [line["response"] for line in second.samples] == texts[4:]
+  assert first.samples + second.samples == whole.samples
+  assert first.scores is first.grades
 
 
 def test_what_is_sampled_does_not_depend_on_the_number_of_parts():
@@ -216,19 +308,18 @@ def test_what_is_sampled_does_not_depend_on_the_number_of_parts():
   generate = make_generate(model.policy, model.tokenizer, max_new_tokens=9, say=lambda line: None)
   problems = [problem("a" * (1 + 3 * n)) for n in range(4)]
   drawn = Drawn(problems, [list(p.prompt.encode()) for p in problems], 0)
+  sampler = make_sampler(generate, Pool(), tokenizer=model.tokenizer)
 
   def found(parts):
     return answer(
+      sampler,
       model.params,
       drawn,
       step_keys(0, 3, 4, 3),
-      responses_per_prompt=3,
+      PhaseClock(),
+      responses=3,
       sampling=SamplingConfig(1.0),
-      generate=generate,
-      pool=Pool(),
-      tokenizer=model.tokenizer,
       parts=parts,
-      clock=PhaseClock(),
     )
 
   whole, halves = found(1), found(2)
@@ -236,3 +327,31 @@ def test_what_is_sampled_does_not_depend_on_the_number_of_parts():
   for one, other in zip(whole.rollout, halves.rollout, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5)
   np.testing.assert_array_equal(whole.scores.rewards, halves.scores.rewards)
+
+
+# A step's problems, shared out to its updates.
+
+
+def test_every_epoch_deals_all_problems_out_anew():
+  parts = [chosen for chosen, _ in minibatches(0, 5, prompts=12, epochs=2, count=3)]
+  assert [len(chosen) for chosen in parts] == [4] * 6
+  first, second = np.concatenate(parts[:3]), np.concatenate(parts[3:])
+  assert sorted(first) == sorted(second) == list(range(12))
+  assert first.tolist() != second.tolist() != list(range(12))
+  again = [chosen for chosen, _ in minibatches(0, 5, prompts=12, epochs=2, count=3)]
+  np.testing.assert_array_equal(parts, again)
+  for seed, step in ((1, 5), (0, 6)):
+    other = [chosen for chosen, _ in minibatches(seed, step, prompts=12, epochs=1, count=3)]
+    assert not np.array_equal(parts[:3], other)
+
+
+def test_problems_that_matter_come_first_and_are_counted():
+  """In the order in which they were dealt, and to the same updates as without."""
+  matters = np.arange(12) % 3 == 0
+  plain = [chosen for chosen, _ in minibatches(0, 5, prompts=12, epochs=2, count=3)]
+  found = list(minibatches(0, 5, prompts=12, epochs=2, count=3, matters=matters))
+  assert len({used for _, used in found}) > 1  # Or the test shows little.
+  for dealt, (chosen, used) in zip(plain, found, strict=True):
+    assert chosen.tolist() == [*dealt[matters[dealt]], *dealt[~matters[dealt]]]
+    assert used == matters[dealt].sum()
+  assert [used for _, used in minibatches(0, 5, prompts=12, epochs=1, count=3)] == [4, 4, 4]

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_llm import metrics as metrics_lib
-from rl_llm.metrics import MetricsWriter
+from rl_llm.errors import UserError
+from rl_llm.metrics import MetricsWriter, RecordError
 
 
 def test_doctests():
@@ -106,10 +107,11 @@ def test_read_leaves_out_a_cut_last_line_but_refuses_a_broken_one_before(end, tm
   path.write_bytes(b'{"step": 0}\n' + end)
   assert metrics_lib.read(path) == [{"step": 0}]
   path.write_bytes(b'{"step": 0}\n' + end + b'\n{"step": 2}\n')
-  with pytest.raises(ValueError, match=r"metrics\.jsonl:2: must be a JSON object"):
+  with pytest.raises(RecordError, match=r"metrics\.jsonl:2: must be a JSON object"):
     metrics_lib.read(path)
-  with pytest.raises(ValueError, match=r"metrics\.jsonl:2: must be a JSON object"):
+  with pytest.raises(RecordError, match=r"metrics\.jsonl:2: must be a JSON object"):
     MetricsWriter(path, resume_step=5)
+  assert issubclass(RecordError, UserError)  # one line for whoever runs an experiment
   assert path.read_bytes().endswith(b'{"step": 2}\n')  # nothing was thrown away
 
 
@@ -200,6 +202,29 @@ def test_finalize_divides_the_sums_by_the_counts(parts):
   total, count = sum(p[0] for p in parts), sum(p[1] for p in parts)
   value = metrics_lib.finalize({"a": (jnp.asarray(0.5), np.int32(2)), "b": (total, count)})
   assert value == {"a": 0.25, "b": total / count if count else None}
+
+
+def test_finalize_divides_arrays_and_leaves_alone_what_is_no_pair():
+  found = metrics_lib.finalize({
+    "leaves": (jnp.array([0.0, 3.0]), jnp.float32(2)),
+    "none": (np.zeros(2), 0),
+    "rate": 0.5,
+    "text": "as it is",
+  })
+  assert found.pop("leaves").tolist() == [0.0, 1.5]
+  assert found == {"none": None, "rate": 0.5, "text": "as it is"}
+  whole = metrics_lib.finalize({"a": (np.float32(1), 2)})["a"]
+  assert type(whole) is float and whole == 0.5
+
+
+def test_noise_is_the_trace_over_the_squared_mean():
+  rng = np.random.default_rng(0)
+  vectors = rng.normal(size=(6, 40)) + 1.0
+  mean = vectors.mean(axis=0)
+  trace = sum(((v - mean) ** 2).sum() for v in vectors) / 5
+  wanted = trace / ((mean**2).sum() - trace / 6)
+  assert metrics_lib.noise_to_signal(list(vectors)) == pytest.approx(wanted, rel=1e-9)
+  assert metrics_lib.noise_to_signal([np.array([1.0]), np.array([-1.0])]) == float("inf")
 
 
 def wilson(successes, n, z=1.959963984540054):

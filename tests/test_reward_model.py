@@ -14,7 +14,6 @@ import pytest
 
 from rl_llm import reward_model
 from rl_llm.data.encoding import Encoded
-from rl_llm.data.prompts import PromptBatch
 from rl_llm.metrics import proportion_interval
 from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
 from rl_llm.policy.scalar_head import normal_head, with_head
@@ -26,6 +25,7 @@ from rl_llm.reward_model import (
   score_responses,
   sequence_rewards,
 )
+from rl_llm.rollout import ResponseBatch, take_prompts
 from rl_llm.tokenizers import ByteTokenizer, ModelTokenizer
 
 CONFIG = dataclasses.replace(tiny_config(259), n_layers=1, tie_embeddings=False)
@@ -37,6 +37,7 @@ PADDED, LENGTHS = np.array([[0, 3, 1, 4], [0, 0, 0, 5]]), np.array([3, 1])
 RESPONSES = ([7, 8, 9], [EOS], [6, EOS], [9, 9, EOS])
 TOKENS = np.array([row + [0] * (3 - len(row)) for row in RESPONSES])
 MASK = np.array([[t < len(row) for t in range(3)] for row in RESPONSES])
+BATCH = ResponseBatch(PADDED, LENGTHS, TOKENS, MASK, MASK)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,15 @@ def wanted(params):
 
 
 def test_a_response_is_scored_at_its_last_token(params, wanted):
-  rewards = jax.jit(response_rewards, static_argnames="policy")(
-    params, PADDED, LENGTHS, TOKENS, MASK, policy=POLICY
-  )
+  rewards = jax.jit(response_rewards, static_argnames="policy")(params, BATCH, policy=POLICY)
   assert rewards.dtype == jnp.float32
+  np.testing.assert_allclose(rewards, wanted, rtol=0, atol=1e-5)
+
+
+def test_what_is_scored_is_what_stands_there_and_not_what_is_trained_on(params, wanted):
+  """A response whose grade failed is not trained on, and has a reward all the same."""
+  untrained = BATCH._replace(mask=np.zeros_like(MASK))
+  rewards = score_responses(params, untrained, policy=POLICY, rows_per_batch=4)
   np.testing.assert_allclose(rewards, wanted, rtol=0, atol=1e-5)
 
 
@@ -95,30 +101,25 @@ def test_batches_of_any_size_give_the_same_scores_and_one_program(params, wanted
   """Three prompts in batches of two: the last batch is filled up."""
   chosen = np.array([1, 0, 1])
   rows = np.array([2, 3, 0, 1, 2, 3])
-  prompts = PromptBatch(PADDED[chosen], LENGTHS[chosen])
-  whole = PromptBatch(PADDED, LENGTHS)
-  score_responses(params, whole, TOKENS, MASK, policy=POLICY, rows_per_batch=4)
+  batch = take_prompts(BATCH, chosen)
+  score_responses(params, BATCH, policy=POLICY, rows_per_batch=4)
   programs = reward_model._jitted_rewards._cache_size()
-  rewards = score_responses(
-    params, prompts, TOKENS[rows], MASK[rows], policy=POLICY, rows_per_batch=5
-  )
+  rewards = score_responses(params, batch, policy=POLICY, rows_per_batch=5)
   assert isinstance(rewards, np.ndarray) and rewards.dtype == np.float32
   np.testing.assert_allclose(rewards, wanted[rows], rtol=0, atol=1e-5)
   # Weights are arguments: others are used at once, in the same program.
   doubled = params | {"head": jax.tree.map(lambda x: 2 * x, params["head"])}
-  other = score_responses(
-    doubled, prompts, TOKENS[rows], MASK[rows], policy=POLICY, rows_per_batch=4
-  )
+  other = score_responses(doubled, batch, policy=POLICY, rows_per_batch=4)
   np.testing.assert_allclose(other, 2 * wanted[rows], rtol=0, atol=2e-5)
   assert reward_model._jitted_rewards._cache_size() == programs
 
 
 def test_batches_that_cannot_be(params):
-  prompts = PromptBatch(PADDED, LENGTHS)
   with pytest.raises(ValueError, match="rows_per_batch: 1 rows do not hold the 2 responses"):
-    score_responses(params, prompts, TOKENS, MASK, policy=POLICY, rows_per_batch=1)
+    score_responses(params, BATCH, policy=POLICY, rows_per_batch=1)
+  three = BATCH._replace(tokens=TOKENS[:3], attended=MASK[:3], mask=MASK[:3])
   with pytest.raises(ValueError, match="tokens: 3 rows are not a multiple of the 2 rows"):
-    score_responses(params, prompts, TOKENS[:3], MASK[:3], policy=POLICY, rows_per_batch=8)
+    score_responses(params, three, policy=POLICY, rows_per_batch=8)
 
 
 # Held-out pairs.
@@ -190,8 +191,7 @@ def test_what_was_saved_scores_the_same_less_the_center(tmp_path, params, wanted
   assert policy.config == CONFIG and isinstance(tokenizer, ByteTokenizer)
   jax.tree.map(np.testing.assert_array_equal, loaded | {"head": params["head"]}, params)
   np.testing.assert_array_equal(loaded["head"]["weight"], params["head"]["weight"])
-  prompts = PromptBatch(PADDED, LENGTHS)
-  rewards = score_responses(loaded, prompts, TOKENS, MASK, policy=policy, rows_per_batch=4)
+  rewards = score_responses(loaded, BATCH, policy=policy, rows_per_batch=4)
   np.testing.assert_allclose(rewards, wanted - 0.75, rtol=0, atol=1e-5)
   # Saved again, nothing is taken off twice; a further center adds.
   save_reward_model(tmp_path / "again", policy.config, loaded, tokenizer, center=0.25)

@@ -20,6 +20,7 @@ from rl_llm.rollout import (
   Decoding,
   Prefilled,
   Requests,
+  ResponseBatch,
   Rollout,
   admit,
   decode_step,
@@ -29,8 +30,10 @@ from rl_llm.rollout import (
   prefill,
   response_logprobs,
   row_keys,
+  take_prompts,
 )
 from rl_llm.sampling import Sample, SamplingConfig
+from rl_llm.teacher_forcing import teacher_forced_logprobs
 
 PAD = 256
 # Every seventh id ends a response, so that about one token in seven does.
@@ -109,15 +112,16 @@ def rows_of(rollout: Rollout, rows) -> Rollout:
 def assert_one_distribution(model, rollout, prompts, columns, temperature, *, copies):
   policy, params = model
   tokens, lengths = left_pad(prompts, columns)
-  logprobs, entropies = jax.jit(
-    lambda p, *args: response_logprobs(p, *args, policy=policy, temperature=temperature)
-  )(
-    params,
+  batch = ResponseBatch(
     np.repeat(tokens, copies, axis=0),
     np.repeat(lengths, copies),
     rollout.tokens,
     rollout.mask,
+    rollout.mask,
   )
+  logprobs, entropies = jax.jit(
+    lambda p, batch: response_logprobs(p, batch, policy=policy, temperature=temperature)
+  )(params, batch)
   np.testing.assert_allclose(rollout.sampler_logprobs, logprobs, rtol=0, atol=1e-4)
   np.testing.assert_allclose(rollout.entropies, entropies, rtol=0, atol=1e-4)
 
@@ -361,6 +365,130 @@ def test_admit_seats_waiting_rows_and_forgets_what_their_slots_held(tiny, waitin
     assert after.length[slot] == 1 and after.last[slot] == first.token[row]
 
 
+# Tokens that the policy did not write.
+
+
+# Rows of 7 columns: p was written by the policy, e by an environment; two rows end early.
+WRITTEN = ("ppeeppp", "ppppppp", "peeep  ", "eepeppp", "peppe  ", "ppppeee")
+
+
+def environment_batch():
+  """Three prompts, two rows each, with another's tokens in the middle, at the start, at the end."""
+  prompts, lengths = left_pad(PROMPTS, 6)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, PAD, (len(WRITTEN), 7)).astype(np.int32)
+  letters = np.array([list(row) for row in WRITTEN])
+  return ResponseBatch(prompts, lengths, tokens, letters != " ", letters == "p")
+
+
+def plain_logprobs(params, batch, *, policy, temperature):
+  """Each row with its prompt before it, as one text without a gap or a cache."""
+  rows, steps = batch.tokens.shape
+  width = batch.prompts.shape[1] + steps
+  tokens, mask, positions, segments = np.zeros((4, rows, width), np.int32)
+  segments[:] = -1
+  for b, end in enumerate(np.sum(batch.attended, axis=1)):
+    prompt = PROMPTS[b // 2]
+    size = len(prompt) + end
+    tokens[b, :size] = [*prompt, *batch.tokens[b, :end]]
+    mask[b, len(prompt) : size] = batch.mask[b, :end]
+    positions[b, :size], segments[b, :size] = range(size), 1
+  found = teacher_forced_logprobs(
+    params, tokens, mask.astype(bool), positions, segments, policy=policy, temperature=temperature
+  )
+  starts = [len(PROMPTS[b // 2]) for b in range(rows)]
+  return tuple(
+    jnp.stack([x[b, start : start + steps] for b, start in enumerate(starts)]) for x in found
+  )
+
+
+def value_and_gradient(logprobs_of, params, batch, *, policy):
+  """(log-probs, entropies) and the gradient of a weighted sum of both."""
+  weights = np.random.default_rng(1).normal(size=(2, *batch.tokens.shape)).astype(np.float32)
+
+  def total(params):
+    found = logprobs_of(params, batch, policy=policy, temperature=0.7)
+    return jnp.sum(weights * jnp.stack(found)), found
+
+  (_, found), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+  return found, gradient
+
+
+@pytest.mark.parametrize("model", ["tiny", "window_model"])
+def test_tokens_that_the_policy_did_not_write_are_read_and_not_trained_on(model, request):
+  """Log-probs, entropies and gradient are those of the plain teacher-forced form."""
+  policy, params = request.getfixturevalue(model)
+  batch = environment_batch()
+  found, gradient = value_and_gradient(response_logprobs, params, batch, policy=policy)
+  wanted, wanted_gradient = value_and_gradient(plain_logprobs, params, batch, policy=policy)
+  for x, y in zip(found, wanted, strict=True):
+    assert (np.asarray(x) != 0).tolist() == batch.mask.tolist()
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(wanted_gradient), strict=True
+  ):
+    error, size = np.linalg.norm(x - y), np.linalg.norm(y)
+    assert error <= 1e-4 * size, (jax.tree_util.keystr(path), error, size)
+
+
+def test_not_attending_to_them_says_something_else_of_what_follows(tiny):
+  policy, params = tiny
+  batch = environment_batch()
+  blind = batch._replace(attended=batch.mask)
+  seen, unseen = (
+    np.asarray(response_logprobs(params, each, policy=policy)[0]) for each in (batch, blind)
+  )
+  # What an environment wrote counts from the next token on.
+  foreign = np.cumsum(~batch.mask & batch.attended, axis=1) > 0
+  np.testing.assert_allclose(
+    seen[batch.mask & ~foreign], unseen[batch.mask & ~foreign], rtol=0, atol=1e-5
+  )
+  differs = np.abs(seen - unseen)[batch.mask & foreign]
+  assert len(differs) == 10 and (differs > 1e-4).all() and np.median(differs) > 0.1
+
+
+def test_training_on_fewer_tokens_leaves_the_rest_as_they_are(tiny):
+  """As after a failed grade: a whole row is masked out, and read as before."""
+  policy, params = tiny
+  batch = environment_batch()
+  fewer = batch.mask & (np.arange(6)[:, None] != 1)
+  whole, part = (
+    response_logprobs(params, batch._replace(mask=mask), policy=policy)[0]
+    for mask in (batch.mask, fewer)
+  )
+  np.testing.assert_array_equal(part, np.where(fewer, whole, 0))
+
+
+# Rows of some of the prompts.
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_prompts_are_taken_with_all_of_their_rows(kind):
+  batch = environment_batch()._replace(advantages=np.arange(6, dtype=np.float32))
+  batch = jax.tree.map(kind, batch)
+  tree = {"batch": batch, "values": kind(np.arange(12, dtype=np.int32).reshape(6, 2))}
+  chosen, rows = np.array([2, 0]), [4, 5, 0, 1]
+  found = take_prompts(tree, chosen)
+  for name, x in batch._asdict().items():
+    taken = getattr(found["batch"], name)
+    if x is None:
+      assert taken is None
+    else:
+      per_row = name not in ("prompts", "prompt_lengths")
+      np.testing.assert_array_equal(taken, np.asarray(x)[rows if per_row else chosen])
+  assert found["values"].tolist() == [[8, 9], [10, 11], [0, 1], [2, 3]]
+  assert {type(x) for x in jax.tree.leaves(found)} == {type(kind(0))}
+
+
+def test_taking_prompts_compiles_once_for_all_choices():
+  take = jax.jit(take_prompts)
+  batch = environment_batch()
+  for chosen in ([0, 1], [2, 0], [1, 1]):
+    found = take(batch, np.array(chosen))
+    jax.tree.map(np.testing.assert_array_equal, found, take_prompts(batch, np.array(chosen)))
+  assert take._cache_size() == 1
+
+
 # What must not matter.
 
 
@@ -544,10 +672,10 @@ def test_wrong_number_of_keys_and_rows(tiny):
     roll(tiny, keys=keys_for(2, 2))
   policy, params = tiny
   tokens, lengths = left_pad(PROMPTS, 6)
+  mask = np.ones((4, 2), bool)
+  batch = ResponseBatch(tokens, lengths, np.zeros((4, 2), int), mask, mask)
   with pytest.raises(ValueError, match="tokens: 4 rows are not a multiple of the 3 rows"):
-    response_logprobs(
-      params, tokens, lengths, np.zeros((4, 2), int), np.ones((4, 2), bool), policy=policy
-    )
+    response_logprobs(params, batch, policy=policy)
 
 
 def test_one_compilation_a_shape(tiny):

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from rl_llm.config import ConfigError, option
-from rl_llm.run_directory import open_run, write_result
+from rl_llm.config import ConfigError, option, volatile
+from rl_llm.files import locked
+from rl_llm.run_directory import open_run, opened, write_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,41 @@ def test_the_same_command_opens_it_again_and_volatile_settings_may_change(tmp_pa
   assert open_run(workdir, Config(steps=9), volatile=("steps",)) is None
   assert json.loads((workdir / "config.json").read_text())["steps"] == 9
   assert "--steps=9\n" in (workdir / "flags.txt").read_text()
+
+
+@dataclasses.dataclass(frozen=True)
+class Falling:
+  steps: int = option(3, "how many", volatile=lambda config: not config.falls)
+  falls: bool = option(False, "whether steps say where it is to end")
+  shown: int = option(5, "how often", volatile=True)
+
+
+def test_what_may_change_is_what_the_config_itself_says(tmp_path):
+  def go(config):
+    with opened(tmp_path, config, volatile=volatile(config), doing="trains in") as result:
+      (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+      return result
+
+  assert go(Falling()) is None and go(Falling(steps=9, shown=1)) is None
+  for changed, said in ((Falling(falls=True), "--steps=3: must be 9"), (Falling(9, True), "falls")):
+    with pytest.raises(ConfigError, match=said):
+      go(changed)
+
+
+def test_one_process_has_a_directory_to_itself_and_finds_its_result(tmp_path):
+  def go():
+    with opened(tmp_path, Config(), volatile=(), doing="trains in") as result:
+      with locked(tmp_path / ".lock") as free:
+        assert not free
+      return result
+
+  assert go() is None
+  write_result(tmp_path, {"steps": 3})
+  assert go() == {"steps": 3}
+  with locked(tmp_path / ".lock") as free:
+    assert free
+    with pytest.raises(ConfigError, match="--workdir=.*that no other process trains in"):
+      go()
 
 
 @pytest.mark.parametrize(

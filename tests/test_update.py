@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from rl_llm.metrics import add_metrics, finalize
 from rl_llm.train_state import init_state, parameter_count
-from rl_llm.update import first_nonfinite, make_optimizer, make_update
+from rl_llm.update import make_optimizer, make_update, name_nonfinite
 
 
 def regression_loss(params, batch, hparams):
@@ -178,8 +179,56 @@ def test_the_state_is_donated():
   assert not batch["x"].is_deleted()
 
 
-def test_the_first_bad_leaf_is_named():
-  tree = {"a": jnp.zeros(2), "b": [jnp.ones(1), jnp.array([1.0, jnp.inf])], "n": jnp.arange(2)}
-  assert first_nonfinite(tree) == "['b'][1]"
-  assert first_nonfinite({"a": jnp.zeros(2)}) is None
+def root_loss(params, batch, hparams):
+  """Where a root is 0, its gradient is infinite: the loss is finite and one leaf alone is not."""
+  loss = jnp.sum(batch["w"] * (params["a"] + jnp.sum(jnp.sqrt(params["b"][1] + batch["x"]), 1)))
+  return loss + hparams["l2"] * params["b"][0], {}
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_the_update_itself_says_which_leaf_was_not_finite(microbatches):
+  """Nothing is computed again: the loss is traced once, and the update compiled once, for all."""
+  traced = []
+
+  def loss(*arguments):
+    traced.append(1)
+    return root_loss(*arguments)
+
+  params = {"a": jnp.ones(()), "b": [jnp.ones(()), jnp.zeros(2)]}
+  update = make_update(loss, optax.identity(), microbatches=microbatches)
+  hparams = {"learning_rate": jnp.float32(0), "l2": jnp.float32(1)}
+  good = {"x": jnp.ones((6, 2)), "w": jnp.ones(6)}
+  bad = {**good, "x": good["x"].at[4, 0].set(0)}  # In the last of three microbatches.
+  state, found, total = init_state(params, optax.identity()), [], {}
+  for batch in (good, bad, good, bad):
+    state, metrics = update(state, batch, hparams)
+    assert np.isfinite(metrics["loss"][0])
+    found.append(np.asarray(metrics["nonfinite_leaves"][0]).tolist())
+    total = add_metrics(total, metrics)
+  assert found == [[0, 0, 0], [0, 0, 1]] * 2
+  assert name_nonfinite(state.params, found[1]) == "['b'][1]"
+  assert len(traced) == 1 and update._cache_size() == 1
+  # Of several updates it says how many of them; shapes will do for the names.
+  assert finalize(total)["nonfinite_leaves"].tolist() == [0, 0, 0.5]
+  shapes = jax.eval_shape(lambda: state.params)
+  assert name_nonfinite(shapes, finalize(total)["nonfinite_leaves"]) == "['b'][1]"
+  assert name_nonfinite(shapes, [1, 0, 1]) == "['a']"
+
+
+def test_a_norm_may_overflow_though_every_leaf_is_finite():
+  """1.5e19 squared is 2.25e38, which float32 holds; twice as much it does not."""
+  params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+  update = make_update(
+    lambda p, batch, hparams: (jnp.sum(batch * (p["a"] + p["b"])), {}), optax.identity()
+  )
+  state, metrics = update(
+    init_state(params, optax.identity()), jnp.full(1, 1.5e19), {"learning_rate": jnp.float32(1)}
+  )
+  assert int(state.skipped) == 1 and metrics["nonfinite_leaves"][0].tolist() == [0, 0]
+  found = name_nonfinite(state.params, metrics["nonfinite_leaves"][0])
+  assert found == "its norm, which overflows"
+
+
+def test_parameters_are_counted():
+  tree = {"a": jnp.zeros(2), "b": [jnp.ones(1), jnp.ones((1, 2))], "n": jnp.arange(2)}
   assert parameter_count(tree) == 7

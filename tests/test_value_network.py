@@ -11,7 +11,7 @@ import pytest
 
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.scalar_head import with_head
-from rl_llm.rollout import logprobs_of_hidden, response_hidden, response_logprobs
+from rl_llm.rollout import ResponseBatch, logprobs_of_hidden, response_hidden, response_logprobs
 from rl_llm.value_network import explained_variance, response_values, values_of_hidden
 
 CONFIG = dataclasses.replace(tiny_config(16), n_layers=1)
@@ -20,6 +20,7 @@ PROMPTS = ([3, 1, 4], [5])
 PADDED, LENGTHS = np.array([[0, 3, 1, 4], [0, 0, 0, 5]]), np.array([3, 1])
 TOKENS = np.array([[7, 8, 9], [2, 0, 0], [6, 7, 0], [9, 9, 9]])  # two responses a prompt
 MASK = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]], bool)
+BATCH = ResponseBatch(PADDED, LENGTHS, TOKENS, MASK, MASK)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def params():
 
 
 @jax.jit
-def values_of(params, tokens):
-  return response_values(params, PADDED, LENGTHS, tokens, MASK, policy=POLICY)
+def values_of(params, batch):
+  return response_values(params, batch, policy=POLICY)
 
 
 def test_a_value_is_read_from_the_state_that_predicts_its_token(params):
@@ -48,7 +49,7 @@ def test_a_value_is_read_from_the_state_that_predicts_its_token(params):
     for t in range(MASK[b].sum()):
       seen = len(PROMPTS[b // 2]) + t
       wanted[b, t] = states[seen - 1] @ weight + 0.25
-  values = values_of(params, TOKENS)
+  values = values_of(params, BATCH)
   assert values.dtype == jnp.float32
   np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-4)
 
@@ -56,26 +57,36 @@ def test_a_value_is_read_from_the_state_that_predicts_its_token(params):
 def test_a_value_does_not_know_its_own_token(params):
   changed = TOKENS.copy()
   changed[0, 1] = 1
-  before, after = np.asarray(values_of(params, TOKENS)), np.asarray(values_of(params, changed))
+  before, after = (
+    np.asarray(values_of(params, BATCH._replace(tokens=tokens))) for tokens in (TOKENS, changed)
+  )
   np.testing.assert_array_equal(before[0, :2], after[0, :2])
   assert abs(before[0, 2] - after[0, 2]) > 1e-3
   np.testing.assert_array_equal(before[1:], after[1:])
 
 
+def test_a_token_that_was_not_written_has_no_value_and_is_seen_by_later_ones(params):
+  """The middle token of the first row is another's: no value of its own, as before for the rest."""
+  written = MASK.copy()
+  written[0, 1] = False
+  values = np.asarray(values_of(params, BATCH))
+  found = np.asarray(values_of(params, BATCH._replace(mask=written)))
+  np.testing.assert_array_equal(found, np.where(written, values, 0))
+  unseen = np.asarray(values_of(params, BATCH._replace(mask=written, attended=written)))
+  assert abs(unseen[0, 2] - values[0, 2]) > 1e-3
+
+
 def test_a_shared_trunk_gives_both_from_one_pass(params):
   @jax.jit
   def both(params):
-    hidden = response_hidden(params, PADDED, LENGTHS, TOKENS, MASK, policy=POLICY)
+    hidden = response_hidden(params, BATCH, policy=POLICY)
     logprobs = logprobs_of_hidden(params, hidden, TOKENS, MASK, policy=POLICY, temperature=0.7)
     return *logprobs, values_of_hidden(params["head"], hidden, MASK)
 
   @jax.jit
   def apart(params):
-    arguments = (params, PADDED, LENGTHS, TOKENS, MASK)
-    return (
-      *response_logprobs(*arguments, policy=POLICY, temperature=0.7),
-      response_values(*arguments, policy=POLICY),
-    )
+    logprobs = response_logprobs(params, BATCH, policy=POLICY, temperature=0.7)
+    return *logprobs, response_values(params, BATCH, policy=POLICY)
 
   for one, two in zip(both(params), apart(params), strict=True):
     np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)

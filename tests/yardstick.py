@@ -210,7 +210,7 @@ def cells(data: Path) -> list[Cell]:
     **how,
   )
   add("grpo-lora_kl_resume", {"lora.rank": 2, "kl.coef": 0.1, "epochs": 2}, resumed=True, **how)
-  add("grpo-processes", of_two | several, devices=2, processes=2, **how)
+  add("grpo-processes", several | of_two, devices=2, processes=2, **how)
   judged = {"reward": f"model:{data / 'reward_model'}"}
   add("grpo-reward_model", judged, **how)
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from launch import state
 from launch.sweep import SweepError, Trial
-from rl_llm.config import ConfigError, resolve
+from rl_llm.config import resolve
+from rl_llm.errors import UserError
 from rl_llm.interrupt import Interrupted
 
 EXPERIMENT = "experiments.grpo"
@@ -81,7 +82,7 @@ def train_all(trials: Sequence[Trial], workdir: Path) -> dict[str, str]:
     with held(places), recorded(members, places) as found:
       population.train(configs, places, directory)
       found |= outcomes(members, places)
-  except (ConfigError, *grpo.USER_ERRORS) as error:
+  except UserError as error:
     raise SweepError(str(error)) from None
   return verdicts | found
 

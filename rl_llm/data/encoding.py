@@ -41,6 +41,20 @@ class Pair(NamedTuple):
   rejected: Encoded
 
 
+def flat(examples: Sequence[Encoded | Pair]) -> list[Encoded]:
+  """The sequences of examples, in the order of a batch's rows: of a pair, both.
+
+  >>> answer = Encoded([1, 2], [False, True], 1)
+  >>> len(flat([Pair(answer, answer), answer]))
+  3
+  """
+  return [
+    sequence
+    for example in examples
+    for sequence in (example if isinstance(example, Pair) else [example])
+  ]
+
+
 class Limited(NamedTuple):
   """What a policy for overlong sequences left.
 

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from experiments.options import SamplingMesh
+from experiments.flags import SamplingMesh
 from launch import plan
 from launch.hlo import collectives
 from launch.models import find_model
-from rl_llm import losses, sharding
+from rl_llm import sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import generate, response_logprobs, row_keys
 from rl_llm.sampling import SamplingConfig
 from rl_llm.train_state import init_state
 from rl_llm.update import make_update
-from tests.eight_devices.test_update import mesh_of, ragged_batch
+from tests.eight_devices.test_update import mesh_of, policy_loss, ragged_batch
 
 # Matrices that outweigh the activations of a few tokens, so that sending the latter shows.
 CONFIG = dataclasses.replace(tiny_config(64), n_layers=2, mlp_width=512)
@@ -34,10 +34,8 @@ def of_update(sizes, *, scan_layers) -> dict[str, float]:
   policy = make_policy(CONFIG, scan_layers=scan_layers, remat=True, mesh=mesh)
 
   def loss_fn(weights, batch, hparams):
-    responses = [batch[name] for name in ("prompts", "prompt_lengths", "tokens", "mask")]
-    logprobs, _ = response_logprobs(weights, *responses, policy=policy)
-    old, advantages = batch["old_logprobs"], batch["advantages"]
-    return losses.ppo_loss(logprobs, old, advantages, batch["weights"], mask=batch["mask"])
+    logprobs, _ = response_logprobs(weights, batch, policy=policy)
+    return policy_loss(logprobs, batch)
 
   init = functools.partial(init_state, optimizer=optax.identity())
   state = sharding.placed_shapes(

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from rl_llm import losses, rollout, sharding
+from rl_llm import rollout, sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import response_logprobs
 from rl_llm.train_state import init_state
 from rl_llm.update import make_update
-from tests.eight_devices.test_update import DESCENT, distance, mesh_of, ragged_batch
+from tests.eight_devices.test_update import DESCENT, distance, mesh_of, policy_loss, ragged_batch
 
 CONFIG = dataclasses.replace(
   tiny_config(64), n_layers=3, sliding_window=3, layer_types=("sliding", "full", "sliding")
@@ -34,10 +34,8 @@ def update_on(mesh, *, scan_layers):
   policy = make_policy(CONFIG, scan_layers=scan_layers, remat=scan_layers, mesh=mesh)
 
   def loss_fn(weights, batch, hparams):
-    responses = [batch[name] for name in ("prompts", "prompt_lengths", "tokens", "mask")]
-    logprobs, _ = response_logprobs(weights, *responses, policy=policy)
-    old, advantages = batch["old_logprobs"], batch["advantages"]
-    return losses.ppo_loss(logprobs, old, advantages, batch["weights"], mask=batch["mask"])
+    logprobs, _ = response_logprobs(weights, batch, policy=policy)
+    return policy_loss(logprobs, batch)
 
   state = init_state(params(), DESCENT["optimizer"])
   batch = ragged_batch()

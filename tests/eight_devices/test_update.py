@@ -17,7 +17,7 @@ from rl_llm import losses, sharding
 from rl_llm.data.prompts import PromptBatch
 from rl_llm.experience import make_generate
 from rl_llm.policy import make_policy, tiny_config
-from rl_llm.rollout import gather_weights, generate, response_logprobs, row_keys
+from rl_llm.rollout import ResponseBatch, gather_weights, generate, response_logprobs, row_keys
 from rl_llm.sampling import SamplingConfig
 from rl_llm.train_state import init_state
 from rl_llm.update import make_optimizer, make_update
@@ -44,31 +44,28 @@ def ragged_batch():
   rng = np.random.default_rng(0)
   rows = PROMPTS * GROUP
   mask = np.arange(STEPS) < rng.integers(1, STEPS + 1, rows)[:, None]
-  return {
-    "prompts": rng.integers(0, 64, (PROMPTS, 7), np.int32),
-    "prompt_lengths": rng.integers(1, 8, PROMPTS, np.int32),
-    "tokens": rng.integers(0, 64, (rows, STEPS), np.int32),
-    "mask": mask,
-    "old_logprobs": rng.normal(-4, 0.1, (rows, STEPS)).astype(np.float32),
-    "advantages": rng.normal(size=rows).astype(np.float32),
-    "weights": (mask / mask.sum()).astype(np.float32),
-  }
+  return ResponseBatch(
+    prompts=rng.integers(0, 64, (PROMPTS, 7), np.int32),
+    prompt_lengths=rng.integers(1, 8, PROMPTS, np.int32),
+    tokens=rng.integers(0, 64, (rows, STEPS), np.int32),
+    attended=mask,
+    mask=mask,
+    old_logprobs=rng.normal(-4, 0.1, (rows, STEPS)).astype(np.float32),
+    advantages=rng.normal(size=rows).astype(np.float32),
+    weights=(mask / mask.sum()).astype(np.float32),
+  )
+
+
+def policy_loss(logprobs, batch):
+  return losses.ppo_loss(
+    logprobs, batch.old_logprobs, batch.advantages, batch.weights, mask=batch.mask
+  )
 
 
 def loss_fn(weights, batch, hparams):
-  logprobs, entropies = response_logprobs(
-    weights,
-    batch["prompts"],
-    batch["prompt_lengths"],
-    batch["tokens"],
-    batch["mask"],
-    policy=POLICY,
-    chunk_size=16,
-  )
-  loss, metrics = losses.ppo_loss(
-    logprobs, batch["old_logprobs"], batch["advantages"], batch["weights"], mask=batch["mask"]
-  )
-  return loss + 0.01 * losses.entropy_loss(entropies, batch["weights"])[0], metrics
+  logprobs, entropies = response_logprobs(weights, batch, policy=POLICY, chunk_size=16)
+  loss, metrics = policy_loss(logprobs, batch)
+  return loss + 0.01 * losses.entropy_loss(entropies, batch.weights)[0], metrics
 
 
 @functools.cache
@@ -157,8 +154,8 @@ def test_each_device_holds_its_slice_and_no_more():
 @pytest.mark.parametrize("slots, sizes", [*((0, mesh) for mesh in MESHES), (8, (2, 2, 2))], ids=str)
 def test_a_rollout_says_what_one_device_says(sizes, slots):
   mesh, batch = mesh_of(sizes), ragged_batch()
-  arguments = (batch["prompts"], batch["prompt_lengths"],
-               row_keys(jax.random.key(3), PROMPTS, GROUP))
+  keys = row_keys(jax.random.key(3), PROMPTS, GROUP)
+  arguments = batch.prompts, batch.prompt_lengths, keys
   settings = {"policy": POLICY, "responses_per_prompt": GROUP, "max_new_tokens": STEPS,
               "eos_ids": (1, 2), "pad_id": 0}
   sampling = SamplingConfig(jnp.full(PROMPTS * GROUP, 0.7))
@@ -174,7 +171,7 @@ def test_a_rollout_says_what_one_device_says(sizes, slots):
 def test_a_rollout_on_gathered_weights_says_what_one_device_says(sizes):
   """And nothing is communicated along `fsdp` while it runs."""
   mesh, batch = mesh_of(sizes), ragged_batch()
-  prompts = PromptBatch(batch["prompts"], batch["prompt_lengths"])
+  prompts = PromptBatch(batch.prompts, batch.prompt_lengths)
   keys = row_keys(jax.random.key(3), PROMPTS, GROUP)
   sampling = SamplingConfig(jnp.full(PROMPTS * GROUP, 0.7))
   tokenizer = SimpleNamespace(eos_ids=(1, 2), pad_id=0)
@@ -239,20 +236,19 @@ def test_what_cannot_be_cut_is_named():
 def test_each_device_gives_its_own_rows_and_heads_to_the_kernel(sizes):
   """Over 4 devices the 2 key heads are copied to those whose queries read them."""
   batch = ragged_batch()
-  arrays = [batch[name] for name in ("prompts", "prompt_lengths", "tokens", "mask")]
 
-  def gradient(policy, weights, arrays):
+  def gradient(policy, weights, batch):
     def summed(weights):
-      logprobs, _ = response_logprobs(weights, *arrays, policy=policy, chunk_size=16)
-      return jnp.sum(logprobs * batch["weights"])
+      logprobs, _ = response_logprobs(weights, batch, policy=policy, chunk_size=16)
+      return jnp.sum(logprobs * batch.weights)
 
     return jax.jit(jax.value_and_grad(summed))(weights)
 
   mesh = mesh_of(sizes)
   kernel = make_policy(POLICY.config, attention="splash", mesh=mesh)
-  placed = sharding.place(params(), mesh), sharding.place_rows(arrays, mesh)
+  placed = sharding.place(params(), mesh), sharding.place_rows(batch, mesh)
   loss, found = gradient(kernel, *placed)
-  wanted_loss, wanted = gradient(POLICY, params(), arrays)
+  wanted_loss, wanted = gradient(POLICY, params(), batch)
   np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
   pairs = zip(*map(jax.tree.leaves, (found, wanted)), strict=True)
   assert all(distance(np.asarray(x), np.asarray(y)) < 1e-5 for x, y in pairs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-  """In every experiment a test file imports, `--model=tiny` is one narrow layer and `Chatty`."""
+  """In every experiment `--model=tiny` is one narrow layer and `Chatty`."""
   config = dataclasses.replace(
     tiny_config(ByteTokenizer.vocab_size),
     n_layers=1,
@@ -64,9 +63,7 @@ def small(monkeypatch):
     found = make_policy(config, dtype=dtype)
     return LanguageModel(found, params if mesh is None else place(params, mesh), Chatty())
 
-  for name, module in list(sys.modules.items()):
-    if name.startswith("experiments.") and hasattr(module, "load_model"):
-      monkeypatch.setattr(module, "load_model", load)
+  monkeypatch.setattr("rl_llm.model.load_model", load)
   return policy
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from experiments import compare, grpo
 from rl_llm.checkpoint import Checkpointer
-from rl_llm.config import replace
+from rl_llm.config import flatten, replace
 from rl_llm.interrupt import Interrupted, StopSignals
 from tests.experiments.helpers import outcome, settings
 
@@ -32,39 +32,25 @@ def test_examples():
 @pytest.mark.parametrize("method", compare.METHODS)
 def test_every_method_has_the_flags_it_is_given(method):
   config = importlib.import_module(f"experiments.{method}").Config()
-  for arguments in (compare.flags(TOY, method, 1), compare.variance_flags(TOY, method)):
-    given = dict(argument.removeprefix("--").split("=") for argument in arguments)
-    assert len(given) == len(arguments)
-    kinds = {name: type(_value(config, name)) for name in given}
-    replace(config, {name: kinds[name](float(v) if kinds[name] in (int, float) else v)
-                     for name, v in given.items()})
+  for given in (compare.settings(TOY, method, 1), compare.variance_settings(TOY, method)):
+    found = flatten(replace(config, given))
+    assert {name: found[name] for name in given} == given
 
 
-def _value(config, path):
-  for name in path.split("."):
-    config = getattr(config, name)
-  return config
-
-
-def test_noise_is_the_trace_over_the_squared_mean():
-  rng = np.random.default_rng(0)
-  vectors = rng.normal(size=(6, 40)) + 1.0
-  mean = vectors.mean(axis=0)
-  trace = sum(((v - mean) ** 2).sum() for v in vectors) / 5
-  wanted = trace / ((mean**2).sum() - trace / 6)
-  assert compare.noise(list(vectors)) == pytest.approx(wanted, rel=1e-9)
-  assert compare.noise([np.array([1.0]), np.array([-1.0])]) == float("inf")
+def test_the_variance_is_that_of_whole_batches():
+  """One update a step, of which the policy's gradient is kept, also for PPO, which warms up."""
+  for method, steps in (("grpo", 3), ("ppo", 5)):
+    config = importlib.import_module(f"experiments.{method}").Config()
+    given = replace(config, compare.variance_settings(TOY, method))
+    assert given.updates.count == 1 and given.run.steps == steps
+    assert (given.run.checkpoint.every, given.run.checkpoint.keep) == (1, 3)
 
 
 def test_gradients_are_those_of_independent_batches_at_unmoved_parameters(tmp_path, small, files):
-  flags = dict(f.removeprefix("--").split("=") for f in compare.variance_flags(TOY, "grpo"))
-  changes = {
-    name: int(float(flags[name])) if name != "optimizer.learning_rate" else float(flags[name])
-    for name in flags
-    if name.startswith(("optimizer.", "checkpoint.", "steps", "eval."))
-  }
-  base = settings(files) | changes
-  grpo.train(replace(grpo.Config(), base), str(tmp_path))
+  kept = ("optimizer.", "checkpoint.", "steps", "eval.")
+  given = compare.variance_settings(TOY, "grpo")
+  changes = {name: value for name, value in given.items() if name.startswith(kept)}
+  grpo.train(replace(grpo.Config(), settings(files) | changes), str(tmp_path))
   found = compare.gradients(tmp_path, 3)
   rows = outcome(tmp_path).metrics
   np.testing.assert_allclose(
@@ -141,7 +127,7 @@ def test_a_signal_reaches_the_run_once_and_is_passed_on(tmp_path, monkeypatch):
        f"os.kill({os.getpid()}, {int(signal.SIGINT)})", f"{script}.ready"]
     )
     with pytest.raises(Interrupted):
-      compare.do("grpo", [], tmp_path, stop)
+      compare.do("grpo", {}, tmp_path, stop)
     interrupter.wait()
   assert Path(f"{script}.log").read_text() == "stopped\n"
   assert len((tmp_path / "peak_memory.txt").read_text().split()) == 1
@@ -150,4 +136,4 @@ def test_a_signal_reaches_the_run_once_and_is_passed_on(tmp_path, monkeypatch):
 def test_what_is_done_is_not_done_again(tmp_path):
   (tmp_path / "result.json").write_text("{}")
   with StopSignals() as stop:
-    compare.do("no_such_method", [], tmp_path, stop)
+    compare.do("no_such_method", {}, tmp_path, stop)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evaluate
+from experiments import evaluate, make_preferences
 from rl_llm import evaluation, rollout
-from rl_llm.config import ConfigError, replace
+from rl_llm.config import ConfigError, replace, volatile
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.evaluation import estimate_interval
 from rl_llm.files import locked
@@ -27,7 +27,7 @@ from rl_llm.interrupt import Interrupted
 from rl_llm.metrics import proportion_interval, read, without_timings
 from rl_llm.model import LanguageModel
 from rl_llm.policy import make_policy, tiny_config
-from rl_llm.tasks import TaskError
+from rl_llm.tasks import TaskError, load_task
 from rl_llm.tokenizers import ByteTokenizer
 from tests.experiments.helpers import FULL
 
@@ -64,7 +64,7 @@ def models():
 
 @pytest.fixture(autouse=True)
 def small(models, monkeypatch):
-  monkeypatch.setattr(evaluate, "load_model", models)
+  monkeypatch.setattr("rl_llm.model.load_model", models)
 
 
 # Right is what begins with a letter whose code is even; some responses cannot be graded.
@@ -195,7 +195,7 @@ def test_majority_counts_the_answers_the_task_reads(tmp_path, files):
   assert list(result["by_difficulty"]) == ["length 3"]
 
 
-def test_a_killed_evaluation_goes_on_bit_for_bit(tmp_path, finished, files, monkeypatch, capsys):
+def test_a_killed_evaluation_resumes_bit_for_bit(tmp_path, finished, files, monkeypatch, capsys):
   """Killed by a signal after a batch, then again in the middle of writing the next."""
   respond = evaluation.graded_responses
   calls = []
@@ -243,9 +243,17 @@ def test_two_evaluations_do_not_mix(finished, files, changes, said):
     evaluate.measure(settings(files), str(finished))
 
 
-def test_weights_that_changed_under_one_name_do_not_mix(finished, files, monkeypatch):
-  load = evaluate.load_model
-  monkeypatch.setattr(evaluate, "load_model", lambda name, **given: load("tiny2", **given))
+def test_what_changes_no_response_may_change_from_one_call_to_the_next():
+  own = volatile(evaluate.Config())
+  of_machines = {name for name in own if name.startswith(("mesh.", "distributed."))}
+  assert len(of_machines) == 10
+  assert own - of_machines == {"workdir", "k", "reward_workers"}
+  pairs = volatile(make_preferences.Config())
+  assert pairs - of_machines == {"workdir", "out", "pairs_per_problem", "reward_workers"}
+
+
+def test_weights_that_changed_under_one_name_do_not_mix(finished, files, models, monkeypatch):
+  monkeypatch.setattr("rl_llm.model.load_model", lambda name, **given: models("tiny2", **given))
   with pytest.raises(ConfigError, match="--workdir=.* it was begun with other weights of --model"):
     evaluate.measure(settings(files), str(finished))
 
@@ -285,7 +293,7 @@ def test_training_problems(tmp_path, files):
   changes = COPY | {"split": "train", "problems": 5, "k": (1,), "greedy": False}
   evaluate.measure(settings(files, **changes), str(tmp_path))
   rows = read(tmp_path / "samples.jsonl")
-  task = evaluate.load_task("copy", held_out=5)
+  task = load_task("copy", held_out=5)
   keys = [problem.key for problem in task.sample(0, 0, 5)]
   assert [row["problem"] for row in rows] == [key for key in keys for _ in range(4)]
   assert {(row["split"], row["greedy"]) for row in rows} == {("train", False)}
@@ -297,7 +305,7 @@ def test_what_must_be_known_to_read_the_figures_is_said(tmp_path, files, capsys)
   assert result["overlong_prompts"] == 3, "the last three have 13 or 14 bytes"
   out = capsys.readouterr().out
   assert "3 prompts are over --max_prompt_tokens" in out
-  assert f"no majority@k: the grader of {settings(files).task} does not say" in out
+  assert f"no majority@k: the grader of {settings(files).task.task} does not say" in out
   assert f"{result['failed_grades']} of 55 grades failed and count as not correct" in out
 
 
@@ -319,7 +327,7 @@ def test_no_prompt_fits(tmp_path, files):
   ],
 )
 def test_what_is_refused_before_anything_is_loaded(tmp_path, files, monkeypatch, changes, said):
-  monkeypatch.setattr(evaluate, "load_model", None)
+  monkeypatch.setattr("rl_llm.model.load_model", None)
   with pytest.raises((ConfigError, TaskError), match=said):
     evaluate.measure(settings(files, **changes), str(tmp_path / "new"))
   assert not (tmp_path / "new").exists()

@@ -14,7 +14,7 @@ from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError, read_dataset
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import read, without_timings
-from rl_llm.tasks import load_task
+from rl_llm.tasks import Problem, load_task
 from tests.experiments.helpers import FULL
 
 CHANGES = {
@@ -116,7 +116,7 @@ def test_the_file_is_one_that_dpo_reads(made):
 
 def test_conversations_stay_conversations():
   messages = [{"role": "user", "content": "7 + 5"}]
-  problem = make_preferences.Problem(messages, {"answer": "12"}, "7 + 5")
+  problem = Problem(messages, {"answer": "12"}, "7 + 5")
   graded = [
     {"reward": reward, "stop_reason": "eos", "response": text}
     for reward, text in ((1.0, "12"), (0.0, "13"), (1.0, "12"))
@@ -146,9 +146,9 @@ def test_conversations_stay_conversations():
   ],
 )
 def test_the_prompt_is_what_the_model_was_asked(layout, prompt, wanted):
-  keywords = dict(zip(("prompt_format", "system_prompt"), layout, strict=True))
-  problem = make_preferences.Problem(prompt, {}, "key")
-  assert make_preferences.as_asked(problem, keywords) == wanted
+  prompt_format, system_prompt = layout
+  found = make_preferences.as_asked(prompt, prompt_format, system_prompt=system_prompt)
+  assert found == wanted
 
 
 def test_held_out_problems_never_appear(made, task):
@@ -169,25 +169,19 @@ def test_held_out_problems_never_appear(made, task):
   assert [problem.key for problem in other] != keys[:10]
 
 
-class Stopping(StopSignals):
-  """As if SIGTERM came before the check of this number."""
-
-  checks = 0
-
-  def check(self):
-    Stopping.checks -= 1
-    if Stopping.checks == 0:
-      raise Interrupted(signal.SIGTERM)
-
-
-def test_an_interrupted_run_goes_on_and_ends_alike(made, tmp_path, small, task, monkeypatch):
+def test_an_interrupted_run_resumes_and_ends_the_same(made, tmp_path, small, task, monkeypatch):
   result, straight = made
   out = tmp_path / "chosen.jsonl"
   changes = task | {"out": str(out)}
-  monkeypatch.setattr(make_preferences, "StopSignals", Stopping)
-  for checks in (3, 1):  # Before the third batch, and before it again.
-    Stopping.checks = checks
-    with pytest.raises(Interrupted):
+  for batch in (2, 0):  # Before the third batch, and before it again.
+    checks = iter([False] * batch + [True])
+
+    def check(signals, checks=checks):
+      if next(checks):
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+      patched.setattr(StopSignals, "check", check)
       make(tmp_path / "cut", changes)
     assert not out.exists()
     assert {row["step"] for row in read(tmp_path / "cut" / "samples.jsonl")} == {0, 1}
@@ -241,7 +235,7 @@ def test_failed_grades_are_no_answers(tmp_path, small, task):
 
 
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, files, task, monkeypatch):
-  monkeypatch.setattr(make_preferences, "load_model", None)
+  monkeypatch.setattr("rl_llm.model.load_model", None)
   path = tmp_path / "rows.jsonl"
   path.write_text('{"prompt": "a", "margin": 1}\n{"prompt": "b", "margin": 1}\n')
   with pytest.raises(DataError, match=r"a column 'margin'.*rename it"):

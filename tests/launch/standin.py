@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from rl_llm.config import ConfigError, option, run
+from rl_llm.config import ConfigError, check, option, run, volatile
 from rl_llm.files import locked, write_atomically
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.run_directory import open_run, write_result
@@ -32,17 +32,23 @@ class Loss:
   name: Literal["square", "absolute"] = option("square", "which")
   clip: float | None = option(None, "at most", above=0)
 
+  def check(self, config):
+    if self.name == "absolute" and self.clip is not None:
+      raise ConfigError("loss.clip", self.clip, "left out with --loss=absolute")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """What it counts."""
 
   model: str = option("large", "large or tiny")
-  workdir: str = option("", "where")
+  workdir: str = option("", "where", volatile=True)
   seed: int = option(0, "of nothing", min=0)
-  steps: int = option(4, "to count to", min=1)
+  steps: int = option(
+    4, "to count to", min=1, volatile=lambda config: config.optimizer.schedule == "constant"
+  )
   seconds: float = option(0.0, "of each step", min=0)
-  journal: str = option("", "a file for all trials: a line per event")
+  journal: str = option("", "a file for all trials: a line per event", volatile=True)
   fault: Literal["none", "raise", "hang", "killed", "deaf", "settings"] = option("none", "what")
   fault_at: int = option(1, "step", min=0)
   faults: int = option(1000, "times it does", min=0)
@@ -52,16 +58,6 @@ class Config:
 
 def overrides(config):
   return {"optimizer.learning_rate": 0.5} if config.model == "tiny" else {}
-
-
-def volatile(config):
-  names = {"workdir", "journal"}
-  return names | {"steps"} if config.optimizer.schedule == "constant" else names
-
-
-def check(config):
-  if config.loss.name == "absolute" and config.loss.clip is not None:
-    raise ConfigError("loss.clip", config.loss.clip, "left out with --loss=absolute")
 
 
 def main(config):

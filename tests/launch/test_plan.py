@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.options import Lora, SamplingMesh
+from experiments.flags import Lora, SamplingMesh
 from launch import chips, estimate, plan
 from launch.chips import NETWORK_CARD, find_chip
 from launch.hlo import collectives

@@ -13,6 +13,7 @@ import pytest
 
 from launch import report, state
 from rl_llm.config import ConfigError
+from rl_llm.errors import UserError
 
 
 def trial(workdir, number, *, steps=4, reached=None, value=None, status=None, **config):
@@ -131,6 +132,41 @@ def test_no_sweep_and_no_such_metric(tmp_path, sweep):
     write(tmp_path / "nowhere")
   with pytest.raises(ConfigError, match="--metric=acuracy: must be one of eval/sampled_accuracy"):
     write(sweep, "acuracy")
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "says"),
+  [
+    ("trial.json", "{", "trial.json: broken; the launch.run command"),
+    ("trial.json", '{"id": "x", "config": []}', "trial.json: config=[] cannot be used"),
+    ("status.json", '{"seconds": "long"}', 'status.json: seconds="long" cannot be used'),
+    ("result.json", '{"steps": 4, "after": null}', "result.json: after=null cannot be used"),
+    ("metrics.jsonl", "{}\n{}\n", "metrics.jsonl:1: must be a JSON object with an int"),
+    ("metrics.jsonl", None, "metrics.jsonl: Is a directory"),
+    ("samples.jsonl", '[]\n{"step": 1}\n', "samples.jsonl:1: must be a JSON object"),
+    ("samples.jsonl", '{"step": 1}\n', "its report cannot be written: a line lacks 'prompt'"),
+    ("config.json", "{", "config.json: not JSON"),
+  ],
+)
+def test_a_broken_file_is_told_in_one_line(sweep, name, content, says):
+  path = sweep / f"{6:012x}" / name
+  path.unlink(missing_ok=True)
+  if content is None:
+    path.mkdir()
+  else:
+    path.write_text(content)
+  with pytest.raises(UserError) as error:
+    report.main(report.Config(workdir=str(sweep)))
+  assert says in str(error.value) and path.parent.name in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_figures_that_cannot_be_written_are_told(sweep, tmp_path):
+  with pytest.raises(ConfigError, match="--figure=x.pdf: must be a file ending in .svg or .png"):
+    report.main(report.Config(workdir=str(sweep), figure="x.pdf"))
+  pytest.importorskip("matplotlib")
+  with pytest.raises(ConfigError, match="--figure=.*nowhere/x.svg.*No such file"):
+    report.main(report.Config(workdir=str(sweep), figure=str(tmp_path / "nowhere" / "x.svg")))
 
 
 def test_intervals():

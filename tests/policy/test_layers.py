@@ -12,7 +12,7 @@ import pytest
 
 from rl_llm.policy import join, make_policy, split_lora
 from rl_llm.policy.layers import Layer, run_layers
-from rl_llm.rollout import response_hidden
+from rl_llm.rollout import ResponseBatch, response_hidden
 from tests.policy.make_goldens import family_model, family_tokens
 
 # Full layers alone; QK norm; full and sliding layers by turns, with another RoPE, and with caps.
@@ -31,7 +31,8 @@ def hidden_of(params, policy):
 def responses_of(params, policy):
   tokens = family_tokens()
   answers = np.concatenate([tokens[:, 10:17], tokens[::-1, 12:19]])
-  return response_hidden(params, tokens[:, :10], LENGTHS, answers, MASK, policy=policy)
+  batch = ResponseBatch(tokens[:, :10], LENGTHS, answers, MASK, MASK)
+  return response_hidden(params, batch, policy=policy)
 
 
 def value_and_gradient(apply, params, **settings):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from rl_llm.policy import join, make_policy, population_policy, split_lora, tiny_config
-from rl_llm.rollout import generate, response_logprobs, row_keys
+from rl_llm.rollout import ResponseBatch, generate, response_logprobs, row_keys
 from rl_llm.sampling import SamplingConfig
 
 MEMBERS, PROMPTS, GROUP, STEPS = 3, 2, 2, 5
@@ -56,10 +56,9 @@ def test_each_row_is_its_own_members():
     rows = slice(number * PROMPTS * GROUP, (number + 1) * PROMPTS * GROUP)
     alone = roll(params, POLICY, number, number + 1)[2]
     np.testing.assert_array_equal(together.tokens[rows], alone.tokens)
-    scored, _ = response_logprobs(
-      params, prompts[problems], lengths[problems], together.tokens[rows], together.mask[rows],
-      policy=POLICY, temperature=0.7,
-    )
+    mask = together.mask[rows]
+    batch = ResponseBatch(prompts[problems], lengths[problems], together.tokens[rows], mask, mask)
+    scored, _ = response_logprobs(params, batch, policy=POLICY, temperature=0.7)
     np.testing.assert_allclose(together.sampler_logprobs[rows], scored, atol=2e-5)
   texts = np.asarray(together.tokens).reshape(MEMBERS, -1)
   assert len({row.tobytes() for row in texts}) == MEMBERS

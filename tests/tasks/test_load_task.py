@@ -35,17 +35,37 @@ def test_unknown_option_names_the_nearest():
     load_task("arithmetic", operandmax=3)
 
 
-@pytest.mark.parametrize(
-  "options",
-  [
-    tasks.ArithmeticOptions,
-    tasks.CopyOptions,
-    tasks.Gsm8kOptions,
-    tasks.JsonlOptions,
-    tasks.ReasoningGymOptions,
-  ],
-)
-def test_options_are_frozen_with_help_for_every_flag(options):
+def test_the_forms_of_names_are_read_off_the_table():
+  assert tasks.FORMS == (
+    "arithmetic", "copy", "reasoning_gym:<name>", "jsonl:<path>", "gsm8k:<path>"
+  )
+
+
+def test_a_row_of_the_table_is_all_that_a_task_needs(monkeypatch):
+  """Its options, and a function of them and, if it takes something, of what its name says."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Options:
+    loud: bool = False
+
+  calls = []
+  for name, make in (
+    ("plain", lambda options: calls.append(options)),
+    ("shout", lambda word, options: calls.append((word, options))),
+  ):
+    monkeypatch.setitem(tasks.TASKS, name, (Options, make))
+  load_task("plain", loud=True)
+  load_task("shout:a:b")
+  assert calls == [Options(loud=True), ("a:b", Options())]
+  with pytest.raises(TaskError, match="shout.lout: no such option; did you mean loud"):
+    load_task("shout:a", lout=True)
+  with pytest.raises(TaskError, match="no such task; did you mean shout"):
+    task_family("shoot")
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_options_are_frozen_with_help_for_every_flag(name):
+  options, _ = tasks.TASKS[name]
   assert all(field.metadata.get("help") for field in dataclasses.fields(options))
   with pytest.raises(dataclasses.FrozenInstanceError):
     options().held_out_fraction = 0.5

@@ -1,0 +1,193 @@
+"""From sampled responses to updates: what every policy gradient does between a reward and a step.
+
+A batch of responses is placed on the devices once. What an update compares with (log-probs of the
+policy before it, of a reference) is computed there, and each update takes its rows there, with the
+weights that its tokens have among all tokens of that update.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_llm import kl, sharding, weighting
+from rl_llm.experience import Experience, response_batch
+from rl_llm.flops import Work, response_work, update_passes
+from rl_llm.masked import masked_mean
+from rl_llm.model import Weights
+from rl_llm.policy import Policy
+from rl_llm.rollout import ResponseBatch, response_logprobs, take_prompts
+
+# (batch) -> [B, T] how much each token of an update counts
+Weigh = Callable[[ResponseBatch], jax.Array]
+
+
+class Programs(NamedTuple):
+  """What a step runs on the devices after its rollout; weights are always arguments."""
+
+  logprobs: Callable  # (params, batch) -> log-probs and entropies [B, T]
+  take: Callable  # (batch, chosen problems) -> their rows, with the weights of their tokens
+  update: Callable  # (state, minibatch, hparams, microbatches used, frozen) -> (state, metrics)
+
+
+def make_programs(
+  policy: Policy,
+  update: Callable,
+  *,
+  temperature: float,
+  weigh: Weigh,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Programs:
+  """The programs of a policy that is trained on responses; each compiles when it is called.
+
+  Args:
+    policy: the model's functions.
+    update: from `rl_llm.update.make_update`, of a loss on a `ResponseBatch`.
+    temperature: the sampler's.
+    weigh: such as `token_weights` with its keywords.
+    mesh: the devices over which rows lie; None: the first.
+  """
+
+  @jax.jit
+  def take(batch: ResponseBatch, chosen: Any) -> ResponseBatch:
+    taken = take_prompts(batch, chosen)
+    taken = taken._replace(weights=weigh(taken), truncated=None)
+    return taken if mesh is None else sharding.constrain_rows(taken, mesh)
+
+  logprobs = jax.jit(functools.partial(response_logprobs, policy=policy, temperature=temperature))
+  return Programs(logprobs, take, update)
+
+
+def token_weights(
+  batch: ResponseBatch, *, name: str, length: int, drop_truncated: bool = False
+) -> jax.Array:
+  """[B, T] how much each token of an update counts: a function of `rl_llm.weighting` by its name.
+
+  Args:
+    batch: the update's rows.
+    name: of the function.
+    length: of "constant_length".
+    drop_truncated: whether responses that were cut off at the limit do not count (DAPO).
+  """
+  keywords = {
+    "constant_length": {"length": length},
+    "prompt_mean": {"group_size": len(batch.tokens) // len(batch.prompts)},
+  }
+  weights = getattr(weighting, name)(batch.mask, **keywords.get(name, {}))
+  if drop_truncated:
+    weights = weights * weighting.drop_truncated(batch.mask, batch.truncated)
+  return weights
+
+
+def with_logprobs(
+  batch: ResponseBatch, programs: Programs, weights: Weights, params: Any, *, old: bool, ref: bool
+) -> ResponseBatch:
+  """The batch with the log-probs that updates compare with, each a pass over all responses.
+
+  Args:
+    batch: on the devices.
+    programs: whose `logprobs` is called.
+    weights: the reference among them.
+    params: the policy's trained weights before the step's updates.
+    old: whether the step has several updates; in its first one, the policy is the old one itself.
+    ref: whether something compares with the reference.
+  """
+  if old:
+    batch = batch._replace(old_logprobs=programs.logprobs(weights.whole(params), batch)[0])
+  if ref:
+    batch = batch._replace(ref_logprobs=programs.logprobs(weights.reference, batch)[0])
+  return jax.block_until_ready(batch)
+
+
+class Minibatch(NamedTuple):
+  """The responses of one update."""
+
+  batch: ResponseBatch  # with the weights of its tokens
+  microbatches: int  # how many of its microbatches are computed; the rest adds nothing
+  problems: np.ndarray  # the problems whose responses these are
+
+
+def minibatches(
+  take: Callable[[ResponseBatch, Any], ResponseBatch],
+  batch: ResponseBatch,
+  order: Iterator[tuple[np.ndarray, int]],
+  *,
+  microbatch_prompts: int,
+  only: bool = False,
+) -> Iterator[Minibatch]:
+  """A step's responses, shared out to its updates.
+
+  Args:
+    take: of `Programs`.
+    batch: on the devices, whole.
+    order: from `rl_llm.experience.minibatches`: the problems of each update, those that matter
+      first, and how many of them do.
+    microbatch_prompts: problems a microbatch.
+    only: whether nothing counts but the term in which some do not matter: they are left out.
+  """
+  for chosen, used in order:
+    used = used if only else len(chosen)
+    yield Minibatch(take(batch, chosen), -(-used // microbatch_prompts), chosen[:used])
+
+
+@functools.partial(jax.jit, static_argnames="value")
+def reward_kl(batch: ResponseBatch, *, value: str) -> tuple[jax.Array, dict[str, tuple]]:
+  """The KL as a part of the reward: [B, T], and the metric "kl_ref"; 0 without a reference.
+
+  Of the sampler's log-probs, which are the policy's: a reward has no gradient.
+
+  Args:
+    batch: with its reference log-probs, or without.
+    value: the estimator, "k1", "k2" or "k3".
+  """
+  if batch.ref_logprobs is None:
+    return jnp.zeros_like(batch.sampler_logprobs), {}
+  estimate = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}[value]
+  prices = estimate(batch.sampler_logprobs, batch.ref_logprobs)
+  prices = jnp.where(batch.mask, prices, 0)
+  return prices, {"kl_ref": (jnp.sum(prices), jnp.sum(batch.mask))}
+
+
+def per_response(batch: ResponseBatch, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+  """Of advantages per token, their means [P, G], and [P] which problems have any that is not 0."""
+  means, any_of = sharding.fetch(_per_response(batch.advantages, batch.mask))
+  return means.reshape(shape), np.any(any_of.reshape(shape), axis=1)
+
+
+@jax.jit
+def _per_response(per_token: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return masked_mean(per_token, mask, axis=1), jnp.any(per_token != 0, axis=1)
+
+
+def logprob_gap(logprobs: jax.Array, batch: ResponseBatch) -> dict[str, tuple]:
+  """How far the trainer's log-probs are from the sampler's: a metric of every policy loss."""
+  gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.sampler_logprobs), 0.0)
+  return {"logprob_gap_mean": (jnp.sum(gap), jnp.sum(batch.mask))}
+
+
+def step_work(
+  shape: Any, experience: Experience, trained: Sequence[np.ndarray], *, adapters: bool, towers: int
+) -> Work:
+  """What a step sampled and trained on.
+
+  Args:
+    shape: the model's configuration.
+    experience: of the step.
+    trained: the problems of each of its updates.
+    adapters: whether adapters are trained, and not all weights.
+    towers: as for `rl_llm.flops.response_work`.
+  """
+  return response_work(
+    shape,
+    experience.prompts.lengths,
+    experience.rollout.lengths,
+    np.sum(response_batch(experience).mask, axis=1),
+    trained,
+    passes=update_passes(adapters=adapters),
+    towers=towers,
+  )

@@ -1,0 +1,92 @@
+"""Preference pairs as arrays: what losses on pairs read, packed or not.
+
+A loss on a pair needs both answers where it is computed, so a microbatch holds whole pairs: their
+answers are the rows 2 i and 2 i + 1, or are packed into rows that the microbatch shares with none.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import numpy as np
+
+from rl_llm.data.batches import (
+  PackedShares,
+  SequenceBatch,
+  packed_shares,
+  padding_fraction,
+  pair_batch,
+)
+from rl_llm.data.encoding import Pair, flat
+from rl_llm.data.packing import unpack
+from rl_llm.teacher_forcing import teacher_forced_logprobs
+
+
+class PairBatch(NamedTuple):
+  """What a loss reads of R pairs: 2 R answers, chosen and rejected in turn.
+
+  Attributes:
+    sequences: each answer in a row of its own; of packed ones only the mask is here.
+    packed: several answers a row, each microbatch's among themselves; None: they are not packed.
+    weights: [R] float32, how much each pair counts: 1 / pairs, and 0 where there is none.
+  """
+
+  sequences: SequenceBatch
+  packed: PackedShares | None
+  weights: np.ndarray
+
+
+def make_pair_batch(
+  pairs: Sequence[Pair], *, pad_id: int, rows: int, packing: int = 0, shares: int = 1
+) -> tuple[PairBatch, float]:
+  """The batch of one update on pairs, and how much of its rows is padding.
+
+  >>> from rl_llm.data.encoding import Encoded
+  >>> answer = Encoded([4, 5], [False, True], 1)
+  >>> batch, padding = make_pair_batch([Pair(answer, answer)], pad_id=0, rows=2)
+  >>> batch.weights.tolist(), batch.sequences.mask.any(axis=1).tolist(), padding
+  ([1.0, 0.0], [True, True, False, False], 0.75)
+
+  Args:
+    pairs: at most `rows`.
+    pad_id: as for `sequence_batch`.
+    rows: R.
+    packing: tokens of a row that several answers share; 0: each has a row.
+    shares: microbatches, each of which is packed on its own.
+  """
+  sequences = pair_batch(pairs, pad_id=pad_id, rows=2 * rows)
+  weights = np.zeros(rows, np.float32)
+  weights[: len(pairs)] = 1 / len(pairs)
+  if not packing:
+    return PairBatch(sequences, None, weights), padding_fraction(sequences.segment_ids)
+  packed = packed_shares(
+    flat(pairs), shares=shares, per_share=2 * rows // shares, length=packing, pad_id=pad_id
+  )
+  only_mask = SequenceBatch(None, sequences.mask, None, None)
+  return PairBatch(only_mask, packed, weights), padding_fraction(packed.packed.segment_ids)
+
+
+def pair_logprobs(
+  params: Any, batch: PairBatch, *, policy: Any, temperature: chex.Array | float = 1.0
+) -> chex.Array:
+  """`teacher_forced_logprobs` of both answers of pairs, packed or not: a row for each answer.
+
+  Args:
+    params, policy, temperature: as for `teacher_forced_logprobs`.
+    batch: R pairs, or one microbatch of them.
+
+  Returns:
+    [2 R, T] float32, nats, 0 outside the mask; row 2 i is chosen, row 2 i + 1 rejected.
+  """
+  score = functools.partial(
+    teacher_forced_logprobs, params, policy=policy, temperature=temperature
+  )
+  if batch.packed is None:
+    return score(*batch.sequences)[0]
+  packed, rows, starts, lengths = batch.packed
+  logprobs, _ = score(*packed)
+  rows = rows % len(logprobs)  # They are counted over all microbatches.
+  return unpack(logprobs, rows, starts, lengths, width=batch.sequences.mask.shape[1])
