@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,17 +25,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from experiments import flags, grpo, setup
 from rl_llm import config as configs
-from rl_llm import evaluation, experience, metrics, rollout, sharding, training
-from rl_llm.data.prompts import PromptBatch
-from rl_llm.experience import Generate, Sampler, response_batch
+from rl_llm import evaluation, experience, metrics, population, sharding, training
+from rl_llm.experience import Sampler, response_batch
 from rl_llm.flops import Work
-from rl_llm.policy import Policy, join, population_policy
+from rl_llm.policy import Policy, join
 from rl_llm.report import write_report
-from rl_llm.rollout import ResponseBatch, Rollout
+from rl_llm.rollout import CHUNK_SIZE, Rollout, take_prompts
 from rl_llm.run_directory import opened, write_result
 from rl_llm.train_state import TrainState, init_state, parameter_count
 from rl_llm.update import make_update
@@ -107,79 +104,6 @@ class Population(NamedTuple):
     return sharding.fetch(state.skipped_in_a_row) >= self.config.optimizer.max_skipped
 
 
-class Programs(NamedTuple):
-  """What runs on the devices, for all members at once: members come first in all but `frozen`."""
-
-  # (frozen, own, prompts [N * P, L], lengths, keys [N * P * G], sampling, G)
-  #   -> Rollout of N * P * G rows
-  generate: Callable[..., Rollout]
-  # (frozen, own, batch) -> log-probs [N, B, T]
-  logprobs: Callable[..., jax.Array]
-  # (batch, chosen [N, M]) -> the chosen problems' rows
-  take: Callable[..., ResponseBatch]
-  # (state, batch, hparams, microbatches, frozen) -> (state, metrics)
-  update: Callable[..., tuple[TrainState, dict]]
-
-
-def make_programs(
-  config: grpo.Config, policy: Policy, tokenizer: Any, mesh: jax.sharding.Mesh, *, at_once: int
-) -> Programs:
-  """The functions of one member's step, mapped over members; each device has whole ones.
-
-  Args:
-    config: of any member: what its programs are made of is the same in all.
-    policy: the model's functions.
-    tokenizer: which knows what ends a response.
-    mesh: its devices share the members out.
-    at_once: members on each device, whose logits exist at the same time.
-  """
-  sampler, shared = population_policy(policy), PartitionSpec()
-  members = PartitionSpec(sharding.ROWS)
-  on_each = functools.partial(jax.shard_map, mesh=mesh, out_specs=members, check_vma=False)
-  chunk_size = max(1, rollout.CHUNK_SIZE // at_once)
-  update_one = make_update(
-    grpo.make_loss(config, policy, chunk_size=chunk_size),
-    setup.adamw(config.optimizer),
-    microbatches=config.updates.microbatches,
-  )
-  statics = {"max_new_tokens": config.prompts.max_new_tokens, "eos_ids": tokenizer.eos_ids}
-
-  @functools.partial(jax.jit, static_argnums=6)
-  def generate_all(frozen, own, prompts, lengths, keys, sampling, group):
-    def of_device(frozen, own, *batch):
-      weights, pad_id = (frozen, own), tokenizer.pad_id
-      return rollout.generate(
-        weights, *batch, policy=sampler, responses_per_prompt=group, pad_id=pad_id, **statics
-      )
-
-    program = on_each(of_device, in_specs=(shared, *[members] * 5))
-    return program(frozen, own, prompts, lengths, keys, sampling)
-
-  @jax.jit
-  def logprobs(frozen, own, batch):
-    def of_one(frozen, own, batch):
-      temperature = config.sampling.temperature
-      return rollout.response_logprobs(
-        join(frozen, own), batch, policy=policy, temperature=temperature, chunk_size=chunk_size
-      )[0]
-
-    of_device = jax.vmap(of_one, in_axes=(None, 0, 0))
-    return on_each(of_device, in_specs=(shared, members, members))(frozen, own, batch)
-
-  @jax.jit
-  def take(batch, chosen):
-    of_device = jax.vmap(rollout.take_prompts)
-    return on_each(of_device, in_specs=(members, members))(batch, chosen)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def update(state, batch, hparams, microbatches, frozen):
-    of_device = jax.vmap(update_one, in_axes=(0, 0, 0, None, None))
-    specs = (*[members] * 3, shared, shared)
-    return on_each(of_device, in_specs=specs)(state, batch, hparams, microbatches, frozen)
-
-  return Programs(generate_all, logprobs, take, update)
-
-
 def load_members(
   members: Sequence[grpo.Config], run: training.Run, mesh: jax.sharding.Mesh
 ) -> tuple[setup.models.LanguageModel, Any, Any]:
@@ -198,12 +122,12 @@ def load_members(
     weights = setup.split_weights(member, params)
     own.append(weights.trained)
   frozen = sharding.everywhere(weights.frozen, mesh)
-  return model._replace(params=None), frozen, sharding.place_rows(stacked(own), mesh)
+  return model._replace(params=None), frozen, sharding.place_rows(population.stacked(own), mesh)
 
 
 def learn(
   of: Population,
-  programs: Programs,
+  programs: population.Programs,
   state: TrainState,
   each: Sequence[experience.Experience],
   step: int,
@@ -221,13 +145,13 @@ def learn(
     response_batch(own)._replace(advantages=worth.reshape(-1) + spoil)
     for own, worth, spoil in zip(each, worths, spoiled, strict=True)
   ]
-  batch = sharding.place_rows(stacked(hosts), mesh)
+  batch = sharding.place_rows(population.stacked(hosts), mesh)
   with clock("logprobs"):
     old = programs.logprobs(of.frozen, state.params, batch) if size.count > 1 else None
     ref = None if of.reference is None else programs.logprobs(of.frozen, of.reference, batch)
     batch = jax.block_until_ready(batch._replace(old_logprobs=old, ref_logprobs=ref))
   numbers = [setup.hyperparameters(own, step, kl_coef=own.kl.coef) for own in of.members]
-  hparams = sharding.place_rows(stacked(jax.device_get(numbers)), mesh)
+  hparams = sharding.place_rows(population.stacked(jax.device_get(numbers)), mesh)
   orders = [
     setup.order(member, step, matters=np.any(worth != 0, axis=1))
     for member, worth in zip(of.members, worths, strict=True)
@@ -241,7 +165,7 @@ def learn(
         for member, (problems, count) in zip(of.members, shares, strict=True)
       ]
       weights = [
-        setup.weigh(member)(rollout.take_prompts(own, problems))
+        setup.weigh(member)(take_prompts(own, problems))
         for member, own, problems in zip(of.members, hosts, chosen, strict=True)
       ]
       minibatch = programs.take(batch, sharding.place_rows(chosen, mesh))._replace(
@@ -281,7 +205,7 @@ def evaluate_members(
   }
   found = [
     evaluation.evaluate(sampler._replace(generate=own), None, held_out, **sizes)
-    for own in in_turns(functools.partial(sampler.generate, state.params), count)
+    for own in population.in_turns(functools.partial(sampler.generate, state.params), count)
   ]
   whole = {}
   for name in ("sampled", "greedy"):
@@ -388,7 +312,20 @@ def _train(
   task, size = setup.load_task(config.task), config.updates
   model, frozen, first = load_members(members, run, mesh)
   policy, tokenizer = model.policy, model.tokenizer
-  programs = make_programs(config, policy, tokenizer, mesh, at_once=count // mesh.size)
+  temperature, chunk_size = config.sampling.temperature, CHUNK_SIZE // (count // mesh.size) or 1
+  programs = population.make_programs(
+    policy,
+    tokenizer,
+    make_update(
+      grpo.make_loss(config, policy, chunk_size=chunk_size),
+      setup.adamw(config.optimizer),
+      microbatches=size.microbatches,
+    ),
+    mesh,
+    max_new_tokens=config.prompts.max_new_tokens,
+    temperature=temperature,
+    chunk_size=chunk_size,
+  )
   sizes = {
     "members": count,
     "parameters shared": parameter_count(frozen),
@@ -399,7 +336,7 @@ def _train(
   run.console.sizes(sizes | {"steps": config.run.steps, "directory": str(run.workdir)})
   init = jax.vmap(functools.partial(init_state, optimizer=setup.adamw(config.optimizer)))
   begun = training.begin(
-    run, init, first, steps=config.run.steps, mesh=mesh, lay_out=members_over
+    run, init, first, steps=config.run.steps, mesh=mesh, lay_out=population.members_over
   )
   reference = first if any(member.kl.coef for member in members) else None
   first = None
@@ -466,44 +403,3 @@ def _train(
       write_report(own_run.workdir)
       write_result(own_run.workdir, training.summary(metrics.read(own_run.workdir / names[0])))
   return training.finish(run)
-
-
-def in_turns(sample: Generate, count: int) -> list[Generate]:
-  """A function that generates for each of `count` members, all of which will be asked the same.
-
-  Members are evaluated one after another, each on the same problems with the same keys. The first
-  to ask has all of them answer; the others read what they have said.
-
-  Args:
-    sample: (None, prompts of all members, ...) -> their responses, the first member's first.
-    count: N.
-  """
-  said: list[Rollout] = []
-
-  def of_member(number: int) -> Generate:
-    calls = itertools.count()
-
-    def generate_own(params, prompts, keys, sampling, group):
-      call = next(calls)
-      if call == len(said):
-        tiled = PromptBatch(*(np.concatenate([x] * count) for x in prompts))
-        temperature = jnp.tile(sampling.temperature, count)
-        sampling = dataclasses.replace(sampling, temperature=temperature)
-        said.append(sharding.fetch(sample(tiled, jnp.concatenate([keys] * count), sampling, group)))
-      size = len(keys)
-      return Rollout(*(x[number * size : (number + 1) * size] for x in said[call]))
-
-    return generate_own
-
-  return [of_member(number) for number in range(count)]
-
-
-def stacked(trees: Sequence[Any]) -> Any:
-  """One tree, with a new first axis, on the host where its leaves are there."""
-  return jax.tree.map(lambda *x: (jnp if isinstance(x[0], jax.Array) else np).stack(x), *trees)
-
-
-def members_over(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shapes of which the first axis is the members', with their layout."""
-  layout = sharding.row_sharding(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes)

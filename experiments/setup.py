@@ -26,7 +26,6 @@ from rl_llm import model as models
 from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, volatile
 from rl_llm.data import Dataset, encoding, loading
-from rl_llm.data.prompts import PromptTooLong
 from rl_llm.flops import Work, text_work, update_passes
 from rl_llm.metrics import PhaseClock
 from rl_llm.rewards import RewardPool
@@ -154,15 +153,8 @@ def open_mesh(
   minibatches: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """The mesh, once it is clear that the batch can be cut for it.
-
-  Args:
-    config: its group `mesh` has the sizes.
-    per_step: the setting that says how much a step has, by name; each minibatch has its share.
-    at_once: the setting that says how much of it is computed at once.
-    minibatches: of a step.
-    devices: all that JAX sees by default.
-  """
+  """The mesh, once it is clear that the batch can be cut for it: `per_step` names the setting that
+  says how much a step has, `at_once` how much of it is computed at once."""
   sizes = config.mesh
   mesh = sharding.make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
   sharding.check_rows(mesh, per_step, minibatches=minibatches)
@@ -173,11 +165,8 @@ def open_mesh(
 def open_pair_mesh(config: Any) -> jax.sharding.Mesh:
   """The mesh of a run on preference pairs."""
   size = config.pairs
-  mesh = open_mesh(
-    config,
-    per_step={"pairs_per_step": size.pairs_per_step},
-    at_once={"microbatch_pairs": size.microbatch_pairs},
-  )
+  at_once = {"microbatch_pairs": size.microbatch_pairs}
+  mesh = open_mesh(config, per_step={"pairs_per_step": size.pairs_per_step}, at_once=at_once)
   if config.data.packing and sharding.row_shards(mesh) > 1:
     # Both answers of a pair may lie on different devices.
     allowed = f"0 where rows lie over {sharding.row_shards(mesh)} devices"
@@ -192,13 +181,9 @@ def load_language_model(
   options, names = config.model, ("remat", "scan_layers", "attention")
   if mesh is not None:
     run.console.say(f"loading {options.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
-  return models.load_model(
-    options.model,
-    seed=config.run.seed,
-    dtype=jnp.dtype(options.dtype),
-    mesh=mesh,
-    **{name: getattr(options, name) for name in names if hasattr(options, name)},
-  )
+  further = {name: getattr(options, name) for name in names if hasattr(options, name)}
+  dtype = jnp.dtype(options.dtype)
+  return models.load_model(options.model, seed=config.run.seed, dtype=dtype, mesh=mesh, **further)
 
 
 def load_model(
@@ -220,12 +205,10 @@ def split_weights(config: Any, params: Any, *, reference: bool = False) -> model
 def show_sizes(config: Any, run: Run, weights: models.Weights, sizes: dict[str, Any]) -> None:
   """The table of what is trained, and of the run's own sizes by name."""
   trained = parameter_count(weights.trained)
-  frozen = 0 if weights.frozen is None else parameter_count(weights.frozen)
-  run.console.sizes(
-    {"parameters": frozen or trained, "parameters trained": trained}
-    | sizes
-    | {"steps": config.run.steps, "directory": str(run.workdir)}
-  )
+  whole = trained if weights.frozen is None else parameter_count(weights.frozen)
+  counts = {"parameters": whole, "parameters trained": trained}
+  rest = {"steps": config.run.steps, "directory": str(run.workdir)}
+  run.console.sizes(counts | sizes | rest)
 
 
 # Problems.
@@ -236,18 +219,6 @@ def load_task(group: flags.Task) -> tasks.Task | None:
   if group.task == "none":
     return None
   return tasks.load_task(group.task, **vars(getattr(group.families, tasks.task_family(group.task))))
-
-
-def make_encode(config: Any, tokenizer: Tokenizer) -> Callable[..., experience.Drawn]:
-  """(problems) -> their tokens."""
-  prompts = config.prompts
-  return experience.make_encode(
-    tokenizer,
-    prompt_format=prompts.layout.prompt_format,
-    system_prompt=prompts.layout.system_prompt,
-    max_prompt_tokens=prompts.max_prompt_tokens,
-    overlong=prompts.overlong_prompt,
-  )
 
 
 @contextlib.contextmanager
@@ -263,31 +234,29 @@ def open_sampler(
 ) -> Iterator[experience.Sampler]:
   """The sampler of a task, with its graders' processes, which end with the block.
 
-  Args:
-    config: its groups `task`, `prompts` and `mesh` are read.
-    run: whose signals stop it between phases.
-    model: whose functions and tokenizer.
-    task: from `load_task`.
-    slots: responses decoded at once; 0: all.
-    reward: "task" or "model:DIR", as for `experience.make_judge`.
-    rows_at_once: responses that a reward model scores at once.
+  `reward` and `rows_at_once` are as for `experience.make_judge`, `slots` as for `make_generate`.
   """
   policy, tokenizer, mesh, _ = model
-  model = None  # Whoever opened it frees its weights once a state has taken them over.
+  model, prompts, group = None, config.prompts, config.task  # Who opened it frees its weights.
   generate = experience.make_generate(
     policy,
     tokenizer,
-    max_new_tokens=config.prompts.max_new_tokens,
+    max_new_tokens=prompts.max_new_tokens,
     slots=slots,
     say=run.console.say,
     mesh=mesh,
     gather=config.mesh.gather,
   )
+  encode = experience.make_encode(
+    tokenizer,
+    prompt_format=prompts.layout.prompt_format,
+    system_prompt=prompts.layout.system_prompt,
+    max_prompt_tokens=prompts.max_prompt_tokens,
+    overlong=prompts.overlong_prompt,
+  )
   judge = experience.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
-  encode, group = make_encode(config, tokenizer), config.task
-  with RewardPool(
-    task.reward, workers=group.reward_workers, deadline=group.reward_deadline
-  ) as pool:
+  workers, deadline = group.reward_workers, group.reward_deadline
+  with RewardPool(task.reward, workers=workers, deadline=deadline) as pool:
     yield experience.Sampler(task, tokenizer, encode, generate, pool, judge, mesh, run.stop.check)
 
 
@@ -300,48 +269,36 @@ def open_problems(
   *,
   prompts: int,
   responses: int = 0,
-  **sampler: Any,
+  **further: Any,
 ) -> Iterator[Problems | None]:
   """The problems of training and of evaluation while the block lasts; None without a task.
 
   Args:
-    config, run, model, task: as for `open_sampler`, like further keywords.
+    config, run, model, task, further: as for `open_sampler`.
     prompts: P, problems a step and a batch of evaluation.
     responses: G, to each problem of a step; 0 where training does not sample.
   """
-  model, opened_model = None, model
+  model, seed = model._replace(weights=None), config.run.seed
   if task is None:
     yield None
     return
-  opening = open_sampler(config, run, opened_model, task, **sampler)
-  del opened_model
-  with opening as sampler:
+  with open_sampler(config, run, model, task, **further) as sampler:
     held_out = experience.held_out_problems(task, sampler.encode, limit=config.eval.problems)
     if responses:  # Draw step 0's problems now, so that bad data fails before anything compiles.
-      drawn = experience.draw_problems(task, config.run.seed, 0, prompts, sampler.encode)
+      drawn = experience.draw_problems(task, seed, 0, prompts, sampler.encode)
       experience.agree_on_data(drawn.prompts)
     if held_out.overlong:
       run.console.say(f"{held_out.overlong} held-out prompts are over --max_prompt_tokens")
 
     def sample(params: Any, step: int, clock: PhaseClock) -> experience.Experience:
-      return experience.collect(
-        sampler,
-        params,
-        config.run.seed,
-        step,
-        clock,
-        prompts=prompts,
-        responses=responses,
-        sampling=sampling_config(config.sampling),
-        parts=config.sampling.parts,
-      )
+      sampling, parts = sampling_config(config.sampling), config.sampling.parts
+      sizes = {"prompts": prompts, "responses": responses, "parts": parts}
+      return experience.collect(sampler, params, seed, step, clock, sampling=sampling, **sizes)
 
     def evaluate(params: Any) -> evaluation.Evaluation:
       run.console.say(f"evaluating on {len(held_out.problems)} held-out problems")
-      samples = config.eval.samples
-      return evaluation.evaluate(
-        sampler, params, held_out, samples=samples, prompts_per_batch=prompts
-      )
+      sizes = {"samples": config.eval.samples, "prompts_per_batch": prompts}
+      return evaluation.evaluate(sampler, params, held_out, **sizes)
 
     yield Problems(sample, evaluate, held_out, sampler.encode.keywords["prompt_format"])
 
@@ -350,15 +307,9 @@ def open_problems(
 def open_sampling(
   config: Any, run: Run, *, reference: bool
 ) -> Iterator[tuple[Model, Problems]]:
-  """Model and problems of a run whose every step samples.
-
-  Args:
-    config: of the run.
-    run: from `open_run`.
-    reference: whether something compares with the model that training begins with.
-  """
-  size = config.updates
-  prompts, part = size.prompts_per_step, size.microbatch_prompts
+  """Model and problems of a run whose every step samples; `reference` as for `split_weights`."""
+  size, slots = config.updates, config.sampling.slots
+  prompts, part, group = size.prompts_per_step, size.microbatch_prompts, size.responses_per_prompt
   mesh = open_mesh(
     config,
     per_step={"prompts_per_step": prompts},
@@ -367,20 +318,13 @@ def open_sampling(
   )
   task = load_task(config.task)
   model = load_model(config, run, mesh, reference=reference)
+  rewards = {"reward": config.reward, "rows_at_once": part * group}
   with open_problems(
-    config,
-    run,
-    model,
-    task,
-    prompts=prompts,
-    responses=size.responses_per_prompt,
-    slots=config.sampling.slots,
-    reward=config.reward,
-    rows_at_once=part * size.responses_per_prompt,
+    config, run, model, task, prompts=prompts, responses=group, slots=slots, **rewards
   ) as problems:
     sizes = {
       "problems a step": prompts,
-      "responses a problem": size.responses_per_prompt,
+      "responses a problem": group,
       "updates a step": size.count,
       "problems a microbatch": prompts // size.minibatches // size.microbatches,
       "tokens a response, at most": config.prompts.max_new_tokens,
@@ -414,12 +358,7 @@ def load_data(
 ) -> loading.Loaded:
   """The rows as tokens, to train on and held out; the same in all processes.
 
-  Args:
-    config: its group `data` is read.
-    run: whose signals stop it.
-    dataset: from `read_data`.
-    encode: an example's tokens, `encoding.encode` or `encode_pair` with its settings.
-    limit_all: `encoding.limit_sequences` or `limit_pairs`.
+  `encode` is `encoding.encode` or `encode_pair` with its settings, `limit_all` goes with it.
   """
   options = config.data
   loaded = loading.load_sequences(
@@ -442,12 +381,9 @@ def load_pairs(
   config: Any, run: Run, dataset: Dataset, tokenizer: Tokenizer, layout: flags.Layout
 ) -> loading.Loaded:
   """`load_data` of preference pairs."""
-  encode = functools.partial(
-    encoding.encode_pair,
-    tokenizer=tokenizer,
-    prompt_format=resolve_format(layout.prompt_format, tokenizer),
-    system_prompt=layout.system_prompt,
-  )
+  prompt_format = resolve_format(layout.prompt_format, tokenizer)
+  settings = {"prompt_format": prompt_format, "system_prompt": layout.system_prompt}
+  encode = functools.partial(encoding.encode_pair, tokenizer=tokenizer, **settings)
   return load_data(config, run, dataset, encode, encoding.limit_pairs)
 
 
@@ -592,42 +528,15 @@ def record_responses(
   temperatures: Sequence[float],
   describe: Callable[[tasks.Problem, int, dict[str, Any]], dict[str, Any]],
 ) -> tuple[experience.Drawn, str]:
-  """Writes the responses that are not on record yet: samples.jsonl, then metrics.jsonl.
-
-  Args:
-    config: its groups `run`, `model`, `responses`, `task`, `prompts` and `mesh` are read.
-    run: from `open_record`.
-    task: whose grader is asked.
-    problems: what the model is asked.
-    temperatures: one a response to each problem; 0 is greedy.
-    describe: as for `evaluation.record_responses`.
-
-  Returns:
-    The problems that fit, and how they were laid out: "chat" or "plain".
-
-  Raises:
-    PromptTooLong: none fits.
-  """
+  """Writes the responses that are not on record yet, as `evaluation.record_responses` does: one of
+  each temperature to each problem. Gives the problems that fit, and their prompt format."""
   options, size = config.responses, config.responses.prompts_per_batch
   mesh = open_mesh(config, per_step={"prompts_per_batch": size}, at_once={})
   loaded = load_language_model(config, run, mesh)
   model = Model(loaded.policy, loaded.tokenizer, mesh, None)
+  sampling = SamplingConfig(np.asarray(temperatures), top_k=options.top_k, top_p=options.top_p)
   with open_sampler(config, run, model, task, slots=options.slots) as sampler:
-    drawn = sampler.encode(problems)
-    if not drawn.problems:
-      limit = config.prompts.max_prompt_tokens
-      raise PromptTooLong(
-        f"all {drawn.overlong} prompts are over --max_prompt_tokens={limit}; raise it"
-      )
-    experience.agree_on_data(drawn.prompts)
-    evaluation.record_responses(
-      run,
-      sampler,
-      loaded.params,
-      drawn,
-      SamplingConfig(np.asarray(temperatures), top_k=options.top_k, top_p=options.top_p),
-      seed=config.run.seed,
-      prompts_per_batch=size,
-      describe=describe,
-    )
+    drawn, seed = sampler.encode(problems), config.run.seed
+    settings = {"seed": seed, "prompts_per_batch": size, "describe": describe}
+    evaluation.record_responses(run, sampler, loaded.params, drawn, sampling, **settings)
   return drawn, sampler.encode.keywords["prompt_format"]

@@ -14,10 +14,11 @@ import numpy as np
 
 from rl_llm import hosts
 from rl_llm.config import ConfigError
-from rl_llm.data.prompts import pad_prompts
+from rl_llm.data.prompts import PromptTooLong, pad_prompts
 from rl_llm.experience import (
   Drawn,
   Sampler,
+  agree_on_data,
   owners_of,
   response_texts,
   sample_rows,
@@ -158,9 +159,16 @@ def record_responses(
     describe: (problem, number of the sample, row) -> what its line says besides.
 
   Raises:
+    PromptTooLong: no problem is left.
     ConfigError: the record was begun with other weights, or on devices that take other batches.
     Interrupted: a signal came; finished batches are on record.
   """
+  if not drawn.problems:
+    raise PromptTooLong(
+      f"all {drawn.overlong} prompts are over --max_prompt_tokens; raise it, or choose another "
+      "--overlong_prompt"
+    )
+  agree_on_data(drawn.prompts)
   # One shape: problems are shared out evenly, and every batch is as wide as the longest prompt.
   workdir, console, temperatures = run.workdir, run.console, np.asarray(sampling.temperature)
   count, group = len(drawn.problems), len(temperatures)

@@ -14,8 +14,10 @@ from experiments import dpo
 from rl_llm import losses, reference_cache, weighting
 from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError
-from rl_llm.data.encoding import Encoded, Pair
+from rl_llm.data.batches import SequenceBatch
+from rl_llm.data.encoding import Encoded, Pair, flat
 from rl_llm.interrupt import Interrupted
+from rl_llm.pairs import PairBatch
 from tests.experiments.helpers import FULL, equal, run, settings
 from tests.experiments.test_sft import nll, stopped, write
 
@@ -108,23 +110,27 @@ def test_the_formulas_are_of_all_losses_that_can_be_chosen():
   }
 
 
+def ready(config, batch, ref_logprobs):
+  """The batch with the reference's log-probs, and the numbers that its loss reads."""
+  batch, given = dpo.with_constants(config.loss, batch, ref_logprobs, None)
+  return batch, {"loss": given, "sft_coef": jnp.float32(config.loss.sft_coef)}
+
+
 def objective(changes, monkeypatch):
   """Loss, metrics, the gradient in each log-prob, and what went in: 3 pairs and a free place."""
   rng = np.random.default_rng(0)
   mask = np.arange(6) < rng.integers(2, 6, size=(8, 1))
   logprobs = np.where(mask, -rng.uniform(0.1, 2.0, size=mask.shape), 0).astype(np.float32)
   ref = [row[m] + rng.normal(0, 0.3, m.sum()) for row, m in zip(logprobs, mask, strict=True)][:6]
-  monkeypatch.setattr(dpo, "teacher_forced_logprobs", lambda params, *_, **__: (params, None))
+  monkeypatch.setattr("rl_llm.pairs.teacher_forced_logprobs", lambda params, *_, **__: (params, 0))
   config = replace(dpo.Config(), changes)
   weights = np.array([1 / 3, 1 / 3, 1 / 3, 0], np.float32)
   is_chosen = np.arange(8)[:, None] % 2 == 0
-  batch = {
-    "tokens": None, "positions": None, "segment_ids": None, "mask": mask, "weights": weights,
-    "chosen_weights": np.asarray(weighting.token_mean(mask & is_chosen)),
-    "ref_answers": dpo.known_answers(config.loss, ref, mask),
-  }
-  sft_coef = jnp.float32(config.loss.sft_coef)
-  hparams = {"loss": dpo.loss_keywords(config.loss), "sft_coef": sft_coef}
+  batch = dpo.Batch(
+    PairBatch(SequenceBatch(None, mask, None, None), None, weights),
+    np.asarray(weighting.token_mean(mask & is_chosen)),
+  )
+  batch, hparams = ready(config, batch, ref)
   value_and_grad = jax.value_and_grad(dpo.make_loss(config, None), has_aux=True)
   (loss, metrics), gradient = value_and_grad(jnp.array(logprobs), batch, hparams)
   return loss, metrics, np.asarray(gradient), (logprobs, ref, mask)
@@ -162,13 +168,12 @@ def test_the_objective_is_the_formula_from_the_logits_on(small):
   params, reference = (small.init(jax.random.key(seed)) for seed in (0, 1))
   params["embed"] = jax.tree.map(lambda x: 3 * x, params["embed"])
   config = replace(dpo.Config(), {"loss.beta": 0.5, "loss.sft_coef": 0.25})
-  batch = dpo.make_batch(pairs, rows=3, pad_id=0)
+  batch, _ = dpo.make_batch(pairs, rows=3, pad_id=0)
   known = [
     np.concatenate([np.zeros(s.prompt_length), -np.array(nll(small, reference, s))])
-    for s in dpo.flat(pairs)
+    for s in flat(pairs)
   ]
-  batch["ref_answers"] = dpo.known_answers(config.loss, known, batch["mask"])
-  hparams = {"loss": dpo.loss_keywords(config.loss), "sft_coef": jnp.float32(0.25)}
+  batch, hparams = ready(config, batch, known)
   loss, metrics = jax.jit(dpo.make_loss(config, small))(params, batch, hparams)
 
   each = [[nll(small, params, s) for s in pair] for pair in pairs]
@@ -298,10 +303,14 @@ def test_the_reference_is_scored_once_and_kept(tmp_path, small, data, monkeypatc
   assert len(list(cache.iterdir())) == 1
   assert not list((tmp_path / "first").glob("*.npz"))
 
-  def compute(*_, **__):
+  original = reference_cache.cached_logprobs
+
+  def compute():
     raise AssertionError("computed again")
 
-  monkeypatch.setattr(reference_cache, "compute_logprobs", compute)
+  monkeypatch.setattr(
+    reference_cache, "cached_logprobs", lambda path, key, _: original(path, key, compute)
+  )
   assert equal(run(dpo, tmp_path / "second", base).state, first.state)  # another run shares it
   run(dpo, tmp_path / "free", offline(data, **{"loss.name": "simpo_loss"}))  # and this needs none
   with pytest.raises(AssertionError, match="computed again"):
@@ -421,14 +430,15 @@ def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"data": "on_policy"}, r"--data=on_policy: must be a file with --task=none"),
+    ({"data": "on_policy"}, r"--data=on_policy: must be a file where there is no task"),
     ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0 with --task=none"),
     ({"microbatch_pairs": 3}, r"--microbatch_pairs=3: must be a divisor.*--microbatch_pairs=1"),
     ({"loss.gamma": 1.0}, r"--loss\.gamma=1\.0: must be left out with --loss=dpo_loss; which has "
      "beta, label_smoothing, divergence, alpha"),
     ({"loss.shift": "batch"}, r"--loss\.shift=batch: must be left out with --loss=dpo_loss"),
     ({"loss.alpha": 0.5}, r"--loss\.alpha=0\.5: must be left out without .*divergence=alpha"),
-    ({"loss.name": "robust_dpo_loss", "loss.label_smoothing": 0.6}, r"label_smoothing is 0\.6"),
+    ({"loss.name": "robust_dpo_loss", "loss.label_smoothing": 0.6},
+     r"--loss\.label_smoothing=0\.6: must be .*0\.5"),
     ({"loss.name": "aot_loss", "microbatch_pairs": 2},
      r"--microbatch_pairs=2: must be at least pairs_per_step \(4\) with --loss=aot_loss"),
     ({"sampling.top_k": 3}, r"--sampling\.top_k=3"),

@@ -1,42 +1,69 @@
-"""--scan_layers and --attention come to the model in every experiment, and with them the mesh."""
+"""The model's flags are read in one place, to which every experiment comes with its mesh."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import types
 
+import jax.numpy as jnp
 import pytest
 
-from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
+from experiments import dpo, grpo, ppo, reinforce, reward_model, setup, sft
+from rl_llm.config import replace
 from rl_llm.model import load_model
 from rl_llm.policy import make_policy
 from rl_llm.sharding import make_mesh
+
+# The flags of a model, of its arithmetic and of its devices, each unlike its default.
+FLAGS = {
+  "model": "some/directory",
+  "seed": 3,
+  "dtype": "bfloat16",
+  "remat": True,
+  "scan_layers": True,
+  "attention": "xla",
+}
 
 
 class Loaded(Exception):
   """The run has come to its model."""
 
 
-@pytest.mark.parametrize("wanted", [(False, "auto"), (True, "xla")])
+def load(name, **given):
+  raise Loaded(name, given)
+
+
+def test_each_flag_comes_to_the_model(monkeypatch):
+  monkeypatch.setattr("rl_llm.model.load_model", load)
+  run, mesh = types.SimpleNamespace(console=types.SimpleNamespace(say=print)), make_mesh(data=1)
+  for changes in ({}, FLAGS):
+    config = replace(grpo.Config(), changes)
+    with pytest.raises(Loaded) as loaded:
+      setup.load_language_model(config, run, mesh)
+    name, given = loaded.value.args
+    wanted = {"model": "smollm2", "seed": 0, "dtype": "float32", "remat": False}
+    wanted |= {"scan_layers": False, "attention": "auto"} | changes
+    assert given.pop("mesh") is mesh
+    assert {"model": name} | given | {"dtype": jnp.dtype(given["dtype"]).name} == wanted
+
+
 @pytest.mark.parametrize(
   "experiment", [dpo, grpo, ppo, reinforce, reward_model, sft], ids=lambda module: module.__name__
 )
-def test_the_flags_come_to_the_model(monkeypatch, experiment, wanted):
-  def load(name, *, scan_layers, attention, mesh, **_):
-    raise Loaded((scan_layers, attention), mesh.size)
-
-  monkeypatch.setattr(experiment, "load_model", load)
+def test_every_experiment_comes_there_with_its_config(tmp_path, monkeypatch, experiment):
+  monkeypatch.setattr("rl_llm.model.load_model", load)
+  changes = FLAGS | {"mesh.data": 1, "task": "copy"}
   if experiment is reward_model:
-    monkeypatch.setattr(experiment, "read_examples", lambda *_, **__: None)
-    monkeypatch.setattr(experiment, "check_margins", lambda *_: None)
-  scan_layers, attention = wanted
-  config = dataclasses.replace(
-    experiment.Config(), scan_layers=scan_layers, attention=attention
-  )
-  run = types.SimpleNamespace(console=types.SimpleNamespace(say=print), stop=None)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    del changes["task"]
+    changes |= {"data": str(pairs)}
   with pytest.raises(Loaded) as loaded:
-    experiment._train(config, run)
-  assert loaded.value.args[0] == wanted
+    experiment.train(replace(experiment.Config(), changes), str(tmp_path / "run"))
+  name, given = loaded.value.args
+  assert given.pop("mesh").shape == {"data": 1, "fsdp": 1, "tensor": 1}
+  given |= {"model": name, "dtype": jnp.dtype(given["dtype"]).name}
+  assert given == FLAGS
 
 
 def test_a_loaded_model_loops_over_its_layers():

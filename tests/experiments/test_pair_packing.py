@@ -11,9 +11,9 @@ import pytest
 
 from experiments import dpo, reward_model
 from rl_llm.config import ConfigError, replace
-from rl_llm.data.batches import packed_shares
-from rl_llm.data.encoding import Encoded, Pair
+from rl_llm.data.encoding import Encoded, Pair, flat
 from tests.experiments.helpers import run
+from tests.experiments.test_dpo import online, ready
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +41,25 @@ def ragged_pairs(count):
 def test_loss_and_gradient_are_those_of_a_row_each(small):
   """In one piece and as two microbatches, of which the last place is empty."""
   pairs = ragged_pairs(3)
-  config = replace(dpo.Config(), {"loss.beta": 0.5, "loss.sft_coef": 0.25, "packing": 16})
+  config = replace(dpo.Config(), {"loss.beta": 0.5, "loss.sft_coef": 0.25})
   params = small.init(jax.random.key(0))
-  batch = dpo.make_batch(pairs, rows=4, pad_id=0)
   rng = np.random.default_rng(0)
-  known = [-rng.uniform(0.1, 2, len(s.tokens)) * np.array(s.mask) for s in dpo.flat(pairs)]
-  batch["ref_answers"] = dpo.known_answers(config.loss, known, batch["mask"])
-  hparams = {"loss": dpo.loss_keywords(config.loss), "sft_coef": jnp.float32(0.25)}
+  known = [-rng.uniform(0.1, 2, len(s.tokens)) * np.array(s.mask) for s in flat(pairs)]
+  loss_fn = dpo.make_loss(config, small)
 
-  def gradient_of(config, batch):
-    loss_fn = dpo.make_loss(config, small)
+  def batch_of(**sizes):
+    return ready(config, dpo.make_batch(pairs, rows=4, pad_id=0, **sizes)[0], known)
+
+  def gradient_of(batch):
     (loss, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, hparams)
     return loss, gradient
 
-  wanted = gradient_of(replace(config, {"packing": 0}), batch)
-  shared = packed_shares(dpo.flat(pairs), shares=2, per_share=4, length=16, pad_id=0)
-  packed = batch | {"packed": shared}
-  assert len(shared.packed.tokens) < 8  # or nothing shares a row
+  plain, hparams = batch_of()
+  wanted = gradient_of(plain)
+  packed, _ = batch_of(packing=16, shares=2)
+  assert len(packed.pairs.packed.packed.tokens) < 8  # or nothing shares a row
   halves = [jax.tree.map(lambda x, i=i: np.split(x, 2)[i], packed) for i in (0, 1)]
-  parts = [gradient_of(config, half) for half in halves]
-  for found in (gradient_of(config, packed), jax.tree.map(jnp.add, *parts)):
+  for found in (gradient_of(packed), jax.tree.map(jnp.add, *map(gradient_of, halves))):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -84,6 +83,34 @@ def test_a_run_is_the_same(experiment, data, small, tmp_path):
     assert a.keys() == b.keys()
     for key in a:
       assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key
+
+
+PROMPTS = {"max_prompt_tokens": 23, "max_new_tokens": 8, "microbatch_pairs": 2, "steps": 1}
+
+
+def test_on_policy_rows_that_a_response_fits_into_train(small, files, tmp_path):
+  plain = run(dpo, tmp_path / "plain", online(files, **PROMPTS))
+  for packing in (31, 64):
+    packed = run(dpo, tmp_path / str(packing), online(files, packing=packing, **PROMPTS))
+    first, wanted = ([row for row in r.samples if row["step"] == 0] for r in (packed, plain))
+    assert first == wanted
+    row, wanted = packed.metrics[0], dict(plain.metrics[0])
+    assert row["pairs"] > 1
+    del row["padding_fraction"], row["pair_accuracy"]  # Against itself rounding says who is right.
+    del wanted["padding_fraction"], wanted["pair_accuracy"]
+    assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+
+
+def test_on_policy_rows_that_are_too_short_are_refused_before_anything_is_loaded(
+  files, tmp_path, monkeypatch
+):
+  monkeypatch.setattr("rl_llm.model.load_model", None)
+  monkeypatch.setattr("rl_llm.tasks.load_task", None)
+  changes = online(files, packing=30, **PROMPTS)
+  with pytest.raises(ConfigError, match=r"--packing=30: must be 0, or at least .*\(31\)"):
+    run(dpo, tmp_path / "run", changes)
+  assert not (tmp_path / "run").exists()
+  dpo.check(replace(dpo.Config(), changes | {"packing": 31}))
 
 
 def test_what_does_not_fit(data):

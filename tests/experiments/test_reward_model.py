@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import reward_model
+from rl_llm import model as models
 from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError, read_dataset
 from rl_llm.data.batches import batch_indices, pair_batch
@@ -69,7 +70,7 @@ def scores(policy, params, pairs):
 def test_the_first_loss_is_that_of_the_formula(tmp_path, small, data):
   changes = {"margin_column": "margin", "center_coef": 0.1, "steps": 1, "seed": 3}
   row = run(tmp_path, settings(data, **changes)).metrics[0]
-  model = reward_model.load_model("tiny", seed=3)
+  model = models.load_model("tiny", seed=3)
   params = with_head(model.params, normal_head(small.config.width, jax.random.key(3)))
   (pairs, margins), (held_out, held_out_margins) = sides(data)
   chosen = batch_indices(len(pairs), batch_size=4, seed=3, step=0)

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from experiments import sft
+from rl_llm import training
 from rl_llm.config import ConfigError, replace
-from rl_llm.data import DataError
+from rl_llm.data import DataError, batches
 from rl_llm.data.encoding import Encoded
 from rl_llm.interrupt import Interrupted
 from rl_llm.tasks import TaskError
@@ -105,7 +106,7 @@ def test_the_objective_is_the_formula_padded_and_packed(small):
       assert float(loss) == pytest.approx(value, abs=1e-5), (name, packing)
       assert float(metrics["nll"][0]) == pytest.approx(sum(map(sum, each)), abs=1e-4)
       assert int(metrics["nll"][1]) == 9
-  assert np.any(batch["segment_ids"] == 2)  # Two of them do share a row.
+  assert np.any(batch.sequences.segment_ids == 2)  # Two of them do share a row.
 
 
 # What a run does.
@@ -165,6 +166,18 @@ def test_microbatches_and_packing_change_nothing(tmp_path, small, data):
   for other in (parts, packed):
     for name, leaf in whole.params.items():
       np.testing.assert_allclose(leaf, other.params[name], rtol=0, atol=1e-5)
+
+
+def test_a_step_packs_once(tmp_path, small, data, monkeypatch):
+  original, packed = batches.pack, []
+
+  def pack(sequences, **sizes):
+    packed.append(len(sequences))
+    return original(sequences, **sizes)
+
+  monkeypatch.setattr(batches, "pack", pack)
+  run(sft, tmp_path, settings(data, packing=24, weighting="sequence_mean"))
+  assert packed == [4] * 3
 
 
 def test_held_out_examples_bounds_what_is_evaluated_and_nothing_else(tmp_path, small, data):
@@ -297,7 +310,7 @@ def test_rows_of_another_kind_and_answers_that_do_not_exist(tmp_path, small, fil
     ({"data": "task"}, r"--data=task: must be a file where there is no task"),
     ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0 with --task=none"),
     ({"microbatch_rows": 3}, r"--microbatch_rows=3: must be a divisor .*try --microbatch_rows=1"),
-    ({"packing": 8}, r"--packing=8: must be 0, or at least max_tokens \(16\)"),
+    ({"packing": 8}, r"--packing=8: must be 0, or at least .* \(16\)"),
     ({"optimizer.schedule": "linear", "optimizer.warmup_steps": 3}, r"warmup_steps=3"),
   ],
 )
@@ -310,17 +323,24 @@ def test_settings_that_do_not_fit(data, changes, message):
 
 
 def stopped(monkeypatch, experiment, workdir, changes, stops):
-  """Runs until each of the stops in turn, (step, exception), then to the end."""
-  original = experiment.learning_rate
+  """Runs until each of the stops in turn, (step, exception), then to the end.
+
+  A stop comes once the step has its experience, the last moment at which a run can be interrupted.
+  """
+  original = training.train_loop
   for at, error in stops:
 
-    def learning_rate(options, step, *, steps, at=at, error=error):
-      if step == at:
-        raise error
-      return original(options, step, steps=steps)
+    def train_loop(*args, sample, at=at, error=error, **seams):
+      def stopping(state, step, clock):
+        found = sample(state, step, clock)
+        if step == at:
+          raise error
+        return found
+
+      return original(*args, sample=stopping, **seams)
 
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-      patch.setattr(experiment, "learning_rate", learning_rate)
+      patch.setattr(training, "train_loop", train_loop)
       run(experiment, workdir, changes)
   return run(experiment, workdir, changes)
 

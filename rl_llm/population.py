@@ -1,0 +1,148 @@
+"""Many members trained as one program: N sets of weights, each with its own rows of the batch.
+
+An update is a pure function of arrays, and what a sweep changes most is numbers. So N settings are
+one `vmap` away from one. Small models have their own weights each; adapters have one base, which is
+in memory once and is read once for all. Whole members lie over the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from rl_llm import rollout, sharding
+from rl_llm.data.prompts import PromptBatch
+from rl_llm.experience import Generate
+from rl_llm.policy import Policy, join, population_policy
+from rl_llm.rollout import ResponseBatch, Rollout
+from rl_llm.tokenizers import Tokenizer
+from rl_llm.train_state import TrainState
+
+
+class Programs(NamedTuple):
+  """What runs on the devices, for all members at once: members come first in all but `frozen`."""
+
+  # (frozen, own, prompts [N * P, L], lengths, keys [N * P * G], sampling, G)
+  #   -> Rollout of N * P * G rows
+  generate: Callable[..., Rollout]
+  # (frozen, own, batch) -> log-probs [N, B, T]
+  logprobs: Callable[..., jax.Array]
+  # (batch, chosen [N, M]) -> the chosen problems' rows
+  take: Callable[..., ResponseBatch]
+  # (state, batch, hparams, microbatches, frozen) -> (state, metrics)
+  update: Callable[..., tuple[TrainState, dict]]
+
+
+def make_programs(
+  policy: Policy,
+  tokenizer: Tokenizer,
+  update_one: Callable,
+  mesh: jax.sharding.Mesh,
+  *,
+  max_new_tokens: int,
+  temperature: float,
+  chunk_size: int,
+) -> Programs:
+  """The functions of one member's step, mapped over members; each device has whole ones.
+
+  Args:
+    policy: the model's functions.
+    tokenizer: which knows what ends a response.
+    update_one: a member's update, from `rl_llm.update.make_update` without a mesh.
+    mesh: its devices share the members out.
+    max_new_tokens: T.
+    temperature: of the sampler, at which log-probs are taken.
+    chunk_size: tokens of a member whose logits exist at the same time.
+  """
+  sampler = population_policy(policy)
+  shared, members = PartitionSpec(), PartitionSpec(sharding.ROWS)
+  on_each = functools.partial(jax.shard_map, mesh=mesh, out_specs=members, check_vma=False)
+
+  @functools.partial(jax.jit, static_argnums=6)
+  def generate_all(frozen, own, prompts, lengths, keys, sampling, group):
+    def of_device(frozen, own, *batch):
+      return rollout.generate(
+        (frozen, own),
+        *batch,
+        policy=sampler,
+        responses_per_prompt=group,
+        max_new_tokens=max_new_tokens,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+      )
+
+    program = on_each(of_device, in_specs=(shared, *[members] * 5))
+    return program(frozen, own, prompts, lengths, keys, sampling)
+
+  @jax.jit
+  def logprobs(frozen, own, batch):
+    def of_one(frozen, own, batch):
+      weights = join(frozen, own)
+      return rollout.response_logprobs(
+        weights, batch, policy=policy, temperature=temperature, chunk_size=chunk_size
+      )[0]
+
+    of_device = jax.vmap(of_one, in_axes=(None, 0, 0))
+    return on_each(of_device, in_specs=(shared, members, members))(frozen, own, batch)
+
+  @jax.jit
+  def take(batch, chosen):
+    of_device = jax.vmap(rollout.take_prompts)
+    return on_each(of_device, in_specs=(members, members))(batch, chosen)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state, batch, hparams, microbatches, frozen):
+    of_device = jax.vmap(update_one, in_axes=(0, 0, 0, None, None))
+    specs = (*[members] * 3, shared, shared)
+    return on_each(of_device, in_specs=specs)(state, batch, hparams, microbatches, frozen)
+
+  return Programs(generate_all, logprobs, take, update)
+
+
+def in_turns(sample: Generate, count: int) -> list[Generate]:
+  """A function that generates for each of `count` members, all of which will be asked the same.
+
+  Members are evaluated one after another, each on the same problems with the same keys. The first
+  to ask has all of them answer; the others read what they have said.
+
+  Args:
+    sample: (None, prompts of all members, ...) -> their responses, the first member's first.
+    count: N.
+  """
+  said: list[Rollout] = []
+
+  def of_member(number: int) -> Generate:
+    calls = itertools.count()
+
+    def generate_own(params, prompts, keys, sampling, group):
+      call = next(calls)
+      if call == len(said):
+        tiled = PromptBatch(*(np.concatenate([x] * count) for x in prompts))
+        temperature = jnp.tile(sampling.temperature, count)
+        sampling = dataclasses.replace(sampling, temperature=temperature)
+        said.append(sharding.fetch(sample(tiled, jnp.concatenate([keys] * count), sampling, group)))
+      size = len(keys)
+      return Rollout(*(x[number * size : (number + 1) * size] for x in said[call]))
+
+    return generate_own
+
+  return [of_member(number) for number in range(count)]
+
+
+def stacked(trees: Sequence[Any]) -> Any:
+  """One tree, with a new first axis, on the host where its leaves are there."""
+  return jax.tree.map(lambda *x: (jnp if isinstance(x[0], jax.Array) else np).stack(x), *trees)
+
+
+def members_over(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Shapes of which the first axis is the members', with their layout."""
+  layout = sharding.row_sharding(mesh)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes)
