@@ -7,6 +7,7 @@ from rl_llm.data.batches import (
   batch_indices,
   packed_batch,
   packed_shares,
+  packed_with_values,
   pad_values,
   pair_batch,
   sequence_batch,
@@ -95,6 +96,29 @@ def test_packed_rows_are_those_of_pack_and_empty_ones():
     assert found.shape == (5, 14)
     np.testing.assert_array_equal(found[:2], expected)
   assert not batch.mask[2:].any() and (batch.segment_ids[2:] == -1).all()
+
+
+def test_values_move_with_their_tokens():
+  given = sequences([5, 3, 7, 2, 4])
+  rng = np.random.default_rng(1)
+  values = rng.uniform(1, 2, size=(8, 16)).astype(np.float32)  # Rows and columns beyond them too.
+  batch, moved = packed_with_values(given, values, length=9, pad_id=6, rows=5)
+  for a, b in zip(batch, packed_batch(given, length=9, pad_id=6, rows=5), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert moved.shape == batch.tokens.shape and moved.dtype == np.float32
+  filled = batch.segment_ids > 0
+  assert (moved[~filled] == 0).all() and (batch.segment_ids == 2).any()
+  seen = []
+  for row, column in zip(*np.nonzero(filled), strict=True):
+    position = batch.positions[row, column]
+    first = column - position
+    [index] = [  # The one that stands there, with all of its tokens.
+      n for n, one in enumerate(given)
+      if batch.tokens[row, first : first + len(one.tokens)].tolist() == one.tokens
+    ]
+    assert moved[row, column] == values[index, position]
+    seen.append((index, position))
+  assert sorted(seen) == [(n, t) for n, one in enumerate(given) for t in range(len(one.tokens))]
 
 
 def test_pairs_alternate():
