@@ -35,8 +35,8 @@ from rl_llm import chips
 from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import option, replace, run
 from rl_llm.metrics import read
+from rl_llm.model import load_model
 from rl_llm.policy import TransformerConfig
-from rl_llm.sharding import make_mesh
 from rl_llm.train_state import init_state, parameter_count
 
 
@@ -113,9 +113,8 @@ def measure(config: Config, directory: Path) -> dict[str, list[float]]:
 
 def apart(configs: Sequence[grpo.Config], number: int, together: Path, alone: Path) -> float:
   """|u - v| / |v| of a member's first update u and its run's alone, v."""
-  first = population.load_members([configs[number]], make_mesh(data=1))[2]
-  one = jax.tree.map(lambda x: x[0], first)
-  all_ = jax.tree.map(lambda x: jnp.repeat(x, len(configs), axis=0), first)
+  one = setup.split_weights(configs[number], load_model(configs[number].model.model).params).trained
+  all_ = jax.tree.map(lambda x: jnp.stack([x] * len(configs)), one)
   init = functools.partial(init_state, optimizer=setup.adamw(configs[0].optimizer))
 
   def restored(shapes: Any, workdir: Path) -> Any:
@@ -174,11 +173,12 @@ def decode_seconds(
 
 def roofline(config: Config) -> list[str]:
   """What accelerators allow, in bfloat16, a chip a line."""
-  model, frozen, first = population.load_members(settings(config)[:1], make_mesh(data=1))
+  model = load_model(config.model)
+  weights = setup.split_weights(settings(config)[0], model.params)
   rows, context = config.prompts * config.responses, 46 + config.new_tokens // 2
   step = functools.partial(
-    decode_seconds, model.policy.config, shared=parameter_count(frozen),
-    own=parameter_count(first), rows=rows, context=context,
+    decode_seconds, model.policy.config, shared=parameter_count(weights.frozen),
+    own=parameter_count(weights.trained), rows=rows, context=context,
   )
   lines = []
   for name in config.chips:

@@ -27,10 +27,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+import typing
+from collections import abc
 
 import jax
 import jax.numpy as jnp
@@ -38,16 +36,14 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import config as configs
-from rl_llm import flops, keywords, losses, metrics, sharding, training, weighting
+from rl_llm import evaluation, keywords, losses, metrics, training
+from rl_llm import experience as experiences
+from rl_llm import pairs as pair_lib
+from rl_llm import reference_cache as reference
+from rl_llm import train_state as states
+from rl_llm import update as updates
 from rl_llm.data import batches, encoding, loading
-from rl_llm.evaluation import Evaluation
-from rl_llm.experience import sampled_pairs
 from rl_llm.logprobs import sequence_logprobs
-from rl_llm.pairs import PairBatch, make_pair_batch, pair_logprobs
-from rl_llm.policy import Policy
-from rl_llm.reference_cache import compute_logprobs, reference_logprobs
-from rl_llm.train_state import TrainState, init_state
-from rl_llm.update import make_update
 
 # Whose formulas are about an answer's average token; IPO's as trainers have it.
 PER_TOKEN = ("ipo_loss", "simpo_loss", "orpo_loss")
@@ -59,10 +55,10 @@ Loss = keywords.keyword_group(
   losses.PREFERENCE_LOSSES,
   shape=(1,),
   further={
-    "shift": (Literal["batch"] | None, configs.option(
+    "shift": (typing.Literal["batch"] | None, configs.option(
       None, "BCO: the reward of an answer neither good nor bad; batch = between the means of both"
     )),
-    "logprobs": (Literal["auto", "sum", "mean"], configs.option(
+    "logprobs": (typing.Literal["auto", "sum", "mean"], configs.option(
       "auto", "of an answer's tokens; auto = mean for ipo_loss, simpo_loss and orpo_loss, else sum"
     )),
     "sft_coef": (float, configs.option(
@@ -110,7 +106,7 @@ TINY = {
 }
 
 
-def overrides(config: Config) -> dict[str, Any]:
+def overrides(config: Config) -> dict[str, typing.Any]:
   """What the model changes, unless the command line says otherwise."""
   return dict(TINY) if config.model.model == "tiny" else {}
 
@@ -137,14 +133,13 @@ def check(config: Config) -> None:
 
 def needs_reference(options: Loss) -> bool:
   """Whether the loss compares the policy with a reference at all."""
-  loss = options.functions[options.name]
-  return "ref_chosen_logprobs" in inspect.signature(loss).parameters
+  return "ref_chosen_logprobs" in keywords.arrays(options)
 
 
-class Batch(NamedTuple):
+class Batch(typing.NamedTuple):
   """What the loss reads of R pairs: rows 2i are chosen, rows 2i + 1 rejected."""
 
-  pairs: PairBatch
+  pairs: pair_lib.PairBatch
   chosen_weights: np.ndarray  # [2 R, T] how much each token of the chosen answers counts
   ref_answers: np.ndarray | None = None  # [2 R] the reference's log-probs of the answers
 
@@ -156,7 +151,7 @@ def of_answers(options: Loss, logprobs, mask) -> jax.Array:
   return sequence_logprobs(logprobs, mask, average=average)
 
 
-def known_answers(options: Loss, logprobs: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
+def known_answers(options: Loss, logprobs: abc.Sequence[np.ndarray], mask: np.ndarray):
   """`of_answers` of log-probs that are data: a vector for each of the first rows of the mask."""
   padded = batches.pad_values(logprobs, width=mask.shape[1])
   padded = np.pad(padded, ((0, len(mask) - len(padded)), (0, 0)))
@@ -174,13 +169,13 @@ def preference_loss(options: Loss, answers, ref_answers, weights, given):
   return loss, {"pair_accuracy" if k == "accuracy" else k: v for k, v in found.items()}
 
 
-def make_loss(config: Config, policy: Policy):
+def make_loss(config: Config, policy: setup.policy.Policy):
   """The objective: the preference loss, plus the chosen answers' likelihood where it is wanted."""
   options, temperature = config.loss, config.sampling.temperature
 
   def loss_fn(params, batch: Batch, hparams):
     mask, weights = batch.pairs.sequences.mask, batch.pairs.weights
-    logprobs = pair_logprobs(params, batch.pairs, policy=policy, temperature=temperature)
+    logprobs = pair_lib.pair_logprobs(params, batch.pairs, policy=policy, temperature=temperature)
     answers = of_answers(options, logprobs, mask)
     loss, found = preference_loss(options, answers, batch.ref_answers, weights, hparams["loss"])
     likelihood, of_chosen = losses.sft_loss(logprobs, batch.chosen_weights)
@@ -194,26 +189,25 @@ def make_loss(config: Config, policy: Policy):
   return loss_fn
 
 
-def make_batch(pairs: Sequence[encoding.Pair], **sizes: int) -> tuple[Batch, float]:
+def make_batch(pairs: abc.Sequence[encoding.Pair], **sizes: int) -> tuple[Batch, float]:
   """The batch of an update, and how much of it is padding; `sizes` as for `make_pair_batch`."""
-  made, padding = make_pair_batch(pairs, **sizes)
-  is_chosen = np.arange(len(made.sequences.mask))[:, None] % 2 == 0
-  return Batch(made, np.asarray(weighting.token_mean(made.sequences.mask & is_chosen))), padding
+  made, padding = pair_lib.make_pair_batch(pairs, **sizes)
+  return Batch(made, pair_lib.chosen_token_weights(made)), padding
 
 
-class Drawn(NamedTuple):
+class Drawn(typing.NamedTuple):
   """The pairs of a step."""
 
   pairs: list[encoding.Pair]
   ref_logprobs: list[np.ndarray]  # of both answers of each pair; empty without a reference
-  metrics: dict[str, Any]
-  samples: Sequence[dict[str, Any]] = ()
-  work: flops.Work = flops.Work()  # what was sampled for them
+  metrics: dict[str, typing.Any]
+  samples: abc.Sequence[dict[str, typing.Any]] = ()
+  work: training.Work = training.Work()  # what was sampled for them
 
 
 def with_constants(
-  options: Loss, batch: Batch, ref_logprobs: list[np.ndarray], policy_logprobs: Callable
-) -> tuple[Batch, dict[str, Any]]:
+  options: Loss, batch: Batch, ref_logprobs: list[np.ndarray], policy_logprobs: abc.Callable
+) -> tuple[Batch, dict[str, typing.Any]]:
   """The batch and the numbers of its loss, with all that is taken before the batch is split.
 
   `policy_logprobs()` are those of the policy, where the loss needs them beforehand.
@@ -236,13 +230,13 @@ def with_constants(
 def learn(
   config: Config,
   model: setup.Model,
-  score: Callable,
-  update: Callable,
-  state: TrainState,
+  score: abc.Callable,
+  update: abc.Callable,
+  state: states.TrainState,
   drawn: Drawn,
   step: int,
-  clock: metrics.PhaseClock,
-) -> tuple[TrainState, training.Learned]:
+  clock: setup.PhaseClock,
+) -> tuple[states.TrainState, training.Learned]:
   """One step's update on preference pairs."""
   pairs, size = drawn.pairs, config.pairs
   if not pairs:  # All problems were answered equally well: there is nothing to learn.
@@ -258,9 +252,8 @@ def learn(
   numbers = {"learning_rate": setup.learning_rate(config, step), "sft_coef": config.loss.sft_coef}
   hparams = jax.tree.map(jnp.float32, numbers) | {"loss": given}
   with clock("update"):
-    placed = sharding.place_rows(batch, model.mesh)
     used = -(-len(pairs) // size.microbatch_pairs)
-    state, found = update(state, placed, hparams, used, model.weights.frozen)
+    state, found = setup.update_once(update, model, state, batch, hparams, used)
   found |= {
     "pairs": len(pairs),
     "padding_fraction": padding,
@@ -268,7 +261,7 @@ def learn(
     "rejected_length": float(np.mean(lengths[1::2])),
   }
   trained = setup.work_on_texts(model, pairs)
-  return state, training.Learned(found, work=flops.Work(*drawn.work[:2], *trained[2:]))
+  return state, training.Learned(found, work=training.Work(*drawn.work[:2], *trained[2:]))
 
 
 def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, int]]:
@@ -291,26 +284,25 @@ def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, 
 def on_policy(
   model: setup.Model,
   problems: setup.Problems,
-  score: Callable,
-  params: Any,
+  score: abc.Callable,
+  params: typing.Any,
   step: int,
-  clock: metrics.PhaseClock,
+  clock: setup.PhaseClock,
 ) -> Drawn:
   """The best and the worst response to each problem where the grader tells them apart."""
   experience = problems.sample(params, step, clock)
-  scores, lengths = experience.scores, experience.rollout.lengths
+  scores = experience.scores
   chosen = best_and_worst(scores.rewards, scores.ok)
   signs = np.zeros(scores.rewards.shape)  # As a table shows them: which was preferred to which.
   for p, best, worst in chosen:
     signs[p, best], signs[p, worst] = 1, -1
   shown = zip(experience.samples, signs.reshape(-1), strict=True)
   samples = [line | {"advantage": float(sign)} for line, sign in shown]
-  pairs, ref_logprobs = sampled_pairs(experience, chosen), []
+  pairs, ref_logprobs = experiences.sampled_pairs(experience, chosen), []
   if model.weights.reference is not None:
     with clock("logprobs"):
       ref_logprobs = score(model.weights.reference, encoding.flat(pairs))
-  read = flops.forward_flops(model.policy.config, experience.prompts.lengths, lengths)
-  work = flops.Work(generated_tokens=int(np.sum(lengths)), rollout_flops=read)
+  work = setup.step_work(model, experience, [])
   return Drawn(pairs, ref_logprobs, experience.metrics, samples, work)
 
 
@@ -318,9 +310,9 @@ def of_file(
   config: Config,
   loaded: loading.Loaded,
   known: list[np.ndarray],
-  params: Any,
+  params: typing.Any,
   step: int,
-  clock: metrics.PhaseClock,
+  clock: setup.PhaseClock,
 ) -> Drawn:
   """The step's pairs of a file; `known`: the reference's log-probs of all its answers."""
   count, size = len(loaded.training), config.pairs.per_step
@@ -331,7 +323,7 @@ def of_file(
 
 
 def reference_of_file(
-  config: Config, run: training.Run, model: setup.Model, pairs: Sequence[encoding.Pair]
+  config: Config, run: training.Run, model: setup.Model, pairs: abc.Sequence[encoding.Pair]
 ) -> list[np.ndarray]:
   """The reference's log-probs of both answers of all pairs, computed once and kept on disk."""
   if model.weights.reference is None or not pairs:
@@ -346,18 +338,18 @@ def reference_of_file(
   statics = {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": model.mesh}
   sizes = {"temperature": config.sampling.temperature, "rows_per_batch": 2 * config.pairs.per_step}
   where, params = config.reference_cache or run.workdir, model.weights.reference
-  return reference_logprobs(
+  return reference.reference_logprobs(
     where, params, encoding.flat(pairs), **statics, **sizes, progress=progress
   )
 
 
 def pair_figures(
   options: Loss,
-  held_out: Sequence[encoding.Pair],
+  held_out: abc.Sequence[encoding.Pair],
   ref_logprobs: list[np.ndarray],
-  score: Callable,
+  score: abc.Callable,
   pad_id: int,
-  params: Any,
+  params: typing.Any,
 ) -> dict[str, float]:
   """What the policy makes of held-out pairs, by its loss and by the rewards that it implies."""
   logprobs = score(params, encoding.flat(held_out))
@@ -378,7 +370,7 @@ def pair_figures(
 _jitted_loss = jax.jit(preference_loss, static_argnums=0)
 
 
-def train(config: Config, workdir: str) -> dict[str, Any]:
+def train(config: Config, workdir: str) -> dict[str, typing.Any]:
   """Trains to the end, or resumes an earlier run of the same config; gives result.json's content.
 
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
@@ -411,12 +403,12 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       setup.show_sizes(config, run, model.weights, sizes)
       statics = {"policy": model.policy, "temperature": config.sampling.temperature, "mesh": mesh}
       score = functools.partial(
-        compute_logprobs, **statics, pad_id=pad_id, rows_per_batch=2 * size.per_step
+        reference.compute_logprobs, **statics, pad_id=pad_id, rows_per_batch=2 * size.per_step
       )
       checked = functools.partial(score, check=run.stop.check)
       loss_fn, optimizer = make_loss(config, model.policy), setup.adamw(config.optimizer)
-      update = make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
-      init = functools.partial(init_state, optimizer=optimizer)
+      update = updates.make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
+      init = functools.partial(states.init_state, optimizer=optimizer)
       begun, model = setup.begin(config, run, model, init)
       known = reference_of_file(config, run, model, loaded.training + held_out)
       if dataset:
@@ -426,10 +418,10 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
         sample = functools.partial(on_policy, model, problems, checked)
       known_held_out = known[2 * len(loaded.training) :]
 
-      def evaluate(params: Any) -> Evaluation:
+      def evaluate(params: typing.Any) -> evaluation.Evaluation:
         own = (config.loss, held_out, known_held_out, checked, pad_id)
         figures = pair_figures(*own, params) if held_out else {}
-        graded = problems.evaluate(params) if problems else Evaluation({}, [])
+        graded = problems.evaluate(params) if problems else evaluation.Evaluation({}, [])
         return graded._replace(metrics=figures | graded.metrics)
 
       update = setup.announced(update, run)
@@ -441,8 +433,8 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
 
 
 def main(config: Config) -> int:
-  data = config.task.task if config.data.data == "on_policy" else Path(config.data.data).name
-  return setup.main(train, config, data=data)
+  file = "" if config.data.data == "on_policy" else config.data.data
+  return setup.main(train, config, file=file)
 
 
 if __name__ == "__main__":

@@ -249,31 +249,29 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Responses:
-  """How responses are drawn that nothing is trained on."""
+class Drawing:
+  """How responses are drawn."""
 
-  temperature: float = option(1.0, "of the sampler", above=0)
+  temperature: float = option(1.0, "of the sampler, and where it trains of the trainer", above=0)
   top_k: int = option(0, "keep the k likeliest tokens, 0 = all", min=0)
   top_p: float = option(1.0, "keep the likeliest tokens that reach p", above=0, max=1)
   slots: int = option(
     0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses(Drawing):
+  """How responses are drawn that nothing is trained on."""
+
   prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Drawing):
   """How responses are drawn."""
 
-  temperature: float = option(1.0, "of the sampler and of the trainer", above=0)
-  top_k: int = option(0, "keep the k likeliest tokens, 0 = all; needs allow_truncated", min=0)
-  top_p: float = option(
-    1.0, "keep the likeliest tokens that reach p; needs allow_truncated", above=0, max=1
-  )
   min_new_tokens: int = option(0, "no end of sequence before this many tokens", min=0)
-  slots: int = option(
-    0, "responses decoded at once; the next takes the place of one that has ended; 0 = all", min=0
-  )
   parts: int = option(
     1, "of a step's problems, each graded while the next is sampled: for slow graders", min=1
   )
@@ -284,21 +282,16 @@ class Sampling:
   def check(self, config: Any) -> None:
     """Refuses what cannot be sampled, or would train on another distribution unasked."""
     problems = (config.updates if hasattr(config, "updates") else config.pairs).per_step
-    if problems % self.parts:
-      allowed = f"a divisor of the {problems} problems of a step"
-      raise ConfigError("sampling.parts", self.parts, allowed)
-    longest = config.prompts.max_new_tokens
-    if self.min_new_tokens > longest:
-      allowed = f"at most max_new_tokens ({longest})"
-      raise ConfigError("sampling.min_new_tokens", self.min_new_tokens, allowed)
-    for name, off in (("top_k", 0), ("top_p", 1.0)):
-      if getattr(self, name) != off and not self.allow_truncated:
-        raise ConfigError(
-          f"sampling.{name}",
-          getattr(self, name),
-          "off while training: it samples from another distribution than the one that is trained",
-          "--sampling.allow_truncated does it all the same",
-        )
+    longest, fix = config.prompts.max_new_tokens, "--sampling.allow_truncated does it all the same"
+    off = "off while training: it samples from another distribution than the one that is trained"
+    for name, refused, allowed, further in (
+      ("parts", problems % self.parts, f"a divisor of the {problems} problems of a step", ""),
+      ("min_new_tokens", self.min_new_tokens > longest, f"at most max_new_tokens ({longest})", ""),
+      ("top_k", self.top_k != 0 and not self.allow_truncated, off, fix),
+      ("top_p", self.top_p != 1 and not self.allow_truncated, off, fix),
+    ):
+      if refused:
+        raise ConfigError(f"sampling.{name}", getattr(self, name), allowed, further)
 
 
 def reward() -> Any:

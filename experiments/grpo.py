@@ -27,8 +27,7 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import config as configs
-from rl_llm import keywords, losses, metrics, minibatches, sharding, training
-from rl_llm.experience import Experience, response_batch
+from rl_llm import keywords, losses, metrics, minibatches, training
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.train_state import TrainState, init_state
@@ -142,13 +141,13 @@ def learn(
   model: setup.Model,
   programs: minibatches.Programs,
   state: TrainState,
-  experience: Experience,
+  experience: minibatches.Experience,
   step: int,
   clock: metrics.PhaseClock,
 ) -> tuple[TrainState, training.Learned]:
   """One step's updates: what GRPO does with graded samples."""
   scores, weights = experience.scores, model.weights
-  batch = sharding.place_rows(response_batch(experience), model.mesh)
+  batch = minibatches.place_responses(experience, model.mesh)
   with clock("logprobs"):
     old, ref = config.updates.count > 1, config.kl.coef > 0
     batch = minibatches.with_logprobs(
@@ -156,7 +155,7 @@ def learn(
     )
   advantages = np.asarray(group_advantages(config.advantage, scores.rewards, scores.ok))
   informative = np.any(advantages != 0, axis=1)
-  batch = batch._replace(advantages=sharding.place_rows(advantages.reshape(-1), model.mesh))
+  batch = batch._replace(advantages=advantages.reshape(-1))
   hparams, totals, trained = setup.hyperparameters(config, step, kl_coef=config.kl.coef), {}, []
   with clock("update"):
     for part in setup.minibatches(

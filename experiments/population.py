@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,6 +123,27 @@ def load_members(
     own.append(weights.trained)
   frozen = sharding.everywhere(weights.frozen, mesh)
   return model._replace(params=None), frozen, sharding.place_rows(population.stacked(own), mesh)
+
+
+def sample(
+  of: Population, sampler: Sampler, state: TrainState, step: int, clock: metrics.PhaseClock
+) -> list[experience.Experience]:
+  """Each member's experience of the step; all sample together."""
+  prompts, group = of.config.updates.prompts_per_step, of.config.updates.responses_per_prompt
+  seeds, task = [member.run.seed for member in of.members], sampler.task
+  drawn = [
+    experience.draw_problems(task, seed, step, prompts, sampler.encode) for seed in seeds
+  ]
+  found = experience.answer(
+    sampler,
+    state.params,
+    experience.Drawn(*(sum(parts[1:], parts[0]) for parts in zip(*drawn, strict=True))),
+    jnp.concatenate([experience.step_keys(seed, step, prompts, group) for seed in seeds]),
+    clock,
+    responses=group,
+    sampling=setup.sampling_config(of.config.sampling),
+  )
+  return experience.split_experience(found, drawn, max_reward=task.max_reward)
 
 
 def learn(
@@ -302,6 +323,39 @@ def train(
     return run.result or _train(members, directories, run)
 
 
+@contextlib.contextmanager
+def open_members(of: Population, start: int) -> Iterator[list[list[metrics.MetricsWriter]]]:
+  """The members' directories, for this process alone, and the two files of each one's record."""
+  with contextlib.ExitStack() as stack:
+    for member, directory in zip(of.members, of.directories, strict=True):
+      may_change = configs.volatile(member)
+      stack.enter_context(opened(directory, member, volatile=may_change, doing="trains in"))
+    yield [
+      [
+        stack.enter_context(metrics.MetricsWriter(directory / name, resume_step=start - 1))
+        for name in ("metrics.jsonl", "samples.jsonl")
+      ]
+      for directory in of.directories
+    ]
+
+
+def make_programs(config: grpo.Config, policy: Policy, tokenizer: Any, mesh: Any, count: int):
+  """What a step of `count` members runs on the devices."""
+  # Of all members on a device, as many logits exist at once as of one run alone.
+  chunk_size = max(1, CHUNK_SIZE // (count // mesh.size))
+  loss_fn, size = grpo.make_loss(config, policy, chunk_size=chunk_size), config.updates
+  update = make_update(loss_fn, setup.adamw(config.optimizer), microbatches=size.microbatches)
+  return population.make_programs(
+    policy,
+    tokenizer,
+    update,
+    mesh,
+    max_new_tokens=config.prompts.max_new_tokens,
+    temperature=config.sampling.temperature,
+    chunk_size=chunk_size,
+  )
+
+
 def _train(
   members: Sequence[grpo.Config], directories: Sequence[Path], run: training.Run
 ) -> dict[str, Any]:
@@ -312,20 +366,7 @@ def _train(
   task, size = setup.load_task(config.task), config.updates
   model, frozen, first = load_members(members, run, mesh)
   policy, tokenizer = model.policy, model.tokenizer
-  temperature, chunk_size = config.sampling.temperature, CHUNK_SIZE // (count // mesh.size) or 1
-  programs = population.make_programs(
-    policy,
-    tokenizer,
-    make_update(
-      grpo.make_loss(config, policy, chunk_size=chunk_size),
-      setup.adamw(config.optimizer),
-      microbatches=size.microbatches,
-    ),
-    mesh,
-    max_new_tokens=config.prompts.max_new_tokens,
-    temperature=temperature,
-    chunk_size=chunk_size,
-  )
+  programs = make_programs(config, policy, tokenizer, mesh, count)
   sizes = {
     "members": count,
     "parameters shared": parameter_count(frozen),
@@ -348,47 +389,19 @@ def _train(
     batch = sharding.place_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh)
     return programs.generate(frozen, own, *batch, group)
 
-  def sample(state, step: int, clock: metrics.PhaseClock) -> list[experience.Experience]:
-    prompts, group = size.prompts_per_step, size.responses_per_prompt
-    drawn = [
-      experience.draw_problems(task, member.run.seed, step, prompts, sampler.encode)
-      for member in members
-    ]
-    keys = [experience.step_keys(member.run.seed, step, prompts, group) for member in members]
-    found = experience.answer(
-      sampler,
-      state.params,
-      experience.Drawn(*(sum(parts[1:], parts[0]) for parts in zip(*drawn, strict=True))),
-      jnp.concatenate(keys),
-      clock,
-      responses=group,
-      sampling=setup.sampling_config(config.sampling),
-    )
-    return experience.split_experience(found, drawn, max_reward=task.max_reward)
-
-  with contextlib.ExitStack() as stack:
-    for member, directory in zip(members, directories, strict=True):
-      may_change = configs.volatile(member)
-      stack.enter_context(opened(directory, member, volatile=may_change, doing="trains in"))
-    alone = setup.Model(policy, tokenizer, None, None)
-    rows_at_once = size.microbatch_prompts * size.responses_per_prompt
-    sampler = stack.enter_context(
-      setup.open_sampler(config, run, alone, task, reward=config.reward, rows_at_once=rows_at_once)
-    )._replace(generate=generate)
+  alone, rows = setup.Model(policy, tokenizer, None, None), size.microbatch_prompts
+  rewards = {"reward": config.reward, "rows_at_once": rows * size.responses_per_prompt}
+  with (
+    open_members(of, begun[0]) as writers,
+    setup.open_sampler(config, run, alone, task, **rewards) as sampler,
+    setup.open_record_of(config, run, mesh, begun[0]) as record_whole,
+  ):
+    sampler = sampler._replace(generate=generate)
     held_out = experience.held_out_problems(task, sampler.encode, limit=config.eval.problems)
-    names, resumed = ("metrics.jsonl", "samples.jsonl"), begun[0] - 1
-    writers = [
-      [
-        stack.enter_context(metrics.MetricsWriter(directory / name, resume_step=resumed))
-        for name in names
-      ]
-      for directory in directories
-    ]
-    record_whole = stack.enter_context(setup.open_record_of(config, run, mesh, begun[0]))
     state = training.train_loop(
       run,
       *begun,
-      sample=sample,
+      sample=functools.partial(sample, of, sampler),
       learn=functools.partial(learn, of, programs),
       evaluate=functools.partial(evaluate_members, of, sampler, held_out, say),
       record=make_record(of, run, writers, record_whole),
@@ -401,5 +414,6 @@ def _train(
         base = config.model.model
         training.export_model(own_run, policy.config, own, tokenizer, base=base)
       write_report(own_run.workdir)
-      write_result(own_run.workdir, training.summary(metrics.read(own_run.workdir / names[0])))
+      rows = metrics.read(own_run.workdir / "metrics.jsonl")
+      write_result(own_run.workdir, training.summary(rows))
   return training.finish(run)

@@ -32,18 +32,24 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from experiments import flags, setup
 from rl_llm import advantages as estimators
 from rl_llm import config as configs
-from rl_llm import controllers, keywords, losses, masked, metrics, minibatches, sharding, training
-from rl_llm.experience import Experience, response_batch
-from rl_llm.policy import Policy, scalar_head
-from rl_llm.rollout import ResponseBatch, logprobs_of_hidden, response_hidden
-from rl_llm.train_state import TrainState, init_state
-from rl_llm.update import make_update
-from rl_llm.value_network import response_values, value_statistics, values_of_hidden
+from rl_llm import (
+  controllers,
+  keywords,
+  losses,
+  masked,
+  metrics,
+  minibatches,
+  rollout,
+  train_state,
+  training,
+  update,
+  value_network,
+)
+from rl_llm import policy as policies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +57,7 @@ class Advantage:
   """Generalised advantage estimation."""
 
   discount: float = configs.option(1.0, "discount factor per token", min=0, max=1)
-  gae_lambda: float = configs.option(
-    0.95, "1 trusts the rewards that came, 0 the value network", min=0, max=1
-  )
+  gae_lambda: float = configs.option(0.95, "1 trusts rewards, 0 the values", min=0, max=1)
   whiten: bool = configs.option(True, "scale the step's advantages to mean 0 and variance 1")
 
 
@@ -77,9 +81,7 @@ class Value:
 class KL(flags.RewardKL):
   """The price of leaving the model that training began with, taken off each token's reward."""
 
-  controller: Literal["fixed", "adaptive"] = configs.option(
-    "fixed", "adaptive = the coefficient, which begins with coef, follows the KL"
-  )
+  controller: Literal["fixed", "adaptive"] = configs.option("fixed", "adaptive follows the KL")
   target: float = configs.option(0.1, "of adaptive: the KL to hold, in nats a token", above=0)
   horizon: int = configs.option(
     10_000, "of adaptive: in how many responses the coefficient may change by 20 %", min=1
@@ -88,16 +90,15 @@ class KL(flags.RewardKL):
   def check(self, config: Config) -> None:
     """Refuses to control what is not there."""
     if self.controller == "adaptive" and not self.coef:
-      raise configs.ConfigError(
-        "kl.coef", self.coef, "above 0 with --kl.controller=adaptive", "try --kl.coef=0.001"
-      )
+      allowed = "above 0 with --kl.controller=adaptive"
+      raise configs.ConfigError("kl.coef", self.coef, allowed, "try --kl.coef=0.001")
 
 
 class State(NamedTuple):
   """What a checkpoint holds."""
 
-  policy: TrainState  # of a shared trunk: with the value's "head" among its parameters
-  value: TrainState | None  # the value network, where it is a tower of its own
+  policy: train_state.TrainState  # of a shared trunk: with the value's "head" among its parameters
+  value: train_state.TrainState | None  # the value network, where it is a tower of its own
   kl: controllers.AdaptiveKL
 
 
@@ -152,13 +153,13 @@ def check(config: Config) -> None:
   flags.check_updates(config.loss, config.updates)
 
 
-def make_loss(config: Config, policy: Policy):
+def make_loss(config: Config, policy: policies.Policy):
   """The objective: the surrogate, plus the other terms that are wanted."""
   temperature = config.sampling.temperature
 
-  def loss_fn(params, batch: ResponseBatch, hparams):
-    hidden = response_hidden(params, batch, policy=policy)
-    logprobs, entropies = logprobs_of_hidden(
+  def loss_fn(params, batch: rollout.ResponseBatch, hparams):
+    hidden = rollout.response_hidden(params, batch, policy=policy)
+    logprobs, entropies = rollout.logprobs_of_hidden(
       params, hidden, batch.tokens, batch.mask, policy=policy, temperature=temperature
     )
     # One update per batch: the policy before it is the policy, and needs no second pass.
@@ -173,7 +174,7 @@ def make_loss(config: Config, policy: Policy):
       mask=batch.mask,
     )
     if config.value.trunk == "shared":
-      values = values_of_hidden(params["head"], hidden, batch.mask)
+      values = value_network.values_of_hidden(params["head"], hidden, batch.mask)
       error, of_values = value_term(config.value, values, batch)
       loss = loss + hparams["value_coef"] * error
       found |= of_values
@@ -185,16 +186,17 @@ def make_loss(config: Config, policy: Policy):
   return loss_fn
 
 
-def make_value_loss(config: Config, policy: Policy):
+def make_value_loss(config: Config, policy: policies.Policy):
   """The objective of a value network with a tower of its own."""
 
-  def loss_fn(params, batch: ResponseBatch, hparams):
-    return value_term(config.value, response_values(params, batch, policy=policy), batch)
+  def loss_fn(params, batch: rollout.ResponseBatch, hparams):
+    values = value_network.response_values(params, batch, policy=policy)
+    return value_term(config.value, values, batch)
 
   return loss_fn
 
 
-def value_term(options: Value, values, batch: ResponseBatch):
+def value_term(options: Value, values, batch: rollout.ResponseBatch):
   """The value's loss and its metrics, the same whatever trunk the values come from."""
   loss, found = losses.value_loss(
     values, batch.old_values, batch.returns, batch.weights, clip=options.clip
@@ -203,43 +205,42 @@ def value_term(options: Value, values, batch: ResponseBatch):
   return loss, jax.lax.stop_gradient(found)
 
 
-def make_before(config: Config, policy: Policy):
+def make_before(config: Config, policy: policies.Policy):
   """(policy's weights, value network's, batch) -> the old values, and the old log-probs or None."""
 
   @jax.jit
-  def before(params, value_params, batch: ResponseBatch):
-    hidden = response_hidden(params, batch, policy=policy)
+  def before(params, value_params, batch: rollout.ResponseBatch):
+    hidden = rollout.response_hidden(params, batch, policy=policy)
     if config.value.trunk == "shared":
-      values = values_of_hidden(params["head"], hidden, batch.mask)
+      values = value_network.values_of_hidden(params["head"], hidden, batch.mask)
     else:
-      values = response_values(value_params, batch, policy=policy)
+      values = value_network.response_values(value_params, batch, policy=policy)
     if config.updates.count == 1:
       return values, None
     temperature = config.sampling.temperature
-    return values, logprobs_of_hidden(
+    return values, rollout.logprobs_of_hidden(
       params, hidden, batch.tokens, batch.mask, policy=policy, temperature=temperature
     )[0]
 
   return before
 
 
-def policy_optimizer(config: Config) -> optax.GradientTransformation:
+def policy_optimizer(config: Config):
   """AdamW; a value head among the policy's parameters keeps its own learning rate."""
+  adamw = setup.adamw(config.optimizer)
   if config.value.trunk == "own":
-    return setup.adamw(config.optimizer)
+    return adamw
   scale = config.value.learning_rate / config.optimizer.learning_rate
-  head = optax.masked(optax.scale(scale), lambda params: {name: name == "head" for name in params})
-  return optax.chain(setup.adamw(config.optimizer), head)
+  return update.scale_part(adamw, "head", scale)
 
 
 def init_ppo(params, *, config: Config, width: int) -> State:
   """The state before the first step: a value network that says 0 of everything."""
-  head, shared = scalar_head.zero_head(width), config.value.trunk == "shared"
-  policy, tower = params | {"head": head} if shared else params, None
-  if not shared:
-    tower = init_state(scalar_head.with_head(params, head), setup.adamw(config.optimizer))
-  kl = controllers.AdaptiveKL(jnp.float32(config.kl.coef))
-  return State(init_state(policy, policy_optimizer(config)), tower, kl)
+  head, init = policies.zero_head(width), train_state.init_state
+  kl, adamw = controllers.AdaptiveKL(jnp.float32(config.kl.coef)), setup.adamw(config.optimizer)
+  if config.value.trunk == "shared":
+    return State(init(params | {"head": head}, policy_optimizer(config)), None, kl)
+  return State(init(params, adamw), init(policies.with_head(params, head), adamw), kl)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -260,14 +261,14 @@ class Programs(NamedTuple):
   update_value: Callable  # of a tower: (state, minibatch, hparams, microbatches, frozen)
 
 
-def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> Programs:
+def make_programs(config: Config, policy: policies.Policy, mesh: jax.sharding.Mesh) -> Programs:
   """What a step runs on the devices besides its rollout."""
-  loss_fn, value_loss_fn = make_loss(config, policy), make_value_loss(config, policy)
-  optimizer, count = setup.adamw(config.optimizer), config.updates.microbatches
+  value_loss_fn, adamw = make_value_loss(config, policy), setup.adamw(config.optimizer)
+  of_policy, count = (make_loss(config, policy), policy_optimizer(config)), config.updates
   return Programs(
-    setup.make_programs(config, policy, mesh, loss_fn, policy_optimizer(config)),
+    setup.make_programs(config, policy, mesh, *of_policy),
     make_before(config, policy),
-    make_update(value_loss_fn, optimizer, microbatches=count, mesh=mesh),
+    update.make_update(value_loss_fn, adamw, microbatches=count.microbatches, mesh=mesh),
   )
 
 
@@ -276,13 +277,13 @@ def learn(
   model: setup.Model,
   programs: Programs,
   state: State,
-  experience: Experience,
+  experience: minibatches.Experience,
   step: int,
   clock: metrics.PhaseClock,
 ) -> tuple[State, training.Learned]:
   """One step's updates: what PPO does with graded samples."""
   scores, weights = experience.scores, model.weights
-  batch = sharding.place_rows(response_batch(experience), model.mesh)
+  batch = minibatches.place_responses(experience, model.mesh)
   with clock("logprobs"):
     tower = state.value and weights.whole(state.value.params)
     values, old = programs.before(weights.whole(state.policy.params), tower, batch)
@@ -296,7 +297,7 @@ def learn(
   )
   batch = batch._replace(advantages=found, returns=returns)
   advantages, _ = minibatches.per_response(batch, scores.rewards.shape)
-  totals |= value_statistics(values, returns, batch.mask)
+  totals |= value_network.value_statistics(values, returns, batch.mask)
   if config.kl.coef:
     totals |= {"kl_coef": state.kl.coef}
   rate = setup.learning_rate(config, step) / config.optimizer.learning_rate

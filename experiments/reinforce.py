@@ -1,9 +1,8 @@
 """REINFORCE: make what was rewarded likelier, in proportion to how far it beat a baseline.
 
-The oldest of the four methods. Nothing but a grader is needed; all that varies is what a reward is
-compared with, which takes away noise and not truth (`--advantage=`):
+Nothing but a grader is needed; what a reward is compared with takes away noise and not truth:
 
-  plain                          nothing: the reward itself
+  --advantage=plain              nothing: the reward itself
   moving_average                 the mean reward of the steps before, a number in the state
   leave_one_out                  RLOO: the mean of the other responses to the same problem
   reinforce_plus_plus            REINFORCE++: the whole batch's mean and spread
@@ -33,8 +32,7 @@ import numpy as np
 from experiments import flags, setup
 from rl_llm import advantages as estimators
 from rl_llm import config as configs
-from rl_llm import keywords, losses, metrics, minibatches, sharding, training
-from rl_llm.experience import Experience, response_batch
+from rl_llm import keywords, losses, metrics, minibatches, training
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.train_state import TrainState, init_state
@@ -64,7 +62,7 @@ class State(NamedTuple):
   """What a checkpoint holds."""
 
   policy: TrainState
-  baseline: jax.Array  # float32 scalar, the decayed sum of mean rewards
+  baseline: jax.Array  # float32 scalar, the decayed sum of the mean rewards of the steps before
   weight: jax.Array  # float32 scalar, the same sum of ones: their quotient is the moving average
 
 
@@ -181,19 +179,18 @@ def learn(
   model: setup.Model,
   programs: minibatches.Programs,
   state: State,
-  experience: Experience,
+  experience: minibatches.Experience,
   step: int,
   clock: metrics.PhaseClock,
 ) -> tuple[State, training.Learned]:
   """One step's updates: what REINFORCE does with graded samples."""
   scores, weights = experience.scores, model.weights
-  batch = sharding.place_rows(response_batch(experience), model.mesh)
+  batch = minibatches.place_responses(experience, model.mesh)
   with clock("logprobs"):
     old, ref = config.updates.count > 1, config.kl.coef > 0
     batch = minibatches.with_logprobs(
       batch, programs, weights, state.policy.params, old=old, ref=ref
     )
-  # The mean reward of the steps before, late ones counting more; 0 before the first.
   baseline = float(state.baseline / state.weight) if state.weight else 0.0
   kl, totals = minibatches.reward_kl(batch, value=config.kl.value)
   per_token = token_advantages(

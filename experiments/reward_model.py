@@ -29,9 +29,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import typing
+from collections import abc
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +38,18 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import config as configs
-from rl_llm import data, losses, metrics, policy, reward_model, sharding, training
-from rl_llm.data import batches, encoding
-from rl_llm.evaluation import Evaluation
-from rl_llm.pairs import PairBatch, make_pair_batch
-from rl_llm.policy import scalar_head
-from rl_llm.train_state import TrainState, init_state
-from rl_llm.update import make_update
+from rl_llm import (
+  data,
+  evaluation,
+  losses,
+  pairs,
+  policy,
+  reward_model,
+  training,
+)
+from rl_llm import train_state as states
+from rl_llm import update as updates
+from rl_llm.data import batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ TINY = {
 }
 
 
-def overrides(config: Config) -> dict[str, Any]:
+def overrides(config: Config) -> dict[str, typing.Any]:
   """What the model changes, unless the command line says otherwise."""
   return dict(TINY) if config.model.model == "tiny" else {}
 
@@ -108,10 +112,10 @@ def check(config: Config) -> None:
   config.data.check_fits(config.data.max_tokens)
 
 
-class Batch(NamedTuple):
+class Batch(typing.NamedTuple):
   """What the loss reads of R pairs."""
 
-  pairs: PairBatch
+  pairs: pairs.PairBatch
   margin: np.ndarray  # [R] by how much the rewards of a pair are to differ
 
 
@@ -139,38 +143,33 @@ def make_loss(config: Config, trunk: policy.Policy):
 def learn(
   config: Config,
   model: setup.Model,
-  update: Callable,
-  state: TrainState,
+  update: abc.Callable,
+  state: states.TrainState,
   drawn: training.Examples,
   step: int,
-  clock: metrics.PhaseClock,
-) -> tuple[TrainState, training.Learned]:
+  clock: setup.PhaseClock,
+) -> tuple[states.TrainState, training.Learned]:
   """One step's update on (pair, margin) examples."""
-  pairs, margin = zip(*drawn.examples, strict=True)
-  made, padding = make_pair_batch(
-    pairs,
-    pad_id=model.tokenizer.pad_id,
-    rows=len(pairs),
-    packing=config.data.packing,
-    shares=config.pairs.microbatches,
-  )
+  answers, margin = zip(*drawn.examples, strict=True)
+  sizes = {"packing": config.data.packing, "shares": config.pairs.microbatches}
+  pad_id, rows = model.tokenizer.pad_id, len(answers)
+  made, padding = pairs.make_pair_batch(answers, pad_id=pad_id, rows=rows, **sizes)
   hparams = {"learning_rate": jnp.float32(setup.learning_rate(config, step))}
+  batch, used = Batch(made, np.array(margin, np.float32)), config.pairs.microbatches
   with clock("update"):
-    placed = sharding.place_rows(Batch(made, np.array(margin, np.float32)), model.mesh)
-    used, frozen = config.pairs.microbatches, model.weights.frozen
-    state, found = update(state, placed, hparams, used, frozen)
-  work = setup.work_on_texts(model, pairs, predicts=False)
+    state, found = setup.update_once(update, model, state, batch, hparams, used)
+  work = setup.work_on_texts(model, answers, predicts=False)
   return state, training.Learned(found | {"padding_fraction": padding}, work=work)
 
 
 def evaluate(
   config: Config,
   run: training.Run,
-  score: Callable,
-  held_out: Sequence[encoding.Pair],
+  score: abc.Callable,
+  held_out: abc.Sequence[data.encoding.Pair],
   margins: np.ndarray,
-  params: Any,
-) -> Evaluation:
+  params: typing.Any,
+) -> evaluation.Evaluation:
   """How often the better answer of held-out pairs has the larger reward, and how sure that is."""
   run.console.say(f"scoring {len(held_out)} held-out pairs")
   chosen, rejected = score(params, held_out).T
@@ -193,10 +192,10 @@ def evaluate(
     "eval/chosen_reward": float(np.mean(chosen)),
     "eval/rejected_reward": float(np.mean(rejected)),
   }
-  return Evaluation(figures, [])
+  return evaluation.Evaluation(figures, [])
 
 
-def train(config: Config, workdir: str) -> dict[str, Any]:
+def train(config: Config, workdir: str) -> dict[str, typing.Any]:
   """Trains to the end, or resumes an earlier run of the same config; gives result.json's content.
 
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
@@ -220,18 +219,18 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
     }
     setup.show_sizes(config, run, model.weights, sizes)
     optimizer, loss_fn = setup.adamw(config.optimizer), make_loss(config, model.policy)
-    update = make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
+    update = updates.make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
     width, seed = model.policy.config.width, config.run.seed
     statics = {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": mesh}
     score = functools.partial(
       reward_model.score_pairs, **statics, pairs_per_batch=size.per_step, check=run.stop.check
     )
 
-    def first_state(params) -> TrainState:
-      head = scalar_head.normal_head(width, jax.random.key(seed))
-      return init_state(scalar_head.with_head(params, head), optimizer)
+    def first_state(params) -> states.TrainState:
+      head = policy.normal_head(width, jax.random.key(seed))
+      return states.init_state(policy.with_head(params, head), optimizer)
 
-    def sample(params, step: int, clock: metrics.PhaseClock) -> training.Examples:
+    def sample(params, step: int, clock: setup.PhaseClock) -> training.Examples:
       count = len(loaded.training)
       chosen = batches.batch_indices(count, batch_size=size.per_step, seed=seed, step=step)
       return training.Examples([(loaded.training[index], margins[index]) for index in chosen])
@@ -268,15 +267,15 @@ def check_margins(config: Config, dataset: data.Dataset) -> None:
       )
 
 
-def margins_of(config: Config, columns: Sequence[dict[str, Any]]) -> np.ndarray:
+def margins_of(config: Config, columns: abc.Sequence[dict[str, typing.Any]]) -> np.ndarray:
   """[N] float32: each pair's margin; 0 where none is asked for."""
   name = config.margin_column
   return np.array([row[name] if name else 0.0 for row in columns], np.float32)
 
 
+def main(config: Config) -> int:
+  return setup.main(train, config, file=config.data.data)
+
+
 if __name__ == "__main__":
-  configs.run(
-    lambda config: setup.main(train, config, data=Path(config.data.data).name),
-    Config,
-    overrides=overrides,
-  )
+  configs.run(main, Config, overrides=overrides)

@@ -59,10 +59,15 @@ class Problems(NamedTuple):
 # A run and its end.
 
 
-def main(train: Callable[[Any, str], Any], config: Any, *, model: str = "", data: str = "") -> int:
-  """Trains in the directory that the config names, or that is named after it: the exit code."""
+def main(
+  train: Callable[[Any, str], Any], config: Any, *, model: str = "", data: str = "", file: str = ""
+) -> int:
+  """Trains in the directory that the config names, or that is named after it: the exit code.
+
+  It is named after the model, and after the `data`, the data `file`, or else the task.
+  """
   name = Path(sys.modules[type(config).__module__].__file__).stem
-  model, data = model or config.model.model, data or config.task.task
+  model, data = model or config.model.model, data or Path(file).name or config.task.task
   workdir = config.run.workdir or training.default_workdir(
     name, model=model, data=data, seed=config.run.seed
   )
@@ -385,6 +390,14 @@ def load_pairs(
   settings = {"prompt_format": prompt_format, "system_prompt": layout.system_prompt}
   encode = functools.partial(encoding.encode_pair, tokenizer=tokenizer, **settings)
   return load_data(config, run, dataset, encode, encoding.limit_pairs)
+
+
+def update_once(
+  update: Callable, model: Model, state: Any, batch: Any, hparams: dict[str, Any], used: int
+) -> tuple[Any, dict[str, Any]]:
+  """One update on a batch from the host, of whose microbatches the first `used` are computed."""
+  placed = sharding.place_rows(batch, model.mesh)
+  return update(state, placed, hparams, used, model.weights.frozen)
 
 
 def work_on_texts(model: Model, examples: Sequence[Any], *, predicts: bool = True) -> Work:

@@ -19,13 +19,7 @@ Rerunning the same command resumes from the last checkpoint; so does it after Ct
 Measured with the first command, --eval.samples=2, seeds 0, 1 and 2, on 2 cores: of 100 held-out
 sums, right at temperature 1 from 0.22 to 0.51, 0.55 and 0.57; 7 to 8 s a step, 380 to 460 s with
 evaluations. Greedily it falls, from 0.69 to 0.48, 0.58 and 0.57: every answer is now a bare number,
-as it was shown, where the model used to write the sum out first.
-
-GSM8K's training file, 60 steps of 4 problems (--steps=60 --examples_per_step=4 --packing=512
---microbatch_rows=1 --max_tokens=512 --overlong=drop --held_out_examples=64 --max_new_tokens=192
---eval.every=60 --eval.problems=8 --eval.samples=1 --checkpoint.every=20): the loss on 64 held-out
-examples falls from 1.37 to 0.82 nats a token, 16 s a step, 1,520 s in all. Killed at step 42 and
-begun again it ends with the same record and, bit for bit, the same weights and moments.
+as it was shown, where the model used to write the sum out first. docs/results/sft.md has GSM8K.
 """
 
 from __future__ import annotations
@@ -33,9 +27,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+import typing
+from collections import abc
 
 import jax
 import jax.numpy as jnp
@@ -43,16 +36,12 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import config as configs
-from rl_llm import data, experience, losses, metrics, sharding, training, weighting
+from rl_llm import demonstrations, evaluation, experience, losses, training, weighting
+from rl_llm import reference_cache as reference
+from rl_llm import train_state as states
+from rl_llm import update as updates
 from rl_llm.data import batches, encoding
-from rl_llm.demonstrations import encode_answers
-from rl_llm.evaluation import Evaluation
-from rl_llm.policy import Policy
-from rl_llm.reference_cache import compute_logprobs
 from rl_llm.teacher_forcing import teacher_forced_logprobs
-from rl_llm.tokenizers import resolve_format
-from rl_llm.train_state import TrainState, init_state
-from rl_llm.update import make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +61,7 @@ class Config:
     4, "rows whose activations are held at once; divides examples_per_step, or is more than that",
     min=1,
   )
-  weighting: Literal["token_mean", "sequence_mean", "sequence_sum"] = configs.option(
+  weighting: typing.Literal["token_mean", "sequence_mean", "sequence_sum"] = configs.option(
     "token_mean", "what counts the same: tokens, or examples by their mean or by their sum"
   )
   export: bool = flags.export()
@@ -93,7 +82,7 @@ TINY = {
 }
 
 
-def overrides(config: Config) -> dict[str, Any]:
+def overrides(config: Config) -> dict[str, typing.Any]:
   """What the model changes, unless the command line says otherwise."""
   return dict(TINY) if config.model.model == "tiny" else {}
 
@@ -107,14 +96,14 @@ def check(config: Config) -> None:
   config.data.check_measured(config.task.task, "task")
 
 
-class Batch(NamedTuple):
+class Batch(typing.NamedTuple):
   """What the loss reads: sequences in rows of their own, or packed."""
 
   sequences: batches.SequenceBatch
   weights: np.ndarray  # [R, T] how much each token counts
 
 
-def make_loss(policy: Policy):
+def make_loss(policy: setup.policy.Policy):
   """The objective: the likelihood of the trained tokens."""
 
   def loss_fn(params, batch: Batch, hparams):
@@ -127,7 +116,7 @@ def make_loss(policy: Policy):
 
 
 def make_batch(
-  sequences: Sequence[encoding.Encoded], *, name: str, packing: int, rows: int, pad_id: int
+  sequences: abc.Sequence[encoding.Encoded], *, name: str, packing: int, rows: int, pad_id: int
 ) -> Batch:
   """[rows, T] arrays and weights: a row each, or packed into rows of `packing` tokens."""
   padded = batches.sequence_batch(sequences, pad_id=pad_id, rows=rows)
@@ -141,12 +130,12 @@ def make_batch(
 def learn(
   config: Config,
   model: setup.Model,
-  update: Callable,
-  state: TrainState,
+  update: abc.Callable,
+  state: states.TrainState,
   drawn: training.Examples,
   step: int,
-  clock: metrics.PhaseClock,
-) -> tuple[TrainState, training.Learned]:
+  clock: setup.PhaseClock,
+) -> tuple[states.TrainState, training.Learned]:
   """One step's update on examples."""
   batch = make_batch(
     drawn.examples,
@@ -159,9 +148,8 @@ def learn(
   filled = int(np.sum(np.any(segments > 0, axis=1)))  # Rows that hold anything come first.
   hparams = {"learning_rate": jnp.float32(setup.learning_rate(config, step))}
   with clock("update"):
-    placed = sharding.place_rows(batch, model.mesh)
     used = -(-filled // config.microbatch_rows)
-    state, found = update(state, placed, hparams, used, model.weights.frozen)
+    state, found = setup.update_once(update, model, state, batch, hparams, used)
   found |= {
     "examples": len(drawn.examples),
     "trained_tokens": int(np.sum(batch.sequences.mask)),
@@ -170,21 +158,21 @@ def learn(
   return state, training.Learned(found, work=setup.work_on_texts(model, drawn.examples))
 
 
-class Source(NamedTuple):
+class Source(typing.NamedTuple):
   """Where examples come from."""
 
-  draw: Callable[[int], list[encoding.Encoded]]  # (step) -> the step's
+  draw: abc.Callable[[int], list[encoding.Encoded]]  # (step) -> the step's
   held_out: list[encoding.Encoded]
   note: str
   counts: dict[str, int]  # of rows that were dropped or cut
 
 
 def open_source(
-  config: Config, run: training.Run, tokenizer: Any, task: Any, dataset: data.Dataset | None
+  config: Config, run: training.Run, tokenizer: typing.Any, task: typing.Any, dataset: typing.Any
 ) -> Source:
   """The examples of a file, or the right answers to a task's problems."""
   layout, seed, size = config.prompts.layout, config.run.seed, config.examples_per_step
-  prompt_format = resolve_format(layout.prompt_format, tokenizer)
+  prompt_format = setup.resolve_format(layout.prompt_format, tokenizer)
   if layout.prompt_format == "auto" and dataset and dataset.format == "text":
     # Bare text has no turns; a transcript is a conversation already.
     bare = isinstance(dataset.examples[0].completion, str)
@@ -194,14 +182,14 @@ def open_source(
   kept = slice(config.held_out_examples or None)
   if dataset is None:
     limits = {"limit": config.data.max_tokens, "overlong": config.data.overlong}
-    answers = functools.partial(encode_answers, encode=encode, **limits)
+    answers = functools.partial(demonstrations.encode_answers, encode=encode, **limits)
 
     def draw(step: int) -> list[encoding.Encoded]:
       return answers(task.sample(seed, step, size))
 
+    held_out = answers(task.held_out[kept])
     experience.agree_on_data(sequence.tokens for sequence in draw(0))
-    note = f"right answers to {task.name}: {task.note}"
-    return Source(draw, answers(task.held_out[kept]), note, {})
+    return Source(draw, held_out, f"right answers to {task.name}: {task.note}", {})
   loaded = setup.load_data(config, run, dataset, encode, encoding.limit_sequences)
 
   def draw(step: int) -> list[encoding.Encoded]:
@@ -218,22 +206,22 @@ def evaluate(
   model: setup.Model,
   problems: setup.Problems | None,
   held_out: list[encoding.Encoded],
-  params: Any,
-) -> Evaluation:
+  params: typing.Any,
+) -> evaluation.Evaluation:
   """The loss on held-out examples, and accuracy at the task where there is one."""
   found, rows = {}, config.examples_per_step
   if held_out:
     statics = {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": model.mesh}
-    logprobs = compute_logprobs(
+    logprobs = reference.compute_logprobs(
       params, held_out, **statics, rows_per_batch=rows, check=run.stop.check
     )
     trained = sum(sum(sequence.mask) for sequence in held_out)
     found["eval/token_loss"] = -math.fsum(float(np.sum(x)) for x in logprobs) / trained
-  graded = problems.evaluate(params) if problems else Evaluation({}, [])
+  graded = problems.evaluate(params) if problems else evaluation.Evaluation({}, [])
   return graded._replace(metrics=found | graded.metrics)
 
 
-def train(config: Config, workdir: str) -> dict[str, Any]:
+def train(config: Config, workdir: str) -> dict[str, typing.Any]:
   """Trains to the end, or resumes an earlier run of the same config; gives result.json's content.
 
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
@@ -263,8 +251,8 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       setup.show_sizes(config, run, model.weights, sizes)
       optimizer = setup.adamw(config.optimizer)
       loss_fn, count = make_loss(model.policy), max(1, size // part)
-      update = make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
-      init = functools.partial(init_state, optimizer=optimizer)
+      update = updates.make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
+      init = functools.partial(states.init_state, optimizer=optimizer)
       begun, model = setup.begin(config, run, model, init)
       dropped = {f"data_{name}": count for name, count in source.counts.items()}
       state = setup.train_loop(
@@ -280,8 +268,8 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
 
 
 def main(config: Config) -> int:
-  data = config.task.task if config.data.data == "task" else Path(config.data.data).name
-  return setup.main(train, config, data=data)
+  file = "" if config.data.data == "task" else config.data.data
+  return setup.main(train, config, file=file)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,14 @@ def call(group: Any, *, keywords: Mapping[str, Any] | None = None, **arrays: Any
   """
   function = group.functions[group.name]
   known = inspect.signature(function).parameters
-  arrays = {name: value for name, value in arrays.items() if name in known}
-  return function(**arrays, **(given(group) if keywords is None else keywords))
+  taken = {name: value for name, value in arrays.items() if name in known}
+  return function(**taken, **(given(group) if keywords is None else keywords))
+
+
+def arrays(group: Any) -> list[str]:
+  """The names of the arrays that the chosen function takes by position."""
+  parameters = inspect.signature(group.functions[group.name]).parameters.values()
+  return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
 
 
 def settings(function: Callable) -> dict[str, tuple[Any, Any]]:
@@ -147,13 +153,9 @@ def _check(group: Any, prefix: str, defaults: Mapping[str, Any], shape: tuple[in
     if keyword not in known and value != default:
       has = f"which has {', '.join(known)}" if known else "which has no keywords"
       raise ConfigError(f"{prefix}.{keyword}", value, f"left out with --{prefix}={group.name}", has)
-  arrays = [
-    np.zeros(shape, np.float32)
-    for parameter in inspect.signature(function).parameters.values()
-    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-  ]
+  examples = [np.zeros(shape, np.float32)] * len(arrays(group))
   try:
-    jax.eval_shape(lambda: function(*arrays, **given(group)))
+    jax.eval_shape(lambda: function(*examples, **given(group)))
   except ValueError as error:
     named = next((key for key in known if str(error).startswith(f"{key} ")), "name")
     value, reason = getattr(group, named), str(error).rstrip(".")

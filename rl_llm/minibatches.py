@@ -63,6 +63,11 @@ def make_programs(
   return Programs(logprobs, take, update)
 
 
+def place_responses(experience: Experience, mesh: jax.sharding.Mesh | None) -> ResponseBatch:
+  """The experience as losses read it, on the devices: the one time that its tokens go there."""
+  return sharding.place_rows(response_batch(experience), mesh)
+
+
 def token_weights(
   batch: ResponseBatch, *, name: str, length: int, drop_truncated: bool = False
 ) -> jax.Array:

@@ -23,6 +23,7 @@ from rl_llm.data.batches import (
 from rl_llm.data.encoding import Pair, flat
 from rl_llm.data.packing import unpack
 from rl_llm.teacher_forcing import teacher_forced_logprobs
+from rl_llm.weighting import token_mean
 
 
 class PairBatch(NamedTuple):
@@ -67,6 +68,12 @@ def make_pair_batch(
   )
   only_mask = SequenceBatch(None, sequences.mask, None, None)
   return PairBatch(only_mask, packed, weights), padding_fraction(packed.packed.segment_ids)
+
+
+def chosen_token_weights(batch: PairBatch) -> np.ndarray:
+  """[2 R, T] weights for the mean over the tokens of all chosen answers; 0 in the rejected ones."""
+  mask = batch.sequences.mask
+  return np.asarray(token_mean(mask & (np.arange(len(mask))[:, None] % 2 == 0)))
 
 
 def pair_logprobs(

@@ -58,6 +58,20 @@ def make_optimizer(
   )
 
 
+def scale_part(
+  optimizer: optax.GradientTransformation, name: str, factor: float
+) -> optax.GradientTransformation:
+  """The optimiser with another learning rate for one part of the parameters: `factor` times it.
+
+  Args:
+    optimizer: such as `make_optimizer` gives.
+    name: of the part, a key at the top of the parameters.
+    factor: of its updates.
+  """
+  part = optax.masked(optax.scale(factor), lambda params: {key: key == name for key in params})
+  return optax.chain(optimizer, part)
+
+
 def make_update(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,

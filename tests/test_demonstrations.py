@@ -1,12 +1,14 @@
 """A task's own right answers: graded as right by its grader, and laid out as its prompts are."""
 
+import functools
 import importlib
 import json
 
 import pytest
 
+from rl_llm.data import DataError
 from rl_llm.data.encoding import encode
-from rl_llm.demonstrations import demonstrations
+from rl_llm.demonstrations import demonstrations, encode_answers
 from rl_llm.experience import encode_problems
 from rl_llm.tasks import Problem, TaskError, load_task
 from rl_llm.tokenizers import ByteTokenizer
@@ -93,3 +95,30 @@ def test_puzzles_whose_package_knows_no_answer():
   task = load_task("reasoning_gym:graph_color", held_out=0)
   with pytest.raises(TaskError, match="no answer to learn from"):
     demonstrations(task.sample(0, 0, 1))
+
+
+# With their end 3, 4 and 6 tokens.
+PROBLEMS = [Problem("a", {"answer": text}, f"key {text}") for text in ("b", "cd", "efgh")]
+
+
+def encoded_answers(problems, **settings):
+  encoding = functools.partial(encode, tokenizer=ByteTokenizer(), prompt_format="plain")
+  return encode_answers(problems, encode=encoding, **settings)
+
+
+def test_answers_as_tokens_without_those_that_are_dropped():
+  every = encoded_answers(PROBLEMS, limit=6, overlong="error")
+  assert [bytes(one.tokens[:-1]).decode() for one in every] == ["ab", "acd", "aefgh"]
+  assert [one.mask for one in every] == [[False] + [True] * size for size in (2, 3, 5)]
+  assert encoded_answers(PROBLEMS, limit=5, overlong="drop") == every[:2]
+  cut = encoded_answers(PROBLEMS, limit=5, overlong="truncate_right")
+  assert cut[:2] == every[:2] and cut[2].tokens == every[2].tokens[:5]
+  assert encoded_answers([], limit=5, overlong="error") == []
+
+
+def test_answers_that_are_too_long():
+  message = r"problem 'key cd': 4 tokens with its answer, over --max_tokens=3; raise it, or choose"
+  with pytest.raises(DataError, match=message):
+    encoded_answers(PROBLEMS, limit=3, overlong="error")
+  with pytest.raises(DataError, match="all 3 examples are over --max_tokens=2; raise it"):
+    encoded_answers(PROBLEMS, limit=2, overlong="drop")

@@ -111,10 +111,15 @@ def test_the_source_tree_names_every_module():
   entries = set(tree.replace("rl_llm/", "").split())
   modules = [
     path.name + "/" * path.is_dir()
-    for path in (ROOT / "rl_llm").iterdir()
+    for directory in ("rl_llm", "experiments")
+    for path in (ROOT / directory).iterdir()
     if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
   ]
   assert [module for module in sorted(modules) if module not in entries] == []
+  directories = ("rl_llm", "experiments", "launch", "benchmarks")
+  known = {path.name for directory in directories for path in (ROOT / directory).rglob("*.py")}
+  files = {entry.rpartition("/")[2] for entry in entries if entry.endswith(".py")}
+  assert files - known == set()
 
 
 def test_the_readme_example_of_own_data(tmp_path, monkeypatch):

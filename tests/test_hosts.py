@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from experiments import grpo
-from experiments.options import Distributed, joined
+from experiments.flags import Distributed
 from rl_llm import hosts, last_words, sharding
-from rl_llm.config import ConfigError, replace, run
+from rl_llm.config import ConfigError, replace, run, volatile
 from rl_llm.run_directory import started_with
 from tests import processes
 
@@ -155,7 +155,7 @@ def test_the_code_is_compared(tmp_path):
 def test_a_run_compares_settings_files_and_code(tmp_path):
   (tmp_path / "rows.jsonl").write_text("{}")
   config = replace(grpo.Config(), {"task": f"jsonl:{tmp_path / 'rows.jsonl'}"})
-  found = started_with(config, volatile=grpo.volatile(config))
+  found = started_with(config, volatile=volatile(config))
   assert {"--seed", "--task", "the file of --task", "the code", "JAX's version"} <= found.keys()
   assert not {"--workdir", "--distributed.process_id", "--mesh.data"} & found.keys()
 
@@ -292,10 +292,10 @@ def test_half_of_the_flags_are_refused(given, message):
 
 
 def test_flags_without_the_switch_are_refused():
-  assert joined(Distributed()) is None
-  assert joined(Distributed(on=True))["heartbeat"] == 100
+  assert Distributed().joined() is None
+  assert Distributed(on=True).joined()["heartbeat"] == 100
   with pytest.raises(ConfigError, match="--distributed.processes=2: must be left out without"):
-    joined(Distributed(processes=2))
+    Distributed(processes=2).joined()
 
 
 def test_the_group_is_a_switch(capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from rl_llm.data.batches import SequenceBatch, pad_values
 from rl_llm.data.encoding import Encoded, Pair, flat
-from rl_llm.pairs import make_pair_batch, pair_logprobs
+from rl_llm.pairs import chosen_token_weights, make_pair_batch, pair_logprobs
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.teacher_forcing import teacher_forced_logprobs
 
@@ -87,6 +87,16 @@ def test_pairs_count_alike_and_a_place_without_one_does_not(pairs):
       assert batch.sequences.mask[row, :size].tolist() == answer.mask
       assert not batch.sequences.mask[row, size:].any()
     assert not batch.sequences.mask[10:].any()
+
+
+def test_the_tokens_of_all_chosen_answers_count_alike(pairs):
+  trained = sum(sum(pair.chosen.mask) for pair in pairs)
+  for packing in (0, 24):
+    batch, _ = make_pair_batch(pairs, pad_id=3, rows=6, packing=packing, shares=2)
+    weights = chosen_token_weights(batch)
+    wanted = batch.sequences.mask / trained
+    wanted[1::2] = 0
+    np.testing.assert_allclose(weights, wanted, rtol=1e-6)
 
 
 def test_packing_shares_rows_and_says_what_is_padding(pairs):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl_llm.config import ConfigError
 from rl_llm.data.batches import pad_values, sequence_batch
 from rl_llm.data.encoding import Encoded
 from rl_llm.policy import make_policy, tiny_config
@@ -218,6 +219,17 @@ def test_stopped_in_the_middle_nothing_is_left(setting, tmp_path):
     setting.run(tmp_path / "made", progress=progress)
   assert calls == [2, 4, 6]
   assert [file for _, _, files in os.walk(tmp_path) for file in files] == []
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_directory_that_cannot_be_written(setting, tmp_path, below):
+  place = tmp_path / "file"
+  place.write_text("no directory")
+  place = place / "below" if below else place
+  with pytest.raises(
+    ConfigError, match=f"--reference_cache={place}: must be a directory that can be written; .*file"
+  ):
+    setting.run(place, progress=lambda done, total: recompute())
 
 
 def test_no_sequences_and_no_rows(setting, tmp_path):

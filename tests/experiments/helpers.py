@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments import setup
+from rl_llm import training
 from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import replace
 from rl_llm.metrics import read, without_timings
@@ -93,6 +96,11 @@ def run(experiment, workdir, changes) -> Outcome:
   return outcome(workdir)
 
 
+def main(experiment, config) -> int:
+  """The exit code of the command that has this config."""
+  return setup.main(experiment.train, config)
+
+
 def outcome(workdir) -> Outcome:
   """What a run left, read without knowing what its state is."""
   workdir = Path(workdir)
@@ -107,6 +115,28 @@ def outcome(workdir) -> Outcome:
     read(workdir / "samples.jsonl"),
     {path: np.asarray(leaf) for path, leaf in state.items()},
   )
+
+
+def wrap_seams(monkeypatch, **wrappers: Callable) -> None:
+  """Runs take what these make of their own `sample`, `learn`, `evaluate` or `record`."""
+  original = training.train_loop
+
+  def train_loop(*args, **seams):
+    return original(*args, **seams | {name: wrap(seams[name]) for name, wrap in wrappers.items()})
+
+  monkeypatch.setattr(training, "train_loop", train_loop)
+
+
+def wrap_updates(monkeypatch, experiment, wrap: Callable) -> None:
+  """Each of a run's updates, of a value network too, is what this makes of it."""
+  original = experiment.make_programs
+
+  def wrapped(programs):
+    changes = {"policy": wrapped, "update": wrap, "update_value": wrap}
+    own = programs._asdict().items()
+    return programs._replace(**{name: changes[name](x) for name, x in own if name in changes})
+
+  monkeypatch.setattr(experiment, "make_programs", lambda *args: wrapped(original(*args)))
 
 
 def equal(a, b) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import grpo
 from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
-from rl_llm.training import start_run
+from rl_llm.training import open_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,13 +64,20 @@ CASES = {
   "not a whole number": (["--max_new_tokens=1.5"], ["--max_new_tokens=1.5", "an integer"]),
   "zero": (["--prompts_per_step=0"], ["--prompts_per_step=0", ">= 1"]),
   "negative": (["--steps=-3"], ["--steps=-3", ">= 1"]),
-  "group of one": (["--responses_per_prompt=1"], ["--responses_per_prompt=1", ">= 2"]),
+  "group of one": (["--responses_per_prompt=1"], ["--responses_per_prompt=1", "at least 2"]),
   "negative rate": (["--optimizer.learning_rate=-1"], ["--optimizer.learning_rate=-1", "> 0"]),
   "nan": (["--sampling.temperature=nan"], ["--sampling.temperature=nan", "finite"]),
   "unknown choice": (["--preset=dpao"], ["--preset=dpao", "did you mean dapo?"]),
   "another loss's keyword": (
     ["--loss=cispo_loss", "--loss.clip_low=0.1"],
     ["--loss.clip_low=0.1", "left out with --loss=cispo_loss", "low, high"],
+  ),
+  "a number that the loss refuses": (
+    ["--loss.clip_high=-0.2"], ["--loss.clip_high=-0.2", "above 0"]
+  ),
+  "another advantage's keyword": (
+    ["--advantage=maxrl", "--advantage.scale=none"],
+    ["--advantage.scale=none", "left out with --advantage=maxrl", "which has eps"],
   ),
   "unknown loss": (["--loss=cipso_loss"], ["--loss.name=cipso_loss", "did you mean cispo_loss?"]),
   "minibatches": (
@@ -233,11 +240,10 @@ def test_help_is_no_error():
 
 def test_an_export_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "safetensors", None)
-
-  def body(run):
-    raise AssertionError("it trained")
-
+  workdir, trained = tmp_path / "run", []
   with pytest.raises(WeightsError, match=r"pip install 'rl_llm\[hf\]'"):
-    start_run(body, grpo.Config(), tmp_path / "run", steps=1, volatile=(), export=True)
-  with pytest.raises(AssertionError, match="it trained"):
-    start_run(body, grpo.Config(), tmp_path / "run", steps=1, volatile=())
+    with open_run(grpo.Config(), workdir, steps=1, export=True):
+      trained.append("with an export")
+  with open_run(grpo.Config(), workdir, steps=1):
+    trained.append("without one")
+  assert trained == ["without one"]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import dpo
+from experiments import dpo, sft
 from rl_llm import losses, reference_cache, weighting
 from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError
@@ -447,6 +447,24 @@ def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
 def test_settings_that_do_not_fit(data, changes, message):
   with pytest.raises(ConfigError, match=message):
     dpo.check(replace(dpo.Config(), offline(data) | changes))
+
+
+@pytest.mark.parametrize(
+  ("changes", "name"),
+  [
+    ({"data": "some/pairs.jsonl.gz"}, "smollm2-pairs.jsonl.gz-seed0"),
+    ({"model": "runs/other/model", "data": "x.parquet", "seed": 3}, "model-x.parquet-seed3"),
+    ({"task": "gsm8k:some/train.jsonl"}, "smollm2-gsm8k_some_train.jsonl-seed0"),
+    ({}, "smollm2-arithmetic-seed0"),
+  ],
+)
+@pytest.mark.parametrize("experiment", [dpo, sft], ids=["dpo", "sft"])
+def test_a_run_is_named_after_its_file_or_its_task(experiment, changes, name, monkeypatch):
+  named = []
+  monkeypatch.setattr(experiment, "train", lambda config, workdir: named.append(workdir))
+  assert experiment.main(replace(experiment.Config(), changes)) == 0
+  kind = experiment.__name__.rpartition(".")[2]
+  assert named == [f"runs/{kind}-{name}"]
 
 
 # Asked to stop, it saves; killed, it falls back to the last checkpoint.

@@ -15,16 +15,19 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grpo
+from experiments import grpo, ppo
+from rl_llm import experience
 from rl_llm.config import ConfigError, flatten, replace
 from rl_llm.data.prompts import bucket
 from rl_llm.files import locked
 from rl_llm.metrics import read, without_timings
 from rl_llm.rewards import RewardError
 from rl_llm.rollout import generate
+from rl_llm.training import Diverged
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, outcome, settings
 
@@ -102,6 +105,9 @@ if FULL:  # Further values of the same flags, and arguments that tests of the li
     {"advantage.eps": 0.5},
     {"advantage.eps_rule": "max", "advantage.eps": 0.5},
     {"advantage.baseline": "leave_one_out"},
+    {"advantage.name": "leave_one_out"},
+    {"advantage.name": "maxrl"},
+    {"advantage.name": "maxrl", "advantage.eps": 0.5},
     {"weighting.drop_truncated": True},
     {"loss.clip_low": 0.01},
     {"loss.delta": 1.01},
@@ -155,6 +161,38 @@ def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, 
   }
   assert advantages == {"zero": {0.0}, "raw": {0.0, 1.0}}
   assert not equal(runs["zero"].params, runs["raw"].params)
+
+
+@pytest.mark.parametrize("name, formula", [
+  ("leave_one_out", lambda reward, mean: (reward - mean) * 4 / 3),
+  ("maxrl", lambda reward, mean: (reward - mean) / (mean + 1e-6)),
+])
+def test_advantages_chosen_by_name_are_those_of_their_formula(
+  tmp_path, small, files, name, formula
+):
+  found = run(tmp_path, settings(files, steps=1) | {"advantage.name": name})
+  rows = [row for row in found.samples if row["split"] == "train"]
+  rewards, advantages = (
+    np.array([row[key] for row in rows]).reshape(4, 4) for key in ("reward", "advantage")
+  )
+  assert np.all(np.ptp(rewards, axis=1) > 0)
+  wanted = formula(rewards, rewards.mean(axis=1, keepdims=True))
+  np.testing.assert_allclose(advantages, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes, message", [
+  (
+    {"advantage.name": "maxrl", "advantage.scale": "none"},
+    "--advantage.scale=none: must be left out with --advantage=maxrl; which has eps$",
+  ),
+  (
+    {"advantage.name": "leave_one_out", "advantage.eps": 1e-4},
+    "--advantage.eps=0.0001: must be left out with --advantage=leave_one_out; .*no keywords",
+  ),
+])
+def test_a_keyword_that_the_advantage_lacks_is_refused(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    grpo.check(replace(grpo.Config(), changes))
 
 
 def test_groups_without_spread_are_left_out_and_change_nothing(tmp_path, small, files):
@@ -243,13 +281,16 @@ def test_presets_set_their_fields_and_run(tmp_path, small, files, preset, fields
 
 
 def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkeypatch):
-  original, masks = grpo.token_weights, []
+  batches = []
 
-  def token_weights(options, mask, truncated, **sizes):
-    masks.append(mask)
-    return original(options, mask, truncated, **sizes)
+  def wrap(update):
+    def update_and_look(state, batch, *further):
+      batches.append(batch)
+      return update(state, batch, *further)
 
-  monkeypatch.setattr(grpo, "token_weights", token_weights)
+    return update_and_look
+
+  helpers.wrap_updates(monkeypatch, grpo, wrap)
   changes = {"jsonl.reward_function": "failing", "reward_deadline": 0.5, "steps": 1}
   found = run(tmp_path, settings(files, **changes))
   rows = [row for row in found.samples if row["split"] == "train"]
@@ -258,9 +299,12 @@ def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkey
   assert {1, 2, 3} < set(kinds)
   assert [row["status"] for row in rows] == [statuses.get(kind, "ok") for kind in kinds]
   trained = [row["length"] if row["status"] == "ok" else 0 for row in rows]
-  order = next(grpo.minibatches(0, 0, prompts=4, epochs=1, count=1))  # of the problems
+  matters = np.any(np.array([row["advantage"] for row in rows]).reshape(4, 4) != 0, axis=1)
+  order, _ = next(experience.minibatches(0, 0, prompts=4, epochs=1, count=1, matters=matters))
   wanted = np.array(trained).reshape(4, 4)[order].reshape(-1)
-  np.testing.assert_array_equal(masks[0].sum(axis=1), wanted)
+  (batch,) = batches
+  np.testing.assert_array_equal(batch.mask.sum(axis=1), wanted)
+  np.testing.assert_array_equal(batch.weights != 0, batch.mask)
   counts = collections.Counter(row["status"] for row in rows)
   for status in ("ok", "raised", "timed_out", "not_applicable", "died", "invalid"):
     assert found.metrics[0][f"rewards_{status}"] == counts[status]
@@ -286,13 +330,13 @@ def test_a_grader_that_always_fails_stops_the_run(tmp_path, small, files):
 
 def spoil(monkeypatch, calls):
   """Advantages are NaN in these calls, counted from 0, one a step."""
-  original, count = grpo.advantages.group_relative, iter(range(1000))
+  original, count = grpo.group_advantages, iter(range(1000))
 
-  def group_relative(*args, **kwargs):
-    found = original(*args, **kwargs)
+  def group_advantages(*args):
+    found = original(*args)
     return found * np.nan if next(count) in calls else found
 
-  monkeypatch.setattr(grpo.advantages, "group_relative", group_relative)
+  monkeypatch.setattr(grpo, "group_advantages", group_advantages)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, small, files, monkeypatch):
@@ -306,7 +350,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, small, fi
 def test_three_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, small, files, monkeypatch, capsys):
   spoil(monkeypatch, {0, 2, 3, 4})
   changes = {"steps": 9, "workdir": str(tmp_path / "run"), "optimizer.max_skipped": 3}
-  assert grpo.main(replace(grpo.Config(), settings(files, **changes))) == 1
+  assert helpers.main(grpo, replace(grpo.Config(), settings(files, **changes))) == 1
   error = capsys.readouterr().err.strip()
   assert error.startswith("error: 3 updates in a row had a gradient that is not finite, first in [")
   assert "--optimizer.learning_rate" in error and "\n" not in error
@@ -314,6 +358,62 @@ def test_three_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, small, files, mo
   for name in ("metrics", "samples"):
     rows = read(tmp_path / "run" / f"{name}.jsonl")
     assert sorted({row["step"] for row in rows}) == [0, 1, 2, 3, 4]
+
+
+def compiled_in(records):
+  """The names of the programs that were compiled, as `jax.log_compiles` says them."""
+  found = (re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()) for record in records)
+  return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("experiment, loss", [
+  (grpo, "make_loss"), (ppo, "make_loss"), (ppo, "make_value_loss")
+])
+def test_the_update_itself_says_which_leaf_was_not_finite(
+  tmp_path, small, files, monkeypatch, caplog, experiment, loss
+):
+  """Nothing is compiled in the step that ends the run: nothing is computed again to find it."""
+  make_loss, learned = getattr(experiment, loss), []
+
+  def make_broken_loss(*args, **keywords):
+    loss_fn = make_loss(*args, **keywords)
+
+    def broken(params, batch, hparams):
+      value, found = loss_fn(params, batch, hparams)
+      return value + jnp.nan * jnp.sum(params["layers_0"]["mlp"]["up"]["weight"]), found
+
+    return broken
+
+  def wrap(learn):
+    def learn_and_note(state, drawn, step, clock):
+      assert len(learned) == step
+      learned.append(len(caplog.records))
+      return learn(state, drawn, step, clock)
+
+    return learn_and_note
+
+  monkeypatch.setattr(experiment, loss, make_broken_loss)
+  helpers.wrap_seams(monkeypatch, learn=wrap)
+  # Prompts and responses of one length each, so that one step compiles for all.
+  rows = [{"prompt": chr(97 + n) * 5} for n in range(20)]
+  (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  changes = settings(files, steps=9) | {
+    "task": f"jsonl:{tmp_path / 'rows.jsonl'}",
+    "sampling.min_new_tokens": 8,
+    "minibatches": 2,
+    "microbatch_prompts": 1,
+    "optimizer.max_skipped": 4,  # Two updates in each of two steps.
+  }
+  with jax.log_compiles(), caplog.at_level(logging.WARNING), pytest.raises(Diverged) as raised:
+    run_of = functools.partial(helpers.run, experiment)
+    run_of(tmp_path / "run", changes)
+  leaf = "['layers_0']['mlp']['up']['weight']"
+  assert f"4 updates in a row had a gradient that is not finite, first in {leaf};" in str(
+    raised.value
+  )
+  assert len(learned) == 2
+  assert "update" in compiled_in(caplog.records[learned[0] : learned[1]])
+  assert compiled_in(caplog.records[learned[1] :]) == []
 
 
 # Compilations.
@@ -337,11 +437,7 @@ def test_one_compilation_a_shape_over_a_hundred_ragged_steps(tmp_path, small, fi
   before = generate._cache_size()
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     found = run(tmp_path / "run", settings(files, **changes))
-  compiled = collections.Counter(
-    match[1]
-    for record in caplog.records
-    if (match := re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()))
-  )
+  compiled = collections.Counter(compiled_in(caplog.records))
   shapes = set()
   for step in range(100):
     rows = [row for row in found.samples if row["step"] == step and row["split"] == "train"]
@@ -350,7 +446,8 @@ def test_one_compilation_a_shape_over_a_hundred_ragged_steps(tmp_path, small, fi
   widths = {width for width, _ in shapes} | {8}  # the held-out prompt's
   assert widths == {8, 16, 24} and len({columns for _, columns in shapes}) == 2
   assert generate._cache_size() - before == compiled["generate"] == len(widths)
-  assert compiled["update"] == len(shapes)
+  assert compiled["update"] == compiled["take"] == len(shapes)
+  assert compiled["group_advantages"] == 1
 
 
 # Interruptions, in processes of their own.
@@ -447,7 +544,7 @@ def test_a_finished_run_says_so_refuses_other_flags_and_goes_on_with_more_steps(
   recorded = json.loads((workdir / "config.json").read_text())
   result = json.loads((workdir / "result.json").read_text())
   config = replace(grpo.Config(), recorded)
-  assert grpo.main(config) == 0
+  assert helpers.main(grpo, config) == 0
   assert f"{workdir} is finished; a larger --steps goes on" in capsys.readouterr().out
   with pytest.raises(ConfigError, match=r"--optimizer\.learning_rate=0\.5.*another --workdir"):
     grpo.train(replace(config, {"optimizer.learning_rate": 0.5}), str(workdir))

@@ -42,7 +42,11 @@ def scripts():
   """{name: module} of all that have flags."""
   names = [module.name for module in pkgutil.iter_modules(experiments.__path__)]
   modules = {name: importlib.import_module(f"experiments.{name}") for name in names}
-  return {name: module for name, module in modules.items() if hasattr(module, "Config")}
+  return {
+    name: module
+    for name, module in modules.items()
+    if hasattr(module, "Config") and hasattr(module, "main")
+  }
 
 
 def goldens():

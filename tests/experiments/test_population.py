@@ -10,7 +10,7 @@ import pytest
 from experiments import grpo, population
 from launch import run, state
 from launch.sweep import SweepError, plan
-from rl_llm import training
+from rl_llm import sharding, training
 from rl_llm.config import resolve
 from rl_llm.metrics import read, without_timings
 from tests.experiments import helpers
@@ -78,7 +78,7 @@ def test_the_first_step_is_that_of_the_run_alone(tmp_path, small, files, changes
       for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, number)
     assert state.is_done(tmp_path / "work" / id, 1)
-    model = population.load_members([config], population.make_mesh(data=1))[2]
+    model = population.load_members([config], None, sharding.make_mesh(data=1))[2]
     first = {f"params/{path}": leaf[0] for path, leaf in flat(model)}
     assert first.keys() == alone.params.keys()
     moved = norm(alone.params[path] - first[path] for path in first)
@@ -134,7 +134,8 @@ def test_a_kill_changes_nothing_and_what_is_done_is_left(tmp_path, small, files,
   ))
 
   # All done: nothing is computed again, and the table shows them as it shows other trials.
-  monkeypatch.setattr(population, "_train", None)
+  monkeypatch.setattr("rl_llm.model.load_model", None)
+  monkeypatch.setattr(training, "train_loop", None)
   assert sweep(cut, trials)[0] == 0
   status = [state.read_json(cut / "work" / id / "status.json")["status"] for id in ids]
   assert status == ["done"] * 3

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grpo, ppo
+from experiments import grpo, ppo, reinforce
+from rl_llm import training
 from rl_llm.config import ConfigError, replace
+from rl_llm.errors import UserError
 from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
 from rl_llm.policy.scalar_head import normal_head, with_head
 from rl_llm.report import write_report
-from rl_llm.reward_model import response_rewards, save_reward_model
-from rl_llm.rollout import response_logprobs
+from rl_llm.reward_model import load_reward_model, response_rewards, save_reward_model
+from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.tokenizers import ByteTokenizer
 from rl_llm.value_network import response_values
 from tests.experiments import helpers
@@ -30,7 +32,7 @@ LENGTHS = np.array([3, 1])
 PROMPTS = np.array([[0, 3, 1, 4], [0, 0, 0, 5]])
 TOKENS = np.array([[7, 8, 9], [2, 0, 0], [6, 7, 0], [9, 9, 9]])
 MASK = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]], bool)
-RESPONSES = (PROMPTS, LENGTHS, TOKENS, MASK)
+RESPONSES = ResponseBatch(PROMPTS, LENGTHS, TOKENS, MASK, MASK)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +56,13 @@ def numpy_terms(batch, logprobs, values, entropies, hparams, clip):
   loss, value_loss = 0.0, 0.0
   by_logprob, by_value, by_entropy = (np.zeros(MASK.shape) for _ in range(3))
   for b, t in np.argwhere(MASK):
-    w, a = batch["weights"][b, t], batch["advantages"][b, t]
-    ratio = np.exp(logprobs[b, t] - batch["old_logprobs"][b, t])
+    w, a = batch.weights[b, t], batch.advantages[b, t]
+    ratio = np.exp(logprobs[b, t] - batch.old_logprobs[b, t])
     surrogate = min(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
     loss -= w * surrogate
     if surrogate == ratio * a:
       by_logprob[b, t] = -w * ratio * a
-    value, old, wanted = values[b, t], batch["old_values"][b, t], batch["returns"][b, t]
+    value, old, wanted = values[b, t], batch.old_values[b, t], batch.returns[b, t]
     near = old + np.clip(value - old, -clip, clip)
     errors = (value - wanted) ** 2, (near - wanted) ** 2
     value_loss += w * max(errors) / 2
@@ -75,27 +77,23 @@ def numpy_terms(batch, logprobs, values, entropies, hparams, clip):
 def batch(params, small, head):
   """Old log-probs and values so far from the present ones that both clips act on either side."""
   logprobs, entropies = jax.jit(response_logprobs, static_argnames="policy")(
-    params, *RESPONSES, policy=small
+    params, RESPONSES, policy=small
   )
   values = jax.jit(response_values, static_argnames="policy")(
-    with_head(params, head), *RESPONSES, policy=small
+    with_head(params, head), RESPONSES, policy=small
   )
   away = np.array([[0.4, -0.4, 0.1], [0.4, 0, 0], [-0.4, -0.1, 0], [0, 0, 0]])
   advantages = np.array([[1.0, -1.0, 0.5], [-2.0, 0, 0], [1.5, -0.5, 0], [9, 9, 9]])
   beyond = np.array([[0.5, 0.5, 0.5], [-0.5, 0, 0], [0.05, -0.05, 0], [0, 0, 0]])
   below = np.array([[1.0, -1.0, 0.2], [0.3, 0, 0], [1.0, -1.0, 0], [0, 0, 0]])
-  batch = {
-    "prompts": PROMPTS,
-    "prompt_lengths": LENGTHS,
-    "tokens": TOKENS,
-    "mask": MASK,
-    "sampler_logprobs": np.asarray(logprobs),
-    "old_logprobs": np.asarray(logprobs - away, np.float32),
-    "old_values": np.asarray(values - beyond, np.float32),
-    "returns": np.asarray(values + below, np.float32),
-    "advantages": advantages.astype(np.float32),
-    "weights": np.where(MASK, [[0.1], [0.4], [0.2], [0.3]], 0).astype(np.float32),
-  }
+  batch = RESPONSES._replace(
+    sampler_logprobs=np.asarray(logprobs),
+    old_logprobs=np.asarray(logprobs - away, np.float32),
+    old_values=np.asarray(values - beyond, np.float32),
+    returns=np.asarray(values + below, np.float32),
+    advantages=advantages.astype(np.float32),
+    weights=np.where(MASK, [[0.1], [0.4], [0.2], [0.3]], 0).astype(np.float32),
+  )
   return batch, *(np.asarray(x, np.float64) for x in (logprobs, entropies, values))
 
 
@@ -116,8 +114,8 @@ def test_losses_and_gradients_are_those_of_the_formulas(params, small, head, bat
   @jax.jit
   def pulled(params, tower, by_value):
     def outputs(params, tower):
-      found = response_logprobs(params, *RESPONSES, policy=small)
-      return *found, response_values(tower, *RESPONSES, policy=small)
+      found = response_logprobs(params, RESPONSES, policy=small)
+      return *found, response_values(tower, RESPONSES, policy=small)
 
     cotangents = by_logprob, by_entropy, by_value
     _, pull = jax.vjp(outputs, params, tower)
@@ -151,7 +149,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(params, small, head, bat
     assert found == pytest.approx(loss + HPARAMS["value_coef"] * value_loss, abs=1e-5)
     check(gradient, both | {"head": by_tower["head"]})
   total, count = metrics["value_loss"]
-  assert total / count == pytest.approx(value_loss / batch["weights"].sum(), abs=1e-5)
+  assert total / count == pytest.approx(value_loss / batch.weights.sum(), abs=1e-5)
   total, count = metrics["value_clip_fraction"]
   assert (total, count) == (2, 6)  # Two ran away from where they were, and came nearer.
 
@@ -198,19 +196,19 @@ def test_both_trunks_read_the_same_values_and_none_knows_its_own_token(params, s
     )
     before = ppo.make_before(config, small)
     of_value = state.value and state.value.params
-    return before(state.policy.params, of_value, (PROMPTS, LENGTHS, tokens, MASK))
+    return before(state.policy.params, of_value, RESPONSES._replace(tokens=tokens))
 
   own, shared = values_of("own", TOKENS), values_of("shared", TOKENS)
   logprobs, _ = jax.jit(response_logprobs, static_argnames="policy")(
-    params, *RESPONSES, policy=small
+    params, RESPONSES, policy=small
   )
-  for found in (own, shared):
-    np.testing.assert_allclose(found["old_logprobs"], logprobs, rtol=0, atol=1e-5)
-  np.testing.assert_allclose(own["old_values"], shared["old_values"], rtol=0, atol=1e-5)
+  for _, old_logprobs in (own, shared):
+    np.testing.assert_allclose(old_logprobs, logprobs, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(own[0], shared[0], rtol=0, atol=1e-5)
   changed = TOKENS.copy()
   changed[0, 1] = 1
-  after = np.asarray(values_of("own", changed)["old_values"])
-  moved = np.abs(after - own["old_values"]) > 1e-4
+  after = np.asarray(values_of("own", changed)[0])
+  moved = np.abs(after - own[0]) > 1e-4
   assert moved[0].tolist() == [False, False, True] and not moved[1:].any()
 
 
@@ -220,7 +218,14 @@ def test_both_trunks_read_the_same_values_and_none_knows_its_own_token(params, s
 def test_a_known_value_network_gives_known_advantages(tmp_path, small, files, monkeypatch):
   """Every value is 0.3: only the last token of n surprises, and lambda carries it back."""
   constant = {"weight": jnp.zeros((1, 32)), "bias": jnp.full((1,), 0.3)}
-  monkeypatch.setattr(ppo, "zero_head", lambda width: jax.tree.map(jnp.copy, constant))
+  init = ppo.init_ppo
+
+  def init_constant(*args, **keywords):
+    state = init(*args, **keywords)
+    params = state.value.params | {"head": jax.tree.map(jnp.copy, constant)}
+    return state._replace(value=state.value._replace(params=params))
+
+  monkeypatch.setattr(ppo, "init_ppo", init_constant)
   changes = {"steps": 1, "advantage.whiten": False, "advantage.gae_lambda": 0.5}
   found = run(tmp_path, settings(files, **changes))
   rows = [row for row in found.samples if row["split"] == "train"]
@@ -326,15 +331,19 @@ def test_stopped_at_three_points_it_ends_as_an_uninterrupted_run(
   changes = settings(files, steps=6, **BUSY, **ADAPTIVE)
   changes |= {"checkpoint.every": 2, "eval.every": 3, "value.trunk": trunk}
   straight = run(tmp_path / "straight", changes)
-  original = ppo.collect
 
-  def stopped_at(stop_step, stop):
-    def collect(params, seed, step, **keywords):
-      if step == stop_step:
-        stop()
-      return original(params, seed, step, **keywords)
+  def main_stopped_at(stop_step, stop):
+    def wrap(sample):
+      def sample_or_stop(state, step, clock):
+        if step == stop_step:
+          stop()
+        return sample(state, step, clock)
 
-    return collect
+      return sample_or_stop
+
+    with monkeypatch.context() as patch:
+      helpers.wrap_seams(patch, sample=wrap)
+      return helpers.main(ppo, config)
 
   def killed():
     raise Killed
@@ -344,13 +353,10 @@ def test_stopped_at_three_points_it_ends_as_an_uninterrupted_run(
 
   config = replace(ppo.Config(), changes | {"workdir": str(tmp_path / "cut")})
   for step in (1, 3):
-    monkeypatch.setattr(ppo, "collect", stopped_at(step, killed))
     with pytest.raises(Killed):
-      ppo.main(config)
-  monkeypatch.setattr(ppo, "collect", stopped_at(5, interrupted))
-  assert ppo.main(config) == 128 + signal.SIGTERM
-  monkeypatch.setattr(ppo, "collect", original)
-  assert ppo.main(config) == 0
+      main_stopped_at(step, killed)
+  assert main_stopped_at(5, interrupted) == 128 + signal.SIGTERM
+  assert helpers.main(ppo, config) == 0
   cut = outcome(tmp_path / "cut")
   assert cut.metrics == straight.metrics and cut.samples == straight.samples
   assert cut.state.keys() == straight.state.keys() and equal(cut.state, straight.state)
@@ -413,32 +419,28 @@ def judge_directory(tmp_path_factory):
   return directory
 
 
-@pytest.mark.parametrize("experiment", [grpo, ppo])
+@pytest.mark.parametrize("experiment", [grpo, reinforce, ppo])
 def test_a_reward_model_is_trained_on_and_the_grader_still_grades(
   tmp_path, small, files, monkeypatch, judge_directory, experiment
 ):
-  seen, original = [], experiment.collect
+  seen = []
 
-  def collect(*args, **keywords):
-    seen.append(original(*args, **keywords))
-    return seen[-1]
+  def wrap(sample):
+    def sample_and_look(*args):
+      seen.append(sample(*args))
+      return seen[-1]
 
-  monkeypatch.setattr(experiment, "collect", collect)
+    return sample_and_look
+
+  helpers.wrap_seams(monkeypatch, sample=wrap)
   changes = {"reward": f"model:{judge_directory}", "microbatch_prompts": 2, "steps": 1}
   changes |= {"minibatches": 1, "jsonl.reward_function": "lonely"}
   found = helpers.run(experiment, tmp_path, settings(files, **changes))
-  model = experiment.make_judge.__globals__["load_reward_model"](judge_directory)
+  model = load_reward_model(judge_directory)
   [step] = seen
-  rewards = np.asarray(
-    response_rewards(
-      model.params,
-      step.prompts.tokens,
-      step.prompts.lengths,
-      step.rollout.tokens,
-      step.rollout.mask,
-      policy=model.policy,
-    )
-  )
+  mask = step.rollout.mask
+  batch = ResponseBatch(*step.prompts, step.rollout.tokens, mask, mask)
+  rewards = np.asarray(response_rewards(model.params, batch, policy=model.policy))
   assert np.std(rewards) > 0.1
   rows = [row for row in found.samples if row["split"] == "train"]
   np.testing.assert_allclose([row["reward"] for row in rows], rewards, rtol=0, atol=1e-5)
@@ -465,25 +467,23 @@ def test_a_reward_model_is_trained_on_and_the_grader_still_grades(
     ("model:{judge}", ConfigError, "a reward model over the policy's vocabulary"),
   ],
 )
-@pytest.mark.parametrize("experiment", [grpo, ppo])
+@pytest.mark.parametrize("experiment", [grpo, reinforce, ppo])
 def test_a_reward_that_cannot_be_used_is_refused_before_a_rollout(
   tmp_path, small, files, monkeypatch, judge_directory, experiment, reward, error, message
 ):
-  monkeypatch.setattr(experiment, "collect", None)
-  monkeypatch.setattr(experiment, "evaluate", None)
+  monkeypatch.setattr(training, "train_loop", None)
   config = tiny_config(ByteTokenizer.vocab_size)
   if "{policy}" in reward:
     params = jax.jit(make_policy(config).init)(jax.random.key(0))
     save_hf(tmp_path / "policy", config, params)
   if "{judge}" in reward:
-    module = experiment.make_judge.__globals__
     vocabularies = iter([{"a": 0}, {"b": 0}])
-    monkeypatch.setitem(module, "_vocabulary", lambda tokenizer: next(vocabularies))
+    monkeypatch.setattr("rl_llm.experience._vocabulary", lambda tokenizer: next(vocabularies))
   reward = reward.format(policy=tmp_path / "policy", judge=judge_directory)
   changes = settings(files) | {"reward": reward}
   with pytest.raises(error, match=message) as raised:
     helpers.run(experiment, tmp_path / "run", changes)
-  assert isinstance(raised.value, (ConfigError, *experiment.USER_ERRORS))
+  assert isinstance(raised.value, UserError)
   assert "\n" not in str(raised.value)
 
 

@@ -131,6 +131,23 @@ def test_the_kl_is_in_the_reward_and_counts_from_the_first_weights(tmp_path, sma
   assert any(abs(r["advantage"] - r["reward"]) > 1e-3 for r in rows if r["step"] == 2)
 
 
+def test_the_estimator_of_the_kl_is_what_is_reported_and_priced(tmp_path, small, files):
+  changes = {"advantage.name": "plain", "kl.coef": 0.5, "optimizer.learning_rate": 0.03}
+  rows, priced = {}, {}
+  for value in ("k1", "k2"):
+    found = run(tmp_path / value, settings(files, **changes, steps=2) | {"kl.value": value})
+    rows[value] = found.metrics[1]
+    priced[value] = [
+      row["reward"] - row["advantage"]
+      for row in found.samples
+      if row["split"] == "train" and row["step"] == 1
+    ]
+  # Its mean may have either sign, and a token's part of it too; a square has one.
+  assert rows["k2"]["kl_ref"] > 0 and rows["k1"]["kl_ref"] != rows["k2"]["kl_ref"]
+  assert min(priced["k1"]) < 0 < max(priced["k1"])
+  assert min(priced["k2"]) > 0
+
+
 # Every flag does something.
 
 FLAGS = [
@@ -143,6 +160,7 @@ FLAGS = [
   {"advantage.name": "reinforce_plus_plus"},
   {"advantage.name": "reinforce_plus_plus_baseline"},
   {"kl.coef": 0.1},
+  {"kl.coef": 0.1, "kl.value": "k2"},
   {"loss.name": "ppo_loss", "epochs": 2},
   {"responses_per_prompt": 1, "microbatch_prompts": 4},
 ]
@@ -210,7 +228,7 @@ def test_groups_whose_responses_are_alike_are_left_out_and_change_nothing(tmp_pa
     ({"epochs": 2}, "--loss.name=reinforce_loss.*epochs.*minibatches.*--loss=ppo_loss"),
     ({"minibatches": 2}, "--loss.name=reinforce_loss.*--loss=ppo_loss"),
     ({"responses_per_prompt": 1}, "--advantage.name=leave_one_out.*--advantage=moving_average"),
-    ({"advantage.discount": 0.9}, "--advantage.discount=0.9.*leave_one_out"),
+    ({"advantage.discount": 0.9}, "--advantage.name=leave_one_out.*with --advantage.discount"),
     ({"loss.clip_low": 0.1}, "--loss.clip_low=0.1.*--loss=reinforce_loss.*no keywords"),
     ({"sampling.top_k": 5}, "--sampling.top_k=5.*another distribution"),
     ({"microbatch_prompts": 3}, "--microbatch_prompts=3.*a divisor of"),

@@ -8,6 +8,7 @@ are stopped here, at the same points as the others, in the long trials alone.
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import replace
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.metrics import read
+from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, outcome, settings
 
 STEPS = 6
@@ -123,4 +125,45 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(
   assert [row["step"] for row in straight.metrics] == list(range(STEPS + 1))
   assert cut.metrics == straight.metrics
   assert cut.samples == straight.samples
+  assert straight.state.keys() == cut.state.keys() and equal(straight.state, cut.state)
+
+
+@pytest.mark.parametrize("case", ["grpo", "reinforce", "ppo"] if FULL else ["grpo"])
+def test_a_signal_within_a_step_s_updates_waits_until_all_are_made_and_on_record(
+  case, tmp_path, small, files, monkeypatch
+):
+  """What is saved is the state after that step, and nothing of the next one has begun."""
+  experiment, changes = CASES[case](files, None)
+  changes |= {"checkpoint.every": 100}
+  straight = helpers.run(experiment, tmp_path / "straight", changes | {"steps": 2})
+  updates, sampled = [], []
+
+  def wrap_update(update):
+    def update_and_signal(*args):
+      found = update(*args)
+      if sampled == [0, 1] and 1 not in updates:
+        os.kill(os.getpid(), signal.SIGTERM)
+      updates.append(sampled[-1])
+      return found
+
+    return update_and_signal
+
+  def wrap_sample(sample):
+    def sample_and_note(state, step, clock):
+      sampled.append(step)
+      return sample(state, step, clock)
+
+    return sample_and_note
+
+  with monkeypatch.context() as patch:
+    helpers.wrap_updates(patch, experiment, wrap_update)
+    helpers.wrap_seams(patch, sample=wrap_sample)
+    config = replace(experiment.Config(), changes | {"workdir": str(tmp_path / "cut")})
+    assert helpers.main(experiment, config) == 128 + signal.SIGTERM
+  assert sampled == [0, 1]
+  assert updates.count(0) == updates.count(1) > 1
+  assert Checkpointer(tmp_path / "cut" / "checkpoints").latest() == 2
+  cut = outcome(tmp_path / "cut")
+  assert cut.metrics == straight.metrics[:2]
+  assert cut.samples == [row for row in straight.samples if row["step"] < 2]
   assert straight.state.keys() == cut.state.keys() and equal(straight.state, cut.state)

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 
 from experiments import sft
-from rl_llm import training
 from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError, batches
 from rl_llm.data.encoding import Encoded
 from rl_llm.interrupt import Interrupted
 from rl_llm.tasks import TaskError
-from tests.experiments.helpers import FULL, equal, run
+from tests.experiments.helpers import FULL, equal, run, wrap_seams
 
 
 def write(path, rows):
@@ -327,20 +326,19 @@ def stopped(monkeypatch, experiment, workdir, changes, stops):
 
   A stop comes once the step has its experience, the last moment at which a run can be interrupted.
   """
-  original = training.train_loop
   for at, error in stops:
 
-    def train_loop(*args, sample, at=at, error=error, **seams):
+    def wrap(sample, at=at, error=error):
       def stopping(state, step, clock):
         found = sample(state, step, clock)
         if step == at:
           raise error
         return found
 
-      return original(*args, sample=stopping, **seams)
+      return stopping
 
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-      patch.setattr(training, "train_loop", train_loop)
+      wrap_seams(patch, sample=wrap)
       run(experiment, workdir, changes)
   return run(experiment, workdir, changes)
 

@@ -1,17 +1,22 @@
-"""The rates in a run's record are the work that its samples say, by the seconds that it says."""
+"""What a step costs: the rates in a run's record are the work that its samples say, by the seconds
+that it says; tokens go to the devices once, and metrics come back once.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
-from rl_llm.config import replace
+from rl_llm.config import replace, volatile
 from rl_llm.flops import forward_flops, text_flops, trunk_flops
 from rl_llm.metrics import read
+from tests.experiments import helpers
 from tests.experiments.helpers import settings
 
 EXPERIMENTS = [dpo, grpo, ppo, reinforce, reward_model, sft]
@@ -161,9 +166,90 @@ def test_pairs_of_the_models_own_answers_are_sampled_first(tmp_path, small, file
   })
 
 
+# Four updates in each of two steps, with all that is compared with.
+MANY = {"epochs": 2, "minibatches": 2, "microbatch_prompts": 1, "kl.coef": 0.1}
+SAMPLING = {
+  "grpo": (grpo, MANY),
+  "reinforce": (reinforce, MANY | {"loss.name": "ppo_loss"}),
+  "ppo": (ppo, MANY | {"kl.controller": "adaptive"}),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_the_tokens_of_a_rollout_go_to_the_devices_once_a_step(
+  tmp_path, small, files, capfd, name
+):
+  """Every transfer, asked for or implied by a call, leaves a line that says what it moves."""
+  experiment, changes = SAMPLING[name]
+  with jax.transfer_guard_host_to_device("log_explicit"):
+    helpers.run(experiment, tmp_path, settings(files, **changes))
+  said = capfd.readouterr().err
+  moved = re.findall(r"host-to-device transfer: aval=ShapedArray\((\w+\[[\d,]*\])", said)
+  assert moved.count("int32[16,8]") == 2  # 16 responses of up to 8 tokens, in two steps
+  assert moved.count("float32[16,8]") == 2  # the sampler's log-probs
+
+
+class Unread:
+  """A metric that is added to others, and fails whoever looks at it."""
+
+  def __init__(self, value):
+    self.value = value
+
+  def __add__(self, other):
+    return Unread(self.value + (other.value if isinstance(other, Unread) else other))
+
+  __radd__ = __add__
+
+  def __getattr__(self, name):
+    raise AssertionError(f"{name} of a metric was read while updates were made")
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_metrics_stay_on_the_devices_until_all_updates_are_made_and_are_fetched_once(
+  tmp_path, small, files, monkeypatch, name
+):
+  experiment, changes = SAMPLING[name]
+  updates, fetched, original = [], [], jax.device_get
+
+  def wrap_update(update):
+    def update_unread(*args):
+      state, found = update(*args)
+      updates.append(found)
+      return state, jax.tree.map(Unread, found)
+
+    return update_unread
+
+  def wrap_learn(learn):
+    def learn_unread(state, drawn, step, clock):
+      state, learned = learn(state, drawn, step, clock)
+      metrics = {
+        name: jax.tree.map(lambda x: x.value if isinstance(x, Unread) else x, metric)
+        for name, metric in learned.metrics.items()
+      }
+      assert all(isinstance(x, jax.Array) for key in updates[-1] for x in metrics.get(key, ()))
+      assert len(fetched) == step
+      return state, learned._replace(metrics=metrics)
+
+    return learn_unread
+
+  def device_get(tree):
+    if isinstance(tree, dict) and "grad_norm" in tree:
+      fetched.append(tree)
+    return original(tree)
+
+  helpers.wrap_updates(monkeypatch, experiment, wrap_update)
+  helpers.wrap_seams(monkeypatch, learn=wrap_learn)
+  monkeypatch.setattr(jax, "device_get", device_get)
+  found = helpers.run(experiment, tmp_path, settings(files, **changes))
+  assert len(updates) == 2 * 4 * (2 if experiment is ppo else 1)
+  assert len(fetched) == 2
+  assert all(row["grad_norm"] > 0 for row in found.metrics[:2])
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_run_may_go_on_with_another_profile(experiment):
-  assert experiment.Config().profile == 0 and "profile" in experiment.volatile(experiment.Config())
+  config = experiment.Config()
+  assert config.run.profile == 0 and "profile" in volatile(config)
 
 
 def test_a_trace_is_written_and_changes_nothing(tmp_path, small, capsys):
