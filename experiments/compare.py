@@ -30,21 +30,17 @@ import json
 import os
 import platform
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rl_llm import config as configs
-from rl_llm import files, interrupt, metrics, training
-from rl_llm.checkpoint import Checkpointer
+from rl_llm import curves, files, interrupt, metrics, training
+from rl_llm.checkpoint import first_moments
 from rl_llm.config import ConfigError, option
 
 # Of each: its name, whether it needs a reward model, the networks it holds, and what a step takes
@@ -125,74 +121,15 @@ def do(method: str, given: dict[str, Any], workdir: Path, stop: interrupt.StopSi
   stop.check()
   # What one run has compiled, the next one of the method reads.
   environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.absolute().parent / "compiled")}
-  # A session of its own: Ctrl-C reaches us, and the run gets the one signal that we send.
-  child = subprocess.Popen(command, env=environment | os.environ, start_new_session=True)
-  received, done = None, 0
-  while not done:
-    time.sleep(0.2)
-    try:
-      stop.check()
-    except interrupt.Interrupted as interruption:
-      if received is None:
-        child.send_signal(signal.SIGTERM)
-      received = interruption
-    done, status, usage = os.wait4(child.pid, os.WNOHANG)
-  child.returncode = os.waitstatus_to_exitcode(status)
+  code, peak = interrupt.run_child(command, stop, environment=environment | os.environ)
   if workdir.is_dir():
     with open(workdir / "peak_memory.txt", "a") as file:  # A line a piece, KiB.
-      file.write(f"{usage.ru_maxrss}\n")
-  if received is not None:
-    raise received
-  if child.returncode:
+      file.write(f"{peak}\n")
+  stop.check()
+  if code:
     raise ConfigError(
-      "methods", method, "one whose run ends well", f"it ended with {child.returncode}; see above"
+      "methods", method, "one whose run ends well", f"it ended with {code}; see above"
     )
-
-
-def gradients(workdir: Path, count: int) -> list[np.ndarray]:
-  """The policy's gradients that the last `count` checkpoints hold, each as one vector."""
-  directory, found = workdir / "checkpoints", []
-  for step in sorted(int(path.name) for path in directory.iterdir())[-count:]:
-    leaves = json.loads((directory / str(step) / "manifest.json").read_text())["leaves"]
-    wanted = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype, shape in leaves}
-    _, state, _ = Checkpointer(directory, keep=count).restore(wanted, step)
-    # PPO's value network is the state's field `value`.
-    moments = [n for n in sorted(state) if "/mu/" in n and not n.startswith("value/")]
-    found.append(np.concatenate([np.asarray(state[name]).ravel() for name in moments]))
-  return found
-
-
-def curve(rows: Sequence[dict], *, responses: int) -> list[dict[str, float]]:
-  """The evaluations of a run: tokens sampled and seconds of training before each, accuracy."""
-  tokens = seconds = 0.0
-  points = []
-  for row in rows:
-    if "eval/sampled_accuracy" in row:
-      found = {name: row[f"eval/sampled_{name}"] for name in ("accuracy", "low", "high")}
-      points.append({"tokens": tokens, "seconds": seconds, **found})
-    tokens += responses * row.get("response_length_mean", 0.0)
-    seconds += sum(row.get(f"time/{phase}", 0.0) for phase in phases([row]))
-  return points
-
-
-def phases(rows: Sequence[dict]) -> list[str]:
-  """The phases of a step that train: not evaluations, not checkpoints."""
-  names = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")}
-  return sorted(names - {"step", "eval", "checkpoint"})
-
-
-def tokens_to(points: Sequence[dict[str, float]], target: float) -> float | None:
-  """Tokens sampled before the accuracy first reaches the target, between two evaluations by the
-  straight line; None where it never does.
-
-  >>> tokens_to([{"tokens": 0, "accuracy": 0.2}, {"tokens": 100, "accuracy": 1.0}], 0.8)
-  75.0
-  """
-  for before, after in zip(points, points[1:], strict=False):
-    if before["accuracy"] < target <= after["accuracy"]:
-      share = (target - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
-      return round(before["tokens"] + share * (after["tokens"] - before["tokens"]), 6)
-  return 0.0 if points[0]["accuracy"] >= target else None
 
 
 def measure(config: Config, method: str) -> dict[str, Any]:
@@ -201,15 +138,15 @@ def measure(config: Config, method: str) -> dict[str, Any]:
   for seed in config.seeds:
     rows = metrics.read(root / f"{method}-seed{seed}" / "metrics.jsonl")
     memory = (root / f"{method}-seed{seed}" / "peak_memory.txt").read_text().split()
-    points = curve(rows, responses=config.prompts_per_step * config.responses_per_prompt)
+    points = curves.curve(rows, responses=config.prompts_per_step * config.responses_per_prompt)
     trained = [row for row in rows if "time/rollout" in row][1:]  # The first compiles.
     runs.append({
       "seed": seed,
       "points": points,
-      "tokens_to_target": tokens_to(points, config.target),
+      "tokens_to_target": curves.tokens_to(points, config.target),
       "phases": {
         name: statistics.median(row.get(f"time/{name}", 0.0) for row in trained)
-        for name in phases(trained)
+        for name in curves.phases(trained)
       },
       "peak_gib": max(map(int, memory)) / 2**20,
     })
@@ -279,37 +216,6 @@ most of any run.{noise if config.variance_batches > 1 else ""}
 """
 
 
-def draw(config: Config, found: Sequence[dict[str, Any]], path: Path) -> None:
-  """Accuracy against tokens sampled, and against seconds of training."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  matplotlib.rcParams["svg.hashsalt"] = "rl_llm"  # The same figures give the same file.
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-  for color, method in enumerate(found):
-    for axis, key, scale in ((axes[0], "tokens", 1e3), (axes[1], "seconds", 60)):
-      for number, trial in enumerate(method["runs"]):
-        axis.plot(
-          [point[key] / scale for point in trial["points"]],
-          [point["accuracy"] for point in trial["points"]],
-          color=f"C{color}",
-          marker="o",
-          markersize=3,
-          linewidth=1.2,
-          label=METHODS[method["method"]][0] if number == 0 else None,
-        )
-  axes[0].set(xlabel="tokens sampled, thousands", ylabel="held-out accuracy at temperature 1")
-  axes[1].set(xlabel="minutes of training, evaluations left out", ylim=(0, 1))
-  for axis in axes:
-    axis.axhline(config.target, color="0.7", linewidth=0.8, zorder=0)
-    axis.spines[["top", "right"]].set_visible(False)
-  axes[0].legend(frameon=False)
-  figure.savefig(path, metadata={"Date": None})
-  pyplot.close(figure)
-
-
 def compare(config: Config) -> list[dict[str, Any]]:
   """Does what is left to do, writes compare.json, compare.md and compare.svg; gives the figures.
 
@@ -328,7 +234,8 @@ def compare(config: Config) -> list[dict[str, Any]]:
       directory = root / f"{method}-variance"
       if not (directory / "noise.json").exists():
         do(method, variance_settings(config, method), directory, stop)
-        found = metrics.noise_to_signal(gradients(directory, config.variance_batches))
+        gradients = first_moments(directory / "checkpoints", config.variance_batches)
+        found = metrics.noise_to_signal(gradients)
         files.write_atomically(directory / "noise.json", json.dumps(found).encode())
         shutil.rmtree(directory / "checkpoints")  # Gigabytes that nothing reads any more.
   found = [measure(config, method) for method in config.methods]
@@ -338,7 +245,8 @@ def compare(config: Config) -> list[dict[str, Any]]:
     figures = json.dumps(found, indent=1) + "\n"
     files.write_atomically(directory / "compare.json", figures.encode())
     files.write_atomically(directory / "compare.md", page(config, text).encode())
-    draw(config, found, directory / "compare.svg")
+    named = {METHODS[method["method"]][0]: method["runs"] for method in found}
+    curves.draw(named, directory / "compare.svg", target=config.target)
   print(text, f"figure: {root / 'compare.svg'}", sep="\n")
   return found
 

@@ -264,23 +264,6 @@ def learn(
   return state, training.Learned(found, work=training.Work(*drawn.work[:2], *trained[2:]))
 
 
-def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, int]]:
-  """(problem, best response, worst response) of each problem whose grades [P, G] differ.
-
-  Of equal grades the first is taken: responses are drawn alike, so it is as good as any.
-
-  >>> best_and_worst(np.array([[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]]), np.array([[1, 1, 1], [1, 1, 0]]))
-  [(0, 1, 0)]
-  """
-  best = np.argmax(np.where(ok, rewards, -np.inf), axis=1)
-  worst = np.argmin(np.where(ok, rewards, np.inf), axis=1)
-  return [
-    (p, int(b), int(w))
-    for p, (b, w) in enumerate(zip(best, worst, strict=True))
-    if ok[p, b] and ok[p, w] and rewards[p, b] > rewards[p, w]
-  ]
-
-
 def on_policy(
   model: setup.Model,
   problems: setup.Problems,
@@ -292,7 +275,7 @@ def on_policy(
   """The best and the worst response to each problem where the grader tells them apart."""
   experience = problems.sample(params, step, clock)
   scores = experience.scores
-  chosen = best_and_worst(scores.rewards, scores.ok)
+  chosen = pair_lib.best_and_worst(scores.rewards, scores.ok)
   signs = np.zeros(scores.rewards.shape)  # As a table shows them: which was preferred to which.
   for p, best, worst in chosen:
     signs[p, best], signs[p, worst] = 1, -1
@@ -424,7 +407,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         graded = problems.evaluate(params) if problems else evaluation.Evaluation({}, [])
         return graded._replace(metrics=figures | graded.metrics)
 
-      update = setup.announced(update, run)
+      update = training.announced(update, run)
       learning = functools.partial(learn, config, model, score, update)
       state = setup.train_loop(
         config, run, model, begun, sample=sample, learn=learning, evaluate=evaluate

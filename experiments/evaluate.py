@@ -21,17 +21,13 @@ to 0.23), pass@4 0.45 (0.26 to 0.66), majority@4 0.29 (0.14 to 0.51), greedily 0
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
-
-import numpy as np
 
 from experiments import flags, setup
 from rl_llm import config as configs
-from rl_llm import hosts, metrics, run_directory, tasks
+from rl_llm import evaluation, hosts, metrics, run_directory, tasks
 from rl_llm.config import ConfigError, option
-from rl_llm.evaluation import estimate_interval, majority_at_k, pass_at_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +87,7 @@ def measure(config: Config, workdir: str) -> dict[str, Any]:
   check(config)
   task = setup.load_task(config.task)
   problems = choose_problems(config, task)
-  difficulty = difficulty_of(config, task, problems)
+  difficulty = evaluation.difficulty_of(task, problems, config.difficulty_column)
 
   def describe(problem: tasks.Problem, sample: int, line: dict[str, Any]) -> dict[str, Any]:
     return {
@@ -120,9 +116,10 @@ def measure(config: Config, workdir: str) -> dict[str, Any]:
       samples, batches = (
         metrics.read(run.workdir / name) for name in ("samples.jsonl", "metrics.jsonl")
       )
-      result |= summary(samples, batches, ks=sorted(set(config.k)), votes=bool(task.answer_of))
+      ks, votes = sorted(set(config.k)), bool(task.answer_of)
+      result |= evaluation.summarize(samples, batches, ks=ks, votes=votes)
       run_directory.write_result(run.workdir, result)
-      show_result(run, result)
+      evaluation.show_result(run, result)
     return hosts.share("the end of the run", result)
 
 
@@ -136,103 +133,6 @@ def choose_problems(config: Config, task: tasks.Task) -> Sequence[tasks.Problem]
       "of them (see the task's flags), or choose --split=train"
     )
   return task.held_out[: config.problems or None]
-
-
-def difficulty_of(
-  config: Config, task: tasks.Task, problems: Sequence[tasks.Problem]
-) -> Callable[[tasks.Problem], str] | None:
-  """What tells problems apart: the column that was asked for, or the task's own measure."""
-  column = config.difficulty_column
-  if not column:
-    return task.difficulty
-  shared = set.intersection(*(set(problem.columns) for problem in problems))
-  if column not in shared:
-    raise ConfigError(
-      "difficulty_column", column, f"a column that all problems have: {', '.join(sorted(shared))}"
-    )
-  return lambda problem: str(problem.columns[column])
-
-
-def summary(
-  samples: list[dict[str, Any]], batches: list[dict[str, Any]], *, ks: Sequence[int], votes: bool
-) -> dict[str, Any]:
-  """The figures of a record."""
-  sampled = [row for row in samples if not row["greedy"]]
-  size = 1 + max(row["sample"] for row in sampled)
-
-  def table(key: str, rows: list[dict[str, Any]], width: int) -> np.ndarray:
-    return np.array([row[key] for row in rows], object).reshape(-1, width)
-
-  correct, answers = table("correct", sampled, size).astype(bool), table("answer", sampled, size)
-  greedy = table("correct", [row for row in samples if row["greedy"]], 1).astype(bool)
-  levels = table("difficulty", sampled, size)[:, 0]
-
-  def figures(chosen: np.ndarray) -> dict[str, Any]:
-    right, said = correct[chosen], answers[chosen]
-    found = {"problems": int(chosen.sum())}
-    estimates = {f"pass@{k}": (pass_at_k(right, k=k), size, k) for k in ks}
-    if votes:  # One vote is pass@1.
-      several = [k for k in ks if k > 1]
-      estimates |= {
-        f"majority@{k}": (majority_at_k(right, said, k=k), size, k) for k in several
-      }
-    if len(greedy):
-      estimates["greedy"] = (pass_at_k(greedy[chosen], k=1), 1, 1)
-    for name, (values, samples, k) in estimates.items():
-      interval = estimate_interval(values, samples=samples, k=k)
-      found[name] = dict(zip(("value", "low", "high"), interval, strict=True))
-    return found
-
-  return {
-    "weights": batches[0]["weights"],
-    "responses": len(samples),
-    "failed_grades": sum(row["failed_grades"] for row in batches),
-    "seconds": sum(row["time/step"] for row in batches),
-    "all": figures(np.ones(len(levels), bool)),
-    "by_difficulty": {
-      level: figures(levels == level)
-      for level in sorted(set(levels) - {None}, key=natural_order)
-    },
-  }
-
-
-def natural_order(text: str) -> list[tuple[bool, int, str]]:
-  """A sorting key by which "2 steps" comes before "10 steps"."""
-  return [
-    (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
-    for part in re.split(r"([0-9]+)", text)
-    if part
-  ]
-
-
-def show_result(run: run_directory.Run, result: dict[str, Any]) -> None:
-  """The tables, and what must be known to read them."""
-  say, names = run.console.say, [name for name in result["all"] if name != "problems"]
-  run.console.table(
-    f"{result['model']} on {result['problems']} problems of {result['task']}, "
-    f"{result['samples']} samples each",
-    ("", "value", "95 % from", "to"),
-    [(name, *result["all"][name].values()) for name in names],
-  )
-  if len(result["by_difficulty"]) > 1:
-    run.console.table(
-      "by difficulty (intervals are in result.json)",
-      ("", "problems", *names),
-      [
-        (level, found["problems"], *(found[name]["value"] for name in names))
-        for level, found in result["by_difficulty"].items()
-      ],
-    )
-  if not any(name.startswith("majority@") for name in names) and result["samples"] > 1:
-    say(f"no majority@k: the grader of {result['task']} does not say what a response's answer is")
-  if result["failed_grades"]:
-    say(
-      f"{result['failed_grades']} of {result['responses']} grades failed and count as not correct; "
-      "samples.jsonl says why"
-    )
-  if result["overlong_prompts"]:
-    say(f"{result['overlong_prompts']} prompts are over --max_prompt_tokens")
-  say(f"{result['seconds']:.0f} s; {run.workdir / 'samples.jsonl'} has every response")
 
 
 def main(config: Config) -> int:

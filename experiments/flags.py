@@ -7,11 +7,10 @@ itself: `rl_llm.config.check(config)` calls each group's `check` before anything
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 from rl_llm import losses, presets
-from rl_llm.config import ConfigError, inline, option
+from rl_llm.config import ConfigError, check_divides, inline, option
 from rl_llm.group_advantages import GROUP_ADVANTAGES
 from rl_llm.keywords import keyword_group
 from rl_llm.policy.attention import AttentionName
@@ -298,13 +297,6 @@ def reward() -> Any:
   return option(
     "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
   )
-
-
-def check_divides(name: str, whole: int, part: int, of: str) -> None:
-  """Refuses a microbatch that does not divide what it is a part of, unless it is larger."""
-  if whole > part and whole % part:
-    fix = f"try --{name}={math.gcd(whole, part)}"
-    raise ConfigError(name, part, f"a divisor of {of}", fix)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,13 +103,8 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
       mask=batch.mask,
     )
     if batch.ref_logprobs is not None:
-      penalty, of_kl = losses.kl_loss(
-        logprobs,
-        batch.ref_logprobs,
-        batch.weights,
-        value=config.kl.value,
-        gradient=config.kl.gradient,
-      )
+      kinds = {"value": config.kl.value, "gradient": config.kl.gradient}
+      penalty, of_kl = losses.kl_loss(logprobs, batch.ref_logprobs, batch.weights, **kinds)
       loss = loss + hparams["kl_coef"] * penalty
       found |= {"kl_ref": of_kl["kl"]}
     bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
@@ -182,7 +177,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       return run.result
     with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
-      programs = programs._replace(update=setup.announced(programs.update, run))
+      programs = programs._replace(update=training.announced(programs.update, run))
       init = functools.partial(init_state, optimizer=setup.adamw(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       state = setup.train_loop(

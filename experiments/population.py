@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,40 +200,8 @@ def learn(
   model = setup.Model(of.policy, of.tokenizer, mesh, setup.models.Weights(None, of.frozen, None))
   works = [setup.step_work(model, *pair) for pair in zip(each, trained, strict=True)]
   work = Work(*(sum(parts) for parts in zip(*works, strict=True)))  # Of all at once.
-  # Of each member: `make_record` takes them apart.
+  # Of each member: `member_step` takes them apart.
   return state, training.Learned({"totals": totals, "over": over}, worths, work)
-
-
-class Evaluations(NamedTuple):
-  """What an evaluation found."""
-
-  metrics: dict[str, float]  # of the whole
-  members: list[evaluation.Evaluation]
-
-
-def evaluate_members(
-  of: Population,
-  sampler: Sampler,
-  held_out: experience.Drawn,
-  say: Callable[[str], None],
-  state: TrainState,
-) -> Evaluations:
-  """Every member on the held-out problems."""
-  count = len(of.members)
-  say(f"evaluating {count} members on {len(held_out.problems)} held-out problems")
-  sizes = {
-    "samples": of.config.eval.samples, "prompts_per_batch": of.config.updates.prompts_per_step
-  }
-  found = [
-    evaluation.evaluate(sampler._replace(generate=own), None, held_out, **sizes)
-    for own in population.in_turns(functools.partial(sampler.generate, state.params), count)
-  ]
-  whole = {}
-  for name in ("sampled", "greedy"):
-    accuracies = [own.metrics[f"eval/{name}_accuracy"] for own in found]
-    say(f"held-out accuracy, {name}: from {min(accuracies):.2f} to {max(accuracies):.2f}")
-    whole |= {f"eval/{name}_mean": float(np.mean(accuracies)), f"eval/{name}_best": max(accuracies)}
-  return Evaluations(whole, found)
 
 
 def make_record(
@@ -244,22 +212,6 @@ def make_record(
 ) -> training.Record:
   """The record of every member in its own directory, and of the whole."""
 
-  def member_step(step: training.Step, number: int) -> training.Step:
-    """The step as that member would have made it alone."""
-    found, learned = step.evaluation, None
-    if step.learned:
-      worth, totals = step.learned.advantages[number], step.learned.metrics["totals"]
-      figures = metrics.finalize({k: (v[0][number], v[1][number]) for k, v in totals.items()})
-      figures["frac_zero_std"] = float(np.mean(~np.any(worth != 0, axis=1)))
-      figures["learning_rate"] = setup.learning_rate(of.members[number], step.number)
-      learned = training.Learned(figures, worth)
-    return step._replace(
-      evaluation=found and found.members[number],
-      experience=step.learned and step.experience[number],
-      state=step.learned and TrainState(*[None] * 3, *(x[number] for x in step.state)),
-      learned=learned,
-    )
-
   def record(step: training.Step) -> str:
     over = step.learned.metrics["over"] if step.learned else of.failed(step.state)
     means = []
@@ -267,7 +219,8 @@ def make_record(
       skipped = sharding.fetch((step.state.skipped, step.state.skipped_in_a_row))
       failed, params, step = of.failed(step.state), step.state.params, step._replace(state=skipped)
     for number, (rows_file, lines_file) in enumerate(writers):
-      own = member_step(step, number)
+      rate = setup.learning_rate(of.members[number], step.number)
+      own = population.member_step(step, number, learning_rate=rate)
       row, lines = training.step_rows(own)
       means.append(row.get("reward_mean"))
       if over[number]:
@@ -398,12 +351,13 @@ def _train(
   ):
     sampler = sampler._replace(generate=generate)
     held_out = experience.held_out_problems(task, sampler.encode, limit=config.eval.problems)
+    evaluated = {"samples": config.eval.samples, "prompts_per_batch": size.prompts_per_step}
     state = training.train_loop(
       run,
       *begun,
       sample=functools.partial(sample, of, sampler),
       learn=functools.partial(learn, of, programs),
-      evaluate=functools.partial(evaluate_members, of, sampler, held_out, say),
+      evaluate=lambda state: population.evaluate(sampler, state.params, held_out, say, **evaluated),
       record=make_record(of, run, writers, record_whole),
       schedule=setup.schedule(config),
     )

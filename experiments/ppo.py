@@ -298,8 +298,7 @@ def learn(
   batch = batch._replace(advantages=found, returns=returns)
   advantages, _ = minibatches.per_response(batch, scores.rewards.shape)
   totals |= value_network.value_statistics(values, returns, batch.mask)
-  if config.kl.coef:
-    totals |= {"kl_coef": state.kl.coef}
+  totals |= {"kl_coef": state.kl.coef} if config.kl.coef else {}
   rate = setup.learning_rate(config, step) / config.optimizer.learning_rate
   value_rate = rate * config.value.learning_rate
   hparams = setup.hyperparameters(config, step, value_coef=config.value.coef)
@@ -341,7 +340,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       return run.result
     with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
-      update = setup.announced(programs.policy.update, run)
+      update = training.announced(programs.policy.update, run)
       programs = programs._replace(policy=programs.policy._replace(update=update))
       init = functools.partial(init_ppo, config=config, width=model.policy.config.width)
       begun, model = setup.begin(config, run, model, init)

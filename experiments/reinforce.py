@@ -227,7 +227,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       return run.result
     with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
-      programs = programs._replace(update=setup.announced(programs.update, run))
+      programs = programs._replace(update=training.announced(programs.update, run))
       init = functools.partial(init_reinforce, optimizer=setup.adamw(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       state = setup.train_loop(

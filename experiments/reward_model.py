@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import typing
 from collections import abc
 
@@ -38,15 +37,7 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import config as configs
-from rl_llm import (
-  data,
-  evaluation,
-  losses,
-  pairs,
-  policy,
-  reward_model,
-  training,
-)
+from rl_llm import data, evaluation, losses, pairs, policy, reward_model, training
 from rl_llm import train_state as states
 from rl_llm import update as updates
 from rl_llm.data import batches
@@ -205,12 +196,13 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     if run.result:
       return run.result
     size, scored = config.pairs, slice(config.eval.pairs or None)
+    column = config.margin_column
     mesh = setup.open_pair_mesh(config)
     dataset = setup.read_data(config, "preference", "implicit_preference")
-    check_margins(config, dataset)
+    pairs.check_margins(dataset, column, path=config.data.data)
     model = setup.load_model(config, run, mesh, without="unembed")
     loaded = setup.load_pairs(config, run, dataset, model.tokenizer, config.layout)
-    margins = margins_of(config, loaded.training_columns)
+    margins = pairs.margins(loaded.training_columns, column)
     sizes = {
       "pairs a step": size.per_step,
       "pairs a microbatch": size.per_step // size.microbatches,
@@ -236,14 +228,14 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       return training.Examples([(loaded.training[index], margins[index]) for index in chosen])
 
     begun, model = setup.begin(config, run, model, first_state)
-    held_out = [loaded.held_out[scored], margins_of(config, loaded.held_out_columns)[scored]]
+    held_out = [loaded.held_out[scored], pairs.margins(loaded.held_out_columns, column)[scored]]
     state = setup.train_loop(
       config,
       run,
       model,
       begun,
       sample=sample,
-      learn=functools.partial(learn, config, model, setup.announced(update, run)),
+      learn=functools.partial(learn, config, model, training.announced(update, run)),
       evaluate=functools.partial(evaluate, config, run, score, *held_out),
     )
     params = model.weights.whole(state.params)
@@ -251,26 +243,6 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     shape, tokenizer = model.policy.config, model.tokenizer
     training.export_reward_model(run, shape, params, tokenizer, center=center)
     return training.finish(run)
-
-
-def check_margins(config: Config, dataset: data.Dataset) -> None:
-  """Refuses a margin that is no number; the message names the line."""
-  name = config.margin_column
-  if not name:
-    return
-  for example, line in zip(dataset.examples, dataset.lines, strict=True):
-    value = example.columns.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-      raise data.DataError(
-        f"{config.data.data}:{line}: margin_column={name!r} is "
-        f"{repr(value) if name in example.columns else 'missing'}; must be a number in every row"
-      )
-
-
-def margins_of(config: Config, columns: abc.Sequence[dict[str, typing.Any]]) -> np.ndarray:
-  """[N] float32: each pair's margin; 0 where none is asked for."""
-  name = config.margin_column
-  return np.array([row[name] if name else 0.0 for row in columns], np.float32)
 
 
 def main(config: Config) -> int:

@@ -435,18 +435,6 @@ def hyperparameters(config: Any, step: int, **further: float) -> dict[str, Any]:
   return jax.tree.map(jnp.float32, numbers | entropy | further)
 
 
-def announced(update: Callable, run: Run) -> Callable:
-  """The update, which says when it meets a new width, since it is compiled then."""
-  say = functools.cache(run.console.say)
-
-  def announced_update(state: Any, batch: Any, *further: Any) -> Any:
-    width = max(mask.shape[1] for mask in jax.tree.leaves(batch) if mask.dtype == bool)
-    say(f"compiling the update: rows of up to {width} tokens")
-    return update(state, batch, *further)
-
-  return announced_update
-
-
 def weigh(config: Any) -> responses.Weigh:
   """How much each token of an update counts, by the group `weighting`."""
   options, longest = config.weighting, config.prompts.max_new_tokens

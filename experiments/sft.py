@@ -91,7 +91,7 @@ def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
   rows, part = config.examples_per_step, config.microbatch_rows
-  flags.check_divides("microbatch_rows", rows, part, f"examples_per_step ({rows})")
+  configs.check_divides("microbatch_rows", rows, part, f"examples_per_step ({rows})")
   config.data.check_fits(config.data.max_tokens)
   config.data.check_measured(config.task.task, "task")
 
@@ -261,7 +261,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         model,
         begun,
         sample=lambda params, step, clock: training.Examples(source.draw(step), dropped),
-        learn=functools.partial(learn, config, model, setup.announced(update, run)),
+        learn=functools.partial(learn, config, model, training.announced(update, run)),
         evaluate=functools.partial(evaluate, config, run, model, problems, source.held_out),
       )
     return setup.finish(config, run, model, state)

@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -316,6 +317,22 @@ class Checkpointer:
           shutil.rmtree(entry.path, ignore_errors=True)
         else:
           os.unlink(entry.path)
+
+
+def first_moments(directory: Path, count: int) -> list[np.ndarray]:
+  """The policy's first moments of Adam in the last `count` checkpoints, each as one vector.
+
+  Where b1 is 0 they are the gradients.
+  """
+  found = []
+  for step in sorted(int(path.name) for path in directory.iterdir())[-count:]:
+    leaves = json.loads((directory / str(step) / "manifest.json").read_text())["leaves"]
+    wanted = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype, shape in leaves}
+    _, state, _ = Checkpointer(directory, keep=count).restore(wanted, step)
+    # PPO's value network is the state's field `value`.
+    moments = [n for n in sorted(state) if "/mu/" in n and not n.startswith("value/")]
+    found.append(np.concatenate([np.asarray(state[name]).ravel() for name in moments]))
+  return found
 
 
 # Trees

@@ -109,6 +109,13 @@ class ConfigError(UserError, ValueError):
     super().__init__(_one_line(redact(text)))
 
 
+def check_divides(name: str, whole: int, part: int, of: str) -> None:
+  """Refuses a microbatch that does not divide what it is a part of, unless it is larger."""
+  if whole > part and whole % part:
+    fix = f"try --{name}={math.gcd(whole, part)}"
+    raise ConfigError(name, part, f"a divisor of {of}", fix)
+
+
 def option(
   default: Any,
   help: str,

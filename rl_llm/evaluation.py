@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from rl_llm.rollout import Rollout, row_keys
 from rl_llm.run_directory import Run
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import row_shards
-from rl_llm.tasks import Problem
+from rl_llm.tasks import Problem, Task
 
 
 class Evaluation(NamedTuple):
@@ -164,9 +165,10 @@ def record_responses(
     Interrupted: a signal came; finished batches are on record.
   """
   if not drawn.problems:
+    limit = sampler.encode.keywords["max_prompt_tokens"]
     raise PromptTooLong(
-      f"all {drawn.overlong} prompts are over --max_prompt_tokens; raise it, or choose another "
-      "--overlong_prompt"
+      f"all {drawn.overlong} prompts are over --max_prompt_tokens={limit}; raise it, or choose "
+      "another --overlong_prompt"
     )
   agree_on_data(drawn.prompts)
   # One shape: problems are shared out evenly, and every batch is as wide as the longest prompt.
@@ -240,6 +242,74 @@ def record_responses(
       row |= clock.metrics()
       metrics_file.write(batch, row)  # Last: a batch with this line is whole.
       console.step(batch + 1, row)
+
+
+def summarize(
+  samples: Sequence[dict[str, Any]],
+  batches: Sequence[dict[str, Any]],
+  *,
+  ks: Sequence[int],
+  votes: bool,
+) -> dict[str, Any]:
+  """The figures of a record: pass@k and majority@k with intervals, in all and by difficulty.
+
+  Args:
+    samples: the lines that `record_responses` wrote, each with "sample", "greedy", "answer" and
+      "difficulty" besides.
+    batches: the lines of its metrics.jsonl.
+    ks: of pass@k and majority@k.
+    votes: whether responses have answers that can be counted.
+
+  Returns:
+    "all" and "by_difficulty" map names such as "pass@4" to {"value", "low", "high"}; and
+    "weights", "responses", "failed_grades", "seconds".
+  """
+  sampled = [row for row in samples if not row["greedy"]]
+  size = 1 + max(row["sample"] for row in sampled)
+
+  def table(key: str, rows: list[dict[str, Any]], width: int) -> np.ndarray:
+    return np.array([row[key] for row in rows], object).reshape(-1, width)
+
+  correct, answers = table("correct", sampled, size).astype(bool), table("answer", sampled, size)
+  greedy = table("correct", [row for row in samples if row["greedy"]], 1).astype(bool)
+  levels = table("difficulty", sampled, size)[:, 0]
+
+  def figures(chosen: np.ndarray) -> dict[str, Any]:
+    right, said = correct[chosen], answers[chosen]
+    found = {"problems": int(chosen.sum())}
+    estimates = {f"pass@{k}": (pass_at_k(right, k=k), size, k) for k in ks}
+    if votes:  # One vote is pass@1.
+      several = [k for k in ks if k > 1]
+      estimates |= {
+        f"majority@{k}": (majority_at_k(right, said, k=k), size, k) for k in several
+      }
+    if len(greedy):
+      estimates["greedy"] = (pass_at_k(greedy[chosen], k=1), 1, 1)
+    for name, (values, samples, k) in estimates.items():
+      interval = estimate_interval(values, samples=samples, k=k)
+      found[name] = dict(zip(("value", "low", "high"), interval, strict=True))
+    return found
+
+  return {
+    "weights": batches[0]["weights"],
+    "responses": len(samples),
+    "failed_grades": sum(row["failed_grades"] for row in batches),
+    "seconds": sum(row["time/step"] for row in batches),
+    "all": figures(np.ones(len(levels), bool)),
+    "by_difficulty": {
+      level: figures(levels == level)
+      for level in sorted(set(levels) - {None}, key=natural_order)
+    },
+  }
+
+
+def natural_order(text: str) -> list[tuple[bool, int, str]]:
+  """A sorting key by which "2 steps" comes before "10 steps"."""
+  return [
+    (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+    for part in re.split(r"([0-9]+)", text)
+    if part
+  ]
 
 
 def pass_at_k(correct: Any, *, k: int) -> np.ndarray:
@@ -395,3 +465,46 @@ def _majority(correct: Sequence[bool], answers: Sequence[str | None], k: int) ->
       ways, right = more_ways, more_right
     total += sum(value / tied for (_, tied), value in right.items() if tied)
   return min(total / math.comb(len(answers), k), 1.0)  # Rounding aside.
+
+
+def difficulty_of(
+  task: Task, problems: Sequence[Problem], column: str
+) -> Callable[[Problem], str] | None:
+  """What tells problems apart: the column of that name, or for "" the task's own measure."""
+  if not column:
+    return task.difficulty
+  shared = set.intersection(*(set(problem.columns) for problem in problems))
+  if column not in shared:
+    allowed = f"a column that all problems have: {', '.join(sorted(shared))}"
+    raise ConfigError("difficulty_column", column, allowed)
+  return lambda problem: str(problem.columns[column])
+
+
+def show_result(run: Run, result: dict[str, Any]) -> None:
+  """Shows the result of an evaluation: tables, and what must be known to read them."""
+  say, names = run.console.say, [name for name in result["all"] if name != "problems"]
+  run.console.table(
+    f"{result['model']} on {result['problems']} problems of {result['task']}, "
+    f"{result['samples']} samples each",
+    ("", "value", "95 % from", "to"),
+    [(name, *result["all"][name].values()) for name in names],
+  )
+  if len(result["by_difficulty"]) > 1:
+    run.console.table(
+      "by difficulty (intervals are in result.json)",
+      ("", "problems", *names),
+      [
+        (level, found["problems"], *(found[name]["value"] for name in names))
+        for level, found in result["by_difficulty"].items()
+      ],
+    )
+  if not any(name.startswith("majority@") for name in names) and result["samples"] > 1:
+    say(f"no majority@k: the grader of {result['task']} does not say what a response's answer is")
+  if result["failed_grades"]:
+    say(
+      f"{result['failed_grades']} of {result['responses']} grades failed and count as not correct; "
+      "samples.jsonl says why"
+    )
+  if result["overlong_prompts"]:
+    say(f"{result['overlong_prompts']} prompts are over --max_prompt_tokens")
+  say(f"{result['seconds']:.0f} s; {run.workdir / 'samples.jsonl'} has every response")

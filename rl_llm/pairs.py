@@ -7,12 +7,14 @@ answers are the rows 2 i and 2 i + 1, or are packed into rows that the microbatc
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
 import numpy as np
 
+from rl_llm.data import DataError, Dataset
 from rl_llm.data.batches import (
   PackedShares,
   SequenceBatch,
@@ -97,3 +99,40 @@ def pair_logprobs(
   logprobs, _ = score(*packed)
   rows = rows % len(logprobs)  # They are counted over all microbatches.
   return unpack(logprobs, rows, starts, lengths, width=batch.sequences.mask.shape[1])
+
+
+def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, int]]:
+  """(problem, best response, worst response) of each problem whose grades [P, G] differ.
+
+  Of equal grades the first is taken: responses are drawn alike, so it is as good as any.
+
+  >>> best_and_worst(np.array([[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]]), np.array([[1, 1, 1], [1, 1, 0]]))
+  [(0, 1, 0)]
+  """
+  best = np.argmax(np.where(ok, rewards, -np.inf), axis=1)
+  worst = np.argmin(np.where(ok, rewards, np.inf), axis=1)
+  return [
+    (p, int(b), int(w))
+    for p, (b, w) in enumerate(zip(best, worst, strict=True))
+    if ok[p, b] and ok[p, w] and rewards[p, b] > rewards[p, w]
+  ]
+
+
+def check_margins(dataset: Dataset, column: str, *, path: str) -> None:
+  """Refuses a column of margins that holds anything but numbers; "" is no column.
+
+  Raises:
+    DataError: with the line of the file `path`.
+  """
+  for example, line in zip(dataset.examples, dataset.lines, strict=True) if column else ():
+    value = example.columns.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+      raise DataError(
+        f"{path}:{line}: margin_column={column!r} is "
+        f"{repr(value) if column in example.columns else 'missing'}; must be a number in every row"
+      )
+
+
+def margins(columns: Sequence[dict[str, Any]], column: str) -> np.ndarray:
+  """[N] float32: each pair's margin; 0 where no column is named."""
+  return np.array([row[column] if column else 0.0 for row in columns], np.float32)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rl_llm import rollout, sharding
+from rl_llm import evaluation, experience, metrics, rollout, sharding, training
 from rl_llm.data.prompts import PromptBatch
-from rl_llm.experience import Generate
+from rl_llm.experience import Generate, Sampler
 from rl_llm.policy import Policy, join, population_policy
 from rl_llm.rollout import ResponseBatch, Rollout
 from rl_llm.tokenizers import Tokenizer
@@ -146,3 +146,67 @@ def members_over(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
   """Shapes of which the first axis is the members', with their layout."""
   layout = sharding.row_sharding(mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes)
+
+
+class Evaluations(NamedTuple):
+  """What an evaluation of all members found."""
+
+  metrics: dict[str, float]  # of the whole
+  members: list[evaluation.Evaluation]
+
+
+def evaluate(
+  sampler: Sampler,
+  params: Any,
+  held_out: experience.Drawn,
+  say: Callable[[str], None],
+  *,
+  samples: int,
+  prompts_per_batch: int,
+) -> Evaluations:
+  """Every member on the held-out problems, as `evaluation.evaluate` does one.
+
+  Args:
+    sampler: of all members at once.
+    params: their weights.
+    held_out: the problems.
+    say: shows a line.
+    samples: responses a problem at temperature 1, of each member.
+    prompts_per_batch: problems sampled at once.
+  """
+  count = len(jax.tree.leaves(params)[0])
+  say(f"evaluating {count} members on {len(held_out.problems)} held-out problems")
+  sizes = {"samples": samples, "prompts_per_batch": prompts_per_batch}
+  found = [
+    evaluation.evaluate(sampler._replace(generate=own), None, held_out, **sizes)
+    for own in in_turns(functools.partial(sampler.generate, params), count)
+  ]
+  whole = {}
+  for name in ("sampled", "greedy"):
+    accuracies = [own.metrics[f"eval/{name}_accuracy"] for own in found]
+    say(f"held-out accuracy, {name}: from {min(accuracies):.2f} to {max(accuracies):.2f}")
+    whole |= {f"eval/{name}_mean": float(np.mean(accuracies)), f"eval/{name}_best": max(accuracies)}
+  return Evaluations(whole, found)
+
+
+def member_step(step: training.Step, number: int, *, learning_rate: float) -> training.Step:
+  """The step as that member would have made it alone, of one that all made together.
+
+  Args:
+    step: of all: what was learned has the members' sums under "totals", one advantage each.
+    number: the member's.
+    learning_rate: its own at this step.
+  """
+  found, learned = step.evaluation, None
+  if step.learned:
+    worth, totals = step.learned.advantages[number], step.learned.metrics["totals"]
+    figures = metrics.finalize({k: (v[0][number], v[1][number]) for k, v in totals.items()})
+    figures["frac_zero_std"] = float(np.mean(~np.any(worth != 0, axis=1)))
+    figures["learning_rate"] = learning_rate
+    learned = training.Learned(figures, worth)
+  return step._replace(
+    evaluation=found and found.members[number],
+    experience=step.learned and step.experience[number],
+    state=step.learned and TrainState(*[None] * 3, *(x[number] for x in step.state)),
+    learned=learned,
+  )

@@ -7,6 +7,7 @@ else that happens at a step is derived from what these two return, in one place.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -366,6 +367,18 @@ def diagnosis(params: Any, nonfinite_leaves: Any, skipped: int) -> str:
     f"{name_nonfinite(params, nonfinite_leaves)}; the parameters are those before them. Lower "
     "--optimizer.learning_rate, or look at samples.jsonl for what the model wrote"
   )
+
+
+def announced(update: Callable, run: Run) -> Callable:
+  """The update, which says when it meets a new width, since it is compiled then."""
+  say = functools.cache(run.console.say)
+
+  def announced_update(state: Any, batch: Any, *further: Any) -> Any:
+    width = max(mask.shape[1] for mask in jax.tree.leaves(batch) if mask.dtype == bool)
+    say(f"compiling the update: rows of up to {width} tokens")
+    return update(state, batch, *further)
+
+  return announced_update
 
 
 def finish(run: Run) -> dict[str, Any]:

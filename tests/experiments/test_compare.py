@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from experiments import compare, grpo
-from rl_llm.checkpoint import Checkpointer
+from rl_llm import curves
+from rl_llm.checkpoint import Checkpointer, first_moments
 from rl_llm.config import flatten, replace
 from rl_llm.interrupt import Interrupted, StopSignals
 from tests.experiments.helpers import outcome, settings
@@ -51,7 +52,7 @@ def test_gradients_are_those_of_independent_batches_at_unmoved_parameters(tmp_pa
   given = compare.variance_settings(TOY, "grpo")
   changes = {name: value for name, value in given.items() if name.startswith(kept)}
   grpo.train(replace(grpo.Config(), settings(files) | changes), str(tmp_path))
-  found = compare.gradients(tmp_path, 3)
+  found = first_moments(tmp_path / "checkpoints", 3)
   rows = outcome(tmp_path).metrics
   np.testing.assert_allclose(
     [np.linalg.norm(g) for g in found], [row["grad_norm"] for row in rows[:3]], rtol=1e-5
@@ -82,13 +83,13 @@ ROWS = [
 
 
 def test_the_curve_counts_what_was_sampled_and_what_trained():
-  points = compare.curve(ROWS, responses=10)
+  points = curves.curve(ROWS, responses=10)
   assert [(p["tokens"], p["seconds"], p["accuracy"]) for p in points] == [
     (0, 0, 0.2), (10 * (5 + 7), 2 + 4 + 1 + 3, 0.9)
   ]
   # 0.8 lies 6/7 of the way from 0.2 to 0.9.
-  assert compare.tokens_to(points, 0.8) == pytest.approx(120 * 6 / 7)
-  assert compare.tokens_to(points, 0.95) is None and compare.tokens_to(points, 0.1) == 0
+  assert curves.tokens_to(points, 0.8) == pytest.approx(120 * 6 / 7)
+  assert curves.tokens_to(points, 0.95) is None and curves.tokens_to(points, 0.1) == 0
 
 
 def test_the_table_has_a_column_a_method_and_a_row_a_seed(tmp_path):
@@ -113,16 +114,15 @@ def test_the_table_has_a_column_a_method_and_a_row_a_seed(tmp_path):
 
 
 def test_a_signal_reaches_the_run_once_and_is_passed_on(tmp_path, monkeypatch):
-  script = tmp_path / "run.sh"
-  script.write_text('trap "echo stopped >> $0.log; exit 143" TERM\ntouch $0.ready\n'
+  """The run is a script that takes a while to stop, in the place of Python."""
+  script, python = tmp_path / "run.sh", sys.executable
+  script.write_text('#!/bin/sh\ntrap "echo stopped >> $0.log; exit 143" TERM\ntouch $0.ready\n'
                     "while :; do sleep 0.1; done\n")
-  popen = subprocess.Popen
-  monkeypatch.setattr(
-    compare.subprocess, "Popen", lambda command, **how: popen(["sh", str(script)], **how)
-  )
+  script.chmod(0o755)
+  monkeypatch.setattr(sys, "executable", str(script))
   with StopSignals() as stop:
-    interrupter = popen(
-      [sys.executable, "-c",
+    interrupter = subprocess.Popen(
+      [python, "-c",
        "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
        f"os.kill({os.getpid()}, {int(signal.SIGINT)})", f"{script}.ready"]
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import make_preferences
-from rl_llm import evaluation
+from rl_llm import evaluation, preferences
 from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError, read_dataset
 from rl_llm.interrupt import Interrupted, StopSignals
@@ -121,8 +121,7 @@ def test_conversations_stay_conversations():
     {"reward": reward, "stop_reason": "eos", "response": text}
     for reward, text in ((1.0, "12"), (0.0, "13"), (1.0, "12"))
   ]
-  config = replace(make_preferences.Config(), {"samples": 3})
-  [line], _ = make_preferences.pair_up(config, [problem], [messages], graded)
+  [line], _ = preferences.pair_up([problem], [messages], graded, pairs_per_problem=8, seed=0)
   assert line["prompt"] == messages
   assert line["chosen"] == [{"role": "assistant", "content": "12"}]
   assert line["rejected"] == [{"role": "assistant", "content": "13"}]
@@ -147,7 +146,7 @@ def test_conversations_stay_conversations():
 )
 def test_the_prompt_is_what_the_model_was_asked(layout, prompt, wanted):
   prompt_format, system_prompt = layout
-  found = make_preferences.as_asked(prompt, prompt_format, system_prompt=system_prompt)
+  found = preferences.as_asked(prompt, prompt_format, system_prompt=system_prompt)
   assert found == wanted
 
 
@@ -159,13 +158,13 @@ def test_held_out_problems_never_appear(made, task):
   assert not {row["problem"] for row in pairs(workdir)} & {p.key for p in jsonl.held_out}
 
   arithmetic = load_task("arithmetic")
-  every = make_preferences.different_problems(arithmetic, 0, limit=1000)
+  every = preferences.different_problems(arithmetic, 0, limit=1000)
   keys = [problem.key for problem in every]
   assert len(set(keys)) == len(keys) == 144 - len(arithmetic.held_out)
   assert not set(keys) & {p.key for p in arithmetic.held_out}
-  few = make_preferences.different_problems(arithmetic, 0, limit=10)
+  few = preferences.different_problems(arithmetic, 0, limit=10)
   assert [problem.key for problem in few] == keys[:10]
-  other = make_preferences.different_problems(arithmetic, 1, limit=10)
+  other = preferences.different_problems(arithmetic, 1, limit=10)
   assert [problem.key for problem in other] != keys[:10]
 
 
@@ -252,7 +251,7 @@ def test_weights_that_changed_are_refused(tmp_path, small, task, monkeypatch):
 
 
 def test_text_that_no_file_can_hold_is_left_out():
-  assert [make_preferences.readable(text) for text in ("a", " \n", "a\0", "\ud800")] == [
+  assert [preferences.readable(text) for text in ("a", " \n", "a\0", "\ud800")] == [
     True, False, False, False
   ]
-  assert np.all([make_preferences.readable(text) for text in ("é", "\x1b[31m", " 4")])
+  assert np.all([preferences.readable(text) for text in ("é", "\x1b[31m", " 4")])

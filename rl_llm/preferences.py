@@ -1,0 +1,123 @@
+"""Preference pairs from a model's own graded responses, as the rows of a data file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rl_llm.data import DataError
+from rl_llm.data.held_out import hashed
+from rl_llm.data.jsonl import check_text
+from rl_llm.experience import prompt_text
+from rl_llm.tasks import Problem, Task
+
+# What a line says in addition to the problem's own columns.
+OWN = ("prompt", "chosen", "rejected", "problem", "chosen_reward", "rejected_reward", "margin")
+# Names that would make a preference file look like another format.
+TAKEN = {*OWN, "completion", "text", "messages"}
+
+Prompt = str | list[dict[str, str]]
+
+
+def as_asked(prompt: Prompt, prompt_format: str, *, system_prompt: str | None) -> Prompt:
+  """The prompt as a file can hold it: text where it was laid out as such, else with its system."""
+  if prompt_format == "plain":
+    return prompt_text(prompt)
+  if system_prompt is None:
+    return prompt
+  messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+  own = messages[0]["role"] == "system"
+  return messages if own else [{"role": "system", "content": system_prompt}, *messages]
+
+
+def different_problems(task: Task, seed: int, *, limit: int) -> list[Problem]:
+  """The first `limit` different training problems of a seed; fewer where there are no more.
+
+  They are drawn at random, so of a small task the last ones take many draws; a round that doubles
+  the draws and finds nothing new ends the search.
+  """
+  count, found = limit, {}
+  while True:
+    before = len(found)
+    for problem in task.sample(seed, 0, count):
+      found.setdefault(problem.key, problem)
+    if len(found) >= limit or len(found) == before:
+      return list(found.values())[:limit]
+    count *= 2
+
+
+def check_columns(spec: str, problems: Sequence[Problem]) -> None:
+  """Refuses columns that a file of pairs has no room for."""
+  for name in sorted({name for problem in problems for name in problem.columns}):
+    if name in TAKEN:
+      raise DataError(
+        f"--task={spec}: its problems have a column {name!r}, which means something else in a file "
+        "of pairs; rename it"
+      )
+
+
+def pair_up(
+  problems: Sequence[Problem],
+  prompts: Sequence[Prompt],
+  samples: Sequence[dict[str, Any]],
+  *,
+  pairs_per_problem: int,
+  seed: int,
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+  """The lines of the file, problem by problem, and how many problems and responses are left out.
+
+  Args:
+    problems: P problems.
+    prompts: as the file is to hold them.
+    samples: P * S rows of samples.jsonl.
+    pairs_per_problem: at most.
+    seed: of the choice among a problem's pairs.
+  """
+  counts = dict.fromkeys(
+    ("responses", "failed_grades", "cut_off", "unusable", "problems_without_spread"), 0
+  )
+  rows, size = [], len(samples) // max(len(problems), 1)
+  for index, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
+    rewards: dict[str, float] = {}  # By text: what was said twice is one answer.
+    for sample in samples[index * size : (index + 1) * size]:
+      counts["responses"] += 1
+      if sample["reward"] is None:
+        counts["failed_grades"] += 1
+      elif sample["stop_reason"] == "length":
+        counts["cut_off"] += 1
+      elif not readable(sample["response"]):
+        counts["unusable"] += 1
+      else:
+        rewards.setdefault(sample["response"], sample["reward"])
+    candidates = [(a, b) for a in rewards for b in rewards if rewards[a] > rewards[b]]
+    counts["problems_without_spread"] += not candidates
+    rng = np.random.default_rng(np.random.SeedSequence([seed, hashed(problem.key)]))
+    for place in rng.permutation(len(candidates))[: pairs_per_problem]:
+      better, worse = candidates[place]
+      rows.append({
+        "prompt": prompt,
+        "chosen": answer(prompt, better),
+        "rejected": answer(prompt, worse),
+        **problem.columns,
+        "problem": problem.key,
+        "chosen_reward": rewards[better],
+        "rejected_reward": rewards[worse],
+        "margin": rewards[better] - rewards[worse],
+      })
+  return rows, counts
+
+
+def answer(prompt: Prompt, text: str) -> Prompt:
+  """The answer in the form of its prompt."""
+  return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def readable(text: str) -> bool:
+  """Whether a data file can hold the text as an answer: not blank, and nothing but characters."""
+  try:
+    check_text(text)
+  except DataError:
+    return False
+  return bool(text.strip())
