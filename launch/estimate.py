@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 
 from launch.programs import cache_bytes, itemsize, updates_of, work
+from rl_llm import rollout, teacher_forcing
 from rl_llm.flops import update_passes
 from rl_llm.policy import TransformerConfig, make_policy
-from rl_llm.rollout import CHUNK_SIZE
 from rl_llm.train_state import parameter_count
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
       arguments     4 N / S weights, 8 N / S moments
       temporaries   4 N / S gradient, as much again to add microbatches up, 2 N / S cast weights
                     n D 2 layers    what remat keeps, plus twice the arrays of one layer
-                    logits of `CHUNK_SIZE` tokens, three times
+                    logits of the update's `CHUNK_SIZE` tokens, three times
       network       along fsdp the weights, forward and backward, and their float32 gradient once;
                     along tensor activations, twice a layer and pass; along data the gradient
 
@@ -72,8 +72,9 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   rows = at_once * config.responses_per_prompt / shards
   new, columns = config.max_new_tokens, config.prompt_tokens + config.max_new_tokens
   tokens = rows * new + at_once / shards * config.prompt_tokens
+  chunk = rollout.CHUNK_SIZE  # Tokens whose logits exist at once.
   if config.experiment == "dpo":
-    rows, new = 2 * at_once / shards, columns
+    rows, new, chunk = 2 * at_once / shards, columns, teacher_forcing.CHUNK_SIZE
     tokens = rows * columns
   wide = 4 * shape.width + (3 * shape.mlp_width + 4 * heads * shape.head_dim * sizes.tensor) / (
     sizes.tensor
@@ -85,7 +86,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
     kept = inside * shape.n_layers
   gradient = 4 * trained / slices * (2 if microbatches > 1 else 1) + size * trained / slices
   cast = size * total / slices + 2 * size * layer / sizes.tensor
-  logits = 3 * 4 * CHUNK_SIZE * shape.vocab_size / sizes.tensor
+  logits = 3 * 4 * chunk * shape.vocab_size / sizes.tensor
   gathered = size * total / sizes.tensor
   forward_and_back = 4 + 2 * config.remat  # Sums of activations a layer.
   found = [

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 
 import jax
 import numpy as np
 import pytest
 
-from rl_llm.data import DataError, read_dataset
+from rl_llm.data import DataError, Dataset, Preference
 from rl_llm.data.batches import SequenceBatch, pad_values
 from rl_llm.data.encoding import Encoded, Pair, flat
 from rl_llm.pairs import (
@@ -129,21 +128,18 @@ def test_an_answer_longer_than_a_row_and_pairs_without_a_place(pairs):
 
 
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, [1], "missing"])
-def test_a_margin_that_is_no_number_is_refused_with_its_line(tmp_path, value):
-  rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b", "gap": n / 2} for n in range(3)]
-  path = tmp_path / "pairs.jsonl"
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  dataset = read_dataset(str(path))
-  columns = {} if value == "missing" else {"gap": value}  # NaN as a Parquet file may hold it
-  dataset.examples[1] = dataset.examples[1]._replace(columns=columns)
+def test_a_margin_that_is_no_number_is_refused_with_its_line(value):
+  columns = [{"gap": 1}, {} if value == "missing" else {"gap": value}, {"gap": -0.5}]
+  examples = tuple(Preference("p", "a", "b", own) for own in columns)
+  dataset = Dataset("preference", examples, (1, 4, 5), ())
   said = "missing" if value == "missing" else repr(value)
   with pytest.raises(DataError) as error:
     check_margins(dataset, "gap", path="the/file")
   assert str(error.value) == (
-    f"the/file:2: margin_column='gap' is {said}; must be a number in every row"
+    f"the/file:4: margin_column='gap' is {said}; must be a number in every row"
   )
   check_margins(dataset, "", path="the/file")
-  check_margins(dataset._replace(examples=dataset.examples[:1], lines=[1]), "gap", path="the/file")
+  check_margins(dataset._replace(examples=examples[::2], lines=(1, 5)), "gap", path="the/file")
 
 
 def test_margins_are_those_of_the_column_or_nothing():

@@ -19,6 +19,7 @@ from launch.chips import NETWORK_CARD, find_chip
 from launch.hlo import collectives
 from launch.models import MODELS, find_model
 from launch.programs import Lowering
+from rl_llm import rollout, teacher_forcing
 from rl_llm.chips import DEVICE_KINDS, GPUS, TPUS, Chip
 from rl_llm.config import ConfigError
 from rl_llm.policy import make_policy
@@ -331,6 +332,23 @@ def test_the_formula_halves_what_is_halved():
   )
   assert update(8, lora=Lora(rank=8)).arguments == pytest.approx(update(8).arguments / 3)
   assert update(1).collectives["all-gather"] == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+  ("experiment", "chunk"), [("grpo", rollout.CHUNK_SIZE), ("dpo", teacher_forcing.CHUNK_SIZE)]
+)
+def test_the_formula_counts_the_logits_that_the_update_of_the_experiment_holds(experiment, chunk):
+  """Of a larger vocabulary it holds larger logits, three times, beside the cast weights."""
+  config = dataclasses.replace(SMALL, experiment=experiment, lora=Lora(rank=2))
+  small, large = (
+    dataclasses.replace(TINY, vocab_size=size) for size in (TINY.vocab_size, TINY.vocab_size + 1000)
+  )
+  added = estimate.count_parameters(large)[0] - estimate.count_parameters(small)[0]
+  found = [
+    estimate.estimate(config, shape, estimate.Sizes(1, 1, 1))[0].temporaries
+    for shape in (small, large)
+  ]
+  assert found[1] - found[0] == pytest.approx(4 * added + 3 * 4 * chunk * 1000)
 
 
 def test_a_search_orders_by_time_what_fits_and_compiles_a_few(monkeypatch, capsys):
