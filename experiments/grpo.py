@@ -56,7 +56,7 @@ class Config:
   kl: flags.KL = flags.KL()
 
 
-# What a two-layer model of random weights needs instead of a pretrained one's defaults.
+# Defaults for the two-layer model of random weights, where a pretrained one's do not fit.
 TINY = {
   "prompts_per_step": 64,
   "max_new_tokens": 4,
@@ -64,7 +64,7 @@ TINY = {
   "samples_every": 20,
   "checkpoint.every": 20,
   "steps": 150,
-  "loss.entropy_coef": 0.1,  # Without it the model settles on one answer before it reads.
+  "loss.entropy_coef": 0.1,  # Without it one answer wins before the model uses the prompt.
   "optimizer.learning_rate": 2e-3,  # At 3e-3 one run in ten learned nothing.
   "eval.every": 50,
 }
@@ -79,19 +79,20 @@ def overrides(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
+  flags.check_updates(config.loss, config.updates)
   if config.updates.responses_per_prompt < 2:
     raise configs.ConfigError("responses_per_prompt", 1, "at least 2, to compare responses")
 
 
 def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
-  """The objective: the surrogate, plus the other terms that are wanted."""
+  """The objective: the surrogate, plus the other terms that have a coefficient."""
   temperature = config.sampling.temperature
 
   def loss_fn(params, batch: ResponseBatch, hparams):
     logprobs, entropies = response_logprobs(
       params, batch, policy=policy, temperature=temperature, chunk_size=chunk_size
     )
-    # One update per batch: the policy before it is the policy, and needs no second pass.
+    # With one update a batch the old policy is the current one: no second forward pass.
     one_update = batch.old_logprobs is None
     loss, found = keywords.call(
       config.loss,
@@ -122,12 +123,12 @@ def group_advantages(options: flags.GroupAdvantage, rewards, ok):
 
 
 def policy_term_only(config: Config) -> bool:
-  """Whether a response with advantage 0 adds nothing: DRO alone has a term without it."""
+  """Whether a response with advantage 0 adds nothing: only DRO's loss has a term left."""
   return not (config.kl.coef or config.loss.entropy_coef or config.loss.name == "dro_loss")
 
 
 def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> minibatches.Programs:
-  """What a step runs on the devices besides its rollout."""
+  """The compiled functions that a step calls after its rollout."""
   return setup.make_programs(config, policy, mesh, make_loss(config, policy))
 
 
@@ -167,7 +168,7 @@ def learn(
 
 
 def train(config: Config, workdir: str) -> dict[str, Any]:
-  """Trains to the end, or resumes an earlier run of the same config; gives result.json's content.
+  """Trains to the end, or resumes an earlier run of the same config; returns result.json's content.
 
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
   """

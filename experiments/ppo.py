@@ -126,7 +126,7 @@ class Config:
   value: Value = Value()
 
 
-# What a two-layer model of random weights needs instead of a pretrained one's defaults.
+# Defaults for the two-layer model of random weights, where a pretrained one's do not fit.
 TINY = {
   "prompts_per_step": 64,
   "max_new_tokens": 4,
@@ -134,7 +134,7 @@ TINY = {
   "samples_every": 20,
   "checkpoint.every": 20,
   "steps": 120,
-  "loss.entropy_coef": 0.1,  # Without it the model settles on one answer before it reads.
+  "loss.entropy_coef": 0.1,  # Without it one answer wins before the model uses the prompt.
   "optimizer.learning_rate": 3e-3,
   "value.learning_rate": 3e-3,
   "eval.every": 40,
@@ -154,7 +154,7 @@ def check(config: Config) -> None:
 
 
 def make_loss(config: Config, policy: policies.Policy):
-  """The objective: the surrogate, plus the other terms that are wanted."""
+  """The objective: the surrogate, plus the other terms that have a coefficient."""
   temperature = config.sampling.temperature
 
   def loss_fn(params, batch: rollout.ResponseBatch, hparams):
@@ -162,7 +162,7 @@ def make_loss(config: Config, policy: policies.Policy):
     logprobs, entropies = rollout.logprobs_of_hidden(
       params, hidden, batch.tokens, batch.mask, policy=policy, temperature=temperature
     )
-    # One update per batch: the policy before it is the policy, and needs no second pass.
+    # With one update a batch the old policy is the current one: no second forward pass.
     one_update = batch.old_logprobs is None
     loss, found = keywords.call(
       config.loss,
@@ -254,7 +254,7 @@ def token_advantages(options: Advantage, rewards, values, mask, kl, kl_coef):
 
 
 class Programs(NamedTuple):
-  """What a step runs on the devices besides its rollout."""
+  """The compiled functions that a step calls after its rollout."""
 
   policy: minibatches.Programs
   before: Callable  # (policy's weights, value network's or None, batch) -> values, log-probs
@@ -262,7 +262,7 @@ class Programs(NamedTuple):
 
 
 def make_programs(config: Config, policy: policies.Policy, mesh: jax.sharding.Mesh) -> Programs:
-  """What a step runs on the devices besides its rollout."""
+  """The compiled functions that a step calls after its rollout."""
   value_loss_fn, adamw = make_value_loss(config, policy), setup.adamw(config.optimizer)
   of_policy, count = (make_loss(config, policy), policy_optimizer(config)), config.updates
   return Programs(
@@ -330,7 +330,7 @@ def learn(
 
 
 def train(config: Config, workdir: str) -> dict[str, Any]:
-  """Trains to the end, or resumes an earlier run of the same config; gives result.json's content.
+  """Trains to the end, or resumes an earlier run of the same config; returns result.json's content.
 
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
   """

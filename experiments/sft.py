@@ -70,7 +70,7 @@ class Config:
   eval: flags.Evaluation = flags.Evaluation()
 
 
-# What a two-layer model of random weights needs instead of a pretrained one's defaults.
+# Defaults for the two-layer model of random weights, where a pretrained one's do not fit.
 TINY = {
   "steps": 120,
   "examples_per_step": 64,
@@ -222,7 +222,7 @@ def evaluate(
 
 
 def train(config: Config, workdir: str) -> dict[str, typing.Any]:
-  """Trains to the end, or resumes an earlier run of the same config; gives result.json's content.
+  """Trains to the end, or resumes an earlier run of the same config; returns result.json's content.
 
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
   """

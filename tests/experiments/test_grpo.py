@@ -181,6 +181,7 @@ def test_advantages_chosen_by_name_are_those_of_their_formula(
 
 
 @pytest.mark.parametrize("changes, message", [
+  ({"loss.name": "reinforce_loss", "epochs": 2}, "--loss.name=reinforce_loss.*--loss=ppo_loss"),
   (
     {"advantage.name": "maxrl", "advantage.scale": "none"},
     "--advantage.scale=none: must be left out with --advantage=maxrl; which has eps$",
@@ -190,7 +191,7 @@ def test_advantages_chosen_by_name_are_those_of_their_formula(
     "--advantage.eps=0.0001: must be left out with --advantage=leave_one_out; .*no keywords",
   ),
 ])
-def test_a_keyword_that_the_advantage_lacks_is_refused(changes, message):
+def test_settings_that_do_not_fit_together_are_refused(changes, message):
   with pytest.raises(ConfigError, match=message):
     grpo.check(replace(grpo.Config(), changes))
 
