@@ -21,7 +21,10 @@ from rl_llm.config import _leaves
 GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
-ADDED: dict[str, set[str]] = {}
+ADDED: dict[str, set[str]] = {
+  "grpo": {"advantage.name"},
+  "reinforce": {"kl.value", "reward"},
+}
 
 
 def flags(config_class):
@@ -45,7 +48,7 @@ def scripts():
   return {
     name: module
     for name, module in modules.items()
-    if hasattr(module, "Config") and hasattr(module, "main")
+    if getattr(getattr(module, "Config", None), "__module__", "") == module.__name__
   }
 
 
