@@ -14,6 +14,7 @@ from rl_llm.data import DataError, Dataset, Preference
 from rl_llm.data.batches import SequenceBatch, pad_values
 from rl_llm.data.encoding import Encoded, Pair, flat
 from rl_llm.pairs import (
+  best_and_worst,
   check_margins,
   chosen_token_weights,
   make_pair_batch,
@@ -125,6 +126,18 @@ def test_an_answer_longer_than_a_row_and_pairs_without_a_place(pairs):
   for packing in (0, 24):
     with pytest.raises(ValueError, match="rows|more than"):
       make_pair_batch(pairs, pad_id=3, rows=4, packing=packing)
+
+
+def test_best_and_worst_against_a_loop():
+  rng = np.random.default_rng(0)
+  rewards, ok = rng.integers(0, 3, size=(200, 4)) / 2, rng.random((200, 4)) < 0.6
+  wanted = []
+  for p in range(200):
+    graded = [g for g in range(4) if ok[p, g]]
+    if graded and len({rewards[p, g] for g in graded}) > 1:
+      best = max(graded, key=lambda g: (rewards[p, g], -g))
+      wanted.append((p, best, min(graded, key=lambda g: (rewards[p, g], g))))
+  assert best_and_worst(rewards, ok) == wanted and 50 < len(wanted) < 200
 
 
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, [1], "missing"])

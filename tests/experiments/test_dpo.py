@@ -357,18 +357,6 @@ def test_a_broken_row_stops_with_its_line_or_is_dropped_and_counted(tmp_path, sm
 # Pairs of the model's own responses.
 
 
-def test_best_and_worst_against_a_loop():
-  rng = np.random.default_rng(0)
-  rewards, ok = rng.integers(0, 3, size=(200, 4)) / 2, rng.random((200, 4)) < 0.6
-  wanted = []
-  for p in range(200):
-    graded = [g for g in range(4) if ok[p, g]]
-    if graded and len({rewards[p, g] for g in graded}) > 1:
-      best = max(graded, key=lambda g: (rewards[p, g], -g))
-      wanted.append((p, best, min(graded, key=lambda g: (rewards[p, g], g))))
-  assert dpo.best_and_worst(rewards, ok) == wanted and 50 < len(wanted) < 200
-
-
 def test_on_policy_pairs_are_the_best_against_the_worst(tmp_path, small, files, monkeypatch):
   original, batches = dpo.make_batch, []
 
