@@ -1,7 +1,7 @@
 """A run that an earlier version began goes on with this one, and ends as it would have ended there.
 
-runs/NAME.tar.gz holds what commit 10a5d9f left of a run of four steps: `stopped`, the directory as
-a kill after its second step leaves it, and `straight`, the record and the state of the run that
+goldens/NAME.tar.gz holds what commit 10a5d9f left of a run of four steps: `stopped`, the directory
+as a kill after its second step leaves it, and `straight`, the record and the state of the run that
 went on to its end. Both are of a model that a command line makes (--model=tiny --lora.rank=1), so a
 state is adapters and moments alone. Written by
 
@@ -26,7 +26,7 @@ from rl_llm.config import replace
 from rl_llm.metrics import read
 from tests.experiments.helpers import outcome
 
-RUNS = Path(__file__).parent / "runs"
+RUNS = Path(__file__).parent / "goldens"
 STOPPED = 2
 
 COMMON = {

@@ -219,6 +219,11 @@ def test_a_wrong_key_or_value_is_found_when_planning(tmp_path, body, says):
   assert says in str(error.value) and str(error.value).startswith(path)
 
 
+def test_an_experiment_with_a_check_of_its_own_is_asked():
+  with pytest.raises(SweepError, match="trial 2: --responses_per_prompt=1: must be at least 2"):
+    plan("experiments.grpo", [{}, {"responses_per_prompt": 1}])
+
+
 @pytest.mark.parametrize(
   ("experiment", "says"),
   [
