@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -70,7 +70,7 @@ def updates_of(config: Config) -> flags.Updates:
 def programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Lowering]:
   """All that a step of the experiment runs on the devices and that is not small."""
   plan = Programs(config, settings_of(config), policy, mesh)
-  return {"ppo": plan.of_ppo, "dpo": plan.of_dpo}.get(config.experiment, plan.of_policy_gradient)()
+  return list(plan.of_dpo() if config.experiment == "dpo" else plan.of_policy_gradient())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,38 +82,37 @@ class Programs:
   policy: Policy
   mesh: jax.sharding.Mesh
 
-  def of_policy_gradient(self) -> list[Lowering]:
-    """GRPO's and REINFORCE's: an update, a rollout, and log-probs where something compares."""
-    module = EXPERIMENTS[self.config.experiment]
-    made = module.make_programs(self.settings, self.policy, self.mesh)
-    numbers = self.numbers(**({"kl_coef": 0.0} if module is grpo else {}))
-    update = self.update("update", made.update, self.state, self.minibatch(made.take), numbers)
-    params = self.weights.whole(self.state.params)
-    passes = (self.updates.count > 1) + (self.config.kl_coef > 0)
-    # Under the reference, or under the policy as it is before the updates.
-    scored = self.weights.reference if self.config.kl_coef else params
-    scoring = self.call("log-probs", made.logprobs, scored, self.batch)._replace(calls=passes)
-    return [update, *self.sampling(params), *[scoring] * (passes > 0)]
+  def of_policy_gradient(self) -> Iterator[Lowering]:
+    """An update, a rollout, and the passes over responses that an update compares with."""
+    module, state = EXPERIMENTS[self.config.experiment], self.state
+    made = responses = module.make_programs(self.settings, self.policy, self.mesh)
+    old, ref, coefs = self.updates.count > 1, self.config.kl_coef > 0, {}
+    if module is ppo:  # Its pass for values gives the old log-probs too.
+      responses, state, old, coefs = made.policy, state.policy, False, {"value_coef": 0.0}
+    elif module is grpo:
+      coefs = {"kl_coef": 0.0}
+    batch, params = self.minibatch(responses.take), self.weights.whole(state.params)
+    yield self.update("update", responses.update, state, batch, self.numbers(**coefs))
+    if module is ppo:
+      yield from self.of_values(made, params, batch)
+    yield from self.sampling(params)
+    if old or ref:
+      scored = self.weights.reference if ref else params
+      score = self.call("log-probs", responses.logprobs, scored, self.batch)
+      yield score._replace(calls=old + ref)
 
-  def of_ppo(self) -> list[Lowering]:
-    """PPO's: the same, of two networks; and their passes before the updates."""
-    made = ppo.make_programs(self.settings, self.policy, self.mesh)
-    policy, value, _ = self.state
-    batch, numbers = self.minibatch(made.policy.take), self.numbers(value_coef=0.0)
-    params, tower = self.weights.whole(policy.params), value and self.weights.whole(value.params)
-    found = [self.update("update", made.policy.update, policy, batch, numbers)]
+  def of_values(self, made: ppo.Programs, params, batch) -> Iterator[Lowering]:
+    """A value network's update, where it is a tower of its own, and the pass before the updates."""
+    value = self.state.value
+    tower = value and self.weights.whole(value.params)
     before = self.call("values", made.before, params, tower, self.batch)
     if value is not None:
       numbers = {"learning_rate": array(jnp.float32)}
-      found.append(self.update("value update", made.update_value, value, batch, numbers))
+      yield self.update("value update", made.update_value, value, batch, numbers)
       before = before._replace(flops=2 * before.flops, moved=2 * before.moved)
-    found += [before, *self.sampling(params)]
-    if self.config.kl_coef:
-      model = self.weights.reference
-      found.append(self.call("log-probs", made.policy.logprobs, model, self.batch))
-    return found
+    yield before
 
-  def of_dpo(self) -> list[Lowering]:
+  def of_dpo(self) -> Iterator[Lowering]:
     """DPO's on a file of pairs: the reference reads them all, then there are updates alone."""
     pairs = self.config.prompts_per_step
     shape = 2 * pairs, self.config.prompt_tokens + self.config.max_new_tokens
@@ -136,11 +135,9 @@ class Programs:
         params, *rows, policy=self.policy, temperature=temperature
       )[0]
     )
+    yield self.update("update", update, self.state, self.rows(batch), numbers)
     before = self.call("reference", score, self.weights.reference, number, self.rows(sequences))
-    return [
-      self.update("update", update, self.state, self.rows(batch), numbers),
-      before._replace(calls=0),  # Before the first step.
-    ]
+    yield before._replace(calls=0)  # Before the first step.
 
   # The arrays.
 
@@ -223,42 +220,36 @@ class Programs:
       moved=moved,
     )
 
-  def sampling(self, params) -> list[Lowering]:
-    """The rollout, and before it the weights where they are gathered once."""
-    if self.config.mesh.gather == "token" or self.mesh.shape["fsdp"] == 1:
-      return [self.rollout(params, self.policy, self.mesh)]
-    mesh = sharding.whole_along_fsdp(self.mesh)
-    whole = {"dtype": self.policy.dtype, "mesh": mesh}
-    gathering = self.call("gather", gather_weights, params, **whole)
-    gathering = gathering._replace(flops=0.0, moved=self.gathered(params))
-    gathered = jax.eval_shape(functools.partial(gather_weights, **whole), params)
-    params = sharding.placed_shapes(gathered, mesh)
-    return [gathering, self.rollout(params, self.policy.over(mesh), mesh)]
-
-  def rollout(self, params, policy: Policy, mesh: jax.sharding.Mesh) -> Lowering:
-    """All prompts of a step at once."""
-    config, batch = self.config, self.batch
-    rows, steps = batch.tokens.shape
-    keys = jax.eval_shape(
-      lambda: row_keys(jax.random.key(0), config.prompts_per_step, config.responses_per_prompt)
-    )
+  def sampling(self, params) -> Iterator[Lowering]:
+    """The rollout of a step, and before it the weights where they are gathered once."""
+    config, policy, mesh = self.config, self.policy, self.mesh
+    if config.mesh.gather == "step" and mesh.shape["fsdp"] > 1:
+      mesh = sharding.whole_along_fsdp(mesh)
+      whole, policy = {"dtype": policy.dtype, "mesh": mesh}, policy.over(mesh)
+      gather = self.call("gather", gather_weights, params, **whole)
+      yield gather._replace(flops=0.0, moved=self.gathered(params))
+      gathered = jax.eval_shape(functools.partial(gather_weights, **whole), params)
+      params = sharding.placed_shapes(gathered, mesh)
+    rows, steps = self.batch.tokens.shape
+    sizes = config.prompts_per_step, config.responses_per_prompt
+    keys = jax.eval_shape(lambda: row_keys(jax.random.key(0), *sizes))
     sampling = SamplingConfig(array(jnp.float32, rows))
-    length = config.prompt_tokens + steps / 2  # On average.
-    cache = length * rows * cache_bytes(config, policy.config)
-    sampled = self.call(
+    rollout = self.call(
       "rollout",
       generate,
       params,
-      *self.rows((batch.prompts, batch.prompt_lengths, keys, sampling), mesh),
+      *self.rows((self.batch.prompts, self.batch.prompt_lengths, keys, sampling), mesh),
       policy=policy,
       responses_per_prompt=config.responses_per_prompt,
       max_new_tokens=steps,
       eos_ids=(0,),
       pad_id=0,
     )
-    # Each token reads all weights that its device computes with, and the cache of its rows.
+    cache = (config.prompt_tokens + steps / 2) * rows * cache_bytes(config, policy.config)
+    # Each token reads all weights that its device computes with, and the cache of its rows, which
+    # is half full on average.
     moved = steps * (self.gathered(params) + cache / mesh.size)
-    return sampled._replace(loop=steps, moved=moved)
+    yield rollout._replace(loop=steps, moved=moved)
 
   def call(self, name: str, program: Any, *arguments: Any, **static: Any) -> Lowering:
     """A program, as if it were one pass of the model over all that a step reads."""
