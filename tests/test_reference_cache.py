@@ -226,9 +226,9 @@ def test_a_directory_that_cannot_be_written(setting, tmp_path, below):
   place = tmp_path / "file"
   place.write_text("no directory")
   place = place / "below" if below else place
-  with pytest.raises(
-    ConfigError, match=f"--reference_cache={place}: must be a directory that can be written; .*file"
-  ):
+  # The value may be shortened there; the system's own words have all of it.
+  wanted = f"--reference_cache=.*: must be a directory that can be written; .*{place}"
+  with pytest.raises(ConfigError, match=wanted):
     setting.run(place, progress=lambda done, total: recompute())
 
 
