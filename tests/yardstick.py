@@ -26,6 +26,7 @@ import collections
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -675,8 +676,8 @@ def leaves_of(workdir: Path) -> dict[str, np.ndarray]:
   return found | {"step of the newest checkpoint": np.asarray(step)}
 
 
-def differences(old: Left, new: Left) -> Iterator[str]:
-  """What is not equal, a line each."""
+def differences(old: Left, new: Left, close: Sequence[str] = ()) -> Iterator[str]:
+  """What is not equal, a line each; the figures that `close` names may differ by rounding."""
   for name, wanted in old.rows.items():
     found = new.rows.get(name)
     if found is None:
@@ -690,6 +691,9 @@ def differences(old: Left, new: Left) -> Iterator[str]:
       for key, value in theirs.items():
         if key not in ours:
           yield f"{where}: {key} is missing (was {shown(value)})"
+        elif key in close and isinstance(value, float):
+          if not math.isclose(ours[key], value, rel_tol=1e-5, abs_tol=1e-6):
+            yield f"{where}: {key} is {ours[key]}, was {value}: not close"
         elif written(ours[key]) != written(value):
           yield f"{where}: {key} is {shown(ours[key])}, was {shown(value)}"
   for name in new.rows.keys() - old.rows.keys():
@@ -741,7 +745,9 @@ class Verdict(NamedTuple):
   seconds: tuple[float, float]
 
 
-def compare(cell: Cell, old: Tree, new: Tree, out: Path, only: str) -> Verdict:
+def compare(
+  cell: Cell, old: Tree, new: Tree, out: Path, only: str, close: Sequence[str]
+) -> Verdict:
   """Runs what must be run, and compares."""
   theirs = produce_old(cell, old, out, make=only != "new")
   if theirs.failure or only == "old":
@@ -757,7 +763,7 @@ def compare(cell: Cell, old: Tree, new: Tree, out: Path, only: str) -> Verdict:
   for workdir in ours.workdirs:
     left = left_by(workdir, out)
     label = "" if workdir.name == "run" else f"{workdir.name}: "
-    found += [label + each for each in differences(wanted, left)]
+    found += [label + each for each in differences(wanted, left, close)]
     added |= added_keys(wanted, left)
   return Verdict(cell, found, added, (theirs.seconds, ours.seconds))
 
@@ -787,6 +793,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choices=["old", "new"],
     help="old: make its results, compare nothing; new: do not run the old tree",
   )
+  parser.add_argument(
+    "--close",
+    default="",
+    help="figures of records that may differ by 1e-5, since their programs were fused: kl_ref,...",
+  )
   parser.add_argument("--jit_advantages", action="store_true", help="see above")
   parser.add_argument("--list", action="store_true", help="print the names of the cells")
   given = parser.parse_args(arguments)
@@ -811,7 +822,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   print(f"{'cell':34} {'':14} {'old s':>6}  {'new s':>6}", flush=True)
 
   def judge(cell: Cell) -> Verdict:
-    verdict = compare(cell, old, new, out, given.only)
+    verdict = compare(cell, old, new, out, given.only, given.close.split(","))
     report(verdict, given.only)
     return verdict
 
