@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -12,7 +11,7 @@ import pytest
 
 from rl_llm.metrics import read, without_timings
 from tests import processes
-from tests.experiments.helpers import FULL
+from tests.experiments.helpers import FULL, write_examples
 
 COMMON = {"model": "tiny", "steps": 5, "eval.every": 4, "checkpoint.every": 2}
 SAMPLING = {
@@ -29,15 +28,7 @@ PAIRS = {"pairs_per_step": 16, "microbatch_pairs": 8, "held_out_fraction": 0.3}
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-  directory = tmp_path_factory.mktemp("data")
-  rows = [
-    {"prompt": chr(97 + i % 20) + "x" * (i % 5), "chosen": "y" + "a" * (i % 3), "rejected": "n"}
-    for i in range(60)
-  ]
-  (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-  (directory / "demonstrations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-  return directory
+  return write_examples(tmp_path_factory.mktemp("data"), count=60)
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,18 @@ def hopeless(prompts, completions, **columns):
 """
 
 
+def write_examples(directory: Path, *, count: int) -> Path:
+  """Files of preference pairs and of demonstrations, ragged, in the directory; gives it back."""
+  rows = [
+    {"prompt": chr(97 + i % 20) + "x" * (i % 5), "chosen": "y" + "a" * (i % 3), "rejected": "n"}
+    for i in range(count)
+  ]
+  (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+  (directory / "demonstrations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  return directory
+
+
 def settings(files, **changes) -> dict[str, Any]:
   """A short run of `--model=tiny` on the task in `files`, for experiments that sample."""
   return {

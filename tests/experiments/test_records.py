@@ -21,7 +21,7 @@ import pytest
 
 from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
 from rl_llm.metrics import read
-from tests.experiments.helpers import run, settings
+from tests.experiments.helpers import run, settings, write_examples
 
 GOLDENS = Path(__file__).parent / "goldens" / "records.json"
 WRITING = "RL_LLM_WRITE_RECORDS"  # A variable of the environment: write the goldens.
@@ -86,15 +86,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
   """Files of preference pairs and of demonstrations, ragged."""
-  directory = tmp_path_factory.mktemp("data")
-  rows = [
-    {"prompt": chr(97 + i % 20) + "x" * (i % 5), "chosen": "y" + "a" * (i % 3), "rejected": "n"}
-    for i in range(40)
-  ]
-  (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-  (directory / "demonstrations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-  return directory
+  return write_examples(tmp_path_factory.mktemp("data"), count=40)
 
 
 def types(rows):
