@@ -72,7 +72,7 @@ Loss = keywords.keyword_group(
 class Config:
   """Everything that defines a run."""
 
-  run: flags.Run = configs.inline(flags.Run())
+  run: flags.SampledRun = configs.inline(flags.SampledRun())
   model: flags.Model = configs.inline(flags.Model())
   data: flags.Data = configs.inline(flags.Data(data="on_policy"))
   pairs: flags.Pairs = configs.inline(flags.Pairs())
@@ -84,8 +84,6 @@ class Config:
     volatile=True,
   )
   responses_per_prompt: int = configs.option(8, "G, responses a problem, on policy", min=2)
-  samples_every: int = flags.samples_every()
-  export: bool = flags.export()
   sampling: flags.Sampling = flags.Sampling()
   loss: Loss = Loss()
   mesh: flags.SamplingMesh = flags.SamplingMesh()
@@ -187,6 +185,12 @@ def make_loss(config: Config, policy: setup.policy.Policy):
     return loss, jax.lax.stop_gradient(found)
 
   return loss_fn
+
+
+def make_update(config: Config, policy: setup.policy.Policy, mesh):
+  """The compiled update on a batch of pairs."""
+  loss_fn, optimizer = make_loss(config, policy), setup.adamw(config.optimizer)
+  return updates.make_update(loss_fn, optimizer, microbatches=config.pairs.microbatches, mesh=mesh)
 
 
 def make_batch(pairs: abc.Sequence[encoding.Pair], **sizes: int) -> tuple[Batch, float]:
@@ -359,7 +363,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
   """
   check(config)
-  with setup.open_run(config, workdir, export=config.export) as run:
+  with setup.open_run(config, workdir, export=config.run.export) as run:
     if run.result:
       return run.result
     size, layout = config.pairs, config.prompts.layout
@@ -389,9 +393,8 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         reference.compute_logprobs, **statics, pad_id=pad_id, rows_per_batch=2 * size.per_step
       )
       checked = functools.partial(score, check=run.stop.check)
-      loss_fn, optimizer = make_loss(config, model.policy), setup.adamw(config.optimizer)
-      update = updates.make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
-      init = functools.partial(states.init_state, optimizer=optimizer)
+      update = make_update(config, model.policy, mesh)
+      init = functools.partial(states.init_state, optimizer=setup.adamw(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       known = reference_of_file(config, run, model, loaded.training + held_out)
       if dataset:

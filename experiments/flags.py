@@ -98,14 +98,22 @@ class Run(Record):
   checkpoint: Checkpoint = Checkpoint()
 
 
-def samples_every() -> Any:
-  return option(5, "steps between sample tables, where it samples", min=1, volatile=True)
+@dataclasses.dataclass(frozen=True)
+class ExportedRun(Run):
+  """A run, and the model that it leaves."""
 
-
-def export() -> Any:
-  return option(
+  export: bool = option(
     False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
     "the adapters alone too, WORKDIR/adapter", volatile=True
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledRun(ExportedRun):
+  """A run that samples, and shows some of it."""
+
+  samples_every: int = option(
+    5, "steps between sample tables, where it samples", min=1, volatile=True
   )
 
 
@@ -216,6 +224,15 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardedTask(Task):
+  """What is asked, and what answers are worth in training."""
+
+  reward: str = option(
+    "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
   """How a conversation becomes tokens."""
 
@@ -291,12 +308,6 @@ class Sampling(Drawing):
     ):
       if refused:
         raise ConfigError(f"sampling.{name}", getattr(self, name), allowed, further)
-
-
-def reward() -> Any:
-  return option(
-    "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
-  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,14 +37,11 @@ from rl_llm.train_state import TrainState, init_state
 class Config:
   """Everything that defines a run."""
 
-  run: flags.Run = configs.inline(flags.Run())
+  run: flags.SampledRun = configs.inline(flags.SampledRun())
   model: flags.Model = configs.inline(flags.Model())
-  task: flags.Task = configs.inline(flags.Task())
+  task: flags.RewardedTask = configs.inline(flags.RewardedTask())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
   updates: flags.Updates = configs.inline(flags.Updates())
-  reward: str = flags.reward()
-  samples_every: int = flags.samples_every()
-  export: bool = flags.export()
   sampling: flags.Sampling = flags.Sampling()
   weighting: flags.Weighting = flags.Weighting()
   mesh: flags.SamplingMesh = flags.SamplingMesh()
@@ -173,7 +170,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
   """
   check(config)
-  with setup.open_run(config, workdir, export=config.export) as run:
+  with setup.open_run(config, workdir, export=config.run.export) as run:
     if run.result:
       return run.result
     with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
@@ -181,14 +178,9 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       programs = programs._replace(update=training.announced(programs.update, run))
       init = functools.partial(init_state, optimizer=setup.adamw(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
+      bound = functools.partial(learn, config, model, programs)
       state = setup.train_loop(
-        config,
-        run,
-        model,
-        begun,
-        sample=problems.sample,
-        learn=functools.partial(learn, config, model, programs),
-        evaluate=problems.evaluate,
+        config, run, model, begun, sample=problems.sample, learn=bound, evaluate=problems.evaluate
       )
     return setup.finish(config, run, model, state)
 

@@ -271,7 +271,7 @@ def train(
     workdir,
     steps=config.run.steps,
     checkpoints_kept=config.run.checkpoint.keep,
-    export=config.export,
+    export=config.run.export,
   ) as run:
     return run.result or _train(members, directories, run)
 
@@ -343,7 +343,7 @@ def _train(
     return programs.generate(frozen, own, *batch, group)
 
   alone, rows = setup.Model(policy, tokenizer, None, None), size.microbatch_prompts
-  rewards = {"reward": config.reward, "rows_at_once": rows * size.responses_per_prompt}
+  rewards = {"reward": config.task.reward, "rows_at_once": rows * size.responses_per_prompt}
   with (
     open_members(of, begun[0]) as writers,
     setup.open_sampler(config, run, alone, task, **rewards) as sampler,
@@ -363,7 +363,7 @@ def _train(
     )
     for number in np.flatnonzero(~of.failed(state)):
       own_run = run._replace(workdir=directories[number])
-      if config.export:
+      if config.run.export:
         own = join(frozen, jax.tree.map(lambda x, number=number: x[number], state.params))
         base = config.model.model
         training.export_model(own_run, policy.config, own, tokenizer, base=base)

@@ -135,13 +135,13 @@ def schedule(config: Any) -> training.Schedule:
 def open_record_of(config: Any, run: Run, mesh: jax.sharding.Mesh, start: int) -> Any:
   """The record of a run that begins or resumes with this step, open while a `with` lasts."""
   peak = find_peak(list(mesh.devices.flat), config.model.dtype)
-  tables, skipped = getattr(config, "samples_every", 0), config.optimizer.max_skipped
+  tables, skipped = getattr(config.run, "samples_every", 0), config.optimizer.max_skipped
   return training.open_record(run, start, samples_every=tables, max_skipped=skipped, peak=peak)
 
 
 def finish(config: Any, run: Run, model: Model, state: Any) -> dict[str, Any]:
   """Exports the trained model if that is wanted; gives the run's result."""
-  if config.export:
+  if config.run.export:
     whole = model.weights.whole(training.policy_state(state).params)
     training.export_model(run, model.policy.config, whole, model.tokenizer, base=config.model.model)
   return training.finish(run)
@@ -323,7 +323,7 @@ def open_sampling(
   )
   task = load_task(config.task)
   model = load_model(config, run, mesh, reference=reference)
-  rewards = {"reward": config.reward, "rows_at_once": part * group}
+  rewards = {"reward": config.task.reward, "rows_at_once": part * group}
   with open_problems(
     config, run, model, task, prompts=prompts, responses=group, slots=slots, **rewards
   ) as problems:

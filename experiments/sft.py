@@ -48,7 +48,7 @@ from rl_llm.teacher_forcing import teacher_forced_logprobs
 class Config:
   """Everything that defines a run."""
 
-  run: flags.Run = configs.inline(flags.Run(steps=32))
+  run: flags.ExportedRun = configs.inline(flags.ExportedRun(steps=32))
   model: flags.Model = configs.inline(flags.Model())
   data: flags.Data = configs.inline(flags.Data(data="task"))
   task: flags.Task = configs.inline(flags.Task())
@@ -64,7 +64,6 @@ class Config:
   weighting: typing.Literal["token_mean", "sequence_mean", "sequence_sum"] = configs.option(
     "token_mean", "what counts the same: tokens, or examples by their mean or by their sum"
   )
-  export: bool = flags.export()
   mesh: flags.SamplingMesh = flags.SamplingMesh()
   optimizer: flags.Optimizer = flags.Optimizer(learning_rate=2e-5)
   eval: flags.Evaluation = flags.Evaluation()
@@ -227,7 +226,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
   Raises `Interrupted` with everything saved, or `Diverged` after too many skipped updates.
   """
   check(config)
-  with setup.open_run(config, workdir, export=config.export) as run:
+  with setup.open_run(config, workdir, export=config.run.export) as run:
     if run.result:
       return run.result
     size, part = config.examples_per_step, config.microbatch_rows

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import dpo, flags, grpo, ppo, reinforce, setup
-from rl_llm import sharding
+from rl_llm import reference_cache, sharding
 from rl_llm.config import flatten, replace
 from rl_llm.data.batches import SequenceBatch
 from rl_llm.flops import forward_flops, text_flops, update_passes
@@ -21,9 +21,7 @@ from rl_llm.pairs import PairBatch
 from rl_llm.policy import Policy, TransformerConfig
 from rl_llm.rollout import ResponseBatch, gather_weights, generate, row_keys
 from rl_llm.sampling import SamplingConfig
-from rl_llm.teacher_forcing import teacher_forced_logprobs
 from rl_llm.train_state import init_state, parameter_count
-from rl_llm.update import make_update
 
 if TYPE_CHECKING:
   from launch.plan import Config
@@ -123,20 +121,11 @@ class Programs:
       chosen_weights=array(jnp.float32, *shape),
       ref_answers=array(jnp.float32, 2 * pairs),
     )
-    update = make_update(
-      dpo.make_loss(self.settings, self.policy),
-      setup.adamw(self.settings.optimizer),
-      microbatches=self.updates.microbatches,
-      mesh=self.mesh,
-    )
     numbers = {"learning_rate": number, "loss": {}, "sft_coef": number}
-    score = jax.jit(
-      lambda params, temperature, rows: teacher_forced_logprobs(
-        params, *rows, policy=self.policy, temperature=temperature
-      )[0]
-    )
+    update = dpo.make_update(self.settings, self.policy, self.mesh)
     yield self.update("update", update, self.state, self.rows(batch), numbers)
-    before = self.call("reference", score, self.weights.reference, number, self.rows(sequences))
+    given = self.weights.reference, self.rows(sequences), number
+    before = self.call("reference", reference_cache.score, *given, policy=self.policy)
     yield before._replace(calls=0)  # Before the first step.
 
   # The arrays.

@@ -24,7 +24,7 @@ from absl import logging
 
 from rl_llm import hosts
 from rl_llm.config import ConfigError
-from rl_llm.data.batches import sequence_batch
+from rl_llm.data.batches import SequenceBatch, sequence_batch
 from rl_llm.data.encoding import Encoded
 from rl_llm.files import write_atomically
 from rl_llm.sharding import fetch, place_rows
@@ -129,7 +129,7 @@ def compute_logprobs(
     batch = sequence_batch(
       [sequences[index] for index in chosen], pad_id=pad_id, rows=rows_per_batch
     )
-    found_rows = _score(params, place_rows(batch, mesh), temperature, policy=policy)
+    found_rows = score(params, place_rows(batch, mesh), temperature, policy=policy)
     logprobs = np.asarray(fetch(found_rows), np.float32)
     for index, row in zip(chosen, logprobs, strict=False):
       found[index] = row[: len(sequences[index].tokens)].copy()
@@ -138,7 +138,11 @@ def compute_logprobs(
 
 
 @functools.partial(jax.jit, static_argnames="policy")
-def _score(params, batch, temperature, *, policy):
+def score(params: Any, batch: SequenceBatch, temperature: Any, *, policy: Any) -> jax.Array:
+  """[B, T] float32: the log-probs of a batch's tokens, in nats, 0 outside its mask.
+
+  Compiled once for each shape of the batch; arguments as for `compute_logprobs`, which calls it.
+  """
   return teacher_forced_logprobs(params, *batch, policy=policy, temperature=temperature)[0]
 
 
