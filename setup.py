@@ -21,7 +21,8 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda12]"],
   # Developers: tests, linting.
-  "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "pyarrow>=18"],
+  "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "pyarrow>=18",
+          "setuptools>=75"],
   # Regenerating the committed goldens against transformers.
   "parity": ["torch>=2.6", "transformers>=4.57", "gguf>=0.17", "sentencepiece"],
 }
@@ -34,7 +35,11 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["rl_llm*", "experiments*", "launch*"]),
+  # Experiments and launchers run from a clone: installed, their names would stand in the way of
+  # an importer's own. An editable install finds them, since it puts the clone on the path.
+  packages=setuptools.find_packages(include=["rl_llm", "rl_llm.*"]),
+  package_dir={"": "."},
+  package_data={"rl_llm": ["py.typed"]},
   install_requires=[
     "jax>=0.10,<0.13",
     "flax>=0.12",

@@ -1,10 +1,7 @@
-"""The programs of docs/importing.md run as they stand and print what the page says."""
+"""The programs of docs/importing.md, each with what it prints; test_wheel.py runs them."""
 
 import pathlib
 import re
-import runpy
-
-import pytest
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "importing.md"
 PROGRAMS = re.findall(
@@ -15,10 +12,3 @@ PROGRAMS = re.findall(
 def test_every_program_has_its_output():
   names = [name for name, _, _ in PROGRAMS]
   assert names == ["plain.py", "with_optax.py", "with_nnx.py"]
-
-
-@pytest.mark.parametrize("name, program, printed", PROGRAMS, ids=[p[0] for p in PROGRAMS])
-def test_a_program_prints_what_the_page_says(name, program, printed, tmp_path, capsys):
-  (tmp_path / name).write_text(program)
-  runpy.run_path(str(tmp_path / name))
-  assert capsys.readouterr().out == printed
