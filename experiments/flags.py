@@ -79,6 +79,10 @@ class Record:
     "", "where it is; empty = runs/<experiment>-<model>-<task or data>-seed<seed>", volatile=True
   )
   seed: int = option(0, "of problems, samples and order, and of the tiny model's weights", min=0)
+  compile_cache: str = option(
+    "auto", "directory that keeps compiled programs for later runs; auto = in your own cache "
+    "directory, none = nowhere", volatile=True
+  )
   distributed: Distributed = Distributed()
 
 

@@ -20,7 +20,17 @@ import numpy as np
 import optax
 
 from experiments import flags
-from rl_llm import evaluation, experience, keywords, policy, sharding, tasks, training, update
+from rl_llm import (
+  compile_cache,
+  evaluation,
+  experience,
+  keywords,
+  policy,
+  sharding,
+  tasks,
+  training,
+  update,
+)
 from rl_llm import minibatches as responses
 from rl_llm import model as models
 from rl_llm.chips import find_peak
@@ -72,7 +82,8 @@ def main(
     name, model=model, data=data, seed=config.run.seed
   )
   distributed = config.run.distributed.joined()
-  return training.exit_code(functools.partial(train, config, workdir), distributed=distributed)
+  with compile_cache.kept(config.run.compile_cache):
+    return training.exit_code(functools.partial(train, config, workdir), distributed=distributed)
 
 
 def open_run(config: Any, workdir: str, *, export: bool = False) -> Any:

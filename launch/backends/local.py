@@ -110,22 +110,6 @@ def free_port() -> int:
     return found.getsockname()[1]
 
 
-def compilation_cache() -> dict[str, str]:
-  """What one trial has compiled, the next one reads; only ours, since what is in there is run."""
-  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-    return {}
-  base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-  path = base / "rl_llm" / "compiled"
-  try:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.stat()
-  except OSError:
-    return {}
-  if info.st_uid != os.getuid() or info.st_mode & 0o022:
-    return {}
-  return {"JAX_COMPILATION_CACHE_DIR": str(path)}
-
-
 # --- one start of one trial ----------------------------------------------------------------------
 
 
@@ -184,7 +168,7 @@ def start(trial: Trial, directory: Path, slot: Slot, lease: Path, commands, ask)
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**compilation_cache(), **os.environ, **slot.environment},
+        env={**os.environ, **slot.environment},
         start_new_session=True,  # Ctrl-C is for us; they get the one signal that we send.
       )
       for command in commands

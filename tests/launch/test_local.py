@@ -337,17 +337,6 @@ def test_devices_are_found_without_a_library(monkeypatch):
   assert local.find_devices() == ()
 
 
-def test_what_was_compiled_is_shared_by_one_user_alone(tmp_path, monkeypatch):
-  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  (path,) = local.compilation_cache().values()
-  assert Path(path).stat().st_mode & 0o777 == 0o700
-  os.chmod(path, 0o777)
-  assert local.compilation_cache() == {}
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
-  assert local.compilation_cache() == {}
-
-
 # --- the same on a model -------------------------------------------------------------------------
 
 
