@@ -169,6 +169,10 @@ class Weights:
   dtype: Literal["float32", "bfloat16"] = option(
     "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
   )
+  matmul_precision: Literal["auto", "default", "high", "highest"] = option(
+    "auto", "of float32 products: highest = float32, default = what the device does fastest, TF32 "
+    "on a GPU and bfloat16 on a TPU, high = between them; auto = highest with --dtype=float32"
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -266,7 +266,7 @@ def train(
   """
   check(members)
   config = members[0]
-  with training.open_run(
+  with setup.arithmetic(config.model), training.open_run(
     Record(tuple(directory.name for directory in directories)),
     workdir,
     steps=config.run.steps,

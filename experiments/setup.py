@@ -86,10 +86,29 @@ def main(
     return training.exit_code(functools.partial(train, config, workdir), distributed=distributed)
 
 
-def open_run(config: Any, workdir: str, *, export: bool = False) -> Any:
+@contextlib.contextmanager
+def open_run(config: Any, workdir: str, *, export: bool = False) -> Iterator[Run]:
   """The run's directory, opened for this process alone while a `with` lasts."""
-  steps, kept = config.run.steps, config.run.checkpoint.keep
-  return training.open_run(config, workdir, steps=steps, checkpoints_kept=kept, export=export)
+  sizes = {"steps": config.run.steps, "checkpoints_kept": config.run.checkpoint.keep}
+  with arithmetic(config.model), training.open_run(config, workdir, export=export, **sizes) as run:
+    yield run
+
+
+def arithmetic(
+  options: flags.Weights, platform: str | None = None
+) -> contextlib.AbstractContextManager[None]:
+  """Sampler and trainer multiply alike while a `with` lasts; None: on this machine's devices."""
+  return jax.default_matmul_precision(
+    matmul_precision(options, platform or jax.default_backend())
+  )
+
+
+def matmul_precision(options: flags.Weights, platform: str) -> str | None:
+  """How float32 is multiplied on a platform, as JAX names it; None: as JAX does it unasked."""
+  if options.matmul_precision != "auto":
+    return options.matmul_precision
+  # Unasked a GPU multiplies it in TF32 and a TPU in bfloat16.
+  return "highest" if options.dtype == "float32" and platform != "cpu" else None
 
 
 def begin(
@@ -145,7 +164,9 @@ def schedule(config: Any) -> training.Schedule:
 
 def open_record_of(config: Any, run: Run, mesh: jax.sharding.Mesh, start: int) -> Any:
   """The record of a run that begins or resumes with this step, open while a `with` lasts."""
-  peak = find_peak(list(mesh.devices.flat), config.model.dtype)
+  devices = list(mesh.devices.flat)
+  precision = matmul_precision(config.model, devices[0].platform)
+  peak = find_peak(devices, config.model.dtype, precision=precision)
   tables, skipped = getattr(config.run, "samples_every", 0), config.optimizer.max_skipped
   return training.open_record(run, start, samples_every=tables, max_skipped=skipped, peak=peak)
 
@@ -196,7 +217,10 @@ def load_language_model(
   """The model that the group `model` names, over the mesh; None: on the first device."""
   options, names = config.model, ("remat", "scan_layers", "attention")
   if mesh is not None:
-    run.console.say(f"loading {options.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    device = mesh.devices.flat[0]
+    precision = matmul_precision(options, device.platform)
+    how = f", {options.dtype} with matmul precision {precision}" if precision else ""
+    run.console.say(f"loading {options.model} on {mesh.size} x {device.device_kind}{how}")
   further = {name: getattr(options, name) for name in names if hasattr(options, name)}
   dtype = jnp.dtype(options.dtype)
   return models.load_model(options.model, seed=config.run.seed, dtype=dtype, mesh=mesh, **further)
@@ -527,7 +551,8 @@ def open_record(config: Any, workdir: str, problems: Sequence[tasks.Problem]) ->
   """Opens the directory in which responses to these problems are kept, for this process alone."""
   rounds = -(-len(problems) // config.responses.prompts_per_batch)
   with training.StopSignals() as stop, training.open_console(rounds) as console:
-    with opened(Path(workdir), config, volatile=volatile(config), doing="writes to"):
+    locked = opened(Path(workdir), config, volatile=volatile(config), doing="writes to")
+    with locked, arithmetic(config.model):
       yield Run(Path(workdir), console, stop)
 
 

@@ -246,9 +246,15 @@ class Programs:
     if self.weights.frozen is None and flatten(self.settings).get("kl.coef"):
       held = *held, self.weights.reference
     given = set(map(id, jax.tree.leaves(arguments)))
+    device = self.mesh.devices.flat[0]
+
+    def lower():
+      with setup.arithmetic(self.settings.model, device.platform):
+        return program.lower(*arguments, **static)
+
     return Lowering(
       name,
-      lower=lambda: program.lower(*arguments, **static),
+      lower=lower,
       calls=1,
       loop=1,
       flops=self.work(),

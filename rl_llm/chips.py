@@ -35,6 +35,8 @@ GPUS = {
   "h200": Chip(141e9, 989e12, 4.8e12, 900e9),
   "b200": Chip(180e9, 2250e12, 8e12, 1800e9),
 }
+# The same sheets: float32 that is not rounded to TF32; the B200's says nothing of it.
+FLOAT32 = {"a100": 19.5e12, "h100": 67e12, "h200": 67e12}
 # What JAX calls them. Others of a family (H100 PCIe, H100 NVL) have other limits.
 DEVICE_KINDS = {
   "TPU v4": "v4",
@@ -59,28 +61,36 @@ class Peak(NamedTuple):
   measured: bool  # here, since nobody publishes it
 
 
-def published_flops(device_kind: str, dtype: Any) -> float | None:
+def published_flops(device_kind: str, dtype: Any, precision: str | None = None) -> float | None:
   """Operations a second of one device by its maker's word, None where it is not in the table.
 
-  float32 is meant as JAX multiplies it unless told otherwise: on a TPU rounded to bfloat16, so at
-  the same rate, on a GPU rounded to TF32, at half the rate of bfloat16.
+  Unless told otherwise JAX rounds float32 to bfloat16 on a TPU, which multiplies it at the same
+  rate, and to TF32 on a GPU, at half the rate of bfloat16. Asked for more, a TPU adds up three
+  products of bfloat16 parts ("high") or six ("highest"); a GPU leaves its tensor cores ("highest").
 
   >>> published_flops("TPU v5 lite", "float32") / 1e12
   197.0
   >>> published_flops("NVIDIA H100 80GB HBM3", "float32") / 1e12
   494.5
+  >>> published_flops("NVIDIA H100 80GB HBM3", "float32", "highest") / 1e12
+  67.0
   >>> published_flops("NVIDIA H100 PCIe", "bfloat16") is None
   True
 
   Args:
     device_kind: of a `jax.Device`.
     dtype: of the arithmetic, float32 or bfloat16.
+    precision: of products of float32, as `jax.default_matmul_precision` has it.
   """
   kind = DEVICE_KINDS.get(device_kind)
   if kind is None or jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
     return None
-  halved = kind in GPUS and jnp.dtype(dtype) == jnp.float32
-  return (TPUS | GPUS)[kind].flops / (2 if halved else 1)
+  flops = (TPUS | GPUS)[kind].flops
+  if jnp.dtype(dtype) == jnp.bfloat16:
+    return flops
+  if kind in TPUS:
+    return flops / {"high": 3, "highest": 6}.get(precision, 1)
+  return FLOAT32.get(kind) if precision == "highest" else flops / 2
 
 
 def product_flops(device: Any, dtype: Any, *, size: int = 768, seconds: float = 0.2) -> float:
@@ -106,7 +116,11 @@ def product_flops(device: Any, dtype: Any, *, size: int = 768, seconds: float = 
 
 
 def find_peak(
-  devices: Sequence[Any], dtype: Any, *, measure: Callable[..., float] = product_flops
+  devices: Sequence[Any],
+  dtype: Any,
+  *,
+  precision: str | None = None,
+  measure: Callable[..., float] = product_flops,
 ) -> Peak | None:
   """The peak of devices of one kind; None where it is not known.
 
@@ -116,6 +130,7 @@ def find_peak(
   Args:
     devices: all that train, of this process and of others.
     dtype: of the arithmetic.
+    precision: as for `published_flops`.
     measure: (device, dtype) -> operations a second of a CPU.
   """
   kinds = {device.device_kind for device in devices}
@@ -124,5 +139,5 @@ def find_peak(
   own = [device for device in devices if device.process_index == jax.process_index()]
   if devices[0].platform == "cpu":
     return Peak(measure(own[0], dtype) * len(devices) / len(own), True)
-  flops = published_flops(kinds.pop(), dtype)
+  flops = published_flops(kinds.pop(), dtype, precision)
   return None if flops is None else Peak(flops * len(devices), False)

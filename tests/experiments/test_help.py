@@ -21,7 +21,7 @@ from rl_llm.config import _leaves
 GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
-EVERYWHERE = {"compile_cache"}
+EVERYWHERE = {"compile_cache", "matmul_precision"}
 ADDED: dict[str, set[str]] = {
   "grpo": {"advantage.name"},
   "reinforce": {"kl.value", "reward"},
