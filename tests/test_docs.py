@@ -15,12 +15,20 @@ from rl_llm.tasks import load_task
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 GUIDES = [README, ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*GUIDES, *sorted((ROOT / "docs" / "results").glob("*.md"))]
 # Flags of other programs (pip) and of absl itself, and the mistake that launch/README.md shows.
 FOREIGN_FLAGS = {"no-deps", "help", "flagfile", "optimizer.learningrate"}
 
 
 def name(path):
   return str(path.relative_to(ROOT))
+
+
+class Parser(doctest.DocTestParser):
+  """Reads a page with its fences as blank lines; a closing one would be output that is expected."""
+
+  def parse(self, string, name="<string>"):
+    return super().parse(re.sub(r"^ *```.*", "", string, flags=re.MULTILINE), name)
 
 
 def missing_paths(text):
@@ -47,7 +55,7 @@ def unknown_flags(text):
                  if hasattr(module, "Config")}
   anyones = set().union(*experiments.values())
   unknown = []
-  for line in text.splitlines():
+  for line in re.sub(r" \\\n *", " ", text).splitlines():  # A command that a \ breaks is one line.
     before, *commands = re.split(r"-m (?:experiments|launch|benchmarks)\.(?=\w)", line)
     parts = [(before, anyones)]
     for command in commands:  # To the end of the line, or of what stands between backquotes.
@@ -83,17 +91,26 @@ def blocks(text):
 
 @pytest.mark.parametrize("path", GUIDES, ids=name)
 def test_examples(path):
-  result = doctest.testfile(str(path), module_relative=False)
-  assert result.attempted > 0
+  result = doctest.testfile(str(path), module_relative=False, parser=Parser())
+  written = re.findall(r"^ *>>>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+  assert result.attempted == len(written) > 0
   assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed"
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=name)
+@pytest.mark.parametrize("path", PAGES, ids=name)
 def test_what_is_named_exists(path):
   text = path.read_text(encoding="utf-8")
   assert not missing_paths(text)
   assert not unknown_flags(text)
   assert not unknown_names(text)
+
+
+def test_an_example_in_a_fence_is_run_and_has_the_number_of_its_line(tmp_path, capsys):
+  page = tmp_path / "page.md"
+  page.write_text("# A\n\n```pycon\n>>> 1\n1\n```\n```pycon\n>>> 1 + 1\n3\n```\n3\n")
+  result = doctest.testfile(str(page), module_relative=False, parser=Parser())
+  assert (result.failed, result.attempted) == (1, 2)
+  assert f'File "{page}", line 8' in capsys.readouterr().out
 
 
 def test_the_rules_themselves():
@@ -102,6 +119,7 @@ def test_the_rules_themselves():
   assert unknown_flags("--model=tiny --loss.clip_hi=1 --no-deps a--b") == ["loss.clip_hi"]
   assert unknown_flags("python -m experiments.sft --packing=1 --kl.coef=1") == ["kl.coef"]
   assert unknown_flags("`-m experiments.sft --seed=1`, `--kl.coef=1` and `--x.y`") == ["x.y"]
+  assert unknown_flags("-m experiments.sft \\\n  --seed=1 \\\n  --kl.coef=1") == ["kl.coef"]
   assert unknown_flags("--kl.coef=1: -m benchmarks.rollout --runs=3 --lr=1") == ["lr"]
   assert unknown_names("rl_llm.kl.k3, rl_llm.kl.k4, rl_llm/kl.py") == ["rl_llm.kl.k4"]
 
