@@ -136,7 +136,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
     result = found.get(line)
     printed = result["printed"].rstrip() if result else "not measured here"
     parts.append(f"## {benchmark.name}\n\n{benchmark.why}\n")
-    parts.append("\n".join(f"    {text}" for text in (f"$ {line}", *printed.splitlines())) + "\n")
+    parts.append(f"```console\n$ {line}\n{printed}\n```\n")
     if result:
       parts.append(f"{result['machine']}.\n")
   return "\n".join(parts)

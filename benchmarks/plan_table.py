@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from launch.chips import find_chip
@@ -60,6 +61,19 @@ class Config:
 
 def command(model: str, topology: str, flags: str) -> str:
   return " ".join(f"python -m launch.plan --topology={topology} --model={model} {flags}".split())
+
+
+def continued(command: str) -> str:
+  r"""A command for the shell, on as many lines as it needs.
+
+  >>> print(continued("python -m launch.plan --topology=v5e:4x4 --model=qwen2.5-7b --mesh.fsdp=64"))
+  python -m launch.plan --topology=v5e:4x4 --model=qwen2.5-7b --mesh.fsdp=64
+  >>> print(continued("python -m launch.plan --model=qwen2.5-7b " + 4 * "--mesh.tensor=4 "))
+  python -m launch.plan --model=qwen2.5-7b --mesh.tensor=4 --mesh.tensor=4 \
+    --mesh.tensor=4 --mesh.tensor=4
+  """
+  lines = textwrap.wrap(command, width=86, subsequent_indent="  ", break_on_hyphens=False)
+  return " \\\n".join(lines)
 
 
 def compile_row(row: str, *, seconds: float) -> dict | None:
@@ -121,8 +135,8 @@ def page(found: dict[str, dict]) -> str:
   lines, commands = [], []
   for row in ROWS:
     lines += row_lines(row, found.get(command(*row)))
-    commands.append(f"    {command(*row)}")
-  return HEAD + "\n".join(lines) + "\n\nThe rows' commands:\n\n" + "\n".join(commands) + "\n"
+    commands.append(continued(command(*row)))
+  return HEAD + "\n".join([*lines, "\nThe rows' commands:\n\n```sh", *commands, "```\n"])
 
 
 def main(config: Config) -> None:

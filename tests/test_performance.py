@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 from benchmarks import performance
 from rl_llm.config import ConfigError
 
+RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 FIRST, *REST = performance.BENCHMARKS
 
 
@@ -44,7 +46,8 @@ def test_what_has_ended_is_kept_and_only_the_rest_is_run_again(tmp_path, monkeyp
   assert len(called) == len(performance.BENCHMARKS)
   page = (tmp_path / "performance.md").read_text()
   assert page.count("not measured here") == 1 and f"$ {performance.command(FIRST)}" in page
-  assert "    of ['benchmarks.update']" in page
+  command = performance.command(next(b for b in performance.BENCHMARKS if b.name == "update"))
+  assert f"```console\n$ {command}\nof ['benchmarks.update']\n```\n" in page
   kept = json.loads((tmp_path / "performance.json").read_text())
   assert len(kept) == len(performance.BENCHMARKS) - 1
   called.clear()
@@ -53,6 +56,11 @@ def test_what_has_ended_is_kept_and_only_the_rest_is_run_again(tmp_path, monkeyp
   called.clear()
   performance.main(performance.Config(out=str(tmp_path), only="update,logprobs"))
   assert called == ["benchmarks.update", "benchmarks.logprobs"]
+
+
+def test_the_committed_page_is_what_the_program_writes():
+  found = json.loads((RESULTS / "performance.json").read_text())
+  assert (RESULTS / "performance.md").read_text() == performance.page(found)
 
 
 def test_a_benchmark_that_is_not_there_is_refused(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
 
 from benchmarks import plan_table
 from launch.plan import Program
 
+RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 FIRST, SECOND, *REST = plan_table.ROWS
 FIGURES = {
   "programs": [
@@ -37,6 +39,11 @@ def test_a_row_is_kept_as_soon_as_it_is_compiled_and_the_rest_is_done_later(tmp_
   plan_table.main(plan_table.Config(out=str(tmp_path), limit=1))
   assert compiled[2] == plan_table.command(*SECOND)
   assert (tmp_path / "plan.md").read_text().count("not compiled") == len(REST)
+
+
+def test_the_committed_page_is_what_the_program_writes():
+  found = json.loads((RESULTS / "plan.json").read_text())
+  assert (RESULTS / "plan.md").read_text() == plan_table.page(found)
 
 
 def test_a_line_says_what_binds_and_whether_it_fits():
