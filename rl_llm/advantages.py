@@ -240,7 +240,8 @@ def length_adaptive_lambda(mask, *, alpha=0.05) -> Array:
 def reinforce_plus_plus(rewards, mask, *, discount=1.0, ddof=1, eps=1e-8) -> Array:
   """REINFORCE++'s advantage: returns, whitened over all tokens of the batch.
 
-      advantages = (G - mean(G)) / sqrt(var(G) + eps)        G = discounted_returns(rewards, mask)
+      G          = discounted_returns(rewards, mask)
+      advantages = (G - mean(G)) / sqrt(var(G) + eps)
 
   One response per prompt is enough: the baseline is the batch. So a prompt that is easy looks good
   whatever was answered; `reinforce_plus_plus_baseline` first compares within the prompt. Returns of
@@ -319,8 +320,8 @@ def optimal_token_baseline(
 ) -> Array:
   """The baseline with the least variance at each token, from how far the gradient has moved so far.
 
-      W_t = sum_{s <= t} (1 - 2 * p_s + sum_v p_s(v)^2)        p_s = exp(logprobs_s)
-      B_t = sum_j W_jt G_jt / sum_j W_jt                       over the responses j of the prompt
+      W_t = sum_{s <= t} (1 - 2 * p_s + sum_v p_s(v)^2)    p_s = exp(logprobs_s)
+      B_t = sum_j W_jt G_jt / sum_j W_jt                   over the responses j of the prompt
       advantages = G - B
 
   A response whose tokens were surprising has a large gradient, and its return varies the update

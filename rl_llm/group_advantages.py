@@ -282,7 +282,8 @@ def maxrl(rewards, *, eps=1e-6, where=None) -> Array:
 def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) -> Array:
   """What a response adds to the best of k: the advantage for the pass@k objective.
 
-      advantage_i = mean over sets S of k responses of  1[i in S] * (max of S - max of S without i)
+      advantage_i = mean over sets S of k responses of lead_i(S)
+      lead_i(S)   = max of S - max of S without i where S has i, else 0
 
   Trained for the mean reward, a policy gives up answers that are right now and then. Where k tries
   are allowed it is the best that counts, and only a response that beats the others of its set adds

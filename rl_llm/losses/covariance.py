@@ -192,7 +192,8 @@ def clip_cov_loss(
 ) -> tuple[Array, Metrics]:
   """Clip-Cov: PPO in which the selected tokens do not push.
 
-      per_token = 0 if selected else max(-ratio * A, -clip(ratio, 1 - clip_low, 1 + clip_high) * A)
+      clipped   = clip(ratio, 1 - clip_low, 1 + clip_high)
+      per_token = 0 if selected else max(-ratio * A, -clipped * A)
       loss      = sum(weights * per_token)
 
   They stay in the denominator of the weights. Two tokens that counted 1/2 each; one is selected:

@@ -111,7 +111,8 @@ def chunked_gkd_loss(
   Two models' logits are twice the memory, and autodiff keeps several arrays of that size. Here at
   most `chunk_size` tokens have logits at a time; the backward pass computes them again.
 
-      logits = hidden @ unembedding.T, then softcap * tanh(logits / softcap) if softcap is given
+      logits = hidden @ unembedding.T
+      logits = softcap * tanh(logits / softcap)    if softcap is given
 
   Teacher and student may have different widths, not different vocabularies:
 

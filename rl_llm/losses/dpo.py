@@ -146,7 +146,8 @@ def robust_dpo_loss(
 ) -> tuple[Array, Metrics]:
   """Robust DPO: what the DPO loss would be on average, had no label been flipped.
 
-      loss = sum(weights * (-(1 - e) log sigmoid(margin) + e log sigmoid(-margin)) / (1 - 2 e))
+      per_pair = (-(1 - e) log sigmoid(margin) + e log sigmoid(-margin)) / (1 - 2 e)
+      loss     = sum(weights * per_pair)
 
   with e = `label_smoothing`, the chance that a label is swapped. Conservative DPO (`dpo_loss` with
   `label_smoothing`) aims at a smaller margin; this one subtracts the expected harm of the flips, so

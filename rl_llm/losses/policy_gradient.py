@@ -163,9 +163,9 @@ def grpo_loss(
   the mean of the group, so that every token of a response carries the same advantage. What is new
   in GRPO lies outside this term, and is three arguments of it:
 
-      advantages = group_relative(rewards)      (R - mean) / std within the group
-      weights    = sequence_mean(mask)          each response counts the same; DAPO: token_mean
-      objective  = grpo_loss + coef * kl_loss   the KL is a term of the loss, not of the reward
+      advantages = group_relative(rewards)     (R - mean) / std within the group
+      weights    = sequence_mean(mask)         each response counts the same; DAPO: token_mean
+      objective  = grpo_loss + coef * kl_loss  the KL is a term of the loss, not of the reward
 
   Two responses to one prompt, right and wrong, before the first update: every ratio is 1, so the
   loss is minus the mean advantage, 0. Its gradient is not: it raises one response's log-prob and

@@ -263,7 +263,8 @@ def vespo_loss(
   changes the question; VESPO keeps the product and lets very large and very small ones fade:
 
       w         = exp(sum over the mask of (logprobs - old_logprobs))
-      phi(w)    = w^k * exp(lambda * (1 - w))     k, lambda = positive where A >= 0, else negative
+      phi(w)    = w^k * exp(lambda * (1 - w))
+      k, lambda = positive where A >= 0, else negative
       per_token = -stop_gradient(phi(w)) * A * logprobs
       loss      = sum(weights * per_token)
 
