@@ -147,14 +147,14 @@ def decode_seconds(
       bytes      = 2 (shared + N own) + N R C 4 L K H      weights, and each row's cache
       operations = 2 N R (shared + own) + 4 N R C L Q H
 
-  A model of 100 weights that all share and 10 of each, without layers, on a chip that reads 2 bytes
-  a second: one member reads 220 bytes, eight read 360, in 180 s instead of 8 * 110 s.
+  A model of 100 weights that all share and 10 of each, with nothing in its cache, on a chip that
+  reads 2 bytes a second: one member reads 220 bytes, eight read 360, in 180 s instead of 8 * 110 s.
 
   >>> from rl_llm.policy import tiny_config
   >>> slow = chips.Chip(hbm=1.0, flops=1e9, bandwidth=2.0, network=1.0)
-  >>> shape = dataclasses.replace(tiny_config(8), n_layers=0)
-  >>> decode_seconds(shape, slow, shared=100, own=10, members=8, rows=1, context=1)
-  180.0
+  >>> sizes = {"shared": 100, "own": 10, "rows": 1, "context": 0}
+  >>> [decode_seconds(tiny_config(8), slow, members=members, **sizes) for members in (1, 8)]
+  [110.0, 180.0]
 
   Args:
     shape: L layers, K heads of keys, Q of queries, of size H.

@@ -7,6 +7,8 @@ import pkgutil
 
 import pytest
 
+import benchmarks
+import experiments
 import launch
 import rl_llm
 
@@ -16,11 +18,10 @@ NEEDS = {
   "rl_llm.tasks.reasoning_gym_reward": "reasoning_gym",
 }
 
-MODULES = [
-  "rl_llm",
-  *(m.name for m in pkgutil.walk_packages(rl_llm.__path__, "rl_llm.")),
-  *(m.name for m in pkgutil.walk_packages(launch.__path__, "launch.")),
-]
+PACKAGES = (rl_llm, launch, experiments, benchmarks)
+MODULES = ["rl_llm"] + [
+  module.name for package in PACKAGES
+  for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
 
 
 @pytest.mark.parametrize("name", MODULES)
