@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import report, state
+from launch import report, report_page, results, state
 from rl_llm.config import ConfigError
 from rl_llm.errors import UserError
 
@@ -170,11 +170,11 @@ def test_figures_that_cannot_be_written_are_told(sweep, tmp_path):
 
 
 def test_intervals():
-  assert report.interval([]) == (None, None) and report.interval([0.5]) == (0.5, None)
-  mean, half = report.interval([0.0, 1.0])
+  assert results.interval([]) == (None, None) and results.interval([0.5]) == (0.5, None)
+  mean, half = results.interval([0.0, 1.0])
   assert (mean, half) == (0.5, pytest.approx(12.706 * 0.5))  # s / sqrt(n) = 0.707 / 1.414
   spread = (0.25 * 40 / 39) ** 0.5
-  assert report.interval([0.0, 1.0] * 20)[1] == pytest.approx(1.96 * spread / 40**0.5)
+  assert results.interval([0.0, 1.0] * 20)[1] == pytest.approx(1.96 * spread / 40**0.5)
 
 
 def test_a_figure_of_what_each_setting_does(tmp_path, monkeypatch):
@@ -189,10 +189,10 @@ def test_a_figure_of_what_each_setting_does(tmp_path, monkeypatch):
   assert path.read_bytes() == first, "the same figures give the same file"
 
   with pytest.raises(ConfigError, match="--figure=x.svg: must be left out where no setting"):
-    report.draw([], [], "loss", "x.svg")
+    report_page.draw([], [], "loss", "x.svg")
   monkeypatch.setitem(sys.modules, "matplotlib", None)
   with pytest.raises(ConfigError, match=r"--figure=x.svg: .*pip install 'rl_llm\[plot\]'"):
-    report.draw(["a"], [], "loss", "x.svg")
+    report_page.draw(["a"], [], "loss", "x.svg")
 
 
 def test_it_is_a_command(sweep):
