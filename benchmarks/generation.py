@@ -28,7 +28,7 @@ import tempfile
 from typing import Literal
 
 from benchmarks.grpo_step import MATMUL, BenchmarkError, check_same, interpreters, start_sides
-from benchmarks.peers import cores, memory_gbytes
+from benchmarks.side import cores, memory_gbytes
 from rl_llm.config import option, run
 from rl_llm.flops import forward_flops
 from rl_llm.policy import TransformerConfig

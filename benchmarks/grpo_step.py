@@ -33,7 +33,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.peers import cores
+from benchmarks.side import cores
 from rl_llm.config import ConfigError, option, run
 from rl_llm.errors import UserError
 from rl_llm.flops import forward_flops

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers import STORY
+from benchmarks.side import STORY
 from benchmarks.timing import (
   alternate,
   check_close,

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.peers import cores
+from benchmarks.side import cores
 from rl_llm.config import ConfigError, option, run
 from rl_llm.files import write_atomically
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers import matmul_gflops
+from benchmarks.side import matmul_gflops
 from rl_llm.errors import UserError
 
 MATMUL = 2048  # side of the square product whose rate is the ceiling of arithmetic

@@ -12,7 +12,9 @@ import pytest
 
 from benchmarks import generation, grpo_step, logprobs, packing, population, rollout, timing, update
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, interpreters, main, table
-from benchmarks.peers import SIDES, check_read, memory_gbytes, prompt_texts, reward
+from benchmarks.peers import SIDES, side
+from benchmarks.side import memory_gbytes, prompt_texts, reward
+from benchmarks.side_tunix import check_read
 from experiments import sft
 from rl_llm.chips import Chip
 from rl_llm.config import ConfigError
@@ -129,6 +131,7 @@ def test_peer_chooses_who_is_started():
     field = next(f for f in dataclasses.fields(module.Config) if f.name == "peer")
     peers = set(typing.get_args(typing.get_type_hints(module.Config)[field.name]))
     assert {prefix + name for name in peers - {"all", "none"} | {"ours"}} <= SIDES.keys()
+  assert [side(name).__name__ for name in SIDES] == list(SIDES)
 
 
 def slow_floor(prompts, responses, prompt_tokens, new_tokens, gflops, gbytes):
