@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from launch import halving, search, state
 from launch.backends import gke, local, population, slurm, tpu
+from launch.backends.slots import Slot, find_devices, share_out
 from launch.progress import Progress
 from launch.sweep import Trial, described, load, plan
 from rl_llm.config import ConfigError, flatten, option, redact, run
@@ -136,15 +137,15 @@ def places(config: Config, workdir: Path, python: str) -> tuple:
   """(slots, commands) for `local.drive`: what this machine has."""
   if config.prefix and config.processes > 1:
     raise ConfigError("processes", config.processes, "1 with --prefix", "the prefix starts them")
-  slots = local.slots(
-    () if config.prefix else config.devices or local.find_devices(),  # srun hands out its own.
+  slots = share_out(
+    () if config.prefix else config.devices or find_devices(),  # srun hands out its own.
     devices_per_trial=config.devices_per_trial,
     parallel=config.parallel,
   )
 
   tasks = int(os.environ.get("SLURM_NTASKS", "1"))  # As many processes does srun start of each.
 
-  def commands(trial: Trial, slot: local.Slot) -> list[list[str]]:
+  def commands(trial: Trial, slot: Slot) -> list[list[str]]:
     joined = bool(config.prefix) and tasks > 1
     command = trial.command(workdir, python=python, joined=joined)
     command = [*shlex.split(config.prefix), *command]
@@ -157,7 +158,7 @@ def drive(
   config: Config,
   workdir: Path,
   trials: list[Trial],
-  slots: Sequence[local.Slot],
+  slots: Sequence[Slot],
   commands: Callable,
   *,
   names: Mapping[str, str] | None = None,

@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from launch.backends.local import Slot
+from launch.backends.slots import Slot
 from launch.sweep import Trial
 from rl_llm.config import ConfigError, option
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from launch import state
-from launch.backends import local
+from launch.backends import slots
 from rl_llm.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -315,7 +315,7 @@ def test_a_wrong_key_of_a_sweep_costs_one_line(tmp_path):
 
 
 def environments(*args, **kwargs):
-  return [slot.environment for slot in local.slots(*args, **kwargs)]
+  return [slot.environment for slot in slots.share_out(*args, **kwargs)]
 
 
 def test_devices_are_shared_out():
@@ -326,15 +326,15 @@ def test_devices_are_shared_out():
   packed = environments(("0",), devices_per_trial=1, parallel=3)
   assert packed == [{key: "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.300"}] * 3
   with pytest.raises(ConfigError, match="at most 1, the number of GPUs"):
-    local.slots(("0",), devices_per_trial=2, parallel=1)
+    slots.share_out(("0",), devices_per_trial=2, parallel=1)
 
 
 def test_devices_are_found_without_a_library(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-  assert local.find_devices() == ("2", "3")
+  assert slots.find_devices() == ("2", "3")
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  assert local.find_devices() == ()
+  assert slots.find_devices() == ()
 
 
 # --- the same on a model -------------------------------------------------------------------------
