@@ -8,18 +8,16 @@ each figure where it comes from.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 
+from launch.plan_flags import Config
 from launch.programs import cache_bytes, itemsize, updates_of, work
 from rl_llm import rollout, teacher_forcing
 from rl_llm.flops import update_passes
 from rl_llm.policy import TransformerConfig, make_policy
 from rl_llm.train_state import parameter_count
-
-if TYPE_CHECKING:
-  from launch.plan import Config
 
 
 class Sizes(NamedTuple):
@@ -157,7 +155,7 @@ def add(a: tuple[int, float], b: tuple[int, float]) -> tuple[int, float]:
 def meshes(config: Config, shape: TransformerConfig, devices: int) -> list[Sizes]:
   """All sizes whose product is the number of devices and that divide what they cut.
 
-  >>> from launch.plan import Config
+  >>> from launch.plan_flags import Config
   >>> from rl_llm.policy import tiny_config
   >>> config = Config(prompts_per_step=2, microbatch_prompts=2)
   >>> [tuple(sizes) for sizes in meshes(config, tiny_config(64), 4)]

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from experiments import dpo, flags, grpo, ppo, reinforce, setup
+from launch.plan_flags import Config
 from rl_llm import reference_cache, sharding
 from rl_llm.config import flatten, replace
 from rl_llm.data.batches import SequenceBatch
@@ -22,9 +23,6 @@ from rl_llm.policy import Policy, TransformerConfig
 from rl_llm.rollout import ResponseBatch, gather_weights, generate, row_keys
 from rl_llm.sampling import SamplingConfig
 from rl_llm.train_state import init_state, parameter_count
-
-if TYPE_CHECKING:
-  from launch.plan import Config
 
 EXPERIMENTS = {"grpo": grpo, "reinforce": reinforce, "ppo": ppo, "dpo": dpo}
 # Flags of the plan that an experiment has by another name.
