@@ -46,6 +46,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from absl import app, flags
 
+from rl_llm import peer_names
 from rl_llm.errors import UserError
 from rl_llm.files import write_atomically
 
@@ -303,6 +304,8 @@ def _check(leaf: _Leaf, value: Any) -> Any:
     )
     if not fits:
       near = difflib.get_close_matches(str(item), map(str, leaf.choices), n=1)
+      elsewhere = peer_names.CHOICES.get(str(item).lower())
+      near = [elsewhere] if elsewhere in leaf.choices else near
       raise ConfigError(
         leaf.path, value, _allowed(leaf), f"did you mean {near[0]}?" if near else ""
       )
@@ -583,6 +586,10 @@ def _refuse_unknown(config_class: type, leaves: list[_Leaf], changes: Mapping[st
 def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
   """A question naming the nearest of `names`, or "" where none is near."""
   names = sorted(names)
+  if known := peer_names.ours(name, names):
+    return f"did you mean {dashes}{known}?"
+  if name in peer_names.INSTEAD:
+    return peer_names.INSTEAD[name]
   last = name.rpartition(".")[2]
   near = [known for known in names if known.rpartition(".")[2] == last]
   near = near or difflib.get_close_matches(name, names, n=1)

@@ -17,7 +17,9 @@ README = ROOT / "README.md"
 GUIDES = [README, ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*GUIDES, *sorted((ROOT / "docs" / "results").glob("*.md"))]
 # Flags of other programs (pip) and of absl itself, and the mistake that launch/README.md shows.
-FOREIGN_FLAGS = {"no-deps", "help", "flagfile", "optimizer.learningrate"}
+FOREIGN_FLAGS = {
+  "no-deps", "help", "flagfile", "optimizer.learningrate", "num_generations", "report_to"
+}
 
 
 def name(path):

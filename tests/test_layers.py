@@ -19,7 +19,7 @@ LAYERS = {
   },
   2: {"policy", "sampling", "sharding"},
   3: {"rollout", "teacher_forcing", "train_state", "update"},
-  4: {"config", "files"},
+  4: {"config", "files", "peer_names"},
 }
 ARRAYS_ONLY = {"jax", "numpy", "chex"}
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
