@@ -1,9 +1,11 @@
 """Packaging: `pip install .` gives the library; extras add what each optional part needs."""
 
 import pathlib
+import re
 
 import setuptools
 
+INIT = pathlib.Path(__file__).parent / "rl_llm" / "__init__.py"
 EXTRAS = {
   # Hugging Face checkpoints, tokenizers and chat templates.
   "hf": ["tokenizers>=0.21", "safetensors>=0.5", "jinja2>=3.1.6"],
@@ -31,7 +33,7 @@ EXTRAS = {
 
 setuptools.setup(
   name="rl_llm",
-  version="0.1.0",
+  version=re.search(r'^__version__ = "(.+)"$', INIT.read_text(), re.MULTILINE)[1],
   description="Reinforcement learning of language models in JAX",
   long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",

@@ -1,0 +1,67 @@
+"""`python -m rl_llm`: what there is to run, and the reports of runs.
+
+  python -m rl_llm                   the commands
+  python -m rl_llm report RUN ...    writes RUN/report.html anew, also while the run goes
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import rl_llm
+from rl_llm.errors import UserError
+from rl_llm.report import write_report
+
+PACKAGES = ("experiments", "launch", "benchmarks")
+
+
+def commands(package: str) -> Iterator[tuple[str, str]]:
+  """(command, its first line of help) of each module that can be run; none outside of a clone."""
+  spec = importlib.util.find_spec(package)
+  for path in sorted(Path(spec.origin).parent.glob("*.py")) if spec and spec.origin else ():
+    text = path.read_text(encoding="utf-8")
+    if '\nif __name__ == "__main__":' in text:
+      said = ast.get_docstring(ast.parse(text)) or ""
+      yield f"python -m {package}.{path.stem}", said.partition("\n")[0]
+
+
+def overview() -> str:
+  """The commands, a line each."""
+  lines = [f"rl_llm {rl_llm.__version__}: reinforcement learning for language models in JAX", ""]
+  found = [("python -m rl_llm report RUN ...", "Writes the report of a run, also while it runs.")]
+  found += [command for package in PACKAGES for command in commands(package)]
+  width = max(len(command) for command, _ in found)
+  lines += [f"  {command:{width}}  {said}" for command, said in found]
+  if len(found) == 1:
+    lines += ["", "The experiments and the launcher run from a clone of the repository."]
+  return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+  """The command line; gives the exit code."""
+  parser = argparse.ArgumentParser(prog="python -m rl_llm", description=overview(),
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--version", action="version", version=rl_llm.__version__)
+  subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+  report = subparsers.add_parser("report", help="write RUN/report.html anew")
+  report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+  given = parser.parse_args(arguments)
+  if given.command is None:
+    print(overview())
+    return 0
+  for run in given.runs:
+    try:
+      print(f"report: {write_report(run)}")
+    except (UserError, OSError, ValueError) as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
