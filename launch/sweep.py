@@ -25,6 +25,7 @@ import json
 import math
 import random as random_lib
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -214,10 +215,7 @@ def load(path: str) -> tuple[str, list[Settings]]:
     SweepError: there is no such file, or it lacks EXPERIMENT or sweep(), or yields something else.
   """
   experiment, sweep = load_function(path, "sweep", "yields dictionaries of flags")
-  try:
-    return experiment, list(sweep())
-  except SweepError as error:
-    raise SweepError(f"{path}: {error}") from None
+  return experiment, _of_file(path, lambda: list(sweep()))
 
 
 def load_function(path: str, name: str, purpose: str) -> tuple[str, Callable[..., Any]]:
@@ -230,13 +228,31 @@ def load_function(path: str, name: str, purpose: str) -> tuple[str, Callable[...
   if spec is None or not Path(path).is_file():
     raise SweepError(f"--sweep={path}: must be a Python file with a function {name}()")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  _of_file(path, lambda: spec.loader.exec_module(module))
   experiment = getattr(module, "EXPERIMENT", None)
   if not isinstance(experiment, str):
     raise SweepError(f'{path}: must say what to run, such as EXPERIMENT = "experiments.grpo"')
   if not callable(getattr(module, name, None)):
     raise SweepError(f"{path}: must have a function {name}() that {purpose}")
   return experiment, getattr(module, name)
+
+
+def _of_file(path: str, call: Callable[[], Any]) -> Any:
+  """What a call into a sweep's file gives; its errors in one line, which says where in the file.
+
+  Raises:
+    SweepError: the file is wrong.
+  """
+  try:
+    return call()
+  except SweepError as error:
+    raise SweepError(f"{path}: {error}") from None
+  except SyntaxError as error:
+    raise SweepError(f"{error.filename}:{error.lineno}: {error.msg}") from None
+  except Exception as error:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    place = f"{path}:{lines[-1]}" if lines else path
+    raise SweepError(f"{place}: {type(error).__name__}: {error}") from None
 
 
 def check_plain(settings: Any, *, where: str) -> None:

@@ -113,7 +113,9 @@ class ConfigError(UserError, ValueError):
 def check_divides(name: str, whole: int, part: int, of: str) -> None:
   """Refuses a microbatch that does not divide what it is a part of, unless it is larger."""
   if whole > part and whole % part:
-    fix = f"try --{name}={math.gcd(whole, part)}"
+    divisors = [size for size in range(1, whole + 1) if whole % size == 0]
+    nearest = min(divisors, key=lambda size: abs(size - part))
+    fix = f"try --{name}={nearest}"
     raise ConfigError(name, part, f"a divisor of {of}", fix)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from rl_llm import hosts
 from rl_llm.checkpoint import Checkpointer
 from rl_llm.config import ConfigError, flatten, redact, write_config
 from rl_llm.console import Console
+from rl_llm.errors import UserError
 from rl_llm.files import locked, write_atomically
 from rl_llm.interrupt import StopSignals
 
@@ -59,7 +61,7 @@ def opened(
   if hosts.count() > 1:
     hosts.agree("the settings", started_with(config, volatile=volatile))
   with contextlib.ExitStack() as stack:
-    result = None
+    result, new = None, not workdir.exists()
     if hosts.is_main():
       result = open_run(workdir, config, volatile=volatile)
       if not stack.enter_context(locked(workdir / ".lock")):
@@ -67,7 +69,12 @@ def opened(
     if hosts.count() > 1:
       result = hosts.share("the run's directory", result)
       _refuse_own_directories(workdir)
-    yield result
+    try:
+      yield result
+    except UserError:
+      if new and hosts.is_main() and not _recorded(workdir):
+        shutil.rmtree(workdir)  # A start that failed leaves nothing behind.
+      raise
 
 
 def started_with(config: Any, *, volatile: Iterable[str]) -> dict[str, Any]:
@@ -129,7 +136,7 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    recorded, metrics = workdir / "config.json", workdir / "metrics.jsonl"
+    recorded = workdir / "config.json"
     if recorded.exists() and not (workdir / "flags.txt").exists():
       raise ConfigError(
         "workdir",
@@ -139,7 +146,7 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
       )
     # A start that failed before its first step binds nobody.
     inputs, hashes = workdir / "inputs.json", _hashes(config)
-    if recorded.exists() and metrics.exists() and metrics.stat().st_size:
+    if recorded.exists() and _recorded(workdir):
       _refuse_other_settings(workdir, json.loads(recorded.read_text("ascii")), config, volatile)
       if inputs.exists():
         known = json.loads(inputs.read_text("ascii"))
@@ -157,6 +164,12 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
     raise ConfigError(
       "workdir", str(workdir), "a directory whose JSON files are whole", "choose another"
     ) from None
+
+
+def _recorded(workdir: Path) -> bool:
+  """Whether a step of a run is on record in its directory."""
+  metrics = workdir / "metrics.jsonl"
+  return metrics.exists() and metrics.stat().st_size > 0
 
 
 def write_result(workdir: Path, result: dict[str, Any]) -> None:

@@ -600,3 +600,9 @@ def test_every_group_checks_itself_against_the_whole_config():
   with pytest.raises(ConfigError, match=r"--warmup=9: must be at most steps \(8\)"):
     config_lib.check(Grouped(warmup=9))
   config_lib.check(Config())  # None of its groups has a check.
+
+
+@pytest.mark.parametrize("whole, part, said", [(16, 7, 8), (16, 3, 2), (9, 6, 3), (7, 3, 1)])
+def test_a_part_that_does_not_divide_gets_the_nearest_that_does(whole, part, said):
+  with pytest.raises(ConfigError, match=f"--size={part}: .*; try --size={said}$"):
+    config_lib.check_divides("size", whole, part, "all")

@@ -120,6 +120,26 @@ def test_a_start_that_recorded_no_step_binds_nobody(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["prompt"] == "hi"
 
 
+@pytest.mark.parametrize("error, recorded, before, stays", [
+  (ConfigError("x", 1, "2"), False, False, False),
+  (ConfigError("x", 1, "2"), True, False, True),  # A step is on record.
+  (ConfigError("x", 1, "2"), False, True, True),  # It was there already.
+  (ZeroDivisionError(), False, False, True),  # A fault of ours: somebody may want to look.
+  (KeyboardInterrupt(), False, False, True),
+])
+def test_a_start_that_failed_leaves_no_directory(tmp_path, error, recorded, before, stays):
+  workdir = tmp_path / "runs" / "one"
+  if before:
+    workdir.mkdir(parents=True)
+  with pytest.raises(type(error)):
+    with opened(workdir, Config(), volatile=(), doing="trains in"):
+      (workdir / "checkpoints").mkdir()
+      if recorded:
+        (workdir / "metrics.jsonl").write_text('{"step": 0}\n')
+      raise error
+  assert workdir.exists() == stays
+
+
 def test_a_setting_that_was_redacted_is_the_same_setting(tmp_path):
   config = Config(prompt="snapshots/" + "0123456789" * 4)
   open_run(tmp_path, config, volatile=())

@@ -250,7 +250,7 @@ def test_the_sweep_of_the_readme(tmp_path, monkeypatch):
   Path("mine.py").write_text(program.replace("learning_rate", "learningrate"))
   with pytest.raises(SweepError) as error:
     plan(*load("mine.py"), where="mine.py")
-  assert f"    error: {error.value}\n" in text
+  assert f"error: {error.value}\n" in text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "sweeps").glob("*.py")), ids=str)
@@ -260,3 +260,16 @@ def test_the_sweeps_that_come_with_it(path):
   assert len(trials) == len(settings) >= 12
   assert len(varying([trial.config for trial in trials])) >= 2
   assert sys.modules.get("sweep_file") is None
+
+
+@pytest.mark.parametrize("text, said", [
+  ("EXPERIMENT = 'x'\ndef sweep(:\n  return []\n", r"bad\.py:2: invalid syntax"),
+  ("EXPERIMENT = 'x'\nimport nowhere\n", r"bad\.py:2: ModuleNotFoundError: No module named"),
+  ("EXPERIMENT = 'x'\ndef sweep():\n  return [1 / 0]\n", r"bad\.py:3: ZeroDivisionError: "),
+])
+def test_a_broken_file_is_one_line_that_says_where(tmp_path, text, said):
+  path = tmp_path / "bad.py"
+  path.write_text(text)
+  with pytest.raises(SweepError, match=said) as error:
+    load(str(path))
+  assert "\n" not in str(error.value)
