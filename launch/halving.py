@@ -25,7 +25,7 @@ from pathlib import Path
 from launch import state
 from launch.sweep import SweepError, Trial, plan
 from rl_llm.config import ConfigError, option
-from rl_llm.report import finite
+from rl_llm.report_page import finite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from launch.sweep import varying
 from rl_llm.config import ConfigError
 from rl_llm.console import number, printable
 from rl_llm.metrics import RecordError, read
-from rl_llm.report import finite
+from rl_llm.report_page import finite
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond them 1.96 is near enough.
 _T = (

@@ -37,7 +37,7 @@ from rl_llm import console
 from rl_llm.config import ConfigError, option
 from rl_llm.files import locked
 from rl_llm.metrics import read
-from rl_llm.report import finite
+from rl_llm.report_page import finite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rl_llm import config as config_lib
 from rl_llm import report as report_lib
+from rl_llm import report_figures
 from rl_llm.config import option
 from rl_llm.metrics import MetricsWriter, proportion_interval
 
@@ -418,7 +419,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
   ("low", "high"), [(0, 1), (0.13, 0.19), (-3e-6, 8e-6), (0, 12345), (-1, 1)]
 )
 def test_ticks_are_round_and_inside(low, high):
-  ticks = report_lib._ticks(low, high)
+  ticks = report_figures.ticks(low, high)
   assert 3 <= len(ticks) <= 9 and low <= ticks[0] and ticks[-1] <= high * (1 + 1e-9)
   for tick in ticks:
     assert float(f"{tick:.2g}") == pytest.approx(tick, abs=1e-12 * (high - low))
