@@ -266,7 +266,8 @@ def train(
   """
   check(members)
   config = members[0]
-  with setup.arithmetic(config.model), training.open_run(
+  how = setup.precision(config.model)
+  with jax.default_matmul_precision(how), training.open_run(
     Record(tuple(directory.name for directory in directories)),
     workdir,
     steps=config.run.steps,

@@ -21,6 +21,7 @@ import optax
 
 from experiments import flags
 from rl_llm import (
+  chips,
   compile_cache,
   evaluation,
   experience,
@@ -33,7 +34,6 @@ from rl_llm import (
 )
 from rl_llm import minibatches as responses
 from rl_llm import model as models
-from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, volatile
 from rl_llm.data import Dataset, encoding, loading
 from rl_llm.flops import Work, text_work, update_passes
@@ -90,25 +90,15 @@ def main(
 def open_run(config: Any, workdir: str, *, export: bool = False) -> Iterator[Run]:
   """The run's directory, opened for this process alone while a `with` lasts."""
   sizes = {"steps": config.run.steps, "checkpoints_kept": config.run.checkpoint.keep}
-  with arithmetic(config.model), training.open_run(config, workdir, export=export, **sizes) as run:
-    yield run
+  with jax.default_matmul_precision(precision(config.model)):
+    with training.open_run(config, workdir, export=export, **sizes) as run:
+      yield run
 
 
-def arithmetic(
-  options: flags.Weights, platform: str | None = None
-) -> contextlib.AbstractContextManager[None]:
-  """Sampler and trainer multiply alike while a `with` lasts; None: on this machine's devices."""
-  return jax.default_matmul_precision(
-    matmul_precision(options, platform or jax.default_backend())
-  )
-
-
-def matmul_precision(options: flags.Weights, platform: str) -> str | None:
-  """How float32 is multiplied on a platform, as JAX names it; None: as JAX does it unasked."""
-  if options.matmul_precision != "auto":
-    return options.matmul_precision
-  # Unasked a GPU multiplies it in TF32 and a TPU in bfloat16.
-  return "highest" if options.dtype == "float32" and platform != "cpu" else None
+def precision(options: flags.Weights, platform: str | None = None) -> str | None:
+  """How float32 is multiplied; None for the platform: that of this machine's devices."""
+  platform = platform or jax.default_backend()
+  return chips.matmul_precision(options.matmul_precision, options.dtype, platform)
 
 
 def begin(
@@ -164,9 +154,8 @@ def schedule(config: Any) -> training.Schedule:
 
 def open_record_of(config: Any, run: Run, mesh: jax.sharding.Mesh, start: int) -> Any:
   """The record of a run that begins or resumes with this step, open while a `with` lasts."""
-  devices = list(mesh.devices.flat)
-  precision = matmul_precision(config.model, devices[0].platform)
-  peak = find_peak(devices, config.model.dtype, precision=precision)
+  how, dtype = precision(config.model), config.model.dtype
+  peak = chips.find_peak(list(mesh.devices.flat), dtype, precision=how)
   tables, skipped = getattr(config.run, "samples_every", 0), config.optimizer.max_skipped
   return training.open_record(run, start, samples_every=tables, max_skipped=skipped, peak=peak)
 
@@ -217,10 +206,9 @@ def load_language_model(
   """The model that the group `model` names, over the mesh; None: on the first device."""
   options, names = config.model, ("remat", "scan_layers", "attention")
   if mesh is not None:
-    device = mesh.devices.flat[0]
-    precision = matmul_precision(options, device.platform)
-    how = f", {options.dtype} with matmul precision {precision}" if precision else ""
-    run.console.say(f"loading {options.model} on {mesh.size} x {device.device_kind}{how}")
+    how = f", matmul precision {found}" if (found := precision(options)) else ""
+    kind = mesh.devices.flat[0].device_kind
+    run.console.say(f"loading {options.model} on {mesh.size} x {kind}, {options.dtype}{how}")
   further = {name: getattr(options, name) for name in names if hasattr(options, name)}
   dtype = jnp.dtype(options.dtype)
   return models.load_model(options.model, seed=config.run.seed, dtype=dtype, mesh=mesh, **further)
@@ -552,7 +540,7 @@ def open_record(config: Any, workdir: str, problems: Sequence[tasks.Problem]) ->
   rounds = -(-len(problems) // config.responses.prompts_per_batch)
   with training.StopSignals() as stop, training.open_console(rounds) as console:
     locked = opened(Path(workdir), config, volatile=volatile(config), doing="writes to")
-    with locked, arithmetic(config.model):
+    with locked, jax.default_matmul_precision(precision(config.model)):
       yield Run(Path(workdir), console, stop)
 
 

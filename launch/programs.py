@@ -244,10 +244,10 @@ class Programs:
     if self.weights.frozen is None and flatten(self.settings).get("kl.coef"):
       held = *held, self.weights.reference
     given = set(map(id, jax.tree.leaves(arguments)))
-    device = self.mesh.devices.flat[0]
+    how = setup.precision(self.settings.model, self.mesh.devices.flat[0].platform)
 
     def lower():
-      with setup.arithmetic(self.settings.model, device.platform):
+      with jax.default_matmul_precision(how):
         return program.lower(*arguments, **static)
 
     return Lowering(

@@ -54,6 +54,24 @@ DEVICE_KINDS = {
 }
 
 
+def matmul_precision(asked: str, dtype: Any, platform: str) -> str | None:
+  """How float32 is multiplied on a platform, as JAX names it; None: as JAX does it unasked.
+
+  Left alone a GPU multiplies it in TF32 and a TPU in bfloat16, so "auto" asks for more:
+
+  >>> matmul_precision("auto", "float32", "tpu"), matmul_precision("auto", "bfloat16", "tpu")
+  ('highest', None)
+
+  Args:
+    asked: "auto", or a precision of JAX's, which stands.
+    dtype: of the arithmetic.
+    platform: "cpu", "gpu" or "tpu", in whatever words.
+  """
+  if asked != "auto":
+    return asked
+  return "highest" if jnp.dtype(dtype) == jnp.float32 and platform != "cpu" else None
+
+
 class Peak(NamedTuple):
   """The most operations that devices do in a second, all together."""
 

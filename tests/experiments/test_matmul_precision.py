@@ -22,7 +22,7 @@ from tests.experiments import helpers
 ])
 def test_what_auto_means(asked, dtype, platform, found):
   options = flags.Weights(matmul_precision=asked, dtype=dtype)
-  assert setup.matmul_precision(options, platform) == found
+  assert setup.precision(options, platform) == found
 
 
 def products(policy, options, platform):
@@ -34,7 +34,7 @@ def products(policy, options, platform):
     hidden, _ = policy.hidden(params, ids, ids)
     return policy.logits(params, hidden)
 
-  with setup.arithmetic(options, platform):
+  with jax.default_matmul_precision(setup.precision(options, platform)):
     text = jax.jit(forward).trace(params, ids).lower(lowering_platforms=(platform,)).as_text()
   return [line for line in text.splitlines() if "dot_general" in line]
 
