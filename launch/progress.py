@@ -50,20 +50,26 @@ class Progress:
     self.say(f"{start.trial.id} started on {start.slot.name}: {self._names[start.trial.id]}")
 
   def found(self, trial: Any, directory: Path, verdict: str) -> None:
-    status = state.read_json(directory / "status.json")
-    if verdict == "failed":
-      verdict = f"{status['failures']} times: {status['reason']}; a larger --retries tries again"
-      verdict = f"failed already, {verdict}"
+    status = state.read_status(directory)
+    if verdict == "failed" and not directory.exists():
+      verdict = "gone: its directory was deleted; the same command begins it anew"
+    elif verdict == "failed":
+      said = f"{status['failures']} times: {status.get('reason', '')}"
+      verdict = f"failed already, {said}; a larger --retries tries again"
     self.say(f"{trial.id} is {verdict}")
 
   def ended(self, start: Any, verdict: str) -> None:
     seconds = duration(time.monotonic() - start.began)
-    status = state.read_json(start.directory / "status.json")
+    status = state.read_status(start.directory)
+    if verdict == "failed" and not start.directory.exists():
+      self.say(f"{start.trial.id} failed after {seconds}: its directory was deleted while it ran; "
+               "the same command begins it anew")
+      return
     if verdict not in ("failed", "again"):
       self.say(f"{start.trial.id} {verdict} after {seconds}{self._figure(start.directory)}")
       return
     then = "no more retries" if verdict == "failed" else (
-      f"next try in {duration(max(0.0, status['next_try'] - time.time()))}"
+      f"next try in {duration(status['wait'])}"
     )
     self.say(f"{start.trial.id} failed after {seconds}: {status['reason']}; {then}. Last lines:")
     for line in status["lines"][-5:]:
@@ -85,7 +91,7 @@ class Progress:
     lines = [f"{total} trials after {duration(now - self._began)}: {words}"]
     for each in running:
       row = state.last_row(each.directory)
-      steps = f"step {row['step']}/{each.trial.steps}" if row else "starting"
+      steps = f"step {row['step']}/{each.trial.steps}" if "step" in row else "starting"
       lines.append(
         f"  {each.trial.id} {steps}{self._figure(each.directory)} {self._names[each.trial.id]}"
       )

@@ -127,7 +127,7 @@ def plan_lines(config: Config, workdir: Path, trials: list[Trial], python: str) 
   lines = [f"# {what}, from {config.sweep}, in {workdir}"]
   for trial, what in zip(trials, described(trials), strict=True):
     directory = workdir / trial.id
-    status = state.read_json(directory / "status.json")
+    status = state.read_status(directory)
     word = state.where(directory, trial.steps, status)
     lines += [f"# {trial.id} ({word}): {what}", shlex.join(trial.command(workdir, python=python))]
   return lines

@@ -196,7 +196,7 @@ class Study:
       return pruned | drive(begin, names=self.names, more=more, hopeless=self.hopeless)
 
   def _was_pruned(self, id: str) -> bool:
-    status = state.read_json(self._workdir / id / "status.json")
+    status = state.read_status(self._workdir / id)
     return bool(self._options.prune_from) and status.get("status") == "pruned"
 
 

@@ -65,7 +65,8 @@ def describe(trial: Trial, command: str, directory: Path) -> None:
 def is_done(directory: Path, steps: int) -> bool:
   """Whether result.json says so, for at least that many steps: the only proof."""
   result = read_json(directory / "result.json")
-  return bool(result) and result.get("steps", steps) >= steps
+  reached = result.get("steps", steps)
+  return bool(result) and isinstance(reached, int) and reached >= steps
 
 
 # --- leases --------------------------------------------------------------------------------------
@@ -109,7 +110,8 @@ def holder(lease: Path | None) -> str:
     return "nobody"
   here = this_process()
   if all(who.get(key) == here[key] for key in ("host", "boot", "namespace")):
-    return "alive" if _started(who["pid"]) == who["started"] else "nobody"
+    same = isinstance(who.get("pid"), int) and _started(who["pid"]) == who.get("started")
+    return "alive" if same else "nobody"
   if who.get("host") == here["host"] and who.get("boot") != here["boot"]:
     return "nobody"  # The machine has been started anew since.
   return "unknown" if _now(lease.parent) - lease.stat().st_mtime < LEASE else "nobody"
@@ -153,7 +155,10 @@ def take_lease(directory: Path) -> Path | None:
 
 def renew_lease(lease: Path) -> bool:
   """A sign of life; False if the lease has been taken over, so that its trial must not go on."""
-  os.utime(lease)
+  try:
+    os.utime(lease)
+  except FileNotFoundError:
+    return False  # Somebody deleted it, or all of the trial's directory.
   return newest_lease(lease.parent.parent) == lease
 
 
@@ -165,9 +170,41 @@ def release_lease(lease: Path) -> None:
 # --- status --------------------------------------------------------------------------------------
 
 
+_KINDS = {
+  "status": str, "slot": str, "reason": str, "failures": int, "seconds": (int, float),
+  "ended": (int, float), "next_try": (int, float), "wait": (int, float), "lines": list,
+}
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+  """What is known of a trial's last start; without what is not of its kind, whoever wrote it."""
+  status = read_json(directory / "status.json")
+  return {key: value for key, value in status.items() if isinstance(value, _KINDS.get(key, object))}
+
+
+def wait_left(status: Mapping[str, Any], now: float) -> float:
+  """Seconds until a trial that failed may be started again.
+
+  A clock that was set back must not make 8 seconds an hour: at most the wait itself is left, and
+  nothing where the failure lies in the future.
+
+  >>> failed = {"failures": 1, "ended": 100.0, "next_try": 108.0, "wait": 8.0}
+  >>> wait_left(failed, 103.0), wait_left(failed, 110.0), wait_left(failed, 100.0 - 3600.0)
+  (5.0, 0.0, 0.0)
+
+  Args:
+    status: from `read_status`.
+    now: the time, as `time.time` has it.
+  """
+  if not status.get("failures") or now < status.get("ended", now):
+    return 0.0
+  left = status.get("next_try", now) - now
+  return max(0.0, min(left, status.get("wait", left)))
+
+
 def record(directory: Path, **changes: Any) -> dict[str, Any]:
   """Updates status.json; only for who holds the lease."""
-  status = read_json(directory / "status.json") | changes
+  status = read_status(directory) | changes
   write_json(directory / "status.json", status)
   return status
 

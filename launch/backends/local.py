@@ -147,6 +147,8 @@ def watch(running: Start, *, time_limit: float, grace: float) -> bool:
     running.renewed = now
     if not state.renew_lease(running.lease):
       running.cause = "taken over by another launcher"
+      if not running.lease.exists():
+        running.cause = f"{running.directory} or its leases were deleted while it ran"
       running.kill()
   return None not in codes
 
@@ -171,9 +173,12 @@ def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> st
   code 130 or 143, with everything saved) has not failed.
   """
   over.kill()  # What its processes may have left behind.
-  if state.newest_lease(over.directory) != over.lease:
+  if not over.directory.exists():
+    return "failed"  # Somebody deleted it: nothing is left to be said, and nobody to start it for.
+  newest = state.newest_lease(over.directory)
+  if newest is not None and newest != over.lease:
     return "elsewhere"  # It is another launcher's now, and so is its status.
-  before = state.read_json(over.directory / "status.json")
+  before = state.read_status(over.directory)
   seconds = before.get("seconds", 0.0) + time.monotonic() - over.began
   changes = {"seconds": round(seconds, 1), "ended": time.time()}
   asked = over.code in (130, 143, -signal.SIGTERM, -signal.SIGINT)
@@ -186,14 +191,17 @@ def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> st
   else:
     failures = before.get("failures", 0) + 1
     verdict = "failed" if failures > retries else "again"
+    wait = min(backoff * 2 ** (failures - 1), 3600)
     changes |= {
       "failures": failures,
       "reason": over.cause or "ended well, but result.json does not hold all steps",
       "lines": state.last_lines(over.directory / "stdout.log", over.log_begin),
-      "next_try": time.time() + min(backoff * 2 ** (failures - 1), 3600),
+      "next_try": time.time() + wait,
+      "wait": wait,
     }
   state.record(over.directory, status=verdict, **changes)
-  state.release_lease(over.lease)
+  if newest is not None:
+    state.release_lease(over.lease)
   return verdict
 
 
@@ -211,16 +219,17 @@ def standing(trial: Trial, directory: Path, *, retries: int) -> Sight:
   """Whether there is anything to do for it, whoever does it."""
   if state.is_done(directory, trial.steps):
     return Sight("done")
-  status = state.read_json(directory / "status.json")
-  failures = status.get("failures", 0)
-  if failures > retries:
+  status = state.read_status(directory)
+  if status.get("failures", 0) > retries:
     return Sight("failed")
-  left = status.get("next_try", 0.0) - time.time() if failures else 0.0
+  left = state.wait_left(status, time.time())
   return Sight("wait", left) if left > 0 else Sight("go")
 
 
 def look(trial: Trial, directory: Path, heartbeats: dict[Path, float], *, retries: int) -> Sight:
   """Whether a trial may be started by us, as far as one can say without its lease."""
+  if not directory.exists():
+    return Sight("failed")
   sight = standing(trial, directory, retries=retries)
   lease = state.newest_lease(directory)
   held = state.holder(lease)
@@ -278,7 +287,9 @@ class Launcher:
       )
       self.progress.ended(over, verdict)
       if verdict == "again":
-        self.next_look[over.trial.id] = 0.0
+        # By a clock that nobody sets; what is on disk is for other launchers, and later ones.
+        wait = state.read_status(over.directory).get("wait", 0.0)
+        self.next_look[over.trial.id] = time.monotonic() + wait
       else:
         self.settled[over.trial.id] = verdict
 
@@ -302,7 +313,16 @@ class Launcher:
 
   def begin(self, trial: Trial) -> float:
     """Starts the trial in a free slot; else seconds until it can be tried again."""
-    directory, retries = self.workdir / trial.id, self.limits.retries
+    directory = self.workdir / trial.id
+    try:
+      return self._begin(trial, directory)
+    except FileNotFoundError:
+      if directory.exists():
+        raise
+      return 0.2  # Deleted this moment: the next look says so.
+
+  def _begin(self, trial: Trial, directory: Path) -> float:
+    retries = self.limits.retries
     sight = look(trial, directory, self.heartbeats, retries=retries)
     self.elsewhere.discard(trial.id)
     if sight.verdict in ("done", "failed"):
@@ -320,10 +340,11 @@ class Launcher:
         wait = min(2 * self.waits.get(trial.id, 0.1), 30.0)  # Each look costs a lease.
         self.waits[trial.id] = wait
         return wait
-      state.record(directory, status="running", slot=self.free[0].name)
-      slot = self.free.pop(0)
+      slot = self.free[0]
+      state.record(directory, status="running", slot=slot.name)
       commands = self.commands(trial, slot)
       self.running.append(start(trial, directory, slot, lease, commands, self.ask))
+      self.free.remove(slot)
       self.progress.started(self.running[-1])
       return float("inf")
     return max(sight.seconds, 0.2)

@@ -102,7 +102,7 @@ def recorded(members: Sequence[Trial], places: Sequence[Path]) -> Iterator[dict[
   The seconds of a trial are those of the whole program: it has no others.
   """
   began = time.monotonic()
-  before = [state.read_json(place / "status.json").get("seconds", 0.0) for place in places]
+  before = [state.read_status(place).get("seconds", 0.0) for place in places]
   for place in places:
     state.record(place, status="running", slot="population")
   found: dict[str, str] = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +17,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launch import state
-from launch.backends import slots
+from launch.backends import local, slots
+from launch.progress import Progress
+from launch.sweep import Trial
 from rl_llm.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -379,3 +385,70 @@ def test_twelve_real_trials_and_ten_kills(tmp_path):
   (path,) = straight.workdir.glob("*/result.json")
   twin = state.read_json(sweep.workdir / path.parent.name / "result.json")
   assert twin["after"] == state.read_json(path)["after"]
+
+
+def test_a_trial_whose_directory_is_deleted_ends_alone(tmp_path):
+  sweep = Sweep(tmp_path, {"seed": range(3)}, steps=6, seconds=0.3)
+  launcher = sweep.start("--parallel=3", "--retries=2")
+  wait_for(lambda: sweep.lines() >= 6, "three trials that run")
+  gone = next(sweep.workdir.glob("*/metrics.jsonl")).parent
+  shutil.rmtree(gone)
+  assert launcher.wait(timeout=PATIENCE) == 1
+  others = [p.name for p in sweep.workdir.glob("*") if (p / "trial.json").exists()]
+  assert sorted(sweep.status()) == sorted(others) and gone.name not in others
+  assert all(state.is_done(sweep.workdir / name, 6) for name in others) and len(others) == 2
+  said = [line for line in sweep.output().splitlines() if line.startswith(f"{gone.name} failed")]
+  assert len(said) == 1 and "its directory was deleted while it ran" in said[0]
+  assert sweep.run("--parallel=3")[0] == 0, "the same command begins it anew"
+  assert state.is_done(gone, 6)
+
+
+def test_a_trial_whose_leases_are_deleted_is_tried_again(tmp_path, monkeypatch):
+  """Nobody can tell any more whether another launcher has it, so it ends, and begins once more."""
+  monkeypatch.setattr(state, "HEARTBEAT", 0.0)
+  trial = Trial("one", "x", {}, {}, [], steps=1)
+  directory = tmp_path / trial.id
+  directory.mkdir()
+  begun = []
+
+  def commands(trial, slot):
+    begun.append(time.monotonic())
+    if len(begun) > 1:
+      return [["sh", "-c", f"echo '{{\"steps\": 1}}' > {directory}/result.json"]]
+    return [["sleep", "60"]]
+
+  class Deletes(Progress):
+    def started(self, start):
+      if len(begun) == 1:
+        shutil.rmtree(directory / "leases")
+
+  verdicts = local.drive(
+    [trial], tmp_path, slots=[slots.Slot("cpu", {})], commands=commands,
+    limits=local.Limits(retries=1, backoff=0.5, time_limit=0, grace=5),
+    progress=Deletes({trial.id: "it"}, stream=io.StringIO()),
+  )
+  assert verdicts == {trial.id: "done"} and begun[1] - begun[0] >= 0.5
+  assert state.read_status(directory)["seconds"] < 60
+
+
+def test_a_status_that_somebody_wrote_is_read_for_what_it_is_worth(tmp_path):
+  sweep = Sweep(tmp_path, {"seed": [0]}, steps=2)
+  assert sweep.run()[0] == 0
+  (path,) = sweep.workdir.glob("*/status.json")
+  (path.parent / "result.json").unlink()
+  for odd in ('{"failures": "many", "next_try": "soon", "seconds": "long", "wait": []}', '"done"'):
+    path.write_text(odd)
+    (path.parent / "result.json").unlink(missing_ok=True)
+    code, output = sweep.run()
+    assert code == 0 and "Traceback" not in output, output
+
+
+@given(
+  failed=st.floats(0, 1e10), wait=st.floats(0, 3600), moved=st.floats(-1e6, 1e6)
+)
+def test_no_clock_makes_a_wait_longer_than_it_was(failed, wait, moved):
+  status = {"failures": 1, "ended": failed, "next_try": failed + wait, "wait": wait}
+  left = state.wait_left(status, failed + moved)
+  assert 0 <= left <= wait
+  if failed + moved < failed:
+    assert left == 0
