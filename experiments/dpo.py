@@ -118,7 +118,7 @@ def check(config: Config) -> None:
   sampled = config.prompts.max_prompt_tokens + config.prompts.max_new_tokens
   on_policy = config.data.data == "on_policy"
   config.data.check_fits(sampled if on_policy else config.data.max_tokens)
-  config.data.check_measured(config.task.task, "on_policy")
+  config.data.check_measured(config, "on_policy")
   if loss.name in losses.BATCH_COUPLED and config.pairs.microbatches > 1:
     allowed = f"at least pairs_per_step ({config.pairs.per_step}) with --loss={loss.name}"
     fix = "it compares the pairs of a batch with each other"
@@ -364,7 +364,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       return run.result
     size, layout = config.pairs, config.prompts.layout
     mesh = setup.open_pair_mesh(config)
-    task, dataset = setup.load_task(config.task), None
+    task, dataset = setup.load_training_task(config), None
     if config.data.data != "on_policy":
       dataset = setup.read_data(config, "preference", "implicit_preference")
     model = setup.load_model(config, run, mesh, reference=needs_reference(config.loss))

@@ -242,7 +242,9 @@ class Prompts:
 class Evaluation:
   """Accuracy on problems that training never draws."""
 
-  every: int = option(16, "steps between evaluations; first and last are always done", min=1)
+  every: int = option(
+    16, "steps between evaluations, first and last included; 0 = a run without evaluation", min=0
+  )
   problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
   samples: int = option(7, "responses a problem at temperature 1, and one greedy one", min=1)
 
@@ -362,13 +364,14 @@ class Data:
       allowed = f"0, or at least a sequence's limit ({longest})"
       raise ConfigError("packing", self.packing, allowed)
 
-  def check_measured(self, task: str, own: str) -> None:
-    """Refuses a run without a task and without held-out data; `own` is the task's own --data."""
+  def check_measured(self, config: Any, own: str = "") -> None:
+    """Refuses a run with nothing to learn, or to evaluate on; `own` is the task's own --data."""
+    task = config.task.task if hasattr(config, "task") else "none"
     if task == "none" and self.data == own:
       raise ConfigError("data", own, "a file where there is no task", "or name one with --task")
-    if task == "none" and not self.held_out_fraction:
-      name, fix = "held_out_fraction", "nothing would say what was learned"
-      raise ConfigError(name, 0, "above 0 with --task=none", fix)
+    if task == "none" and not self.held_out_fraction and config.eval.every:
+      allowed = "above 0, where nothing else says what was learned"
+      raise ConfigError("held_out_fraction", 0, allowed, "--eval.every=0 does without")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -316,7 +316,7 @@ def _train(
   mesh = sharding.make_mesh(data=math.gcd(count, jax.device_count()))
   kind = jax.devices()[0].device_kind
   say(f"loading {config.model.model} for {count} members on {mesh.size} x {kind}")
-  task, size = setup.load_task(config.task), config.updates
+  task, size = setup.load_training_task(config), config.updates
   model, frozen, first = load_members(members, run, mesh)
   policy, tokenizer = model.policy, model.tokenizer
   programs = make_programs(config, policy, tokenizer, mesh, count)
@@ -350,7 +350,7 @@ def _train(
     setup.open_record_of(config, run, mesh, begun[0]) as record_whole,
   ):
     sampler = sampler._replace(generate=generate)
-    held_out = experience.held_out_problems(task, sampler.encode, limit=config.eval.problems)
+    held_out = setup.held_out_problems(config, sampler)
     evaluated = {"samples": config.eval.samples, "prompts_per_batch": size.prompts_per_step}
     state = training.train_loop(
       run,

@@ -226,6 +226,14 @@ def load_task(group: flags.Task) -> tasks.Task | None:
   return tasks.load_task(group.task, **vars(getattr(group.families, tasks.task_family(group.task))))
 
 
+def load_training_task(config: Any) -> tasks.Task | None:
+  """`load_task` for a run that evaluates at it, which wants held-out problems."""
+  task = load_task(config.task)
+  if task is not None and config.eval.every:
+    tasks.check_held_out(task, otherwise="--eval.every=0")
+  return task
+
+
 @contextlib.contextmanager
 def open_sampler(
   config: Any,
@@ -265,6 +273,13 @@ def open_sampler(
     yield experience.Sampler(task, tokenizer, encode, generate, pool, judge, mesh, run.stop.check)
 
 
+def held_out_problems(config: Any, sampler: experience.Sampler) -> experience.Drawn:
+  """What the run is evaluated on; nothing in a run without evaluation."""
+  if not config.eval.every:
+    return experience.Drawn([], [], 0)
+  return experience.held_out_problems(sampler.task, sampler.encode, limit=config.eval.problems)
+
+
 @contextlib.contextmanager
 def open_problems(
   config: Any,
@@ -288,7 +303,7 @@ def open_problems(
     yield None
     return
   with open_sampler(config, run, model, task, **further) as sampler:
-    held_out = experience.held_out_problems(task, sampler.encode, limit=config.eval.problems)
+    held_out = held_out_problems(config, sampler)
     if responses:  # Draw step 0's problems now, so that bad data fails before anything compiles.
       drawn = experience.draw_problems(task, seed, 0, prompts, sampler.encode)
       experience.agree_on_data(drawn.prompts)
@@ -321,7 +336,7 @@ def open_sampling(
     at_once={"microbatch_prompts": part},
     minibatches=size.minibatches,
   )
-  task = load_task(config.task)
+  task = load_training_task(config)
   model = load_model(config, run, mesh, reference=reference)
   rewards = {"reward": config.reward, "rows_at_once": part * group}
   with open_problems(
@@ -503,12 +518,6 @@ def step_work(
 
 
 # Responses that nothing is trained on.
-
-
-def run_name(model: str) -> str:
-  """The model; of one that a run exported, the run's directory, whose name says more."""
-  path = Path(model)
-  return str(path.parent) if path.name == "model" and path.parent.name else model
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def check(config: Config) -> None:
   rows, part = config.examples_per_step, config.microbatch_rows
   configs.check_divides("microbatch_rows", rows, part, f"examples_per_step ({rows})")
   config.data.check_fits(config.data.max_tokens)
-  config.data.check_measured(config.task.task, "task")
+  config.data.check_measured(config, "task")
 
 
 class Batch(typing.NamedTuple):
@@ -234,7 +234,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     mesh = setup.open_mesh(
       config, per_step={"examples_per_step": size}, at_once={"microbatch_rows": part}
     )
-    task, dataset = setup.load_task(config.task), None
+    task, dataset = setup.load_training_task(config), None
     if config.data.data != "task":
       dataset = setup.read_data(config, "prompt_completion", "messages", "text")
     model = setup.load_model(config, run, mesh)

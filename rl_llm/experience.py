@@ -38,7 +38,7 @@ from rl_llm.rollout import (
 )
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
-from rl_llm.tasks import Problem, Task, TaskError
+from rl_llm.tasks import Problem, Task, check_held_out
 from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts, resolve_format
 
 
@@ -177,16 +177,12 @@ def held_out_problems(
     TaskError: there are none.
     PromptTooLong: none fits.
   """
+  check_held_out(task, otherwise="--eval.every=0")
   drawn = encode(task.held_out[:limit] if limit else task.held_out)
   if drawn.overlong and not drawn.problems:
     raise PromptTooLong(
       f"all {drawn.overlong} held-out prompts are over --max_prompt_tokens; raise it, or choose "
       "--overlong_prompt=truncate_left"
-    )
-  if not drawn.problems:
-    raise TaskError(
-      f"task={task.name!r}: no held-out problem to evaluate on; hold some out, or give a file of "
-      "them (see the task's flags)"
     )
   return drawn
 

@@ -159,6 +159,16 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
     ) from None
 
 
+def run_name(model: str) -> str:
+  """The model; of one that a run exported, the run's directory, whose name says more.
+
+  >>> run_name("runs/grpo-tiny-copy-seed0/model"), run_name("smollm2")
+  ('runs/grpo-tiny-copy-seed0', 'smollm2')
+  """
+  path = Path(model)
+  return str(path.parent) if path.name == "model" and path.parent.name else model
+
+
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
   """Writes result.json, in one move and last of all: it is the only proof that a run is done."""
   content = json.dumps(result, indent=2) + "\n"

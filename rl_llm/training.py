@@ -88,9 +88,13 @@ class Schedule(NamedTuple):
   """When a run does what it does not do at every step."""
 
   steps: int  # of the whole run
-  eval_every: int
+  eval_every: int  # 0: a run without evaluation
   checkpoint_every: int
   profile: int = 0  # steps to trace, from the second one on, since the first compiles
+
+  def evaluates(self, step: int) -> bool:
+    """Whether the weights that this step begins with are evaluated; those at the end always are."""
+    return self.eval_every > 0 and (step == self.steps or step % self.eval_every == 0)
 
 
 # (state, step, clock) -> experience. It may raise `Interrupted`: the state is as it was.
@@ -205,7 +209,7 @@ def train_loop(
     sample: see `Sample`.
     learn: see `Learn`.
     evaluate: (state) -> metrics "eval/..." and samples; done before step 0, every `eval_every`
-      steps, and at the end.
+      steps, and at the end, or never where that is 0.
     record: such as `open_record` gives.
     schedule: see `Schedule`.
 
@@ -229,7 +233,7 @@ def train_loop(
             with done.clock("checkpoint"):
               run.checkpoints.save(step, state)
             saved = step
-          if last or step % schedule.eval_every == 0:
+          if schedule.evaluates(step):
             with done.clock("eval"):
               done = done._replace(evaluation=evaluate(state))
             run.console.evaluation(step, done.evaluation.metrics)
@@ -453,8 +457,8 @@ def on_main(params: Any) -> Any:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """What result.json holds, read off the record."""
-  evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
+  """What result.json holds, read off the record; without evaluations nothing before and after."""
+  evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)] or [{}]
   result = {"steps": rows[-1]["step"], "seconds": sum(row["time/step"] for row in rows)}
   for name, row in (("before", evaluated[0]), ("after", evaluated[-1])):
     result[name] = {key: value for key, value in row.items() if key.startswith("eval/")}

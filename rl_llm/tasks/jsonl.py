@@ -154,7 +154,8 @@ def jsonl_task(
 
   Raises:
     DataError: a file is missing or a row broken, as `path:line: what; fix`.
-    TaskError: an option does not fit, or one side of the split is empty.
+    TaskError: an option does not fit, or all rows are held out. That none is held out matters to
+      who evaluates: see `rl_llm.tasks.check_held_out`.
   """
   source = _source(options)
 
@@ -176,13 +177,11 @@ def jsonl_task(
   keys = {problem.key for problem in held_out}
   training = [problem for problem in problems if problem.key not in keys]
   if not training:
-    raise TaskError(f"{path}: no row is left to train on; all {len(problems)} are held out")
-  if options.held_out_fraction and not held_out:
-    raise TaskError(
-      f"{name}.held_out_fraction={options.held_out_fraction:g}: takes none of "
-      f"the {len(problems)} rows; raise it, "
-      f"give --{name}.held_out_file, or set it to 0 for a run without evaluation"
-    )
+    fix = f"lower --{name}.held_out_fraction"
+    if options.held_out_file:
+      fix = f"leave the prompts of {path} out of --{name}.held_out_file"
+    count = len(problems)
+    raise TaskError(f"{path}: all {count} rows are held out, none is left to train on; {fix}")
 
   overlap = len(problems) - len(training) - (0 if options.held_out_file else len(held_out))
 

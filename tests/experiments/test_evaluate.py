@@ -323,7 +323,7 @@ def test_no_prompt_fits(tmp_path, files):
     ({"split": "train"}, "--problems=0: must be at least 1 with --split=train"),
     ({"difficulty_column": "depth"}, "--difficulty_column=depth: must be a column .*: level"),
     ({"task": "sum"}, "no such task"),
-    (COPY | {"copy.held_out": 0}, "no held-out problem to evaluate on"),
+    (COPY | {"copy.held_out": 0}, "copy: no problem is held out .*, or choose --split=train"),
   ],
 )
 def test_what_is_refused_before_anything_is_loaded(tmp_path, files, monkeypatch, changes, said):

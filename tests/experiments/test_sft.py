@@ -307,7 +307,7 @@ def test_rows_of_another_kind_and_answers_that_do_not_exist(tmp_path, small, fil
   ("changes", "message"),
   [
     ({"data": "task"}, r"--data=task: must be a file where there is no task"),
-    ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0 with --task=none"),
+    ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0, where nothing else"),
     ({"microbatch_rows": 3}, r"--microbatch_rows=3: must be a divisor .*try --microbatch_rows=1"),
     ({"packing": 8}, r"--packing=8: must be 0, or at least .* \(16\)"),
     ({"optimizer.schedule": "linear", "optimizer.warmup_steps": 3}, r"warmup_steps=3"),

@@ -5,7 +5,7 @@ import pytest
 
 from rl_llm.data import DataError
 from rl_llm.rewards import RewardError, RewardPool
-from rl_llm.tasks import TaskError, load_task
+from rl_llm.tasks import TaskError, check_held_out, load_task
 
 ROWS = [{"question": f"{n} + {n}?", "answer": f"so #### {2 * n}", "level": n} for n in range(200)]
 
@@ -69,10 +69,13 @@ def test_fraction_none_and_too_small(tmp_path, spec):
   assert load(spec, held_out_fraction=0.0).held_out == ()
   assert len(load(spec, held_out_fraction=0.5).held_out) > 60
   few = write(tmp_path / "few.jsonl", ROWS[:3])
-  with pytest.raises(TaskError, match="held_out_fraction=1e-09: takes none of the 3 rows; raise"):
-    load(few, held_out_fraction=1e-9)
-  with pytest.raises(TaskError, match="no row is left to train on"):
+  none = load(few, held_out_fraction=1e-9)
+  with pytest.raises(TaskError, match=r"\(3 rows to train on, 0 held out.*choose to look"):
+    check_held_out(none, otherwise="to look elsewhere")
+  with pytest.raises(TaskError, match="all 3 rows are held out.*leave the prompts of .*few.jsonl"):
     load(few, held_out_file=few.removeprefix("jsonl:"))
+  with pytest.raises(TaskError, match="all 3 rows are held out.*lower --jsonl.held_out_fraction"):
+    load(few, held_out_fraction=0.999)
 
 
 def test_messages_instruction_and_gzip(tmp_path):
