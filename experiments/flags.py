@@ -411,7 +411,16 @@ class Weighting:
     "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
   ] = option("token_mean", "a function of rl_llm.weighting")
   length: int = option(0, "of constant_length; 0 = max_new_tokens", min=0)
-  drop_truncated: bool = option(False, "responses cut off at the limit do not count (DAPO)")
+  truncated: Literal["keep", "zero", "drop"] = option(
+    "keep", "responses cut off at the limit: zero = weight 0, but in the denominator like any "
+    "other; drop = the mean is over the others alone"
+  )
+  drop_truncated: bool = option(False, "the old name of --weighting.truncated=zero")
+
+  def check(self, config: Any) -> None:
+    """Refuses two answers to one question."""
+    if self.drop_truncated and self.truncated == "drop":
+      raise ConfigError("weighting.truncated", "drop", "left out with --weighting.drop_truncated")
 
 
 @dataclasses.dataclass(frozen=True)

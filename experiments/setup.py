@@ -457,7 +457,7 @@ def weigh(config: Any) -> responses.Weigh:
     responses.token_weights,
     name=options.name,
     length=options.length or longest,
-    drop_truncated=options.drop_truncated,
+    truncated="zero" if options.drop_truncated else options.truncated,
   )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from rl_llm.masked import masked_mean
 from rl_llm.model import Weights
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs, take_prompts
+
+Truncated = Literal["keep", "zero", "drop"]
 
 # (batch) -> [B, T] how much each token of an update counts
 Weigh = Callable[[ResponseBatch], jax.Array]
@@ -69,7 +71,7 @@ def place_responses(experience: Experience, mesh: jax.sharding.Mesh | None) -> R
 
 
 def token_weights(
-  batch: ResponseBatch, *, name: str, length: int, drop_truncated: bool = False
+  batch: ResponseBatch, *, name: str, length: int, truncated: Truncated = "keep"
 ) -> jax.Array:
   """[B, T] how much each token of an update counts: a function of `rl_llm.weighting` by its name.
 
@@ -77,14 +79,19 @@ def token_weights(
     batch: the update's rows.
     name: of the function.
     length: of "constant_length".
-    drop_truncated: whether responses that were cut off at the limit do not count (DAPO).
+    truncated: what becomes of responses that were cut off at the limit: "keep" counts them as any,
+      "zero" gives them weight 0 but leaves them in the denominator, so the others count what they
+      would have counted (the batch's gradient shrinks), "drop" takes the mean over the others.
   """
+  mask = batch.mask
+  if truncated == "drop":
+    mask = mask & ~batch.truncated[:, None]
   keywords = {
     "constant_length": {"length": length},
     "prompt_mean": {"group_size": len(batch.tokens) // len(batch.prompts)},
   }
-  weights = getattr(weighting, name)(batch.mask, **keywords.get(name, {}))
-  if drop_truncated:
+  weights = getattr(weighting, name)(mask, **keywords.get(name, {}))
+  if truncated == "zero":
     weights = weights * weighting.drop_truncated(batch.mask, batch.truncated)
   return weights
 

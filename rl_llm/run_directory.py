@@ -181,8 +181,10 @@ def _refuse_other_settings(
   # What was recorded was redacted, so it is compared with what would be.
   wanted = json.loads(redact(json.dumps(flatten(config))))
   volatile = set(volatile)
+  # A setting that came after the run began was then what its default is.
+  recorded = flatten(type(config)()) | recorded
   for path, value in wanted.items():
-    if path not in volatile and recorded.get(path, value) != value:
+    if path not in volatile and recorded[path] != value:
       raise ConfigError(
         path,
         value,

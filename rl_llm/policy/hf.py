@@ -596,6 +596,7 @@ def _inside(directory: Path, name: str, if_missing: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
   try:
     entries = json.loads(path.read_text(encoding="utf-8"))
+    json.dumps(entries, allow_nan=False)  # Python takes NaN, and reads 1e400 as infinity.
   except (ValueError, RecursionError) as error:
     raise WeightsError(f"{path}: not valid JSON ({error}); download it again") from error
   if not isinstance(entries, dict):

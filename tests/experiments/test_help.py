@@ -22,8 +22,9 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
 ADDED: dict[str, set[str]] = {
-  "grpo": {"advantage.name"},
-  "reinforce": {"kl.value", "reward"},
+  "grpo": {"advantage.name", "weighting.truncated"},
+  "ppo": {"weighting.truncated"},
+  "reinforce": {"kl.value", "reward", "weighting.truncated"},
 }
 
 
