@@ -186,10 +186,7 @@ def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
         cells[f"accuracy {when}, seed {trial['seed']}"] = shown
     return cells
 
-  columns = [column(method) for method in found]
-  rows = [[name, *(cells[name] for cells in columns)] for name in columns[0]]
-  lines = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in rows]
-  return "\n".join([lines[0], "|---" * (len(found) + 1) + "|", *lines[1:], ""])
+  return curves.markdown([column(method) for method in found])
 
 
 def page(config: Config, text: str) -> str:
@@ -235,8 +232,8 @@ def compare(config: Config) -> list[dict[str, Any]]:
       if not (directory / "noise.json").exists():
         do(method, variance_settings(config, method), directory, stop)
         gradients = first_moments(directory / "checkpoints", config.variance_batches)
-        found = metrics.noise_to_signal(gradients)
-        files.write_atomically(directory / "noise.json", json.dumps(found).encode())
+        found = json.dumps(metrics.json_number(metrics.noise_to_signal(gradients)))
+        files.write_atomically(directory / "noise.json", found.encode())
         shutil.rmtree(directory / "checkpoints")  # Gigabytes that nothing reads any more.
   found = [measure(config, method) for method in config.methods]
   text = table(config, found)

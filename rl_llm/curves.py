@@ -25,6 +25,20 @@ def phases(rows: Sequence[dict]) -> list[str]:
   return sorted(names - {"step", "eval", "checkpoint"})
 
 
+def markdown(columns: Sequence[Mapping[str, str]]) -> str:
+  """A Markdown table of columns, each its cells by the names of their rows; the first is the head.
+
+  >>> print(markdown([{"": "GRPO", "accuracy": "0.9"}, {"": "PPO", "accuracy": "0.8"}]))
+  | | GRPO | PPO |
+  |---|---|---|
+  | accuracy | 0.9 | 0.8 |
+  <BLANKLINE>
+  """
+  rows = [[name, *(cells[name] for cells in columns)] for name in columns[0]]
+  lines = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in rows]
+  return "\n".join([lines[0], "|---" * (len(columns) + 1) + "|", *lines[1:], ""])
+
+
 def tokens_to(points: Sequence[dict[str, float]], target: float) -> float | None:
   """Tokens sampled before the accuracy first reaches the target, between two evaluations by the
   straight line; None where it never does.
