@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rl_llm import losses, presets
 from rl_llm.config import ConfigError, check_divides, inline, option
+from rl_llm.data.formats import COLUMNS
 from rl_llm.group_advantages import GROUP_ADVANTAGES
 from rl_llm.keywords import keyword_group
 from rl_llm.policy.attention import AttentionName
@@ -329,8 +330,13 @@ class Updates:
     return max(1, self.prompts_per_step // self.minibatches // self.microbatch_prompts)
 
   def check(self, config: Any) -> None:
-    """Refuses sizes that do not divide."""
-    prompts, count = self.prompts_per_step, self.minibatches
+    """Refuses sizes that do not divide, and several updates by a loss that takes every sample for
+    the policy's own."""
+    prompts, count, loss = self.prompts_per_step, self.minibatches, config.loss.name
+    if loss == "reinforce_loss" and self.count > 1:
+      allowed = "a loss with a ratio where a step has several updates (epochs * minibatches > 1)"
+      fix = "after the first the samples are another policy's: try --loss=ppo_loss"
+      raise ConfigError("loss.name", loss, allowed, fix)
     if prompts % count:
       raise ConfigError("minibatches", count, f"a divisor of prompts_per_step ({prompts})")
     update = prompts // count
@@ -346,6 +352,10 @@ class Data:
   """The data, and how much of it is kept for evaluation."""
 
   data: str = option("", "a file of examples, JSONL (plain or gzip) or Parquet; see above")
+  data_format: str = option(
+    "auto", "of the rows of --data, where the columns alone leave a choice: those of other formats "
+    "are then your own", choices=("auto", *COLUMNS)
+  )
   data_errors: Literal["strict", "lenient"] = option(
     "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
   )
@@ -455,17 +465,6 @@ GroupAdvantage = keyword_group(
   shape=(2, 2),
   unset=False,
 )
-
-
-def check_updates(loss: Any, updates: Updates) -> None:
-  """Refuses several updates a step by a loss that takes every sample for the policy's own."""
-  if loss.name == "reinforce_loss" and updates.count > 1:
-    raise ConfigError(
-      "loss.name",
-      loss.name,
-      "a loss with a ratio where a step has several updates (epochs * minibatches > 1)",
-      "after the first the samples are another policy's: try --loss=ppo_loss",
-    )
 
 
 def preset(parts: str) -> Any:

@@ -79,7 +79,6 @@ def overrides(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
-  flags.check_updates(config.loss, config.updates)
   if config.updates.responses_per_prompt < 2:
     raise configs.ConfigError("responses_per_prompt", 1, "at least 2, to compare responses")
 

@@ -369,8 +369,9 @@ def sampling_config(options: Any) -> SamplingConfig:
 
 def read_data(config: Any, *formats: str) -> Dataset:
   """The rows of --data, which must be of one of these formats."""
-  strict = config.data.data_errors == "strict"
-  return loading.read_examples(config.data.data, formats=formats, strict=strict)
+  options, strict = config.data, config.data.data_errors == "strict"
+  how = {"format": options.data_format, "strict": strict}
+  return loading.read_examples(options.data, formats=formats, **how)
 
 
 def load_data(
@@ -394,7 +395,8 @@ def load_data(
   )
   sequences = encoding.flat(loaded.training + loaded.held_out)
   experience.agree_on_data(sequence.tokens for sequence in sequences)
-  return loaded
+  unread = loading.unread_note(dataset, read=[getattr(config, "margin_column", "")])
+  return loaded._replace(note=loaded.note + unread)
 
 
 def load_pairs(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rl_llm.data import read_table
 from rl_llm.data.held_out import content_key, is_held_out
+from rl_llm.messages import (
+  COLUMNS,
+  MessageError,
+  check_messages,
+  check_prompt_ends,
+  template_names,
+)
 from rl_llm.rewards import RewardSource, graders
 from rl_llm.tasks.problem import (
   Problem,
@@ -17,6 +24,9 @@ from rl_llm.tasks.problem import (
   number_text,
   rng_for,
 )
+
+# Of a row's columns, by our own graders and by `rl_llm.demonstrations`.
+READ_BY_GRADERS = ("answer", "completion")
 
 
 @dataclass(frozen=True)
@@ -97,28 +107,28 @@ def _answer_of(options: JsonlOptions) -> Callable[[Problem, str], str | None] | 
   return lambda problem, text: number_text(graders.final_number(text))
 
 
-def _check_row(row: dict[str, Any], prompt_column: str) -> str:
-  """What is wrong with a row, for `read_rows`."""
+def _check_row(row: dict[str, Any], prompt_column: str, missing: str) -> str:
+  """What is wrong with a row, for `read_rows`; `missing` is what to do about a missing prompt."""
   if prompt_column not in row:
-    return (
-      f"no key {prompt_column!r} (it has {', '.join(map(repr, row))}); add it or set prompt_column"
-    )
+    return f"no key {prompt_column!r} (it has {', '.join(map(repr, row))}); {missing}"
   for name in ("prompts", "completions"):
     if name in row:
       return f"a key {name!r}, which is an argument of the reward function; rename it"
   prompt = row[prompt_column]
-  if isinstance(prompt, str):
-    return "" if prompt.strip() else f"{prompt_column!r} is empty; write a prompt"
-  if not isinstance(prompt, list):
+  if not isinstance(prompt, str | list):
     return (
       f"{prompt_column!r} is of type {type(prompt).__name__}; must be text or a list of messages"
     )
-  for message in prompt:
-    if not isinstance(message, dict) or not all(
-      isinstance(message.get(key), str) for key in ("role", "content")
-    ):
-      return f"{prompt_column!r} holds a message without role and content as text; give both"
-  return "" if prompt else f"{prompt_column!r} has no message; write one"
+  if isinstance(prompt, str) and not prompt.strip():
+    return f"{prompt_column!r} is empty; write a prompt"
+  try:
+    if isinstance(prompt, list):
+      check_messages(prompt_column, prompt, trained=False)
+      check_prompt_ends(prompt_column, prompt)
+    template_names(row)
+  except MessageError as error:
+    return str(error)
+  return ""
 
 
 def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
@@ -128,6 +138,15 @@ def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
     prompt = f"{prompt}\n{options.instruction}"
   columns = {name: value for name, value in row.items() if name != options.prompt_column}
   return Problem(prompt, columns, key)
+
+
+def _unread(source: RewardSource, problems: Sequence[Problem]) -> str:
+  """The columns that go nowhere, for the note; what another's grader reads is not known."""
+  if not source.own_grader:
+    return ""
+  names = {name for problem in problems for name in problem.columns}
+  names -= {*READ_BY_GRADERS, *COLUMNS}
+  return f"; columns that nothing reads: {', '.join(sorted(names))}" if names else ""
 
 
 def jsonl_task(
@@ -157,12 +176,14 @@ def jsonl_task(
     TaskError: an option does not fit, or all rows are held out. That none is held out matters to
       who evaluates: see `rl_llm.tasks.check_held_out`.
   """
-  source = _source(options)
+  source, missing = _source(options), "add it"
+  if name == "jsonl":
+    missing += ", or name the prompt's own key with --jsonl.prompt_column"
 
   def read(file: str) -> tuple[list[Problem], int]:
     found = read_table(
       file,
-      check=lambda row: _check_row(row, options.prompt_column) or check(row),
+      check=lambda row: _check_row(row, options.prompt_column, missing) or check(row),
       strict=not options.lenient,
     )
     return [_problem(row, options) for row in found.rows], len(found.errors)
@@ -201,7 +222,7 @@ def jsonl_task(
     max_reward=options.max_reward,
     note=(
       f"{len(training)} rows to train on, {len(held_out)} held out, {dropped} broken dropped, "
-      f"{overlap} left out of training as held out"
+      f"{overlap} left out of training as held out{_unread(source, problems)}"
     ),
     answer_of=_answer_of(options),
   )

@@ -100,7 +100,7 @@ def test_a_format_said_makes_the_other_columns_ones_own(tmp_path):
   found = read_dataset(path, format="prompt_completion")
   assert found.examples == (Demonstration("a", "b", {"label": "easy", "text": "c"}),)
   assert read_dataset(path, format="text").examples[0].completion == "c"
-  with pytest.raises(DataError, match="rows.jsonl:1: 'label' is of type str; .*format="):
+  with pytest.raises(DataError, match="rows.jsonl:1: 'label' is 'easy'; .*--data_format=prompt_"):
     read_dataset(path, format="unpaired")
   with pytest.raises(DataError, match="format='dpo': must be one of prompt_only"):
     read_dataset(path, format="dpo")
@@ -136,7 +136,25 @@ def test_most_rows_decide_so_that_a_broken_first_one_does_not(tmp_path):
     read_dataset(path)
 
 
+BLANK, CALL = assistant(" "), {"role": "assistant", "content": None}
 BROKEN = [
+  ({"prompt": Q, "completion": [assistant("")]}, "'completion' holds an empty message of 'assist"),
+  ({"messages": [user(""), *GOOD]}, "'messages' holds an empty message of 'user'"),
+  ({"prompt": Q, "chosen": GOOD, "rejected": [BLANK]}, "'rejected' holds an empty message"),
+  ({"prompt": Q + GOOD, "completion": GOOD}, "'prompt' ends with the assistant's message"),
+  ({"prompt": Q + GOOD, "chosen": GOOD, "rejected": BAD}, "'prompt' ends with the assistant's"),
+  ({"messages": Q + [GOOD[0] | {"weight": 0}]}, "no answer of the assistant that is trained on"),
+  ({"messages": Q + [GOOD[0] | {"weight": 0.5}]}, "weight=0.5; write 1"),
+  ({"messages": Q + [GOOD[0] | {"weight": 1, "train": False}]}, "weight=1 and train=False, which"),
+  ({"messages": [Q[0] | {"loss_mask": 1}, *GOOD]}, "gives a message of 'user' a weight"),
+  ({"prompt": Q, "chosen": [GOOD[0] | {"weight": 0}], "rejected": BAD}, "compared whole; remove"),
+  ({"prompt": [Q[0], GOOD[0] | {"train": True}, Q[0]], "completion": GOOD}, "not trained on"),
+  ({"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {}}]}]}, "a call without the name"),
+  ({"messages": Q + [CALL | {"tool_calls": [{"name": "add", "arguments": "2"}]}]}, "no object"),
+  ({"messages": Q + [assistant("4") | {"function_call": {"name": "add"}}]}, "a function_call; wri"),
+  ({"prompt": "a", "completion": "b", "tools": "hammer"}, "'tools' is no list of JSON schemas"),
+  ({"prompt": "a", "completion": "b", "chat_template_kwargs": [1]}, "'chat_template_kwargs' is no"),
+  ({"prompt": Q, "completion": GOOD, "chat_template_kwargs": {"tools": []}}, "sets tools, which"),
   ({"prompt": None, "completion": "b"}, "'prompt' is null"),
   ({"prompt": 3, "completion": "b"}, "'prompt' is of type int"),
   ({"prompt": " ", "completion": "b"}, "'prompt' is empty"),
@@ -145,7 +163,8 @@ BROKEN = [
   ({"prompt": [{"role": "user"}], "completion": GOOD}, "'prompt' holds a message without content"),
   ({"prompt": Q, "completion": "4"}, "'prompt' and 'completion' are neither all text nor all mess"),
   ({"prompt": Q, "completion": Q}, "'completion' begins with the message of 'user'"),
-  ({"prompt": "a", "completion": "b", "label": 1}, "'label' is of type int; write true or false"),
+  ({"prompt": "a", "completion": "b", "label": 2}, "'label' is 2; write true or false"),
+  ({"prompt": "a", "completion": "b", "label": "good"}, "'label' is 'good'; write true or false"),
   ({"chosen": "4", "rejected": "5"}, "share no prompt"),
   ({"chosen": "2+2? 4", "rejected": "2+2? 4"}, "the same, or one is the beginning"),
   ({"chosen": "2+2? 4", "rejected": "2+2? 4."}, "the same, or one is the beginning"),
@@ -189,6 +208,38 @@ def test_tool_calls_stand_for_content(tmp_path):
     # Parquet gives every message every key: those that are null come back as absent.
     found = read_dataset(write(tmp_path / "rows", [row]))
     assert found.examples[0].completion == row["completion"]
+
+
+def test_what_is_accepted_beside_text(tmp_path):
+  """Empty where it means something, weights where turns are trained on, tools in either form."""
+  rows = [
+    {"messages": [{"role": "system", "content": ""}, *Q, *GOOD]},
+    {"messages": [*Q, GOOD[0] | {"weight": 0}, *Q, GOOD[0] | {"loss_mask": 1}]},
+    {"messages": [Q[0] | {"weight": 0}, GOOD[0] | {"train": True, "weight": None}]},
+    {"messages": [*Q, CALL | {"tool_calls": [{"name": "add", "arguments": '{"a": 2}'}]},
+                  {"role": "tool", "content": ""}, *GOOD], "tools": '[{"name": "add"}]'},
+    {"messages": [*Q, assistant("") | {"reasoning_content": "Two and two."}], "tools": []},
+  ]
+  found = read_dataset(jsonl(tmp_path / "rows.jsonl", rows))
+  assert [example.completion for example in found.examples] == [row["messages"] for row in rows]
+
+
+def test_labels_may_be_numbers(tmp_path):
+  rows = [{"prompt": f"q{n}", "completion": "yo", "label": n % 2} for n in range(3)]
+  found = read_dataset(jsonl(tmp_path / "kto.jsonl", rows))
+  assert [(type(e), e.label) for e in found.examples] == [
+    (Unpaired, False), (Unpaired, True), (Unpaired, False)
+  ]
+
+
+def test_a_prompt_next_to_answers_that_begin_with_it(tmp_path):
+  """As UltraFeedback's rows are: the format that the error names takes the prompt from both."""
+  row = {"prompt": "2+2?", "chosen": Q + GOOD, "rejected": Q + BAD, "score_chosen": 8.5}
+  path = jsonl(tmp_path / "rows.jsonl", [row])
+  with pytest.raises(DataError, match="neither all text .*--data_format=implicit_preference"):
+    read_dataset(path)
+  [found] = read_dataset(path, format="implicit_preference").examples
+  assert found == Preference(Q, GOOD, BAD, {"prompt": "2+2?", "score_chosen": 8.5})
 
 
 PROMPT = "\n\nHuman: Hi.\n\nAssistant: Yes?\n\nHuman: 2+2?\n\nAssistant:"

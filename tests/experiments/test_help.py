@@ -22,6 +22,9 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
 ADDED: dict[str, set[str]] = {
+  "dpo": {"data_format"},
+  "reward_model": {"data_format"},
+  "sft": {"data_format"},
   "grpo": {"advantage.name", "weighting.truncated"},
   "ppo": {"weighting.truncated"},
   "reinforce": {"kl.value", "reward", "weighting.truncated"},

@@ -78,6 +78,9 @@ def test_fraction_none_and_too_small(tmp_path, spec):
     load(few, held_out_fraction=0.999)
 
 
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
 def test_messages_instruction_and_gzip(tmp_path):
   messages = [{"role": "user", "content": "hi"}]
   rows = [{"prompt": messages, "answer": "a"}, {"prompt": "plain", "answer": "b"}]
@@ -93,13 +96,18 @@ def test_messages_instruction_and_gzip(tmp_path):
 @pytest.mark.parametrize(
   "row, said",
   [
-    ({"answer": "x"}, "no key 'question' .it has 'answer'."),
+    ({"answer": "x"}, "no key 'question' .it has 'answer'.; .* --jsonl.prompt_column"),
     ({"question": None}, "'question' is of type NoneType"),
     ({"question": 3}, "'question' is of type int"),
     ({"question": " "}, "'question' is empty"),
     ({"question": []}, "'question' has no message"),
-    ({"question": [{"role": "user"}]}, "without role and content"),
-    ({"question": ["hi"]}, "without role and content"),
+    ({"question": [{"role": "user"}]}, "without content"),
+    ({"question": ["hi"]}, "without a role"),
+    ({"question": [USER | {"content": " "}]}, "holds an empty message of 'user'"),
+    ({"question": [USER, ASSISTANT]}, "ends with the assistant's message.*remove that message"),
+    ({"question": [USER, ASSISTANT | {"weight": 1}, USER]}, "gives a turn the weight 1"),
+    ({"question": "x", "tools": ["hammer"]}, "'tools' is no list of JSON schemas"),
+    ({"question": "x", "chat_template_kwargs": "thinking"}, "'chat_template_kwargs' is no object"),
     ({"question": "x", "completions": "y"}, "a key 'completions'"),
   ],
 )
@@ -166,3 +174,13 @@ def test_bad_options(spec, options, said):
 def test_missing_file():
   with pytest.raises(DataError, match="absent.jsonl: no such file"):
     load("jsonl:absent.jsonl")
+
+
+def test_columns_that_go_nowhere_are_named(tmp_path):
+  rows = [{"prompt": f"{n}+1?", "answer": str(n + 1), "level": 1, "tools": []} for n in range(30)]
+  rows[7]["source"] = "mine"
+  spec = write(tmp_path / "rows.jsonl", rows)
+  note = load_task(spec, reward_function="gsm8k").note
+  assert note.endswith("; columns that nothing reads: level, source")
+  (tmp_path / "own.py").write_text("def reward(prompts, completions, **columns): pass")
+  assert "nothing reads" not in load_task(spec, reward_file=str(tmp_path / "own.py")).note
