@@ -427,7 +427,7 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> Params:
   directory = Path(directory)
   entries, tensors = _read_adapter(directory)
   asked = _adapters(params)
-  fix = _to_ask_for(entries, tensors)
+  fix = _to_ask_for(entries, tensors, sum(name.startswith("layers_") for name in params))
   trained: Params = {}
   for path, node in asked.items():
     place = trained
@@ -546,12 +546,24 @@ def _alpha(scale: float, rank: int) -> float:
   return next(alpha for alpha in rounded if np.float32(alpha / rank) == np.float32(scale))
 
 
-def _to_ask_for(entries: dict[str, Any], tensors: dict[str, Any]) -> str:
-  """What would agree with an adapter, for an error."""
-  ours = {theirs.rpartition(".")[2]: path for path, theirs in _LAYER_NAMES.items()}
-  ends = {name.split(".")[-3] for name in tensors if name.count(".") > 2}
-  targets = "|".join(sorted(ours.get(end, end) for end in ends))
-  return f"ask for rank {entries.get('r')}, alpha {entries['lora_alpha']:g} and targets '{targets}'"
+def _to_ask_for(entries: dict[str, Any], tensors: dict[str, Any], layers: int) -> str:
+  """What would agree with an adapter, for an error: the settings that name its matrices, some of
+  which may be in some of the model's layers alone (PEFT's layers_to_transform)."""
+  ours = {theirs: path for path, theirs in _LAYER_NAMES.items()}
+  having: dict[str, set[int]] = {}
+  for name in sorted(tensors):
+    match = re.fullmatch(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_[AB]\.weight", name)
+    if not match or match[2] not in ours:
+      return f"'{name}' is no matrix of a layer: use an adapter of such matrices alone"
+    having.setdefault(ours[match[2]], set()).add(int(match[1]))
+  targets = []
+  for some in sorted(set(map(frozenset, having.values())), key=sorted):
+    ends = "|".join(sorted(end for end, found in having.items() if found == some))
+    numbers = "|".join(map(str, sorted(some)))
+    targets.append(ends if len(some) == layers else f"layers_({numbers})/({ends})")
+  rank, alpha = entries["r"], entries["lora_alpha"]
+  found = f"--lora.rank={rank} --lora.alpha={alpha:g} --lora.targets='{'|'.join(targets)}'"
+  return f"ask for those that it has: {found}"
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def test_columns_that_go_nowhere_are_named_but_those_that_somebody_reads(tmp_pat
 
 
 def test_a_format_that_is_said_is_obeyed(tmp_path):
-  """What the refusals advise: rows of another format whose columns fit, and columns of one's own."""
+  """What the refusal advises, followed: rows of another format whose columns fit."""
   path = tmp_path / "rows.jsonl"
   path.write_text('{"prompt": "q", "completion": "yo", "label": 0}\n')
   formats = ["prompt_completion", "messages"]
