@@ -33,6 +33,7 @@ class Text(NamedTuple):
   line: int
   text: str  # with `HOLE`s
   raised: bool  # whether it stands in a `raise`
+  shown: bool  # whether it is printed in passing, and stops nothing
 
   @property
   def where(self) -> str:
@@ -161,12 +162,13 @@ def texts() -> tuple[Text, ...]:
   for module in trees():
     for name, statements in defined(module).items():
       for statement in statements:
-        found += _texts((module, name), statement, raised=False)
+        found += _texts((module, name), statement, raised=False, shown=False)
   return tuple(found)
 
 
-def _texts(node: Node, tree: ast.AST, *, raised: bool) -> Iterator[Text]:
+def _texts(node: Node, tree: ast.AST, *, raised: bool, shown: bool) -> Iterator[Text]:
   raised = raised or isinstance(tree, ast.Raise)
+  shown = shown or isinstance(tree, ast.Call) and ast.unparse(tree.func).endswith(("say", "print"))
   for child in ast.iter_child_nodes(tree):
     if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
       continue  # A docstring.
@@ -174,9 +176,9 @@ def _texts(node: Node, tree: ast.AST, *, raised: bool) -> Iterator[Text]:
       continue  # The help of a flag, which speaks of all commands that have it.
     text = text_of(child) if isinstance(child, ast.expr) else None
     if text is not None:
-      yield Text(node, child.lineno, text, raised)
+      yield Text(node, child.lineno, text, raised, shown)
     else:
-      yield from _texts(node, child, raised=raised)
+      yield from _texts(node, child, raised=raised, shown=shown)
 
 
 def arguments(node: Node) -> set[str]:
