@@ -25,6 +25,7 @@ from rl_llm import minibatches as responses
 from rl_llm import model as models
 from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, volatile
+from rl_llm.conversations import resolve_format
 from rl_llm.data import Dataset, encoding, loading
 from rl_llm.flops import Work, text_work, update_passes
 from rl_llm.metrics import PhaseClock
@@ -32,7 +33,7 @@ from rl_llm.rewards import RewardPool
 from rl_llm.rollout import ResponseBatch
 from rl_llm.run_directory import Run, opened
 from rl_llm.sampling import SamplingConfig
-from rl_llm.tokenizers import Tokenizer, resolve_format
+from rl_llm.tokenizers import Tokenizer
 from rl_llm.train_state import parameter_count
 
 

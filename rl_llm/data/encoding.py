@@ -7,13 +7,14 @@ assistant's text and the token that ends it, and nothing else.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from rl_llm import chat_template
 from rl_llm.chat_template import ChatTemplateError
+from rl_llm.conversations import Whole, encode_whole, render, with_bos
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
-from rl_llm.tokenizers import Tokenizer, TokenizerError, guard
+from rl_llm.tokenizers import Tokenizer, TokenizerError
 
 Message = dict[str, Any]
 PromptFormat = Literal["chat", "plain"]
@@ -89,8 +90,8 @@ def encode(
   with its last end-of-sequence token; what the template writes after that (a line break, mostly) is
   nobody's choice and not trained on.
 
-  Each turn is encoded by itself, as it is in sampling: the prompt is encoded before the answer
-  exists. Encoded in one piece, a merge over the border would make other tokens.
+  The text is encoded as a whole, and begins with the ids of the prompt as a sampler is given it
+  (`rl_llm.conversations.encode_whole`).
 
   >>> from rl_llm.tokenizers import ByteTokenizer
   >>> encoded = encode(Demonstration("2+2=", "4", {}), ByteTokenizer(), prompt_format="plain")
@@ -101,7 +102,8 @@ def encode(
     example: an empty prompt trains on every turn of the assistant's, or on all of a text.
     tokenizer: the model's.
     prompt_format: "chat" renders the tokenizer's template; "plain" puts text after text, BOS before
-      if the model expects one, EOS behind.
+      if the model expects one, EOS behind. Text that is already rendered keeps its own: it gets no
+      second BOS or EOS, and blanks behind its EOS are not trained on.
     system_prompt: as for `format_prompts`.
 
   Returns:
@@ -256,39 +258,31 @@ def _encode_plain(
     raise TokenizerError("prompt_format='plain' needs text: use 'chat' for messages")
   if system_prompt is not None:
     raise TokenizerError("a system prompt needs a chat layout: leave it out or use 'chat'")
-  start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-  start += tokenizer.encode(prompt)
-  answer = [*tokenizer.encode(completion), tokenizer.eos_ids[0]]
-  mask = [False] * len(start) + [True] * len(answer)
-  return Encoded(start + answer, [False, *mask[1:]], len(start) if prompt else 0)
+  text = prompt + completion
+  whole = encode_whole(text, [len(prompt)] if prompt else [], tokenizer)
+  start = whole.starts[0] if prompt else 0
+  end = bisect.bisect_left(whole.places, len(text.rstrip()))
+  if end > start and whole.ids[end - 1] in tokenizer.eos_ids:  # Rendered already.
+    ids = whole.ids
+  else:
+    ids = [*whole.ids, tokenizer.eos_ids[0]]
+    end = len(ids)
+  tokens = with_bos(ids, tokenizer)
+  added = len(tokens) - len(ids)
+  start, end = start + added if prompt else 0, end + added
+  mask = [start <= place < end for place in range(len(tokens))]
+  return Encoded(tokens, [False, *mask[1:]], start)
 
 
 def _encode_chat(
   messages: list[Message], has_prompt: bool, turns: list[int], tokenizer: Tokenizer
 ) -> Encoded:
   """Encodes messages up to the last of `turns`, the places of the assistant's trained ones."""
-  guarded, mark = guard(messages, tokenizer.special_tokens)
-
-  def rendered(ends: list[int], header: bool) -> list[str]:
-    return chat_template.render_many(
-      tokenizer.chat_template,
-      [guarded[:end] for end in ends],
-      add_generation_prompt=header,
-      bos_token=tokenizer.bos_token,
-      eos_token=tokenizer.eos_token,
-    )
-
-  def encoded(text: str) -> list[int]:
-    pieces = text.split(mark) if mark else [text]
-    return [i for piece in pieces for i in tokenizer.encode(piece)]
-
-  befores = rendered(turns, True)
-  afters = rendered([turn + 1 for turn in turns], False)
-  tokens: list[int] = []
-  mask: list[bool] = []
-  starts: list[int] = []
-  done = ""
-  for turn, before, after in zip(turns, befores, afters, strict=True):
+  befores = render([messages[:turn] for turn in turns], tokenizer)
+  afters = render(
+    [messages[: turn + 1] for turn in turns], tokenizer, add_generation_prompt=False
+  )
+  for turn, before, after, done in zip(turns, befores, afters, ["", *afters], strict=False):
     if not before.startswith(done):
       raise ChatTemplateError(
         f"the chat template writes the messages before messages[{turn}] otherwise than when they "
@@ -301,11 +295,23 @@ def _encode_chat(
         "(add_generation_prompt); write into the message what the header holds, or use a template "
         "that begins alike"
       )
-    between, answer = encoded(before[len(done) :]), encoded(after[len(before) :])
-    ends = [place for place, i in enumerate(answer) if i in tokenizer.eos_ids]
-    trained = ends[-1] + 1 if ends else len(answer)
-    starts.append(len(tokens) + len(between))
-    tokens += between + answer
-    mask += [False] * len(between) + [True] * trained + [False] * (len(answer) - trained)
-    done = after
-  return Encoded(tokens, [False, *mask[1:]], starts[0] if has_prompt else 0)
+  whole = encode_whole(afters[-1], [len(before) for before in befores], tokenizer)
+  mask = [False] * len(whole.ids)
+  for start, after in zip(whole.starts, afters, strict=True):
+    end = start + _trained_length(whole, start, after, tokenizer)
+    mask[start:end] = [True] * (end - start)
+  return Encoded(whole.ids, [False, *mask[1:]], whole.starts[0] if has_prompt else 0)
+
+
+def _trained_length(whole: Whole, start: int, text: str, tokenizer: Tokenizer) -> int:
+  """How many tokens of the turn that begins with token `start` and ends with `text` are trained.
+
+  All up to the control token that ends it: what the template writes after that, a line break
+  mostly, is nobody's choice.
+  """
+  ids = whole.ids[start : bisect.bisect_left(whole.places, len(text))]
+  written = bisect.bisect_left(whole.places, len(text.rstrip())) - start
+  if written > 0 and ids[written - 1] in {*tokenizer.eos_ids, *tokenizer.special_tokens.values()}:
+    return written
+  ends = [place + 1 for place, i in enumerate(ids) if i in tokenizer.eos_ids]
+  return ends[-1] if ends else len(ids)
