@@ -10,6 +10,7 @@ SentencePiece tokenizer would write a space at every seam.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import secrets
@@ -44,10 +45,10 @@ def structural_tokens(backend: Any, template: str | None) -> frozenset[str]:
   )
 
 
-def break_up(value: Any, names: Collection[str]) -> Any:
+def break_up(value: Any, names: frozenset[str]) -> Any:
   """A message, or any other JSON value, with a mark behind the first character of each name.
 
-  >>> break_up({"content": ["a<e>", 1]}, {"<e>"})["content"][0].split(MARK)
+  >>> break_up({"content": ["a<e>", 1]}, frozenset({"<e>"}))["content"][0].split(MARK)
   ['a<', 'e>']
 
   Args:
@@ -57,7 +58,8 @@ def break_up(value: Any, names: Collection[str]) -> Any:
   Returns:
     The same value without a mark if it spells no name.
   """
-  held = [name for name in names if any(name in text for text in _texts(value))]
+  texts = [text for text in _texts(value) if any(map(text.__contains__, _first_letters(names)))]
+  held = [name for name in names if any(name in text for text in texts)]
   if not held:
     return value
   # Looks ahead, so that names that overlap are all broken.
@@ -71,6 +73,12 @@ def break_up(value: Any, names: Collection[str]) -> Any:
     return [broken(item) for item in value] if isinstance(value, list | tuple) else value
 
   return broken(value)
+
+
+@functools.cache
+def _first_letters(names: frozenset[str]) -> frozenset[str]:
+  """Few even where the names are many, as the 6,000 of Gemma 3 are: most texts hold none."""
+  return frozenset(name[0] for name in names)
 
 
 class Unspeakable:
@@ -106,7 +114,7 @@ class Unspeakable:
       places += [*range(at, match.start()), *[match.start()] * len(pieces[-1])]
       at = match.end()
     pieces.append(text[at:])
-    places += range(at, len(text))
+    places += range(at, len(text) + 1)
     encoding = self.backend.encode("".join(pieces), add_special_tokens=False)
     ids = [self._ids.get(i, i) for i in encoding.ids]
     return ids, [places[start] for start, _ in encoding.offsets]

@@ -22,7 +22,7 @@ import json
 import mmap
 import pathlib
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from rl_llm.control_tokens import MARK, Unspeakable, structural_tokens
@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
   bos_token: str | None
   eos_token: str | None
   special_tokens: Mapping[str, int]  # Text that `encode` turns into one control id.
-  structural_tokens: Collection[str]  # These, and others that only a template is to write.
+  structural_tokens: frozenset[str]  # These, and others that only a template is to write.
   chat_template: str | None
 
   def encode(self, text: str) -> list[int]:
@@ -93,7 +93,7 @@ class ByteTokenizer:
   bos_token = None
   eos_token = None
   special_tokens: Mapping[str, int] = {}
-  structural_tokens = ()
+  structural_tokens = frozenset()
   chat_template = None
 
   def encode(self, text: str) -> list[int]:

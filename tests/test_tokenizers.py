@@ -632,13 +632,13 @@ def test_control_tokens_of_the_assistant_and_of_plain_prompts_are_kept(chatml):
 
 def test_overlapping_control_tokens_are_all_broken():
   content = ["abcab", {"text": "xbcx", "bca": 1}]
-  names = {"abc", "bca", "bc"}
+  names = frozenset({"abc", "bca", "bc"})
   broken, inner = control_tokens.break_up(content, names)
   texts = [broken, inner["text"], *inner]
   assert [text.split(control_tokens.MARK) for text in texts] == [
     ["a", "b", "cab"], ["xb", "cx"], ["text"], ["b", "ca"]
   ]  # fmt: skip
-  assert control_tokens.break_up(content, {"zz"}) is content
+  assert control_tokens.break_up(content, frozenset({"zz"})) is content
 
 
 def test_prompts_that_do_not_fit_the_format(chatml):

@@ -46,7 +46,7 @@ class Characters:
   bos_token = "<b>"
   eos_token = "<e>"
   special_tokens = {"<e>": END}
-  structural_tokens = ("<e>",)
+  structural_tokens = frozenset({"<e>"})
 
   def encode(self, text):
     return self.encode_with_places(text, follows=False)[0]
