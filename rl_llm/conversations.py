@@ -130,13 +130,17 @@ def render(
     [m if m["role"] == "assistant" else break_up(m, names) for m in messages]
     for messages in conversations
   ]
-  marked = [k for k, messages in enumerate(broken) if messages != list(conversations[k])]
+  changed = [
+    [m for m, b in zip(messages, others, strict=True) if b is not m]
+    for messages, others in zip(conversations, broken, strict=True)
+  ]
+  marked = [k for k, messages in enumerate(changed) if messages]
   for k, text in zip(marked, rendered([broken[k] for k in marked]), strict=True):
     if text.replace(MARK, "") != texts[k]:
-      held = [name for name in sorted(names) if name in str(conversations[k])]
+      held = [repr(name) for name in sorted(names) if any(name in str(m) for m in changed[k])]
       raise chat.ChatTemplateError(
-        f"conversation {k}: a message holds {' and '.join(map(repr, held))}, which the chat "
-        "template takes for its own; write it otherwise in the message"
+        f"conversation {k}: a message holds {' and '.join(held)}, which the chat template takes "
+        "for its own; write it otherwise in the message"
       )
     texts[k] = text
   return texts

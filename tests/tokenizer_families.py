@@ -90,6 +90,7 @@ QWEN3_CHAT = (
   "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
   "{% for call in m.tool_calls or [] %}"
   "{{ '<tool_call>\n' }}{{ call.function | tojson }}{{ '\n</tool_call>' }}{% endfor %}"
+  "{% elif m.role == 'tool' %}{{ '<tool_response>\n' + m.content + '\n</tool_response>' }}"
   "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
   "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}"
