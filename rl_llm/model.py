@@ -21,7 +21,7 @@ from rl_llm.policy import (
 )
 from rl_llm.policy.attention import AttentionName
 from rl_llm.sharding import place, tree_shardings
-from rl_llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from rl_llm.tokenizers import ByteTokenizer, Tokenizer, fit_embedding, load_tokenizer
 
 
 class LanguageModel(NamedTuple):
@@ -74,9 +74,8 @@ def load_model(
     return LanguageModel(policy, params if mesh is None else place(params, mesh), tokenizer)
   layout = None if mesh is None else functools.partial(tree_shardings, mesh=mesh)
   config, params = load_weights(name, layout=layout)
-  tokenizer = load_tokenizer(name)
-  policy = make(config)
-  return LanguageModel(policy, params, tokenizer)
+  tokenizer = fit_embedding(load_tokenizer(name), config.vocab_size)
+  return LanguageModel(make(config), params, tokenizer)
 
 
 class Weights(NamedTuple):

@@ -14,6 +14,7 @@ from rl_llm import chat_template
 from rl_llm.chat_template import ChatTemplateError
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
 from rl_llm.tokenizers import Tokenizer, TokenizerError, guard
+from rl_llm.turn_end import no_turn_end
 
 Message = dict[str, Any]
 PromptFormat = Literal["chat", "plain"]
@@ -303,7 +304,9 @@ def _encode_chat(
       )
     between, answer = encoded(before[len(done) :]), encoded(after[len(before) :])
     ends = [place for place, i in enumerate(answer) if i in tokenizer.eos_ids]
-    trained = ends[-1] + 1 if ends else len(answer)
+    if not ends:
+      raise no_turn_end(tokenizer)
+    trained = ends[-1] + 1
     starts.append(len(tokens) + len(between))
     tokens += between + answer
     mask += [False] * len(between) + [True] * trained + [False] * (len(answer) - trained)

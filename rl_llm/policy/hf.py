@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,7 @@ def save_hf(
   config: TransformerConfig,
   params: Params,
   *,
+  token_ids: Mapping[str, Any] = types.MappingProxyType({}),
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
   """Writes a directory that `load_hf` and `transformers` read, float32. Whole or not at all: it is
@@ -285,6 +287,8 @@ def save_hf(
     directory: must not exist yet, or be empty.
     config: the model's shape.
     params: its weights.
+    token_ids: what config.json is to say of BOS, EOS and padding: `rl_llm.tokenizers.token_ids`.
+      Without, transformers takes those of the architecture's first model.
     max_shard_bytes: a file larger than this is split.
 
   Raises:
@@ -294,7 +298,7 @@ def save_hf(
   write_directory(
     directory,
     config,
-    config_to_hf(config),
+    config_to_hf(config) | token_ids,
     leaf_shapes(config),
     params,
     max_shard_bytes=max_shard_bytes,
@@ -317,7 +321,6 @@ def write_directory(
     config: the model's shape.
     entries: of config.json.
     wanted: {path: shape}; `leaf_shapes(config)` for a language model.
-    layout: as for `assemble`.
     params: its weights: these leaves and no others.
     max_shard_bytes: a file larger than this is split.
 
