@@ -175,10 +175,10 @@ def load_tokenizer(path_or_name: str | pathlib.Path) -> Tokenizer:
 def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   """The tokenizer of a Hugging Face directory.
 
-  Reads `tokenizer.json`, and where present `tokenizer_config.json`, `chat_template.jinja`,
-  `generation_config.json` and `config.json`. The last two matter: Qwen and Llama name in them
-  further ids that end a response, and a sampler that knows only the tokenizer's EOS writes on past
-  the end.
+  Reads `tokenizer.json`, and where present `tokenizer_config.json`, `chat_template.jinja` (or
+  `.json`), `generation_config.json` and `config.json`. The last two matter: Qwen and Llama name in
+  them further ids that end a response, and a sampler that knows only the tokenizer's EOS writes on
+  past the end.
 
   Args:
     directory: path of the directory.
@@ -227,12 +227,6 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   add_bos = config.get("add_bos_token")
   if not isinstance(add_bos, bool):
     add_bos = backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
-  template = config.get("chat_template")
-  if isinstance(template, list):  # Several, by name.
-    template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-  jinja = directory / "chat_template.jinja"
-  if jinja.is_file():
-    template = jinja.read_text(encoding="utf-8")
   special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
   return _model_tokenizer(
     directory,
@@ -243,8 +237,27 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
     bos_id=bos_id,
     add_bos=add_bos,
     special_tokens=special,
-    chat_template=template,
+    chat_template=_template_of(directory, config),
   )
+
+
+def _template_of(directory: pathlib.Path, config: dict[str, Any]) -> str | None:
+  """The chat template of a directory, from the first place that has one, as in transformers."""
+  jinja = directory / "chat_template.jinja"
+  if jinja.is_file():
+    return jinja.read_text(encoding="utf-8")
+  template = config.get("chat_template")
+  if template is None:  # Where models of images and text (Gemma 3) keep it.
+    template = _read_json(directory / "chat_template.json").get("chat_template")
+  if isinstance(template, list):  # Several, by name.
+    named = {entry.get("name"): entry.get("template") for entry in template}
+    if "default" not in named:
+      raise TokenizerError(
+        f"{directory}: has chat templates named {', '.join(map(str, named))} and none named "
+        "'default'; write the one to use into chat_template.jinja"
+      )
+    return named["default"]
+  return template
 
 
 def fit_embedding(tokenizer: Tokenizer, rows: int) -> Tokenizer:
