@@ -184,12 +184,12 @@ def load_language_model(
   config: Any, run: Run, mesh: jax.sharding.Mesh | None
 ) -> models.LanguageModel:
   """The model that the group `model` names, over the mesh; None: on the first device."""
-  options, names = config.model, ("remat", "scan_layers", "attention")
+  options, say, names = config.model, run.console.say, ("remat", "scan_layers", "attention")
   if mesh is not None:
-    run.console.say(f"loading {options.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    say(f"loading {options.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   further = {name: getattr(options, name) for name in names if hasattr(options, name)}
-  dtype = jnp.dtype(options.dtype)
-  return models.load_model(options.model, seed=config.run.seed, dtype=dtype, mesh=mesh, **further)
+  further |= {"seed": config.run.seed, "dtype": jnp.dtype(options.dtype), "mesh": mesh}
+  return models.load_model(options.model, say=say, **further)
 
 
 def load_model(

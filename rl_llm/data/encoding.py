@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from rl_llm.chat_template import ChatTemplateError
-from rl_llm.conversations import Whole, encode_whole, render, with_bos
+from rl_llm.conversations import encode_whole, render, with_bos
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
 from rl_llm.tokenizers import Tokenizer, TokenizerError
+from rl_llm.turn_end import no_turn_end
 
 Message = dict[str, Any]
 PromptFormat = Literal["chat", "plain"]
@@ -87,8 +88,8 @@ def encode(
   found by rendering the conversation up to each of the assistant's turns, with the header that a
   sampler would be given, and again up to its end: what came in between is the turn. That works with
   any template, provided that it never rewrites what it wrote before, which is checked. A turn ends
-  with its last end-of-sequence token; what the template writes after that (a line break, mostly) is
-  nobody's choice and not trained on.
+  with the token at which a sampler stops; what the template writes after that (a line break,
+  mostly) is nobody's choice and not trained on.
 
   The text is encoded as a whole, and begins with the ids of the prompt as a sampler is given it
   (`rl_llm.conversations.encode_whole`).
@@ -282,7 +283,8 @@ def _encode_chat(
   afters = render(
     [messages[: turn + 1] for turn in turns], tokenizer, add_generation_prompt=False
   )
-  for turn, before, after, done in zip(turns, befores, afters, ["", *afters], strict=False):
+  done, ends = "", []
+  for turn, before, after in zip(turns, befores, afters, strict=True):
     if not before.startswith(done):
       raise ChatTemplateError(
         f"the chat template writes the messages before messages[{turn}] otherwise than when they "
@@ -295,23 +297,31 @@ def _encode_chat(
         "(add_generation_prompt); write into the message what the header holds, or use a template "
         "that begins alike"
       )
+    ends.append(_end_of_turn(after, len(before), tokenizer))
+    done = after[: ends[-1]]
   whole = encode_whole(afters[-1], [len(before) for before in befores], tokenizer)
   mask = [False] * len(whole.ids)
-  for start, after in zip(whole.starts, afters, strict=True):
-    end = start + _trained_length(whole, start, after, tokenizer)
+  for start, end in zip(whole.starts, ends, strict=True):
+    end = bisect.bisect_left(whole.places, end)
     mask[start:end] = [True] * (end - start)
   return Encoded(whole.ids, [False, *mask[1:]], whole.starts[0] if has_prompt else 0)
 
 
-def _trained_length(whole: Whole, start: int, text: str, tokenizer: Tokenizer) -> int:
-  """How many tokens of the turn that begins with token `start` and ends with `text` are trained.
+def _end_of_turn(text: str, begin: int, tokenizer: Tokenizer) -> int:
+  """Where in `text` the turn that begins at `begin`, its last one, has ended for a sampler.
 
-  All up to the control token that ends it: what the template writes after that, a line break
-  mostly, is nobody's choice.
+  That is behind the first of the tokens at its end that end a response. What the template writes
+  after it is nobody's choice: a line break mostly, and Phi-3's writes `<|endoftext|>` as well.
   """
-  ids = whole.ids[start : bisect.bisect_left(whole.places, len(text))]
-  written = bisect.bisect_left(whole.places, len(text.rstrip())) - start
-  if written > 0 and ids[written - 1] in {*tokenizer.eos_ids, *tokenizer.special_tokens.values()}:
-    return written
-  ends = [place + 1 for place, i in enumerate(ids) if i in tokenizer.eos_ids]
-  return ends[-1] if ends else len(ids)
+  ids, places = tokenizer.encode_with_places(text, follows=False)
+  end = None
+  for i, place, behind in reversed([*zip(ids, places, [*places[1:], len(text)], strict=True)]):
+    if place < begin:
+      break
+    if i in tokenizer.eos_ids:
+      end = behind
+    elif end is not None and text[place:behind].strip():
+      break
+  if end is None:
+    raise no_turn_end(tokenizer)
+  return end

@@ -121,9 +121,10 @@ def test_special_tokens_in_a_users_text_stay_text():
   assert encoded.tokens.count(END) == 2 and encoded.tokens[6:11] == list(map(ord, "a<e>\n"))
 
 
-def test_a_template_without_an_end_trains_the_whole_turn():
-  encoded = encode(Demonstration("a", "b", {}), Characters(CHATML.replace("<e>", ";")))
-  assert show(encoded) == "b;\n"
+def test_a_template_without_an_end_is_refused():
+  """The model would learn to write ";" and a line break, and never to stop."""
+  with pytest.raises(ChatTemplateError, match=r"turn with ';\\n'.*EOS is '<e>'"):
+    encode(Demonstration("a", "b", {}), Characters(CHATML.replace("<e>", ";")))
 
 
 @pytest.mark.skipif(
