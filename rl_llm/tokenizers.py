@@ -252,6 +252,7 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   backend.no_padding()
 
   config = _read_json(directory / "tokenizer_config.json")
+  _add_listed(backend, directory / "tokenizer_config.json", config)
   model = _read_json(directory / "config.json") | _read_json(directory / "generation_config.json")
 
   def token(key: str) -> str | None:
@@ -285,6 +286,30 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
     special_tokens=special,
     chat_template=_template_of(directory, config),
   )
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _add_listed(backend: Any, path: pathlib.Path, config: dict[str, Any]) -> None:
+  """Adds the tokens that tokenizer_config.json lists, as transformers does: it has the last word on
+  flags, and tokenizer.json may lack tokens that were added later."""
+  listed = config.get("added_tokens_decoder") or {}
+  added = _import_tokenizers().AddedToken
+  try:
+    entries = sorted((int(number), entry) for number, entry in listed.items())
+    backend.add_tokens([
+      added(entry["content"], **{name: entry[name] for name in _FLAGS if name in entry})
+      for _, entry in entries
+    ])
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise TokenizerError(f"{path}: added_tokens_decoder cannot be read: {error!r}") from None
+  for number, entry in entries:
+    if (found := backend.token_to_id(entry["content"])) != number:
+      raise TokenizerError(
+        f"{path}: lists {entry['content']!r} as id {number}, which tokenizer.json makes {found}: "
+        "save the tokenizer again with transformers"
+      )
 
 
 def _template_of(directory: pathlib.Path, config: dict[str, Any]) -> str | None:

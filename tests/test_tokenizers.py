@@ -479,6 +479,31 @@ def test_hf_eos_ids_are_a_set_from_all_files(directory):
   assert format_prompts(["a"], tokenizer, prompt_format="plain") == [[1, TOKENS.index("a")]]
 
 
+def test_hf_tokens_that_only_the_config_lists_are_tokens(directory):
+  """As in transformers, which lets the config say what a token of tokenizer.json is, too."""
+  new = {"content": "<|new|>", "special": True, "normalized": False}
+  think = {"content": USER_DEFINED, "special": True, "normalized": False}
+  listed = {str(len(TOKENS)): new, str(TOKENS.index(USER_DEFINED)): think}
+  put(
+    directory,
+    "tokenizer_config.json",
+    {"eos_token": "<|im_end|>", "added_tokens_decoder": listed},
+  )
+  tokenizer = from_hf(directory)
+  assert tokenizer.encode("a<|new|><think>") == [TOKENS.index("a"), len(TOKENS), len(TOKENS) - 1]
+  assert tokenizer.vocab_size == len(TOKENS) + 1
+  assert {"<|new|>", "<think>"} <= set(tokenizer.special_tokens)
+  for wrong, match in (
+    ({"3": new}, f"lists '<|new|>' as id 3, which tokenizer.json makes {len(TOKENS)}"),
+    ({"3": {}}, "added_tokens_decoder cannot be read"),
+    ([new], "added_tokens_decoder cannot be read"),
+  ):
+    config = {"eos_token": "<|im_end|>", "added_tokens_decoder": wrong}
+    put(directory, "tokenizer_config.json", config)
+    with pytest.raises(TokenizerError, match=re.escape(match)):
+      from_hf(directory)
+
+
 def test_hf_bos_of_the_post_processor_is_noticed(directory):
   import tokenizers
 
