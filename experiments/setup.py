@@ -25,6 +25,7 @@ from rl_llm import minibatches as responses
 from rl_llm import model as models
 from rl_llm.chips import find_peak
 from rl_llm.config import ConfigError, volatile
+from rl_llm.conversations import resolve_format
 from rl_llm.data import Dataset, encoding, loading
 from rl_llm.flops import Work, text_work, update_passes
 from rl_llm.metrics import PhaseClock
@@ -32,7 +33,7 @@ from rl_llm.rewards import RewardPool
 from rl_llm.rollout import ResponseBatch
 from rl_llm.run_directory import Run, opened
 from rl_llm.sampling import SamplingConfig
-from rl_llm.tokenizers import Tokenizer, resolve_format
+from rl_llm.tokenizers import Tokenizer
 from rl_llm.train_state import parameter_count
 
 
@@ -183,12 +184,12 @@ def load_language_model(
   config: Any, run: Run, mesh: jax.sharding.Mesh | None
 ) -> models.LanguageModel:
   """The model that the group `model` names, over the mesh; None: on the first device."""
-  options, names = config.model, ("remat", "scan_layers", "attention")
+  options, say, names = config.model, run.console.say, ("remat", "scan_layers", "attention")
   if mesh is not None:
-    run.console.say(f"loading {options.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    say(f"loading {options.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
   further = {name: getattr(options, name) for name in names if hasattr(options, name)}
-  dtype = jnp.dtype(options.dtype)
-  return models.load_model(options.model, seed=config.run.seed, dtype=dtype, mesh=mesh, **further)
+  further |= {"seed": config.run.seed, "dtype": jnp.dtype(options.dtype), "mesh": mesh}
+  return models.load_model(options.model, say=say, **further)
 
 
 def load_model(

@@ -14,6 +14,7 @@ import numpy as np
 
 from rl_llm import hosts
 from rl_llm.config import ConfigError
+from rl_llm.conversations import format_prompts, resolve_format
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.prompts import (
   Overlong,
@@ -23,6 +24,7 @@ from rl_llm.data.prompts import (
   limit_length,
   pad_prompts,
 )
+from rl_llm.finite import cause_in, check_finite
 from rl_llm.metrics import PhaseClock
 from rl_llm.policy import Policy
 from rl_llm.reward_model import load_reward_model, score_responses
@@ -39,7 +41,8 @@ from rl_llm.rollout import (
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
 from rl_llm.tasks import Problem, Task, check_held_out
-from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts, resolve_format
+from rl_llm.tokenizers import ModelTokenizer, Tokenizer
+from rl_llm.turn_end import check_turn_end
 
 
 class Drawn(NamedTuple):
@@ -161,8 +164,13 @@ def make_encode(
     tokenizer: the model's.
     prompt_format: "auto", "chat" or "plain".
     **settings: the other keywords of `encode_problems`.
+
+  Raises:
+    ChatTemplateError: no response would end under the model's chat template.
   """
   prompt_format = resolve_format(prompt_format, tokenizer)
+  if prompt_format == "chat" and tokenizer.chat_template:
+    check_turn_end(tokenizer)
   return functools.partial(
     encode_problems, tokenizer=tokenizer, prompt_format=prompt_format, **settings
   )
@@ -291,7 +299,15 @@ def make_judge(
       "train one from the same --model",
     )
 
+  rows = model.policy.config.vocab_size
+
   def judge(prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
+    largest = int(np.max(rollout.tokens, where=rollout.mask, initial=0))
+    if largest >= rows:  # The policy's embedding may be larger than its tokenizer.
+      raise RewardError(
+        f"the policy sampled id {largest}, and the embedding of {directory} has {rows} rows (ids 0 "
+        f"to {rows - 1}); train a reward model from the same --model"
+      )
     rewards = score_responses(
       params,
       ResponseBatch(*prompts, rollout.tokens, rollout.mask, rollout.mask),
@@ -302,7 +318,7 @@ def make_judge(
     bad = np.count_nonzero(~np.isfinite(rewards))
     if bad:
       raise RewardError(
-        f"{bad} of {rewards.size} rewards of {directory} are not finite; train it again"
+        f"{bad} of {rewards.size} rewards of {directory} are not finite: {cause_in(params)}"
       )
     return rewards
 
@@ -409,7 +425,7 @@ def answer(
   for part in range(parts):
     with clock("rollout"):
       following = start(part + 1) if part + 1 < parts else None
-      sampled.append(to_host(under_way))
+      sampled.append(checked(under_way, params))
       under_way = following
     sampler.check()
     with clock("reward"):
@@ -591,6 +607,21 @@ def _mean(values: np.ndarray, where: np.ndarray) -> float | None:
 def to_host(rollout: Rollout) -> Rollout:
   """The whole rollout as numpy arrays, once the devices are done with it."""
   return Rollout(*(np.asarray(x) for x in fetch(rollout)))
+
+
+def checked(rollout: Rollout, params: Any) -> Rollout:
+  """`to_host` of a rollout whose logits were all numbers.
+
+  Args:
+    rollout: sampled with `params`.
+    params: the policy's weights, among which the error looks for the cause; None: not known.
+
+  Raises:
+    NotFiniteError: a sampled token's log-prob is not finite.
+  """
+  rollout = to_host(rollout)
+  check_finite(rollout.sampler_logprobs, params, what="the log-probs of the sampled tokens")
+  return rollout
 
 
 def trim(rollout: Rollout) -> Rollout:

@@ -253,7 +253,8 @@ def decode_step(
     cache=cache,
     length=length,
     last=drawn.token,
-    alive=state.alive & ~ended & (length < max_new_tokens),
+    # A log-prob is NaN where a logit is no number: `rl_llm.finite` stops the run, so stop decoding.
+    alive=state.alive & ~ended & (length < max_new_tokens) & ~jnp.isnan(drawn.logprob),
     tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
     mask=state.mask.at[at].set(True, mode="drop"),
     logprobs=state.logprobs.at[at].set(drawn.logprob, mode="drop"),

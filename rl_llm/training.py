@@ -28,6 +28,7 @@ from rl_llm.config import ConfigError, volatile
 from rl_llm.console import Console, number
 from rl_llm.errors import UserError
 from rl_llm.evaluation import Evaluation
+from rl_llm.finite import cause_in, nonfinite_weights
 from rl_llm.flops import Work
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.memory import freed_given_back
@@ -40,7 +41,7 @@ from rl_llm.reward_model import save_reward_model
 from rl_llm.run_directory import Run, opened, write_result
 from rl_llm.sharding import fetch, placed_shapes
 from rl_llm.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
-from rl_llm.tokenizers import Tokenizer, save_tokenizer
+from rl_llm.tokenizers import Tokenizer, save_tokenizer, token_ids
 from rl_llm.train_state import TrainState
 from rl_llm.update import name_nonfinite
 
@@ -366,6 +367,8 @@ def failure_of(step: Step, *, max_skipped: int) -> str:
 
 def diagnosis(params: Any, nonfinite_leaves: Any, skipped: int) -> str:
   """What to say of that many updates in a row without a finite gradient."""
+  if nonfinite_weights(params):
+    return f"{skipped} updates in a row had no finite gradient: {cause_in(params)}"
   return (
     f"{skipped} updates in a row had a gradient that is not finite, first in "
     f"{name_nonfinite(params, nonfinite_leaves)}; the parameters are those before them. Lower "
@@ -419,7 +422,7 @@ def export_model(
   if jax.tree.structure(merged) != jax.tree.structure(params):
     save_adapter(adapter, params, base=base)
     run.console.say(f"adapters: {adapter}")
-  save_hf(directory, config, merged)
+  save_hf(directory, config, merged, token_ids=token_ids(tokenizer))
   save_tokenizer(directory, tokenizer)
   run.console.say(f"model: {directory}")
 

@@ -14,6 +14,7 @@ import re
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import (
@@ -35,17 +36,21 @@ from rl_llm import (
   demonstrations,
   evaluation,
   experience,
+  finite,
   model,
   policy,
   preferences,
   run_directory,
   sharding,
   tasks,
+  turn_end,
 )
 from rl_llm.config import _leaves, _parse, replace
+from rl_llm.conversations import format_prompts
 from rl_llm.data import encoding, formats, held_out, loading, prompts
 from rl_llm.errors import UserError
-from rl_llm.tokenizers import ByteTokenizer, format_prompts
+from rl_llm.policy import hf, model_files
+from rl_llm.tokenizers import ByteTokenizer
 from tests import advice
 from tests.experiments.helpers import Chatty
 from tests.test_advice import shown_texts
@@ -57,7 +62,7 @@ NOT_FOLLOWED = {
   "is not in \0 what it is in": "as above, and of several file systems",
   "unknown flag --": "test_command_line.py types some",
   "Lower --optimizer.learning_rate": "how far depends on the run; test_grpo.py lets one diverge",
-  "train one from the same --model": "it takes a training; test_reward_model.py does it",
+  "from the same --model": "it takes a training; test_reward_model.py does it",
   "begun with other weights of --model": "it takes two models; test_evaluate.py has them",
   "launch.plan:": "test_plan.py compiles what the plan advises",
   "--parallel runs more trials": "it takes two launchers; test_search.py has them",
@@ -138,14 +143,14 @@ def follow_settings(said, path):
 
 def follow_a_format(said, path):
   """Columns of several formats, of another one, of answers that hold the prompt, and labels."""
-  both = {"prompt": "q", "completion": "a", "text": "q a"}
   turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
   other = [turns[0], {"role": "assistant", "content": "b"}]
   whole = {"prompt": "q", "chosen": turns, "rejected": other}
+  both = whole | {"messages": turns}
   labelled = {"prompt": "q", "completion": "a", "label": "easy"}
   mixed = [{"prompt": "q", "completion": "a"}] * 2 + [labelled | {"label": True}]
   for rows, wanted, chosen in (
-    ([both] * 3, ("prompt_completion", "text"), "prompt_completion"),
+    ([both], ("prompt_completion", "messages", "text"), "messages"),
     (mixed, ("prompt_completion",), None),
     ([whole], ("preference", "implicit_preference"), None),
     ([labelled], ("prompt_completion",), None),
@@ -301,6 +306,36 @@ def follow_layouts(said, path):
     encode(**{"tokenizer": chatty} | how | fix)
 
 
+def follow_ends_of_turns(said, path):
+  class Endless(Chatty):
+    eos_ids = (258,)
+    chat_template = Chatty.chat_template.replace("~", " END")
+
+  class Ending(Endless):
+    eos_token, eos_ids = "~", (ord("~"),)
+    chat_template = Chatty.chat_template.replace("~", "{{ eos_token }}")
+
+  example = formats.Demonstration("a", "b", {})
+  refused(said, turn_end.check_turn_end, Endless())
+  refused(said, encoding.encode, example, Endless())
+  turn_end.check_turn_end(Ending())
+  encoding.encode(example, Ending())
+  encoding.encode(example, Endless(), prompt_format="plain")
+
+
+def follow_models_of_another_kind(said, path):
+  """What holds no language model, and the flag that takes it in its place."""
+  said.append(model_files.what_holds(["score.weight"]))
+  assert {"reward", "lora.adapter"} <= advice.commands()["experiments.grpo"]
+  large = np.array([1e3])
+  for dtype in ("float16", "float32"):
+    with np.errstate(over="ignore"):
+      squared = large.astype(dtype) ** 2
+    check = functools.partial(finite.check_finite, squared, {"w": large}, what="figures")
+    refused(said, check) if dtype == "float16" else check()
+  replace(grpo.Config(), {"dtype": re.search(r"--dtype=(\w+)", said[-1])[1]})
+
+
 def follow_columns_of_pairs(said, path):
   problem = tasks.Problem("q", {"text": "x"}, "q")
   assert "rename it" in refused(said, preferences.check_columns, "jsonl:a", [problem])
@@ -367,6 +402,7 @@ def follow_adapters(said, path):
   message = refused(said, begun, rank=2, targets=".")
   advised = dict(re.findall(r"--lora\.(\w+)='?([^ ']+)", message))
   begun(rank=int(advised["rank"]), targets=advised["targets"])
+  assert "--lora.adapter=DIR" in refused(said, hf.read_config, path / "adapter")
 
 
 def follow_populations(said, path):

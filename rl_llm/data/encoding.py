@@ -7,13 +7,15 @@ assistant's text and the token that ends it, and nothing else.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from rl_llm import chat_template
 from rl_llm.chat_template import ChatTemplateError
+from rl_llm.conversations import encode_whole, render, with_bos
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
-from rl_llm.tokenizers import Tokenizer, TokenizerError, guard
+from rl_llm.tokenizers import Tokenizer, TokenizerError
+from rl_llm.turn_end import no_turn_end
 
 Message = dict[str, Any]
 PromptFormat = Literal["chat", "plain"]
@@ -86,11 +88,11 @@ def encode(
   found by rendering the conversation up to each of the assistant's turns, with the header that a
   sampler would be given, and again up to its end: what came in between is the turn. That works with
   any template, provided that it never rewrites what it wrote before, which is checked. A turn ends
-  with its last end-of-sequence token; what the template writes after that (a line break, mostly) is
-  nobody's choice and not trained on.
+  with the token at which a sampler stops; what the template writes after that (a line break,
+  mostly) is nobody's choice and not trained on.
 
-  Each turn is encoded by itself, as it is in sampling: the prompt is encoded before the answer
-  exists. Encoded in one piece, a merge over the border would make other tokens.
+  The text is encoded as a whole, and begins with the ids of the prompt as a sampler is given it
+  (`rl_llm.conversations.encode_whole`).
 
   >>> from rl_llm.tokenizers import ByteTokenizer
   >>> encoded = encode(Demonstration("2+2=", "4", {}), ByteTokenizer(), prompt_format="plain")
@@ -101,7 +103,8 @@ def encode(
     example: an empty prompt trains on every turn of the assistant's, or on all of a text.
     tokenizer: the model's.
     prompt_format: "chat" renders the tokenizer's template; "plain" puts text after text, BOS before
-      if the model expects one, EOS behind.
+      if the model expects one, EOS behind. Text that is already rendered keeps its own: it gets no
+      second BOS or EOS, and blanks behind its EOS are not trained on.
     system_prompt: as for `format_prompts`.
 
   Returns:
@@ -256,38 +259,31 @@ def _encode_plain(
     raise TokenizerError("prompt_format='plain' needs text: use 'chat' for messages")
   if system_prompt is not None:
     raise TokenizerError("a system prompt needs a chat layout: leave it out or use 'chat'")
-  start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-  start += tokenizer.encode(prompt)
-  answer = [*tokenizer.encode(completion), tokenizer.eos_ids[0]]
-  mask = [False] * len(start) + [True] * len(answer)
-  return Encoded(start + answer, [False, *mask[1:]], len(start) if prompt else 0)
+  text = prompt + completion
+  whole = encode_whole(text, [len(prompt)] if prompt else [], tokenizer)
+  start = whole.starts[0] if prompt else 0
+  end = bisect.bisect_left(whole.places, len(text.rstrip()))
+  if end > start and whole.ids[end - 1] in tokenizer.eos_ids:  # Rendered already.
+    ids = whole.ids
+  else:
+    ids = [*whole.ids, tokenizer.eos_ids[0]]
+    end = len(ids)
+  tokens = with_bos(ids, tokenizer)
+  added = len(tokens) - len(ids)
+  start, end = start + added if prompt else 0, end + added
+  mask = [start <= place < end for place in range(len(tokens))]
+  return Encoded(tokens, [False, *mask[1:]], start)
 
 
 def _encode_chat(
   messages: list[Message], has_prompt: bool, turns: list[int], tokenizer: Tokenizer
 ) -> Encoded:
   """Encodes messages up to the last of `turns`, the places of the assistant's trained ones."""
-  guarded, mark = guard(messages, tokenizer.special_tokens)
-
-  def rendered(ends: list[int], header: bool) -> list[str]:
-    return chat_template.render_many(
-      tokenizer.chat_template,
-      [guarded[:end] for end in ends],
-      add_generation_prompt=header,
-      bos_token=tokenizer.bos_token,
-      eos_token=tokenizer.eos_token,
-    )
-
-  def encoded(text: str) -> list[int]:
-    pieces = text.split(mark) if mark else [text]
-    return [i for piece in pieces for i in tokenizer.encode(piece)]
-
-  befores = rendered(turns, True)
-  afters = rendered([turn + 1 for turn in turns], False)
-  tokens: list[int] = []
-  mask: list[bool] = []
-  starts: list[int] = []
-  done = ""
+  befores = render([messages[:turn] for turn in turns], tokenizer)
+  afters = render(
+    [messages[: turn + 1] for turn in turns], tokenizer, add_generation_prompt=False
+  )
+  done, ends = "", []
   for turn, before, after in zip(turns, befores, afters, strict=True):
     if not before.startswith(done):
       raise ChatTemplateError(
@@ -301,11 +297,31 @@ def _encode_chat(
         "(add_generation_prompt); write into the message what the header holds, or use a template "
         "that begins alike"
       )
-    between, answer = encoded(before[len(done) :]), encoded(after[len(before) :])
-    ends = [place for place, i in enumerate(answer) if i in tokenizer.eos_ids]
-    trained = ends[-1] + 1 if ends else len(answer)
-    starts.append(len(tokens) + len(between))
-    tokens += between + answer
-    mask += [False] * len(between) + [True] * trained + [False] * (len(answer) - trained)
-    done = after
-  return Encoded(tokens, [False, *mask[1:]], starts[0] if has_prompt else 0)
+    ends.append(_end_of_turn(after, len(before), tokenizer))
+    done = after[: ends[-1]]
+  whole = encode_whole(afters[-1], [len(before) for before in befores], tokenizer)
+  mask = [False] * len(whole.ids)
+  for start, end in zip(whole.starts, ends, strict=True):
+    end = bisect.bisect_left(whole.places, end)
+    mask[start:end] = [True] * (end - start)
+  return Encoded(whole.ids, [False, *mask[1:]], whole.starts[0] if has_prompt else 0)
+
+
+def _end_of_turn(text: str, begin: int, tokenizer: Tokenizer) -> int:
+  """Where in `text` the turn that begins at `begin`, its last one, has ended for a sampler.
+
+  That is behind the first of the tokens at its end that end a response. What the template writes
+  after it is nobody's choice: a line break mostly, and Phi-3's writes `<|endoftext|>` as well.
+  """
+  ids, places = tokenizer.encode_with_places(text, follows=False)
+  end = None
+  for i, place, behind in reversed([*zip(ids, places, [*places[1:], len(text)], strict=True)]):
+    if place < begin:
+      break
+    if i in tokenizer.eos_ids:
+      end = behind
+    elif end is not None and text[place:behind].strip():
+      break
+  if end is None:
+    raise no_turn_end(tokenizer)
+  return end

@@ -11,7 +11,8 @@ list of `{"role", "content"}` messages; a whole row is one or the other.
     text, messages       text or messages: language modelling, every assistant's turn is trained on
 
 Plain text that begins with "\n\nHuman:" is a transcript in the style of Anthropic's HH data, and
-becomes messages. All other columns of a row are kept, for the reward function.
+becomes messages. A column `text` next to an answer is the same example, rendered already: the
+answer is what counts, as in TRL. All other columns of a row are kept, for the reward function.
 """
 
 from __future__ import annotations
@@ -162,12 +163,16 @@ def recognise(columns: Iterable[str]) -> Format:
 
   >>> recognise(["prompt", "chosen", "rejected", "source"])
   'preference'
+  >>> recognise(["prompt", "completion", "text"])  # The text is the other two, rendered.
+  'prompt_completion'
 
   Raises:
     DataError: they fit none, or more than one.
   """
   columns = set(columns)
   present = (columns & _CONTENT) | ({"label"} & columns if "completion" in columns else set())
+  if present - {"text"} in (set(COLUMNS["prompt_completion"]), set(COLUMNS["messages"])):
+    present -= {"text"}  # The same example, rendered already.
   for name, needed in COLUMNS.items():
     if set(needed) == present:
       return name

@@ -158,7 +158,8 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
   True
 
   Args:
-    entries: what the JSON file holds.
+    entries: what the JSON file holds; of Gemma 3's models of images and text, the text model's
+      count.
     source: the file's name, for errors.
 
   Returns:
@@ -180,6 +181,7 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
       )
     return value
 
+  entries = _text_entries(entries)
   family = entries.get("model_type")
   if family not in _ARCHITECTURES:
     raise WeightsError(
@@ -244,6 +246,29 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
     raise
   except (ValueError, ZeroDivisionError) as error:
     raise WeightsError(f"{source}: {error}; restore the model's original config.json") from error
+
+
+# What google/gemma-3's text_config leaves out, as transformers' Gemma3TextConfig has it.
+_GEMMA3_TEXT = {
+  "vocab_size": 262_208,
+  "hidden_size": 2304,
+  "intermediate_size": 9216,
+  "num_hidden_layers": 26,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "max_position_embeddings": 131_072,
+  "sliding_window": 4096,
+}
+
+
+def _text_entries(entries: dict[str, Any]) -> dict[str, Any]:
+  """The entries of the text model: of Gemma 3's models of images and text (4B to 27B) those inside
+  text_config, else all."""
+  text = entries.get("text_config")
+  if entries.get("model_type") != "gemma3" or not isinstance(text, dict):
+    return entries
+  return _GEMMA3_TEXT | text | {"model_type": "gemma3_text"}
 
 
 def _rope_from_hf(

@@ -106,6 +106,19 @@ def test_a_format_said_makes_the_other_columns_ones_own(tmp_path):
     read_dataset(path, format="dpo")
 
 
+def test_a_text_next_to_an_answer_is_the_same_example_rendered(tmp_path):
+  rows = [
+    {"prompt": f"q{n}", "completion": "a", "text": f"<s>[INST] q{n} [/INST] a</s>"} for n in (0, 1)
+  ]
+  found = read_dataset(jsonl(tmp_path / "rows.jsonl", rows))
+  assert found.format == "prompt_completion"
+  assert found.examples[1] == Demonstration("q1", "a", {"text": rows[1]["text"]})
+  assert recognise(["messages", "text"]) == "messages"
+  for columns in (["prompt", "text"], ["chosen", "rejected", "text"]):  # No one knows whose.
+    with pytest.raises(DataError, match="ambiguous columns"):
+      recognise(columns)
+
+
 @pytest.mark.parametrize(
   "columns, said",
   [

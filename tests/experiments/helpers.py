@@ -22,10 +22,10 @@ FULL = bool(os.environ.get("RL_LLM_FULL"))  # `make test-full`
 
 
 class Chatty(ByteTokenizer):
-  """Bytes with a chat template, and with ends so frequent that responses are ragged."""
+  """Bytes with a chat template, and with ends so frequent that responses are ragged: "~" is one."""
 
   eos_ids = (258, *range(0, 256, 6))
-  chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+  chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}~\n{% endfor %}"
 
 
 REWARD = """

@@ -54,7 +54,7 @@ def models():
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed, dtype=jnp.float32, mesh=None):
+  def load(name, *, seed, dtype=jnp.float32, mesh=None, say=None):
     params = init(jax.random.key(seed + (name == "tiny2")))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
     return LanguageModel(make_policy(config, dtype=dtype), params, Terse())

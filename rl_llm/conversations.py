@@ -1,0 +1,219 @@
+"""Prompts and conversations as token ids, each text encoded as a whole.
+
+The ids of a text are not the ids of its pieces one after the other: a SentencePiece tokenizer
+writes a space before every piece, and a merge over a seam is lost. So a conversation is rendered by
+the model's chat template and the whole text encoded at once, as the model's own library does it;
+where its parts are, the places of the tokens in the text say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from rl_llm import chat_template as chat
+from rl_llm.control_tokens import MARK, break_up
+from rl_llm.tokenizers import Tokenizer, TokenizerError
+
+
+def resolve_format(prompt_format: str, tokenizer: Tokenizer) -> str:
+  """"chat" or "plain": "auto" is the model's chat layout, if it has a template."""
+  if prompt_format != "auto":
+    return prompt_format
+  return "chat" if tokenizer.chat_template else "plain"
+
+
+def format_prompts(
+  prompts: Sequence[str | chat.Messages],
+  tokenizer: Tokenizer,
+  *,
+  prompt_format: Literal["chat", "plain"] = "chat",
+  system_prompt: str | None = None,
+) -> list[list[int]]:
+  """Ids of prompts, laid out as the model was trained to read them.
+
+  A chat model given bare text behaves like another, worse model; a base model given a chat layout
+  has never seen it. Hence two formats, and no guess between them.
+
+  A message can spell a control token: with `<|im_end|>` in a user's text the user's turn would end
+  there, and the rest of the text could speak as the system. So in a chat the control tokens inside
+  messages stay plain characters, and only those the template writes become control ids. (Messages
+  with the role "assistant" are exempt: the model may have written its tool-call tokens itself.) A
+  plain prompt is its author's whole input, control tokens included.
+
+  >>> from rl_llm.tokenizers import ByteTokenizer
+  >>> format_prompts(["3+4="], ByteTokenizer(), prompt_format="plain")
+  [[51, 43, 52, 61]]
+
+  Args:
+    prompts: each a str, or a list of `{"role": ..., "content": ...}` messages that does not end
+      with the assistant's; a str is one user's message.
+    tokenizer: the model's.
+    prompt_format: "chat" renders the tokenizer's chat template, with the header of the assistant's
+      turn at the end. "plain" encodes a str as it is, after BOS if the model expects one and the
+      text does not begin with it.
+    system_prompt: None leaves the system message to the template (some write one of their own); ""
+      is an empty one; a text is that text. A conversation with its own system message keeps it.
+
+  Returns:
+    One list of ids per prompt.
+
+  Raises:
+    TokenizerError: no chat template, or prompts that do not fit the format.
+    ChatTemplateError: the template fails or refuses the messages.
+  """
+  if isinstance(prompts, str):
+    raise TokenizerError("prompts must be a list of prompts, got one str: put it into a list")
+  if prompt_format == "plain":
+    if system_prompt is not None:
+      raise TokenizerError(
+        "a system prompt needs a chat layout: leave --system_prompt out or use --prompt_format=chat"
+      )
+    for index, prompt in enumerate(prompts):
+      if not isinstance(prompt, str):
+        raise TokenizerError(
+          f"prompts[{index}] is a {type(prompt).__name__}, --prompt_format=plain needs str: "
+          "use --prompt_format=chat for messages"
+        )
+    return [with_bos(tokenizer.encode(prompt), tokenizer) for prompt in prompts]
+  if prompt_format != "chat":
+    raise TokenizerError(f"prompt_format must be 'chat' or 'plain', got {prompt_format!r}")
+  if tokenizer.chat_template is None:
+    raise TokenizerError(
+      "this model's files have no chat template (a base model?): use --prompt_format=plain"
+    )
+  conversations = [
+    _conversation(prompt, index, system_prompt) for index, prompt in enumerate(prompts)
+  ]
+  return [tokenizer.encode(text) for text in render(conversations, tokenizer)]
+
+
+def with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+  """The ids of a plain text after BOS, if the model expects one and the text brings none."""
+  wanted = tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
+  return [tokenizer.bos_id, *ids] if wanted else ids
+
+
+def render(
+  conversations: Sequence[chat.Messages],
+  tokenizer: Tokenizer,
+  *,
+  add_generation_prompt: bool = True,
+) -> list[str]:
+  """Texts of conversations, with a mark wherever a message spells a control token.
+
+  Args:
+    conversations: each a list of messages; those of the assistant's are left as they are.
+    tokenizer: the model's, with a chat template.
+    add_generation_prompt: end with the header of the assistant's next turn.
+
+  Returns:
+    A text each, for `tokenizer.encode` or `encode_whole`, which know the mark.
+
+  Raises:
+    ChatTemplateError: as `rl_llm.chat_template.render`, or the template takes the text of a control
+      token in a message for its own.
+  """
+
+  def rendered(conversations: Sequence[chat.Messages]) -> list[str]:
+    return chat.render_many(
+      tokenizer.chat_template,
+      conversations,
+      add_generation_prompt=add_generation_prompt,
+      bos_token=tokenizer.bos_token,
+      eos_token=tokenizer.eos_token,
+    )
+
+  names = tokenizer.structural_tokens
+  texts = rendered(conversations)
+  broken = [
+    [m if m["role"] == "assistant" else break_up(m, names) for m in messages]
+    for messages in conversations
+  ]
+  changed = [
+    [m for m, b in zip(messages, others, strict=True) if b is not m]
+    for messages, others in zip(conversations, broken, strict=True)
+  ]
+  marked = [k for k, messages in enumerate(changed) if messages]
+  for k, text in zip(marked, rendered([broken[k] for k in marked]), strict=True):
+    if text.replace(MARK, "") != texts[k]:
+      held = [repr(name) for name in sorted(names) if any(name in str(m) for m in changed[k])]
+      raise chat.ChatTemplateError(
+        f"conversation {k}: a message holds {' and '.join(held)}, which the chat template takes "
+        "for its own; write it otherwise in the message"
+      )
+    texts[k] = text
+  return texts
+
+
+class Whole(NamedTuple):
+  """A text as ids.
+
+  Attributes:
+    ids: T ids.
+    places: T places in the text, where each token begins.
+    starts: how many tokens there are before each of the asked-for starts.
+  """
+
+  ids: list[int]
+  places: list[int]
+  starts: list[int]
+
+
+def encode_whole(text: str, starts: Sequence[int], tokenizer: Tokenizer) -> Whole:
+  """Ids of a whole text, in which answers begin at `starts`.
+
+  What precedes an answer is the prompt that a sampler is given, so the ids must begin with those of
+  `text[:start]`. They do unless a token lies over the start (a prompt that ends in a line break,
+  an answer that begins with one). Then the prompt's ids stand and what follows is encoded after
+  them, as it is in sampling, where the prompt is encoded before the answer exists.
+
+  >>> from rl_llm.tokenizers import ByteTokenizer
+  >>> encode_whole("2+2=4", [4], ByteTokenizer())
+  Whole(ids=[50, 43, 50, 61, 52], places=[0, 1, 2, 3, 4], starts=[4])
+
+  Args:
+    text: from `render`, or plain.
+    starts: places in the text, ascending.
+    tokenizer: the model's.
+  """
+  ids: list[int] = []
+  places: list[int] = []
+  counts: list[int] = []
+  done = 0  # Up to here the ids are settled.
+
+  def encode_from(begin: int, end: int) -> tuple[list[int], list[int]]:
+    found, at = tokenizer.encode_with_places(text[begin:end], follows=begin > 0)
+    return found, [begin + place for place in at]
+
+  rest = encode_from(0, len(text))
+  for start in starts:
+    head = encode_from(done, start)
+    if rest[0][: len(head[0])] == head[0]:
+      counts.append(len(ids) + len(head[0]))
+      continue
+    ids += head[0]
+    places += head[1]
+    counts.append(len(ids))
+    done, rest = start, encode_from(start, len(text))
+  return Whole(ids + rest[0], places + rest[1], counts)
+
+
+def _conversation(
+  prompt: str | chat.Messages, index: int, system_prompt: str | None
+) -> list[Mapping[str, Any]]:
+  if isinstance(prompt, str):
+    messages = [{"role": "user", "content": prompt}]
+  elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
+    messages = list(prompt)
+  else:
+    raise TokenizerError(
+      f"prompts[{index}] must be a str or a non-empty list of messages, got {prompt!r:.80}"
+    )
+  if messages[-1].get("role") == "assistant":
+    raise TokenizerError(
+      f"prompts[{index}] ends with the assistant's message: nothing is left to answer, drop it"
+    )
+  if system_prompt is not None and messages[0].get("role") != "system":
+    messages.insert(0, {"role": "system", "content": system_prompt})
+  return messages
