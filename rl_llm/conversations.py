@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from rl_llm import chat_template as chat
 from rl_llm.control_tokens import MARK, break_up
+from rl_llm.messages import check_read, for_template
 from rl_llm.tokenizers import Tokenizer, TokenizerError
 
 
@@ -29,6 +30,7 @@ def format_prompts(
   *,
   prompt_format: Literal["chat", "plain"] = "chat",
   system_prompt: str | None = None,
+  names: Sequence[Mapping[str, Any]] = (),
 ) -> list[list[int]]:
   """Ids of prompts, laid out as the model was trained to read them.
 
@@ -54,6 +56,8 @@ def format_prompts(
       text does not begin with it.
     system_prompt: None leaves the system message to the template (some write one of their own); ""
       is an empty one; a text is that text. A conversation with its own system message keeps it.
+    names: what each prompt says to the template besides, such as its tools, from
+      `rl_llm.messages.template_names`; (): none.
 
   Returns:
     One list of ids per prompt.
@@ -61,6 +65,7 @@ def format_prompts(
   Raises:
     TokenizerError: no chat template, or prompts that do not fit the format.
     ChatTemplateError: the template fails or refuses the messages.
+    MessageError: the template does not read the names.
   """
   if isinstance(prompts, str):
     raise TokenizerError("prompts must be a list of prompts, got one str: put it into a list")
@@ -69,6 +74,7 @@ def format_prompts(
       raise TokenizerError(
         "a system prompt needs a chat layout: leave --system_prompt out or use --prompt_format=chat"
       )
+    check_no_names(*names)
     for index, prompt in enumerate(prompts):
       if not isinstance(prompt, str):
         raise TokenizerError(
@@ -85,7 +91,16 @@ def format_prompts(
   conversations = [
     _conversation(prompt, index, system_prompt) for index, prompt in enumerate(prompts)
   ]
-  return [tokenizer.encode(text) for text in render(conversations, tokenizer)]
+  return [tokenizer.encode(text) for text in render(conversations, tokenizer, names=names)]
+
+
+def check_no_names(*names: Mapping[str, Any]) -> None:
+  """Refuses what rows say to a chat template where a plain layout has no place for it."""
+  for own in filter(None, names):
+    raise TokenizerError(
+      f"--prompt_format=plain has no place for {' and '.join(map(repr, own))}: use "
+      "--prompt_format=chat, or rename or remove it"
+    )
 
 
 def with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -98,6 +113,7 @@ def render(
   conversations: Sequence[chat.Messages],
   tokenizer: Tokenizer,
   *,
+  names: Sequence[Mapping[str, Any]] = (),
   add_generation_prompt: bool = True,
 ) -> list[str]:
   """Texts of conversations, with a mark wherever a message spells a control token.
@@ -105,6 +121,7 @@ def render(
   Args:
     conversations: each a list of messages; those of the assistant's are left as they are.
     tokenizer: the model's, with a chat template.
+    names: what each says to the template besides, from `rl_llm.messages.template_names`; (): none.
     add_generation_prompt: end with the header of the assistant's next turn.
 
   Returns:
@@ -113,36 +130,57 @@ def render(
   Raises:
     ChatTemplateError: as `rl_llm.chat_template.render`, or the template takes the text of a control
       token in a message for its own.
+    MessageError: the template would leave out calls, tools or names without a word.
   """
+  names = names or [{}] * len(conversations)
+  for messages, own in zip(conversations, names, strict=True):
+    check_read(tokenizer.chat_template, messages, own)
+  as_objects, as_text = (
+    [for_template(messages, calls_as_text=text) for messages in conversations]
+    for text in (False, True)
+  )
+  try:
+    return _render(as_objects, names, tokenizer, add_generation_prompt)
+  except chat.ChatTemplateError:
+    if as_objects == as_text:
+      raise
+    return _render(as_text, names, tokenizer, add_generation_prompt)
 
-  def rendered(conversations: Sequence[chat.Messages]) -> list[str]:
-    return chat.render_many(
+
+def _render(
+  conversations: Sequence[chat.Messages],
+  names: Sequence[Mapping[str, Any]],
+  tokenizer: Tokenizer,
+  add_generation_prompt: bool,
+) -> list[str]:
+  """`render` of messages as the template expects them."""
+
+  def rendered(messages: chat.Messages, own: Mapping[str, Any]) -> str:
+    return chat.render(
       tokenizer.chat_template,
-      conversations,
+      messages,
       add_generation_prompt=add_generation_prompt,
       bos_token=tokenizer.bos_token,
       eos_token=tokenizer.eos_token,
+      tools=own.get("tools"),
+      names=own,
     )
 
-  names = tokenizer.structural_tokens
-  texts = rendered(conversations)
-  broken = [
-    [m if m["role"] == "assistant" else break_up(m, names) for m in messages]
-    for messages in conversations
-  ]
-  changed = [
-    [m for m, b in zip(messages, others, strict=True) if b is not m]
-    for messages, others in zip(conversations, broken, strict=True)
-  ]
-  marked = [k for k, messages in enumerate(changed) if messages]
-  for k, text in zip(marked, rendered([broken[k] for k in marked]), strict=True):
-    if text.replace(MARK, "") != texts[k]:
-      held = [repr(name) for name in sorted(names) if any(name in str(m) for m in changed[k])]
-      raise chat.ChatTemplateError(
-        f"conversation {k}: a message holds {' and '.join(held)}, which the chat template takes "
-        "for its own; write it otherwise in the message"
-      )
-    texts[k] = text
+  structural, texts = tokenizer.structural_tokens, []
+  for k, (messages, own) in enumerate(zip(conversations, names, strict=True)):
+    text = rendered(messages, own)
+    theirs = [own, *(m for m in messages if m["role"] != "assistant")]
+    if break_up(theirs, structural) is not theirs:
+      broken = [m if m["role"] == "assistant" else break_up(m, structural) for m in messages]
+      marked = rendered(broken, break_up(own, structural))
+      if marked.replace(MARK, "") != text:
+        held = [repr(name) for name in sorted(structural) if name in str(theirs)]
+        raise chat.ChatTemplateError(
+          f"conversation {k}: a message holds {' and '.join(held)}, which the chat template takes "
+          "for its own; write it otherwise in the message"
+        )
+      text = marked
+    texts.append(text)
   return texts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from rl_llm import hosts
 from rl_llm.config import ConfigError
-from rl_llm.conversations import format_prompts, resolve_format
+from rl_llm.conversations import check_no_names, format_prompts, resolve_format
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.prompts import (
   Overlong,
@@ -25,6 +26,7 @@ from rl_llm.data.prompts import (
   pad_prompts,
 )
 from rl_llm.finite import cause_in, check_finite
+from rl_llm.messages import template_names
 from rl_llm.metrics import PhaseClock
 from rl_llm.policy import Policy
 from rl_llm.reward_model import load_reward_model, score_responses
@@ -121,10 +123,13 @@ def encode_problems(
   """
   prompts = [problem.prompt for problem in problems]
   if prompt_format == "plain":
+    for prompt in prompts:
+      calls = isinstance(prompt, list) and any(m.get("tool_calls") for m in prompt)
+      check_no_names({"tool_calls": True} if calls else {})
     prompts = [prompt_text(prompt) for prompt in prompts]
-  encoded = format_prompts(
-    prompts, tokenizer, prompt_format=prompt_format, system_prompt=system_prompt
-  )
+  layout = {"prompt_format": prompt_format, "system_prompt": system_prompt}
+  names = [template_names(problem.columns) for problem in problems]
+  encoded = format_prompts(prompts, tokenizer, names=names, **layout)
   limited, count = limit_length(encoded, limit=max_prompt_tokens, overlong=overlong)
   kept = [pair for pair in zip(problems, limited, strict=True) if pair[1] is not None]
   return Drawn([problem for problem, _ in kept], [prompt for _, prompt in kept], count)
@@ -717,7 +722,8 @@ def prompt_text(prompt: str | list[dict[str, str]]) -> str:
   """
   if isinstance(prompt, str):
     return prompt
-  return "\n".join(message["content"] for message in prompt)
+  said = ([m.get("content"), *map(json.dumps, m.get("tool_calls") or ())] for m in prompt)
+  return "\n".join(text for texts in said for text in texts if text is not None)
 
 
 def sample_rows(

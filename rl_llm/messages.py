@@ -115,18 +115,24 @@ def weight_of(name: str, message: Mapping[str, Any]) -> bool | None:
   return bool(next(iter(given.values()))) if given else None
 
 
-def for_template(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def for_template(
+  messages: Sequence[Mapping[str, Any]], *, calls_as_text: bool = False
+) -> list[dict[str, Any]]:
   """The messages as chat templates expect them.
 
-  A template writes a call's arguments with `tojson`: text that is JSON already would be quoted a
-  second time. It prints a content of null as "None". And what only says how to train is no part of
-  a message.
+  Most templates write a call's arguments with `tojson`: text that is JSON already would be quoted a
+  second time. A content of null they print as "None". And what only says how to train is no part
+  of a message.
 
   >>> call = {"function": {"name": "add", "arguments": '{"a": 2}'}}
   >>> turn = {"role": "assistant", "content": None, "tool_calls": [call], "weight": 1}
   >>> found = for_template([turn])[0]
   >>> found["tool_calls"], found["content"], "weight" in found
   ([{'function': {'name': 'add', 'arguments': {'a': 2}}}], '', False)
+
+  Args:
+    messages: a conversation.
+    calls_as_text: arguments as JSON text, for the few templates that join them to text.
 
   Raises:
     MessageError: arguments that are neither an object nor the JSON text of one.
@@ -136,7 +142,7 @@ def for_template(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     message = {key: value for key, value in message.items() if key not in WEIGHTS}
     if message.get("tool_calls"):
       message["content"] = message.get("content") or ""
-      message["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
+      message["tool_calls"] = [_with_arguments(c, calls_as_text) for c in message["tool_calls"]]
     found.append(message)
   return found
 
@@ -201,9 +207,10 @@ def check_read(
       )
 
 
-def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-  """The call with its arguments as an object."""
+def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
+  """The call with its arguments as an object, or as JSON text."""
   arguments = _arguments("tool_calls", call)
+  arguments = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
   if "function" in call:
     return {**call, "function": {**call["function"], "arguments": arguments}}
   return {**call, "arguments": arguments}

@@ -290,6 +290,7 @@ def follow_layouts(said, path):
     (["a"], {"prompt_format": "plain", "system_prompt": "b"}, {"prompt_format": "chat"}),
     (["a"], {"prompt_format": "plain", "system_prompt": "b"}, {"system_prompt": None}),
     (["a"], {"tokenizer": ByteTokenizer()}, {"prompt_format": "plain"}),
+    (["a"], {"prompt_format": "plain", "names": [{"tools": [{}]}]}, {"names": ()}),
   ):
     refused(said, prompt, given, **how)
     prompt(given, **how | fix)

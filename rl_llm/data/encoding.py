@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from rl_llm.chat_template import ChatTemplateError
-from rl_llm.conversations import encode_whole, render, with_bos
+from rl_llm.conversations import check_no_names, encode_whole, render, with_bos
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
+from rl_llm.messages import template_names, weight_of
 from rl_llm.tokenizers import Tokenizer, TokenizerError
 from rl_llm.turn_end import no_turn_end
 
@@ -84,6 +85,8 @@ def encode(
 ) -> Encoded:
   """Tokens and mask of a prompt and its completion.
 
+  A row's tools and template names, and a turn of weight 0, count as `rl_llm.messages` says.
+
   With "chat", a text prompt is a user's message and a text completion the assistant's. The mask is
   found by rendering the conversation up to each of the assistant's turns, with the header that a
   sampler would be given, and again up to its end: what came in between is the turn. That works with
@@ -113,8 +116,11 @@ def encode(
   Raises:
     TokenizerError: no chat template, or messages with "plain".
     ChatTemplateError: the template fails, refuses the messages, or changes earlier turns.
+    MessageError: the template does not read what the row says to it.
   """
+  names = template_names(example.columns)
   if prompt_format == "plain":
+    check_no_names(names)
     return _encode_plain(example.prompt, example.completion, tokenizer, system_prompt)
   if prompt_format != "chat":
     raise TokenizerError(f"prompt_format must be 'chat' or 'plain', got {prompt_format!r}")
@@ -124,7 +130,11 @@ def encode(
     )
   prompt = _messages(example.prompt, "user")
   messages = prompt + _messages(example.completion, "assistant")
-  turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= len(prompt)]
+  turns = [
+    place
+    for place, m in enumerate(messages)
+    if m["role"] == "assistant" and place >= len(prompt) and weight_of("messages", m) is not False
+  ]
   if not turns or turns[0] == 0:
     raise TokenizerError(
       "a conversation needs a message to answer and an answer of the assistant; text by itself is "
@@ -133,7 +143,7 @@ def encode(
   if system_prompt is not None and messages[0]["role"] != "system":
     messages.insert(0, {"role": "system", "content": system_prompt})
     turns = [turn + 1 for turn in turns]
-  return _encode_chat(messages, bool(prompt), turns, tokenizer)
+  return _encode_chat(messages, bool(prompt), turns, tokenizer, names)
 
 
 def encode_pair(
@@ -276,12 +286,20 @@ def _encode_plain(
 
 
 def _encode_chat(
-  messages: list[Message], has_prompt: bool, turns: list[int], tokenizer: Tokenizer
+  messages: list[Message],
+  has_prompt: bool,
+  turns: list[int],
+  tokenizer: Tokenizer,
+  names: dict[str, Any],
 ) -> Encoded:
   """Encodes messages up to the last of `turns`, the places of the assistant's trained ones."""
-  befores = render([messages[:turn] for turn in turns], tokenizer)
+  all_names = [names] * len(turns)
+  befores = render([messages[:turn] for turn in turns], tokenizer, names=all_names)
   afters = render(
-    [messages[: turn + 1] for turn in turns], tokenizer, add_generation_prompt=False
+    [messages[: turn + 1] for turn in turns],
+    tokenizer,
+    names=all_names,
+    add_generation_prompt=False,
   )
   done, ends = "", []
   for turn, before, after in zip(turns, befores, afters, strict=True):
