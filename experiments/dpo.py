@@ -370,7 +370,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     model = setup.load_model(config, run, mesh, reference=needs_reference(config.loss))
     pad_id, loaded = model.tokenizer.pad_id, loading.Loaded([], [], {}, "", [], [])
     if dataset:
-      loaded = setup.load_pairs(config, run, dataset, model.tokenizer, layout)
+      loaded = setup.load_pairs(config, run, model, dataset, layout)
     responses, slots = 0 if dataset else config.responses_per_prompt, config.sampling.slots
     with setup.open_problems(
       config, run, model, task, prompts=size.per_step, responses=responses, slots=slots

@@ -200,7 +200,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     dataset = setup.read_data(config, "preference", "implicit_preference")
     pairs.check_margins(dataset, column, path=config.data.data)
     model = setup.load_model(config, run, mesh, without="unembed")
-    loaded = setup.load_pairs(config, run, dataset, model.tokenizer, config.layout)
+    loaded = setup.load_pairs(config, run, model, dataset, config.layout)
     margins = pairs.margins(loaded.training_columns, column)
     sizes = {
       "pairs a step": size.per_step,

@@ -376,7 +376,7 @@ def read_data(config: Any, *formats: str) -> Dataset:
 
 
 def load_data(
-  config: Any, run: Run, dataset: Dataset, encode: Callable, limit_all: Callable
+  config: Any, run: Run, model: Model, dataset: Dataset, encode: Callable, limit_all: Callable
 ) -> loading.Loaded:
   """The rows as tokens, to train on and held out; the same in all processes.
 
@@ -396,18 +396,22 @@ def load_data(
   )
   sequences = encoding.flat(loaded.training + loaded.held_out)
   experience.agree_on_data(sequence.tokens for sequence in sequences)
+  longest = max(len(sequence.tokens) for sequence in sequences)
+  if beyond := model.policy.config.length_note(longest):
+    run.console.say(beyond)
   unread = loading.unread_note(dataset, read=[getattr(config, "margin_column", "")])
   return loaded._replace(note=loaded.note + unread)
 
 
 def load_pairs(
-  config: Any, run: Run, dataset: Dataset, tokenizer: Tokenizer, layout: flags.Layout
+  config: Any, run: Run, model: Model, dataset: Dataset, layout: flags.Layout
 ) -> loading.Loaded:
   """`load_data` of preference pairs."""
+  tokenizer = model.tokenizer
   prompt_format = resolve_format(layout.prompt_format, tokenizer)
   settings = {"prompt_format": prompt_format, "system_prompt": layout.system_prompt}
   encode = functools.partial(encoding.encode_pair, tokenizer=tokenizer, **settings)
-  return load_data(config, run, dataset, encode, encoding.limit_pairs)
+  return load_data(config, run, model, dataset, encode, encoding.limit_pairs)
 
 
 def update_once(

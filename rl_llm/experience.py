@@ -250,6 +250,8 @@ def make_generate(
   def generate_responses(params, prompts, keys, sampling, group):
     rows, columns = prompts.tokens.shape
     announce(f"compiling the rollout: {rows} prompts of up to {columns} tokens x {group} responses")
+    if beyond := policy.config.length_note(int(max(prompts.lengths)) + max_new_tokens):
+      announce(beyond)
     if whole:
       params = gather_weights(params, dtype=policy.dtype, mesh=mesh)
     return generate(

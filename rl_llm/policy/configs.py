@@ -114,6 +114,25 @@ class TransformerConfig:
     """What query-key products are multiplied by."""
     return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
+  def length_note(self, longest: int) -> str:
+    """What to say of sequences longer than the model was trained to read; "" where none is.
+
+    Rotations have no end, so nothing fails there; what a model makes of places that it never saw
+    is another matter.
+
+    >>> TransformerConfig(32, 8, 1, 1, 1, 8, 8, max_position=512).length_note(512)
+    ''
+
+    Args:
+      longest: tokens of the longest sequence, its answer included.
+    """
+    if longest <= self.max_position:
+      return ""
+    return (
+      f"sequences of over {self.max_position} tokens, the most that the model was trained to read "
+      "(max_position_embeddings): what it makes of the places behind is chance"
+    )
+
 
 def tiny_config(vocab_size: int) -> TransformerConfig:
   """A 2-layer, 64-wide model with every moving part (GQA, RoPE, tied embeddings): about 130,000

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from experiments import dpo, evaluate, grpo, population, ppo, reinforce, reward_model, sft
+from rl_llm import model
 from rl_llm.config import ConfigError, replace
 from rl_llm.metrics import read
+from rl_llm.policy import make_policy
 from rl_llm.tasks import TaskError
 
 SUMS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(3)]
@@ -64,10 +67,23 @@ def preferred(tmp_path, **changes):
   } | changes
 
 
+@pytest.fixture
+def read_to_five(small, monkeypatch):
+  """The small model, as if it had been trained to read five tokens and no more."""
+  load = model.load_model
+
+  def load_short(*arguments, **keywords):
+    loaded = load(*arguments, **keywords)
+    config = dataclasses.replace(loaded.policy.config, max_position=5)
+    return loaded._replace(policy=make_policy(config))
+
+  monkeypatch.setattr("rl_llm.model.load_model", load_short)
+
+
 @pytest.mark.parametrize(
   ("experiment", "settings"), [(grpo, sampled), (sft, learned), (reward_model, preferred)]
 )
-def test_it_trains_and_records_no_evaluation(tmp_path, small, experiment, settings, capsys):
+def test_it_trains_and_records_no_evaluation(tmp_path, read_to_five, experiment, settings, capsys):
   changes = settings(tmp_path, **{"eval.every": 0})
   workdir = tmp_path / "run"
   result = experiment.train(replace(experiment.Config(), changes), str(workdir))
@@ -75,7 +91,9 @@ def test_it_trains_and_records_no_evaluation(tmp_path, small, experiment, settin
   assert [row["step"] for row in rows] == [0, 1, 2] and "loss" in rows[1]
   assert not [key for row in rows for key in row if key.startswith("eval/")]
   assert (result["before"], result["after"], result["steps"]) == ({}, {}, 2)
-  assert (workdir / "report.html").exists() and "held-out accuracy" not in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert (workdir / "report.html").exists() and "held-out accuracy" not in said
+  assert said.count("sequences of over 5 tokens") == 1, "all have six or more; one line a run"
   if experiment is grpo:
     assert {line["split"] for line in read(workdir / "samples.jsonl")} == {"train"}
 
