@@ -11,8 +11,8 @@ which every answer has advantage 1.
 
 `--data=task` imitates the right answers to the training problems of --task. `--data=FILE` reads
 JSONL (plain or gzip) or Parquet with the columns prompt and completion, messages, or text; of
-messages every turn of the assistant's is trained on. With a task besides, the model is graded at it
-before, during and after; the loss on held-out examples is taken in any case.
+messages the assistant's turns are trained on, but those of weight 0. With a task besides, the
+model is graded at it before, during and after; the loss on held-out examples is taken in any case.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 

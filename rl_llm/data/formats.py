@@ -7,8 +7,11 @@ list of `{"role", "content"}` messages; a whole row is one or the other.
     prompt_completion    prompt, completion
     preference           prompt, chosen, rejected
     implicit_preference  chosen, rejected, which begin with the same prompt
-    unpaired             prompt, completion, label (true: wanted, false: unwanted)
+    unpaired             prompt, completion, label (true or 1: wanted, false or 0: unwanted)
     text, messages       text or messages: language modelling, every assistant's turn is trained on
+
+No script trains on `unpaired`: it is for those who call `rl_llm.losses.kto_loss` and its kin. What
+else a row or a message may say, such as tools and weights, is in `rl_llm.messages`.
 
 Plain text that begins with "\n\nHuman:" is a transcript in the style of Anthropic's HH data, and
 becomes messages. A column `text` next to an answer is the same example, rendered already: the

@@ -58,6 +58,8 @@ def read_examples(
     present = {*COLUMNS[found], *dataset.examples[0].columns}
     fits = [f"--data_format={name}" for name in formats if present >= {*COLUMNS[name]}]
     fix = f"{' or '.join(fits)} leaves the others alone" if fits else "rename columns to these"
+    if found == "unpaired" and fits:  # They would be learned like the wanted ones.
+      fix = f"take out the rows whose label is false, and {fix}"
     trained = "; ".join(f"{name}: {', '.join(COLUMNS[name])}" for name in formats)
     raise DataError(
       f"{path}: rows of the format {found}, and what is trained here has other columns ({trained})"

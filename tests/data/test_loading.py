@@ -104,7 +104,7 @@ def test_a_format_that_is_said_is_obeyed(tmp_path):
   path = tmp_path / "rows.jsonl"
   path.write_text('{"prompt": "q", "completion": "yo", "label": 0}\n')
   formats = ["prompt_completion", "messages"]
-  with pytest.raises(DataError, match="--data_format=prompt_completion leaves the others alone"):
+  with pytest.raises(DataError, match="take out the rows whose label is false, and --data_format="):
     read_examples(str(path), formats=formats)
   [found] = read_examples(str(path), formats=formats, format="prompt_completion").examples
   assert (found.completion, found.columns) == ("yo", {"label": 0})
