@@ -350,7 +350,7 @@ def test_a_broken_row_stops_with_its_line_or_is_dropped_and_counted(tmp_path, sm
   found = run(dpo, tmp_path / "lenient", offline(data, data_errors="lenient"))
   assert found.metrics[0]["data_broken"] == len(BROKEN)
   rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
-  with pytest.raises(DataError, match="rows of the format prompt_completion;.*preference"):
+  with pytest.raises(DataError, match="rows of the format prompt_completion, .*preference"):
     run(dpo, tmp_path / "rows", offline(rows))
 
 
