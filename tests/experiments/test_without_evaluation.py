@@ -14,7 +14,7 @@ from rl_llm.metrics import read
 from rl_llm.policy import make_policy
 from rl_llm.tasks import TaskError
 
-SUMS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(3)]
+SUMS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n} for n in range(3)]
 
 
 def write(path, rows):
@@ -39,7 +39,7 @@ def sampled(tmp_path, **changes):
 
 def learned(tmp_path, **changes):
   """SFT on three examples and no task, from which nothing is held out."""
-  rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in SUMS]
+  rows = [{"prompt": row["prompt"], "completion": row["answer"], "level": 1} for row in SUMS]
   return {
     "model": "tiny",
     "data": write(tmp_path / "three_answers.jsonl", rows),
@@ -55,7 +55,8 @@ def learned(tmp_path, **changes):
 
 def preferred(tmp_path, **changes):
   """The same of preference pairs."""
-  rows = [{"prompt": row["prompt"], "chosen": row["answer"], "rejected": "0"} for row in SUMS]
+  rows = [row | {"chosen": row["answer"], "rejected": "0"} for row in SUMS]
+  rows = [{name: value for name, value in row.items() if name != "answer"} for row in rows]
   return {
     "model": "tiny",
     "data": write(tmp_path / "three_pairs.jsonl", rows),
@@ -94,6 +95,7 @@ def test_it_trains_and_records_no_evaluation(tmp_path, read_to_five, experiment,
   said = capsys.readouterr().out
   assert (workdir / "report.html").exists() and "held-out accuracy" not in said
   assert said.count("sequences of over 5 tokens") == 1, "all have six or more; one line a run"
+  assert said.count("columns that nothing reads: level") == said.count("nothing reads") == 1
   if experiment is grpo:
     assert {line["split"] for line in read(workdir / "samples.jsonl")} == {"train"}
 
