@@ -150,51 +150,80 @@ def test_most_rows_decide_so_that_a_broken_first_one_does_not(tmp_path):
 
 
 BLANK, CALL = assistant(" "), {"role": "assistant", "content": None}
+LEFT_OUT = object()
+MARKED, ADD = GOOD[0] | {"weight": 0}, {"name": "add", "arguments": "2"}
+PC = {"prompt": "a", "completion": "b"}
+# A row, what is said of it, and what changes in it when that is done.
 BROKEN = [
-  ({"prompt": Q, "completion": [assistant("")]}, "'completion' holds an empty message of 'assist"),
-  ({"messages": [user(""), *GOOD]}, "'messages' holds an empty message of 'user'"),
-  ({"prompt": Q, "chosen": GOOD, "rejected": [BLANK]}, "'rejected' holds an empty message"),
-  ({"prompt": Q + GOOD, "completion": GOOD}, "'prompt' ends with the assistant's message"),
-  ({"prompt": Q + GOOD, "chosen": GOOD, "rejected": BAD}, "'prompt' ends with the assistant's"),
-  ({"messages": Q + [GOOD[0] | {"weight": 0}]}, "no answer of the assistant that is trained on"),
-  ({"messages": Q + [GOOD[0] | {"weight": 0.5}]}, "weight=0.5; write 1"),
-  ({"messages": Q + [GOOD[0] | {"weight": 1, "train": False}]}, "weight=1 and train=False, which"),
-  ({"messages": [Q[0] | {"loss_mask": 1}, *GOOD]}, "gives a message of 'user' a weight"),
-  ({"prompt": Q, "chosen": [GOOD[0] | {"weight": 0}], "rejected": BAD}, "compared whole; remove"),
-  ({"prompt": [Q[0], GOOD[0] | {"train": True}, Q[0]], "completion": GOOD}, "not trained on"),
-  ({"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {}}]}]}, "a call without the name"),
-  ({"messages": Q + [CALL | {"tool_calls": [{"name": "add", "arguments": "2"}]}]}, "no object"),
-  ({"messages": Q + [assistant("4") | {"function_call": {"name": "add"}}]}, "a function_call; wri"),
-  ({"prompt": "a", "completion": "b", "tools": "hammer"}, "'tools' is no list of JSON schemas"),
-  ({"prompt": "a", "completion": "b", "chat_template_kwargs": [1]}, "'chat_template_kwargs' is no"),
-  ({"prompt": Q, "completion": GOOD, "chat_template_kwargs": {"tools": []}}, "sets tools, which"),
-  ({"prompt": None, "completion": "b"}, "'prompt' is null"),
-  ({"prompt": 3, "completion": "b"}, "'prompt' is of type int"),
-  ({"prompt": " ", "completion": "b"}, "'prompt' is empty"),
-  ({"prompt": [], "completion": GOOD}, "'prompt' has no message"),
-  ({"prompt": ["hi"], "completion": GOOD}, "'prompt' holds a message without a role"),
-  ({"prompt": [{"role": "user"}], "completion": GOOD}, "'prompt' holds a message without content"),
-  ({"prompt": Q, "completion": "4"}, "'prompt' and 'completion' are neither all text nor all mess"),
-  ({"prompt": Q, "completion": Q}, "'completion' begins with the message of 'user'"),
-  ({"prompt": "a", "completion": "b", "label": 2}, "'label' is 2; write true or false"),
-  ({"prompt": "a", "completion": "b", "label": "good"}, "'label' is 'good'; write true or false"),
-  ({"chosen": "4", "rejected": "5"}, "share no prompt"),
-  ({"chosen": "2+2? 4", "rejected": "2+2? 4"}, "the same, or one is the beginning"),
-  ({"chosen": "2+2? 4", "rejected": "2+2? 4."}, "the same, or one is the beginning"),
-  ({"chosen": Q + GOOD, "rejected": Q}, "the same, or one is the beginning"),
-  ({"chosen": Q + [user("a")], "rejected": Q + [user("b")]}, "'chosen' begins with the message of"),
-  ({"prompt": Q + GOOD}, "'prompt' ends with the assistant's message"),
-  ({"messages": "hi"}, "'messages' is text"),
-  ({"messages": Q}, "'messages' has no answer of the assistant"),
-  ({"text": Q}, "'text' is a list"),
+  ({"prompt": Q, "completion": [assistant("")]}, "'completion' holds an empty message of 'assist",
+   {"completion": GOOD}),
+  ({"messages": [user(""), *GOOD]}, "'messages' holds an empty message of 'user'",
+   {"messages": Q + GOOD}),
+  ({"prompt": Q, "chosen": GOOD, "rejected": [BLANK]}, "'rejected' holds an empty message",
+   {"rejected": BAD}),
+  ({"prompt": Q + GOOD, "completion": GOOD}, "'prompt' ends with the assistant's message",
+   {"prompt": Q}),
+  ({"prompt": Q + GOOD, "chosen": GOOD, "rejected": BAD}, "'prompt' ends with the assistant's",
+   {"prompt": Q}),
+  ({"messages": Q + [MARKED]}, "no answer of the assistant that is trained on",
+   {"messages": Q + [MARKED] + Q + GOOD}),
+  ({"messages": Q + [GOOD[0] | {"weight": 0.5}]}, "weight=0.5; write 1",
+   {"messages": Q + [GOOD[0] | {"weight": 1}]}),
+  ({"messages": Q + [GOOD[0] | {"weight": 1, "train": False}]}, "weight=1 and train=False, which",
+   {"messages": Q + [GOOD[0] | {"weight": 1}]}),
+  ({"messages": [Q[0] | {"loss_mask": 1}, *GOOD]}, "gives a message of 'user' a weight",
+   {"messages": [Q[0] | {"loss_mask": 0}, *GOOD]}),
+  ({"prompt": Q, "chosen": [MARKED], "rejected": BAD}, "compared whole; remove", {"chosen": GOOD}),
+  ({"prompt": [Q[0], GOOD[0] | {"train": True}, Q[0]], "completion": GOOD}, "not trained on",
+   {"prompt": Q, "completion": [GOOD[0] | {"train": True}, Q[0], *GOOD]}),
+  ({"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {}}]}]}, "a call without the name",
+   {"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {"name": "add"}}]}]}),
+  ({"messages": Q + [CALL | {"tool_calls": [ADD]}]}, "no object",
+   {"messages": Q + [CALL | {"tool_calls": [ADD | {"arguments": '{"a": 2}'}]}]}),
+  ({"messages": Q + [assistant("4") | {"function_call": {"name": "add"}}]}, "a function_call; wri",
+   {"messages": Q + [assistant("4") | {"tool_calls": [{"name": "add"}]}]}),
+  (PC | {"tools": "hammer"}, "'tools' is no list of JSON schemas", {"tools": '[{"name": "add"}]'}),
+  (PC | {"tools": "hammer"}, "or rename the column", {"tools": LEFT_OUT, "my_tools": "hammer"}),
+  (PC | {"chat_template_kwargs": [1]}, "'chat_template_kwargs' is no",
+   {"chat_template_kwargs": {"enable_thinking": False}}),
+  (PC | {"chat_template_kwargs": {"tools": []}}, "sets tools, which", {"chat_template_kwargs": {}}),
+  (PC | {"prompt": None}, "'prompt' is null", PC),
+  (PC | {"prompt": 3}, "'prompt' is of type int", PC),
+  (PC | {"prompt": " "}, "'prompt' is empty", PC),
+  ({"prompt": [], "completion": GOOD}, "'prompt' has no message", {"prompt": Q}),
+  ({"prompt": ["hi"], "completion": GOOD}, "'prompt' holds a message without a role",
+   {"prompt": [user("hi")]}),
+  ({"prompt": [{"role": "user"}], "completion": GOOD}, "'prompt' holds a message without content",
+   {"prompt": Q}),
+  ({"prompt": Q, "completion": "4"}, "'prompt' and 'completion' are neither all text nor all mess",
+   {"completion": GOOD}),
+  ({"prompt": Q, "completion": Q}, "'completion' begins with the message of 'user'",
+   {"completion": GOOD}),
+  (PC | {"label": 2}, "'label' is 2; write true or false", {"label": True}),
+  (PC | {"label": "good"}, "'label' is 'good'; write true or false", {"label": 1}),
+  ({"chosen": "4", "rejected": "5"}, "share no prompt", {"prompt": "2+2?"}),
+  ({"chosen": "2+2? 4", "rejected": "2+2? 4"}, "the same, or one is the beginning",
+   {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}),
+  ({"chosen": "2+2? 4", "rejected": "2+2? 4."}, "the same, or one is the beginning",
+   {"prompt": "2+2?", "chosen": " 4", "rejected": " 4."}),
+  ({"chosen": Q + GOOD, "rejected": Q}, "the same, or one is the beginning",
+   {"prompt": Q, "chosen": GOOD, "rejected": BAD}),
+  ({"chosen": Q + [user("a")], "rejected": Q + [user("b")]}, "'chosen' begins with the message of",
+   {"chosen": Q + GOOD, "rejected": Q + BAD}),
+  ({"prompt": Q + GOOD}, "'prompt' ends with the assistant's message", {"prompt": Q}),
+  ({"messages": "hi"}, "'messages' is text", {"messages": LEFT_OUT, "text": "hi"}),
+  ({"messages": Q}, "'messages' has no answer of the assistant", {"messages": Q + GOOD}),
+  ({"text": Q}, "'text' is a list", {"text": LEFT_OUT, "messages": Q + GOOD}),
 ]
 
 
-@pytest.mark.parametrize("row, said", BROKEN)
-def test_broken_rows(tmp_path, row, said):
+@pytest.mark.parametrize("row, said, changes", BROKEN)
+def test_broken_rows_and_their_cures(tmp_path, row, said, changes):
   row = row | {"extra": 1}
   with pytest.raises(DataError, match=f"rows.jsonl:1: {'.*'}{said}"):
     read_dataset(jsonl(tmp_path / "rows.jsonl", [row]))
+  mended = {name: value for name, value in (row | changes).items() if value is not LEFT_OUT}
+  assert len(read_dataset(jsonl(tmp_path / "rows.jsonl", [mended])).examples) == 1
 
 
 @pytest.mark.parametrize(
