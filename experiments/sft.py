@@ -11,7 +11,7 @@ which every answer has advantage 1.
 
 `--data=task` imitates the right answers to the training problems of --task. `--data=FILE` reads
 JSONL (plain or gzip) or Parquet with the columns prompt and completion, messages, or text; of
-messages the assistant's turns are trained on, but those of weight 0. With a task besides, the
+messages the assistant's turns are trained on, but those of weight 0. With a task as well, the
 model is graded at it before, during and after; the loss on held-out examples is taken in any case.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.

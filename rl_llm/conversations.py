@@ -56,7 +56,7 @@ def format_prompts(
       text does not begin with it.
     system_prompt: None leaves the system message to the template (some write one of their own); ""
       is an empty one; a text is that text. A conversation with its own system message keeps it.
-    names: what each prompt says to the template besides, such as its tools, from
+    names: what else each prompt says to the template, such as its tools, from
       `rl_llm.messages.template_names`; (): none.
 
   Returns:
@@ -121,7 +121,7 @@ def render(
   Args:
     conversations: each a list of messages; those of the assistant's are left as they are.
     tokenizer: the model's, with a chat template.
-    names: what each says to the template besides, from `rl_llm.messages.template_names`; (): none.
+    names: what else each says to the template, from `rl_llm.messages.template_names`; (): none.
     add_generation_prompt: end with the header of the assistant's next turn.
 
   Returns:

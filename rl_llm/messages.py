@@ -27,7 +27,7 @@ _OWN_NAMES = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_to
 
 
 class MessageError(UserError, ValueError):
-  """A message or a column beside it cannot be used; the message says what to write."""
+  """A message, or a column next to it, cannot be used; the message says what to write."""
 
 
 def check_messages(name: str, messages: Any, *, trained: bool) -> None:
@@ -148,7 +148,7 @@ def for_template(
 
 
 def template_names(columns: Mapping[str, Any]) -> dict[str, Any]:
-  """What a row says to the chat template beside its messages: its tools and its own names.
+  """What a row says to the chat template in addition to its messages: tools, and names of its own.
 
   >>> template_names({"tools": '[{"name": "add"}]', "chat_template_kwargs": {"enable_thinking": 0}})
   {'tools': [{'name': 'add'}], 'enable_thinking': 0}

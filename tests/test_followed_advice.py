@@ -104,7 +104,7 @@ def write(path, *rows):
   return str(path)
 
 
-# Settings that a script refuses, and what to set besides; None: what the error itself says to.
+# Settings that a script refuses, and what else to set; None: what the error itself says to.
 SETTINGS = [
   (grpo, {"microbatch_prompts": 3}, None),
   (grpo, {"optimizer.schedule": "linear", "optimizer.warmup_steps": 24},

@@ -1,4 +1,4 @@
-"""What rows say beside text reaches the template and the mask, or is refused with its line."""
+"""What rows say in addition to text reaches template and mask, or is refused with its line."""
 
 from __future__ import annotations
 

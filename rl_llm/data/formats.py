@@ -253,8 +253,8 @@ def _misfit(row: Mapping[str, Any], format: Format) -> str:
   other = recognise(row)
   if other != format:
     return (
-      f"columns of {other} among rows of {format}; make them alike, or let --data_format={format} "
-      "take the others for your own"
+      f"columns of {other} among rows of {format}; give all rows the same, or let "
+      f"--data_format={format} take the others for your own"
     )
   return ""
 
