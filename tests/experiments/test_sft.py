@@ -235,10 +235,10 @@ def talk(n):
   ("save", "row", "chat", "answers"),
   [  # What is trained on, any number of a for one; in chat with the header, which no prompt holds
     (write, lambda n: {"prompt": f"{n}?", "completion": "a" * n}, False, "a"),
-    (zipped, lambda n: {"messages": talk(n)}, True, "a:a\na:Yes.\n"),
-    (parquet, lambda n: {"messages": talk(n)}, True, "a:a\na:Yes.\n"),
+    (zipped, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
+    (parquet, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
     (write, lambda n: {"text": "a" * (n + 1)}, True, "a"),  # "auto" knows bare text.
-    (write, lambda n: {"text": f"\n\nHuman: {n}\n\nAssistant: {'a' * n}"}, True, "a:a\n"),
+    (write, lambda n: {"text": f"\n\nHuman: {n}\n\nAssistant: {'a' * n}"}, True, "a:a~"),
   ],
 )
 def test_formats(tmp_path, small, monkeypatch, save, row, chat, answers):
