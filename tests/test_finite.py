@@ -27,7 +27,8 @@ from rl_llm.rollout import ResponseBatch, Rollout, generate, response_logprobs, 
 from rl_llm.sampling import SamplingConfig
 from rl_llm.tasks import Problem
 from rl_llm.teacher_forcing import teacher_forced_logprobs
-from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.tokenizers import ByteTokenizer, TokenizerError, fit_embedding, from_gguf
+from tests.test_tokenizers import TOKENS, write_gguf
 
 ROWS = 24
 CONFIG = dataclasses.replace(tiny_config(ROWS), n_layers=1, width=16, n_heads=2, n_kv_heads=1)
@@ -104,6 +105,24 @@ def test_losses_and_gradients_do_not_depend_on_padding(params):
   assert np.isfinite(found[0][0])
   same(found[1], found[0])
   same(found[2], found[0])
+
+
+def test_a_tokenizer_is_fitted_to_the_embedding(tmp_path):
+  pytest.importorskip("tokenizers")
+  last = len(TOKENS) - 1  # "<think>".
+  tokenizer = from_gguf(write_gguf(tmp_path, padding_token_id=last))
+  assert fit_embedding(tokenizer, last + 1).pad_id == last
+  fitted = fit_embedding(tokenizer, last)
+  assert fitted.pad_id == fitted.eos_ids[0] == 2  # Never read, and in an export it has a row.
+  assert fitted.encode("hello<|im_end|>") == tokenizer.encode("hello<|im_end|>")
+  with pytest.raises(TokenizerError, match=f"'<think>' has id {last}, .* has {last} rows"):
+    fitted.encode("a<think>b")
+  for named in ("eos_token_id", "bos_token_id"):
+    tokenizer = from_gguf(write_gguf(tmp_path, **{named: last}))
+    with pytest.raises(TokenizerError, match=rf"has id {last}, .* \(ids 0 to {last - 1}\)"):
+      fit_embedding(tokenizer, last)
+  with pytest.raises(TokenizerError, match="'<eos>' has id 258, and .* has 258 rows"):
+    fit_embedding(ByteTokenizer(), 258)
 
 
 # Numbers that are not finite.

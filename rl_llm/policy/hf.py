@@ -299,7 +299,7 @@ def _read(
   for name in derived:
     stored = np.asarray(tensors.read(name, (...,)), np.float32)
     if not any(stored.shape == e.shape and np.allclose(stored, e, rtol=1e-2) for e in expected):
-      say(f"{directory}: '{name}' holds other RoPE frequencies than config.json says, which count")
+      say(f"{directory}: '{name}' holds other RoPE frequencies than config.json, whose are used")
       break
   tensors = tensors.without(derived)
   return assemble(
