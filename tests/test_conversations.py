@@ -133,13 +133,14 @@ def test_rendered_text_keeps_its_one_bos_and_eos(pair):
     if not golden["row"] or golden["straddles"]:
       continue
     before, after = rendered(tokenizer, messages[:-1], True), rendered(tokenizer, messages, False)
-    # Zephyr's template writes no BOS, so the text gets the one that its tokenizer writes.
-    bos = [1] if pair == "zephyr" else []
+    # These templates write no BOS, so the text gets the one that the tokenizer writes.
+    bos = [1] if pair in ("zephyr", "phi 3") else []
     assert format_prompts([before], tokenizer, prompt_format="plain") == [bos + golden["prompt"]]
     text = encode(Demonstration("", after, {}), tokenizer, prompt_format="plain")
     assert text.tokens == bos + golden["row"] and text.prompt_length == 0
     # All of it is language to model, but for what comes before all and behind the end.
     begin, end = (len(bos) + place for place in golden["spans"][-1])
+    end = len(text.tokens) if pair == "phi 3" else end  # It ends in EOS.
     assert text.mask == [0 < place < end for place in range(len(text.tokens))]
     halves = Demonstration(before, after[len(before) :], {})
     row = encode(halves, tokenizer, prompt_format="plain")
