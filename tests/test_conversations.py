@@ -91,6 +91,14 @@ def test_a_text_that_follows_another_gets_no_space(pair):
   assert places[0] == 0 and places[follows.index(2)] == 4
 
 
+def test_what_comes_before_is_nothing_to_a_tokenizer_that_writes_no_first_space():
+  for pair in ("llama 3", "qwen chatml", "gemma 2"):
+    tokenizer = loaded(pair)
+    for text in ("'s", " 's", "answer", "\n\n4"):
+      assert tokenizer.encode_with_places(text, follows=True)[0] == tokenizer.encode(text)
+  assert len(loaded("llama 3").encode("'s")) == 1
+
+
 def test_both_answers_of_a_pair_follow_the_same_ids():
   tokenizer = loaded("llama 2")
   pair = encode_pair(

@@ -20,6 +20,7 @@ An answer can be wrong. Then say so, and say why: "I was wrong about the number,
 Numbers: 1 2 3 4 5 6 7 8 9 10 12 15 17 20 42 72 100 144 256 1000 1024 2026. 2+2=4, 3+4=7, 12*12=144.
 def answer(question):\n    return question.number + 1  # not the right one\n
 <b>bold</b> <table><tr><td>4</td></tr></table> [link](https://example.org/a?b=c&d=e) {"name": "sum"}
+It's right. That's the user's, it's the system's, and that's all there is.
 user assistant system model think tool call response instruction start end header turn begin of text
 Où est la gare? Die Straße ist schön, naïve café. Größe, Äpfel, fünf, über, œuvre, garçon, señor.
 """.strip().split("\n")
