@@ -98,10 +98,6 @@ class Unspeakable:
     spelled = [re.escape(n) + alone * (len(n) == 1) for n in sorted(names, key=len, reverse=True)]
     self._spelled = re.compile("|".join([MARK, *spelled]))
     self.backend = type(backend).from_str(_renamed(backend.to_str(), self._private))
-    self._ids = {
-      self.backend.token_to_id(private): backend.token_to_id(name)
-      for name, private in self._private.items()
-    }
 
   def encode(self, text: str) -> tuple[list[int], list[int]]:
     """Ids of a text with marks, and the place in it where each begins.
@@ -116,12 +112,11 @@ class Unspeakable:
     pieces.append(text[at:])
     places += range(at, len(text) + 1)
     encoding = self.backend.encode("".join(pieces), add_special_tokens=False)
-    ids = [self._ids.get(i, i) for i in encoding.ids]
-    return ids, [places[start] for start, _ in encoding.offsets]
+    return encoding.ids, [places[start] for start, _ in encoding.offsets]
 
 
 def _renamed(specification: str, names: Mapping[str, str]) -> str:
-  """A tokenizer.json whose tokens of these names have others; their ids need not be the same."""
+  """A tokenizer.json whose tokens of these names have others, and the same ids."""
   whole = json.loads(specification)
   for token in whole["added_tokens"]:
     token["content"] = names.get(token["content"], token["content"])

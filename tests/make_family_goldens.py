@@ -59,8 +59,9 @@ def chat(tokenizer, messages, end):
     if row[: len(begun)] == begun:
       spans.append([len(begun), row.index(end, len(begun)) + 1])
   # Turns that the template writes otherwise once they are history are not for training.
+  ended = tokenizer.convert_ids_to_tokens(end)
   kept = all(
-    after.startswith(text_of(tokenizer, messages[: k + 1], False))
+    after.startswith(text_of(tokenizer, messages[: k + 1], False).rpartition(ended)[0])
     for k, message in enumerate(messages) if message["role"] == "assistant"
   )
   return {

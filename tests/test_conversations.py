@@ -91,6 +91,14 @@ def test_a_text_that_follows_another_gets_no_space(pair):
   assert places[0] == 0 and places[follows.index(2)] == 4
 
 
+def test_what_comes_before_is_nothing_to_a_tokenizer_that_writes_no_first_space():
+  for pair in ("llama 3", "qwen chatml", "gemma 2"):
+    tokenizer = loaded(pair)
+    for text in ("'s", " 's", "answer", "\n\n4"):
+      assert tokenizer.encode_with_places(text, follows=True)[0] == tokenizer.encode(text)
+  assert len(loaded("llama 3").encode("'s")) == 1
+
+
 def test_both_answers_of_a_pair_follow_the_same_ids():
   tokenizer = loaded("llama 2")
   pair = encode_pair(
@@ -133,13 +141,14 @@ def test_rendered_text_keeps_its_one_bos_and_eos(pair):
     if not golden["row"] or golden["straddles"]:
       continue
     before, after = rendered(tokenizer, messages[:-1], True), rendered(tokenizer, messages, False)
-    # Zephyr's template writes no BOS, so the text gets the one that its tokenizer writes.
-    bos = [1] if pair == "zephyr" else []
+    # These templates write no BOS, so the text gets the one that the tokenizer writes.
+    bos = [1] if pair in ("zephyr", "phi 3") else []
     assert format_prompts([before], tokenizer, prompt_format="plain") == [bos + golden["prompt"]]
     text = encode(Demonstration("", after, {}), tokenizer, prompt_format="plain")
     assert text.tokens == bos + golden["row"] and text.prompt_length == 0
     # All of it is language to model, but for what comes before all and behind the end.
     begin, end = (len(bos) + place for place in golden["spans"][-1])
+    end = len(text.tokens) if pair == "phi 3" else end  # It ends in EOS.
     assert text.mask == [0 < place < end for place in range(len(text.tokens))]
     halves = Demonstration(before, after[len(before) :], {})
     row = encode(halves, tokenizer, prompt_format="plain")

@@ -20,6 +20,7 @@ An answer can be wrong. Then say so, and say why: "I was wrong about the number,
 Numbers: 1 2 3 4 5 6 7 8 9 10 12 15 17 20 42 72 100 144 256 1000 1024 2026. 2+2=4, 3+4=7, 12*12=144.
 def answer(question):\n    return question.number + 1  # not the right one\n
 <b>bold</b> <table><tr><td>4</td></tr></table> [link](https://example.org/a?b=c&d=e) {"name": "sum"}
+It's right. That's the user's, it's the system's, and that's all there is.
 user assistant system model think tool call response instruction start end header turn begin of text
 Où est la gare? Die Straße ist schön, naïve café. Größe, Äpfel, fünf, über, œuvre, garçon, señor.
 """.strip().split("\n")
@@ -60,6 +61,11 @@ MISTRAL_CHAT = (
 ZEPHYR = (
   "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# EOS stands behind a conversation, after the token that ended its last turn.
+PHI3_CHAT = (
+  "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+  "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
 )
 GEMMA2_CHAT = (
   "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}"
@@ -106,6 +112,7 @@ PAIRS = {
   "llama 3": ("llama 3", LLAMA3_CHAT, "<|eot_id|>"),
   "llama 2": ("llama 2", LLAMA2_CHAT, "</s>"),
   "zephyr": ("llama 2", ZEPHYR, "</s>"),
+  "phi 3": ("phi 3", PHI3_CHAT, "<|end|>"),
   "mistral": ("mistral", MISTRAL_CHAT, "</s>"),
   "gemma 2": ("gemma", GEMMA2_CHAT, "<end_of_turn>"),
   "gemma 3": ("gemma, split", GEMMA3_CHAT, "<end_of_turn>"),
@@ -131,6 +138,7 @@ NAMED = {
   "gpt-2": (None, "<|endoftext|>", "<|endoftext|>", False),
   "llama 3": ("<|begin_of_text|>", "<|end_of_text|>", "<|end_of_text|>", True),
   "llama 2": ("<s>", "</s>", "</s>", True),
+  "phi 3": ("<s>", "<|endoftext|>", "<|endoftext|>", True),
   "mistral": ("<s>", "</s>", "</s>", True),
   "gemma": ("<bos>", "<eos>", "<pad>", True),
   "gemma, split": ("<bos>", "<eos>", "<pad>", True),
@@ -140,7 +148,8 @@ NAMED = {
 # A control or structural token of each, for messages that hold its text.
 CONTROLS = {
   "qwen chatml": "<|im_end|>", "qwen3 thinking": "</think>", "qwen3 not thinking": "<tool_call>",
-  "llama 3": "<|eot_id|>", "llama 2": "</s>", "zephyr": "</s>", "mistral": "[/INST]",
+  "llama 3": "<|eot_id|>", "llama 2": "</s>", "zephyr": "</s>", "phi 3": "<|end|>",
+  "mistral": "[/INST]",
   "gemma 2": "<end_of_turn>", "gemma 3": "<start_of_turn>", "gpt-2 chatml": "<|im_start|>",
   "mistral's own": "[/INST]", "smollm2": "<|im_end|>",
 }  # fmt: skip
@@ -278,6 +287,10 @@ def _sentencepiece(family):
   flags = {"<unk>": True, "<s>": True, "</s>": True}
   if family == "mistral":
     flags |= {"[INST]": True, "[/INST]": True}
+  # Phi-3's tokens take the blanks behind them.
+  taking = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>") if family == "phi 3" else ()
+  if family == "phi 3":
+    flags |= dict.fromkeys(("<|endoftext|>", *taking), True)
   if gemma:
     flags = GEMMA_TOKENS
   pieces = [*flags, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -288,7 +301,7 @@ def _sentencepiece(family):
     vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
   ))
   decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-  if family == "llama 2":
+  if family in ("llama 2", "phi 3"):
     backend.normalizer = normalizers.Sequence([
       normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
     ])
@@ -302,7 +315,8 @@ def _sentencepiece(family):
     decoder.append(decoders.Strip(" ", 1, 0))
   backend.decoder = decoders.Sequence(decoder)
   backend.add_tokens([
-    AddedToken(text, normalized=False, special=special) for text, special in flags.items()
+    AddedToken(text, normalized=False, special=special, rstrip=text in taking)
+    for text, special in flags.items()
   ])
   bos = "<bos>" if gemma else "<s>"
   backend.post_processor = processors.TemplateProcessing(
