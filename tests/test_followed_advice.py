@@ -349,7 +349,7 @@ def follow_answers_that_cannot_be_paired(said, path):
   lines = []
   run = types.SimpleNamespace(workdir=path, console=types.SimpleNamespace(say=lines.append))
   drawn = experience.Drawn([problem], [[1]], 0)
-  row = {"step": 0, "time/step": 1.0, "stop_reason": "eos"}
+  row = {"step": 0, "time/step": 1.0, "stop_reason": "eos", "status": "ok"}
   write(path / "metrics.jsonl", row)
   write(path / "samples.jsonl", row | {"response": "a", "reward": 1.0})
   refused(said, make_preferences.write_pairs, config, run, drawn, "plain")
