@@ -16,7 +16,8 @@ from rl_llm.experience import Drawn, Sampler, make_encode
 from rl_llm.metrics import proportion_interval
 from rl_llm.rewards import RewardPool, RewardSource, graders
 from rl_llm.rollout import STOP_EOS, Rollout
-from rl_llm.tasks import arithmetic, copy_text, gsm8k, load_task
+from rl_llm.tasks import arithmetic, copy_text, load_task
+from rl_llm.tasks.problem import number_text
 from rl_llm.tokenizers import ByteTokenizer
 
 # Estimators, by their definition.
@@ -169,7 +170,7 @@ def tasks(tmp_path):
   rows = {"held_out_file": str(there)}
   yield load_task("arithmetic", operand_min=7, operand_max=15, held_out=10), arithmetic.reward
   yield load_task("copy", held_out=10), copy_text.reward
-  yield load_task(f"gsm8k:{here}", **rows), gsm8k.reward
+  yield load_task(f"gsm8k:{here}", **rows), graders.gsm8k
   for function in graders.FUNCTIONS:
     yield (
       load_task(f"jsonl:{here}", **rows, reward_function=function), getattr(graders, function)
@@ -191,6 +192,13 @@ def test_votes_and_grades_read_responses_alike(tmp_path):
       assert all(len(found) == 1 for found in grades_of.values()), (task.name, problem, grades_of)
       assert sum(found == {True} for found in grades_of.values()) == 1, (task.name, problem)
       assert grades_of.get(None, {False}) == {False}
+
+
+def test_long_answers_that_differ_are_two_votes():
+  """Decimals are rounded to 28 digits by what computes with them."""
+  said = ["1" * 40 + last for last in "23"]
+  read = {number_text(graders.final_answer(sign + text)) for text in said for sign in ("", "-")}
+  assert len(read) == 4
 
 
 def test_a_grader_of_ones_own_leaves_votes_out(tmp_path):

@@ -180,7 +180,7 @@ def test_the_library_s_own_graders_share_a_process_and_keep_every_status(source)
     texts = ["fine", "raise", "os exit", "fine", "sleep", "fine", "say none", "leave", "look"]
     results = pool.score(["p"] * len(texts), texts, [{}] * len(texts))
     assert [result.status for result in results] == [
-      "ok", "raised", "died", "ok", "timed_out", "ok", "not_applicable", "ok", "ok",
+      "ok", "ok", "died", "ok", "timed_out", "ok", "not_applicable", "ok", "ok",
     ]  # fmt: skip
     assert results[-1].value == 2.0, "the file and the list entry that `leave` left are there"
     assert pool.size == 1
@@ -466,7 +466,8 @@ def test_to_arrays():
   assert values.tolist() == [0.5, 0.0, 0.0, 0.0]
   assert ok.tolist() == [True, False, True, False]
   assert counts == {
-    "ok": 2, "not_applicable": 1, "raised": 1, "timed_out": 0, "died": 0, "invalid": 0
+    "ok": 2, "not_applicable": 1, "raised": 1, "timed_out": 0, "died": 0, "invalid": 0,
+    "unreadable": 0,
   }  # fmt: skip
   assert to_arrays([])[0].shape == (0,)
 
