@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rl_llm.rewards import grading
 from rl_llm.rewards import worker as protocol
 from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls
 from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, read_reply
@@ -57,7 +58,7 @@ class _Worker:
     found = []
     while len(self.received) >= 4:
       length = int.from_bytes(self.received[:4], "big")
-      if length > protocol.reply_limit(self.count):
+      if length > grading.reply_limit(self.count):
         return found, True
       if len(self.received) < 4 + length:
         break
@@ -102,6 +103,31 @@ def _import_path(source: RewardSource) -> tuple[list[str], list[str]]:
   return path, sorted(readable)
 
 
+def _check(
+  workers: int,
+  spares: int,
+  deadline: float,
+  memory_mb: int,
+  max_failure_rate: float,
+  start_deadline: int,
+) -> None:
+  """Refuses what a pool cannot be made with."""
+
+  def whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+  for name, value, allowed, fits in (
+    ("workers", workers, "an integer >= 1", whole(workers, 1)),
+    ("spares", spares, "an integer >= 0", whole(spares, 0)),
+    ("deadline", deadline, "finite seconds > 0", 0 < deadline < math.inf),
+    ("memory_mb", memory_mb, "an integer >= 256", whole(memory_mb, 256)),
+    ("max_failure_rate", max_failure_rate, "a fraction in [0, 1]", 0 <= max_failure_rate <= 1),
+    ("start_deadline", start_deadline, "whole seconds >= 1", whole(start_deadline, 1)),
+  ):
+    if not fits:
+      raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
 class RewardPool:
   """Grades samples in isolated worker processes; use it as a context manager.
 
@@ -122,8 +148,9 @@ class RewardPool:
   dropped; its environment is empty.
 
   >>> with RewardPool(RewardSource("rl_llm.tasks.arithmetic"), workers=1) as pool:
-  ...   pool.score(["What is 7 + 5?"], ["7 + 5 = 12"], [{"answer": "12", "expression": "7 + 5"}])
-  [RewardResult(value=1.0, status='ok', detail='')]
+  ...   columns = [{"answer": "12", "expression": "7 + 5"}]
+  ...   pool.score(["What is 7 + 5?"], ["7 + 5 = 12"], columns)[0][:2]
+  (1.0, 'ok')
 
   Args:
     source: where the reward function is.
@@ -156,26 +183,7 @@ class RewardPool:
     start_deadline: int = 60,
     allow_weak_sandbox: bool = False,
   ):
-    for name, value, allowed, fits in (
-      ("workers", workers, "an integer >= 1", isinstance(workers, int) and workers >= 1),
-      ("spares", spares, "an integer >= 0", isinstance(spares, int) and spares >= 0),
-      ("deadline", deadline, "finite seconds > 0", 0 < deadline < math.inf),
-      (
-        "memory_mb",
-        memory_mb,
-        "an integer >= 256",
-        isinstance(memory_mb, int) and memory_mb >= 256,
-      ),
-      ("max_failure_rate", max_failure_rate, "a fraction in [0, 1]", 0 <= max_failure_rate <= 1),
-      (
-        "start_deadline",
-        start_deadline,
-        "whole seconds >= 1",
-        isinstance(start_deadline, int) and start_deadline >= 1,
-      ),
-    ):
-      if not fits:
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
+    _check(workers, spares, deadline, memory_mb, max_failure_rate, start_deadline)
     location = source.location
     if location.endswith(".py"):
       location = os.path.abspath(location)
@@ -235,7 +243,7 @@ class RewardPool:
     *,
     group_size: int = 1,
     step: int = 0,
-    steps: int = 0,
+    steps: int = 1,
   ) -> list[RewardResult]:
     """Grades a batch.
 
@@ -247,7 +255,7 @@ class RewardPool:
       completion_ids: N lists of the tokens of the completions, which a function gets by that name.
       group_size: G, responses to each prompt; N is a multiple of it, and a group stands together.
       step: what the function gets as `trainer_state.global_step`.
-      steps: what it gets as `trainer_state.max_steps`.
+      steps: what it gets as `trainer_state.max_steps`; 1 where nothing is trained.
 
     Returns:
       N results, in order.
@@ -257,14 +265,12 @@ class RewardPool:
       RewardError: the function returned something other than one reward per completion, or more
         than `max_failure_rate` of the batch failed, or workers cannot be started.
     """
-    lengths = {len(prompts), len(completions), len(columns)}
+    given = {"prompts": prompts, "completions": completions, "columns": columns}
     if completion_ids is not None:
-      lengths.add(len(completion_ids))
-    if len(lengths) > 1:
-      raise ValueError(
-        f"{len(prompts)} prompts, {len(completions)} completions and {len(columns)} columns: "
-        "must be as many of each"
-      )
+      given["completion_ids"] = completion_ids
+    if len({len(values) for values in given.values()}) > 1:
+      found = ", ".join(f"{len(values)} {name}" for name, values in given.items())
+      raise ValueError(f"{found}: must be as many of each")
     if len(prompts) % group_size:
       raise ValueError(f"{len(prompts)} prompts: must be whole groups of group_size={group_size}")
     responses = {"sample": 1, "group": group_size, "batch": len(prompts)}[self._source.unit]
@@ -286,7 +292,7 @@ class RewardPool:
     advice = ""
     if status == "timed_out":
       advice = "; raise --reward_deadline, or grade fewer at a time: --reward_isolation=sample"
-    elif status == "raised" and messages and "'list'" in detail:
+    elif status == "raised" and messages and detail.startswith(("TypeError", "AttributeError")):
       advice = "; completions of prompts that are messages are messages: completion[0]['content']"
     return RewardError(
       f"reward function {self._name} failed on {len(failed)} of {len(results)} samples, "

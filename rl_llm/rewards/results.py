@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rl_llm.errors import UserError
-from rl_llm.rewards import worker as protocol
+from rl_llm.rewards import grading
 
 STATUSES = ("ok", "not_applicable", "raised", "timed_out", "died", "invalid")
 FAILED = STATUSES[2:]
-MAX_ABSOLUTE = 1e6
 
 
 class RewardError(UserError, RuntimeError):
@@ -89,7 +88,7 @@ def read_reply(reply: dict | None, count: int, name: str) -> list[RewardResult]:
   """Judges a worker's answer, which the text it graded may have forged: nothing is trusted.
 
   Args:
-    reply: as `rl_llm.rewards.worker` describes it; None: the worker has ended.
+    reply: as `rl_llm.rewards.grading` describes it; None: the worker has ended.
     count: responses of the call.
     name: the function's, for errors.
 
@@ -99,10 +98,10 @@ def read_reply(reply: dict | None, count: int, name: str) -> list[RewardResult]:
   if reply is None:
     return [RewardResult(None, "died", "the worker process ended")] * count
   if "broken" in reply:
-    raise RewardError(f"reward function {name} {str(reply['broken'])[: protocol.MAX_DETAIL]}")
+    raise RewardError(f"reward function {name} {str(reply['broken'])[: grading.MAX_DETAIL]}")
   for status in ("raised", "died"):
     if status in reply:
-      return [RewardResult(None, status, str(reply[status])[: protocol.MAX_DETAIL])] * count
+      return [RewardResult(None, status, str(reply[status])[: grading.MAX_DETAIL])] * count
   values = reply.get("values")
   if not isinstance(values, list) or len(values) != count:
     return [RewardResult(None, "invalid", "the worker sent no rewards")] * count
@@ -110,7 +109,7 @@ def read_reply(reply: dict | None, count: int, name: str) -> list[RewardResult]:
     extras, metrics = _logged(reply, count)
   except ValueError as error:
     return [RewardResult(None, "invalid", str(error))] * count
-  unreadable = str(reply.get("unreadable", ""))[: protocol.MAX_DETAIL]
+  unreadable = str(reply.get("unreadable", ""))[: grading.MAX_DETAIL]
   results = [_result(value) for value in values]
   return [
     result._replace(
@@ -128,13 +127,13 @@ def _result(value: Any) -> RewardResult:
   if value is None:
     return RewardResult(None, "not_applicable")
   if isinstance(value, str):
-    return RewardResult(None, "invalid", value[: protocol.MAX_DETAIL])
+    return RewardResult(None, "invalid", value[: grading.MAX_DETAIL])
   if not isinstance(value, float):
     return RewardResult(None, "invalid", "the worker sent no number")
-  if not math.isfinite(value) or abs(value) > MAX_ABSOLUTE:
-    return RewardResult(
-      None, "invalid", f"a reward of {value!r}, must be finite and within ±{MAX_ABSOLUTE:g}"
-    )
+  most = grading.MAX_ABSOLUTE
+  if not math.isfinite(value) or abs(value) > most:
+    what = f"a reward of {value!r}, must be finite and within ±{most:g}"
+    return RewardResult(None, "invalid", what)
   return RewardResult(value, "ok")
 
 

@@ -22,8 +22,13 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
 ADDED: dict[str, set[str]] = {
-  "grpo": {"advantage.name"},
-  "reinforce": {"kl.value", "reward"},
+  "dpo": {"reward_isolation"},
+  "evaluate": {"reward_isolation"},
+  "grpo": {"advantage.name", "reward_isolation"},
+  "make_preferences": {"reward_isolation"},
+  "ppo": {"reward_isolation"},
+  "reinforce": {"kl.value", "reward", "reward_isolation"},
+  "sft": {"reward_isolation"},
 }
 
 

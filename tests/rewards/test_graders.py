@@ -116,6 +116,31 @@ def test_long_text_takes_no_longer_than_its_length():
   assert time.monotonic() - start < 5
 
 
+ODD = [
+  "", " ", "nan", "NaN", "Infinity", "-inf", "1e400", "9" * 5000, "-" + "9" * 5000, "\ud800", "é\0",
+  "####", "#### ", "\\boxed{", "\\boxed{}", "\\frac{1}{", "$", "-", "--5", "1,,000", "٣", "²", "½",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "name", ["arithmetic", "copy", "gsm8k", "jsonl gsm8k", "jsonl exact_match"]
+)
+def test_odd_text_is_graded_and_read_like_any_other(tmp_path, name):
+  """`answer_of` is called on it too, and in the trainer's own process."""
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text(json.dumps({"question": "q", "prompt": "q", "answer": "#### 7"}) + "\n")
+  family, _, function = name.partition(" ")
+  spec = family if family in ("arithmetic", "copy") else f"{family}:{rows}"
+  options = {} if spec == family else {"held_out_fraction": 0.0}
+  task = load_task(spec, **options | ({"reward_function": function} if function else {}))
+  grade = getattr(importlib.import_module(task.reward.location), task.reward.function)
+  (problem,) = task.sample(0, 0, 1)
+  columns = {column: [value] * len(ODD) for column, value in problem.columns.items()}
+  grades = grade([problem.prompt] * len(ODD), ODD, **columns)
+  assert all(isinstance(grade, float) and 0 <= grade < 1 for grade in grades)
+  assert all(isinstance(task.answer_of(problem, text), str | None) for text in ODD)
+
+
 def test_exact_match():
   assert exact_match(["q"] * 3, [" yes\n", "Yes", "3"], answer=["yes", "yes", 3]) == [1.0, 0.0, 1.0]
   message = [{"role": "assistant", "content": "yes "}]

@@ -436,7 +436,7 @@ def test_arguments_out_of_range(source, name, value):
 
 
 def test_bad_batches(graders):
-  with pytest.raises(ValueError, match="2 prompts, 1 completions and 1 columns"):
+  with pytest.raises(ValueError, match="2 prompts, 1 completions, 1 columns: must be as many"):
     graders.score(["p", "q"], ["x"], [{}])
   with pytest.raises(ValueError, match="sample 0: .* not of JSON types"):
     graders.score(["p"], ["x"], [{"answer": {1, 2}}])
@@ -475,7 +475,7 @@ def test_to_arrays():
 def test_without_the_kernels_help_hangs_still_end(source, tmp_path, monkeypatch):
   """A system that offers none of the barriers: statuses, deadlines and clean ends remain."""
   directory = os.path.dirname(pool.__file__)
-  for name in ("worker.py", "sandbox.py"):
+  for name in ("worker.py", "grading.py", "sandbox.py"):
     with open(os.path.join(directory, name)) as file:
       text = file.read()
     (tmp_path / name).write_text(re.sub(r"(?m)^_libc = .*", "_libc = None", text))
@@ -502,7 +502,7 @@ def _commands():
 
 def test_worker_and_sandbox_need_only_the_standard_library():
   directory = os.path.dirname(pool.__file__)
-  for name in ("worker.py", "sandbox.py"):
+  for name in ("worker.py", "grading.py", "sandbox.py"):
     with open(os.path.join(directory, name)) as file:
       imported = {
         line.split()[1].partition(".")[0] for line in file if line.startswith(("import ", "from "))
