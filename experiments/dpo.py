@@ -401,10 +401,10 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         sample = functools.partial(on_policy, model, problems, checked)
       known_held_out = known[2 * len(loaded.training) :]
 
-      def evaluate(params: typing.Any) -> evaluation.Evaluation:
+      def evaluate(params: typing.Any, step: int) -> evaluation.Evaluation:
         own = (config.loss, held_out, known_held_out, checked, pad_id)
         figures = pair_figures(*own, params) if held_out else {}
-        graded = problems.evaluate(params) if problems else evaluation.Evaluation({}, [])
+        graded = problems.evaluate(params, step) if problems else evaluation.Evaluation({}, [])
         return graded._replace(metrics=figures | graded.metrics)
 
       update = training.announced(update, run)

@@ -206,7 +206,10 @@ class Task:
   task: str = option(
     "arithmetic", f"{', '.join(FORMS)}; none, where an experiment has --data, is no task"
   )
-  reward_deadline: float = option(5.0, "seconds a grader may take for one response", above=0)
+  reward_deadline: float = option(5.0, "seconds that a call of a grader may take", above=0)
+  reward_isolation: Literal["auto", "sample", "group", "batch"] = option(
+    "auto", "responses of one call of a grader; auto = group for a reward file, else sample"
+  )
   reward_workers: int = option(2, "grader processes", min=1, volatile=True)
   families: _Families = inline(_Families())
 

@@ -162,7 +162,7 @@ def learn(
       totals = metrics.add_metrics(totals, found)
       trained.append(part.problems)
   work = setup.step_work(model, experience, trained)
-  totals |= {"frac_zero_std": float(np.mean(~informative))}
+  totals |= {"frac_zero_std": minibatches.without_spread(informative, scores.ok)}
   return state, training.Learned(totals, advantages, work)
 
 

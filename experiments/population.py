@@ -81,6 +81,8 @@ def check(members: Sequence[grpo.Config]) -> None:
     if first[path] != allowed:
       fix = "whole members lie over the devices"
       raise configs.ConfigError(path, first[path], f"{allowed} in a population", fix)
+  if first["reward_isolation"] == "batch":  # All members' responses are graded at once.
+    raise configs.ConfigError("reward_isolation", "batch", "auto, sample or group in a population")
 
 
 class Population(NamedTuple):
@@ -142,6 +144,7 @@ def sample(
     clock,
     responses=group,
     sampling=setup.sampling_config(of.config.sampling),
+    step=step,
   )
   return experience.split_experience(found, drawn, max_reward=task.max_reward)
 
@@ -357,7 +360,7 @@ def _train(
       *begun,
       sample=functools.partial(sample, of, sampler),
       learn=functools.partial(learn, of, programs),
-      evaluate=lambda state: population.evaluate(sampler, state.params, held_out, say, **evaluated),
+      evaluate=functools.partial(population.evaluate, sampler, held_out, say, **evaluated),
       record=make_record(of, run, writers, record_whole),
       schedule=setup.schedule(config),
     )

@@ -159,6 +159,7 @@ def evaluate(
   held_out: abc.Sequence[data.encoding.Pair],
   margins: np.ndarray,
   params: typing.Any,
+  step: int,
 ) -> evaluation.Evaluation:
   """How often the better answer of held-out pairs has the larger reward, and how sure that is."""
   run.console.say(f"scoring {len(held_out)} held-out pairs")

@@ -51,8 +51,8 @@ class Problems(NamedTuple):
 
   # (the model's weights, step, clock) -> the step's Experience; may be interrupted
   sample: Callable[[Any, int, PhaseClock], experience.Experience]
-  # (the model's weights) -> Evaluation on the held-out problems; may be interrupted
-  evaluate: Callable[[Any], evaluation.Evaluation]
+  # (the model's weights, step) -> Evaluation on the held-out problems; may be interrupted
+  evaluate: Callable[[Any, int], evaluation.Evaluation]
   held_out: experience.Drawn
   prompt_format: str  # as laid out: "chat" or "plain"
 
@@ -99,7 +99,7 @@ def train_loop(
   *,
   sample: Callable[[Any, int, PhaseClock], Any],
   learn: training.Learn,
-  evaluate: Callable[[Any], evaluation.Evaluation],
+  evaluate: Callable[[Any, int], evaluation.Evaluation],
 ) -> Any:
   """`training.train_loop` with what the config says of evaluations, checkpoints and records.
 
@@ -121,7 +121,7 @@ def train_loop(
       *begun,
       sample=lambda state, step, clock: sample(whole(state), step, clock),
       learn=learn_at_a_rate,
-      evaluate=lambda state: evaluate(whole(state)),
+      evaluate=lambda state, step: evaluate(whole(state), step),
       record=record,
       schedule=schedule(config),
     )
@@ -224,7 +224,8 @@ def load_task(group: flags.Task) -> tasks.Task | None:
   """The task, with the options of its own group of flags; None for "none"."""
   if group.task == "none":
     return None
-  return tasks.load_task(group.task, **vars(getattr(group.families, tasks.task_family(group.task))))
+  options = vars(getattr(group.families, tasks.task_family(group.task)))
+  return tasks.load_task(group.task, group.reward_isolation, **options)
 
 
 def load_training_task(config: Any) -> tasks.Task | None:
@@ -271,7 +272,8 @@ def open_sampler(
   judge = experience.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
   workers, deadline = group.reward_workers, group.reward_deadline
   with RewardPool(task.reward, workers=workers, deadline=deadline) as pool:
-    yield experience.Sampler(task, tokenizer, encode, generate, pool, judge, mesh, run.stop.check)
+    further, steps = (pool, judge, mesh, run.stop.check), getattr(config.run, "steps", 1)
+    yield experience.Sampler(task, tokenizer, encode, generate, *further, steps)
 
 
 def held_out_problems(config: Any, sampler: experience.Sampler) -> experience.Drawn:
@@ -316,10 +318,10 @@ def open_problems(
       sizes = {"prompts": prompts, "responses": responses, "parts": parts}
       return experience.collect(sampler, params, seed, step, clock, sampling=sampling, **sizes)
 
-    def evaluate(params: Any) -> evaluation.Evaluation:
+    def evaluate(params: Any, step: int) -> evaluation.Evaluation:
       run.console.say(f"evaluating on {len(held_out.problems)} held-out problems")
       sizes = {"samples": config.eval.samples, "prompts_per_batch": prompts}
-      return evaluation.evaluate(sampler, params, held_out, **sizes)
+      return evaluation.evaluate(sampler, params, held_out, step=step, **sizes)
 
     yield Problems(sample, evaluate, held_out, sampler.encode.keywords["prompt_format"])
 

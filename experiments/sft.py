@@ -207,6 +207,7 @@ def evaluate(
   problems: setup.Problems | None,
   held_out: list[encoding.Encoded],
   params: typing.Any,
+  step: int,
 ) -> evaluation.Evaluation:
   """The loss on held-out examples, and accuracy at the task where there is one."""
   found, rows = {}, config.examples_per_step
@@ -217,7 +218,7 @@ def evaluate(
     )
     trained = sum(sum(sequence.mask) for sequence in held_out)
     found["eval/token_loss"] = -math.fsum(float(np.sum(x)) for x in logprobs) / trained
-  graded = problems.evaluate(params) if problems else evaluation.Evaluation({}, [])
+  graded = problems.evaluate(params, step) if problems else evaluation.Evaluation({}, [])
   return graded._replace(metrics=found | graded.metrics)
 
 

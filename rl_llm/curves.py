@@ -13,7 +13,7 @@ def curve(rows: Sequence[dict], *, responses: int) -> list[dict[str, float]]:
   tokens = seconds = 0.0
   points = []
   for row in rows:
-    if "eval/sampled_accuracy" in row:
+    if row.get("eval/sampled_accuracy") is not None:
       found = {name: row[f"eval/sampled_{name}"] for name in ("accuracy", "low", "high")}
       points.append({"tokens": tokens, "seconds": seconds, **found})
     tokens += responses * row.get("response_length_mean", 0.0)

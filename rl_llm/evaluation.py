@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from rl_llm.experience import (
   agree_on_data,
   checked,
   owners_of,
+  response_ids,
   response_texts,
   sample_rows,
   score,
@@ -30,11 +31,15 @@ from rl_llm.experience import (
 from rl_llm.interrupt import Interrupted
 from rl_llm.metrics import MetricsWriter, PhaseClock, proportion_interval, read
 from rl_llm.reference_cache import fingerprint
+from rl_llm.rewards import FAILED
 from rl_llm.rollout import Rollout, row_keys
 from rl_llm.run_directory import Run
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import row_shards
 from rl_llm.tasks import Problem, Task
+
+# (mean, low, high), or None three times where there is nothing to judge by
+Interval = tuple[float | None, float | None, float | None]
 
 
 class Evaluation(NamedTuple):
@@ -45,13 +50,21 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-  sampler: Sampler, params: Any, drawn: Drawn, *, samples: int, prompts_per_batch: int
+  sampler: Sampler,
+  params: Any,
+  drawn: Drawn,
+  *,
+  samples: int,
+  prompts_per_batch: int,
+  step: int = 0,
 ) -> Evaluation:
   """Answers every problem once greedily and `samples` times at temperature 1, and grades it all.
 
   Both kinds share one compiled program: the temperature is an argument, and it may differ by row.
   The random keys are the same at every call, so that two evaluations differ by the weights alone.
-  A response whose grade failed counts as not correct; `eval/failed_grades` says how many did.
+  A response whose grade failed counts as not correct; `eval/failed_grades` says how many did, and
+  `eval/timed_out_fraction` how large a share of the grades timed out. One on which the grader has
+  no opinion (it said None) counts in no figure; `eval/no_opinion` says how many there are.
 
   Args:
     sampler: what to sample and grade with; its `check` is called between batches.
@@ -59,17 +72,18 @@ def evaluate(
     drawn: the held-out problems, encoded.
     samples: sampled responses a problem, >= 1.
     prompts_per_batch: problems a rollout.
+    step: of the run, which reward functions are told.
 
   Returns:
-    An `Evaluation`; accuracies come with 95 % intervals from `proportion_interval`.
+    An `Evaluation`; accuracies come with 95 % intervals from `proportion_interval`, and are None
+    where the grader has no opinion on any response.
   """
   group = samples + 1
   temperature = jnp.tile(jnp.array([0.0] + [1.0] * samples), prompts_per_batch)
-  batches, failed = [], 0
-  rows: list[dict[str, Any]] = []
+  graded: list[dict[str, Any]] = []
   for start in range(0, len(drawn.problems), prompts_per_batch):
     sampler.check()
-    batch_rows = graded_responses(
+    graded += graded_responses(
       sampler,
       params,
       drawn.problems[start : start + prompts_per_batch],
@@ -77,16 +91,74 @@ def evaluate(
       row_keys(jax.random.fold_in(jax.random.key(0), start), prompts_per_batch, group),
       SamplingConfig(temperature),
       group_size=group,
+      step=step,
     )
-    batches.append(np.array([row["correct"] for row in batch_rows]).reshape(-1, group))
-    failed += sum(row["reward"] is None for row in batch_rows)
-    rows.extend(batch_rows[::group])
-  correct = np.concatenate(batches)
-  metrics = {"eval/failed_grades": failed}
+  correct = correctness(graded, group)
+  metrics = {f"eval/{name}": count for name, count in grade_counts(graded).items()}
   for name, columns in (("greedy", correct[:, :1]), ("sampled", correct[:, 1:])):
-    mean, low, high = proportion_interval(columns.sum(axis=1), columns.shape[1])
-    metrics |= {f"eval/{name}_accuracy": mean, f"eval/{name}_low": low, f"eval/{name}_high": high}
-  return Evaluation(metrics, rows)
+    ends = zip(("accuracy", "low", "high"), accuracy_interval(columns), strict=True)
+    metrics |= {f"eval/{name}_{end}": value for end, value in ends}
+  return Evaluation(metrics, graded[::group])
+
+
+def correctness(rows: Sequence[dict[str, Any]], size: int) -> np.ndarray:
+  """[N, S] float64 of rows of samples.jsonl: 1 right, 0 not, NaN where there is no opinion."""
+  known = [None if row["status"] == "not_applicable" else row["correct"] for row in rows]
+  return np.array(known, float).reshape(-1, size)
+
+
+def grade_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """What must be known of the grades of rows of samples.jsonl to read their figures."""
+  found = Counter(row["status"] for row in rows)
+  opinions = len(rows) - found["not_applicable"]
+  return {
+    "failed_grades": sum(found[status] for status in FAILED),
+    "no_opinion": found["not_applicable"],
+    "timed_out_fraction": found["timed_out"] / opinions if opinions else None,
+    "unreadable": sum(row.get("unreadable", False) for row in rows),
+  }
+
+
+def over_opinions(
+  estimate: Callable[..., np.ndarray], correct: np.ndarray, *further: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """An estimate of each problem from those of its responses on which there is an opinion.
+
+  >>> correct = np.array([[1, np.nan, 1], [0, np.nan, np.nan]])
+  >>> values, opinions = over_opinions(pass_at_k, correct, k=2)
+  >>> values.tolist(), opinions.tolist()
+  ([1.0], [2])
+
+  Args:
+    estimate: `pass_at_k` or `majority_at_k`.
+    correct: [N, S] float, NaN where there is no opinion.
+    *further: [N, S], what else it takes.
+    k: of the estimate.
+
+  Returns:
+    [M] the estimates of the M problems with at least k opinions, and [M] how many these are.
+  """
+  opinions = np.count_nonzero(~np.isnan(correct), axis=1)
+  values = []
+  for row in np.flatnonzero(opinions >= k):
+    known = ~np.isnan(correct[row])
+    values.append(estimate(*(x[row][known][None] for x in (correct, *further)), k=k)[0])
+  return np.array(values), opinions[opinions >= k]
+
+
+def accuracy_interval(correct: np.ndarray) -> Interval:
+  """`proportion_interval` of [N, S] float, NaN where there is no opinion.
+
+  A response without one is as if it had not been sampled, and so is a problem without any:
+
+  >>> accuracy_interval(np.array([[1, np.nan], [1, 1], [np.nan, np.nan]]))[0]
+  1.0
+  """
+  opinions = np.count_nonzero(~np.isnan(correct), axis=1)
+  known = opinions > 0
+  if not known.any():
+    return None, None, None
+  return proportion_interval(np.nansum(correct[known], axis=1), opinions[known])
 
 
 def graded_responses(
@@ -99,6 +171,7 @@ def graded_responses(
   *,
   group_size: int,
   columns: int = 0,
+  step: int = 0,
 ) -> list[dict[str, Any]]:
   """Samples and grades a batch: one dict a response, as `rl_llm.experience.sample_rows` gives them.
 
@@ -114,6 +187,7 @@ def graded_responses(
     sampling: how tokens are chosen; a temperature [P * G] may differ by row.
     group_size: G, responses a problem.
     columns: prompt columns at least, so that batches of ragged prompts have one width too.
+    step: of the run, which reward functions are told.
 
   Returns:
     `len(problems) * G` rows, problem by problem.
@@ -126,7 +200,8 @@ def graded_responses(
   rollout = Rollout(*(x[: len(problems) * group_size] for x in rollout))
   texts = response_texts(rollout, sampler.tokenizer)
   owners = owners_of(sampler.mesh, len(keys))[: len(texts)]
-  scores = score(sampler.pool, problems, texts, group_size=group_size, owners=owners)
+  how = {"group_size": group_size, "owners": owners, "step": step}
+  scores = score(sampler, problems, texts, response_ids(rollout), **how)
   max_reward = sampler.task.max_reward
   return sample_rows(problems, texts, rollout, scores, split="eval", max_reward=max_reward)
 
@@ -235,10 +310,10 @@ def record_responses(
       row = {
         "weights": weights,
         "batch": size,
-        "accuracy": float(np.mean([line["correct"] for line in counted or lines])),
+        "accuracy": accuracy(counted or lines),
         "response_length_mean": float(np.mean([line["length"] for line in lines])),
-        "failed_grades": sum(line["reward"] is None for line in lines),
       }
+      row |= grade_counts(lines)
       samples_file.write(batch, *lines)
       row |= clock.metrics()
       metrics_file.write(batch, row)  # Last: a batch with this line is whole.
@@ -262,39 +337,37 @@ def summarize(
     votes: whether responses have answers that can be counted.
 
   Returns:
-    "all" and "by_difficulty" map names such as "pass@4" to {"value", "low", "high"}; and
-    "weights", "responses", "failed_grades", "seconds".
+    "all" and "by_difficulty" map names such as "pass@4" to {"value", "low", "high"}, of the
+    problems with at least k responses on which the grader has an opinion; and "weights",
+    "responses", "seconds", and the `grade_counts`.
   """
   sampled = [row for row in samples if not row["greedy"]]
   size = 1 + max(row["sample"] for row in sampled)
 
-  def table(key: str, rows: list[dict[str, Any]], width: int) -> np.ndarray:
-    return np.array([row[key] for row in rows], object).reshape(-1, width)
+  def table(key: str) -> np.ndarray:
+    return np.array([row[key] for row in sampled], object).reshape(-1, size)
 
-  correct, answers = table("correct", sampled, size).astype(bool), table("answer", sampled, size)
-  greedy = table("correct", [row for row in samples if row["greedy"]], 1).astype(bool)
-  levels = table("difficulty", sampled, size)[:, 0]
+  correct, answers, levels = correctness(sampled, size), table("answer"), table("difficulty")[:, 0]
+  greedy = correctness([row for row in samples if row["greedy"]], 1)
 
   def figures(chosen: np.ndarray) -> dict[str, Any]:
     right, said = correct[chosen], answers[chosen]
     found = {"problems": int(chosen.sum())}
-    estimates = {f"pass@{k}": (pass_at_k(right, k=k), size, k) for k in ks}
+    estimates = {f"pass@{k}": (pass_at_k, k, right) for k in ks}
     if votes:  # One vote is pass@1.
-      several = [k for k in ks if k > 1]
-      estimates |= {
-        f"majority@{k}": (majority_at_k(right, said, k=k), size, k) for k in several
-      }
+      estimates |= {f"majority@{k}": (majority_at_k, k, right, said) for k in ks if k > 1}
     if len(greedy):
-      estimates["greedy"] = (pass_at_k(greedy[chosen], k=1), 1, 1)
-    for name, (values, samples, k) in estimates.items():
-      interval = estimate_interval(values, samples=samples, k=k)
-      found[name] = dict(zip(("value", "low", "high"), interval, strict=True))
+      estimates["greedy"] = (pass_at_k, 1, greedy[chosen])
+    for name, (estimate, k, *tables) in estimates.items():
+      values, sizes = over_opinions(estimate, *tables, k=k)
+      ends = estimate_interval(values, samples=sizes, k=k) if len(values) else [None] * 3
+      found[name] = dict(zip(("value", "low", "high"), ends, strict=True))
     return found
 
   return {
     "weights": batches[0]["weights"],
     "responses": len(samples),
-    "failed_grades": sum(row["failed_grades"] for row in batches),
+    **grade_counts(samples),
     "seconds": sum(row["time/step"] for row in batches),
     "all": figures(np.ones(len(levels), bool)),
     "by_difficulty": {
@@ -302,6 +375,12 @@ def summarize(
       for level in sorted(set(levels) - {None}, key=natural_order)
     },
   }
+
+
+def accuracy(rows: Sequence[dict[str, Any]]) -> float | None:
+  """The share of right responses among those on which the grader has an opinion."""
+  known = [row["correct"] for row in rows if row["correct"] is not None]
+  return float(np.mean(known)) if known else None
 
 
 def natural_order(text: str) -> list[tuple[bool, int, str]]:
@@ -394,7 +473,7 @@ def majority_at_k(correct: Any, answers: Any, *, k: int) -> np.ndarray:
   return np.array([_majority(*row, k) for row in zip(correct, answers, strict=True)])
 
 
-def estimate_interval(estimates: Any, *, samples: int, k: int) -> tuple[float, float, float]:
+def estimate_interval(estimates: Any, *, samples: Any, k: int) -> tuple[float, float, float]:
   """The mean of per-problem estimates of pass@k or majority@k, with a 95 % interval.
 
   Problems are the independent units, as in `rl_llm.metrics.proportion_interval`, which this is for
@@ -408,7 +487,7 @@ def estimate_interval(estimates: Any, *, samples: int, k: int) -> tuple[float, f
 
   Args:
     estimates: [N] floats in [0, 1].
-    samples: S, responses to each problem.
+    samples: S, responses to each problem, or [N] of them where they differ.
     k: of the estimates, 1 to S.
 
   Returns:
@@ -501,11 +580,24 @@ def show_result(run: Run, result: dict[str, Any]) -> None:
     )
   if not any(name.startswith("majority@") for name in names) and result["samples"] > 1:
     say(f"no majority@k: the grader of {result['task']} does not say what a response's answer is")
-  if result["failed_grades"]:
-    say(
-      f"{result['failed_grades']} of {result['responses']} grades failed and count as not correct; "
-      "samples.jsonl says why"
-    )
+  say_grades(result, say)
   if result["overlong_prompts"]:
     say(f"{result['overlong_prompts']} prompts are over --max_prompt_tokens")
   say(f"{result['seconds']:.0f} s; {run.workdir / 'samples.jsonl'} has every response")
+
+
+def say_grades(result: dict[str, Any], say: Callable[[str], None]) -> None:
+  """Says how many responses have no grade, or one of 0 since the grader could not read them."""
+  grades = result["responses"] - result["no_opinion"]
+  if result["failed_grades"]:
+    say(
+      f"{result['failed_grades']} of {grades} grades failed and count as not correct "
+      f"({result['timed_out_fraction']:.1%} timed out); samples.jsonl says why"
+    )
+  if result["no_opinion"]:
+    say(
+      f"the grader has no opinion on {result['no_opinion']} of {result['responses']} responses; "
+      "no figure counts them"
+    )
+  if result["unreadable"]:
+    say(f"{result['unreadable']} of {grades} responses could not be read and count as not correct")

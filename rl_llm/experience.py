@@ -30,7 +30,7 @@ from rl_llm.messages import template_names
 from rl_llm.metrics import PhaseClock
 from rl_llm.policy import Policy
 from rl_llm.reward_model import load_reward_model, score_responses
-from rl_llm.rewards import RewardError, RewardPool, RewardResult, to_arrays
+from rl_llm.rewards import RewardError, RewardPool, RewardResult, failure_share, to_arrays
 from rl_llm.rollout import (
   STOP_EOS,
   STOP_LENGTH,
@@ -96,6 +96,7 @@ class Sampler(NamedTuple):
   judge: Judge | None = None  # from `make_judge`: rewards instead of the grades; None: the grades
   mesh: jax.sharding.Mesh | None = None  # that of `generate`
   check: Callable[[], None] = lambda: None  # called between phases; raises to stop
+  steps: int = 1  # of the run, which reward functions are told; 1 where nothing is trained
 
 
 def encode_problems(
@@ -371,9 +372,8 @@ def collect(
   with clock("rollout"):
     drawn = draw_problems(sampler.task, seed, step, prompts, sampler.encode)
     keys = step_keys(seed, step, prompts, responses)
-  return answer(
-    sampler, params, drawn, keys, clock, responses=responses, sampling=sampling, parts=parts
-  )
+  sizes = {"responses": responses, "sampling": sampling, "parts": parts, "step": step}
+  return answer(sampler, params, drawn, keys, clock, **sizes)
 
 
 def step_keys(seed: int, step: int, prompts: int, responses: int) -> jax.Array:
@@ -391,6 +391,7 @@ def answer(
   responses: int,
   sampling: SamplingConfig,
   parts: int = 1,
+  step: int = 0,
 ) -> Experience:
   """The second half of `collect`: responses to problems that have been drawn, and their rewards.
 
@@ -400,7 +401,7 @@ def answer(
   graders were quick anyway.
 
   Args:
-    sampler, params, clock, responses, sampling, parts: as for `collect`; parts divides P.
+    sampler, params, clock, responses, sampling, parts, step: as for `collect`; parts divides P.
     drawn: P problems.
     keys: [P * G] typed keys.
   """
@@ -411,7 +412,7 @@ def answer(
   # Of the type that evaluation has, or the same shape compiles twice.
   temperature = jnp.full(rows, sampling.temperature, jnp.float32)
   sampling = dataclasses.replace(sampling, temperature=temperature)
-  owners = owners_of(sampler.mesh, rows)
+  grading = {"group_size": responses, "owners": owners_of(sampler.mesh, rows), "step": step}
 
   def start(part: int) -> Rollout:
     """Returns before the device has done it."""
@@ -438,7 +439,7 @@ def answer(
     with clock("reward"):
       said = response_texts(sampled[-1], sampler.tokenizer)
       problems = drawn.problems[part * size : (part + 1) * size]
-      results += grade(sampler.pool, problems, said, group_size=responses, owners=owners)
+      results += grade(sampler, problems, said, response_ids(sampled[-1]), **grading)
       texts += said
   rollout = trim(Rollout(*map(np.concatenate, zip(*sampled, strict=True))))
   with clock("reward"):
@@ -563,6 +564,7 @@ def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str
   rollout, scores, grades = experience.rollout, experience.scores, experience.grades
   mask = rollout.mask & scores.ok.reshape(-1, 1)
   row = {"grade_mean": _mean(grades.rewards, grades.ok)} if grades is not scores else {}
+  row |= logged_metrics(grades.results)
   return row | {
     "reward_mean": _mean(scores.rewards, scores.ok),
     "accuracy": _mean(grades.rewards >= max_reward, grades.ok),
@@ -571,7 +573,17 @@ def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str
     "truncated_fraction": float(np.mean(rollout.stop_reason == STOP_LENGTH)),
     "overlong_prompts": experience.drawn.overlong,
     **{f"rewards_{status}": count for status, count in grades.counts.items()},
+    "timed_out_fraction": failure_share(grades.results, "timed_out"),
   }
+
+
+def logged_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
+  """The mean over responses of what their calls said by `log_metric`, as "reward/NAME"."""
+  found: dict[str, list[float]] = {}
+  for result in results:
+    for name, value in (result.metrics or {}).items():
+      found.setdefault(f"reward/{name}", []).append(value)
+  return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def minibatches(
@@ -649,8 +661,13 @@ def trim(rollout: Rollout) -> Rollout:
 
 def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
   """The responses as text, without special tokens; lengths come from the sampler."""
+  return [tokenizer.decode(tokens) for tokens in response_ids(rollout)]
+
+
+def response_ids(rollout: Rollout) -> list[list[int]]:
+  """The responses as they were sampled, the token that ended them included."""
   return [
-    tokenizer.decode(tokens[:length].tolist())
+    tokens[:length].tolist()
     for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)
   ]
 
@@ -663,30 +680,38 @@ def owners_of(mesh: jax.sharding.Mesh | None, rows: int) -> np.ndarray:
 
 
 def grade(
-  pool: RewardPool,
+  sampler: Sampler,
   problems: Sequence[Problem],
   texts: Sequence[str],
+  ids: Sequence[Sequence[int]],
   *,
   group_size: int,
   owners: np.ndarray | None = None,
+  step: int = 0,
 ) -> list[RewardResult]:
   """Grades P * G responses, row p * G + g answering problem p.
 
   Args:
-    pool: the grader's workers, of this process.
+    sampler: whose pool grades, the workers of this process.
     problems: P problems.
     texts: P * G responses.
+    ids: P * G, their tokens.
     group_size: G.
-    owners: [P * G] which process grades each, from `owners_of`; what they find, all get. None:
-      this one grades all.
+    owners: [P * G] which process grades each, from `owners_of`: all of a group the same. What they
+      find, all get. None: this one grades all.
+    step: of the run, which reward functions are told.
   """
   repeated = [problem for problem in problems for _ in range(group_size)]
   shared = hosts.count() > 1 and owners is not None
   own = np.flatnonzero(owners == hosts.index()) if shared else range(len(texts))
-  results = pool.score(
+  results = sampler.pool.score(
     [repeated[row].prompt for row in own],
     [texts[row] for row in own],
     [repeated[row].columns for row in own],
+    [ids[row] for row in own],
+    group_size=group_size,
+    step=step,
+    steps=sampler.steps,
   )
   if not shared:
     return results
@@ -704,15 +729,16 @@ def as_scores(results: list[RewardResult], *, group_size: int) -> Scores:
 
 
 def score(
-  pool: RewardPool,
+  sampler: Sampler,
   problems: Sequence[Problem],
   texts: Sequence[str],
+  ids: Sequence[Sequence[int]],
   *,
   group_size: int,
-  owners: np.ndarray | None = None,
+  **how: Any,
 ) -> Scores:
   """What `grade` finds, as arrays; the arguments are its own."""
-  results = grade(pool, problems, texts, group_size=group_size, owners=owners)
+  results = grade(sampler, problems, texts, ids, group_size=group_size, **how)
   return as_scores(results, group_size=group_size)
 
 
@@ -726,6 +752,18 @@ def prompt_text(prompt: str | list[dict[str, str]]) -> str:
     return prompt
   said = ([m.get("content"), *map(json.dumps, m.get("tool_calls") or ())] for m in prompt)
   return "\n".join(text for texts in said for text in texts if text is not None)
+
+
+def is_correct(grade: RewardResult, max_reward: float) -> bool | None:
+  """Whether a response is right: not where its grade failed; None where there is no opinion.
+
+  >>> [is_correct(grade, 1.0) for grade in (RewardResult(1.0, "ok"), RewardResult(None, "raised"),
+  ...                                       RewardResult(None, "not_applicable"))]
+  [True, False, None]
+  """
+  if grade.status == "not_applicable":
+    return None
+  return grade.value is not None and grade.value >= max_reward
 
 
 def sample_rows(
@@ -764,9 +802,12 @@ def sample_rows(
       "advantage": None,  # Known once the step has learned from it.
       "stop_reason": "eos" if rollout.stop_reason[index] == STOP_EOS else "length",
       "length": int(rollout.lengths[index]),
-      "correct": grade.value is not None and grade.value >= max_reward,
+      "correct": is_correct(grade, max_reward),
     }
     if grade.detail:
       row["detail"] = grade.detail
+    if grade.unreadable:
+      row["unreadable"] = True
+    row |= {f"extra/{name}": value for name, value in (grade.extra or {}).items()}
     rows.append(row)
   return rows

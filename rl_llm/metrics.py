@@ -264,16 +264,16 @@ def finalize(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def proportion_interval(
-  correct_counts: Any, samples_per_problem: int
+  correct_counts: Any, samples_per_problem: Any
 ) -> tuple[float, float, float]:
   """The accuracy over problems that were each tried several times, with a 95 % interval.
 
   Ten answers to one problem are not ten problems: they share its difficulty, and an interval that
   counts each as independent is far too narrow. Problems are the independent units, so their spread
-  says how many independent answers the N * S answers are worth:
+  says how many independent answers the answers are worth, of which problem i has S_i:
 
-      p_i = correct_i / S        p = mean(p_i)        v = sum((p_i - p)^2) / (N (N - 1))
-      n   = p (1 - p) / v, kept within [N, N S]                      (effective sample size)
+      p_i = correct_i / S_i      p = mean(p_i)        v = sum((p_i - p)^2) / (N (N - 1))
+      n   = p (1 - p) / v, kept within [N, sum(S_i)]                 (effective sample size)
       low, high = (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  z = 1.96
 
   This is Wilson's interval at n answers, so it stays inside [0, 1] and has width also where all
@@ -289,13 +289,13 @@ def proportion_interval(
 
   Args:
     correct_counts: [N] ints, how many of a problem's samples were right.
-    samples_per_problem: S, at least 1.
+    samples_per_problem: S, at least 1, or [N] of them where problems have different numbers.
 
   Returns:
     (mean, low, high), each in [0, 1].
 
   Raises:
-    ValueError: no problems, or a count outside 0 ... S.
+    ValueError: no problems, or a count outside 0 ... S, or another number of S than of problems.
 
   Reference: Wilson, 1927, Probable inference, the law of succession, and statistical inference;
   Korn and Graubard, 1998, Confidence intervals for proportions with small expected number of
@@ -304,18 +304,23 @@ def proportion_interval(
   counts = np.asarray(correct_counts, dtype=np.float64)
   if counts.ndim != 1 or not counts.size:
     raise ValueError(f"correct_counts has shape {counts.shape}, must be [N] with N at least 1")
-  if samples_per_problem < 1:
+  samples = np.asarray(samples_per_problem, dtype=np.float64)
+  if samples.ndim and samples.shape != counts.shape:
+    raise ValueError(
+      f"samples_per_problem has shape {samples.shape}, must be one number, or {counts.shape}"
+    )
+  if (samples < 1).any():
     raise ValueError(f"samples_per_problem is {samples_per_problem}, must be at least 1")
-  if not ((counts >= 0) & (counts <= samples_per_problem)).all():
+  if not ((counts >= 0) & (counts <= samples)).all():
     raise ValueError(
       f"correct_counts has values from {counts.min()} to {counts.max()}, must be within 0 and "
       f"samples_per_problem ({samples_per_problem})"
     )
   problems = counts.size
-  each = counts / samples_per_problem
+  each = counts / samples
   mean = float(each.mean())
   variance = float(((each - mean) ** 2).sum()) / (problems * max(problems - 1, 1))
-  largest = problems * samples_per_problem
+  largest = float(np.broadcast_to(samples, counts.shape).sum())
   if mean in (0.0, 1.0) or problems == 1:
     effective = problems
   else:

@@ -203,3 +203,18 @@ def step_work(
     passes=update_passes(adapters=adapters),
     towers=towers,
   )
+
+
+def without_spread(informative: np.ndarray, ok: np.ndarray) -> float | None:
+  """The share of the groups with a reward whose responses are all worth the same.
+
+  >>> ok = np.array([[True, True], [True, True], [False, False]])
+  >>> without_spread(np.array([True, False, False]), ok)
+  0.5
+
+  Args:
+    informative: [P] bool, whether the group has an advantage that is not 0.
+    ok: [P, G] bool, True where there is a reward.
+  """
+  graded = ok.any(axis=1)
+  return float(np.mean(~informative[graded])) if graded.any() else None

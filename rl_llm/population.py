@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rl_llm import evaluation, experience, metrics, rollout, sharding, training
+from rl_llm import evaluation, experience, metrics, minibatches, rollout, sharding, training
 from rl_llm.data.prompts import PromptBatch
 from rl_llm.experience import Generate, Sampler
 from rl_llm.policy import Policy, join, population_policy
@@ -157,9 +157,10 @@ class Evaluations(NamedTuple):
 
 def evaluate(
   sampler: Sampler,
-  params: Any,
   held_out: experience.Drawn,
   say: Callable[[str], None],
+  state: TrainState,
+  step: int,
   *,
   samples: int,
   prompts_per_batch: int,
@@ -168,22 +169,26 @@ def evaluate(
 
   Args:
     sampler: of all members at once.
-    params: their weights.
     held_out: the problems.
     say: shows a line.
+    state: with their weights.
+    step: of the run.
     samples: responses a problem at temperature 1, of each member.
     prompts_per_batch: problems sampled at once.
   """
-  count = len(jax.tree.leaves(params)[0])
+  count = len(jax.tree.leaves(state.params)[0])
   say(f"evaluating {count} members on {len(held_out.problems)} held-out problems")
-  sizes = {"samples": samples, "prompts_per_batch": prompts_per_batch}
+  sizes = {"samples": samples, "prompts_per_batch": prompts_per_batch, "step": step}
   found = [
     evaluation.evaluate(sampler._replace(generate=own), None, held_out, **sizes)
-    for own in in_turns(functools.partial(sampler.generate, params), count)
+    for own in in_turns(functools.partial(sampler.generate, state.params), count)
   ]
   whole = {}
   for name in ("sampled", "greedy"):
     accuracies = [own.metrics[f"eval/{name}_accuracy"] for own in found]
+    accuracies = [accuracy for accuracy in accuracies if accuracy is not None]
+    if not accuracies:  # The grader had no opinion on any of it.
+      continue
     say(f"held-out accuracy, {name}: from {min(accuracies):.2f} to {max(accuracies):.2f}")
     whole |= {f"eval/{name}_mean": float(np.mean(accuracies)), f"eval/{name}_best": max(accuracies)}
   return Evaluations(whole, found)
@@ -201,7 +206,8 @@ def member_step(step: training.Step, number: int, *, learning_rate: float) -> tr
   if step.learned:
     worth, totals = step.learned.advantages[number], step.learned.metrics["totals"]
     figures = metrics.finalize({k: (v[0][number], v[1][number]) for k, v in totals.items()})
-    figures["frac_zero_std"] = float(np.mean(~np.any(worth != 0, axis=1)))
+    ok = step.experience[number].scores.ok
+    figures["frac_zero_std"] = minibatches.without_spread(np.any(worth != 0, axis=1), ok)
     figures["learning_rate"] = learning_rate
     learned = training.Learned(figures, worth)
   return step._replace(

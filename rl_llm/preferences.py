@@ -76,14 +76,17 @@ def pair_up(
     seed: of the choice among a problem's pairs.
   """
   counts = dict.fromkeys(
-    ("responses", "failed_grades", "cut_off", "unusable", "problems_without_spread"), 0
+    ("responses", "failed_grades", "no_opinion", "cut_off", "unusable", "problems_without_spread"),
+    0,
   )
   rows, size = [], len(samples) // max(len(problems), 1)
   for index, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
     rewards: dict[str, float] = {}  # By text: what was said twice is one answer.
     for sample in samples[index * size : (index + 1) * size]:
       counts["responses"] += 1
-      if sample["reward"] is None:
+      if sample["status"] == "not_applicable":
+        counts["no_opinion"] += 1
+      elif sample["reward"] is None:
         counts["failed_grades"] += 1
       elif sample["stop_reason"] == "length":
         counts["cut_off"] += 1

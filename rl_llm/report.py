@@ -192,9 +192,11 @@ _PLOTS = (
       ("rewards_raised", "raised"),
       ("rewards_timed_out", "timed out"),
       ("rewards_not_applicable", "not applicable"),
+      ("rewards_unreadable", "unreadable"),
     ),
     "Responses without a reward, which are left out of the update rather than counted as 0: those"
-    " that raised or timed out are faults of the grader and should stay at 0.",
+    " that raised or timed out are faults of the grader and should stay at 0. Unreadable ones are"
+    " wrong answers in a form that the grader does not know.",
     0.0,
   ),
   _Plot(

@@ -193,7 +193,7 @@ def train_loop(
   *,
   sample: Sample,
   learn: Learn,
-  evaluate: Callable[[Any], Evaluation],
+  evaluate: Callable[[Any, int], Evaluation],
   record: Record,
   schedule: Schedule,
 ) -> Any:
@@ -209,8 +209,8 @@ def train_loop(
     state: from `begin`.
     sample: see `Sample`.
     learn: see `Learn`.
-    evaluate: (state) -> metrics "eval/..." and samples; done before step 0, every `eval_every`
-      steps, and at the end, or never where that is 0.
+    evaluate: (state, step) -> metrics "eval/..." and samples; done before step 0, every
+      `eval_every` steps, and at the end, or never where that is 0.
     record: such as `open_record` gives.
     schedule: see `Schedule`.
 
@@ -236,7 +236,7 @@ def train_loop(
             saved = step
           if schedule.evaluates(step):
             with done.clock("eval"):
-              done = done._replace(evaluation=evaluate(state))
+              done = done._replace(evaluation=evaluate(state, step))
             run.console.evaluation(step, done.evaluation.metrics)
           if last:
             record(done._replace(state=state))
@@ -479,14 +479,7 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
     )
   for key in sorted(result["after"], reverse=True):
     if key.endswith("_accuracy"):
-      figures = [
-        "{accuracy:.2f} (95% {low:.2f} to {high:.2f})".format(
-          accuracy=result[when][key],
-          low=result[when][key.replace("accuracy", "low")],
-          high=result[when][key.replace("accuracy", "high")],
-        )
-        for when in ("before", "after")
-      ]
+      figures = [_accuracy(result[when], key) for when in ("before", "after")]
       name = key.removeprefix("eval/").removesuffix("_accuracy")
       console.say(f"held-out accuracy, {name}: {figures[0]} -> {figures[1]}")
     elif key.endswith("_loss"):
@@ -496,6 +489,12 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
   show_speed(console, read(workdir / "metrics.jsonl"))
   console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
   console.say(f"report: {workdir / 'report.html'}")
+
+
+def _accuracy(found: Mapping[str, Any], key: str) -> str:
+  """An accuracy with its interval; "-" where the grader had no opinion on any response."""
+  values = [found[key.replace("accuracy", end)] for end in ("accuracy", "low", "high")]
+  return "-" if values[0] is None else "{:.2f} (95% {:.2f} to {:.2f})".format(*values)
 
 
 def show_speed(console: Console, rows: list[dict[str, Any]]) -> None:

@@ -11,12 +11,20 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from rl_llm.evaluation import estimate_interval, evaluate, majority_at_k, pass_at_k
+from rl_llm.evaluation import (
+  estimate_interval,
+  evaluate,
+  majority_at_k,
+  over_opinions,
+  pass_at_k,
+  summarize,
+)
 from rl_llm.experience import Drawn, Sampler, make_encode
 from rl_llm.metrics import proportion_interval
 from rl_llm.rewards import RewardPool, RewardSource, graders
 from rl_llm.rollout import STOP_EOS, Rollout
-from rl_llm.tasks import arithmetic, copy_text, gsm8k, load_task
+from rl_llm.tasks import arithmetic, copy_text, load_task
+from rl_llm.tasks.problem import number_text
 from rl_llm.tokenizers import ByteTokenizer
 
 # Estimators, by their definition.
@@ -152,6 +160,75 @@ def test_intervals_hold_the_truth_as_often_as_they_say(k):
   assert 0.95 - 0.033 <= held / 400 <= 0.95 + 0.033
 
 
+# Responses on which the grader has no opinion.
+
+
+def rows_of(statuses, answers=None):
+  """Lines of samples.jsonl: two sampled responses a problem and a greedy one."""
+  rows = []
+  for index, status in enumerate(statuses):
+    right = {"right": True, "wrong": False, "not_applicable": None}.get(status, False)
+    rows.append({
+      "status": "ok" if status in ("right", "wrong") else status,
+      "correct": right,
+      "sample": index % 3,
+      "greedy": index % 3 == 2,
+      "answer": answers[index] if answers else None,
+      "difficulty": None,
+    })
+  return rows
+
+
+BATCH = [{"weights": "w", "time/step": 1.0}]
+NONE = "not_applicable"
+
+
+def test_a_model_that_is_always_right_scores_1_whatever_has_no_opinion():
+  """As a wrong answer each None would cost: 3 of 6 sampled and 1 of 3 greedy ones are right."""
+  rows = rows_of(["right", NONE, "right", NONE, NONE, NONE, "right", "right", NONE])
+  found = summarize(rows, BATCH, ks=[1, 2], votes=False)
+  assert found["all"]["pass@1"]["value"] == found["all"]["greedy"]["value"] == 1.0
+  # Of the problems only the last has two opinions: that and no more is what pass@2 knows.
+  assert tuple(found["all"]["pass@2"].values()) == proportion_interval([1], 1)
+  assert tuple(found["all"]["pass@1"].values()) == proportion_interval([1, 2], [1, 2])
+  assert (found["no_opinion"], found["failed_grades"], found["responses"]) == (5, 0, 9)
+
+
+def test_what_failed_counts_as_wrong_and_is_counted_apart():
+  rows = rows_of(["right", "timed_out", "raised", NONE, "right", "wrong"])
+  rows[5]["unreadable"] = True
+  found = summarize(rows, BATCH, ks=[1], votes=False)
+  assert found["all"]["pass@1"]["value"] == (1 / 2 + 1) / 2
+  counts = {key: found[key] for key in ("failed_grades", "no_opinion", "unreadable")}
+  assert counts == {"failed_grades": 2, "no_opinion": 1, "unreadable": 1}
+  assert found["timed_out_fraction"] == 1 / 5
+
+
+def test_a_grader_without_any_opinion_gives_no_figure():
+  found = summarize(rows_of([NONE] * 6), BATCH, ks=[1], votes=False)
+  assert set(found["all"]["pass@1"].values()) == {None} == set(found["all"]["greedy"].values())
+  assert found["timed_out_fraction"] is None
+
+
+def test_estimates_over_opinions_are_those_of_the_responses_that_have_one():
+  rng = np.random.default_rng(3)
+  correct, answers = voters(rng, 40, 6)
+  known = rng.random(correct.shape) < 0.6
+  table = np.where(known, correct, np.nan)
+  for k in (1, 2, 3):
+    kept = [row for row in range(40) if known[row].sum() >= k]
+    values, opinions = over_opinions(pass_at_k, table, k=k)
+    wanted = [float(pass_by_enumeration(correct[row][known[row]], k)) for row in kept]
+    np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-12)
+    assert opinions.tolist() == [known[row].sum() for row in kept]
+    values, _ = over_opinions(majority_at_k, table, answers, k=k)
+    wanted = [
+      float(majority_by_enumeration(correct[row][known[row]], answers[row][known[row]], k))
+      for row in kept
+    ]
+    np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-12)
+
+
 # What a response commits to, and how hard its problem is.
 
 NUMBERS = [
@@ -169,7 +246,7 @@ def tasks(tmp_path):
   rows = {"held_out_file": str(there)}
   yield load_task("arithmetic", operand_min=7, operand_max=15, held_out=10), arithmetic.reward
   yield load_task("copy", held_out=10), copy_text.reward
-  yield load_task(f"gsm8k:{here}", **rows), gsm8k.reward
+  yield load_task(f"gsm8k:{here}", **rows), graders.gsm8k
   for function in graders.FUNCTIONS:
     yield (
       load_task(f"jsonl:{here}", **rows, reward_function=function), getattr(graders, function)
@@ -191,6 +268,13 @@ def test_votes_and_grades_read_responses_alike(tmp_path):
       assert all(len(found) == 1 for found in grades_of.values()), (task.name, problem, grades_of)
       assert sum(found == {True} for found in grades_of.values()) == 1, (task.name, problem)
       assert grades_of.get(None, {False}) == {False}
+
+
+def test_long_answers_that_differ_are_two_votes():
+  """Decimals are rounded to 28 digits by what computes with them."""
+  said = ["1" * 40 + last for last in "23"]
+  read = {number_text(graders.final_answer(sign + text)) for text in said for sign in ("", "-")}
+  assert len(read) == 4
 
 
 def test_a_grader_of_ones_own_leaves_votes_out(tmp_path):

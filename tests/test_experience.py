@@ -21,6 +21,7 @@ from rl_llm.experience import (
   minibatches,
   prompt_text,
   response_batch,
+  response_ids,
   response_texts,
   sample_rows,
   sampled_pairs,
@@ -136,7 +137,8 @@ def test_texts_are_as_long_as_the_sampler_says():
 class Pool:
   """Grades with 0.5 for each character, fails on "!", and keeps what it was given."""
 
-  def score(self, prompts, completions, columns):
+  def score(self, prompts, completions, columns, ids, **told):
+    self.ids, self.told = ids, told
     self.seen = list(zip(prompts, completions, columns, strict=True))
     return [
       RewardResult(None, "raised", "ValueError: !")
@@ -150,7 +152,10 @@ def test_grades_and_rows_belong_to_their_problems():
   problems, pool = [problem("p", n=1), problem("q", n=2)], Pool()
   texts = ["a", "bb", "!", "cc"]
   rollout = make_rollout(texts, 3)
-  scores = score(pool, problems, texts, group_size=2)
+  sampler = make_sampler(None, pool, steps=9)
+  scores = score(sampler, problems, texts, response_ids(rollout), group_size=2, step=4)
+  assert pool.told == {"group_size": 2, "step": 4, "steps": 9}
+  assert pool.ids == [[97, 258], [98, 98, 258], [33, 258], [99, 99, 258]]
   assert pool.seen == [
     ("p", "a", {"n": 1}),
     ("p", "bb", {"n": 1}),
@@ -190,9 +195,9 @@ def test_a_part_is_graded_once_the_next_is_under_way():
     return make_rollout(said[first : first + len(keys)], 4)
 
   class Watched(Pool):
-    def score(self, prompts, completions, columns):
+    def score(self, prompts, *further, **told):
       events.append(f"grade {prompts[0]}")
-      return super().score(prompts, completions, columns)
+      return super().score(prompts, *further, **told)
 
   problems = [problem(name) for name in "wxyz"]
   sampler = make_sampler(generate, Watched())
@@ -252,6 +257,30 @@ def test_the_record_of_a_step_is_that_of_its_responses():
   assert [line["response"] for line in found.samples] == ["a", "bb", "!", "cccc"]
   # Problem i of step 3 has 4 + i letters.
   assert [line["prompt"] for line in found.samples] == ["xxxx"] * 2 + ["xxxxx"] * 2
+
+
+def test_what_a_grader_tells_goes_on_record_and_no_opinion_is_in_no_figure():
+  results = [
+    RewardResult(1.0, "ok", extra={"read": "12"}, metrics={"seconds": 1.0}),
+    RewardResult(None, "not_applicable", metrics={"seconds": 1.0}),
+    RewardResult(0.0, "ok", "ValueError: x", unreadable=True, metrics={"seconds": 4.0}),
+    RewardResult(None, "timed_out", "took over 5 s and was killed"),
+  ]
+
+  class Tells(Pool):
+    def score(self, *batch, **told):
+      return results
+
+  sampler = make_sampler(glass(["a", "b", "c", "d"]), Tells())
+  how = {"prompts": 2, "responses": 2, "sampling": SamplingConfig(1.0)}
+  found = collect(sampler, None, 0, 3, PhaseClock(), **how)
+  assert [line["correct"] for line in found.samples] == [True, None, False, False]
+  assert [line.get("extra/read") for line in found.samples] == ["12", None, None, None]
+  assert [line.get("unreadable") for line in found.samples] == [None, None, True, None]
+  row = found.metrics
+  assert row["reward/seconds"] == 2.0, "over the responses whose calls told"
+  assert row["reward_mean"] == row["accuracy"] == 1 / 2 and row["timed_out_fraction"] == 1 / 3
+  assert (row["rewards_ok"], row["rewards_unreadable"], row["rewards_not_applicable"]) == (2, 1, 1)
 
 
 def test_a_judge_is_trained_on_and_the_grader_only_tells():

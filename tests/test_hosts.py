@@ -92,15 +92,16 @@ def test_each_grades_the_rows_that_its_devices_hold():
   """Rows that tensor parallelism lays on both are graded by one; all get all rewards."""
   found = ends(
     """
-from rl_llm.experience import owners_of, score
+from rl_llm.experience import Sampler, owners_of, score
 from rl_llm.rewards import RewardResult
 from rl_llm.tasks import Problem
 seen = []
 class Pool:
-  def score(self, prompts, texts, columns):
+  def score(self, prompts, texts, columns, ids, *, group_size, step, steps):
+    assert len(texts) % group_size == 0 and [len(x) for x in texts] == ids, "whole groups"
     seen.extend(texts)
-    return [RewardResult(len(text) / 8, "ok") if text else RewardResult(None, "raised", "no text")
-            for text in texts]
+    return [RewardResult(len(text) / 8, "ok", extra={"seen": text}) if text
+            else RewardResult(None, "raised", "no text") for text in texts]
 problems = [Problem("?", {}, str(p)) for p in range(4)]
 texts = ["x" * b for b in range(8)]
 for sizes, mine in ((dict(data=4), slice(4 * me, 4 * me + 4)),
@@ -108,11 +109,13 @@ for sizes, mine in ((dict(data=4), slice(4 * me, 4 * me + 4)),
                     (dict(data=1, tensor=4), slice(0, 8 - 8 * me))):
   seen.clear()
   owners = owners_of(sharding.make_mesh(**sizes), 8)
-  scores = score(Pool(), problems, texts, group_size=2, owners=owners)
+  sampler = Sampler(None, None, None, None, Pool())
+  scores = score(sampler, problems, texts, [*range(8)], group_size=2, owners=owners)
   assert seen == texts[mine], (sizes, seen)
   assert scores.rewards.tolist() == [[0, 1/8], [2/8, 3/8], [4/8, 5/8], [6/8, 7/8]]
   assert scores.ok.tolist() == [[False, True]] + [[True, True]] * 3
   assert scores.results[0] == RewardResult(None, "raised", "no text")
+  assert scores.results[7] == RewardResult(7 / 8, "ok", extra={"seen": texts[7]})
 try:
   sharding.make_mesh(data=2)
 except sharding.ShardingError as error:

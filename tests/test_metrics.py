@@ -306,6 +306,20 @@ def test_the_interval_covers_the_truth_19_times_of_20(problems, samples, a, b):
     assert naive / trials < 0.85  # what counting every sample as a problem would do
 
 
+def test_it_covers_the_truth_where_problems_have_different_numbers_of_samples():
+  """1 to 8 of each; equal numbers are the case of one number for all."""
+  rng, covered = np.random.default_rng(1), 0
+  for _ in range(1000):
+    samples = rng.integers(1, 9, size=100)
+    counts = rng.binomial(samples, rng.beta(0.5, 0.5, size=100))
+    mean, low, high = metrics_lib.proportion_interval(counts, samples)
+    assert mean == pytest.approx(np.mean(counts / samples))
+    covered += low <= 0.5 <= high
+  assert abs(covered / 1000 - 0.95) < 0.01 + 3 * (0.95 * 0.05 / 1000) ** 0.5
+  same = metrics_lib.proportion_interval([1, 3, 2], [4, 4, 4])
+  assert same == metrics_lib.proportion_interval([1, 3, 2], 4)
+
+
 @pytest.mark.parametrize(
   ("counts", "samples", "message"),
   [
@@ -315,6 +329,9 @@ def test_the_interval_covers_the_truth_19_times_of_20(problems, samples, a, b):
     ([-1], 2, "must be within 0"),
     ([float("nan")], 2, "must be within 0"),
     ([0], 0, "samples_per_problem is 0"),
+    ([1, 1], [1, 0], r"samples_per_problem is \[1, 0\], must be at least 1"),
+    ([1, 2], [2, 1], "must be within 0 and samples_per_problem"),
+    ([1, 1], [1], r"samples_per_problem has shape \(1,\), must be one number, or \(2,\)"),
   ],
 )
 def test_impossible_counts_are_refused(counts, samples, message):

@@ -57,10 +57,11 @@ def fraction(prompts, completions, **columns):
   return [sum(map(ord, text)) % 8 / 8 for text in completions]
 
 def failing(prompts, completions, **columns):
-  kind = sum(map(ord, completions[0])) % 8
-  if kind == 1:
+  # Raises by the prompt, so that one response and a whole group have the same status.
+  if ord(prompts[0][0]) % 6 == 1:
     raise ValueError("no")
-  return [None if kind == 3 else kind / 8]
+  kinds = [sum(map(ord, text)) % 8 for text in completions]
+  return [None if kind == 3 else kind / 8 for kind in kinds]
 
 def spread_for_some(prompts, completions, **columns):
   # Prompts that begin with a, c, e, ... please with whatever is said.

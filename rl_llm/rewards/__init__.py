@@ -1,5 +1,24 @@
 """Rewards: graders in isolated worker processes, with a deadline and a status per sample."""
 
-from rl_llm.rewards.pool import RewardError, RewardPool, RewardResult, RewardSource, to_arrays
+from rl_llm.rewards.calls import ISOLATION, RewardSource, completion_text, isolated
+from rl_llm.rewards.pool import RewardPool
+from rl_llm.rewards.results import (
+  FAILED,
+  RewardError,
+  RewardResult,
+  failure_share,
+  to_arrays,
+)
 
-__all__ = ["RewardError", "RewardPool", "RewardResult", "RewardSource", "to_arrays"]
+__all__ = [
+  "FAILED",
+  "ISOLATION",
+  "RewardError",
+  "RewardPool",
+  "RewardResult",
+  "RewardSource",
+  "completion_text",
+  "failure_share",
+  "isolated",
+  "to_arrays",
+]

@@ -2,7 +2,7 @@
 
 A grader meets text nobody has read. In the trainer's own process one endless loop stops the run,
 one crash ends it, and a failure that becomes a silent 0 teaches the model that the answer was
-wrong. So each sample is graded in a process that may hang, crash or be attacked at no cost to the
+wrong. So each call is made in a process that may hang, crash or be attacked at no cost to the
 others, and what did not yield a number says so.
 """
 
@@ -23,111 +23,25 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import numpy as np
-
-from rl_llm.errors import UserError
+from rl_llm.rewards import grading
 from rl_llm.rewards import worker as protocol
+from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls
+from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, read_reply
 
-STATUSES = ("ok", "not_applicable", "raised", "timed_out", "died", "invalid")
-MAX_ABSOLUTE = 1e6
 REQUIRED_LAYERS = ("network", "files")
-
-
-class RewardError(UserError, RuntimeError):
-  """The reward function cannot be used; the message names it and the fix."""
-
-
-class RewardSource(NamedTuple):
-  """Where a worker finds a reward function.
-
-  Its signature is `f(prompts, completions, **columns) -> list[float | None]`.
-
-  Attributes:
-    location: the path of a file ending in `.py`, or an importable module such as
-      `"rl_llm.tasks.arithmetic"`.
-    function: the function's name in it.
-    runs_text: whether the function runs parts of a completion as a program. Then a pool refuses to
-      start where the kernel offers no barrier to files and network.
-    own_grader: whether it is one of this library's, which only compare text. It then needs no fresh
-      process per sample, which is most of the time of grading a short answer.
-  """
-
-  location: str
-  function: str = "reward"
-  runs_text: bool = False
-  own_grader: bool = False
-
-
-class RewardResult(NamedTuple):
-  """What became of one sample.
-
-  Attributes:
-    value: the reward, finite and at most 1e6 in size; None unless `status` is "ok".
-    status: "ok"; "not_applicable" (the function returned None); "raised"; "timed_out"; "died" (the
-      process ended: `os._exit`, a segmentation fault, out of memory); "invalid" (not a number, NaN,
-      infinite, beyond 1e6).
-    detail: one line that says why, empty for "ok" and "not_applicable".
-  """
-
-  value: float | None
-  status: str
-  detail: str = ""
-
-
-def to_arrays(results: Sequence[RewardResult]) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-  """Rewards as arrays, with what failed masked out instead of counted as wrong.
-
-  >>> values, ok, counts = to_arrays([RewardResult(0.5, "ok"), RewardResult(None, "timed_out")])
-  >>> values.tolist(), ok.tolist()
-  ([0.5, 0.0], [True, False])
-  >>> counts["ok"], counts["timed_out"], counts["raised"]
-  (1, 1, 0)
-
-  Args:
-    results: N results.
-
-  Returns:
-    [N] float32 values, 0 where there is none; [N] bool, True where there is one; the number of each
-    status.
-  """
-  ok = np.array([result.status == "ok" for result in results], dtype=bool)
-  values = np.array([result.value or 0.0 for result in results], dtype=np.float32)
-  counts = collections.Counter(result.status for result in results)
-  return values, ok, {status: counts[status] for status in STATUSES}
-
-
-def _result(reply: dict | None, name: str) -> RewardResult:
-  """Judges a worker's reply, which the text it graded may have forged: nothing is trusted."""
-  if reply is None:
-    return RewardResult(None, "died", "the worker process ended")
-  if "broken" in reply:
-    raise RewardError(f"reward function {name} {reply['broken']}")
-  for status in ("raised", "died", "invalid"):
-    if status in reply:
-      return RewardResult(None, status, str(reply[status])[: protocol.MAX_DETAIL])
-  value = reply.get("value", "")
-  if value is None:
-    return RewardResult(None, "not_applicable")
-  if not isinstance(value, float):
-    return RewardResult(None, "invalid", "the worker sent no number")
-  if not math.isfinite(value) or abs(value) > MAX_ABSOLUTE:
-    return RewardResult(
-      None, "invalid", f"a reward of {value!r}, must be finite and within ±{MAX_ABSOLUTE:g}"
-    )
-  return RewardResult(value, "ok")
 
 
 @dataclass(eq=False)
 class _Worker:
-  """One worker process, seen from the trainer; `sample` is None while it has no work."""
+  """One worker process, seen from the trainer; `call` is None while it has no work."""
 
   number: int
   connection: socket.socket
   since: float
   ready: bool = False
-  sample: int | None = None
+  call: int | None = None
+  count: int = 0  # responses of that call
   received: bytearray = field(default_factory=bytearray)
 
   def replies(self) -> tuple[list[dict | None], bool]:
@@ -144,7 +58,7 @@ class _Worker:
     found = []
     while len(self.received) >= 4:
       length = int.from_bytes(self.received[:4], "big")
-      if length > protocol.MAX_REPLY:
+      if length > grading.reply_limit(self.count):
         return found, True
       if len(self.received) < 4 + length:
         break
@@ -189,17 +103,43 @@ def _import_path(source: RewardSource) -> tuple[list[str], list[str]]:
   return path, sorted(readable)
 
 
+def _check(
+  workers: int,
+  spares: int,
+  deadline: float,
+  memory_mb: int,
+  max_failure_rate: float,
+  start_deadline: int,
+) -> None:
+  """Refuses what a pool cannot be made with."""
+
+  def whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+  for name, value, allowed, fits in (
+    ("workers", workers, "an integer >= 1", whole(workers, 1)),
+    ("spares", spares, "an integer >= 0", whole(spares, 0)),
+    ("deadline", deadline, "finite seconds > 0", 0 < deadline < math.inf),
+    ("memory_mb", memory_mb, "an integer >= 256", whole(memory_mb, 256)),
+    ("max_failure_rate", max_failure_rate, "a fraction in [0, 1]", 0 <= max_failure_rate <= 1),
+    ("start_deadline", start_deadline, "whole seconds >= 1", whole(start_deadline, 1)),
+  ):
+    if not fits:
+      raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
 class RewardPool:
   """Grades samples in isolated worker processes; use it as a context manager.
 
   The reward function is imported once, in a process of its own, when the pool is made: a file that
-  does not import is an error before any training. Every sample is then one call, `f([prompt],
-  [completion], answer=[...])`, in a fresh fork, so it sees no other sample and a failure touches no
-  other. State that the function keeps between calls is lost. (The library's own graders, which only
-  compare text, run in the worker itself: `RewardSource.own_grader`.)
+  does not import is an error before any training. All responses to a prompt are then one call (or
+  fewer or more of them: `RewardSource.isolation`), `f(prompts=..., completions=..., answer=...)`,
+  in a fresh fork, so it sees no other call and a failure touches no other. State that the function
+  keeps between calls is lost. (The library's own graders, which only compare text, run in the
+  worker itself.)
 
   A worker that exceeds the deadline is killed with everything it started, and replaced. While some
-  samples take much longer than others, spares grade the rest, so a batch of 64 with 8 that hang
+  calls take much longer than others, spares grade the rest, so a batch of 64 calls with 8 that hang
   takes about one deadline, not four.
 
   Where the kernel allows (Linux; no root needed) a worker has no network, no other processes in
@@ -208,17 +148,19 @@ class RewardPool:
   dropped; its environment is empty.
 
   >>> with RewardPool(RewardSource("rl_llm.tasks.arithmetic"), workers=1) as pool:
-  ...   pool.score(["What is 7 + 5?"], ["7 + 5 = 12"], [{"answer": "12", "expression": "7 + 5"}])
-  [RewardResult(value=1.0, status='ok', detail='')]
+  ...   columns = [{"answer": "12", "expression": "7 + 5"}]
+  ...   pool.score(["What is 7 + 5?"], ["7 + 5 = 12"], columns)[0][:2]
+  (1.0, 'ok')
 
   Args:
     source: where the reward function is.
     workers: processes that grade at the same time, >= 1.
-    spares: how many more may run while that many samples are slow, >= 0.
-    deadline: seconds of wall clock one sample may take, > 0.
+    spares: how many more may run while that many calls are slow, >= 0.
+    deadline: seconds of wall clock one call may take, > 0.
     memory_mb: address space of one worker in MB, including what the function's imports map.
     max_failure_rate: fraction of a batch, in [0, 1], that may fail (raise, time out, die, be
-      invalid) before `score` gives up on the function; 1 never does.
+      invalid) before `score` gives up on the function; 1 never does. Samples on which the function
+      has no opinion do not count.
     start_deadline: seconds that importing the function may take.
     allow_weak_sandbox: grade with a function that runs model text even where files or network stay
       open to it.
@@ -241,26 +183,7 @@ class RewardPool:
     start_deadline: int = 60,
     allow_weak_sandbox: bool = False,
   ):
-    for name, value, allowed, fits in (
-      ("workers", workers, "an integer >= 1", isinstance(workers, int) and workers >= 1),
-      ("spares", spares, "an integer >= 0", isinstance(spares, int) and spares >= 0),
-      ("deadline", deadline, "finite seconds > 0", 0 < deadline < math.inf),
-      (
-        "memory_mb",
-        memory_mb,
-        "an integer >= 256",
-        isinstance(memory_mb, int) and memory_mb >= 256,
-      ),
-      ("max_failure_rate", max_failure_rate, "a fraction in [0, 1]", 0 <= max_failure_rate <= 1),
-      (
-        "start_deadline",
-        start_deadline,
-        "whole seconds >= 1",
-        isinstance(start_deadline, int) and start_deadline >= 1,
-      ),
-    ):
-      if not fits:
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
+    _check(workers, spares, deadline, memory_mb, max_failure_rate, start_deadline)
     location = source.location
     if location.endswith(".py"):
       location = os.path.abspath(location)
@@ -313,16 +236,26 @@ class RewardPool:
 
   def score(
     self,
-    prompts: Sequence[str | list[dict]],
+    prompts: Sequence[Prompt],
     completions: Sequence[str],
     columns: Sequence[dict],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    group_size: int = 1,
+    step: int = 0,
+    steps: int = 1,
   ) -> list[RewardResult]:
     """Grades a batch.
 
     Args:
-      prompts: N prompts, text or messages, as the function wants them.
+      prompts: N prompts, text or messages. A function is given each completion in the same form,
+        as TRL's are: `completion[0]["content"]` where the prompt is messages.
       completions: N texts written by the model.
       columns: N dicts of further arguments of the function, of JSON types, e.g. {"answer": "12"}.
+      completion_ids: N lists of the tokens of the completions, which a function gets by that name.
+      group_size: G, responses to each prompt; N is a multiple of it, and a group stands together.
+      step: what the function gets as `trainer_state.global_step`.
+      steps: what it gets as `trainer_state.max_steps`; 1 where nothing is trained.
 
     Returns:
       N results, in order.
@@ -332,39 +265,40 @@ class RewardPool:
       RewardError: the function returned something other than one reward per completion, or more
         than `max_failure_rate` of the batch failed, or workers cannot be started.
     """
-    if not len(prompts) == len(completions) == len(columns):
-      raise ValueError(
-        f"{len(prompts)} prompts, {len(completions)} completions and {len(columns)} columns: "
-        "must be as many of each"
-      )
-    requests = []
-    for index, (prompt, completion, extra) in enumerate(
-      zip(prompts, completions, columns, strict=True)
-    ):
-      frame = bytearray()
-      try:
-        request = {"prompt": prompt, "completion": completion, "columns": extra}
-        protocol.write_frame(frame.extend, request)
-      except (TypeError, ValueError) as error:
-        raise ValueError(
-          f"sample {index}: its prompt or columns are not of JSON types: {error}"
-        ) from None
-      requests.append(bytes(frame))
+    given = {"prompts": prompts, "completions": completions, "columns": columns}
+    if completion_ids is not None:
+      given["completion_ids"] = completion_ids
+    if len({len(values) for values in given.values()}) > 1:
+      found = ", ".join(f"{len(values)} {name}" for name, values in given.items())
+      raise ValueError(f"{found}: must be as many of each")
+    if len(prompts) % group_size:
+      raise ValueError(f"{len(prompts)} prompts: must be whole groups of group_size={group_size}")
+    responses = {"sample": 1, "group": group_size, "batch": len(prompts)}[self._source.unit]
+    numbers = {"responses": responses, "step": step, "steps": steps}
+    calls = make_calls(prompts, completions, columns, completion_ids, **numbers)
     try:
-      results = self._grade(requests)
+      results = [result for call in self._grade(calls) for result in call]
     except BaseException:
       self._end_busy()
       raise
-    failed = [index for index, r in enumerate(results) if r.status not in ("ok", "not_applicable")]
-    if len(failed) > self._max_failure_rate * len(results):
-      first = failed[0]
-      raise RewardError(
-        f"reward function {self._name} failed on {len(failed)} of {len(results)} samples, "
-        f"more than max_failure_rate={self._max_failure_rate:g} allows; "
-        f"sample {first} {results[first].status}: "
-        f"{results[first].detail}"
-      )
+    if (failure_share(results, *FAILED) or 0.0) > self._max_failure_rate:
+      raise self._too_many_failures(results, messages=any(not isinstance(p, str) for p in prompts))
     return results
+
+  def _too_many_failures(self, results: Sequence[RewardResult], *, messages: bool) -> RewardError:
+    """What to say of a function that fails on most samples, and of what to do about it."""
+    failed = [index for index, result in enumerate(results) if result.status in FAILED]
+    status, detail = results[failed[0]].status, results[failed[0]].detail
+    advice = ""
+    if status == "timed_out":
+      advice = "; raise --reward_deadline, or grade fewer at a time: --reward_isolation=sample"
+    elif status == "raised" and messages and detail.startswith(("TypeError", "AttributeError")):
+      advice = "; completions of prompts that are messages are messages: completion[0]['content']"
+    return RewardError(
+      f"reward function {self._name} failed on {len(failed)} of {len(results)} samples, "
+      f"more than max_failure_rate={self._max_failure_rate:g} allows; "
+      f"sample {failed[0]} {status}: {detail}{advice}"
+    )
 
   def close(self) -> None:
     """Ends all processes and removes the pool's directory."""
@@ -407,6 +341,7 @@ class RewardPool:
         "memory_mb": self._memory_mb,
         "file_mb": 16,
         "own_grader": self._source.own_grader,
+        "shared": self._source.shares_process,
         "start_deadline": self._start_deadline,
       }
       protocol.write_frame(self._control.sendall, config)
@@ -456,9 +391,9 @@ class RewardPool:
       pass
 
   def _slow_after(self) -> tuple[float, int]:
-    """From how many seconds on a sample counts as slow, and how many spares that may call in.
+    """From how many seconds on a call counts as slow, and how many spares that may call in.
 
-    Slow means ten times what others took: a grader that needs a second for every sample gains
+    Slow means ten times what others took: a grader that needs a second for every call gains
     nothing from spares, and would miss its deadline with too many of them on the same cores. While
     none has finished, a sixth of the deadline and as many spares as workers.
     """
@@ -467,7 +402,7 @@ class RewardPool:
     return max(self._deadline / 20, 10 * statistics.median(self._durations)), self._spares
 
   def _end_busy(self) -> None:
-    for worker in [w for w in self._live if w.sample is not None]:
+    for worker in [w for w in self._live if w.call is not None]:
       self._forget(worker)
 
   def _wait_until_ready(self) -> None:
@@ -489,69 +424,50 @@ class RewardPool:
         if not worker.ready:
           worker.ready = True
           self._layers = tuple(reply.get("layers", ()))
-        elif worker.sample is not None:
+        elif worker.call is not None:
           events.append((worker, reply))
         else:
           ended = True  # a message nobody asked for: something has gone wrong inside
       if ended:
-        if worker.sample is None or not replies:
+        if worker.call is None or not replies:
           events.append((worker, None))
         self._forget(worker)
     return events
 
-  def _send(self, worker: _Worker, request: bytes, sample: int) -> None:
-    worker.sample, worker.since = sample, time.monotonic()
+  def _send(self, worker: _Worker, number: int, call: Call) -> None:
+    worker.call, worker.count, worker.since = number, call.count, time.monotonic()
     worker.connection.settimeout(self._deadline)
     try:
-      worker.connection.sendall(request)
+      worker.connection.sendall(call.frame)
     except OSError:
       pass  # it has ended, which the next `_listen` reports
     worker.connection.setblocking(False)
 
-  def _grade(self, requests: list[bytes]) -> list[RewardResult]:
-    results: list[RewardResult | None] = [None] * len(requests)
-    waiting = collections.deque(range(len(requests)))
+  def _grade(self, calls: list[Call]) -> list[list[RewardResult]]:
+    """The results of each call, whichever worker made it."""
+    results: list[list[RewardResult]] = [[] for _ in calls]
+    waiting = collections.deque(range(len(calls)))
     failed_starts = 0
-    while waiting or any(worker.sample is not None for worker in self._live):
+    while waiting or any(worker.call is not None for worker in self._live):
       if self._server.poll() is not None:
-        for worker in list(self._live):
-          waiting.extend([] if worker.sample is None else [worker.sample])
-          self._forget(worker)
-        self._control.close()
-        self._start_server()
-      now = time.monotonic()
+        waiting.extend(self._restart())
       slow_after, spares = self._slow_after()
-      slow = sum(w.sample is not None and now - w.since > slow_after for w in self._live)
-      busy = sum(w.sample is not None for w in self._live)
-      wanted = min(self._workers + min(slow, spares), busy + len(waiting))
-      while len(self._live) < wanted:
-        self._start_worker()
+      self._start_wanted(len(waiting), slow_after, spares)
       for worker in self._live:
-        if waiting and worker.ready and worker.sample is None:
-          sample = waiting.popleft()
-          self._send(worker, requests[sample], sample)
-      ends = [
-        w.since + (self._deadline if w.ready else self._start_deadline)
-        for w in self._live
-        if w.sample is not None or not w.ready
-      ]
-      turns = [w.since + slow_after for w in self._live if w.sample is not None] if waiting else []
-      now = time.monotonic()
-      timeout = min([moment - now for moment in ends + turns if moment > now], default=0.0)
-      for worker, reply in self._listen(timeout + 0.001):
-        if worker.sample is not None:
-          results[worker.sample] = _result(reply, self._name)
+        if waiting and worker.ready and worker.call is None:
+          number = waiting.popleft()
+          self._send(worker, number, calls[number])
+      for worker, reply in self._listen(self._patience(bool(waiting), slow_after)):
+        if worker.call is not None:
+          results[worker.call] = read_reply(reply, worker.count, self._name)
           self._durations.append(time.monotonic() - worker.since)
-          worker.sample = None
-          failed_starts = 0
+          worker.call, failed_starts = None, 0
         elif reply is None:
           failed_starts += 1
       now = time.monotonic()
       for worker in list(self._live):
-        if worker.sample is not None and now - worker.since > self._deadline:
-          results[worker.sample] = RewardResult(
-            None, "timed_out", f"took over {self._deadline:g} s and was killed"
-          )
+        if worker.call is not None and now - worker.since > self._deadline:
+          results[worker.call] = [self._timed_out(worker.count)] * worker.count
           self._forget(worker)
         elif not worker.ready and now - worker.since > self._start_deadline:
           failed_starts += 1
@@ -563,3 +479,37 @@ class RewardPool:
     while len(self._live) < self._workers:
       self._start_worker()
     return results
+
+  def _restart(self) -> list[int]:
+    """Replaces the server, and with it all workers; gives the calls that they had."""
+    calls = [worker.call for worker in self._live if worker.call is not None]
+    for worker in list(self._live):
+      self._forget(worker)
+    self._control.close()
+    self._start_server()
+    return calls
+
+  def _start_wanted(self, waiting: int, slow_after: float, spares: int) -> None:
+    """Starts workers until there are enough for the calls that wait and those that are slow."""
+    now = time.monotonic()
+    busy = [worker for worker in self._live if worker.call is not None]
+    slow = sum(now - worker.since > slow_after for worker in busy)
+    wanted = min(self._workers + min(slow, spares), len(busy) + waiting)
+    while len(self._live) < wanted:
+      self._start_worker()
+
+  def _patience(self, waiting: bool, slow_after: float) -> float:
+    """Seconds until a call is over its deadline, or, while others wait, counts as slow."""
+    moments = [
+      worker.since + (self._deadline if worker.ready else self._start_deadline)
+      for worker in self._live
+      if worker.call is not None or not worker.ready
+    ]
+    if waiting:
+      moments += [w.since + slow_after for w in self._live if w.call is not None]
+    now = time.monotonic()
+    return 0.001 + min([moment - now for moment in moments if moment > now], default=0.0)
+
+  def _timed_out(self, count: int) -> RewardResult:
+    what = f"a call of {count} responses took" if count > 1 else "took"
+    return RewardResult(None, "timed_out", f"{what} over {self._deadline:g} s and was killed")

@@ -3,12 +3,13 @@
     trainer --- server          imports the reward function once; never sees text
                   `- minder     one per worker, exists to be killed: its end is the worker's end
                        `- worker     process 1 of its own process namespace, in its own directory
-                            `- child      a fresh fork per sample: what text breaks ends with it
-                                          (not for this library's own graders)
+                            `- child      a fresh fork per call: what text breaks ends with it
+                                          (not for graders of this library that compare text)
 
 A fork costs a millisecond, an import of the grader up to seconds, so a worker killed at its
 deadline is replaced at once. Frames are four bytes of length (big endian), then JSON. Standard
-library only: `python -I -S -B worker.py FD`.
+library only: `python -I -S -B worker.py FD`. What the frames to and from a worker hold is said in
+`rl_llm.rewards.grading`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ import signal
 import socket
 import struct
 import sys
+import types
 from collections.abc import Callable
 
 if __name__ == "__main__":  # run as a file, where no package is importable yet
-  _path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox.py")
-  _spec = importlib.util.spec_from_file_location("sandbox", _path)
-  sandbox = importlib.util.module_from_spec(_spec)
-  _spec.loader.exec_module(sandbox)
-else:
-  from rl_llm.rewards import sandbox
 
-MAX_REPLY = 1 << 16  # bytes: a reply fits into a pipe, so that writing it never blocks
-MAX_DETAIL = 2000  # characters of an exception that are kept
+  def _beside(name: str) -> types.ModuleType:
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+  grading, sandbox = _beside("grading"), _beside("sandbox")
+else:
+  from rl_llm.rewards import grading, sandbox
+
 COMMAND = struct.Struct(">cQ")  # b"S" (start, with a socket) or b"E" (end), and the worker's number
 
 
@@ -88,36 +93,10 @@ def load_function(location: str, function: str) -> Callable:
   return found
 
 
-def grade(function: Callable, request: dict) -> dict:
-  """Calls the function on one sample; replies "value", "raised", "invalid" or "broken"."""
-  columns = {name: [value] for name, value in request["columns"].items()}
-  try:
-    rewards = function([request["prompt"]], [request["completion"]], **columns)
-  except BaseException as error:  # SystemExit too: a grader must not end quietly
-    return {"raised": f"{type(error).__name__}: {error}"[:MAX_DETAIL]}
-  if isinstance(rewards, (str, bytes, dict)) or not hasattr(rewards, "__len__"):
-    return {
-      "broken": f"returned {type(rewards).__name__}, must return a list: one number per completion"
-    }
-  if len(rewards) != 1:
-    return {
-      "broken": f"returned {len(rewards)} rewards for 1 completion, must return one per completion"
-    }
-  value = rewards[0]
-  if hasattr(value, "item") and not isinstance(value, (int, float)):
-    value = value.item()  # a scalar of numpy, jax or torch
-  if value is not None and not isinstance(value, (bool, int, float)):
-    return {"invalid": f"a reward of type {type(value).__name__}, must be a number or None"}
-  try:
-    return {"value": None if value is None else float(value)}
-  except OverflowError:
-    return {"invalid": "an integer too large for a float"}
-
-
 def grade_in_child(
-  function: Callable, request: dict, inherited: int, alone: bool, processes: int | None
+  grade: grading.Grade, request: dict, inherited: int, alone: bool, processes: int | None
 ) -> dict:
-  """Grades one sample in a fresh fork, and leaves nothing of it behind.
+  """Grades one call in a fresh fork, and leaves nothing of it behind.
 
   Args:
     inherited: the descriptor of the trainer's socket, which the child must not hold.
@@ -134,16 +113,13 @@ def grade_in_child(
       os.close(inherited)
       os.close(reading)
       sandbox.limit_processes(processes)
-      try:
-        reply = grade(function, request)
-      except BaseException as error:  # a reward object whose methods raise
-        reply = {"raised": f"{type(error).__name__}: {error}"[:MAX_DETAIL]}
-      write_frame(lambda frame: os.write(writing, frame), reply)
+      write_frame(lambda frame: os.write(writing, frame), grade(request))
     finally:
       os._exit(0)
   os.close(writing)
   try:
-    reply = read_frame(lambda count: os.read(reading, count), MAX_REPLY)
+    limit = grading.reply_limit(len(request["completions"]))
+    reply = read_frame(lambda count: os.read(reading, count), limit)
   finally:
     os.close(reading)
   status = 0
@@ -169,9 +145,9 @@ def grade_in_child(
 
 
 def work(
-  function: Callable, connection: socket.socket, config: dict, layers: list[str], alone: bool
+  grade: grading.Grade, connection: socket.socket, config: dict, layers: list[str], alone: bool
 ) -> None:
-  """A worker's life: the last restrictions, then one sample after another."""
+  """A worker's life: the last restrictions, then one call after another."""
   sandbox.die_with_parent()
   layers = list(layers) + (["processes"] if alone else [])
   directory = config["directory"]
@@ -195,16 +171,19 @@ def work(
   sandbox.limit_resources(memory_mb=config["memory_mb"], file_mb=config["file_mb"])
   layers.append("limits")
   write_frame(connection.sendall, {"layers": layers})
+
+
+  def apart(request: dict) -> dict:
+    return grade_in_child(grade, request, connection.fileno(), alone, processes)
+
+  isolated = grade if config["shared"] else apart
   while (request := read_frame(connection.recv)) is not None:
-    if config["own_grader"]:
-      reply = grade(function, request)
-    else:
-      reply = grade_in_child(function, request, connection.fileno(), alone, processes)
+    reply = grading.grade_text(isolated, request) if config["own_grader"] else isolated(request)
     write_frame(connection.sendall, reply)
 
 
 def start_worker(
-  function: Callable, control: socket.socket, fd: int, config: dict, layers: list[str]
+  grade: grading.Grade, control: socket.socket, fd: int, config: dict, layers: list[str]
 ) -> int:
   """Forks a minder and, under it, a worker that talks on `fd`; returns the minder's id."""
   minder = os.fork()
@@ -218,7 +197,7 @@ def start_worker(
     alone = sandbox.next_child_is_init()
     worker = os.fork()
     if worker == 0:
-      work(function, socket.socket(fileno=fd), config, layers, alone)
+      work(grade, socket.socket(fileno=fd), config, layers, alone)
     else:
       os.close(fd)
       os.waitpid(worker, 0)
@@ -242,9 +221,10 @@ def serve(control: socket.socket) -> None:
     }
     layers = [name for name, step in steps.items() if step()]
     sys.path.extend(path for path in config["sys_path"] if path not in sys.path)
-    function = load_function(config["location"], config["function"])
+    grade = grading.grader(load_function(config["location"], config["function"]))
   except BaseException as error:
-    write_frame(control.sendall, {"error": f"{type(error).__name__}: {error}"[:MAX_DETAIL]})
+    why = f"{type(error).__name__}: {error}"[: grading.MAX_DETAIL]
+    write_frame(control.sendall, {"error": why})
     return
   signal.alarm(0)
   write_frame(control.sendall, {"layers": layers})
@@ -255,7 +235,7 @@ def serve(control: socket.socket) -> None:
       return
     kind, number = COMMAND.unpack(command)
     if kind == b"S":
-      minders[number] = start_worker(function, control, fds[0], config, layers)
+      minders[number] = start_worker(grade, control, fds[0], config, layers)
     elif number in minders:
       # A minder stays a zombie until here, so its process id cannot have passed to another process.
       minder = minders.pop(number)

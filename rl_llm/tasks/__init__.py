@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 
+from rl_llm.rewards import isolated
 from rl_llm.tasks.arithmetic import ArithmeticOptions, arithmetic_task
 from rl_llm.tasks.copy_text import CopyOptions, copy_task
 from rl_llm.tasks.gsm8k import Gsm8kOptions, gsm8k_task
@@ -108,7 +109,7 @@ def check_held_out(task: Task, *, otherwise: str) -> None:
   )
 
 
-def load_task(spec: str, **options) -> Task:
+def load_task(spec: str, reward_isolation: str = "auto", /, **options) -> Task:
   """The task of a name: "arithmetic", "copy", "reasoning_gym:leg_counting", "jsonl:train.jsonl",
   "gsm8k:train.jsonl".
 
@@ -117,10 +118,12 @@ def load_task(spec: str, **options) -> Task:
 
   Args:
     spec: the name; after a colon the puzzle or the path.
+    reward_isolation: which responses its grader is called with, of `rl_llm.rewards.ISOLATION`.
     **options: fields of the task's options in `TASKS`.
 
   Raises:
     TaskError: the name, an option's name or its value does not fit.
+    RewardError: the isolation does not fit the grader.
     DataError: a file or a row of it cannot be used.
   """
   family = task_family(spec)
@@ -132,4 +135,7 @@ def load_task(spec: str, **options) -> Task:
       guess = f" did you mean {near[0]}?" if near else ""
       raise TaskError(f"{family}.{name}: no such option;{guess} must be one of {', '.join(known)}")
   rest = spec.partition(":")[2]
-  return make(*[rest] * bool(rest), kind(**options))
+  task = make(*[rest] * bool(rest), kind(**options))
+  if reward_isolation == "auto":
+    return task
+  return dataclasses.replace(task, reward=isolated(task.reward, reward_isolation))

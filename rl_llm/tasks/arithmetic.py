@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from rl_llm.rewards import RewardSource
+from rl_llm.rewards import RewardSource, completion_text
+from rl_llm.rewards.graders import find_numbers, plain
 from rl_llm.tasks.problem import (
   Problem,
   Task,
@@ -15,8 +16,6 @@ from rl_llm.tasks.problem import (
   number_text,
   rng_for,
 )
-
-_NUMBER = re.compile(r"(?<![\w.)])[-−]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,12 @@ def named_number(completion: str, expression: str) -> Decimal | None:
     expression: the question as "a op b".
   """
   a, op, b = expression.split(" ")
-  text = completion.replace("×", "*").replace("−", "-").replace("\\times", "*")
+  text = plain(completion).replace("×", "*").replace("\\times", "*")
   for first, second in ((a, b), (b, a)) if op != "-" else ((a, b),):
     asked = r"\s*".join(re.escape(part) for part in (first, op, second))
     echo = rf"(?<![\w.]){asked}(?!\w|[.,][0-9])"
     text = re.sub(echo, " ", text)
-  numbers = {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
+  numbers = set(find_numbers(text))
   return numbers.pop() if len(numbers) == 1 else None
 
 
@@ -175,6 +174,6 @@ def is_answer(completion: str, answer: str, expression: str) -> bool:
 def reward(prompts, completions, answer, expression, **columns) -> list[float]:
   """1 where `is_answer`, else 0."""
   return [
-    float(is_answer(completion, right, asked))
+    float(is_answer(completion_text(completion), right, asked))
     for completion, right, asked in zip(completions, answer, expression, strict=True)
   ]

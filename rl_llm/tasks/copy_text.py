@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rl_llm.rewards import RewardSource
+from rl_llm.rewards import RewardSource, completion_text
 from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, rng_for
 
 
@@ -137,4 +137,7 @@ def credit(completion: str, answer: str) -> float:
 
 def reward(prompts, completions, answer, **columns) -> list[float]:
   """The `credit` of each completion."""
-  return [credit(completion, right) for completion, right in zip(completions, answer, strict=True)]
+  return [
+    credit(completion_text(completion), right)
+    for completion, right in zip(completions, answer, strict=True)
+  ]

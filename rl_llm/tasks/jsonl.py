@@ -27,6 +27,10 @@ from rl_llm.tasks.problem import (
 
 # Of a row's columns, by our own graders and by `rl_llm.demonstrations`.
 READ_BY_GRADERS = ("answer", "completion")
+# What a reward function is given in addition to a row's columns.
+ARGUMENTS = (
+  "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"
+)
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,11 @@ class JsonlOptions:
     check_option(
       name + "prompt_column", self.prompt_column, bool(self.prompt_column), "a key of the rows"
     )
-    reserved = ("prompts", "completions")
     check_option(
       name + "prompt_column",
       self.prompt_column,
-      self.prompt_column not in reserved,
-      "none of the reward function's own arguments, prompts and completions",
+      self.prompt_column not in ARGUMENTS,
+      f"none of the reward function's own arguments, {', '.join(ARGUMENTS)}",
     )
 
 
@@ -104,14 +107,14 @@ def _answer_of(options: JsonlOptions) -> Callable[[Problem, str], str | None] | 
     return None
   if options.reward_function == "exact_match":
     return lambda problem, text: text.strip()
-  return lambda problem, text: number_text(graders.final_number(text))
+  return lambda problem, text: number_text(graders.final_answer(text))
 
 
 def _check_row(row: dict[str, Any], prompt_column: str, missing: str) -> str:
   """What is wrong with a row, for `read_rows`; `missing` is what to do about a missing prompt."""
   if prompt_column not in row:
     return f"no key {prompt_column!r} (it has {', '.join(map(repr, row))}); {missing}"
-  for name in ("prompts", "completions"):
+  for name in ARGUMENTS:
     if name in row:
       return f"a key {name!r}, which is an argument of the reward function; rename it"
   prompt = row[prompt_column]

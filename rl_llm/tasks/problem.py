@@ -83,7 +83,7 @@ def number_text(number: Decimal | None) -> str | None:
   """
   if number is None:
     return None
-  text = format(abs(number), "f")  # Not `normalize`, which rounds to 28 digits.
+  text = format(number.copy_abs(), "f")  # Not `abs` or `normalize`: both round to 28 digits.
   text = text.rstrip("0").rstrip(".") if "." in text else text
   return f"-{text}" if number < 0 else text
 

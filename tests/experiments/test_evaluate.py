@@ -98,6 +98,7 @@ def settings(files, **changes) -> evaluate.Config:
     "task": f"jsonl:{files / 'train.jsonl'}",
     "jsonl.held_out_file": str(files / "rows.jsonl"),
     "jsonl.reward_file": str(files / "reward.py"),
+    "reward_isolation": "sample",
     "difficulty_column": "level",
     "prompts_per_batch": 4,
     "samples": 4,
@@ -111,6 +112,7 @@ def settings(files, **changes) -> evaluate.Config:
 # Of one shape whatever the split: five problems, four responses each.
 COPY = {
   "task": "copy",
+  "reward_isolation": "auto",
   "difficulty_column": "",
   "copy.held_out": 5,
   "prompts_per_batch": 5,
@@ -151,7 +153,7 @@ def test_the_figures_are_those_of_the_record(finished):
     by_problem.setdefault(row["problem"], []).append(row)
     kind = ord(row["response"][0]) if row["response"] else 1
     assert row["status"] == ("raised" if kind % 7 == 0 else "ok")
-    assert row["correct"] == (kind % 7 != 0 and kind % 2 == 0)
+    assert row["correct"] is (kind % 7 != 0 and kind % 2 == 0)
     assert row["answer"] is None and row["split"] == "held_out"
   assert result["failed_grades"] == sum(row["status"] == "raised" for row in rows) > 0
   right, first = [], []
@@ -307,7 +309,8 @@ def test_what_must_be_known_to_read_the_figures_is_said(tmp_path, files, capsys)
   assert "3 prompts are over --max_prompt_tokens" in out
   assert out.count("rows to train on") == 1, "the task's note, which names columns that go nowhere"
   assert f"no majority@k: the grader of {settings(files).task.task} does not say" in out
-  assert f"{result['failed_grades']} of 55 grades failed and count as not correct" in out
+  failed = f"{result['failed_grades']} of 55 grades failed and count as not correct"
+  assert f"{failed} (0.0% timed out); samples.jsonl says why" in out
 
 
 def test_no_prompt_fits(tmp_path, files):

@@ -294,6 +294,7 @@ def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkey
 
   helpers.wrap_updates(monkeypatch, grpo, wrap)
   changes = {"jsonl.reward_function": "failing", "reward_deadline": 0.5, "steps": 1}
+  changes["reward_isolation"] = "sample"
   found = run(tmp_path, settings(files, **changes))
   rows = [row for row in found.samples if row["split"] == "train"]
   statuses = {1: "raised", 2: "timed_out", 3: "not_applicable"}
@@ -310,12 +311,15 @@ def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkey
   counts = collections.Counter(row["status"] for row in rows)
   for status in ("ok", "raised", "timed_out", "not_applicable", "died", "invalid"):
     assert found.metrics[0][f"rewards_{status}"] == counts[status]
+  opinions = 16 - counts["not_applicable"]
+  assert found.metrics[0]["timed_out_fraction"] == counts["timed_out"] / opinions > 0
   for start in range(0, 16, 4):
     group = rows[start : start + 4]
     rewards = np.array([row["reward"] for row in group if row["status"] == "ok"])
     for row in group:
       if row["status"] != "ok":
-        assert row["reward"] is None and row["advantage"] == 0 and not row["correct"]
+        assert row["reward"] is None and row["advantage"] == 0
+        assert row["correct"] is (None if row["status"] == "not_applicable" else False)
       elif len(rewards) > 1:
         wanted = (row["reward"] - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
         assert row["advantage"] == pytest.approx(wanted, abs=1e-5)

@@ -118,7 +118,7 @@ def test_conversations_stay_conversations():
   messages = [{"role": "user", "content": "7 + 5"}]
   problem = Problem(messages, {"answer": "12"}, "7 + 5")
   graded = [
-    {"reward": reward, "stop_reason": "eos", "response": text}
+    {"reward": reward, "status": "ok", "stop_reason": "eos", "response": text}
     for reward, text in ((1.0, "12"), (0.0, "13"), (1.0, "12"))
   ]
   [line], _ = preferences.pair_up([problem], [messages], graded, pairs_per_problem=8, seed=0)
@@ -226,7 +226,8 @@ def test_flags_that_change_what_is_sampled(tmp_path, small, task):
 def test_failed_grades_are_no_answers(tmp_path, small, task):
   changes = task | {"jsonl.reward_function": "lonely"}
   with pytest.raises(DataError, match=r"none of 6 problems has a better and a worse answer.*"
-                                      r"\d+ failed grades, .*6 problems without spread.*--samples"):
+                                      r"0 failed grades, [1-9]\d* no opinion, .*"
+                                      r"6 problems without spread.*--samples"):
     make(tmp_path / "run", changes)
   rows = read(tmp_path / "run" / "samples.jsonl")
   assert {row["reward"] for row in rows} == {None, 1.0}

@@ -172,6 +172,7 @@ def test_settings_that_change_the_program_are_refused(tmp_path, files, changes, 
 
 @pytest.mark.parametrize("changes, message", [
   ({"sampling.slots": 4}, "--sampling.slots=4: must be 0 in a population"),
+  ({"reward_isolation": "batch"}, "--reward_isolation=batch: must be auto, sample or group in a"),
   ({"sampling.parts": 2}, "--sampling.parts=2: must be 1 in a population"),
   ({"mesh.fsdp": 2}, "--mesh.fsdp=2: must be 1 in a population"),
   ({"lora.rank": 2}, "--seed=1: must be 0 for all, with --model=tiny and --lora.rank"),

@@ -447,7 +447,7 @@ def test_a_reward_model_is_trained_on_and_the_grader_still_grades(
   # The grader has no opinion on some; these are trained on all the same.
   graded = [row for row in rows if sum(map(ord, row["response"])) % 2 == 0]
   assert 0 < len(graded) < len(rows)
-  assert [row["correct"] for row in rows] == [row in graded for row in rows]
+  assert [row["correct"] for row in rows] == [True if row in graded else None for row in rows]
   row = found.metrics[0]
   assert row["reward_mean"] == pytest.approx(np.mean(rewards), abs=1e-5)
   assert row["accuracy"] == row["grade_mean"] == 1

@@ -27,7 +27,13 @@ GOLDENS = Path(__file__).parent / "goldens" / "records.json"
 WRITING = "RL_LLM_WRITE_RECORDS"  # A variable of the environment: write the goldens.
 
 # Keys that came after the goldens, by file.
-ADDED = {"metrics.jsonl": set(), "samples.jsonl": set()}
+ADDED = {
+  "metrics.jsonl": {
+    "rewards_unreadable", "timed_out_fraction",
+    "eval/no_opinion", "eval/timed_out_fraction", "eval/unreadable",
+  },
+  "samples.jsonl": set(),
+}
 
 # Adam divides by the root of a mean square plus eps: with the usual one a gradient near 0 that is
 # rounded differently would move the weights by a whole step.

@@ -180,7 +180,7 @@ def test_the_library_s_own_graders_share_a_process_and_keep_every_status(source)
     texts = ["fine", "raise", "os exit", "fine", "sleep", "fine", "say none", "leave", "look"]
     results = pool.score(["p"] * len(texts), texts, [{}] * len(texts))
     assert [result.status for result in results] == [
-      "ok", "raised", "died", "ok", "timed_out", "ok", "not_applicable", "ok", "ok",
+      "ok", "ok", "died", "ok", "timed_out", "ok", "not_applicable", "ok", "ok",
     ]  # fmt: skip
     assert results[-1].value == 2.0, "the file and the list entry that `leave` left are there"
     assert pool.size == 1
@@ -436,7 +436,7 @@ def test_arguments_out_of_range(source, name, value):
 
 
 def test_bad_batches(graders):
-  with pytest.raises(ValueError, match="2 prompts, 1 completions and 1 columns"):
+  with pytest.raises(ValueError, match="2 prompts, 1 completions, 1 columns: must be as many"):
     graders.score(["p", "q"], ["x"], [{}])
   with pytest.raises(ValueError, match="sample 0: .* not of JSON types"):
     graders.score(["p"], ["x"], [{"answer": {1, 2}}])
@@ -466,7 +466,8 @@ def test_to_arrays():
   assert values.tolist() == [0.5, 0.0, 0.0, 0.0]
   assert ok.tolist() == [True, False, True, False]
   assert counts == {
-    "ok": 2, "not_applicable": 1, "raised": 1, "timed_out": 0, "died": 0, "invalid": 0
+    "ok": 2, "not_applicable": 1, "raised": 1, "timed_out": 0, "died": 0, "invalid": 0,
+    "unreadable": 0,
   }  # fmt: skip
   assert to_arrays([])[0].shape == (0,)
 
@@ -474,7 +475,7 @@ def test_to_arrays():
 def test_without_the_kernels_help_hangs_still_end(source, tmp_path, monkeypatch):
   """A system that offers none of the barriers: statuses, deadlines and clean ends remain."""
   directory = os.path.dirname(pool.__file__)
-  for name in ("worker.py", "sandbox.py"):
+  for name in ("worker.py", "grading.py", "sandbox.py"):
     with open(os.path.join(directory, name)) as file:
       text = file.read()
     (tmp_path / name).write_text(re.sub(r"(?m)^_libc = .*", "_libc = None", text))
@@ -501,7 +502,7 @@ def _commands():
 
 def test_worker_and_sandbox_need_only_the_standard_library():
   directory = os.path.dirname(pool.__file__)
-  for name in ("worker.py", "sandbox.py"):
+  for name in ("worker.py", "grading.py", "sandbox.py"):
     with open(os.path.join(directory, name)) as file:
       imported = {
         line.split()[1].partition(".")[0] for line in file if line.startswith(("import ", "from "))

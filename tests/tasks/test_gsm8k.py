@@ -9,8 +9,9 @@ import pytest
 
 from rl_llm.data import DataError
 from rl_llm.rewards import RewardPool
+from rl_llm.rewards.graders import final_answer
+from rl_llm.rewards.graders import gsm8k as reward
 from rl_llm.tasks import TaskError, check_held_out, load_task
-from rl_llm.tasks.gsm8k import final_answer, reward
 
 # Written for this test, in the shape of the real rows: signs, money, commas, a number that appears
 # before as well, a "####" directly behind the text, trailing space.

@@ -1,13 +1,14 @@
 """Puzzles and their scorers, some of which run what the model wrote as Python."""
 
 import os
+import signal
 import socket
 from datetime import date
 from fractions import Fraction
 
 import pytest
 
-from rl_llm.rewards import RewardPool
+from rl_llm.rewards import RewardPool, grading
 from rl_llm.tasks import ReasoningGymOptions, TaskError, load_task, reasoning_gym_task
 from rl_llm.tasks.reasoning_gym import pack, unpack
 
@@ -109,6 +110,67 @@ def test_text_that_forges_its_grader_changes_no_other(pool):
   problem = load_task("reasoning_gym:string_insertion", held_out=0).sample(0, 0, 1)[0]
   results = score(pool, [problem] * 6, [forge, forge, forge, "wrong", "wrong", "wrong"])
   assert all(r.value < 1.0 for r in results[3:])
+
+
+# What models write that no scorer expects.
+ODD = [
+  "", "nonsense", "7", "-1", "1/0", "nan", "1e400", "[", "{}", "[[1, 2], [3]]", '{"a": 1}',
+  "\ud800é\0", "9" * 5000, "(x) = ²",
+]  # fmt: skip
+# Of what the others are known to raise on, something is here: else the test below shows nothing.
+RAISING = {"prime_factorization", "boxnet", "game_of_life", "coin_flip"}
+
+
+def scored(problem, texts):
+  """What a worker answers of each text; here without a process of its own for each."""
+  from rl_llm.tasks.reasoning_gym_reward import reward
+
+  grade = grading.grader(reward)
+  columns = {name: [value] for name, value in problem.columns.items()}
+  request = {"prompts": [problem.prompt], "columns": columns, "completion_ids": None}
+  request |= {"step": 0, "steps": 0}
+  return [grading.grade_text(grade, request | {"completions": [text]}) for text in texts]
+
+
+def test_no_kind_of_puzzle_raises_on_odd_text():
+  """All kinds there are, each on 14 texts; on its own answer none is at a loss."""
+  import reasoning_gym.factory
+
+  raising, kinds = set(), set(reasoning_gym.factory.DATASETS) - {"composite"}
+  assert len(kinds) >= 105
+  signal.alarm(120)  # Some scorers run text as Python; none of these is to take long.
+  for name in kinds:
+    problem = load_task(f"reasoning_gym:{name}", held_out=0).sample(0, 0, 1)[0]
+    for text, reply in zip(ODD, scored(problem, ODD), strict=True):
+      (value,) = reply["values"]
+      assert isinstance(value, float) and 0 <= value <= 1, (name, text, reply)
+      if "unreadable" in reply:
+        raising.add(name)
+        assert value == 0, (name, text)
+    own = problem.columns["answer"]
+    assert own is None or "unreadable" not in scored(problem, [own])[0], name
+  signal.alarm(0)
+  assert raising >= RAISING
+
+
+@pytest.mark.parametrize("name", sorted(RAISING))
+def test_what_a_scorer_cannot_read_is_counted_apart_and_wrong(pool, name):
+  problem = load_task(f"reasoning_gym:{name}", held_out=0).sample(0, 0, 1)[0]
+  own = problem.columns["answer"] or ""  # boxnet names none.
+  results = score(pool, [problem] * 3, ["1e400", '{"a": 1}', own])
+  assert [result.status for result in results] == ["ok"] * 3
+  unreadable = [result for result in results if result.unreadable]
+  assert unreadable and all(r.value == 0 and "Error" in r.detail for r in unreadable)
+  assert not results[2].unreadable
+
+
+@pytest.mark.parametrize("text", ["nan", " NaN", "-nan", "nan + nanj", "(nani)", "1 - nani"])
+def test_a_number_that_is_none_is_worth_nothing(text):
+  """The scorer of complex numbers gives 1 for it, as no distance from it is large."""
+  problem = load_task("reasoning_gym:complex_arithmetic", held_out=0).sample(0, 0, 1)[0]
+  assert [reply["values"] for reply in scored(problem, [text, problem.columns["answer"]])] == [
+    [0.0], [1.0]
+  ]  # fmt: skip
 
 
 def test_pack_keeps_types():

@@ -1,0 +1,135 @@
+"""How responses become calls of a reward function: where it is, and how many it sees at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rl_llm.rewards import worker as protocol
+from rl_llm.rewards.results import RewardError
+
+ISOLATION = ("auto", "sample", "group", "batch")
+
+Prompt = str | list[dict[str, Any]]
+
+
+class RewardSource(NamedTuple):
+  """Where a worker finds a reward function, and what a call of it is.
+
+  Its signature is that of TRL's: `f(prompts, completions, **columns) -> list[float | None]`. It is
+  called by keyword, may be asynchronous, and is also given `completion_ids`, `trainer_state`,
+  `log_extra` and `log_metric` if it takes them.
+
+  A function may compare the responses that it is called with, so the call is what is isolated: each
+  has a fresh process, and where that raises, dies or times out, all of its responses have that
+  status. Graded one by one they would have other rewards.
+
+  Attributes:
+    location: the path of a file ending in `.py`, or an importable module such as
+      `"rl_llm.tasks.arithmetic"`.
+    function: the function's name in it.
+    runs_text: whether the function runs parts of a completion as a program. Then a pool refuses to
+      start where the kernel offers no barrier to files and network, and each response is a call.
+    own_grader: whether it is one of this library's, which grade each response by itself. Text that
+      it cannot read is a wrong answer. Unless it runs the text it needs no fresh process either,
+      which is most of the time of grading a short answer.
+    isolation: which responses are a call: "sample", one; "group", all to a prompt; "batch", all
+      that this process grades at once; "auto", what fits: all to a prompt, and for this library's
+      graders one.
+  """
+
+  location: str
+  function: str = "reward"
+  runs_text: bool = False
+  own_grader: bool = False
+  isolation: str = "auto"
+
+  @property
+  def shares_process(self) -> bool:
+    """Whether calls need no fresh process."""
+    return self.own_grader and not self.runs_text and self.isolation in ("auto", "batch")
+
+  @property
+  def unit(self) -> str:
+    """Which responses are a call: "sample", "group" or "batch"."""
+    if self.own_grader or self.runs_text:
+      return "sample"
+    return "group" if self.isolation == "auto" else self.isolation
+
+
+def isolated(source: RewardSource, isolation: str) -> RewardSource:
+  """The source with another isolation.
+
+  Raises:
+    RewardError: there is no such isolation, or none for this function.
+  """
+  name = f"{source.function} of {source.location}"
+  allowed, why = ISOLATION, "how many responses share a process"
+  if source.runs_text:
+    allowed, why = ("auto", "sample"), f"{name} runs a response as a program"
+  elif source.own_grader:
+    allowed, why = ("auto", "sample", "batch"), f"{name} grades each response by itself"
+  if isolation not in allowed:
+    raise RewardError(f"reward_isolation={isolation}: must be {' or '.join(allowed)}: {why}")
+  return source._replace(isolation=isolation)
+
+
+class Call(NamedTuple):
+  """Responses that are graded together."""
+
+  count: int
+  frame: bytes  # what a worker is sent
+
+
+def make_calls(
+  prompts: Sequence[Prompt],
+  completions: Sequence[str],
+  columns: Sequence[dict[str, Any]],
+  completion_ids: Sequence[Sequence[int]] | None,
+  *,
+  responses: int,
+  step: int,
+  steps: int,
+) -> list[Call]:
+  """The calls of a batch, `responses` at a time.
+
+  As in TRL the completion of a prompt that is messages is a message, and where rows have different
+  columns, what a row lacks is None.
+
+  Raises:
+    ValueError: a prompt or a column is not of JSON types.
+  """
+  calls = []
+  for first in range(0, len(prompts), max(responses, 1)):
+    own = slice(first, first + responses)
+    names = dict.fromkeys(name for row in columns[own] for name in row)
+    request = {
+      "prompts": list(prompts[own]),
+      "completions": [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts[own], completions[own], strict=True)
+      ],
+      "columns": {name: [row.get(name) for row in columns[own]] for name in names},
+      "completion_ids": completion_ids and [list(ids) for ids in completion_ids[own]],
+      "step": step,
+      "steps": steps,
+    }
+    frame = bytearray()
+    try:
+      protocol.write_frame(frame.extend, request)
+    except (TypeError, ValueError) as error:
+      where = f"sample {first}" if responses == 1 else f"the call from sample {first} on"
+      raise ValueError(
+        f"{where}: its prompt or columns are not of JSON types: {error}"
+      ) from None
+    calls.append(Call(len(request["prompts"]), bytes(frame)))
+  return calls
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+  """What the model wrote, in either form in which a reward function gets it.
+
+  >>> completion_text([{"role": "assistant", "content": "12"}]), completion_text("12")
+  ('12', '12')
+  """
+  return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -1,0 +1,189 @@
+"""One call of a reward function, in the process that makes it: what it is given, what it answers.
+
+What a child is sent, a call of n responses (`rl_llm.rewards.calls` makes it):
+
+    {"prompts": [n], "completions": [n], "columns": {name: [n]}, "completion_ids": [n] or null,
+     "step": int, "steps": int}
+
+What it answers (`rl_llm.rewards.results` judges it), one of
+
+    {"values": [n of a number, null for "no opinion", or a text that says why it is invalid],
+     "extra": {name: [n]}, "metrics": {name: number}, "unreadable": why, if it was}
+    {"raised": why}    {"died": why}    {"broken": what the function may not return}
+
+Standard library only: `rl_llm.rewards.worker` runs where no package is importable.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import json
+import math
+import types
+from collections.abc import Callable, Sequence
+
+MAX_REPLY = 1 << 16  # bytes of a reply, and so many more for each response that was graded:
+MAX_EXTRA = 1 << 13  # what `log_extra` may keep of one, as JSON
+MAX_DETAIL = 2000  # characters of an exception that are kept
+MAX_ABSOLUTE = 1e6  # of a reward
+
+
+def reply_limit(count: int) -> int:
+  """Bytes of the longest reply to a call of so many responses."""
+  return MAX_REPLY + MAX_EXTRA * count
+
+
+class Log:
+  """What a function says of a call besides its rewards, by `log_extra` and `log_metric`."""
+
+  def __init__(self, count: int):
+    self.count = count
+    self.columns: dict[str, list] = {}
+    self.values: dict[str, list[float]] = {}
+
+  def extra(self, column: str, values: list) -> None:
+    """Keeps one value a response; the last call for a column counts."""
+    values = [_scalar(value) for value in values]
+    if len(values) != self.count:
+      raise ValueError(
+        f"log_extra({column!r}): {len(values)} values for {self.count} completions; give one each"
+      )
+    self.columns[str(column)] = values
+    for row in zip(*self.columns.values(), strict=True):
+      if len(json.dumps(dict(zip(self.columns, row, strict=True)))) > MAX_EXTRA:
+        raise ValueError(f"log_extra({column!r}): over {MAX_EXTRA} bytes a response; log less")
+
+  def metric(self, name: str, value: float) -> None:
+    """Keeps a number of the whole call; the mean counts where there are several."""
+    value = float(value)
+    if not math.isfinite(value):
+      raise ValueError(f"log_metric({name!r}): {value}; must be finite")
+    self.values.setdefault(str(name), []).append(value)
+
+  def reply(self) -> dict:
+    """Its part of the answer, without what is empty."""
+    means = {name: sum(found) / len(found) for name, found in self.values.items()}
+    return {name: kept for name, kept in (("extra", self.columns), ("metrics", means)) if kept}
+
+
+def _scalar(value: object) -> object:
+  """What a line of the record can hold: a number, a bool, None or text."""
+  if hasattr(value, "item") and not isinstance(value, (int, float)):
+    value = value.item()  # a scalar of numpy, jax or torch
+  return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def call(function: Callable, takes: Sequence[str], request: dict, log: Log) -> object:
+  """Calls the function as TRL does: by keyword, with lists of equal length, and awaits it."""
+  state = types.SimpleNamespace(global_step=request["step"], max_steps=request["steps"])
+  given = {
+    "prompts": request["prompts"],
+    "completions": request["completions"],
+    "completion_ids": request["completion_ids"],
+    "trainer_state": state,
+    "log_extra": log.extra,
+    "log_metric": log.metric,
+  }
+  given = {name: given[name] for name in takes if given[name] is not None}
+  found = function(**given, **request["columns"])
+  if hasattr(found, "__await__"):
+    import asyncio  # where it is needed: most functions are not asynchronous
+
+    async def wait():
+      return await found
+
+    found = asyncio.run(wait())
+  return found
+
+
+def reward_value(value: object) -> float | str | None:
+  """One reward as a worker answers it: a number, None, or text that says why it is neither."""
+  if hasattr(value, "item") and not isinstance(value, (int, float)):
+    try:
+      value = value.item()
+    except (TypeError, ValueError):
+      pass  # an array of several numbers
+  if value is not None and not isinstance(value, (bool, int, float)):
+    return f"a reward of type {type(value).__name__}, must be a number or None"
+  try:
+    return None if value is None else float(value)
+  except OverflowError:
+    return "an integer too large for a float"
+
+
+Grade = Callable[[dict], dict]  # (what is sent) -> what is answered
+
+
+def grader(function: Callable) -> Grade:
+  """What calls the function, with those `ARGUMENTS` that it takes.
+
+  They are found here, once: in a child every object that is looked at is copied.
+  """
+  parameters = inspect.signature(function).parameters
+  takes = [name for name in ARGUMENTS if name in parameters]
+  if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+    takes = ARGUMENTS
+  if inspect.iscoroutinefunction(function):
+    import asyncio  # noqa: F401  (it takes as long as a hundred calls)
+  return functools.partial(grade, function, takes)
+
+
+def grade(function: Callable, takes: Sequence[str], request: dict) -> dict:
+  """Calls the function; replies "values", "raised" or "broken"."""
+  count = len(request["completions"])
+  log = Log(count)
+  try:
+    found = call(function, takes, request, log)
+    if isinstance(found, (str, bytes, dict, set, frozenset)) or not _iterable(found):
+      kind = type(found).__name__
+      return {"broken": f"returned {kind}, must return a list: one number per completion"}
+    rewards = list(itertools.islice(found, count + 1))
+    if len(rewards) != count:
+      number = len(found) if hasattr(found, "__len__") else f"at least {len(rewards)}"
+      what = f"{number} rewards for {count} completion{'s' * (count > 1)}"
+      return {"broken": f"returned {what}, must return one per completion"}
+    return {"values": [reward_value(value) for value in rewards]} | log.reply()
+  except BaseException as error:  # SystemExit too: a grader must not end quietly
+    return {"raised": f"{type(error).__name__}: {error}"[:MAX_DETAIL]}
+
+
+def _iterable(value: object) -> bool:
+  try:
+    iter(value)
+  except TypeError:
+    return False
+  return True
+
+
+def grade_text(grade_one: Grade, request: dict) -> dict:
+  """Grades one response by a grader of this library: text that it cannot read is a wrong answer.
+
+  It is the text's fault if the same grader gives a number for the problem's own answer (for no text
+  at all, where the problem names no answer); else the grader's, and that stays a failure.
+  """
+  reply = grade_one(request)
+  why = _at_a_loss(reply)
+  if why is None:
+    return reply
+  (answer,) = request["columns"].get("answer") or [None]
+  own = grade_one(request | {"completions": ["" if answer is None else str(answer)]})
+  if "values" in own and _at_a_loss(own) is None:
+    return {"values": [0.0], "unreadable": why}
+  return {"raised": why}
+
+
+def _at_a_loss(reply: dict) -> str | None:
+  """Why an answer to a call of one response has no reward, if it is not that the process died."""
+  if "values" not in reply:
+    return reply.get("raised") or reply.get("broken")
+  value = next(iter(reply["values"]), None)
+  if isinstance(value, str):
+    return value
+  if isinstance(value, float) and not abs(value) <= MAX_ABSOLUTE:
+    return f"a reward of {value!r}"
+  return None

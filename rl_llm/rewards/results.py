@@ -1,0 +1,158 @@
+"""What became of a graded response: its status, and what a worker's answer to a call means."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rl_llm.errors import UserError
+from rl_llm.rewards import grading
+
+STATUSES = ("ok", "not_applicable", "raised", "timed_out", "died", "invalid")
+FAILED = STATUSES[2:]
+
+
+class RewardError(UserError, RuntimeError):
+  """The reward function cannot be used; the message names it and the fix."""
+
+
+class RewardResult(NamedTuple):
+  """What became of one sample.
+
+  Attributes:
+    value: the reward, finite and at most 1e6 in size; None unless `status` is "ok".
+    status: "ok"; "not_applicable" (the function returned None: no opinion); "raised"; "timed_out";
+      "died" (the process ended: `os._exit`, a segmentation fault, out of memory); "invalid" (not a
+      number, NaN, infinite, beyond 1e6). All of a call have its status where it raised, timed out
+      or died; only single rewards of it may be invalid or None.
+    detail: one line that says why, empty for "ok" and "not_applicable".
+    unreadable: whether a grader of this library could not read the text: "ok", with reward 0, and
+      `detail` says why.
+    extra: what the function said of the response by `log_extra`, by column.
+    metrics: what it said of the call by `log_metric`, by name.
+  """
+
+  value: float | None
+  status: str
+  detail: str = ""
+  unreadable: bool = False
+  extra: dict[str, Any] | None = None
+  metrics: dict[str, float] | None = None
+
+
+def to_arrays(results: Sequence[RewardResult]) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+  """Rewards as arrays, with what failed masked out instead of counted as wrong.
+
+  >>> values, ok, counts = to_arrays([RewardResult(0.5, "ok"), RewardResult(None, "timed_out")])
+  >>> values.tolist(), ok.tolist()
+  ([0.5, 0.0], [True, False])
+  >>> counts["ok"], counts["timed_out"], counts["raised"]
+  (1, 1, 0)
+
+  Args:
+    results: N results.
+
+  Returns:
+    [N] float32 values, 0 where there is none; [N] bool, True where there is one; the number of each
+    status, and of "unreadable" ones among the "ok".
+  """
+  ok = np.array([result.status == "ok" for result in results], dtype=bool)
+  values = np.array([result.value or 0.0 for result in results], dtype=np.float32)
+  found = collections.Counter(result.status for result in results)
+  counts = {status: found[status] for status in STATUSES}
+  return values, ok, counts | {"unreadable": sum(result.unreadable for result in results)}
+
+
+def failure_share(results: Sequence[RewardResult], *statuses: str) -> float | None:
+  """How many of the grades, those left out on which the function had no opinion, failed like this.
+
+  >>> failure_share([RewardResult(1.0, "ok"), RewardResult(None, "timed_out")], "timed_out")
+  0.5
+
+  Args:
+    results: N results.
+    *statuses: of `FAILED`.
+
+  Returns:
+    The share, or None where there is no grade at all.
+  """
+  opinions = [result.status for result in results if result.status != "not_applicable"]
+  return sum(status in statuses for status in opinions) / len(opinions) if opinions else None
+
+
+def read_reply(reply: dict | None, count: int, name: str) -> list[RewardResult]:
+  """Judges a worker's answer, which the text it graded may have forged: nothing is trusted.
+
+  Args:
+    reply: as `rl_llm.rewards.grading` describes it; None: the worker has ended.
+    count: responses of the call.
+    name: the function's, for errors.
+
+  Raises:
+    RewardError: the function does not return one reward per completion.
+  """
+  if reply is None:
+    return [RewardResult(None, "died", "the worker process ended")] * count
+  if "broken" in reply:
+    raise RewardError(f"reward function {name} {str(reply['broken'])[: grading.MAX_DETAIL]}")
+  for status in ("raised", "died"):
+    if status in reply:
+      return [RewardResult(None, status, str(reply[status])[: grading.MAX_DETAIL])] * count
+  values = reply.get("values")
+  if not isinstance(values, list) or len(values) != count:
+    return [RewardResult(None, "invalid", "the worker sent no rewards")] * count
+  try:
+    extras, metrics = _logged(reply, count)
+  except ValueError as error:
+    return [RewardResult(None, "invalid", str(error))] * count
+  unreadable = str(reply.get("unreadable", ""))[: grading.MAX_DETAIL]
+  results = [_result(value) for value in values]
+  return [
+    result._replace(
+      detail=unreadable if result.value == 0 and unreadable else result.detail,
+      unreadable=bool(unreadable) and result.value == 0,
+      extra=extra,
+      metrics=metrics,
+    )
+    for result, extra in zip(results, extras, strict=True)
+  ]
+
+
+def _result(value: Any) -> RewardResult:
+  """Judges one reward of a worker's answer."""
+  if value is None:
+    return RewardResult(None, "not_applicable")
+  if isinstance(value, str):
+    return RewardResult(None, "invalid", value[: grading.MAX_DETAIL])
+  if not isinstance(value, float):
+    return RewardResult(None, "invalid", "the worker sent no number")
+  most = grading.MAX_ABSOLUTE
+  if not math.isfinite(value) or abs(value) > most:
+    what = f"a reward of {value!r}, must be finite and within ±{most:g}"
+    return RewardResult(None, "invalid", what)
+  return RewardResult(value, "ok")
+
+
+def _logged(
+  reply: dict, count: int
+) -> tuple[list[dict[str, Any] | None], dict[str, float] | None]:
+  """What the function said besides: by response, and of the call."""
+  columns, metrics = reply.get("extra", {}), reply.get("metrics", {})
+  fits = isinstance(columns, dict) and all(
+    isinstance(values, list)
+    and len(values) == count
+    and all(value is None or isinstance(value, bool | int | float | str) for value in values)
+    for values in columns.values()
+  )
+  if not fits or not isinstance(metrics, dict) or not all(
+    isinstance(value, float) and math.isfinite(value) for value in metrics.values()
+  ):
+    raise ValueError("the worker sent something else than log_extra and log_metric take")
+  extras = [
+    {name: values[row] for name, values in columns.items()} or None for row in range(count)
+  ]
+  return extras, metrics or None
