@@ -22,7 +22,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
 ADDED: dict[str, set[str]] = {
-  "grpo": {"advantage.name"},
+  "grpo": {"advantage.name", "kl.weighting"},
   "reinforce": {"kl.value", "reward"},
 }
 
