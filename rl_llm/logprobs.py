@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from rl_llm.masked import masked_mean, masked_sum
+from rl_llm.meshes import any_mesh
 from rl_llm.types import (
   Array,
   at_least_float32,
@@ -28,6 +31,7 @@ from rl_llm.types import (
   check_int,
   check_ndim,
   check_same_shape,
+  wide_dtype,
 )
 
 
@@ -89,10 +93,11 @@ def entropy(logits, *, temperature=1.0) -> Array:
   """
   check_float("logits", logits)
   logp = _log_softmax(logits, temperature)
-  possible = jnp.isfinite(logp)  # 0 log 0 = 0; replaced before the product, or its gradient is nan
-  return jnp.sum(jnp.where(possible, -jnp.exp(logp) * jnp.where(possible, logp, 0), 0), axis=-1)
+  forbidden = logp == -jnp.inf  # 0 log 0 = 0; replaced before the product, or its gradient is nan
+  return jnp.sum(jnp.where(forbidden, 0, -jnp.exp(logp) * jnp.where(forbidden, 0, logp)), axis=-1)
 
 
+@any_mesh
 def sequence_logprobs(
   logprobs, mask, *, average=False, tail_weight=1.0, head_length=None
 ) -> Array:
@@ -143,12 +148,14 @@ def sequence_logprobs(
       raise ValueError(
         f"head_length has shape {jnp.shape(head_length)}; it must be [B] = {jnp.shape(mask)[:1]}."
       )
-    tail = jnp.cumsum(mask, axis=1) > jnp.asarray(head_length)[:, None]
+    count = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    tail = count > jnp.asarray(head_length, jnp.int32)[:, None]
     # Masked before the product, or an infinite log-prob outside the mask has gradient nan.
     logprobs = jnp.where(mask, at_least_float32(logprobs), 0) * jnp.where(tail, tail_weight, 1.0)
   return (masked_mean if average else masked_sum)(logprobs, mask, axis=1)
 
 
+@any_mesh
 def chunked_logprobs_and_entropy(
   hidden, unembedding, tokens, *, chunk_size, temperature=1.0, softcap=None
 ) -> tuple[Array, Array]:
@@ -197,7 +204,8 @@ def chunked_logprobs_and_entropy(
   check_above("chunk_size", chunk_size, 0)
   check_above("temperature", temperature, 0)
   check_above("softcap", softcap, 0)
-  hidden, unembedding, tokens = map(jnp.asarray, (hidden, unembedding, tokens))
+  hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
+  tokens = jnp.asarray(tokens, jnp.int32)
   check_same_shape("tokens", tokens, "hidden without its last axis", hidden[..., 0])
   width = hidden.shape[-1]
   if unembedding.shape[1] != width:
@@ -205,15 +213,14 @@ def chunked_logprobs_and_entropy(
       f"unembedding has shape {unembedding.shape}; it must be [V, D] with D = {width} as in "
       "hidden: transpose it if it is stored as [D, V]."
     )
-  wide = jnp.promote_types(jnp.result_type(hidden, unembedding), jnp.float32)
+  wide = wide_dtype(hidden, unembedding)
   constants = jax.tree.map(lambda x: jnp.asarray(x, wide), (temperature, softcap))
   blocks = max(min(-(-tokens.size // chunk_size), len(unembedding)), 1)
-  # A number of blocks that divides V needs no padded copy of the unembedding.
-  blocks = next((n for n in range(blocks, 2 * blocks) if len(unembedding) % n == 0), blocks)
+  hidden, unembedding = _varying_alike(hidden, unembedding, tokens)
   # Flat, so that the unembedding's gradient sums over one axis: over two, a CPU transposes.
   flat = _blockwise(
     hidden.reshape(-1, width), unembedding, tokens.reshape(-1),
-    *jax.lax.stop_gradient(constants), blocks,
+    *jax.lax.stop_gradient(constants), _cut(unembedding, blocks),
   )
   return jax.tree.map(lambda x: x.reshape(tokens.shape), flat)
 
@@ -234,11 +241,16 @@ def unembed(hidden, unembedding, *, softcap=None) -> Array:
 
   Returns:
     [..., V], at least float32.
+
+  Raises:
+    ValueError: `softcap` is not above 0.
   """
+  check_above("softcap", softcap, 0)
   logits = _matmul(hidden, unembedding, contract=((jnp.ndim(hidden) - 1,), (1,)))
   return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+@any_mesh
 def map_chunks(f, chunk_size, *arrays) -> Array:
   """Computes one number per token, for at most `chunk_size` tokens at a time.
 
@@ -289,22 +301,24 @@ NO_LOGIT = -1e30
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blockwise(hidden, unembedding, tokens, temperature, softcap, blocks):
-  """Log-probs and entropies, for 1 / blocks of the vocabulary at a time.
+def _blockwise(hidden, unembedding, tokens, temperature, softcap, cut):
+  """Log-probs and entropies, for a block of the vocabulary at a time.
 
   Blocks of the vocabulary rather than of the tokens, since each row of the unembedding's gradient
   is then complete when its block is done: nothing of the size of the unembedding is accumulated.
   """
-  return _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks)[0]
+  return _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, cut)[0]
 
 
-def _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks):
-  folded = _fold(unembedding, blocks)
+def _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, cut):
+  folded = _fold(unembedding, cut)
 
   def block(carry, i):
     peak, total, mean, chosen = carry
-    z, row = _block_logits(i, hidden, folded, tokens, temperature, softcap, len(unembedding))
-    kept = z if blocks == 1 else None  # One block is small enough to keep: the backward pass asks.
+    z, row = _block_logits(
+      i, hidden, folded, tokens, temperature, softcap, cut, len(unembedding))
+    # One block is small enough to keep: the backward pass asks for it.
+    kept = z if cut.blocks == 1 else None
     new_peak = jnp.maximum(peak, jnp.max(z, axis=-1))
     shift = peak - new_peak
     scale = jnp.exp(shift)
@@ -315,9 +329,8 @@ def _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks
     here = jnp.take_along_axis(z, jnp.maximum(row, 0)[..., None], axis=-1)[..., 0]
     return (new_peak, total, mean, jnp.where(row >= 0, here + new_peak, chosen)), kept
 
-  zeros = jnp.zeros(tokens.shape, temperature.dtype)
-  carry, kept = jax.lax.scan(
-    block, (zeros + NO_LOGIT, zeros, zeros, zeros), jnp.arange(folded.shape[1]))
+  zeros = jnp.zeros_like(hidden[:, 0], temperature.dtype)
+  carry, kept = jax.lax.scan(block, (zeros + NO_LOGIT, zeros, zeros, zeros), cut.indices())
   peak, total, mean, chosen = carry
   log_total = jnp.log(total)
   logprobs, entropies = chosen - peak - log_total, log_total - mean / total
@@ -326,34 +339,37 @@ def _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks
   return (logprobs, entropies), residuals
 
 
-def _blockwise_backward(blocks, residuals, cotangents):
+def _blockwise_backward(cut, residuals, cotangents):
   hidden, unembedding, tokens, temperature, softcap, entropies, normalisers, kept = residuals
   of_logprobs, of_entropies = (x[..., None] for x in cotangents)
   entropies, normalisers = entropies[..., None], normalisers[..., None]
-  folded = _fold(unembedding, blocks)
+  folded = _fold(unembedding, cut)
 
   def block(carry, index_and_logits):
     of_hidden, of_unembedding = carry
     i, z = index_and_logits
     if z is None:
-      z, _ = _block_logits(i, hidden, folded, tokens, temperature, softcap, len(unembedding))
-    rows, row = _block_rows(i, folded, tokens)
+      z, _ = _block_logits(
+        i, hidden, folded, tokens, temperature, softcap, cut, len(unembedding))
+    rows, row = _block_rows(i, folded, tokens, cut)
     slope = 1 / temperature
     if softcap is not None:
       bounded = jnp.clip(z * temperature / softcap, -1, 1)  # NO_LOGIT is beyond.
       slope = (1 - jnp.square(bounded)) / temperature
     logp = z - normalisers
     of_p = of_logprobs + of_entropies * (logp + entropies)
-    is_token = jnp.arange(len(rows)) == row[..., None]
+    is_token = jnp.arange(len(rows), dtype=jnp.int32)[None] == row[:, None]
     of_z = (jnp.where(is_token, of_logprobs, 0) - jnp.exp(logp) * of_p) * slope
     leading = tuple(range(tokens.ndim))
     of_rows = _matmul(of_z, hidden, contract=(leading, leading)).astype(folded.dtype)
     of_hidden += _matmul(of_z, rows, contract=((tokens.ndim,), (0,)))
-    return (of_hidden, jax.lax.dynamic_update_index_in_dim(of_unembedding, of_rows, i, 1)), None
+    of_rows = of_rows.reshape(cut.groups, cut.rows, -1)
+    of_unembedding = jax.lax.dynamic_update_slice_in_dim(
+      of_unembedding, of_rows, cut.start(i), axis=1)
+    return (of_hidden, of_unembedding), None
 
-  start = jnp.zeros(hidden.shape, temperature.dtype), jnp.zeros_like(folded)
-  (of_hidden, of_unembedding), _ = jax.lax.scan(
-    block, start, (jnp.arange(folded.shape[1]), kept))
+  start = jnp.zeros_like(hidden, temperature.dtype), jnp.zeros_like(folded)
+  (of_hidden, of_unembedding), _ = jax.lax.scan(block, start, (cut.indices(), kept))
   of_unembedding = of_unembedding.reshape(-1, hidden.shape[-1])[:len(unembedding)]
   constants = jax.tree.map(jnp.zeros_like, (temperature, softcap))
   return of_hidden.astype(hidden.dtype), of_unembedding, None, *constants
@@ -362,38 +378,94 @@ def _blockwise_backward(blocks, residuals, cotangents):
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _fold(unembedding, blocks):
-  """[V, D] -> [V / blocks, blocks, D]: block i has every `blocks`-th token.
+def _varying_alike(hidden, unembedding, tokens):
+  """Inside `jax.shard_map`: the two floats, varying over every axis that one of the three does.
 
-  If the vocabulary is sharded, so is each block, over all devices.
+  A loop's state may not begin to vary, and the gradient of an unembedding that is the same on all
+  devices must be summed over them. Adding something that varies, a sum of nothing, does both.
   """
+  if AxisType.Manual not in jax.typeof(hidden).sharding.mesh.axis_types:
+    return hidden, unembedding
+  of_nothing = [jnp.sum(x.reshape(-1)[:0]) for x in (hidden, unembedding, tokens)]
+  return tuple(x + sum(n.astype(x.dtype) for n in of_nothing) for x in (hidden, unembedding))
+
+
+class _Cut(NamedTuple):
+  """How the vocabulary is cut: into equal groups, of which a block has some rows each."""
+
+  groups: int
+  size: int  # of a group; groups * size is V, or more
+  rows: int  # of each group in a block
+
+  @property
+  def blocks(self) -> int:
+    return -(-self.size // self.rows)
+
+  def indices(self):
+    return jnp.arange(self.blocks, dtype=jnp.int32)
+
+  def start(self, i):
+    """Where block i begins in its groups: the last one ends with them, the first overlaps."""
+    return jnp.maximum(self.size - (self.blocks - i) * self.rows, 0)
+
+
+def _cut(unembedding, blocks):
+  """The cut into at least so many blocks.
+
+  A sharded vocabulary must be cut so that each block lies on all its devices, or it is gathered
+  whole: the number of groups is a multiple of that of the shards. Which axes of a mesh shard it is
+  left to the compiler, but their sizes divide both V and the number of devices.
+  """
+  vocabulary = len(unembedding)
+  # A number of blocks that divides V needs no padded copy of the unembedding.
+  even = next((n for n in range(blocks, 2 * blocks) if vocabulary % n == 0), blocks)
+  groups = -(-vocabulary // even)
+  shards = math.gcd(vocabulary, _devices(unembedding))
+  rows = vocabulary // shards // blocks
+  if shards == 1 or rows == 0 or (vocabulary % even == 0 and groups % shards == 0):
+    return _Cut(groups, even, 1)
+  return _Cut(shards, vocabulary // shards, rows)
+
+
+def _devices(x):
+  """Over how many devices the compiler may have laid `x`."""
+  mesh = jax.typeof(x).sharding.mesh
+  types = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+  return math.prod(size for size, kind in types if kind == AxisType.Auto)
+
+
+def _fold(unembedding, cut):
+  """[V, D] -> [groups, size, D], padded if need be."""
   vocabulary, width = unembedding.shape
-  padding = -vocabulary % blocks
+  padding = cut.groups * cut.size - vocabulary
   if padding:
     unembedding = jnp.pad(unembedding, ((0, padding), (0, 0)))
-  return unembedding.reshape(-1, blocks, width)
+  return unembedding.reshape(cut.groups, cut.size, width)
 
 
-def _block_rows(i, folded, tokens):
+def _block_rows(i, folded, tokens, cut):
   """Of block i: its rows of the unembedding, and which of them is the token's, or -1."""
-  blocks = folded.shape[1]
-  rows = jax.lax.dynamic_index_in_dim(folded, i, axis=1, keepdims=False)
-  return rows, jnp.where(tokens % blocks == i, tokens // blocks, -1)
+  rows = jax.lax.dynamic_slice_in_dim(folded, cut.start(i), cut.rows, axis=1)
+  place = tokens % cut.size - cut.start(i)
+  here = (place >= 0) & (place < cut.start(i + 1) - cut.start(i))
+  row = jnp.where(here, tokens // cut.size * cut.rows + place, -1)
+  return rows.reshape(-1, folded.shape[-1]), row
 
 
-def _block_logits(i, hidden, folded, tokens, temperature, softcap, vocabulary):
+def _block_logits(i, hidden, folded, tokens, temperature, softcap, cut, vocabulary):
   """Of block i: the tempered logits, and which of them is the token's, or -1."""
-  size, blocks, _ = folded.shape
-  rows, row = _block_rows(i, folded, tokens)
+  rows, row = _block_rows(i, folded, tokens, cut)
   z = _matmul(hidden, rows, contract=((tokens.ndim,), (1,)))
   z = (z if softcap is None else softcap * jnp.tanh(z / softcap)) / temperature
-  if size * blocks > vocabulary:
-    z = jnp.where(jnp.arange(size) * blocks + i < vocabulary, z, NO_LOGIT)
+  if cut.groups * cut.size > vocabulary or cut.blocks * cut.rows > cut.size:
+    place, group = (jnp.arange(n, dtype=jnp.int32) for n in (cut.rows, cut.groups))
+    ids = (group * cut.size)[:, None] + (cut.start(i) + place)[None]
+    counted = (ids < vocabulary) & (place < cut.start(i + 1) - cut.start(i))[None]
+    z = jnp.where(counted.reshape(1, -1), z, NO_LOGIT)
   return z, row
 
 
 def _matmul(a, b, *, contract):
   """Product over the axes `contract[0]` of a and `contract[1]` of b, at least in float32."""
   dimensions = (contract, ((), ()))
-  wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide)
+  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide_dtype(a, b))

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rl_llm"
 
 # The top-level names of rl_llm by layer. Everything else is the host side, layer 5.
 LAYERS = {
-  0: {"masked", "types", "errors"},
+  0: {"masked", "types", "meshes", "errors"},
   1: {
     "weighting", "logprobs", "kl", "advantages", "group_advantages", "controllers", "presets",
     "losses",
