@@ -14,8 +14,8 @@ PACKAGE = ROOT / "rl_llm"
 LAYERS = {
   0: {"masked", "types", "meshes", "errors"},
   1: {
-    "weighting", "logprobs", "kl", "advantages", "group_advantages", "controllers", "presets",
-    "losses",
+    "weighting", "logprobs", "blocks", "kl", "advantages", "group_advantages", "controllers",
+    "presets", "losses",
   },
   2: {"policy", "sampling", "sharding"},
   3: {"rollout", "teacher_forcing", "train_state", "update"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rl_llm.logprobs import chunked_logprobs_and_entropy
+from rl_llm.losses import chunked_gkd_loss
 from tests.losses import modes
 
 SHARED = {"unembedding", "teacher_unembedding"}
@@ -139,6 +141,22 @@ def test_smaller_chunks_take_less_memory_where_the_vocabulary_is_sharded(vocabul
     assert 0.4 * large < small < 0.6 * large, sizes
   logits = 4 * 64 * vocabulary / 8
   assert sizes[-1] < 3 * logits, sizes
+
+
+@pytest.mark.parametrize("tokens, chunk_size", [(125, 256), (125, 100), (150, 64)])
+def test_chunks_of_sharded_tokens_stay_where_they_are(tokens, chunk_size):
+  """1,000 tokens in 4 chunks would be 250 rows, which eight devices cannot share."""
+  place = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
+    shape, jnp.float32, sharding=NamedSharding(DATA(), P("data") if shape[1:] else P()))
+  unembedding = jnp.ones((64, 4))
+
+  def loss(hidden, teacher_hidden, weights):
+    arrays = hidden, unembedding, teacher_hidden, unembedding, weights
+    return chunked_gkd_loss(*arrays, chunk_size=chunk_size)[0]
+
+  rows = [place(8, tokens, 4), place(8, tokens, 4), place(8, tokens)]
+  text = jax.jit(jax.grad(loss)).lower(*rows).compile().as_text()
+  assert not re.findall("all-gather|collective-permute|all-to-all", text)
 
 
 @pytest.mark.parametrize("vocabulary", [152, 120])

@@ -38,14 +38,11 @@ def test_the_exceptions_are_few():
   assert names == HIDES_NAN.keys() | DEFAULT_PRECISION and len(EXCEPTIONS) <= 8
 
 
-def traced(case, dtype):
-  """Shapes and dtypes of outputs and gradients, the floats being of that dtype."""
+def dtypes(case, dtype=jnp.float32):
+  """Of the outputs that are floats, for arrays whose floats are of that dtype; nothing is run."""
   arrays = battery.to(dtype, {k: jnp.asarray(x) for k, x in case.arrays.items()})
-  return jax.eval_shape(modes.with_gradients(case), *modes.split(arrays))
-
-
-def float_dtypes(outputs):
-  return {str(x.dtype) for x in jax.tree.leaves(outputs) if battery.is_float(x)}
+  found = jax.eval_shape(case.function, **arrays)
+  return {str(x.dtype) for x in jax.tree.leaves(found) if battery.is_float(x)}
 
 
 @every
@@ -53,31 +50,31 @@ def test_nothing_is_promoted_and_float32_stays_float32(name):
   """By rank or by dtype, whether or not 64 bits are on: importers may have set any of them."""
   with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
     for case in modes.cases(name):
-      for x64 in (False, True):
-        with jax.enable_x64(x64):
-          assert float_dtypes(traced(case, jnp.float32)[0]) <= {"float32"}, case.label
+      jax.eval_shape(modes.with_gradients(case), *modes.split(case.arrays))
+      with jax.enable_x64(True):
+        assert dtypes(case) <= {"float32"}, case.label
     usual = modes.cases(name)[0]
-    assert float_dtypes(traced(usual, jnp.bfloat16)[0]) <= {"float32"}
+    assert dtypes(usual) <= {"float32"} and dtypes(usual, jnp.bfloat16) <= {"float32"}
     with jax.enable_x64(True):
-      traced(usual, jnp.float64)
+      dtypes(usual, jnp.float64)
 
 
 @every
 def test_widths_may_be_mixed(name):
   """Rewards of numpy are float64 as soon as 64 bits are on, values of a network are float32."""
   case = modes.cases(name)[-1]  # That with the most arrays, as optional ones come last.
-  floats = list(modes.split(case.arrays)[0])
+  wide = list(modes.split(case.arrays)[0])[::2]
+  arrays = case.arrays | {k: case.arrays[k].astype(np.float64) for k in wide}
   with jax.enable_x64(True):
-    for wide in ({*floats[:1]}, {*floats[1:]}):
-      arrays = {k: x.astype(np.float64) if k in wide else x for k, x in case.arrays.items()}
-      jax.eval_shape(modes.with_gradients(case), *modes.split(arrays))
+    jax.eval_shape(modes.with_gradients(case), *modes.split(arrays))
 
 
 @every
 def test_no_nan_on_the_way(name):
   """With `jax_debug_nans` any operation that makes a nan raises, even one that no result shows."""
+  of_losses = name in battery.PUBLIC  # What their settings add are elementary operations.
   with jax.debug_nans(True):
-    for case in modes.cases(name):
+    for case in modes.cases(name)[: 1 if of_losses else None]:
       case.function(**case.arrays)
 
 
