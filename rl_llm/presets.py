@@ -75,10 +75,11 @@ def grpo(name: str) -> Recipe:
   | simply | 0.3.9, e14c061 | simply/config_lib.py, `apply_simple_rl`; rl_lib.py |
   | skyrl | 0.3.0 | skyrl/train/config/config.py; ppo_utils.py, worker.py |
 
-  `verl` and `trl` are also compared with those systems' own functions, in numbers; the others are
-  held to their formulas alone, as they were read, and nothing of them was run. `grpo`, `dr_grpo`
-  and `dapo` are the papers', not a program's. We know of no clip range that DeepSeekMath states:
-  0.2 is PPO's.
+  `verl` and `trl` are held to numbers of those systems' own functions (docs/parity.md). The other
+  six's functions for advantages and KL, and nexrl's and simply's for the loss, were run once and
+  agreed to 1e-6; no numbers are kept, and the tests have their formulas. No whole program was run.
+  `grpo`, `dr_grpo` and `dapo` are the papers', not a program's. We know of no clip range that
+  DeepSeekMath states: 0.2 is PPO's.
 
   Not part of a recipe: limits that only act where training has failed already (log-ratios and KL
   estimates cut at +-10 or +-20 in some; here log-ratios at +-20), corrections for the sampler, and
