@@ -97,9 +97,9 @@ def group_relative(
     advantages = advantages * (count.astype(rewards.dtype) / others)
   if scale != "none":
     if scale == "std":
-      std = jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None]
+      std = _std(shifted, where, 1, ddof)[:, None]
     elif scale == "batch":
-      std = jnp.sqrt(masked_var(rewards, where, ddof=ddof))
+      std = _std(rewards, where, None, ddof)
     else:
       std = _std_of_others(shifted, where, ddof)
     divisor = std + eps if eps_rule == "add" else jnp.maximum(std, eps)
@@ -351,7 +351,7 @@ def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) ->
   advantages = jnp.where(where, jnp.sum(second[:, None, :] * lead, axis=2), 0)
   if scale == "std":
     shifted = _shifted(rewards, where)
-    advantages /= jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None] + eps
+    advantages /= _std(shifted, where, 1, ddof)[:, None] + eps
   return advantages
 
 
@@ -407,7 +407,7 @@ def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Arra
   # On a TPU the default precision of a product is bfloat16.
   total = jnp.matmul(each, at_least_float32(weights), precision=jax.lax.Precision.HIGHEST)
   valid = jnp.any(where, axis=2)
-  std = jnp.sqrt(masked_var(total, valid, ddof=ddof))
+  std = _std(total, valid, None, ddof)
   return jnp.where(valid, (total - masked_mean(total, valid)) / (std + eps), 0)
 
 
@@ -472,10 +472,16 @@ def _shifted(rewards, where):
   return jnp.where(where, rewards - largest, 0)
 
 
+def _std(x, where, axis, ddof):
+  """The standard deviation; where it is 0 its slope is 0 too, and not infinite."""
+  variance = masked_var(x, where, axis, ddof=ddof)
+  return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), variance)
+
+
 def _std_of_others(x, where, ddof):
   """[P, G], the standard deviation of the other responses; exactly 0 where they are all equal."""
   others = where[:, None, :] & ~jnp.eye(x.shape[1], dtype=bool)[None]
   each = jnp.broadcast_to(x[:, None, :], others.shape)
   low = jnp.min(each, axis=2, where=others, initial=jnp.inf)
   differ = jnp.max(each, axis=2, where=others, initial=-jnp.inf) > low
-  return jnp.where(differ, jnp.sqrt(masked_var(each, others, 2, ddof=ddof)), 0)
+  return jnp.where(differ, _std(each, others, 2, ddof), 0)

@@ -78,6 +78,16 @@ def test_no_nan_on_the_way(name):
       case.function(**case.arrays)
 
 
+@pytest.mark.parametrize("name", [name for name in modes.PUBLIC if "where" in modes.keywords(name)])
+def test_no_nan_in_the_slope_of_a_group_without_spread(name):
+  """The root of a variance of 0 has an infinite slope, and 0 times it is nan."""
+  case = modes.cases(name)[-1]
+  alone = np.arange(case.arrays["where"].shape[-1]) < 1
+  arrays = case.arrays | {"where": case.arrays["where"] & alone}
+  with jax.debug_nans(True):
+    modes.with_gradients(case)(*modes.split(arrays))
+
+
 @functools.cache
 def spoilt():
   """(function, array) -> whether its first results show a nan in the array; all in one program."""
