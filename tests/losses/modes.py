@@ -1,9 +1,8 @@
 """Every public function of arrays, found by introspection, with arguments to call it on.
 
-What `rl_llm.losses`, `advantages`, `kl`, `weighting`, `logprobs`, `controllers` and `masked` export
-is called with arrays made up from the names of its parameters, as in `battery`: once with its
-defaults, and once with each other choice of a keyword. A name that `ARRAYS` and `CHOICES` do not
-know fails.
+What the MODULES export is called with arrays made up from the names of its parameters, as in
+`battery`: once with its defaults, and once with each other choice of a keyword. A name that
+`ARRAYS` and `CHOICES` do not know fails.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ import numpy as np
 from rl_llm import controllers, logprobs
 from tests.losses import battery
 
-MODULES = ("losses", "advantages", "kl", "weighting", "logprobs", "controllers", "masked")
+MODULES = (
+  "losses", "advantages", "group_advantages", "kl", "weighting", "logprobs", "controllers", "masked"
+)
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 ROWS, GROUP, T, V, D, K = 16, 2, 6, 24, 2, 3  # Two rows on each of eight devices.
 
