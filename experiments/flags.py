@@ -19,6 +19,7 @@ from rl_llm.tasks import FORMS, TASKS, task_family
 
 ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
 KL_ESTIMATORS = Literal["k1", "k2", "k3"]
+WEIGHTINGS = "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
 PRESETS = Literal[
   "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
 ]
@@ -420,9 +421,7 @@ class Pairs:
 class Weighting:
   """How much each token counts."""
 
-  name: Literal[
-    "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
-  ] = option("token_mean", "a function of rl_llm.weighting")
+  name: Literal[WEIGHTINGS] = option("token_mean", "a function of rl_llm.weighting")
   length: int = option(0, "of constant_length; 0 = max_new_tokens", min=0)
   truncated: Literal["keep", "zero", "drop"] = option(
     "keep", "responses cut off at the limit: zero = weight 0, but in the denominator like any "
@@ -443,6 +442,9 @@ class KL:
   coef: float = option(0.0, "0 keeps no reference model", min=0)
   value: KL_ESTIMATORS = option("k3", "the estimator that is reported")
   gradient: KL_ESTIMATORS = option("k2", "the estimator that is differentiated")
+  weighting: Literal["loss", *WEIGHTINGS] = option(
+    "loss", "how much each token counts in this term; loss = as --weighting.name has it"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -478,4 +480,6 @@ def recipe(name: str, *parts: str) -> dict[str, Any]:
   """What a published recipe changes in these groups: dotted path -> value."""
   found = {} if name == "none" else presets.grpo(name)._asdict()
   groups = {part: found[part] for part in parts if found}
+  if "loss" in groups:  # An entropy term is a setting of any surrogate.
+    groups["loss"] |= {"entropy_coef": found["entropy"]["coef"]}
   return {f"{part}.{key}": value for part, own in groups.items() for key, value in own.items()}

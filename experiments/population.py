@@ -192,8 +192,9 @@ def learn(
         setup.weigh(member)(take_prompts(own, problems))
         for member, own, problems in zip(of.members, hosts, chosen, strict=True)
       ]
+      weights = jax.tree.map(lambda *rows: np.stack(rows), *weights)
       minibatch = programs.take(batch, sharding.place_rows(chosen, mesh))._replace(
-        weights=sharding.place_rows(np.stack(weights), mesh), truncated=None
+        **sharding.place_rows(weights, mesh), truncated=None
       )
       needed = -(-max([int(over.any()), *used]) // size.microbatch_prompts)
       state, found = programs.update(state, minibatch, hparams, needed, of.frozen)

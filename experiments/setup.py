@@ -460,11 +460,12 @@ def hyperparameters(config: Any, step: int, **further: float) -> dict[str, Any]:
 
 
 def weigh(config: Any) -> responses.Weigh:
-  """How much each token of an update counts, by the group `weighting`."""
+  """How much each token of an update counts, by the groups `weighting` and `kl`."""
   options, longest = config.weighting, config.prompts.max_new_tokens
   return functools.partial(
-    responses.token_weights,
+    responses.all_weights,
     name=options.name,
+    kl_name=getattr(config.kl, "weighting", "loss"),
     length=options.length or longest,
     truncated="zero" if options.drop_truncated else options.truncated,
   )

@@ -25,8 +25,8 @@ from rl_llm.rollout import ResponseBatch, response_logprobs, take_prompts
 
 Truncated = Literal["keep", "zero", "drop"]
 
-# (batch) -> [B, T] how much each token of an update counts
-Weigh = Callable[[ResponseBatch], jax.Array]
+# (batch) -> {"weights", "kl_weights"}: how much each token of an update counts
+Weigh = Callable[[ResponseBatch], dict[str, jax.Array | None]]
 
 
 class Programs(NamedTuple):
@@ -51,14 +51,14 @@ def make_programs(
     policy: the model's functions.
     update: from `rl_llm.update.make_update`, of a loss on a `ResponseBatch`.
     temperature: the sampler's.
-    weigh: such as `token_weights` with its keywords.
+    weigh: such as `all_weights` with its keywords.
     mesh: the devices over which rows lie; None: the first.
   """
 
   @jax.jit
   def take(batch: ResponseBatch, chosen: Any) -> ResponseBatch:
     taken = take_prompts(batch, chosen)
-    taken = taken._replace(weights=weigh(taken), truncated=None)
+    taken = taken._replace(**weigh(taken), truncated=None)
     return taken if mesh is None else sharding.constrain_rows(taken, mesh)
 
   logprobs = jax.jit(functools.partial(response_logprobs, policy=policy, temperature=temperature))
@@ -68,6 +68,21 @@ def make_programs(
 def place_responses(experience: Experience, mesh: jax.sharding.Mesh | None) -> ResponseBatch:
   """The experience as losses read it, on the devices: the one time that its tokens go there."""
   return sharding.place_rows(response_batch(experience), mesh)
+
+
+def all_weights(
+  batch: ResponseBatch, *, kl_name: str = "loss", **of_loss: Any
+) -> dict[str, jax.Array | None]:
+  """The weights of the loss, and those of its KL term if they are others.
+
+  Args:
+    batch: the update's rows.
+    kl_name: a function of `rl_llm.weighting`, or "loss" for the weights of the loss.
+    **of_loss: the keywords of `token_weights`; those of the KL differ from them in the name alone.
+  """
+  weights = token_weights(batch, **of_loss)
+  of_kl = None if kl_name == "loss" else token_weights(batch, **of_loss | {"name": kl_name})
+  return {"weights": weights, "kl_weights": of_kl}
 
 
 def token_weights(

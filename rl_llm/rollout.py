@@ -61,6 +61,7 @@ class ResponseBatch(NamedTuple):
   ref_logprobs: chex.Array | None = None  # [B, T], of the frozen reference
   advantages: chex.Array | None = None  # [B] or [B, T]
   weights: chex.Array | None = None  # [B, T], of one update's rows, from `rl_llm.weighting`
+  kl_weights: chex.Array | None = None  # [B, T], of a KL term, where they are not the `weights`
   truncated: chex.Array | None = None  # [B] bool, True = cut off at the limit of its length
   old_values: chex.Array | None = None  # [B, T], of a value network before this batch's updates
   returns: chex.Array | None = None  # [B, T], what the values should have been

@@ -124,6 +124,25 @@ def test_truncated_importance_is_finite_at_extremes(level, mode):
       assert np.isfinite(f(old, mask)).all()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("mode", ["truncate", "mask", "reject"])
+def test_a_ratio_that_is_nan_is_neither_inside_nor_dropped(level, mode):
+  old = np.zeros(MASK.shape)
+  old[1, 0] = np.nan
+  got = weighting.truncated_importance(old, 0 * old, MASK, level=level, mode=mode, high=3.0)
+  assert np.isnan(got[1, 0]) and np.isfinite(np.delete(got, 1, axis=0)).all()
+
+
+def test_an_entropy_that_is_nan_leaves_no_quantile():
+  entropies = np.random.default_rng(4).uniform(size=MASK.shape)
+  dirty = np.where(MASK, entropies, np.nan)
+  clean = weighting.top_entropy(entropies, MASK, fraction=0.5)
+  np.testing.assert_array_equal(weighting.top_entropy(dirty, MASK, fraction=0.5), clean)
+  dirty[0, 0] = np.nan
+  got = weighting.top_entropy(dirty, MASK, fraction=0.5)
+  assert np.isnan(got[MASK]).all() and not np.any(np.asarray(got)[~MASK])
+
+
 def test_a_rejected_sequence_is_silent_whatever_its_unclamped_token_weights():
   """"seq-mask-tis": 1[lo <= exp(mean log w) <= hi] times w itself; exp(200) is inf in float32."""
   old, sampler = 0.4 * np.random.default_rng(3).normal(size=(2, *MASK.shape))

@@ -53,6 +53,9 @@ def lonely(prompts, completions, **columns):
   # No opinion on about half of the responses.
   return [None if sum(map(ord, c)) % 2 else 1.0 for c in completions]
 
+def signed(prompts, completions, **columns):
+  return [sum(map(ord, text)) % 8 / 8 - 0.5 for text in completions]
+
 def hopeless(prompts, completions, **columns):
   raise ValueError("always")
 """

@@ -22,12 +22,14 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
 ADDED: dict[str, set[str]] = {
-  "dpo": {"data_format"},
+  "dpo": {"data_format", "reward_isolation"},
+  "evaluate": {"reward_isolation"},
+  "grpo": {"advantage.name", "kl.weighting", "reward_isolation", "weighting.truncated"},
+  "make_preferences": {"reward_isolation"},
+  "ppo": {"reward_isolation", "weighting.truncated"},
+  "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"},
   "reward_model": {"data_format"},
-  "sft": {"data_format"},
-  "grpo": {"advantage.name", "weighting.truncated"},
-  "ppo": {"weighting.truncated"},
-  "reinforce": {"kl.value", "reward", "weighting.truncated"},
+  "sft": {"data_format", "reward_isolation"},
 }
 
 
