@@ -8,6 +8,7 @@ where its parts are, the places of the tokens in the text say.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -215,26 +216,27 @@ def encode_whole(text: str, starts: Sequence[int], tokenizer: Tokenizer) -> Whol
     starts: places in the text, ascending.
     tokenizer: the model's.
   """
-  ids: list[int] = []
-  places: list[int] = []
+  ids, places = tokenizer.encode_with_places(text, follows=False)
+  control = set(tokenizer.special_tokens.values())
   counts: list[int] = []
-  done = 0  # Up to here the ids are settled.
-
-  def encode_from(begin: int, end: int) -> tuple[list[int], list[int]]:
-    found, at = tokenizer.encode_with_places(text[begin:end], follows=begin > 0)
-    return found, [begin + place for place in at]
-
-  rest = encode_from(0, len(text))
+  index, begin = 0, 0  # Of a token before which the ids are settled, and its place.
   for start in starts:
-    head = encode_from(done, start)
-    if rest[0][: len(head[0])] == head[0]:
-      counts.append(len(ids) + len(head[0]))
-      continue
-    ids += head[0]
-    places += head[1]
-    counts.append(len(ids))
-    done, rest = start, encode_from(start, len(text))
-  return Whole(ids + rest[0], places + rest[1], counts)
+    # Nor does what follows a control token depend on what precedes it.
+    for later in reversed(range(index, bisect.bisect_left(places, start))):
+      if ids[later] in control:
+        index, begin = later, places[later]
+        break
+    head, at = tokenizer.encode_with_places(text[begin:start], follows=begin > 0)
+    settled = index + len(head)
+    if ids[index:settled] != head:
+      rest, behind = tokenizer.encode_with_places(text[start:], follows=True)
+      ids = [*ids[:index], *head, *rest]
+      places = [
+        *places[:index], *(begin + place for place in at), *(start + place for place in behind)
+      ]  # fmt: skip
+      index, begin = settled, start
+    counts.append(settled)
+  return Whole(ids, places, counts)
 
 
 def _conversation(
