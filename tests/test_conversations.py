@@ -91,6 +91,24 @@ def test_a_text_that_follows_another_gets_no_space(pair):
   assert places[0] == 0 and places[follows.index(2)] == 4
 
 
+@pytest.mark.parametrize("pair", ["llama 2", "mistral", "llama 3", "gemma 3"])
+def test_several_tokens_that_would_lie_over_a_border(pair):
+  tokenizer = loaded(pair)
+  parts = [f"{tokenizer.bos_token}What is the ans", "wer? The num", "ber."]
+  text = "".join(parts)
+  starts = [len(parts[0]), len(parts[0] + parts[1])]
+  found = encode_whole(text, starts, tokenizer)
+  assert found.ids == [
+    *tokenizer.encode(parts[0]),
+    *(i for part in parts[1:] for i in tokenizer.encode_with_places(part, follows=True)[0]),
+  ]
+  before = encode_whole(text[: starts[1]], starts[:1], tokenizer)
+  assert found.ids[: found.starts[1]] == before.ids and found.places == sorted(found.places)
+  whole = tokenizer.encode(text)
+  assert tokenizer.decode(found.ids) == tokenizer.decode(whole) == text[len(tokenizer.bos_token) :]
+  assert len(found.ids) > len(whole)
+
+
 def test_what_comes_before_is_nothing_to_a_tokenizer_that_writes_no_first_space():
   for pair in ("llama 3", "qwen chatml", "gemma 2"):
     tokenizer = loaded(pair)
