@@ -89,6 +89,7 @@ def format_prompts(
     raise TokenizerError(
       "this model's files have no chat template (a base model?): use --prompt_format=plain"
     )
+  check_not_rendered([prompt for prompt in prompts if isinstance(prompt, str)], tokenizer)
   conversations = [
     _conversation(prompt, index, system_prompt) for index, prompt in enumerate(prompts)
   ]
@@ -101,6 +102,24 @@ def check_no_names(*names: Mapping[str, Any]) -> None:
     raise TokenizerError(
       f"--prompt_format=plain has no place for {' and '.join(map(repr, own))}: use "
       "--prompt_format=chat, or rename or remove it"
+    )
+
+
+def check_not_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> None:
+  """Refuses texts that a chat template has laid out already, for a chat layout.
+
+  Laid out again they would be a user's message about control tokens, which the model answers
+  somehow. All of them have to begin as the template does: one alone may be a user's words.
+  """
+  names = [name for name in tokenizer.structural_tokens if texts and texts[0].startswith(name)]
+  if not names:
+    return
+  name = max(names, key=len)
+  [opening] = _render([[{"role": "user", "content": "?"}]], [{}], tokenizer, False)
+  if name in opening and all(text.startswith(name) for text in texts):
+    raise TokenizerError(
+      f"the prompt begins with {name!r} as the chat template does: text that is rendered already "
+      "is laid out with --prompt_format=plain, a user's words are written as a message"
     )
 
 

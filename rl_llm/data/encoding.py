@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from rl_llm.chat_template import ChatTemplateError
-from rl_llm.conversations import check_no_names, encode_whole, render, with_bos
+from rl_llm.conversations import check_no_names, check_not_rendered, encode_whole, render, with_bos
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
 from rl_llm.messages import template_names, weight_of
 from rl_llm.tokenizers import Tokenizer, TokenizerError
@@ -128,6 +128,8 @@ def encode(
     raise TokenizerError(
       "this model's files have no chat template (a base model?): use prompt_format='plain'"
     )
+  if isinstance(example.prompt, str):
+    check_not_rendered([example.prompt], tokenizer)
   prompt = _messages(example.prompt, "user")
   messages = prompt + _messages(example.completion, "assistant")
   turns = [
