@@ -8,6 +8,7 @@ where its parts are, the places of the tokens in the text say.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -88,6 +89,7 @@ def format_prompts(
     raise TokenizerError(
       "this model's files have no chat template (a base model?): use --prompt_format=plain"
     )
+  check_not_rendered([prompt for prompt in prompts if isinstance(prompt, str)], tokenizer)
   conversations = [
     _conversation(prompt, index, system_prompt) for index, prompt in enumerate(prompts)
   ]
@@ -100,6 +102,24 @@ def check_no_names(*names: Mapping[str, Any]) -> None:
     raise TokenizerError(
       f"--prompt_format=plain has no place for {' and '.join(map(repr, own))}: use "
       "--prompt_format=chat, or rename or remove it"
+    )
+
+
+def check_not_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> None:
+  """Refuses texts that a chat template has laid out already, for a chat layout.
+
+  Laid out again they would be a user's message about control tokens, which the model answers
+  somehow. All of them have to begin as the template does: one alone may be a user's words.
+  """
+  names = [name for name in tokenizer.structural_tokens if texts and texts[0].startswith(name)]
+  if not names:
+    return
+  name = max(names, key=len)
+  [opening] = _render([[{"role": "user", "content": "?"}]], [{}], tokenizer, False)
+  if name in opening and all(text.startswith(name) for text in texts):
+    raise TokenizerError(
+      f"the prompt begins with {name!r} as the chat template does: text that is rendered already "
+      "is laid out with --prompt_format=plain, a user's words are written as a message"
     )
 
 
@@ -215,26 +235,27 @@ def encode_whole(text: str, starts: Sequence[int], tokenizer: Tokenizer) -> Whol
     starts: places in the text, ascending.
     tokenizer: the model's.
   """
-  ids: list[int] = []
-  places: list[int] = []
+  ids, places = tokenizer.encode_with_places(text, follows=False)
+  control = set(tokenizer.special_tokens.values())
   counts: list[int] = []
-  done = 0  # Up to here the ids are settled.
-
-  def encode_from(begin: int, end: int) -> tuple[list[int], list[int]]:
-    found, at = tokenizer.encode_with_places(text[begin:end], follows=begin > 0)
-    return found, [begin + place for place in at]
-
-  rest = encode_from(0, len(text))
+  index, begin = 0, 0  # Of a token before which the ids are settled, and its place.
   for start in starts:
-    head = encode_from(done, start)
-    if rest[0][: len(head[0])] == head[0]:
-      counts.append(len(ids) + len(head[0]))
-      continue
-    ids += head[0]
-    places += head[1]
-    counts.append(len(ids))
-    done, rest = start, encode_from(start, len(text))
-  return Whole(ids + rest[0], places + rest[1], counts)
+    # Nor does what follows a control token depend on what precedes it.
+    for later in reversed(range(index, bisect.bisect_left(places, start))):
+      if ids[later] in control:
+        index, begin = later, places[later]
+        break
+    head, at = tokenizer.encode_with_places(text[begin:start], follows=begin > 0)
+    settled = index + len(head)
+    if ids[index:settled] != head:
+      rest, behind = tokenizer.encode_with_places(text[start:], follows=True)
+      ids = [*ids[:index], *head, *rest]
+      places = [
+        *places[:index], *(begin + place for place in at), *(start + place for place in behind)
+      ]  # fmt: skip
+      index, begin = settled, start
+    counts.append(settled)
+  return Whole(ids, places, counts)
 
 
 def _conversation(

@@ -1,8 +1,8 @@
 """Write tests/data/tokenizer_families.json: what transformers makes of chats, for each family.
 
-Needs transformers, tokenizers and jinja2; for SmolLM2's row gguf and the demo weights, for
-Mistral's the package mistral-common (its SentencePiece file) and sentencepiece. From the
-repository's root, in a virtual environment that has them:
+Needs transformers, tokenizers and jinja2; for SmolLM2's row also torch, gguf and the demo weights,
+for Mistral's the package mistral-common, whose SentencePiece file (Apache 2.0) is read where it
+lies. From the repository's root, in a virtual environment that has them:
 
     python tests/make_family_goldens.py
 

@@ -16,6 +16,7 @@ from rl_llm.control_tokens import MARK, Unspeakable
 from rl_llm.conversations import encode_whole, format_prompts, render
 from rl_llm.data import Demonstration, Preference
 from rl_llm.data.encoding import encode, encode_pair
+from rl_llm.tokenizers import TokenizerError
 from tests.test_tokenizer_families import chats, loaded
 from tests.tokenizer_families import CONTROLS, PAIRS, assistant, user
 
@@ -91,6 +92,24 @@ def test_a_text_that_follows_another_gets_no_space(pair):
   assert places[0] == 0 and places[follows.index(2)] == 4
 
 
+@pytest.mark.parametrize("pair", ["llama 2", "mistral", "llama 3", "gemma 3"])
+def test_several_tokens_that_would_lie_over_a_border(pair):
+  tokenizer = loaded(pair)
+  parts = [f"{tokenizer.bos_token}What is the ans", "wer? The num", "ber."]
+  text = "".join(parts)
+  starts = [len(parts[0]), len(parts[0] + parts[1])]
+  found = encode_whole(text, starts, tokenizer)
+  assert found.ids == [
+    *tokenizer.encode(parts[0]),
+    *(i for part in parts[1:] for i in tokenizer.encode_with_places(part, follows=True)[0]),
+  ]
+  before = encode_whole(text[: starts[1]], starts[:1], tokenizer)
+  assert found.ids[: found.starts[1]] == before.ids and found.places == sorted(found.places)
+  whole = tokenizer.encode(text)
+  assert tokenizer.decode(found.ids) == tokenizer.decode(whole) == text[len(tokenizer.bos_token) :]
+  assert len(found.ids) > len(whole)
+
+
 def test_what_comes_before_is_nothing_to_a_tokenizer_that_writes_no_first_space():
   for pair in ("llama 3", "qwen chatml", "gemma 2"):
     tokenizer = loaded(pair)
@@ -154,6 +173,28 @@ def test_rendered_text_keeps_its_one_bos_and_eos(pair):
     row = encode(halves, tokenizer, prompt_format="plain")
     assert row.tokens == text.tokens and row.prompt_length == begin
     assert row.mask == [begin <= place < end for place in range(len(text.tokens))]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_text_that_is_rendered_already_is_not_rendered_again(pair):
+  tokenizer = loaded(pair)
+  texts = [rendered(tokenizer, [user(text)], True) for text in ("2+2?", "3+3?")]
+  if pair == "zephyr":  # Its headers are ordinary text: nobody can tell.
+    assert format_prompts(texts, tokenizer)
+    return
+  for call in (
+    lambda: format_prompts(texts, tokenizer),
+    lambda: encode(Demonstration(texts[0], "4", {}), tokenizer),
+  ):
+    with pytest.raises(TokenizerError, match="as the chat template does.*--prompt_format=plain"):
+      call()
+  # A user may write about control tokens all the same: among others, and in a message.
+  assert format_prompts([texts[0], "2+2?"], tokenizer)
+  assert format_prompts([[user(texts[0])]], tokenizer)
+  assert encode(Demonstration([user(texts[0])], [assistant("4")], {}), tokenizer)
+  assert format_prompts([f"What is {texts[0]}?"], tokenizer)
+  if "qwen3" in pair:
+    assert format_prompts(["</think> ends it", "<tool_call> begins it"], tokenizer)
 
 
 def test_an_end_within_a_text_is_not_its_end():

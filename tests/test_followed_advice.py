@@ -285,12 +285,14 @@ def follow_layouts(said, path):
   """Messages, a system's prompt and a model without a template, as prompts and as examples."""
   talk = [{"role": "user", "content": "2+2?"}]
   chatty = Chatty()
+  chatty.structural_tokens = frozenset({"u:"})
   prompt = functools.partial(format_prompts, tokenizer=chatty)
   for given, how, fix in (
     ([talk], {"prompt_format": "plain"}, {"prompt_format": "chat"}),
     (["a"], {"prompt_format": "plain", "system_prompt": "b"}, {"prompt_format": "chat"}),
     (["a"], {"prompt_format": "plain", "system_prompt": "b"}, {"system_prompt": None}),
     (["a"], {"tokenizer": ByteTokenizer()}, {"prompt_format": "plain"}),
+    (["u:2+2?~"], {}, {"prompt_format": "plain"}),
     (["a"], {"prompt_format": "plain", "names": [{"tools": [{}]}]}, {"names": ()}),
   ):
     refused(said, prompt, given, **how)
@@ -302,6 +304,7 @@ def follow_layouts(said, path):
     (example("a", "b"), {"prompt_format": "plain", "system_prompt": "c"}, {"system_prompt": None}),
     (example("a", "b"), {"tokenizer": ByteTokenizer()}, {"prompt_format": "plain"}),
     (example("", "b"), {}, {"prompt_format": "plain"}),
+    (example("u:2+2?~", "4"), {}, {"prompt_format": "plain"}),
   ):
     encode = functools.partial(encoding.encode, given)
     refused(said, encode, **{"tokenizer": chatty} | how)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from rl_llm.chat_template import ChatTemplateError
-from rl_llm.conversations import check_no_names, encode_whole, render, with_bos
+from rl_llm.conversations import check_no_names, check_not_rendered, encode_whole, render, with_bos
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
 from rl_llm.messages import template_names, weight_of
 from rl_llm.tokenizers import Tokenizer, TokenizerError
@@ -128,6 +128,8 @@ def encode(
     raise TokenizerError(
       "this model's files have no chat template (a base model?): use prompt_format='plain'"
     )
+  if isinstance(example.prompt, str):
+    check_not_rendered([example.prompt], tokenizer)
   prompt = _messages(example.prompt, "user")
   messages = prompt + _messages(example.completion, "assistant")
   turns = [
@@ -301,8 +303,11 @@ def _encode_chat(
     names=all_names,
     add_generation_prompt=False,
   )
-  done, ends = "", []
-  for turn, before, after in zip(turns, befores, afters, strict=True):
+  behind: list[int] = []  # Each turn.
+  for turn, before, after, done in zip(turns, befores, afters, ["", *afters], strict=False):
+    if not before.startswith(done):
+      done = _ended(done, tokenizer)
+      behind[-1] = len(done)
     if not before.startswith(done):
       raise ChatTemplateError(
         f"the chat template writes the messages before messages[{turn}] otherwise than when they "
@@ -315,31 +320,42 @@ def _encode_chat(
         "(add_generation_prompt); write into the message what the header holds, or use a template "
         "that begins alike"
       )
-    ends.append(_end_of_turn(after, len(before), tokenizer))
-    done = after[: ends[-1]]
-  whole = encode_whole(afters[-1], [len(before) for before in befores], tokenizer)
+    behind.append(len(after))
+  text = afters[-1]
+  whole = encode_whole(text, [len(before) for before in befores], tokenizer)
   mask = [False] * len(whole.ids)
-  for start, end in zip(whole.starts, ends, strict=True):
-    end = bisect.bisect_left(whole.places, end)
-    mask[start:end] = [True] * (end - start)
+  for start, place in zip(whole.starts, behind, strict=True):
+    stop = bisect.bisect_left(whole.places, place)
+    end = _end_of_turn(whole.ids[start:stop], [*whole.places[start:stop], place], text, tokenizer)
+    mask[start : start + end] = [True] * end
   return Encoded(whole.ids, [False, *mask[1:]], whole.starts[0] if has_prompt else 0)
 
 
-def _end_of_turn(text: str, begin: int, tokenizer: Tokenizer) -> int:
-  """Where in `text` the turn that begins at `begin`, its last one, has ended for a sampler.
-
-  That is behind the first of the tokens at its end that end a response. What the template writes
-  after it is nobody's choice: a line break mostly, and Phi-3's writes `<|endoftext|>` as well.
-  """
+def _ended(text: str, tokenizer: Tokenizer) -> str:
+  """The text up to the end of its last turn."""
   ids, places = tokenizer.encode_with_places(text, follows=False)
-  end = None
-  for i, place, behind in reversed([*zip(ids, places, [*places[1:], len(text)], strict=True)]):
-    if place < begin:
+  places.append(len(text))
+  return text[: places[_end_of_turn(ids, places, text, tokenizer)]]
+
+
+def _end_of_turn(ids: list[int], places: list[int], text: str, tokenizer: Tokenizer) -> int:
+  """How many of the tokens that begin with an answer a sampler would have given.
+
+  The last is the first of the tokens at the answer's end that end a response. What the template
+  writes after it is nobody's choice: a line break mostly, and Phi-3's writes `<|endoftext|>` too.
+
+  Args:
+    ids: the answer's and what the template writes behind it.
+    places: where in `text` each begins, and where the last one ends.
+    text: the whole.
+    tokenizer: the model's.
+  """
+  end = 0
+  for index in reversed(range(len(ids))):
+    if ids[index] in tokenizer.eos_ids:
+      end = index + 1
+    elif end and text[places[index] : places[index + 1]].strip():
       break
-    if i in tokenizer.eos_ids:
-      end = behind
-    elif end is not None and text[place:behind].strip():
-      break
-  if end is None:
+  if not end:
     raise no_turn_end(tokenizer)
   return end
