@@ -38,6 +38,7 @@ from rl_llm import (
   evaluation,
   experience,
   finite,
+  metrics,
   model,
   policy,
   preferences,
@@ -51,6 +52,7 @@ from rl_llm.conversations import format_prompts
 from rl_llm.data import encoding, formats, held_out, loading, prompts
 from rl_llm.errors import UserError
 from rl_llm.policy import hf, model_files
+from rl_llm.rewards import RewardPool, RewardSource
 from rl_llm.tokenizers import ByteTokenizer
 from tests import advice
 from tests.experiments.helpers import Chatty
@@ -222,6 +224,37 @@ def follow_a_reward_and_a_prompt_column(said, path):
   own = {"reward_file": str(path / "own.py")}
   refused(said, tasks.load_task, f"jsonl:{file}", **own)
   tasks.load_task(f"jsonl:{file}", prompt_column="question", **own)
+
+
+def follow_a_deadline(said, path):
+  """A grader that takes its time for each response: a longer deadline, or one at a time."""
+  file = path / "slow.py"
+  file.write_text(
+    "import time\ndef reward(completions, **columns):\n"
+    "  time.sleep(0.3 * len(completions))\n  return [1.0] * len(completions)\n"
+  )
+
+  def grade(unit, deadline):
+    source = RewardSource(str(file), isolation=unit)
+    with RewardPool(source, workers=2, deadline=deadline) as pool:
+      return pool.score(["a"] * 4, ["b"] * 4, [{}] * 4, group_size=4)
+
+  refused(said, grade, "group", 0.7)
+  for unit, deadline in (("sample", 0.7), ("group", 3.0)):
+    assert [result.value for result in grade(unit, deadline)] == [1.0] * 4
+
+
+def follow_a_reward_below_zero(said, path, monkeypatch):
+  """MaxRL divides by the mean reward; what stands in its place takes any."""
+  for name in ("place_responses", "with_logprobs"):
+    monkeypatch.setattr(grpo.minibatches, name, lambda *arguments, **keywords: None)
+  scores = types.SimpleNamespace(rewards=np.array([[-1.0, 1.0]]), ok=np.ones((1, 2), bool))
+  model = types.SimpleNamespace(mesh=None, weights=None)
+  state, sampled = types.SimpleNamespace(params=None), types.SimpleNamespace(scores=scores)
+  config, clock = configured(grpo, {"advantage": "maxrl"}), metrics.PhaseClock()
+  message = refused(said, grpo.learn, config, model, None, state, sampled, 0, clock)
+  config = configured(grpo, {}, re.findall(r"--(advantage)=(group\w+)", message))
+  assert np.isfinite(grpo.group_advantages(config.advantage, scores.rewards, scores.ok)).all()
 
 
 def follow_lengths(said, path):
