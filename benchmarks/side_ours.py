@@ -17,11 +17,12 @@ def export(job: dict, channel: Channel) -> None:
   """Writes our weights and tokenizer where transformers reads them: same numbers, same ids."""
   from rl_llm.model import load_model
   from rl_llm.policy import save_hf
-  from rl_llm.tokenizers import save_tokenizer
+  from rl_llm.tokenizers import save_tokenizer, token_ids
 
   model = load_model(job["model"])
   directory = Path(job["directory"])
-  save_hf(directory, model.policy.config, model.params)
+  ids = token_ids(model.tokenizer)
+  save_hf(directory, model.policy.config, model.params, token_ids=ids)
   save_tokenizer(directory, model.tokenizer)
   channel.send({"eos_ids": list(model.tokenizer.eos_ids)})
 

@@ -157,39 +157,9 @@ def measure(config: Config, method: str) -> dict[str, Any]:
 
 def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
   """The comparison as Markdown, a column a method."""
-  names = sorted({name for method in found for trial in method["runs"] for name in trial["phases"]})
-
-  def column(method: dict[str, Any]) -> dict[str, str]:
-    """Its cells by the names of their rows."""
-    title, reward_model, networks, passes = METHODS[method["method"]]
-    trials = method["runs"]
-    seconds = {
-      name: statistics.median(trial["phases"].get(name, 0.0) for trial in trials) for name in names
-    }
-    cells = {
-      "": title,
-      "reward model needed": reward_model,
-      "networks held": networks,
-      "passes per token trained": passes,
-      **{f"seconds a step, {name}": f"{median:.1f}" for name, median in seconds.items()},
-      "seconds a step, in all": f"{sum(seconds.values()):.1f}",
-      "peak memory, GiB": f"{max(trial['peak_gib'] for trial in trials):.1f}",
-    }
-    if method["noise"] is not None:
-      cells["gradient noise at the start"] = f"{float(method['noise']):.1f}"
-    reached = (trial["tokens_to_target"] for trial in trials)
-    shown = ("not reached" if count is None else f"{count:,.0f}" for count in reached)
-    cells[f"tokens sampled to {config.target:.0%}"] = ", ".join(shown)
-    for trial in trials:
-      for when, point in (("before", trial["points"][0]), ("after", trial["points"][-1])):
-        shown = "{accuracy:.2f} ({low:.2f} to {high:.2f})".format(**point)
-        cells[f"accuracy {when}, seed {trial['seed']}"] = shown
-    return cells
-
-  columns = [column(method) for method in found]
-  rows = [[name, *(cells[name] for cells in columns)] for name in columns[0]]
-  lines = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in rows]
-  return "\n".join([lines[0], "|---" * (len(found) + 1) + "|", *lines[1:], ""])
+  names = ("", "reward model needed", "networks held", "passes per token trained")
+  known = {method: dict(zip(names, cells, strict=True)) for method, cells in METHODS.items()}
+  return curves.table(found, known, target=config.target)
 
 
 def page(config: Config, text: str) -> str:
@@ -235,8 +205,8 @@ def compare(config: Config) -> list[dict[str, Any]]:
       if not (directory / "noise.json").exists():
         do(method, variance_settings(config, method), directory, stop)
         gradients = first_moments(directory / "checkpoints", config.variance_batches)
-        found = metrics.noise_to_signal(gradients)
-        files.write_atomically(directory / "noise.json", json.dumps(found).encode())
+        found = json.dumps(metrics.json_number(metrics.noise_to_signal(gradients)))
+        files.write_atomically(directory / "noise.json", found.encode())
         shutil.rmtree(directory / "checkpoints")  # Gigabytes that nothing reads any more.
   found = [measure(config, method) for method in config.methods]
   text = table(config, found)

@@ -116,7 +116,7 @@ def check(config: Config) -> None:
   sampled = config.prompts.max_prompt_tokens + config.prompts.max_new_tokens
   on_policy = config.data.data == "on_policy"
   config.data.check_fits(sampled if on_policy else config.data.max_tokens)
-  config.data.check_measured(config.task.task, "on_policy")
+  config.data.check_measured(config, "on_policy")
   if loss.name in losses.BATCH_COUPLED and config.pairs.microbatches > 1:
     allowed = f"at least pairs_per_step ({config.pairs.per_step}) with --loss={loss.name}"
     fix = "it compares the pairs of a batch with each other"
@@ -368,13 +368,13 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       return run.result
     size, layout = config.pairs, config.prompts.layout
     mesh = setup.open_pair_mesh(config)
-    task, dataset = setup.load_task(config.task), None
+    task, dataset = setup.load_training_task(config), None
     if config.data.data != "on_policy":
       dataset = setup.read_data(config, "preference", "implicit_preference")
     model = setup.load_model(config, run, mesh, reference=needs_reference(config.loss))
     pad_id, loaded = model.tokenizer.pad_id, loading.Loaded([], [], {}, "", [], [])
     if dataset:
-      loaded = setup.load_pairs(config, run, dataset, model.tokenizer, layout)
+      loaded = setup.load_pairs(config, run, model, dataset, layout)
     responses, slots = 0 if dataset else config.responses_per_prompt, config.sampling.slots
     with setup.open_problems(
       config, run, model, task, prompts=size.per_step, responses=responses, slots=slots

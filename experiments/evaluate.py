@@ -127,17 +127,13 @@ def choose_problems(config: Config, task: tasks.Task) -> Sequence[tasks.Problem]
   """The problems to put to the model."""
   if config.split == "train":
     return task.sample(config.run.seed, 0, config.problems)
-  if not task.held_out:
-    raise tasks.TaskError(
-      f"task={config.task.task!r}: no held-out problem to evaluate on; hold some out, give a file "
-      "of them (see the task's flags), or choose --split=train"
-    )
+  tasks.check_held_out(task, otherwise="--split=train with --problems=N")
   return task.held_out[: config.problems or None]
 
 
 def main(config: Config) -> int:
   data = f"{config.task.task}:train" if config.split == "train" else ""
-  return setup.main(measure, config, model=setup.run_name(config.model.model), data=data)
+  return setup.main(measure, config, model=run_directory.run_name(config.model.model), data=data)
 
 
 if __name__ == "__main__":

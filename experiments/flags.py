@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rl_llm import losses, presets
 from rl_llm.config import ConfigError, check_divides, inline, option
+from rl_llm.data.formats import COLUMNS
 from rl_llm.group_advantages import GROUP_ADVANTAGES
 from rl_llm.keywords import keyword_group
 from rl_llm.policy.attention import AttentionName
@@ -18,6 +19,7 @@ from rl_llm.tasks import FORMS, TASKS, task_family
 
 ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
 KL_ESTIMATORS = Literal["k1", "k2", "k3"]
+WEIGHTINGS = "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
 PRESETS = Literal[
   "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
 ]
@@ -270,7 +272,9 @@ class Prompts:
 class Evaluation:
   """Accuracy on problems that training never draws."""
 
-  every: int = option(16, "steps between evaluations; first and last are always done", min=1)
+  every: int = option(
+    16, "steps between evaluations, first and last included; 0 = a run without evaluation", min=0
+  )
   problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
   samples: int = option(7, "responses a problem at temperature 1, and one greedy one", min=1)
 
@@ -349,8 +353,13 @@ class Updates:
     return max(1, self.prompts_per_step // self.minibatches // self.microbatch_prompts)
 
   def check(self, config: Any) -> None:
-    """Refuses sizes that do not divide."""
-    prompts, count = self.prompts_per_step, self.minibatches
+    """Refuses sizes that do not divide, and several updates by a loss that takes every sample for
+    the policy's own."""
+    prompts, count, loss = self.prompts_per_step, self.minibatches, config.loss.name
+    if loss == "reinforce_loss" and self.count > 1:
+      allowed = "a loss with a ratio where a step has several updates (epochs * minibatches > 1)"
+      fix = "after the first the samples are another policy's: try --loss=ppo_loss"
+      raise ConfigError("loss.name", loss, allowed, fix)
     if prompts % count:
       raise ConfigError("minibatches", count, f"a divisor of prompts_per_step ({prompts})")
     update = prompts // count
@@ -366,6 +375,10 @@ class Data:
   """The data, and how much of it is kept for evaluation."""
 
   data: str = option("", "a file of examples, JSONL (plain or gzip) or Parquet; see above")
+  data_format: str = option(
+    "auto", "of the rows of --data, where the columns alone leave a choice: those of other formats "
+    "are then your own", choices=("auto", *COLUMNS)
+  )
   data_errors: Literal["strict", "lenient"] = option(
     "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
   )
@@ -384,13 +397,14 @@ class Data:
       allowed = f"0, or at least a sequence's limit ({longest})"
       raise ConfigError("packing", self.packing, allowed)
 
-  def check_measured(self, task: str, own: str) -> None:
-    """Refuses a run without a task and without held-out data; `own` is the task's own --data."""
+  def check_measured(self, config: Any, own: str = "") -> None:
+    """Refuses a run with nothing to learn, or to evaluate on; `own` is the task's own --data."""
+    task = config.task.task if hasattr(config, "task") else "none"
     if task == "none" and self.data == own:
       raise ConfigError("data", own, "a file where there is no task", "or name one with --task")
-    if task == "none" and not self.held_out_fraction:
-      name, fix = "held_out_fraction", "nothing would say what was learned"
-      raise ConfigError(name, 0, "above 0 with --task=none", fix)
+    if task == "none" and not self.held_out_fraction and config.eval.every:
+      allowed = "above 0, where nothing else says what was learned"
+      raise ConfigError("held_out_fraction", 0, allowed, "--eval.every=0 does without")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,11 +440,18 @@ class Pairs:
 class Weighting:
   """How much each token counts."""
 
-  name: Literal[
-    "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
-  ] = option("token_mean", "a function of rl_llm.weighting")
+  name: Literal[WEIGHTINGS] = option("token_mean", "a function of rl_llm.weighting")
   length: int = option(0, "of constant_length; 0 = max_new_tokens", min=0)
-  drop_truncated: bool = option(False, "responses cut off at the limit do not count (DAPO)")
+  truncated: Literal["keep", "zero", "drop"] = option(
+    "keep", "responses cut off at the limit: zero = weight 0, but in the denominator like any "
+    "other; drop = the mean is over the others alone"
+  )
+  drop_truncated: bool = option(False, "the old name of --weighting.truncated=zero")
+
+  def check(self, config: Any) -> None:
+    """Refuses two answers to one question."""
+    if self.drop_truncated and self.truncated == "drop":
+      raise ConfigError("weighting.truncated", "drop", "left out with --weighting.drop_truncated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,6 +461,9 @@ class KL:
   coef: float = option(0.0, "0 keeps no reference model", min=0)
   value: KL_ESTIMATORS = option("k3", "the estimator that is reported")
   gradient: KL_ESTIMATORS = option("k2", "the estimator that is differentiated")
+  weighting: Literal["loss", *WEIGHTINGS] = option(
+    "loss", "how much each token counts in this term; loss = as --weighting.name has it"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,17 +491,6 @@ GroupAdvantage = keyword_group(
 )
 
 
-def check_updates(loss: Any, updates: Updates) -> None:
-  """Refuses several updates a step by a loss that takes every sample for the policy's own."""
-  if loss.name == "reinforce_loss" and updates.count > 1:
-    raise ConfigError(
-      "loss.name",
-      loss.name,
-      "a loss with a ratio where a step has several updates (epochs * minibatches > 1)",
-      "after the first the samples are another policy's: try --loss=ppo_loss",
-    )
-
-
 def preset(parts: str) -> Any:
   return option("none", f"a published recipe for {parts}; flags given explicitly win")
 
@@ -486,4 +499,6 @@ def recipe(name: str, *parts: str) -> dict[str, Any]:
   """What a published recipe changes in these groups: dotted path -> value."""
   found = {} if name == "none" else presets.grpo(name)._asdict()
   groups = {part: found[part] for part in parts if found}
+  if "loss" in groups:  # An entropy term is a setting of any surrogate.
+    groups["loss"] |= {"entropy_coef": found["entropy"]["coef"]}
   return {f"{part}.{key}": value for part, own in groups.items() for key, value in own.items()}

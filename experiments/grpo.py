@@ -76,7 +76,6 @@ def overrides(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
-  flags.check_updates(config.loss, config.updates)
   if config.updates.responses_per_prompt < 2:
     raise configs.ConfigError("responses_per_prompt", 1, "at least 2, to compare responses")
 
@@ -102,7 +101,8 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
     )
     if batch.ref_logprobs is not None:
       kinds = {"value": config.kl.value, "gradient": config.kl.gradient}
-      penalty, of_kl = losses.kl_loss(logprobs, batch.ref_logprobs, batch.weights, **kinds)
+      weights = batch.weights if batch.kl_weights is None else batch.kl_weights
+      penalty, of_kl = losses.kl_loss(logprobs, batch.ref_logprobs, weights, **kinds)
       loss = loss + hparams["kl_coef"] * penalty
       found |= {"kl_ref": of_kl["kl"]}
     bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
@@ -146,6 +146,9 @@ def learn(
     batch = minibatches.with_logprobs(
       batch, programs, weights, state.params, old=old, ref=ref
     )
+  if config.advantage.name == "maxrl" and np.any(scores.rewards[scores.ok] < 0):
+    least, instead = scores.rewards[scores.ok].min(), "try --advantage=group_relative"
+    raise configs.ConfigError("advantage", "maxrl", f"another, for a reward of {least}", instead)
   advantages = np.asarray(group_advantages(config.advantage, scores.rewards, scores.ok))
   informative = np.any(advantages != 0, axis=1)
   batch = batch._replace(advantages=advantages.reshape(-1))

@@ -136,7 +136,7 @@ def write_pairs(
 
 
 def main(config: Config) -> int:
-  return setup.main(make, config, model=setup.run_name(config.model.model))
+  return setup.main(make, config, model=run_directory.run_name(config.model.model))
 
 
 if __name__ == "__main__":

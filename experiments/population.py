@@ -192,8 +192,9 @@ def learn(
         setup.weigh(member)(take_prompts(own, problems))
         for member, own, problems in zip(of.members, hosts, chosen, strict=True)
       ]
+      weights = jax.tree.map(lambda *rows: np.stack(rows), *weights)
       minibatch = programs.take(batch, sharding.place_rows(chosen, mesh))._replace(
-        weights=sharding.place_rows(np.stack(weights), mesh), truncated=None
+        **sharding.place_rows(weights, mesh), truncated=None
       )
       needed = -(-max([int(over.any()), *used]) // size.microbatch_prompts)
       state, found = programs.update(state, minibatch, hparams, needed, of.frozen)
@@ -320,7 +321,7 @@ def _train(
   mesh = sharding.make_mesh(data=math.gcd(count, jax.device_count()))
   kind = jax.devices()[0].device_kind
   say(f"loading {config.model.model} for {count} members on {mesh.size} x {kind}")
-  task, size = setup.load_task(config.task), config.updates
+  task, size = setup.load_training_task(config), config.updates
   model, frozen, first = load_members(members, run, mesh)
   policy, tokenizer = model.policy, model.tokenizer
   programs = make_programs(config, policy, tokenizer, mesh, count)
@@ -354,7 +355,7 @@ def _train(
     setup.open_record_of(config, run, mesh, begun[0]) as record_whole,
   ):
     sampler = sampler._replace(generate=generate)
-    held_out = experience.held_out_problems(task, sampler.encode, limit=config.eval.problems)
+    held_out = setup.held_out_problems(config, sampler)
     evaluated = {"samples": config.eval.samples, "prompts_per_batch": size.prompts_per_step}
     state = training.train_loop(
       run,

@@ -114,7 +114,6 @@ def overrides(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
-  flags.check_updates(config.loss, config.updates)
 
 
 def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):

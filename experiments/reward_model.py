@@ -48,7 +48,7 @@ class Scoring:
   """What is measured on pairs that training never draws."""
 
   every: int = configs.option(
-    8, "steps between evaluations; first and last are always done", min=1
+    8, "steps between evaluations, first and last included; 0 = a run without evaluation", min=0
   )
   pairs: int = configs.option(
     256, "held-out pairs that are scored, and training pairs for the mean reward; 0 = all", min=0
@@ -98,8 +98,7 @@ def check(config: Config) -> None:
     raise configs.ConfigError(
       "data", "", "a file of preference pairs", "python -m experiments.make_preferences makes one"
     )
-  if not config.data.held_out_fraction:
-    raise configs.ConfigError("held_out_fraction", 0, "above 0", "nothing would be evaluated")
+  config.data.check_measured(config)
   config.data.check_fits(config.data.max_tokens)
 
 
@@ -202,7 +201,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     dataset = setup.read_data(config, "preference", "implicit_preference")
     pairs.check_margins(dataset, column, path=config.data.data)
     model = setup.load_model(config, run, mesh, without="unembed")
-    loaded = setup.load_pairs(config, run, dataset, model.tokenizer, config.layout)
+    loaded = setup.load_pairs(config, run, model, dataset, config.layout)
     margins = pairs.margins(loaded.training_columns, column)
     sizes = {
       "pairs a step": size.per_step,

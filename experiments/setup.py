@@ -35,6 +35,7 @@ from rl_llm import (
 from rl_llm import minibatches as responses
 from rl_llm import model as models
 from rl_llm.config import ConfigError, volatile
+from rl_llm.conversations import resolve_format
 from rl_llm.data import Dataset, encoding, loading
 from rl_llm.flops import Work, text_work, update_passes
 from rl_llm.metrics import PhaseClock
@@ -42,7 +43,7 @@ from rl_llm.rewards import RewardPool
 from rl_llm.rollout import ResponseBatch
 from rl_llm.run_directory import Run, opened
 from rl_llm.sampling import SamplingConfig
-from rl_llm.tokenizers import Tokenizer, resolve_format
+from rl_llm.tokenizers import Tokenizer
 from rl_llm.train_state import parameter_count
 
 
@@ -204,14 +205,14 @@ def load_language_model(
   config: Any, run: Run, mesh: jax.sharding.Mesh | None
 ) -> models.LanguageModel:
   """The model that the group `model` names, over the mesh; None: on the first device."""
-  options, names = config.model, ("remat", "scan_layers", "attention")
+  options, say, names = config.model, run.console.say, ("remat", "scan_layers", "attention")
   if mesh is not None:
     how = f", matmul precision {found}" if (found := precision(options)) else ""
     kind = mesh.devices.flat[0].device_kind
-    run.console.say(f"loading {options.model} on {mesh.size} x {kind}, {options.dtype}{how}")
+    say(f"loading {options.model} on {mesh.size} x {kind}, {options.dtype}{how}")
   further = {name: getattr(options, name) for name in names if hasattr(options, name)}
-  dtype = jnp.dtype(options.dtype)
-  return models.load_model(options.model, seed=config.run.seed, dtype=dtype, mesh=mesh, **further)
+  further |= {"seed": config.run.seed, "dtype": jnp.dtype(options.dtype), "mesh": mesh}
+  return models.load_model(options.model, say=say, **further)
 
 
 def load_model(
@@ -248,6 +249,14 @@ def load_task(group: flags.Task) -> tasks.Task | None:
     return None
   options = vars(getattr(group.families, tasks.task_family(group.task)))
   return tasks.load_task(group.task, group.reward_isolation, **options)
+
+
+def load_training_task(config: Any) -> tasks.Task | None:
+  """`load_task` for a run that evaluates at it, which wants held-out problems."""
+  task = load_task(config.task)
+  if task is not None and config.eval.every:
+    tasks.check_held_out(task, otherwise="--eval.every=0")
+  return task
 
 
 @contextlib.contextmanager
@@ -290,6 +299,13 @@ def open_sampler(
     yield experience.Sampler(task, tokenizer, encode, generate, *further, steps)
 
 
+def held_out_problems(config: Any, sampler: experience.Sampler) -> experience.Drawn:
+  """What the run is evaluated on; nothing in a run without evaluation."""
+  if not config.eval.every:
+    return experience.Drawn([], [], 0)
+  return experience.held_out_problems(sampler.task, sampler.encode, limit=config.eval.problems)
+
+
 @contextlib.contextmanager
 def open_problems(
   config: Any,
@@ -313,7 +329,7 @@ def open_problems(
     yield None
     return
   with open_sampler(config, run, model, task, **further) as sampler:
-    held_out = experience.held_out_problems(task, sampler.encode, limit=config.eval.problems)
+    held_out = held_out_problems(config, sampler)
     if responses:  # Draw step 0's problems now, so that bad data fails before anything compiles.
       drawn = experience.draw_problems(task, seed, 0, prompts, sampler.encode)
       experience.agree_on_data(drawn.prompts)
@@ -346,7 +362,7 @@ def open_sampling(
     at_once={"microbatch_prompts": part},
     minibatches=size.minibatches,
   )
-  task = load_task(config.task)
+  task = load_training_task(config)
   model = load_model(config, run, mesh, reference=reference)
   rewards = {"reward": config.task.reward, "rows_at_once": part * group}
   with open_problems(
@@ -379,12 +395,13 @@ def sampling_config(options: Any) -> SamplingConfig:
 
 def read_data(config: Any, *formats: str) -> Dataset:
   """The rows of --data, which must be of one of these formats."""
-  strict = config.data.data_errors == "strict"
-  return loading.read_examples(config.data.data, formats=formats, strict=strict)
+  options, strict = config.data, config.data.data_errors == "strict"
+  how = {"format": options.data_format, "strict": strict}
+  return loading.read_examples(options.data, formats=formats, **how)
 
 
 def load_data(
-  config: Any, run: Run, dataset: Dataset, encode: Callable, limit_all: Callable
+  config: Any, run: Run, model: Model, dataset: Dataset, encode: Callable, limit_all: Callable
 ) -> loading.Loaded:
   """The rows as tokens, to train on and held out; the same in all processes.
 
@@ -404,17 +421,22 @@ def load_data(
   )
   sequences = encoding.flat(loaded.training + loaded.held_out)
   experience.agree_on_data(sequence.tokens for sequence in sequences)
-  return loaded
+  longest = max(len(sequence.tokens) for sequence in sequences)
+  if beyond := model.policy.config.length_note(longest):
+    run.console.say(beyond)
+  unread = loading.unread_note(dataset, read=[getattr(config, "margin_column", "")])
+  return loaded._replace(note=loaded.note + unread)
 
 
 def load_pairs(
-  config: Any, run: Run, dataset: Dataset, tokenizer: Tokenizer, layout: flags.Layout
+  config: Any, run: Run, model: Model, dataset: Dataset, layout: flags.Layout
 ) -> loading.Loaded:
   """`load_data` of preference pairs."""
+  tokenizer = model.tokenizer
   prompt_format = resolve_format(layout.prompt_format, tokenizer)
   settings = {"prompt_format": prompt_format, "system_prompt": layout.system_prompt}
   encode = functools.partial(encoding.encode_pair, tokenizer=tokenizer, **settings)
-  return load_data(config, run, dataset, encode, encoding.limit_pairs)
+  return load_data(config, run, model, dataset, encode, encoding.limit_pairs)
 
 
 def update_once(
@@ -461,13 +483,14 @@ def hyperparameters(config: Any, step: int, **further: float) -> dict[str, Any]:
 
 
 def weigh(config: Any) -> responses.Weigh:
-  """How much each token of an update counts, by the group `weighting`."""
+  """How much each token of an update counts, by the groups `weighting` and `kl`."""
   options, longest = config.weighting, config.prompts.max_new_tokens
   return functools.partial(
-    responses.token_weights,
+    responses.all_weights,
     name=options.name,
+    kl_name=getattr(config.kl, "weighting", "loss"),
     length=options.length or longest,
-    drop_truncated=options.drop_truncated,
+    truncated="zero" if options.drop_truncated else options.truncated,
   )
 
 
@@ -530,12 +553,6 @@ def step_work(
 # Responses that nothing is trained on.
 
 
-def run_name(model: str) -> str:
-  """The model; of one that a run exported, the run's directory, whose name says more."""
-  path = Path(model)
-  return str(path.parent) if path.name == "model" and path.parent.name else model
-
-
 @contextlib.contextmanager
 def open_record(config: Any, workdir: str, problems: Sequence[tasks.Problem]) -> Iterator[Run]:
   """Opens the directory in which responses to these problems are kept, for this process alone."""
@@ -559,6 +576,7 @@ def record_responses(
   each temperature to each problem. Gives the problems that fit, and their prompt format."""
   options, size = config.responses, config.responses.prompts_per_batch
   mesh = open_mesh(config, per_step={"prompts_per_batch": size}, at_once={})
+  run.console.say(f"{task.name}: {task.note}")
   loaded = load_language_model(config, run, mesh)
   model = Model(loaded.policy, loaded.tokenizer, mesh, None)
   sampling = SamplingConfig(np.asarray(temperatures), top_k=options.top_k, top_p=options.top_p)

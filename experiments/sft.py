@@ -11,8 +11,8 @@ which every answer has advantage 1.
 
 `--data=task` imitates the right answers to the training problems of --task. `--data=FILE` reads
 JSONL (plain or gzip) or Parquet with the columns prompt and completion, messages, or text; of
-messages every turn of the assistant's is trained on. With a task besides, the model is graded at it
-before, during and after; the loss on held-out examples is taken in any case.
+messages the assistant's turns are trained on, but those of weight 0. With a task as well, the
+model is graded at it before, during and after; the loss on held-out examples is taken in any case.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
@@ -92,7 +92,7 @@ def check(config: Config) -> None:
   rows, part = config.examples_per_step, config.microbatch_rows
   configs.check_divides("microbatch_rows", rows, part, f"examples_per_step ({rows})")
   config.data.check_fits(config.data.max_tokens)
-  config.data.check_measured(config.task.task, "task")
+  config.data.check_measured(config, "task")
 
 
 class Batch(typing.NamedTuple):
@@ -167,17 +167,17 @@ class Source(typing.NamedTuple):
 
 
 def open_source(
-  config: Config, run: training.Run, tokenizer: typing.Any, task: typing.Any, dataset: typing.Any
+  config: Config, run: training.Run, model: setup.Model, task: typing.Any, dataset: typing.Any
 ) -> Source:
   """The examples of a file, or the right answers to a task's problems."""
   layout, seed, size = config.prompts.layout, config.run.seed, config.examples_per_step
-  prompt_format = setup.resolve_format(layout.prompt_format, tokenizer)
+  prompt_format = setup.resolve_format(layout.prompt_format, model.tokenizer)
   if layout.prompt_format == "auto" and dataset and dataset.format == "text":
     # Bare text has no turns; a transcript is a conversation already.
     bare = isinstance(dataset.examples[0].completion, str)
     prompt_format = "plain" if bare else prompt_format
   settings = {"prompt_format": prompt_format, "system_prompt": layout.system_prompt}
-  encode = functools.partial(encoding.encode, tokenizer=tokenizer, **settings)
+  encode = functools.partial(encoding.encode, tokenizer=model.tokenizer, **settings)
   kept = slice(config.held_out_examples or None)
   if dataset is None:
     limits = {"limit": config.data.max_tokens, "overlong": config.data.overlong}
@@ -189,7 +189,7 @@ def open_source(
     held_out = answers(task.held_out[kept])
     experience.agree_on_data(sequence.tokens for sequence in draw(0))
     return Source(draw, held_out, f"right answers to {task.name}: {task.note}", {})
-  loaded = setup.load_data(config, run, dataset, encode, encoding.limit_sequences)
+  loaded = setup.load_data(config, run, model, dataset, encode, encoding.limit_sequences)
 
   def draw(step: int) -> list[encoding.Encoded]:
     count = len(loaded.training)
@@ -234,11 +234,11 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     mesh = setup.open_mesh(
       config, per_step={"examples_per_step": size}, at_once={"microbatch_rows": part}
     )
-    task, dataset = setup.load_task(config.task), None
+    task, dataset = setup.load_training_task(config), None
     if config.data.data != "task":
       dataset = setup.read_data(config, "prompt_completion", "messages", "text")
     model = setup.load_model(config, run, mesh)
-    source = open_source(config, run, model.tokenizer, task, dataset)
+    source = open_source(config, run, model, task, dataset)
     with setup.open_problems(config, run, model, task, prompts=size) as problems:
       sizes = {
         "examples a step": size,

@@ -160,5 +160,6 @@ def score(directory: Path, trial: Trial, metric: str, *, flag: str) -> float | N
       f"{trial.steps}; another --workdir begins anew"
     )
   if metric not in after:
-    raise SweepError(f"--{flag}={metric}: {directory / 'result.json'} has {', '.join(after)}")
+    found = ", ".join(after) or "no evaluation"
+    raise SweepError(f"--{flag}={metric}: {directory / 'result.json'} has {found}")
   return finite(after[metric])

@@ -24,6 +24,7 @@ from rl_llm.group_advantages import (
   remax,
 )
 from rl_llm.masked import whiten
+from rl_llm.meshes import any_mesh
 from rl_llm.types import (
   Array,
   at_least_float32,
@@ -32,6 +33,8 @@ from rl_llm.types import (
   check_choice,
   check_members,
   check_same_shape,
+  is_number,
+  one_width,
 )
 
 __all__ = [
@@ -55,6 +58,7 @@ __all__ = [
 ]
 
 
+@any_mesh
 def token_rewards(outcomes, mask, *, kl=None, kl_coef=0.0) -> Array:
   """Puts each outcome on its response's last token, and the price of the KL on every token.
 
@@ -101,6 +105,7 @@ def token_rewards(outcomes, mask, *, kl=None, kl_coef=0.0) -> Array:
   return rewards - kl_coef * jnp.where(mask, at_least_float32(kl), 0)
 
 
+@any_mesh
 def discounted_returns(rewards, mask, *, discount=1.0) -> Array:
   """The sum of the rewards still to come, at each token.
 
@@ -121,10 +126,11 @@ def discounted_returns(rewards, mask, *, discount=1.0) -> Array:
     [B, T] float32; 0 outside the mask.
 
   Raises:
-    ValueError: shapes differ, or `mask` is not bool.
+    ValueError: shapes differ, `mask` is not bool, or `discount` is outside [0, 1].
 
   Needs: samples, reward.
   """
+  check_between("discount", discount, 0, 1)
   check_members(mask)
   check_same_shape("rewards", rewards, "mask", mask)
 
@@ -134,9 +140,11 @@ def discounted_returns(rewards, mask, *, discount=1.0) -> Array:
     return following, jnp.where(valid, following, 0)
 
   rewards = at_least_float32(rewards)
-  return _backwards(step, jnp.zeros_like(rewards[:, 0]), rewards, mask)
+  discount = jnp.asarray(discount, rewards.dtype)
+  return _backwards(step, _zeros(rewards), rewards, mask)
 
 
+@any_mesh
 def gae(
   rewards, values, mask, *, discount=1.0, gae_lambda=0.95, bootstrap=None
 ) -> tuple[Array, Array]:
@@ -169,26 +177,28 @@ def gae(
     advantages and returns (the value network's targets), each [B, T] float32, 0 outside the mask.
 
   Raises:
-    ValueError: shapes differ, or `mask` is not bool.
+    ValueError: shapes differ, `mask` is not bool, or `discount` or `gae_lambda` is outside [0, 1].
 
   Needs: samples, reward, value network.
 
   Reference: Schulman et al., 2015, High-Dimensional Continuous Control Using GAE,
     https://arxiv.org/abs/1506.02438
   """
+  check_between("discount", discount, 0, 1)
+  check_between("gae_lambda", gae_lambda, 0, 1)
   check_members(mask)
   check_same_shape("rewards", rewards, "mask", mask)
   check_same_shape("values", values, "mask", mask)
-  rewards, values = at_least_float32(rewards), at_least_float32(values)
-  end = jnp.zeros_like(values[:, 0])
-  if jnp.shape(gae_lambda) not in ((), end.shape):
+  per_row = jnp.shape(mask)[:1]
+  if jnp.shape(gae_lambda) not in ((), per_row):
     raise ValueError(
-      f"gae_lambda has shape {jnp.shape(gae_lambda)}; it must be a scalar or [B] = {end.shape}."
+      f"gae_lambda has shape {jnp.shape(gae_lambda)}; it must be a scalar or [B] = {per_row}."
     )
-  if bootstrap is not None:
-    if jnp.shape(bootstrap) != end.shape:
-      raise ValueError(f"bootstrap has shape {jnp.shape(bootstrap)}; it must be [B] = {end.shape}.")
-    end = end + bootstrap
+  if bootstrap is not None and jnp.shape(bootstrap) != per_row:
+    raise ValueError(f"bootstrap has shape {jnp.shape(bootstrap)}; it must be [B] = {per_row}.")
+  rewards, values, *end = one_width(rewards, values, *[] if bootstrap is None else [bootstrap])
+  end = end[0] if end else _zeros(values)
+  discount, gae_lambda = (jnp.asarray(x, values.dtype) for x in (discount, gae_lambda))
 
   def step(following, inputs):
     next_value, next_advantage = following
@@ -198,7 +208,7 @@ def gae(
     following = jnp.where(valid, value, next_value), jnp.where(valid, advantage, next_advantage)
     return following, jnp.where(valid, advantage, 0)
 
-  advantages = _backwards(step, (end, jnp.zeros_like(end)), rewards, values, mask)
+  advantages = _backwards(step, (end, _zeros(values)), rewards, values, mask)
   return advantages, jnp.where(mask, advantages + values, 0)
 
 
@@ -274,7 +284,10 @@ def reinforce_plus_plus(rewards, mask, *, discount=1.0, ddof=1, eps=1e-8) -> Arr
   return whiten(discounted_returns(rewards, mask, discount=discount), mask, ddof=ddof, eps=eps)
 
 
-def reinforce_plus_plus_baseline(rewards, mask, *, ddof=1, eps=1e-8, where=None) -> Array:
+@any_mesh
+def reinforce_plus_plus_baseline(
+  rewards, mask, *, ddof=1, eps=1e-8, singleton="zero", where=None
+) -> Array:
   """REINFORCE++-baseline: centred within each prompt, whitened over all tokens of the batch.
 
       centred    = rewards - mean of its group
@@ -292,6 +305,7 @@ def reinforce_plus_plus_baseline(rewards, mask, *, ddof=1, eps=1e-8, where=None)
     mask: [B, T] bool, the tokens the policy produced; rows are `b = p * G + g`.
     ddof: of the variance; OpenRLHF has 0, most others 1.
     eps: added to the variance, > 0.
+    singleton: what a group of one has before whitening, "zero" or "raw", its reward (verl).
     where: None, or [P, G] bool, as in `group_relative`.
 
   Returns:
@@ -305,7 +319,7 @@ def reinforce_plus_plus_baseline(rewards, mask, *, ddof=1, eps=1e-8, where=None)
   Reference: Hu et al., 2025, REINFORCE++, https://arxiv.org/abs/2501.03262
   """
   check_above("eps", eps, 0)
-  centred = group_relative(rewards, scale="none", where=where).reshape(-1, 1)
+  centred = group_relative(rewards, scale="none", singleton=singleton, where=where).reshape(-1, 1)
   check_members(mask)
   mask = jnp.asarray(mask)
   if centred.size != mask.shape[0]:
@@ -315,6 +329,7 @@ def reinforce_plus_plus_baseline(rewards, mask, *, ddof=1, eps=1e-8, where=None)
   return whiten(jnp.broadcast_to(centred, mask.shape), mask, ddof=ddof, eps=eps)
 
 
+@any_mesh
 def optimal_token_baseline(
   returns, logprobs, sum_of_squares, mask, *, group_size, singleton="zero"
 ) -> Array:
@@ -363,7 +378,7 @@ def optimal_token_baseline(
   rows, length = jnp.shape(mask)
   if group_size < 1 or rows % group_size:
     raise ValueError(f"group_size is {group_size}; it must divide the rows of mask, {rows}.")
-  shape = (-1, group_size, length)
+  shape = (rows // group_size, group_size, length)
   returns = jnp.where(mask, at_least_float32(returns), 0)
   p = jnp.exp(at_least_float32(logprobs))
   distance = jnp.where(mask, jnp.maximum(1 - 2 * p + at_least_float32(sum_of_squares), 0), 0)
@@ -399,16 +414,22 @@ def overlong_penalty(lengths, *, limit, cache) -> Array:
     The shape of `lengths`, float32 between -1 and 0.
 
   Raises:
-    ValueError: `cache` is not above 0 or is above `limit`.
+    ValueError: `limit` or `cache` is not above 0, or `cache` is above `limit`.
 
   Needs: samples.
 
   Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
   """
+  check_above("limit", limit, 0)
   check_above("cache", cache, 0)
-  if isinstance(limit, int | float):
+  if is_number(limit):
     check_between("cache", cache, 0, limit)
   return jnp.clip((limit - cache - at_least_float32(lengths)) / cache, -1, 0)
+
+
+def _zeros(x):
+  """[B], a sum of nothing: it varies over the devices that x does, and needs no token."""
+  return jnp.sum(x[:, :0], axis=1)
 
 
 def _backwards(step, carry, *arrays):

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ def render(
   bos_token: str | None,
   eos_token: str | None,
   tools: Sequence[Mapping[str, Any]] | None = None,
+  names: Mapping[str, Any] = types.MappingProxyType({}),
   timeout: float = 2.0,
   max_chars: int = 1_000_000,
 ) -> str:
@@ -82,6 +84,7 @@ def render(
     bos_token: text of the tokenizer's BOS, which some templates print; None if it has none.
     eos_token: the same for EOS.
     tools: JSON schemas of tools, for templates that print them.
+    names: what else the template may read, such as {"enable_thinking": False}; plain JSON data.
     timeout: seconds this conversation may take, > 0.
     max_chars: characters the result may have, > 0.
 
@@ -99,6 +102,7 @@ def render(
     bos_token=bos_token,
     eos_token=eos_token,
     tools=tools,
+    names=names,
     timeout=timeout,
     max_chars=max_chars,
   )[0]
@@ -112,6 +116,7 @@ def render_many(
   bos_token: str | None,
   eos_token: str | None,
   tools: Sequence[Mapping[str, Any]] | None = None,
+  names: Mapping[str, Any] = types.MappingProxyType({}),
   timeout: float = 2.0,
   max_chars: int = 1_000_000,
 ) -> list[str]:
@@ -132,6 +137,7 @@ def render_many(
   for index, messages in enumerate(conversations):
     _check_messages(messages, index)
     context = {
+      **names,
       "messages": list(messages),
       "add_generation_prompt": bool(add_generation_prompt),
       "bos_token": bos_token or "",

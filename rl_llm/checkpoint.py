@@ -431,8 +431,8 @@ def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
     listed = ", ".join(bad[:_MAX_LISTED])
     raise CheckpointError(
         f"step {step} is not saved: {len(bad)} of {len(leaves)} leaves hold NaN or infinity, first "
-        f"{listed}. Go on from the last checkpoint with a lower learning rate, or pass "
-        "allow_nonfinite=True")
+        f"{listed}. Go on from the last checkpoint with a lower learning rate; from Python, "
+        "allow_nonfinite=True saves it all the same")
 
 
 # Files

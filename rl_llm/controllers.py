@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from rl_llm.types import Array, check_above, check_between
+from rl_llm.types import Array, check_above, check_between, is_number
 
 
 class AdaptiveKL(NamedTuple):
@@ -89,7 +89,7 @@ def adaptive_kl(state, kl, *, target, samples, horizon=10_000, limit=0.2) -> Ada
     state: from `init_adaptive_kl` or the last step.
     kl: [] float, measured in this step, in the unit of `target` (per token or per response).
     target: the KL to hold, in nats, > 0.
-    samples: how many responses the step had.
+    samples: how many responses the step had, 0 or more.
     horizon: in how many samples the coefficient may change by `limit`, > 0.
     limit: of the relative error, > 0.
 
@@ -97,7 +97,7 @@ def adaptive_kl(state, kl, *, target, samples, horizon=10_000, limit=0.2) -> Ada
     The state for the next step.
 
   Raises:
-    ValueError: a hyperparameter is not above 0.
+    ValueError: a hyperparameter is out of range.
 
   Reference: Ziegler et al., 2019, Fine-Tuning Language Models from Human Preferences,
     https://arxiv.org/abs/1909.08593
@@ -105,6 +105,7 @@ def adaptive_kl(state, kl, *, target, samples, horizon=10_000, limit=0.2) -> Ada
   check_above("target", target, 0)
   check_above("horizon", horizon, 0)
   check_above("limit", limit, 0)
+  check_between("samples", samples, 0, float("inf"))
   error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1, -limit, limit)
   return AdaptiveKL(state.coef * (1 + error * samples / horizon))
 
@@ -161,8 +162,8 @@ def adaptive_entropy(
   Reference: He et al., 2025, Skywork Open Reasoner 1, https://arxiv.org/abs/2505.22312
   """
   entropy = jnp.asarray(entropy, jnp.float32)
-  coef = _stepped(state.coef, entropy < target, delta, low, high)
-  return AdaptiveEntropy(coef, jnp.where(entropy <= target, state.coef, 0))
+  coef = _stepped(state.coef, entropy, entropy < target, delta, low, high)
+  return AdaptiveEntropy(coef, _unless_nan(entropy, jnp.where(entropy <= target, state.coef, 0)))
 
 
 def adaptive_entropy_lagged(
@@ -198,8 +199,8 @@ def adaptive_entropy_lagged(
   Reference: He et al., 2025, Skywork Open Reasoner 1, https://arxiv.org/abs/2505.22312
   """
   entropy = jnp.asarray(entropy, jnp.float32)
-  coef = _stepped(state.coef, entropy <= target, delta, low, high)
-  return AdaptiveEntropy(coef, jnp.where(entropy <= target, coef, 0))
+  coef = _stepped(state.coef, entropy, entropy <= target, delta, low, high)
+  return AdaptiveEntropy(coef, _unless_nan(entropy, jnp.where(entropy <= target, coef, 0)))
 
 
 def init_adaptive_clip(extra=0.0) -> AdaptiveClip:
@@ -280,8 +281,13 @@ def clip_high(state, *, clip_low=0.6) -> Array:
   return 1 / (1 - clip_low) + state.extra - 1
 
 
-def _stepped(coef, up, delta, low, high):
+def _stepped(coef, entropy, up, delta, low, high):
   check_above("delta", delta, 0)
-  if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
+  if is_number(high) and is_number(low) and high < low:
     raise ValueError(f"high is {high}; it must be at least low, {low}.")
-  return jnp.clip(jnp.where(up, coef + delta, coef - delta), low, high)
+  return _unless_nan(entropy, jnp.clip(jnp.where(up, coef + delta, coef - delta), low, high))
+
+
+def _unless_nan(measured, x):
+  """x, or nan if the measurement is: a comparison with nan is False, and would hide it."""
+  return jnp.where(jnp.isnan(measured), measured, x)

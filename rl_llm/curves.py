@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def curve(rows: Sequence[dict], *, responses: int) -> list[dict[str, float]]:
@@ -37,6 +39,59 @@ def tokens_to(points: Sequence[dict[str, float]], target: float) -> float | None
       share = (target - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
       return round(before["tokens"] + share * (after["tokens"] - before["tokens"]), 6)
   return 0.0 if points[0]["accuracy"] >= target else None
+
+
+def table(
+  found: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, str]], *, target: float
+) -> str:
+  """A comparison of methods as Markdown: a column each, with medians over its runs' steps.
+
+  Args:
+    found: of each method its name ("method"), its gradient noise or None ("noise"), and its "runs":
+      "phases" (seconds a step by name), "peak_gib", "tokens_to_target", "points", "seed".
+    known: by a method's name the cells that begin its column, by the names of their rows; "" is the
+      head.
+    target: the accuracy that `tokens_to_target` is about.
+  """
+  names = sorted({name for method in found for trial in method["runs"] for name in trial["phases"]})
+
+  def column(method: Mapping[str, Any]) -> dict[str, str]:
+    trials = method["runs"]
+    seconds = {
+      name: statistics.median(trial["phases"].get(name, 0.0) for trial in trials) for name in names
+    }
+    cells = {
+      **known[method["method"]],
+      **{f"seconds a step, {name}": f"{median:.1f}" for name, median in seconds.items()},
+      "seconds a step, in all": f"{sum(seconds.values()):.1f}",
+      "peak memory, GiB": f"{max(trial['peak_gib'] for trial in trials):.1f}",
+    }
+    if method["noise"] is not None:
+      cells["gradient noise at the start"] = f"{float(method['noise']):.1f}"
+    reached = (trial["tokens_to_target"] for trial in trials)
+    shown = ("not reached" if count is None else f"{count:,.0f}" for count in reached)
+    cells[f"tokens sampled to {target:.0%}"] = ", ".join(shown)
+    for trial in trials:
+      for when, point in (("before", trial["points"][0]), ("after", trial["points"][-1])):
+        shown = "{accuracy:.2f} ({low:.2f} to {high:.2f})".format(**point)
+        cells[f"accuracy {when}, seed {trial['seed']}"] = shown
+    return cells
+
+  return markdown([column(method) for method in found])
+
+
+def markdown(columns: Sequence[Mapping[str, str]]) -> str:
+  """A Markdown table of columns, each its cells by the names of their rows; the first is the head.
+
+  >>> print(markdown([{"": "GRPO", "accuracy": "0.9"}, {"": "PPO", "accuracy": "0.8"}]))
+  | | GRPO | PPO |
+  |---|---|---|
+  | accuracy | 0.9 | 0.8 |
+  <BLANKLINE>
+  """
+  rows = [[name, *(cells[name] for cells in columns)] for name in columns[0]]
+  lines = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in rows]
+  return "\n".join([lines[0], "|---" * (len(columns) + 1) + "|", *lines[1:], ""])
 
 
 def draw(methods: Mapping[str, Sequence[dict]], path: Path, *, target: float) -> None:

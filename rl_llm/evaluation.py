@@ -20,6 +20,7 @@ from rl_llm.experience import (
   Drawn,
   Sampler,
   agree_on_data,
+  checked,
   owners_of,
   response_ids,
   response_texts,
@@ -195,7 +196,7 @@ def graded_responses(
   batch = pad_prompts(
     [*prompts, *[prompts[0]] * missing], pad_id=sampler.tokenizer.pad_id, columns=columns
   )
-  rollout = trim(sampler.generate(params, batch, keys, sampling, group_size))
+  rollout = trim(checked(sampler.generate(params, batch, keys, sampling, group_size), params))
   rollout = Rollout(*(x[: len(problems) * group_size] for x in rollout))
   texts = response_texts(rollout, sampler.tokenizer)
   owners = owners_of(sampler.mesh, len(keys))[: len(texts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from rl_llm import hosts
 from rl_llm.config import ConfigError
+from rl_llm.conversations import check_no_names, format_prompts, resolve_format
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.prompts import (
   Overlong,
@@ -23,6 +25,8 @@ from rl_llm.data.prompts import (
   limit_length,
   pad_prompts,
 )
+from rl_llm.finite import cause_in, check_finite
+from rl_llm.messages import template_names
 from rl_llm.metrics import PhaseClock
 from rl_llm.policy import Policy
 from rl_llm.reward_model import load_reward_model, score_responses
@@ -38,8 +42,9 @@ from rl_llm.rollout import (
 )
 from rl_llm.sampling import SamplingConfig
 from rl_llm.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
-from rl_llm.tasks import Problem, Task, TaskError
-from rl_llm.tokenizers import ModelTokenizer, Tokenizer, format_prompts, resolve_format
+from rl_llm.tasks import Problem, Task, check_held_out
+from rl_llm.tokenizers import ModelTokenizer, Tokenizer
+from rl_llm.turn_end import check_turn_end
 
 
 class Drawn(NamedTuple):
@@ -119,10 +124,13 @@ def encode_problems(
   """
   prompts = [problem.prompt for problem in problems]
   if prompt_format == "plain":
+    for prompt in prompts:
+      calls = isinstance(prompt, list) and any(m.get("tool_calls") for m in prompt)
+      check_no_names({"tool_calls": True} if calls else {})
     prompts = [prompt_text(prompt) for prompt in prompts]
-  encoded = format_prompts(
-    prompts, tokenizer, prompt_format=prompt_format, system_prompt=system_prompt
-  )
+  layout = {"prompt_format": prompt_format, "system_prompt": system_prompt}
+  names = [template_names(problem.columns) for problem in problems]
+  encoded = format_prompts(prompts, tokenizer, names=names, **layout)
   limited, count = limit_length(encoded, limit=max_prompt_tokens, overlong=overlong)
   kept = [pair for pair in zip(problems, limited, strict=True) if pair[1] is not None]
   return Drawn([problem for problem, _ in kept], [prompt for _, prompt in kept], count)
@@ -162,8 +170,13 @@ def make_encode(
     tokenizer: the model's.
     prompt_format: "auto", "chat" or "plain".
     **settings: the other keywords of `encode_problems`.
+
+  Raises:
+    ChatTemplateError: no response would end under the model's chat template.
   """
   prompt_format = resolve_format(prompt_format, tokenizer)
+  if prompt_format == "chat" and tokenizer.chat_template:
+    check_turn_end(tokenizer)
   return functools.partial(
     encode_problems, tokenizer=tokenizer, prompt_format=prompt_format, **settings
   )
@@ -178,16 +191,12 @@ def held_out_problems(
     TaskError: there are none.
     PromptTooLong: none fits.
   """
+  check_held_out(task, otherwise="--eval.every=0")
   drawn = encode(task.held_out[:limit] if limit else task.held_out)
   if drawn.overlong and not drawn.problems:
     raise PromptTooLong(
       f"all {drawn.overlong} held-out prompts are over --max_prompt_tokens; raise it, or choose "
       "--overlong_prompt=truncate_left"
-    )
-  if not drawn.problems:
-    raise TaskError(
-      f"task={task.name!r}: no held-out problem to evaluate on; hold some out, or give a file of "
-      "them (see the task's flags)"
     )
   return drawn
 
@@ -242,6 +251,8 @@ def make_generate(
   def generate_responses(params, prompts, keys, sampling, group):
     rows, columns = prompts.tokens.shape
     announce(f"compiling the rollout: {rows} prompts of up to {columns} tokens x {group} responses")
+    if beyond := policy.config.length_note(int(max(prompts.lengths)) + max_new_tokens):
+      announce(beyond)
     if whole:
       params = gather_weights(params, dtype=policy.dtype, mesh=mesh)
     return generate(
@@ -296,7 +307,15 @@ def make_judge(
       "train one from the same --model",
     )
 
+  rows = model.policy.config.vocab_size
+
   def judge(prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
+    largest = int(np.max(rollout.tokens, where=rollout.mask, initial=0))
+    if largest >= rows:  # The policy's embedding may be larger than its tokenizer.
+      raise RewardError(
+        f"the policy sampled id {largest}, and the embedding of {directory} has {rows} rows (ids 0 "
+        f"to {rows - 1}); train a reward model from the same --model"
+      )
     rewards = score_responses(
       params,
       ResponseBatch(*prompts, rollout.tokens, rollout.mask, rollout.mask),
@@ -307,7 +326,7 @@ def make_judge(
     bad = np.count_nonzero(~np.isfinite(rewards))
     if bad:
       raise RewardError(
-        f"{bad} of {rewards.size} rewards of {directory} are not finite; train it again"
+        f"{bad} of {rewards.size} rewards of {directory} are not finite: {cause_in(params)}"
       )
     return rewards
 
@@ -414,7 +433,7 @@ def answer(
   for part in range(parts):
     with clock("rollout"):
       following = start(part + 1) if part + 1 < parts else None
-      sampled.append(to_host(under_way))
+      sampled.append(checked(under_way, params))
       under_way = following
     sampler.check()
     with clock("reward"):
@@ -609,6 +628,21 @@ def to_host(rollout: Rollout) -> Rollout:
   return Rollout(*(np.asarray(x) for x in fetch(rollout)))
 
 
+def checked(rollout: Rollout, params: Any) -> Rollout:
+  """`to_host` of a rollout whose logits were all numbers.
+
+  Args:
+    rollout: sampled with `params`.
+    params: the policy's weights, among which the error looks for the cause; None: not known.
+
+  Raises:
+    NotFiniteError: a sampled token's log-prob is not finite.
+  """
+  rollout = to_host(rollout)
+  check_finite(rollout.sampler_logprobs, params, what="the log-probs of the sampled tokens")
+  return rollout
+
+
 def trim(rollout: Rollout) -> Rollout:
   """Brings a rollout to the host, without the columns that no response reached.
 
@@ -716,7 +750,8 @@ def prompt_text(prompt: str | list[dict[str, str]]) -> str:
   """
   if isinstance(prompt, str):
     return prompt
-  return "\n".join(message["content"] for message in prompt)
+  said = ([m.get("content"), *map(json.dumps, m.get("tool_calls") or ())] for m in prompt)
+  return "\n".join(text for texts in said for text in texts if text is not None)
 
 
 def is_correct(grade: RewardResult, max_reward: float) -> bool | None:

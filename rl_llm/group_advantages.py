@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.masked import masked_mean, masked_sum, masked_var
+from rl_llm.meshes import any_mesh
 from rl_llm.types import (
   Array,
   at_least_float32,
@@ -92,18 +93,19 @@ def group_relative(
   shifted = _shifted(rewards, where)
   advantages = shifted - masked_mean(shifted, where, axis=1)[:, None]
   if baseline == "leave_one_out":
-    advantages = advantages * (count / jnp.maximum(count - 1, 1))
+    others = jnp.maximum(count - 1, 1).astype(rewards.dtype)
+    advantages = advantages * (count.astype(rewards.dtype) / others)
   if scale != "none":
     if scale == "std":
-      std = jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None]
+      std = _std(shifted, where, 1, ddof)[:, None]
     elif scale == "batch":
-      std = jnp.sqrt(masked_var(rewards, where, ddof=ddof))
+      std = _std(rewards, where, None, ddof)
     else:
       std = _std_of_others(shifted, where, ddof)
     divisor = std + eps if eps_rule == "add" else jnp.maximum(std, eps)
     advantages = advantages / jnp.where((std > 0) | (scale != "leave_one_out"), divisor, 1)
   advantages = jnp.where(where & (count > 1), advantages, 0)
-  return jnp.where(where & (count == 1), rewards, advantages) if singleton == "raw" else advantages
+  return _with_singletons(advantages, rewards, where, singleton)
 
 
 def leave_one_out(rewards, *, where=None) -> Array:
@@ -173,7 +175,7 @@ def remax(rewards, greedy_rewards, *, where=None) -> Array:
   return jnp.where(where, rewards - at_least_float32(greedy_rewards)[:, None], 0)
 
 
-def opo(rewards, lengths, *, where=None) -> Array:
+def opo(rewards, lengths, *, singleton="zero", where=None) -> Array:
   """OPO's advantage: the reward minus the length-weighted mean of its group.
 
       advantage_i = R_i - sum_j n_j R_j / sum_j n_j
@@ -187,28 +189,31 @@ def opo(rewards, lengths, *, where=None) -> Array:
   Args:
     rewards: [P, G], G responses to each of P prompts.
     lengths: [P, G], in tokens.
+    singleton: what a group of one gets, "zero" or "raw", its reward (verl).
     where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
 
   Returns:
-    [P, G] float32; 0 in a group of one (verl: its reward).
+    [P, G] float32; by default 0 in a group of one.
 
   Raises:
-    ValueError: shapes differ.
+    ValueError: shapes differ, or `singleton` is unknown.
 
   Needs: samples, reward, several responses.
 
   Reference: Hao et al., 2025, On-Policy RL with Optimal Reward Baseline,
     https://arxiv.org/abs/2505.23585
   """
+  check_choice("singleton", singleton, ("zero", "raw"))
   rewards, where = _groups(rewards, where)
   check_same_shape("lengths", lengths, "rewards", rewards)
-  lengths, shifted = at_least_float32(lengths), _shifted(rewards, where)
+  lengths, shifted = jnp.asarray(lengths, rewards.dtype), _shifted(rewards, where)
   total = masked_sum(lengths, where, 1)[:, None]
   mean = masked_sum(lengths * shifted, where, 1)[:, None] / jnp.where(total > 0, total, 1)
-  return jnp.where(where, shifted - mean, 0)
+  advantages = jnp.where(where, shifted - mean, 0)
+  return _with_singletons(advantages, rewards, where, singleton)
 
 
-def gpg(rewards, *, alpha="informative", where=None) -> Array:
+def gpg(rewards, *, alpha="informative", singleton="zero", where=None) -> Array:
   """GPG's advantage: the centred reward, scaled up for the responses that teach nothing.
 
       advantage = alpha * (R - mean of its group)        alpha = N / (N - M)
@@ -223,13 +228,14 @@ def gpg(rewards, *, alpha="informative", where=None) -> Array:
   Args:
     rewards: [P, G], G responses to each of P prompts.
     alpha: "informative" as above, or "nonzero": N / (number of rewards that are not 0) (verl).
+    singleton: what a group of one gets, "zero" or "raw", alpha * R (verl).
     where: None, or [P, G] bool; False marks a reward that failed. It counts in neither number.
 
   Returns:
-    [P, G] float32; 0 in a group of one.
+    [P, G] float32; by default 0 in a group of one.
 
   Raises:
-    ValueError: shapes differ, or `alpha` is unknown.
+    ValueError: shapes differ, or a name is unknown.
 
   Needs: samples, reward, several responses.
 
@@ -239,8 +245,9 @@ def gpg(rewards, *, alpha="informative", where=None) -> Array:
   rewards, where = _groups(rewards, where)
   teaches = informative_groups(rewards, where=where)[:, None]
   counted = where & (teaches if alpha == "informative" else rewards != 0)
-  factor = jnp.sum(where) / jnp.maximum(jnp.sum(counted), 1)
-  return factor * group_relative(rewards, scale="none", where=where)
+  count, total = jnp.maximum(jnp.sum(counted), 1), jnp.sum(where)
+  factor = total.astype(rewards.dtype) / count.astype(rewards.dtype)
+  return factor * group_relative(rewards, scale="none", singleton=singleton, where=where)
 
 
 def maxrl(rewards, *, eps=1e-6, where=None) -> Array:
@@ -258,12 +265,13 @@ def maxrl(rewards, *, eps=1e-6, where=None) -> Array:
   [0.333, 0.333, 0.333, -1.0]
 
   Args:
-    rewards: [P, G], >= 0, such as 0 and 1.
+    rewards: [P, G], >= 0, such as 0 and 1: of a mean below 0 the sign would turn round.
     eps: added to the mean, > 0.
     where: None, or [P, G] bool; False marks a reward that failed, whose advantage is 0.
 
   Returns:
-    [P, G] float32; 0 in a group without spread (none right among them) and in a group of one.
+    [P, G] float32; 0 in a group without spread (none right among them) and in a group of one; nan
+    in a group with a reward below 0, which is not known before it is computed.
 
   Raises:
     ValueError: shapes differ, or `eps` is not above 0.
@@ -276,9 +284,12 @@ def maxrl(rewards, *, eps=1e-6, where=None) -> Array:
   check_above("eps", eps, 0)
   rewards, where = _groups(rewards, where)
   mean = masked_mean(rewards, where, 1)[:, None]
-  return group_relative(rewards, scale="none", where=where) / (mean + eps)
+  advantages = group_relative(rewards, scale="none", where=where) / (mean + eps)
+  undefined = jnp.any(where & (rewards < 0), axis=1, keepdims=True)
+  return jnp.where(undefined & where, jnp.nan, advantages)
 
 
+@any_mesh
 def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) -> Array:
   """What a response adds to the best of k: the advantage for the pass@k objective.
 
@@ -333,7 +344,7 @@ def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) ->
     [math.comb(rank, t - 2) / math.comb(n, t) if 2 <= t and rank < n else 0.0
      for rank in range(group)]
     for n, t in enumerate(tries)
-  ])
+  ], rewards.dtype)
   rank = jnp.argsort(jnp.argsort(jnp.where(where, rewards, jnp.inf), axis=1), axis=1)
   second = jnp.take_along_axis(share[jnp.sum(where, axis=1)], rank, axis=1)
   clean = jnp.where(where, rewards, 0)
@@ -341,7 +352,7 @@ def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) ->
   advantages = jnp.where(where, jnp.sum(second[:, None, :] * lead, axis=2), 0)
   if scale == "std":
     shifted = _shifted(rewards, where)
-    advantages /= jnp.sqrt(masked_var(shifted, where, 1, ddof=ddof))[:, None] + eps
+    advantages /= _std(shifted, where, 1, ddof)[:, None] + eps
   return advantages
 
 
@@ -386,15 +397,18 @@ def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Arra
     raise ValueError(
       f"weights has shape {jnp.shape(weights)}; it must be [K] = {jnp.shape(rewards)[2:]}."
     )
-  where = jnp.ones(jnp.shape(rewards), bool) if where is None else jnp.asarray(where)
+  rewards = at_least_float32(rewards)
+  where = jnp.ones_like(rewards, bool) if where is None else jnp.asarray(where)
   check_mask("where", where)
   check_same_shape("where", where, "rewards", rewards)
   each = jax.vmap(
     lambda x, valid: group_relative(x, scale=scale, ddof=ddof, eps=eps, where=valid),
     in_axes=2, out_axes=2,
-  )(at_least_float32(rewards), where)
-  total, valid = each @ at_least_float32(weights), jnp.any(where, axis=2)
-  std = jnp.sqrt(masked_var(total, valid, ddof=ddof))
+  )(rewards, where)
+  # On a TPU the default precision of a product is bfloat16.
+  total = jnp.matmul(each, at_least_float32(weights), precision=jax.lax.Precision.HIGHEST)
+  valid = jnp.any(where, axis=2)
+  std = _std(total, valid, None, ddof)
   return jnp.where(valid, (total - masked_mean(total, valid)) / (std + eps), 0)
 
 
@@ -422,8 +436,9 @@ def informative_groups(rewards, *, where=None) -> Array:
   Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
   """
   rewards, where = _groups(rewards, where)
-  low = jnp.min(jnp.where(where, rewards, jnp.inf), axis=1)
-  return jnp.max(jnp.where(where, rewards, -jnp.inf), axis=1) > low
+  low = jnp.min(rewards, axis=1, where=where, initial=jnp.inf)
+  high = jnp.max(rewards, axis=1, where=where, initial=-jnp.inf)
+  return ~(high <= low)  # Of a nan neither is true: such a group is not dropped in silence.
 
 
 # What an experiment offers by name: those that need nothing but the rewards, the usual one first.
@@ -434,10 +449,18 @@ def _groups(rewards, where):
   """Checks [P, G] rewards and their mask; the rewards at least float32, the mask never None."""
   check_ndim("rewards", rewards, 2, "[P, G]: reshape(P, G)")
   rewards = at_least_float32(rewards)
-  where = jnp.ones(rewards.shape, bool) if where is None else jnp.asarray(where)
+  where = jnp.ones_like(rewards, bool) if where is None else jnp.asarray(where)
   check_mask("where", where)
   check_same_shape("where", where, "rewards", rewards)
   return rewards, where
+
+
+def _with_singletons(advantages, rewards, where, singleton):
+  """The advantages, but the reward itself where it is alone in its group and that is asked for."""
+  if singleton == "zero":
+    return advantages
+  alone = where & (jnp.sum(where, axis=1, keepdims=True) == 1)
+  return jnp.where(alone, rewards, advantages)
 
 
 def _shifted(rewards, where):
@@ -446,14 +469,20 @@ def _shifted(rewards, where):
   Equal rewards must give exactly 0, and their rounded mean may differ from them by one digit, which
   dividing by a std near 0 would blow up. Subtracting one of them first makes all of them 0.
   """
-  largest = jnp.max(jnp.where(where, rewards, -jnp.inf), axis=1, keepdims=True)
+  largest = jnp.max(rewards, axis=1, keepdims=True, where=where, initial=-jnp.inf)
   return jnp.where(where, rewards - largest, 0)
+
+
+def _std(x, where, axis, ddof):
+  """The standard deviation; where it is 0 its slope is 0 too, and not infinite."""
+  variance = masked_var(x, where, axis, ddof=ddof)
+  return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), variance)
 
 
 def _std_of_others(x, where, ddof):
   """[P, G], the standard deviation of the other responses; exactly 0 where they are all equal."""
-  others = where[:, None, :] & ~jnp.eye(x.shape[1], dtype=bool)
+  others = where[:, None, :] & ~jnp.eye(x.shape[1], dtype=bool)[None]
   each = jnp.broadcast_to(x[:, None, :], others.shape)
-  low = jnp.min(jnp.where(others, each, jnp.inf), axis=2)
-  differ = jnp.max(jnp.where(others, each, -jnp.inf), axis=2) > low
-  return jnp.where(differ, jnp.sqrt(masked_var(each, others, 2, ddof=ddof)), 0)
+  low = jnp.min(each, axis=2, where=others, initial=jnp.inf)
+  differ = jnp.max(each, axis=2, where=others, initial=-jnp.inf) > low
+  return jnp.where(differ, _std(each, others, 2, ddof), 0)

@@ -29,12 +29,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.types import Array, at_least_float32, check_choice, check_float, check_same_shape
+from rl_llm.types import (
+  LOG_RATIO_LIMIT,
+  Array,
+  at_least_float32,
+  check_choice,
+  check_float,
+  check_same_shape,
+)
 
 ESTIMATORS = ("k1", "k2", "k3")
-# exp(20) = 4.9e8: where a policy has left its reference this far, the value says so and stays
-# finite.
-LOG_RATIO_LIMIT = 20.0
 
 
 def k1(logprobs, ref_logprobs) -> Array:
@@ -103,7 +107,8 @@ def k3(logprobs, ref_logprobs) -> Array:
     ref_logprobs: the same under the reference, in nats; a constant.
 
   Returns:
-    The shape of `logprobs`, at least float32, in nats.
+    The shape of `logprobs`, at least float32, in nats. Beyond the limit, exp(20) = 4.9e8 says how
+    far a policy has left its reference and stays finite; its gradient is 0.
 
   Raises:
     ValueError: shapes differ, or dtypes are not float.
@@ -139,7 +144,7 @@ def kl_penalty(logprobs, ref_logprobs, *, value="k3", gradient="k2", ratio=None)
       passed.
 
   Returns:
-    The shape of `logprobs`, at least float32, in nats.
+    The shape of `logprobs`, at least float32, in nats. In k3, d is limited to +-20.
 
   Raises:
     ValueError: shapes differ, dtypes are not float, or an estimator is unknown.

@@ -12,13 +12,14 @@ that array.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from rl_llm.blocks import blockwise, cut_of, devices, matmul, varying_alike
 from rl_llm.masked import masked_mean, masked_sum
+from rl_llm.meshes import any_mesh
 from rl_llm.types import (
   Array,
   at_least_float32,
@@ -28,6 +29,7 @@ from rl_llm.types import (
   check_int,
   check_ndim,
   check_same_shape,
+  wide_dtype,
 )
 
 
@@ -89,10 +91,11 @@ def entropy(logits, *, temperature=1.0) -> Array:
   """
   check_float("logits", logits)
   logp = _log_softmax(logits, temperature)
-  possible = jnp.isfinite(logp)  # 0 log 0 = 0; replaced before the product, or its gradient is nan
-  return jnp.sum(jnp.where(possible, -jnp.exp(logp) * jnp.where(possible, logp, 0), 0), axis=-1)
+  forbidden = logp == -jnp.inf  # 0 log 0 = 0; replaced before the product, or its gradient is nan
+  return jnp.sum(jnp.where(forbidden, 0, -jnp.exp(logp) * jnp.where(forbidden, 0, logp)), axis=-1)
 
 
+@any_mesh
 def sequence_logprobs(
   logprobs, mask, *, average=False, tail_weight=1.0, head_length=None
 ) -> Array:
@@ -143,12 +146,14 @@ def sequence_logprobs(
       raise ValueError(
         f"head_length has shape {jnp.shape(head_length)}; it must be [B] = {jnp.shape(mask)[:1]}."
       )
-    tail = jnp.cumsum(mask, axis=1) > jnp.asarray(head_length)[:, None]
+    count = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    tail = count > jnp.asarray(head_length, jnp.int32)[:, None]
     # Masked before the product, or an infinite log-prob outside the mask has gradient nan.
     logprobs = jnp.where(mask, at_least_float32(logprobs), 0) * jnp.where(tail, tail_weight, 1.0)
   return (masked_mean if average else masked_sum)(logprobs, mask, axis=1)
 
 
+@any_mesh
 def chunked_logprobs_and_entropy(
   hidden, unembedding, tokens, *, chunk_size, temperature=1.0, softcap=None
 ) -> tuple[Array, Array]:
@@ -197,7 +202,8 @@ def chunked_logprobs_and_entropy(
   check_above("chunk_size", chunk_size, 0)
   check_above("temperature", temperature, 0)
   check_above("softcap", softcap, 0)
-  hidden, unembedding, tokens = map(jnp.asarray, (hidden, unembedding, tokens))
+  hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
+  tokens = jnp.asarray(tokens, jnp.int32)
   check_same_shape("tokens", tokens, "hidden without its last axis", hidden[..., 0])
   width = hidden.shape[-1]
   if unembedding.shape[1] != width:
@@ -205,15 +211,14 @@ def chunked_logprobs_and_entropy(
       f"unembedding has shape {unembedding.shape}; it must be [V, D] with D = {width} as in "
       "hidden: transpose it if it is stored as [D, V]."
     )
-  wide = jnp.promote_types(jnp.result_type(hidden, unembedding), jnp.float32)
+  wide = wide_dtype(hidden, unembedding)
   constants = jax.tree.map(lambda x: jnp.asarray(x, wide), (temperature, softcap))
   blocks = max(min(-(-tokens.size // chunk_size), len(unembedding)), 1)
-  # A number of blocks that divides V needs no padded copy of the unembedding.
-  blocks = next((n for n in range(blocks, 2 * blocks) if len(unembedding) % n == 0), blocks)
+  hidden, unembedding = varying_alike(hidden, unembedding, tokens)
   # Flat, so that the unembedding's gradient sums over one axis: over two, a CPU transposes.
-  flat = _blockwise(
+  flat = blockwise(
     hidden.reshape(-1, width), unembedding, tokens.reshape(-1),
-    *jax.lax.stop_gradient(constants), blocks,
+    *jax.lax.stop_gradient(constants), cut_of(unembedding, blocks),
   )
   return jax.tree.map(lambda x: x.reshape(tokens.shape), flat)
 
@@ -234,11 +239,16 @@ def unembed(hidden, unembedding, *, softcap=None) -> Array:
 
   Returns:
     [..., V], at least float32.
+
+  Raises:
+    ValueError: `softcap` is not above 0.
   """
-  logits = _matmul(hidden, unembedding, contract=((jnp.ndim(hidden) - 1,), (1,)))
+  check_above("softcap", softcap, 0)
+  logits = matmul(hidden, unembedding, contract=((jnp.ndim(hidden) - 1,), (1,)))
   return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+@any_mesh
 def map_chunks(f, chunk_size, *arrays) -> Array:
   """Computes one number per token, for at most `chunk_size` tokens at a time.
 
@@ -264,10 +274,13 @@ def _split(x, shape, chunk_size):
   """[*shape, ...] -> [chunks, rows, ...], padded with zeros.
 
   Chunk i takes every `chunks`-th token: if the batch is sharded, so is each chunk, over all
-  devices.
+  devices, where there is a number of chunks for which it can be.
   """
   count = math.prod(shape)
   chunks = max(-(-count // chunk_size), 1)
+  shards = math.gcd(count, devices(x))
+  if shards > 1:
+    chunks = next((n for n in range(chunks, 4 * chunks) if count % (n * shards) == 0), chunks)
   rows = -(-count // chunks)
   x = x.reshape(count, *x.shape[len(shape):])
   x = jnp.pad(x, ((0, rows * chunks - count), *((0, 0) for _ in x.shape[1:])))
@@ -282,118 +295,3 @@ def _join(x, shape):
 def _log_softmax(logits, temperature):
   check_above("temperature", temperature, 0)
   return jax.nn.log_softmax(at_least_float32(logits) / temperature, axis=-1)
-
-
-# What stands for the logit of no token: exp of it is 0, and so is 0 times it.
-NO_LOGIT = -1e30
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blockwise(hidden, unembedding, tokens, temperature, softcap, blocks):
-  """Log-probs and entropies, for 1 / blocks of the vocabulary at a time.
-
-  Blocks of the vocabulary rather than of the tokens, since each row of the unembedding's gradient
-  is then complete when its block is done: nothing of the size of the unembedding is accumulated.
-  """
-  return _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks)[0]
-
-
-def _blockwise_forward(hidden, unembedding, tokens, temperature, softcap, blocks):
-  folded = _fold(unembedding, blocks)
-
-  def block(carry, i):
-    peak, total, mean, chosen = carry
-    z, row = _block_logits(i, hidden, folded, tokens, temperature, softcap, len(unembedding))
-    kept = z if blocks == 1 else None  # One block is small enough to keep: the backward pass asks.
-    new_peak = jnp.maximum(peak, jnp.max(z, axis=-1))
-    shift = peak - new_peak
-    scale = jnp.exp(shift)
-    z = z - new_peak[..., None]
-    exps = jnp.exp(z)
-    mean = scale * (mean + shift * total) + jnp.sum(exps * z, axis=-1)
-    total = scale * total + jnp.sum(exps, axis=-1)
-    here = jnp.take_along_axis(z, jnp.maximum(row, 0)[..., None], axis=-1)[..., 0]
-    return (new_peak, total, mean, jnp.where(row >= 0, here + new_peak, chosen)), kept
-
-  zeros = jnp.zeros(tokens.shape, temperature.dtype)
-  carry, kept = jax.lax.scan(
-    block, (zeros + NO_LOGIT, zeros, zeros, zeros), jnp.arange(folded.shape[1]))
-  peak, total, mean, chosen = carry
-  log_total = jnp.log(total)
-  logprobs, entropies = chosen - peak - log_total, log_total - mean / total
-  residuals = (
-    hidden, unembedding, tokens, temperature, softcap, entropies, peak + log_total, kept)
-  return (logprobs, entropies), residuals
-
-
-def _blockwise_backward(blocks, residuals, cotangents):
-  hidden, unembedding, tokens, temperature, softcap, entropies, normalisers, kept = residuals
-  of_logprobs, of_entropies = (x[..., None] for x in cotangents)
-  entropies, normalisers = entropies[..., None], normalisers[..., None]
-  folded = _fold(unembedding, blocks)
-
-  def block(carry, index_and_logits):
-    of_hidden, of_unembedding = carry
-    i, z = index_and_logits
-    if z is None:
-      z, _ = _block_logits(i, hidden, folded, tokens, temperature, softcap, len(unembedding))
-    rows, row = _block_rows(i, folded, tokens)
-    slope = 1 / temperature
-    if softcap is not None:
-      bounded = jnp.clip(z * temperature / softcap, -1, 1)  # NO_LOGIT is beyond.
-      slope = (1 - jnp.square(bounded)) / temperature
-    logp = z - normalisers
-    of_p = of_logprobs + of_entropies * (logp + entropies)
-    is_token = jnp.arange(len(rows)) == row[..., None]
-    of_z = (jnp.where(is_token, of_logprobs, 0) - jnp.exp(logp) * of_p) * slope
-    leading = tuple(range(tokens.ndim))
-    of_rows = _matmul(of_z, hidden, contract=(leading, leading)).astype(folded.dtype)
-    of_hidden += _matmul(of_z, rows, contract=((tokens.ndim,), (0,)))
-    return (of_hidden, jax.lax.dynamic_update_index_in_dim(of_unembedding, of_rows, i, 1)), None
-
-  start = jnp.zeros(hidden.shape, temperature.dtype), jnp.zeros_like(folded)
-  (of_hidden, of_unembedding), _ = jax.lax.scan(
-    block, start, (jnp.arange(folded.shape[1]), kept))
-  of_unembedding = of_unembedding.reshape(-1, hidden.shape[-1])[:len(unembedding)]
-  constants = jax.tree.map(jnp.zeros_like, (temperature, softcap))
-  return of_hidden.astype(hidden.dtype), of_unembedding, None, *constants
-
-
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-
-
-def _fold(unembedding, blocks):
-  """[V, D] -> [V / blocks, blocks, D]: block i has every `blocks`-th token.
-
-  If the vocabulary is sharded, so is each block, over all devices.
-  """
-  vocabulary, width = unembedding.shape
-  padding = -vocabulary % blocks
-  if padding:
-    unembedding = jnp.pad(unembedding, ((0, padding), (0, 0)))
-  return unembedding.reshape(-1, blocks, width)
-
-
-def _block_rows(i, folded, tokens):
-  """Of block i: its rows of the unembedding, and which of them is the token's, or -1."""
-  blocks = folded.shape[1]
-  rows = jax.lax.dynamic_index_in_dim(folded, i, axis=1, keepdims=False)
-  return rows, jnp.where(tokens % blocks == i, tokens // blocks, -1)
-
-
-def _block_logits(i, hidden, folded, tokens, temperature, softcap, vocabulary):
-  """Of block i: the tempered logits, and which of them is the token's, or -1."""
-  size, blocks, _ = folded.shape
-  rows, row = _block_rows(i, folded, tokens)
-  z = _matmul(hidden, rows, contract=((tokens.ndim,), (1,)))
-  z = (z if softcap is None else softcap * jnp.tanh(z / softcap)) / temperature
-  if size * blocks > vocabulary:
-    z = jnp.where(jnp.arange(size) * blocks + i < vocabulary, z, NO_LOGIT)
-  return z, row
-
-
-def _matmul(a, b, *, contract):
-  """Product over the axes `contract[0]` of a and `contract[1]` of b, at least in float32."""
-  dimensions = (contract, ((), ()))
-  wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide)

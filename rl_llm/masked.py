@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.types import Array, at_least_float32, check_mask, check_same_shape
+from rl_llm.types import Array, at_least_float32, check_above, check_mask, check_same_shape
 
 
 def masked_sum(x, mask, axis=None) -> Array:
@@ -55,7 +55,8 @@ def masked_mean(x, mask, axis=None) -> Array:
   Raises:
     ValueError: `mask` is not bool, or has another shape than `x`.
   """
-  return masked_sum(x, mask, axis) / jnp.maximum(jnp.sum(mask, axis=axis), 1)
+  total = masked_sum(x, mask, axis)
+  return total / jnp.maximum(jnp.sum(mask, axis=axis), 1).astype(total.dtype)
 
 
 def masked_var(x, mask, axis=None, *, ddof=0) -> Array:
@@ -85,7 +86,7 @@ def masked_var(x, mask, axis=None, *, ddof=0) -> Array:
   mean = jnp.expand_dims(masked_mean(x, mask, axis), _axes(x, axis))
   squares = masked_sum(jnp.square(jnp.where(mask, at_least_float32(x) - mean, 0)), mask, axis)
   divisor = jnp.sum(mask, axis=axis) - ddof
-  return jnp.where(divisor > 0, squares / jnp.maximum(divisor, 1), 0)
+  return jnp.where(divisor > 0, squares / jnp.maximum(divisor, 1).astype(squares.dtype), 0)
 
 
 def whiten(x, mask, *, ddof=1, eps=1e-8, shift_mean=True) -> Array:
@@ -117,8 +118,9 @@ def whiten(x, mask, *, ddof=1, eps=1e-8, shift_mean=True) -> Array:
     The shape of `x`, at least float32; 0 at masked positions.
 
   Raises:
-    ValueError: `mask` is not bool, or has another shape than `x`.
+    ValueError: `mask` is not bool, or has another shape than `x`, or `eps` is not above 0.
   """
+  check_above("eps", eps, 0)
   mean = masked_mean(x, mask)
   centred = jnp.where(mask, at_least_float32(x) - mean, 0)
   whitened = centred * jax.lax.rsqrt(masked_var(x, mask, ddof=ddof) + eps)

@@ -121,6 +121,15 @@ def _scalar(key: str, value: Any) -> Any:
     if array.dtype == bool:
       return bool(array)
     value = int(array) if np.issubdtype(array.dtype, np.integer) else float(array)
+  return json_number(value)
+
+
+def json_number(value: int | float) -> int | float | str:
+  """The number, or its name where JSON has none for it: then `float` reads it back.
+
+  >>> json_number(0.5), json_number(float("inf")), json_number(float("nan"))
+  (0.5, 'inf', 'nan')
+  """
   return value if isinstance(value, int) or math.isfinite(value) else str(float(value))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,10 @@ from rl_llm.model import Weights
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs, take_prompts
 
-# (batch) -> [B, T] how much each token of an update counts
-Weigh = Callable[[ResponseBatch], jax.Array]
+Truncated = Literal["keep", "zero", "drop"]
+
+# (batch) -> {"weights", "kl_weights"}: how much each token of an update counts
+Weigh = Callable[[ResponseBatch], dict[str, jax.Array | None]]
 
 
 class Programs(NamedTuple):
@@ -49,14 +51,14 @@ def make_programs(
     policy: the model's functions.
     update: from `rl_llm.update.make_update`, of a loss on a `ResponseBatch`.
     temperature: the sampler's.
-    weigh: such as `token_weights` with its keywords.
+    weigh: such as `all_weights` with its keywords.
     mesh: the devices over which rows lie; None: the first.
   """
 
   @jax.jit
   def take(batch: ResponseBatch, chosen: Any) -> ResponseBatch:
     taken = take_prompts(batch, chosen)
-    taken = taken._replace(weights=weigh(taken), truncated=None)
+    taken = taken._replace(**weigh(taken), truncated=None)
     return taken if mesh is None else sharding.constrain_rows(taken, mesh)
 
   logprobs = jax.jit(functools.partial(response_logprobs, policy=policy, temperature=temperature))
@@ -68,8 +70,23 @@ def place_responses(experience: Experience, mesh: jax.sharding.Mesh | None) -> R
   return sharding.place_rows(response_batch(experience), mesh)
 
 
+def all_weights(
+  batch: ResponseBatch, *, kl_name: str = "loss", **of_loss: Any
+) -> dict[str, jax.Array | None]:
+  """The weights of the loss, and those of its KL term if they are others.
+
+  Args:
+    batch: the update's rows.
+    kl_name: a function of `rl_llm.weighting`, or "loss" for the weights of the loss.
+    **of_loss: the keywords of `token_weights`; those of the KL differ from them in the name alone.
+  """
+  weights = token_weights(batch, **of_loss)
+  of_kl = None if kl_name == "loss" else token_weights(batch, **of_loss | {"name": kl_name})
+  return {"weights": weights, "kl_weights": of_kl}
+
+
 def token_weights(
-  batch: ResponseBatch, *, name: str, length: int, drop_truncated: bool = False
+  batch: ResponseBatch, *, name: str, length: int, truncated: Truncated = "keep"
 ) -> jax.Array:
   """[B, T] how much each token of an update counts: a function of `rl_llm.weighting` by its name.
 
@@ -77,14 +94,19 @@ def token_weights(
     batch: the update's rows.
     name: of the function.
     length: of "constant_length".
-    drop_truncated: whether responses that were cut off at the limit do not count (DAPO).
+    truncated: what becomes of responses that were cut off at the limit: "keep" counts them as any,
+      "zero" gives them weight 0 but leaves them in the denominator, so the others count what they
+      would have counted (the batch's gradient shrinks), "drop" takes the mean over the others.
   """
+  mask = batch.mask
+  if truncated == "drop":
+    mask = mask & ~batch.truncated[:, None]
   keywords = {
     "constant_length": {"length": length},
     "prompt_mean": {"group_size": len(batch.tokens) // len(batch.prompts)},
   }
-  weights = getattr(weighting, name)(batch.mask, **keywords.get(name, {}))
-  if drop_truncated:
+  weights = getattr(weighting, name)(mask, **keywords.get(name, {}))
+  if truncated == "zero":
     weights = weights * weighting.drop_truncated(batch.mask, batch.truncated)
   return weights
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +23,7 @@ from rl_llm.policy import (
 )
 from rl_llm.policy.attention import AttentionName
 from rl_llm.sharding import place, tree_shardings
-from rl_llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from rl_llm.tokenizers import ByteTokenizer, Tokenizer, fit_embedding, load_tokenizer
 
 
 class LanguageModel(NamedTuple):
@@ -41,6 +43,7 @@ def load_model(
   scan_layers: bool = False,
   attention: AttentionName = "auto",
   mesh: jax.sharding.Mesh | None = None,
+  say: Callable[[str], None] = warnings.warn,
 ) -> LanguageModel:
   """Loads a model's configuration, weights and tokenizer.
 
@@ -53,6 +56,7 @@ def load_model(
     scan_layers: compile one layer and loop over them, as `make_policy` says.
     attention: by which kernel rows of many keys are read, as `make_policy` says.
     mesh: the devices over which the weights are to lie; None: on the first.
+    say: shows a line about what was read otherwise than the files say of themselves.
 
   Raises:
     WeightsError: the weights cannot be used; TokenizerError: the tokenizer cannot; ShardingError:
@@ -73,10 +77,9 @@ def load_model(
     params = jax.jit(policy.init)(jax.random.key(seed))
     return LanguageModel(policy, params if mesh is None else place(params, mesh), tokenizer)
   layout = None if mesh is None else functools.partial(tree_shardings, mesh=mesh)
-  config, params = load_weights(name, layout=layout)
-  tokenizer = load_tokenizer(name)
-  policy = make(config)
-  return LanguageModel(policy, params, tokenizer)
+  config, params = load_weights(name, layout=layout, say=say)
+  tokenizer = fit_embedding(load_tokenizer(name), config.vocab_size)
+  return LanguageModel(make(config), params, tokenizer)
 
 
 class Weights(NamedTuple):

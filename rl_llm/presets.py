@@ -2,8 +2,8 @@
 
 "GRPO" is at least eight different numbers in published code: they disagree on the standard
 deviation, on what is averaged over what, on the clip and on the KL term. A preset spells the
-choices out. It is data: four dicts, each with the `name` of a public function and that function's
-keywords, to read, print, change and pass on:
+choices out. It is data: dicts with the `name` of a public function and that function's keywords, to
+read, print, change and pass on:
 
 >>> recipe = grpo("dapo")
 >>> recipe.loss
@@ -19,24 +19,27 @@ from typing import Any, NamedTuple
 
 
 class Recipe(NamedTuple):
-  """Four keyword dicts. Each but `kl` holds the function's "name" beside its keywords.
+  """Keyword dicts. The first three hold their function's "name" beside its keywords.
 
   Fields:
     advantage: of a function in `rl_llm.advantages`.
     weighting: of a function in `rl_llm.weighting`.
     loss: of a function in `rl_llm.losses`.
     kl: {"coef", "value", "gradient"}: the coefficient of `kl_loss` and its keywords; coef 0 needs
-      no reference.
+      no reference. A "weighting" names the function that makes this term's own weights; without it
+      they are those of the loss.
+    entropy: {"coef"}: the coefficient of `entropy_loss`, with the weights of the loss.
   """
 
   advantage: dict[str, Any]
   weighting: dict[str, Any]
   loss: dict[str, Any]
   kl: dict[str, Any]
+  entropy: dict[str, Any]
 
 
 def grpo(name: str) -> Recipe:
-  """The recipe of that name among GRPO's.
+  """The recipe of that name among GRPO's: what a system does by default where it says GRPO.
 
   | name | differs from the paper in |
   |---|---|
@@ -44,24 +47,44 @@ def grpo(name: str) -> Recipe:
   | dr_grpo | no division by std nor by own length, no KL; `constant_length` needs a `length` |
   | dapo | token mean, clip 0.2 below and 0.28 above, no KL |
   | trl | eps 1e-4, token mean, no KL (with a coefficient, pass `ratio` to `kl_loss`) |
-  | verl | token mean, dual clip 3, no KL; a lone response has its raw reward there, 0 here (1) |
-  | nexrl | token mean, no KL |
-  | openrlhf | eps 1e-9, token mean, no KL in the loss: 0.01 * k1 is in the reward (2) |
-  | nemo | mean and std of the *other* responses, token mean, KL 0.01 * k3 with k2's gradient (3) |
+  | verl | a lone response keeps its raw reward, token mean, dual clip 3, no KL |
+  | nexrl | a lone response keeps its raw reward, token mean, no KL, entropy 1e-4 |
+  | openrlhf | eps 1e-9, token mean, no KL in the loss: 0.01 * k1 is in the reward (1) |
+  | nemo | mean and std of the *other* responses, token mean, KL 0.01 * k3 with k2's gradient (2) |
   | tunix | KL 0.04 * k1, whose expected gradient is 0: it adds noise and holds nothing |
-  | simply | divides by max(std, 1e-5), ddof 0; token mean, ratio at most 10, KL 0.001 * k3 |
-  | skyrl | a lone response keeps its raw reward, token mean, KL 0.001 * k3 |
+  | simply | divides by max(std, 1e-5), ddof 0; token mean, KL 0.001 * k3 |
+  | skyrl | a lone response keeps its raw reward, token mean; KL 0.001 * k3, by sequence mean (3) |
 
-  1. `group_relative(..., singleton="raw")` has verl's and SkyRL's rule.
-  2. `discounted_returns(token_rewards(advantages, mask, kl=k1, kl_coef=0.01), mask)` are OpenRLHF's
+  1. `discounted_returns(token_rewards(advantages, mask, kl=k1, kl_coef=0.01), mask)` are OpenRLHF's
      advantages, of rewards clipped to +-10.
-  3. NeMo multiplies k3 by exp(logprobs - stop_gradient(logprobs)), which has k2's gradient. One
+  2. NeMo multiplies k3 by exp(logprobs - stop_gradient(logprobs)), which has k2's gradient. One
      response apart from others that nearly agree gets an advantage beyond 10, where mean and std of
      all would give at most (G - 1) / sqrt(G).
+  3. A row without tokens counts there as a KL of 0: `sequence_mean(mask, count_empty=True)`.
 
-  Limits that only act where training has failed already (log-ratios and KL estimates cut at +-10 or
-  +-20 in some) are ours: log-ratios at +-20. Empty rows count in TRL's number of responses, not in
-  that of the others (`count_empty`); it matters for means over responses alone.
+  Each was read from these files:
+
+  | name | version | files |
+  |---|---|---|
+  | trl | 1.16.0 | trl/trainer/grpo_config.py, grpo_trainer.py |
+  | verl | 0.9.1 | verl/trainer/config/actor/actor.yaml, ppo_trainer.yaml; ppo/core_algos.py |
+  | nexrl | 6860191 (2026-03-10) | recipe/math/self_hosted.yaml; core_algos.py, fsdp_actor.py |
+  | openrlhf | 0.11.2, `group_norm` | cli/train_ppo_ray.py; experience_maker.py; models/loss.py |
+  | nemo | 7ea279a (2026-08-22) | examples/configs/grpo_math_1B.yaml; nemo_rl/algorithms/ |
+  | tunix | 0.1.7 | tunix/rl/grpo/grpo_learner.py, algo_core.py, common.py |
+  | simply | 0.3.9, e14c061 | simply/config_lib.py, `apply_simple_rl`; rl_lib.py |
+  | skyrl | 0.3.0 | skyrl/train/config/config.py; ppo_utils.py, worker.py |
+
+  `verl` and `trl` are held to numbers of those systems' own functions (docs/parity.md). The other
+  six's functions for advantages and KL, and nexrl's and simply's for the loss, were run once and
+  agreed to 1e-6; no numbers are kept, and the tests have their formulas. No whole program was run.
+  `grpo`, `dr_grpo` and `dapo` are the papers', not a program's. We know of no clip range that
+  DeepSeekMath states: 0.2 is PPO's.
+
+  Not part of a recipe: limits that only act where training has failed already (log-ratios and KL
+  estimates cut at +-10 or +-20 in some; here log-ratios at +-20), corrections for the sampler, and
+  means over microbatches in place of the batch (NexRL). Empty rows count in TRL's number of
+  responses, not in that of the others (`count_empty`); it matters for means over responses alone.
 
   The papers say neither whether the variance divides by G or G - 1, nor what is added to a standard
   deviation of 0; where they are silent, ours is G - 1 and 1e-6, as most systems have it.
@@ -79,35 +102,43 @@ def grpo(name: str) -> Recipe:
     Dr. GRPO, https://arxiv.org/abs/2503.20783; Yu et al., 2025, DAPO,
     https://arxiv.org/abs/2503.14476
   """
-  advantage = {"name": "group_relative", "scale": "std", "ddof": 1, "eps": 1e-6}
-  token_mean = {"name": "token_mean"}
-  clip = {"name": "grpo_loss", "clip_low": 0.2, "clip_high": 0.2}
-  no_kl = {"coef": 0.0, "value": "k3", "gradient": "k3"}
-  recipes = {
-    "grpo": Recipe(advantage, {"name": "sequence_mean"}, clip, no_kl | {"coef": 0.04}),
-    "dr_grpo": Recipe(
-      {"name": "group_relative", "scale": "none"}, {"name": "constant_length"}, clip, no_kl
-    ),
-    "dapo": Recipe(advantage, token_mean, clip | {"clip_high": 0.28}, no_kl),
-    "trl": Recipe(advantage | {"eps": 1e-4}, token_mean, clip, no_kl),
-    "verl": Recipe(advantage, token_mean, clip | {"dual_clip": 3.0}, no_kl),
-    "nexrl": Recipe(advantage, token_mean, clip, no_kl),
-    "openrlhf": Recipe(advantage | {"eps": 1e-9}, token_mean, clip, no_kl),
-    "nemo": Recipe(
-      advantage | {"scale": "leave_one_out", "baseline": "leave_one_out"},
-      token_mean, clip, {"coef": 0.01, "value": "k3", "gradient": "k2"},
-    ),
-    "tunix": Recipe(
-      advantage, {"name": "sequence_mean"}, clip, {"coef": 0.04, "value": "k1", "gradient": "k1"}
-    ),
-    "simply": Recipe(
-      advantage | {"ddof": 0, "eps": 1e-5, "eps_rule": "max"},
-      token_mean, clip | {"delta": 10.0}, no_kl | {"coef": 0.001},
-    ),
-    "skyrl": Recipe(advantage | {"singleton": "raw"}, token_mean, clip, no_kl | {"coef": 0.001}),
-  }
+  recipes = _recipes()
   if name not in recipes:
     nearest = difflib.get_close_matches(str(name), recipes, n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"name is {name!r}; it must be one of {', '.join(recipes)}.{hint}")
   return recipes[name]
+
+
+def _recipes() -> dict[str, Recipe]:
+  advantage = {"name": "group_relative", "scale": "std", "ddof": 1, "eps": 1e-6}
+  raw = advantage | {"singleton": "raw"}
+  token_mean, sequence_mean = {"name": "token_mean"}, {"name": "sequence_mean"}
+  clip = {"name": "grpo_loss", "clip_low": 0.2, "clip_high": 0.2}
+  no_kl = {"coef": 0.0, "value": "k3", "gradient": "k3"}
+  bonus = {"coef": 0.0}
+  return {
+    "grpo": Recipe(advantage, sequence_mean, clip, no_kl | {"coef": 0.04}, bonus),
+    "dr_grpo": Recipe(
+      {"name": "group_relative", "scale": "none"}, {"name": "constant_length"}, clip, no_kl, bonus
+    ),
+    "dapo": Recipe(advantage, token_mean, clip | {"clip_high": 0.28}, no_kl, bonus),
+    "trl": Recipe(advantage | {"eps": 1e-4}, token_mean, clip, no_kl, bonus),
+    "verl": Recipe(raw, token_mean, clip | {"dual_clip": 3.0}, no_kl, bonus),
+    "nexrl": Recipe(raw, token_mean, clip, no_kl, {"coef": 1e-4}),
+    "openrlhf": Recipe(advantage | {"eps": 1e-9}, token_mean, clip, no_kl, bonus),
+    "nemo": Recipe(
+      advantage | {"scale": "leave_one_out", "baseline": "leave_one_out"},
+      token_mean, clip, {"coef": 0.01, "value": "k3", "gradient": "k2"}, bonus,
+    ),
+    "tunix": Recipe(
+      advantage, sequence_mean, clip, {"coef": 0.04, "value": "k1", "gradient": "k1"}, bonus
+    ),
+    "simply": Recipe(
+      advantage | {"ddof": 0, "eps": 1e-5, "eps_rule": "max"},
+      token_mean, clip, no_kl | {"coef": 0.001}, bonus,
+    ),
+    "skyrl": Recipe(
+      raw, token_mean, clip, no_kl | {"coef": 0.001, "weighting": "sequence_mean"}, bonus
+    ),
+  }

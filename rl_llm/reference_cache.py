@@ -27,6 +27,7 @@ from rl_llm.config import ConfigError
 from rl_llm.data.batches import SequenceBatch, sequence_batch
 from rl_llm.data.encoding import Encoded
 from rl_llm.files import write_atomically
+from rl_llm.finite import check_finite
 from rl_llm.sharding import fetch, place_rows
 from rl_llm.teacher_forcing import teacher_forced_logprobs
 
@@ -118,6 +119,7 @@ def compute_logprobs(
 
   Raises:
     ValueError: `rows_per_batch` is below 1, or a sequence is none that `sequence_batch` takes.
+    NotFiniteError: a log-prob is not finite; the message says which weights are not.
   """
   if rows_per_batch < 1:
     raise ValueError(f"rows_per_batch={rows_per_batch}: must be 1 or more")
@@ -131,6 +133,7 @@ def compute_logprobs(
     )
     found_rows = score(params, place_rows(batch, mesh), temperature, policy=policy)
     logprobs = np.asarray(fetch(found_rows), np.float32)
+    check_finite(logprobs, params, what="the log-probs of given texts")
     for index, row in zip(chosen, logprobs, strict=False):
       found[index] = row[: len(sequences[index].tokens)].copy()
     progress(len(found), len(sequences))

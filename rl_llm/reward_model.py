@@ -20,6 +20,7 @@ import numpy as np
 from rl_llm.data.batches import PackedShares, pair_batch
 from rl_llm.data.encoding import Pair
 from rl_llm.data.packing import unpack
+from rl_llm.finite import check_finite
 from rl_llm.metrics import proportion_interval
 from rl_llm.model import LanguageModel
 from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf, make_policy
@@ -30,8 +31,10 @@ from rl_llm.sharding import fetch, place_rows
 from rl_llm.tokenizers import (
   ModelTokenizer,
   Tokenizer,
+  fit_embedding,
   load_tokenizer,
   save_tokenizer,
+  token_ids,
 )
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -194,6 +197,9 @@ def score_pairs(
 
   Returns:
     [N, 2] float32, on the host: of the chosen and of the rejected answers.
+
+  Raises:
+    NotFiniteError: a reward is not finite; the message says which weights are not.
   """
   rewards = np.zeros((len(pairs), 2), np.float32)
   order = sorted(range(len(pairs)), key=lambda index: -max(len(s.tokens) for s in pairs[index]))
@@ -203,6 +209,7 @@ def score_pairs(
     batch = pair_batch([pairs[i] for i in chosen], pad_id=pad_id, rows=2 * pairs_per_batch)
     found = _jitted_sequence_rewards(params, *place_rows(batch, mesh), policy=policy)
     rewards[chosen] = fetch(found).reshape(-1, 2)[: len(chosen)]
+    check_finite(rewards[chosen], params, what="the rewards of pairs")
   return rewards
 
 
@@ -310,7 +317,7 @@ def save_reward_model(
   # Gemma3ForSequenceClassification reads images too.
   architecture = architecture.replace("Gemma3For", "Gemma3TextFor")
   pad_id = _padding(tokenizer)
-  entries = language_model | {
+  entries = language_model | token_ids(tokenizer) | {
     "architectures": [architecture.replace("ForCausalLM", _CLASSIFIER)],
     "id2label": {"0": "LABEL_0"},
     "label2id": {"LABEL_0": 0},
@@ -360,7 +367,8 @@ def load_reward_model(
   params = read_weights(directory, config, _leaf_shapes(config))
   params["head"]["bias"] = jnp.full((1,), -center, jnp.float32)
   policy = make_policy(config, dtype=dtype, remat=remat)
-  return LanguageModel(policy, params, load_tokenizer(directory))
+  tokenizer = fit_embedding(load_tokenizer(directory), config.vocab_size)
+  return LanguageModel(policy, params, tokenizer)
 
 
 def _leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

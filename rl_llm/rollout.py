@@ -61,6 +61,7 @@ class ResponseBatch(NamedTuple):
   ref_logprobs: chex.Array | None = None  # [B, T], of the frozen reference
   advantages: chex.Array | None = None  # [B] or [B, T]
   weights: chex.Array | None = None  # [B, T], of one update's rows, from `rl_llm.weighting`
+  kl_weights: chex.Array | None = None  # [B, T], of a KL term, where they are not the `weights`
   truncated: chex.Array | None = None  # [B] bool, True = cut off at the limit of its length
   old_values: chex.Array | None = None  # [B, T], of a value network before this batch's updates
   returns: chex.Array | None = None  # [B, T], what the values should have been
@@ -253,7 +254,8 @@ def decode_step(
     cache=cache,
     length=length,
     last=drawn.token,
-    alive=state.alive & ~ended & (length < max_new_tokens),
+    # A log-prob is NaN where a logit is no number: `rl_llm.finite` stops the run, so stop decoding.
+    alive=state.alive & ~ended & (length < max_new_tokens) & ~jnp.isnan(drawn.logprob),
     tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
     mask=state.mask.at[at].set(True, mode="drop"),
     logprobs=state.logprobs.at[at].set(drawn.logprob, mode="drop"),

@@ -172,6 +172,16 @@ def _recorded(workdir: Path) -> bool:
   return metrics.exists() and metrics.stat().st_size > 0
 
 
+def run_name(model: str) -> str:
+  """The model; of one that a run exported, the run's directory, whose name says more.
+
+  >>> run_name("runs/grpo-tiny-copy-seed0/model"), run_name("smollm2")
+  ('runs/grpo-tiny-copy-seed0', 'smollm2')
+  """
+  path = Path(model)
+  return str(path.parent) if path.name == "model" and path.parent.name else model
+
+
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
   """Writes result.json, in one move and last of all: it is the only proof that a run is done."""
   content = json.dumps(result, indent=2) + "\n"
@@ -184,8 +194,10 @@ def _refuse_other_settings(
   # What was recorded was redacted, so it is compared with what would be.
   wanted = json.loads(redact(json.dumps(flatten(config))))
   volatile = set(volatile)
+  # A setting that came after the run began was then what its default is.
+  recorded = flatten(type(config)()) | recorded
   for path, value in wanted.items():
-    if path not in volatile and recorded.get(path, value) != value:
+    if path not in volatile and recorded[path] != value:
       raise ConfigError(
         path,
         value,

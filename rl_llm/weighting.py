@@ -28,18 +28,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rl_llm.meshes import any_mesh
 from rl_llm.types import (
+  LOG_RATIO_LIMIT,
   Array,
+  at_least_float32,
   check_above,
   check_between,
   check_choice,
   check_mask,
   check_members,
   check_same_shape,
+  is_number,
 )
-
-# exp(20) = 4.9e8. Beyond it a ratio carries no information, and an infinite one times 0 is nan.
-LOG_RATIO_LIMIT = 20.0
 
 
 def token_mean(mask) -> Array:
@@ -64,7 +65,7 @@ def token_mean(mask) -> Array:
   Reference: Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476
   """
   check_members(mask)
-  return mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+  return _float(mask) / _float(jnp.maximum(jnp.sum(mask), 1))
 
 
 def sequence_mean(mask, *, count_empty=False) -> Array:
@@ -124,7 +125,7 @@ def sequence_sum(mask, *, count_empty=False) -> Array:
   """
   check_members(mask)
   rows = mask.shape[0] if count_empty else jnp.maximum(jnp.sum(jnp.any(mask, axis=1)), 1)
-  return mask / jnp.asarray(rows, jnp.float32)
+  return _float(mask) / _float(rows)
 
 
 def constant_length(mask, *, length, count_empty=False) -> Array:
@@ -157,6 +158,7 @@ def constant_length(mask, *, length, count_empty=False) -> Array:
   return sequence_sum(mask, count_empty=count_empty) / length
 
 
+@any_mesh
 def prompt_mean(mask, *, group_size) -> Array:
   """Weights for the mean over prompts of the token mean among each prompt's responses.
 
@@ -184,10 +186,11 @@ def prompt_mean(mask, *, group_size) -> Array:
     raise ValueError(
       f"group_size is {group_size}; it must divide the number of rows of mask, {mask.shape[0]}."
     )
-  tokens = jnp.sum(jnp.reshape(mask, (-1, group_size * mask.shape[1])), axis=1)
+  groups = mask.shape[0] // group_size, group_size
+  tokens = jnp.sum(jnp.reshape(jnp.sum(mask, axis=1), groups), axis=1)
   prompts = jnp.maximum(jnp.sum(tokens > 0), 1)
   per_row = jnp.repeat(jnp.maximum(tokens, 1) * prompts, group_size)
-  return mask / per_row[:, None].astype(jnp.float32)
+  return _float(mask) / _float(per_row)[:, None]
 
 
 def length_power(mask, *, power) -> Array:
@@ -285,7 +288,7 @@ def truncated_importance(
   check_choice("level", level, ("token", "sequence", "geometric"))
   check_choice("mode", mode, ("truncate", "mask", "reject"))
   check_between("low", low, 0, float("inf"))
-  if isinstance(low, int | float):
+  if is_number(low):
     check_above("high", high, low)
   check_members(mask)
   check_same_shape("old_logprobs", old_logprobs, "mask", mask)
@@ -296,13 +299,13 @@ def truncated_importance(
   elif level == "geometric":
     log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(_lengths(mask), 1)
   ratio = jnp.exp(jnp.minimum(log_ratio, LOG_RATIO_LIMIT))
-  inside = (low <= ratio) & (ratio <= high)
+  outside = (ratio < low) | (ratio > high)  # A nan is on neither side, and stays.
   if mode == "truncate":
     factors = jnp.clip(ratio, low, high)
   elif mode == "mask":
-    factors = jnp.where(inside, ratio, 0)
+    factors = jnp.where(outside, 0, ratio)
   else:
-    factors = inside.astype(jnp.float32)
+    factors = jnp.where(outside, 0, jnp.where(jnp.isnan(ratio), ratio, 1))
   return jax.lax.stop_gradient(jnp.where(mask, factors, 0))
 
 
@@ -337,6 +340,7 @@ def drop_truncated(mask, truncated) -> Array:
   return (mask & ~jnp.asarray(truncated)[:, None]).astype(jnp.float32)
 
 
+@any_mesh
 def top_entropy(entropies, mask, *, fraction) -> Array:
   """Factors that keep the tokens at which the policy was least sure (the 80/20 rule).
 
@@ -358,7 +362,8 @@ def top_entropy(entropies, mask, *, fraction) -> Array:
     fraction: the share of tokens to keep, between 0 and 1.
 
   Returns:
-    [B, T] float32 factors to multiply weights by; 0 outside the mask.
+    [B, T] float32 factors to multiply weights by; 0 outside the mask. An entropy of nan within it
+    makes them all nan: there is no quantile.
 
   Raises:
     ValueError: shapes differ, or `fraction` is outside [0, 1].
@@ -368,9 +373,12 @@ def top_entropy(entropies, mask, *, fraction) -> Array:
   check_between("fraction", fraction, 0, 1)
   check_members(mask)
   check_same_shape("entropies", entropies, "mask", mask)
-  entropies = jax.lax.stop_gradient(jnp.asarray(entropies))
-  quantile = jnp.nanquantile(jnp.where(mask, entropies, jnp.nan), 1 - fraction)
-  return (mask & (entropies >= quantile)).astype(jnp.float32)
+  if not mask.size:
+    return jnp.zeros(mask.shape)
+  entropies = jax.lax.stop_gradient(at_least_float32(entropies))
+  kept = _float(entropies >= _masked_quantile(entropies, mask, 1 - fraction))
+  lost = jnp.any(mask & jnp.isnan(entropies))
+  return jnp.where(mask, jnp.where(lost, jnp.nan, kept), 0)
 
 
 def off_policy_mask(logprobs, sampler_logprobs, advantages, mask, *, threshold) -> Array:
@@ -418,11 +426,30 @@ def _check_rows(name, x, mask):
     raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be [B] = {jnp.shape(mask)[:1]}.")
 
 
+def _float(x):
+  return jnp.asarray(x, jnp.float32)
+
+
 def _lengths(mask):
-  return jnp.sum(mask, axis=1, keepdims=True).astype(jnp.float32)
+  return _float(jnp.sum(mask, axis=1, keepdims=True))
+
+
+def _masked_quantile(x, mask, q):
+  """The q quantile of the members of x, interpolated as `jnp.quantile` does.
+
+  Others are sorted behind them. As nan, which `jnp.nanquantile` skips, they would set off
+  `jax_debug_nans`, and a member that is nan would be skipped with them.
+  """
+  ordered = jnp.sort(jnp.where(mask, x, jnp.finfo(x.dtype).max), axis=None)
+  last = jnp.maximum(jnp.sum(mask) - 1, 0)
+  place = jnp.asarray(q, ordered.dtype) * last.astype(ordered.dtype)
+  low, high = jnp.floor(place), jnp.ceil(place)
+  low_value, high_value = (ordered[jnp.minimum(i.astype(int), last)] for i in (low, high))
+  share = place - low
+  return low_value * (1 - share) + high_value * share
 
 
 def _masked_difference(a, b, mask):
   """a - b in float32, 0 outside the mask, where either may be infinite."""
-  difference = jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32)
+  difference = _float(a) - _float(b)
   return jnp.where(mask, difference, 0)

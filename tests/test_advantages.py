@@ -414,16 +414,17 @@ def test_group_advantages_are_called_in_one_way(advantage):
   assert first.name == "rewards" and first.kind is first.POSITIONAL_OR_KEYWORD
   assert {p.kind for p in keywords} == {first.KEYWORD_ONLY}
   assert settings(advantage).keys() == {p.name for p in keywords} - {"where"}
+  groups = np.abs(GROUPS)  # MaxRL has no value below 0.
   where = np.array([[True, True, False, True], [True] * 4, [False, True, True, True]])
-  rewards = np.where(where, GROUPS, 1e4)
+  rewards = np.where(where, groups, 1e4)
   found = np.asarray(advantage(rewards, where=where))
   assert found.shape == GROUPS.shape and found.dtype == np.float32
   assert (found[~where] == 0).all() and np.isfinite(found).all()
   for p, kept in enumerate(where):
-    alone = advantage(GROUPS[p : p + 1, kept])[0]
+    alone = advantage(groups[p : p + 1, kept])[0]
     np.testing.assert_allclose(found[p, kept], alone, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(
-    advantage(GROUPS), advantage(GROUPS, where=np.ones_like(where)), rtol=1e-6
+    advantage(groups), advantage(groups, where=np.ones_like(where)), rtol=1e-6
   )
 
 
@@ -436,3 +437,40 @@ def test_the_standard_deviation_divides_by_one_less_or_not():
   for ddof in (-1, 2):
     with pytest.raises(ValueError, match=f"ddof is {ddof}; it must be"):
       adv.group_relative(rewards, ddof=ddof)
+
+
+def test_maxrl_has_no_value_where_a_reward_is_below_zero():
+  """The mean of -3 and 1 is -1: divided by it, the better one would be pushed down."""
+  rewards = np.array([[1.0, 0.0], [-3.0, 1.0], [-3.0, 1.0]])
+  where = np.array([[True, True], [True, True], [False, True]])
+  got = adv.maxrl(rewards, where=where)
+  np.testing.assert_allclose(got[0], [1, -1], rtol=1e-5)
+  assert np.isnan(got[1]).all() and not np.any(got[2])
+
+
+@pytest.mark.parametrize("f, alone", [
+  (lambda r, **k: adv.gpg(r, alpha="nonzero", **k), 1.5),  # Times alpha = 3 / 2.
+  (lambda r, **k: adv.gpg(r, **k), 1.5),
+  (lambda r, **k: adv.opo(r, np.ones_like(r), **k), 1.0),
+  (lambda r, **k: adv.group_relative(r, **k), 1.0),
+], ids=["gpg nonzero", "gpg", "opo", "group_relative"])
+def test_a_lone_response_keeps_its_reward_where_asked(f, alone):
+  """verl takes a mean of 0 for a group of one."""
+  rewards = np.array([[1.0, 0.0], [1.0, 0.5]])
+  where = np.array([[True, True], [True, False]])
+  zero, raw = f(rewards, where=where), f(rewards, where=where, singleton="raw")
+  np.testing.assert_allclose(raw[1], [alone, 0], rtol=1e-6)
+  np.testing.assert_array_equal(zero[1], [0, 0])
+  np.testing.assert_array_equal(zero[0], raw[0])
+
+
+def test_reinforce_plus_plus_baseline_whitens_a_lone_reward():
+  rewards, mask = np.array([[2.0], [0.0], [1.0]]), np.ones((3, 1), bool)
+  got = adv.reinforce_plus_plus_baseline(rewards, mask, singleton="raw", ddof=0)
+  np.testing.assert_allclose(got[:, 0], (rewards[:, 0] - 1) / np.sqrt(2 / 3), rtol=1e-5)
+  assert not np.any(adv.reinforce_plus_plus_baseline(rewards, mask))
+
+
+def test_a_group_with_a_nan_is_not_dropped_in_silence():
+  rewards = np.array([[np.nan, 1.0], [1.0, 1.0], [np.nan, np.nan]])
+  assert adv.informative_groups(rewards).tolist() == [True, False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from rl_llm.experience import (
   response_ids,
   response_texts,
   sample_rows,
+  sampled_pairs,
   score,
   split_experience,
   step_keys,
@@ -313,6 +315,27 @@ def test_a_batch_has_the_responses_as_a_loss_reads_them():
   assert given == {
     "prompts", "prompt_lengths", "tokens", "attended", "mask", "sampler_logprobs", "truncated"
   }
+
+
+def test_sampled_ids_are_trained_on_as_they_were_sampled():
+  """Of half a character no text says what it was, so nothing may be encoded again."""
+
+  class ReadsOnly(ByteTokenizer):
+    def encode(self, text):
+      raise AssertionError("encoded again")
+
+    encode_with_places = encode
+
+  halves = [bytes([0xC3, ord(letter)]) for letter in "bdfh"]  # The first of two bytes.
+  said = [types.SimpleNamespace(encode=lambda half=half: half) for half in halves]
+  found = collected(
+    said, tokenizer=ReadsOnly(), judge=lambda prompts, rollout: np.arange(4.0, dtype=np.float32)
+  )
+  assert found.texts == ["\ufffdb", "\ufffdd", "\ufffdf", "\ufffdh"]
+  assert response_batch(found).tokens[:, :2].tolist() == [list(half) for half in halves]
+  pairs = sampled_pairs(found, [(0, 1, 0), (1, 0, 1)])
+  answers = [side.tokens[side.prompt_length :] for pair in pairs for side in pair]
+  assert answers == [[0xC3, ord(letter), 258] for letter in "dbfh"]
 
 
 def test_each_of_several_gets_its_own_part_of_an_experience():

@@ -12,10 +12,10 @@ PACKAGE = ROOT / "rl_llm"
 
 # The top-level names of rl_llm by layer. Everything else is the host side, layer 5.
 LAYERS = {
-  0: {"masked", "types", "errors"},
+  0: {"masked", "types", "meshes", "errors", "gguf_parts"},
   1: {
-    "weighting", "logprobs", "kl", "advantages", "group_advantages", "controllers", "presets",
-    "losses",
+    "weighting", "logprobs", "blocks", "kl", "advantages", "group_advantages", "controllers",
+    "presets", "losses",
   },
   2: {"policy", "sampling", "sharding"},
   3: {"rollout", "teacher_forcing", "train_state", "update"},

@@ -21,7 +21,9 @@ def test_every_key_is_a_keyword_of_the_function_it_names(name):
     keywords = inspect.signature(function).parameters
     for key in part.keys() - {"name"}:
       assert keywords[key].kind is inspect.Parameter.KEYWORD_ONLY, key
-  assert recipe.kl.keys() == {"coef", "value", "gradient"}
+  assert recipe.kl.keys() - {"weighting"} == {"coef", "value", "gradient"}
+  assert getattr(weighting, recipe.kl.get("weighting", "token_mean"))
+  assert recipe.entropy.keys() == {"coef"}
   assert {recipe.kl["value"], recipe.kl["gradient"]} <= set(kl.ESTIMATORS)
 
 
@@ -36,15 +38,19 @@ def objective(name, logprobs, old, ref, rewards, mask, **weighting_kwargs):
   advantage = call(advantages, recipe.advantage, rewards).reshape(-1)
   weights = call(weighting, recipe.weighting, mask, **weighting_kwargs)
   loss, _ = call(losses, recipe.loss, logprobs, old, advantage, weights)
-  coef = recipe.kl["coef"]
-  estimators = {k: v for k, v in recipe.kl.items() if k != "coef"}
-  return loss + coef * losses.kl_loss(logprobs, ref, weights, **estimators)[0]
+  estimators = {k: v for k, v in recipe.kl.items() if k in ("value", "gradient")}
+  of_kl = {"name": recipe.kl.get("weighting", recipe.weighting["name"])}
+  own = weights if of_kl == recipe.weighting else call(weighting, of_kl, mask)
+  bonus = losses.entropy_loss(ENTROPIES, weights)[0]
+  kl_term = losses.kl_loss(logprobs, ref, own, **estimators)[0]
+  return loss + recipe.kl["coef"] * kl_term + recipe.entropy["coef"] * bonus
 
 
 RNG = np.random.default_rng(0)
 OLD, REF = np.log(RNG.uniform(0.2, 0.9, size=(2, 4, 5)))
 LOGPROBS = OLD + RNG.normal(scale=0.5, size=OLD.shape)
 REWARDS = np.array([[1.0, 0.0], [0.3, 0.9]])
+ENTROPIES = RNG.uniform(0.5, 1.5, size=OLD.shape)
 MASK = np.arange(5) < np.array([[5], [3], [1], [4]])
 
 
@@ -60,21 +66,23 @@ def k3(d):
   return np.exp(-d) + d - 1
 
 
-def paper(low, high, advantage, aggregate, dual=None, cap=np.inf, beta=0.0, kl=k3, rewards=REWARDS):
+def paper(low, high, advantage, aggregate, dual=None, beta=0.0, kl=k3, rewards=REWARDS,
+          aggregate_kl=None, entropy=0.0):
   """The objective as its source writes it, in loops over responses and tokens."""
-  rows, size = [], rewards.shape[1]
+  rows, penalties, size = [], [], rewards.shape[1]
   for b in range(4):
     group = rewards[b // size]
     a = advantage(group[b % size], group)
     row = []
     for t in range(MASK[b].sum()):
       ratio = np.exp(LOGPROBS[b, t] - OLD[b, t])
-      loss = -min(min(ratio, cap) * a, min(max(ratio, 1 - low), 1 + high) * a)
+      loss = -min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
       if dual and a < 0:
         loss = min(loss, -dual * a)
-      row.append(loss + beta * kl(LOGPROBS[b, t] - REF[b, t]))
+      row.append(loss - entropy * ENTROPIES[b, t])
     rows.append(np.array(row))
-  return aggregate(rows)
+    penalties.append(kl(LOGPROBS[b] - REF[b])[: MASK[b].sum()])
+  return aggregate(rows) + beta * (aggregate_kl or aggregate)(penalties)
 
 
 def by_token(rows):
@@ -93,19 +101,20 @@ def by_sequence(rows):
   ("trl", lambda: paper(
     0.2, 0.2, lambda r, group: (r - group.mean()) / (group.std(ddof=1) + 1e-4), by_token)),
   ("verl", lambda: paper(0.2, 0.2, mean_and_std, by_token, dual=3.0)),
-  ("nexrl", lambda: paper(0.2, 0.2, mean_and_std, by_token)),
+  ("nexrl", lambda: paper(0.2, 0.2, mean_and_std, by_token, entropy=1e-4)),
   ("openrlhf", lambda: paper(
     0.2, 0.2, lambda r, group: (r - group.mean()) / (group.std(ddof=1) + 1e-9), by_token)),
   ("tunix", lambda: paper(0.2, 0.2, mean_and_std, by_sequence, beta=0.04, kl=k1)),
   ("simply", lambda: paper(
     0.2, 0.2, lambda r, group: (r - group.mean()) / max(group.std(), 1e-5), by_token,
-    cap=10.0, beta=0.001)),
-  ("skyrl", lambda: paper(0.2, 0.2, mean_and_std, by_token, beta=0.001)),
+    beta=0.001)),
+  ("skyrl", lambda: paper(
+    0.2, 0.2, mean_and_std, by_token, beta=0.001, aggregate_kl=by_sequence)),
 ])
 def test_a_recipe_is_the_objective_its_source_writes(name, expected):
   extra = {"length": 8} if name == "dr_grpo" else {}
   got = objective(name, LOGPROBS, OLD, REF, REWARDS, MASK, **extra)
-  np.testing.assert_allclose(got, expected(), rtol=1e-5)
+  np.testing.assert_allclose(got, expected(), rtol=3e-6)
 
 
 @pytest.mark.parametrize("rewards", [np.array([[1.0, 0.0, 0.3, 0.9]]), REWARDS,
@@ -121,17 +130,22 @@ def test_nemo_compares_with_the_others_alone(rewards):
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_skyrl_trains_a_lone_response_on_its_raw_reward():
+@pytest.mark.parametrize("name, terms", [
+  ("skyrl", {"beta": 0.001, "aggregate_kl": by_sequence}), ("verl", {"dual": 3.0}),
+  ("nexrl", {"entropy": 1e-4}),
+])
+def test_a_lone_response_is_trained_on_its_raw_reward(name, terms):
   rewards = np.array([[1.0], [0.0], [0.3], [0.9]])
-  got = objective("skyrl", LOGPROBS, OLD, REF, rewards, MASK)
-  expected = paper(0.2, 0.2, lambda r, group: r, by_token, beta=0.001, rewards=rewards)
-  np.testing.assert_allclose(got, expected, rtol=1e-5)
+  got = objective(name, LOGPROBS, OLD, REF, rewards, MASK)
+  expected = paper(0.2, 0.2, lambda r, group: r, by_token, rewards=rewards, **terms)
+  np.testing.assert_allclose(got, expected, rtol=3e-6)
 
 
-def test_simply_caps_the_ratio_of_a_bad_token():
+def test_simply_has_no_cap_on_the_ratio_of_a_bad_token():
+  """`apply_simple_rl` sets policy_ratio_cap to None; 10 is the default of a function of its own."""
   old = np.full((1, 1), np.log(0.01))
   loss = recipe_loss("simply", np.zeros((1, 1)), old, np.array([-1.0]), np.ones((1, 1)))
-  np.testing.assert_allclose(loss, 10.0, rtol=1e-6)  # the ratio is 100
+  np.testing.assert_allclose(loss, 100.0, rtol=1e-6)
 
 
 def recipe_loss(name, *args):
@@ -164,17 +178,23 @@ def test_openrlhf_has_the_kl_in_the_reward():
 ])
 def test_the_gradient_of_the_kl_term(name, slope):
   recipe = presets.grpo(name)
-  weights = np.asarray(getattr(weighting, recipe.weighting["name"])(MASK))
-  estimators = {k: v for k, v in recipe.kl.items() if k != "coef"}
+  made_by = getattr(weighting, recipe.kl.get("weighting", recipe.weighting["name"]))
+  weights = np.asarray(made_by(MASK))
+  estimators = {k: v for k, v in recipe.kl.items() if k in ("value", "gradient")}
   gradient = jax.grad(lambda x: losses.kl_loss(x, REF, weights, **estimators)[0])(LOGPROBS)
   np.testing.assert_allclose(recipe.kl["coef"] * gradient, weights * slope(LOGPROBS - REF),
                              rtol=1e-5, atol=1e-9)
 
 
-def test_the_table_has_a_row_for_every_recipe_and_no_other():
-  rows = [line.split("|")[1].strip() for line in presets.grpo.__doc__.splitlines()
-          if line.strip().startswith("|")]
-  assert tuple(rows[2:]) == NAMES
+def test_every_recipe_says_how_it_differs_and_where_it_was_read():
+  """One table of what differs, of all; one of versions and files, of those that are programs."""
+  tables = presets.grpo.__doc__.split("Each was read from these files:")
+  rows = [
+    [line.split("|")[1].strip() for line in part.splitlines() if line.strip().startswith("|")][2:]
+    for part in tables
+  ]
+  assert tuple(rows[0]) == NAMES
+  assert tuple(rows[1]) == NAMES[3:]
 
 
 def test_a_recipe_is_the_callers_to_change():

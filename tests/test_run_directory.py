@@ -167,7 +167,10 @@ def test_a_field_the_record_lacks_is_not_held_against_it(tmp_path):
   recorded = json.loads((tmp_path / "config.json").read_text())
   del recorded["prompt"]
   (tmp_path / "config.json").write_text(json.dumps(recorded))
+  (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
   assert open_run(tmp_path, Config(), volatile=()) is None
+  with pytest.raises(ConfigError, match="--prompt=hi: must be .*, as in the run"):
+    open_run(tmp_path, Config(prompt="hi"), volatile=())
 
 
 def test_a_models_directory_is_not_written_into(tmp_path):

@@ -17,11 +17,12 @@ import unicodedata
 import numpy as np
 import pytest
 
+from rl_llm import control_tokens
 from rl_llm import tokenizers as lib
+from rl_llm.conversations import format_prompts
 from rl_llm.tokenizers import (
   ByteTokenizer,
   TokenizerError,
-  format_prompts,
   from_gguf,
   from_hf,
   load_tokenizer,
@@ -156,12 +157,12 @@ ASCII = {
 ASCII["smollm"] = ["[0-9]", *ASCII["gpt-2"]]
 
 
-def slow_encode(text, pre):
+def slow_encode(text, pre, special=True):
   """Special tokens first, then the cuts, then the merge of lowest rank until none applies."""
   ids = []
   specials = "|".join(re.escape(t) for t, kind in zip(TOKENS, TYPES, strict=True) if kind in (3, 4))
-  for part in re.split(f"({specials})", text):
-    if re.fullmatch(specials, part):
+  for part in re.split(f"({specials})", text) if special else [text]:
+    if special and re.fullmatch(specials, part):
       ids.append(TOKENS.index(part))
       continue
     words = [part] if part else []
@@ -478,6 +479,31 @@ def test_hf_eos_ids_are_a_set_from_all_files(directory):
   assert format_prompts(["a"], tokenizer, prompt_format="plain") == [[1, TOKENS.index("a")]]
 
 
+def test_hf_tokens_that_only_the_config_lists_are_tokens(directory):
+  """As in transformers, which lets the config say what a token of tokenizer.json is, too."""
+  new = {"content": "<|new|>", "special": True, "normalized": False}
+  think = {"content": USER_DEFINED, "special": True, "normalized": False}
+  listed = {str(len(TOKENS)): new, str(TOKENS.index(USER_DEFINED)): think}
+  put(
+    directory,
+    "tokenizer_config.json",
+    {"eos_token": "<|im_end|>", "added_tokens_decoder": listed},
+  )
+  tokenizer = from_hf(directory)
+  assert tokenizer.encode("a<|new|><think>") == [TOKENS.index("a"), len(TOKENS), len(TOKENS) - 1]
+  assert tokenizer.vocab_size == len(TOKENS) + 1
+  assert {"<|new|>", "<think>"} <= set(tokenizer.special_tokens)
+  for wrong, match in (
+    ({"3": new}, f"lists '<|new|>' as id 3, which tokenizer.json makes {len(TOKENS)}"),
+    ({"3": {}}, "added_tokens_decoder cannot be read"),
+    ([new], "added_tokens_decoder cannot be read"),
+  ):
+    config = {"eos_token": "<|im_end|>", "added_tokens_decoder": wrong}
+    put(directory, "tokenizer_config.json", config)
+    with pytest.raises(TokenizerError, match=re.escape(match)):
+      from_hf(directory)
+
+
 def test_hf_bos_of_the_post_processor_is_noticed(directory):
   import tokenizers
 
@@ -498,6 +524,14 @@ def test_hf_chat_template_places(directory):
   named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
   put(directory, "tokenizer_config.json", config | {"chat_template": named})
   assert from_hf(directory).chat_template == "D"
+  put(directory, "tokenizer_config.json", config | {"chat_template": named[:1]})
+  with pytest.raises(TokenizerError, match="templates named tool_use and none named 'default'"):
+    from_hf(directory)
+  put(directory, "tokenizer_config.json", config)
+  put(directory, "chat_template.json", {"chat_template": "P"})
+  assert from_hf(directory).chat_template == "P"
+  put(directory, "tokenizer_config.json", config | {"chat_template": "A"})
+  assert from_hf(directory).chat_template == "A"
   put(directory, "chat_template.jinja", "J")
   assert from_hf(directory).chat_template == "J"
 
@@ -571,11 +605,9 @@ def chatml(tmp_path):
 
 
 def turn(role, content):
-  """One ChatML turn whose content holds no control token."""
-  plain = [i for piece in re.split("(?<=<)", content) for i in slow_encode(piece, "smollm")]
-  return [
-    1, *slow_encode(f"{role}\n", "smollm"), *plain, 2, *slow_encode("\n", "smollm")
-  ]  # fmt: skip
+  """One ChatML turn, in whose content control tokens are text."""
+  inside = slow_encode(f"{role}\n{content}", "smollm", special=False)
+  return [1, *inside, 2, *slow_encode("\n", "smollm")]
 
 
 HEADER = [1, *slow_encode("assistant\n", "smollm")]
@@ -631,13 +663,15 @@ def test_control_tokens_of_the_assistant_and_of_plain_prompts_are_kept(chatml):
   assert format_prompts([plain], chatml, prompt_format="plain") == [slow_encode(plain, "smollm")]
 
 
-def test_overlapping_special_tokens_are_all_broken(tmp_path):
-  pytest.importorskip("jinja2")
-  messages = [{"role": "user", "content": ["abcab", {"text": "xbcx"}]}]
-  ((guarded,), mark) = lib.guard(messages, {"abc": 0, "bca": 1, "bc": 2})
-  pieces = [piece for text in lib._strings(guarded["content"]) for piece in text.split(mark)]
-  assert pieces == ["a", "b", "cab", "xb", "cx"]
-  assert lib.guard(messages, {"zz": 0, "a": 1}) == (messages, "")
+def test_overlapping_control_tokens_are_all_broken():
+  content = ["abcab", {"text": "xbcx", "bca": 1}]
+  names = frozenset({"abc", "bca", "bc"})
+  broken, inner = control_tokens.break_up(content, names)
+  texts = [broken, inner["text"], *inner]
+  assert [text.split(control_tokens.MARK) for text in texts] == [
+    ["a", "b", "cab"], ["xb", "cx"], ["text"], ["b", "ca"]
+  ]  # fmt: skip
+  assert control_tokens.break_up(content, frozenset({"zz"})) is content
 
 
 def test_prompts_that_do_not_fit_the_format(chatml):

@@ -9,10 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl_llm.metrics import finalize
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.scalar_head import with_head
 from rl_llm.rollout import ResponseBatch, logprobs_of_hidden, response_hidden, response_logprobs
-from rl_llm.value_network import explained_variance, response_values, values_of_hidden
+from rl_llm.value_network import (
+  explained_variance,
+  response_values,
+  value_statistics,
+  values_of_hidden,
+)
 
 CONFIG = dataclasses.replace(tiny_config(16), n_layers=1)
 POLICY = make_policy(CONFIG)
@@ -107,3 +113,12 @@ def test_explained_variance_is_one_less_the_unexplained_share():
   assert float(explained_variance(returns + 7, returns, mask)) == pytest.approx(1, abs=1e-5)
   assert float(explained_variance(jnp.zeros((3, 5)), returns, mask)) == 0
   assert np.isnan(explained_variance(values, jnp.ones((3, 5)), mask))
+
+
+def test_a_record_has_null_where_there_is_nothing_to_explain():
+  values, mask = jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3), bool)
+  found = finalize(value_statistics(values, jnp.ones((2, 3)), mask))
+  assert found["explained_variance"] is None and found["returns_mean"] == 1
+  assert finalize(value_statistics(values, values, mask))["explained_variance"] == 1
+  broken = finalize(value_statistics(values.at[0, 0].set(jnp.nan), values, mask))
+  assert np.isnan(broken["explained_variance"]), "a value that is not a number is to be seen"

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from rl_llm import weighting
+from rl_llm.minibatches import token_weights
+from rl_llm.rollout import ResponseBatch
 
 MASK = np.array([
   [True, True, True, False],
@@ -122,6 +124,25 @@ def test_truncated_importance_is_finite_at_extremes(level, mode):
       assert np.isfinite(f(old, mask)).all()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("mode", ["truncate", "mask", "reject"])
+def test_a_ratio_that_is_nan_is_neither_inside_nor_dropped(level, mode):
+  old = np.zeros(MASK.shape)
+  old[1, 0] = np.nan
+  got = weighting.truncated_importance(old, 0 * old, MASK, level=level, mode=mode, high=3.0)
+  assert np.isnan(got[1, 0]) and np.isfinite(np.delete(got, 1, axis=0)).all()
+
+
+def test_an_entropy_that_is_nan_leaves_no_quantile():
+  entropies = np.random.default_rng(4).uniform(size=MASK.shape)
+  dirty = np.where(MASK, entropies, np.nan)
+  clean = weighting.top_entropy(entropies, MASK, fraction=0.5)
+  np.testing.assert_array_equal(weighting.top_entropy(dirty, MASK, fraction=0.5), clean)
+  dirty[0, 0] = np.nan
+  got = weighting.top_entropy(dirty, MASK, fraction=0.5)
+  assert np.isnan(got[MASK]).all() and not np.any(np.asarray(got)[~MASK])
+
+
 def test_a_rejected_sequence_is_silent_whatever_its_unclamped_token_weights():
   """"seq-mask-tis": 1[lo <= exp(mean log w) <= hi] times w itself; exp(200) is inf in float32."""
   old, sampler = 0.4 * np.random.default_rng(3).normal(size=(2, *MASK.shape))
@@ -167,6 +188,40 @@ def test_drop_truncated_silences_whole_rows_and_leaves_the_denominator():
   np.testing.assert_array_equal(factors, MASK & ~truncated[:, None])
   weights = weighting.token_mean(MASK) * factors
   np.testing.assert_allclose(weights.sum(), (1 + 2) / MASK.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "name", ["token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"]
+)
+def test_what_is_cut_off_is_kept_silenced_or_left_out_of_the_mean(name):
+  """Of responses of 3, 1, 2 and 2 tokens to two prompts, the first is cut off at the limit."""
+  mask = np.arange(3) < np.array([[3], [1], [2], [2]])
+  cut = jnp.array([True, False, False, False])
+  batch = ResponseBatch(np.zeros((2, 1), int), np.ones(2, int), mask * 1, mask, mask, truncated=cut)
+  kept, zeroed, dropped = (
+    np.asarray(token_weights(batch, name=name, length=6, truncated=kind)).sum(axis=1)
+    for kind in ("keep", "zero", "drop")
+  )
+  # What each response counts in all: its tokens' loss over what the mean divides by.
+  lengths = np.array([3, 1, 2, 2])
+  whole, others = {
+    "token_mean": (lengths / 8, lengths / 5),
+    "sequence_mean": (np.full(4, 1 / 4), np.full(4, 1 / 3)),
+    "sequence_sum": (lengths / 4, lengths / 3),
+    "constant_length": (lengths / (4 * 6), lengths / (3 * 6)),
+    "prompt_mean": (lengths / [8, 8, 8, 8], lengths / [2, 2, 8, 8]),
+  }[name]
+  np.testing.assert_allclose(kept, whole, rtol=1e-6)
+  np.testing.assert_allclose(zeroed, [0, *whole[1:]], rtol=1e-6)
+  np.testing.assert_allclose(dropped, [0, *others[1:]], rtol=1e-6)
+
+
+def test_nothing_is_left_of_a_batch_that_is_cut_off_whole():
+  mask = np.ones((2, 3), bool)
+  cut = jnp.array([True, True])
+  batch = ResponseBatch(np.zeros((1, 1), int), np.ones(1, int), mask * 1, mask, mask, truncated=cut)
+  for kind in ("zero", "drop"):
+    assert not np.any(token_weights(batch, name="sequence_mean", length=3, truncated=kind)), kind
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 1.0])

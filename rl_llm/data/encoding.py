@@ -7,13 +7,16 @@ assistant's text and the token that ends it, and nothing else.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from rl_llm import chat_template
 from rl_llm.chat_template import ChatTemplateError
+from rl_llm.conversations import check_no_names, check_not_rendered, encode_whole, render, with_bos
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
-from rl_llm.tokenizers import Tokenizer, TokenizerError, guard
+from rl_llm.messages import template_names, weight_of
+from rl_llm.tokenizers import Tokenizer, TokenizerError
+from rl_llm.turn_end import no_turn_end
 
 Message = dict[str, Any]
 PromptFormat = Literal["chat", "plain"]
@@ -82,15 +85,17 @@ def encode(
 ) -> Encoded:
   """Tokens and mask of a prompt and its completion.
 
+  A row's tools and template names, and a turn of weight 0, count as `rl_llm.messages` says.
+
   With "chat", a text prompt is a user's message and a text completion the assistant's. The mask is
   found by rendering the conversation up to each of the assistant's turns, with the header that a
   sampler would be given, and again up to its end: what came in between is the turn. That works with
   any template, provided that it never rewrites what it wrote before, which is checked. A turn ends
-  with its last end-of-sequence token; what the template writes after that (a line break, mostly) is
-  nobody's choice and not trained on.
+  with the token at which a sampler stops; what the template writes after that (a line break,
+  mostly) is nobody's choice and not trained on.
 
-  Each turn is encoded by itself, as it is in sampling: the prompt is encoded before the answer
-  exists. Encoded in one piece, a merge over the border would make other tokens.
+  The text is encoded as a whole, and begins with the ids of the prompt as a sampler is given it
+  (`rl_llm.conversations.encode_whole`).
 
   >>> from rl_llm.tokenizers import ByteTokenizer
   >>> encoded = encode(Demonstration("2+2=", "4", {}), ByteTokenizer(), prompt_format="plain")
@@ -101,7 +106,8 @@ def encode(
     example: an empty prompt trains on every turn of the assistant's, or on all of a text.
     tokenizer: the model's.
     prompt_format: "chat" renders the tokenizer's template; "plain" puts text after text, BOS before
-      if the model expects one, EOS behind.
+      if the model expects one, EOS behind. Text that is already rendered keeps its own: it gets no
+      second BOS or EOS, and blanks behind its EOS are not trained on.
     system_prompt: as for `format_prompts`.
 
   Returns:
@@ -110,8 +116,11 @@ def encode(
   Raises:
     TokenizerError: no chat template, or messages with "plain".
     ChatTemplateError: the template fails, refuses the messages, or changes earlier turns.
+    MessageError: the template does not read what the row says to it.
   """
+  names = template_names(example.columns)
   if prompt_format == "plain":
+    check_no_names(names)
     return _encode_plain(example.prompt, example.completion, tokenizer, system_prompt)
   if prompt_format != "chat":
     raise TokenizerError(f"prompt_format must be 'chat' or 'plain', got {prompt_format!r}")
@@ -119,9 +128,15 @@ def encode(
     raise TokenizerError(
       "this model's files have no chat template (a base model?): use prompt_format='plain'"
     )
+  if isinstance(example.prompt, str):
+    check_not_rendered([example.prompt], tokenizer)
   prompt = _messages(example.prompt, "user")
   messages = prompt + _messages(example.completion, "assistant")
-  turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= len(prompt)]
+  turns = [
+    place
+    for place, m in enumerate(messages)
+    if m["role"] == "assistant" and place >= len(prompt) and weight_of("messages", m) is not False
+  ]
   if not turns or turns[0] == 0:
     raise TokenizerError(
       "a conversation needs a message to answer and an answer of the assistant; text by itself is "
@@ -130,7 +145,7 @@ def encode(
   if system_prompt is not None and messages[0]["role"] != "system":
     messages.insert(0, {"role": "system", "content": system_prompt})
     turns = [turn + 1 for turn in turns]
-  return _encode_chat(messages, bool(prompt), turns, tokenizer)
+  return _encode_chat(messages, bool(prompt), turns, tokenizer, names)
 
 
 def encode_pair(
@@ -256,39 +271,43 @@ def _encode_plain(
     raise TokenizerError("prompt_format='plain' needs text: use 'chat' for messages")
   if system_prompt is not None:
     raise TokenizerError("a system prompt needs a chat layout: leave it out or use 'chat'")
-  start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-  start += tokenizer.encode(prompt)
-  answer = [*tokenizer.encode(completion), tokenizer.eos_ids[0]]
-  mask = [False] * len(start) + [True] * len(answer)
-  return Encoded(start + answer, [False, *mask[1:]], len(start) if prompt else 0)
+  text = prompt + completion
+  whole = encode_whole(text, [len(prompt)] if prompt else [], tokenizer)
+  start = whole.starts[0] if prompt else 0
+  end = bisect.bisect_left(whole.places, len(text.rstrip()))
+  if end > start and whole.ids[end - 1] in tokenizer.eos_ids:  # Rendered already.
+    ids = whole.ids
+  else:
+    ids = [*whole.ids, tokenizer.eos_ids[0]]
+    end = len(ids)
+  tokens = with_bos(ids, tokenizer)
+  added = len(tokens) - len(ids)
+  start, end = start + added if prompt else 0, end + added
+  mask = [start <= place < end for place in range(len(tokens))]
+  return Encoded(tokens, [False, *mask[1:]], start)
 
 
 def _encode_chat(
-  messages: list[Message], has_prompt: bool, turns: list[int], tokenizer: Tokenizer
+  messages: list[Message],
+  has_prompt: bool,
+  turns: list[int],
+  tokenizer: Tokenizer,
+  names: dict[str, Any],
 ) -> Encoded:
   """Encodes messages up to the last of `turns`, the places of the assistant's trained ones."""
-  guarded, mark = guard(messages, tokenizer.special_tokens)
-
-  def rendered(ends: list[int], header: bool) -> list[str]:
-    return chat_template.render_many(
-      tokenizer.chat_template,
-      [guarded[:end] for end in ends],
-      add_generation_prompt=header,
-      bos_token=tokenizer.bos_token,
-      eos_token=tokenizer.eos_token,
-    )
-
-  def encoded(text: str) -> list[int]:
-    pieces = text.split(mark) if mark else [text]
-    return [i for piece in pieces for i in tokenizer.encode(piece)]
-
-  befores = rendered(turns, True)
-  afters = rendered([turn + 1 for turn in turns], False)
-  tokens: list[int] = []
-  mask: list[bool] = []
-  starts: list[int] = []
-  done = ""
-  for turn, before, after in zip(turns, befores, afters, strict=True):
+  all_names = [names] * len(turns)
+  befores = render([messages[:turn] for turn in turns], tokenizer, names=all_names)
+  afters = render(
+    [messages[: turn + 1] for turn in turns],
+    tokenizer,
+    names=all_names,
+    add_generation_prompt=False,
+  )
+  behind: list[int] = []  # Each turn.
+  for turn, before, after, done in zip(turns, befores, afters, ["", *afters], strict=False):
+    if not before.startswith(done):
+      done = _ended(done, tokenizer)
+      behind[-1] = len(done)
     if not before.startswith(done):
       raise ChatTemplateError(
         f"the chat template writes the messages before messages[{turn}] otherwise than when they "
@@ -301,11 +320,42 @@ def _encode_chat(
         "(add_generation_prompt); write into the message what the header holds, or use a template "
         "that begins alike"
       )
-    between, answer = encoded(before[len(done) :]), encoded(after[len(before) :])
-    ends = [place for place, i in enumerate(answer) if i in tokenizer.eos_ids]
-    trained = ends[-1] + 1 if ends else len(answer)
-    starts.append(len(tokens) + len(between))
-    tokens += between + answer
-    mask += [False] * len(between) + [True] * trained + [False] * (len(answer) - trained)
-    done = after
-  return Encoded(tokens, [False, *mask[1:]], starts[0] if has_prompt else 0)
+    behind.append(len(after))
+  text = afters[-1]
+  whole = encode_whole(text, [len(before) for before in befores], tokenizer)
+  mask = [False] * len(whole.ids)
+  for start, place in zip(whole.starts, behind, strict=True):
+    stop = bisect.bisect_left(whole.places, place)
+    end = _end_of_turn(whole.ids[start:stop], [*whole.places[start:stop], place], text, tokenizer)
+    mask[start : start + end] = [True] * end
+  return Encoded(whole.ids, [False, *mask[1:]], whole.starts[0] if has_prompt else 0)
+
+
+def _ended(text: str, tokenizer: Tokenizer) -> str:
+  """The text up to the end of its last turn."""
+  ids, places = tokenizer.encode_with_places(text, follows=False)
+  places.append(len(text))
+  return text[: places[_end_of_turn(ids, places, text, tokenizer)]]
+
+
+def _end_of_turn(ids: list[int], places: list[int], text: str, tokenizer: Tokenizer) -> int:
+  """How many of the tokens that begin with an answer a sampler would have given.
+
+  The last is the first of the tokens at the answer's end that end a response. What the template
+  writes after it is nobody's choice: a line break mostly, and Phi-3's writes `<|endoftext|>` too.
+
+  Args:
+    ids: the answer's and what the template writes behind it.
+    places: where in `text` each begins, and where the last one ends.
+    text: the whole.
+    tokenizer: the model's.
+  """
+  end = 0
+  for index in reversed(range(len(ids))):
+    if ids[index] in tokenizer.eos_ids:
+      end = index + 1
+    elif end and text[places[index] : places[index + 1]].strip():
+      break
+  if not end:
+    raise no_turn_end(tokenizer)
+  return end

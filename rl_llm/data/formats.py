@@ -7,11 +7,15 @@ list of `{"role", "content"}` messages; a whole row is one or the other.
     prompt_completion    prompt, completion
     preference           prompt, chosen, rejected
     implicit_preference  chosen, rejected, which begin with the same prompt
-    unpaired             prompt, completion, label (true: wanted, false: unwanted)
+    unpaired             prompt, completion, label (true or 1: wanted, false or 0: unwanted)
     text, messages       text or messages: language modelling, every assistant's turn is trained on
 
+No script trains on `unpaired`: it is for those who call `rl_llm.losses.kto_loss` and its kin. What
+else a row or a message may say, such as tools and weights, is in `rl_llm.messages`.
+
 Plain text that begins with "\n\nHuman:" is a transcript in the style of Anthropic's HH data, and
-becomes messages. All other columns of a row are kept, for the reward function.
+becomes messages. A column `text` next to an answer is the same example, rendered already: the
+answer is what counts, as in TRL. All other columns of a row are kept, for the reward function.
 """
 
 from __future__ import annotations
@@ -23,6 +27,13 @@ from typing import Any, Literal, NamedTuple
 
 from rl_llm.data.jsonl import DataError
 from rl_llm.data.parquet import read_table
+from rl_llm.messages import (
+  MessageError,
+  check_messages,
+  check_prompt_ends,
+  template_names,
+  weight_of,
+)
 
 Content = str | list[dict[str, Any]]
 Format = Literal[
@@ -141,7 +152,7 @@ def read_dataset(path: str, *, format: Format | None = None, strict: bool = True
       if exact and (problem := _misfit(row, chosen)):
         return problem
       _example(row, chosen)
-    except DataError as error:
+    except (DataError, MessageError) as error:
       return str(error)
     return ""
 
@@ -155,12 +166,16 @@ def recognise(columns: Iterable[str]) -> Format:
 
   >>> recognise(["prompt", "chosen", "rejected", "source"])
   'preference'
+  >>> recognise(["prompt", "completion", "text"])  # The text is the other two, rendered.
+  'prompt_completion'
 
   Raises:
     DataError: they fit none, or more than one.
   """
   columns = set(columns)
   present = (columns & _CONTENT) | ({"label"} & columns if "completion" in columns else set())
+  if present - {"text"} in (set(COLUMNS["prompt_completion"]), set(COLUMNS["messages"])):
+    present -= {"text"}  # The same example, rendered already.
   for name, needed in COLUMNS.items():
     if set(needed) == present:
       return name
@@ -169,7 +184,7 @@ def recognise(columns: Iterable[str]) -> Format:
   if fits:
     raise DataError(
       f"ambiguous columns {listed}: could be {' or '.join(fits)} with columns of your own; say "
-      "which with format=, or rename those that are yours"
+      "which with --data_format, or rename those that are yours"
     )
   known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
   raise DataError(f"columns {listed} are of no known format; rename or add some ({known})")
@@ -237,7 +252,10 @@ def _misfit(row: Mapping[str, Any], format: Format) -> str:
     return _missing(row, missing[0])
   other = recognise(row)
   if other != format:
-    return f"columns of {other} among rows of {format}; make them alike or say which with format="
+    return (
+      f"columns of {other} among rows of {format}; give all rows the same, or let "
+      f"--data_format={format} take the others for your own"
+    )
   return ""
 
 
@@ -256,41 +274,34 @@ def _example(row: Mapping[str, Any], format: Format) -> Example:
   texts = {name: row[name] for name in names if name != "label"}
   for name, content in texts.items():
     _check_content(name, content)
-  kinds = {type(content) for content in texts.values()}
-  if len(kinds) > 1:
-    raise DataError(
-      f"{' and '.join(map(repr, texts))} are neither all text nor all messages; write them alike"
-    )
+  if len({type(content) for content in texts.values()}) > 1:
+    fix = "write them alike"
+    if format == "preference" and row["chosen"][:1] == row["rejected"][:1]:
+      fix += "; or, as both answers begin with the prompt, --data_format=implicit_preference"
+    listed = " and ".join(map(repr, texts))
+    raise DataError(f"{listed} are neither all text nor all messages; {fix}")
   columns = {name: value for name, value in row.items() if name not in names}
-  if "label" in names and not isinstance(row["label"], bool):
+  template_names(columns)
+  if "label" in names and row["label"] not in (0, 1):
     raise DataError(
-      f"'label' is of type {type(row['label']).__name__}; write true or false, or say "
-      "format='prompt_completion' if it is a column of your own"
+      f"'label' is {row['label']!r:.40}; write true or false, or, if it is a column of your own, "
+      "let --data_format=prompt_completion leave it alone"
     )
   texts = _transcripts_to_messages(texts)
-  if format == "prompt_only":
-    prompt = texts["prompt"]
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-      raise DataError("'prompt' ends with the assistant's message; nothing is left to answer")
-    return Prompt(prompt, columns)
   if format == "implicit_preference":
     texts = _split_common_prompt(texts["chosen"], texts["rejected"])
   for name, content in texts.items():
-    if name in ("completion", "chosen", "rejected") and isinstance(content, list):
-      if content[0]["role"] != "assistant":
-        raise DataError(
-          f"{name!r} begins with the message of {content[0]['role']!r}; begin it with the "
-          "assistant's, and put what comes before into 'prompt'"
-        )
+    if isinstance(content, list):
+      _check_turns(name, content)
+  if format == "prompt_only":
+    return Prompt(texts["prompt"], columns)
   if format in ("text", "messages"):
     content = texts[format]
-    if isinstance(content, list) and "assistant" not in [m["role"] for m in content[1:]]:
-      raise DataError(f"{format!r} has no answer of the assistant; there is nothing to train on")
     return Demonstration(content[:0], content, columns)
   if format == "prompt_completion":
     return Demonstration(**texts, columns=columns)
   if format == "unpaired":
-    return Unpaired(**texts, label=row["label"], columns=columns)
+    return Unpaired(**texts, label=bool(row["label"]), columns=columns)
   return Preference(**texts, columns=columns)
 
 
@@ -307,13 +318,30 @@ def _check_content(name: str, content: Any) -> None:
     )
   if name == "text":
     raise DataError("'text' is a list; write text, or name the column 'messages'")
-  if not content:
-    raise DataError(f"{name!r} has no message; write one or remove the row")
-  for message in content:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-      raise DataError(f"{name!r} holds a message without a role; write role and content as text")
-    if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-      raise DataError(f"{name!r} holds a message without content; write role and content as text")
+  check_messages(name, content, trained=name != "prompt")
+
+
+def _check_turns(name: str, messages: list[dict[str, Any]]) -> None:
+  """Refuses messages that do not begin or end as those of such a column do."""
+  trained = [weight_of(name, m) is not False for m in messages if m["role"] == "assistant"]
+  if name == "prompt":  # Once more, for one that was taken off two answers.
+    check_messages(name, messages, trained=False)
+    check_prompt_ends(name, messages)
+  elif name in ("text", "messages"):
+    trained = trained[messages[0]["role"] == "assistant" :]  # To begin with is to answer nothing.
+  elif messages[0]["role"] != "assistant":
+    raise DataError(
+      f"{name!r} begins with the message of {messages[0]['role']!r}; begin it with the "
+      "assistant's, and put what comes before into 'prompt'"
+    )
+  if name in ("chosen", "rejected") and not all(trained):
+    raise DataError(
+      f"{name!r} has a turn of weight 0, but answers are compared whole; remove the weight"
+    )
+  if name != "prompt" and not any(trained):
+    raise DataError(
+      f"{name!r} has no answer of the assistant that is trained on; add one, or remove the row"
+    )
 
 
 def _transcripts_to_messages(texts: dict[str, Content]) -> dict[str, Content]:

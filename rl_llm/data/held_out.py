@@ -90,6 +90,7 @@ def split_held_out(
   if fraction and not all(sides):
     taken, fix = ("none", "raise it") if sides[0] else ("all", "lower it")
     raise DataError(
-      f"{name}: takes {taken} of the {len(examples)} examples; {fix}, or set it to 0 for no split"
+      f"{name}: takes {taken} of the {len(examples)} examples; {fix}, or set it to 0 for no split, "
+      "with --eval.every=0 where nothing else is evaluated"
     )
   return sides

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -49,6 +50,13 @@ def _no_constant(name: str) -> None:
   raise DataError(f"{name} is not JSON; write null or a number")
 
 
+def _finite(number: str) -> float:
+  value = float(number)
+  if not math.isfinite(value):  # 1e400 is JSON, which Python reads as infinity.
+    raise DataError(f"{number:.40} is more than a float can hold; write it as text, or null")
+  return value
+
+
 def check_text(value: Any) -> None:
   """Refuses text, at any depth, that no tokenizer or file can carry."""
   if isinstance(value, str):
@@ -77,7 +85,8 @@ def _parse(line: bytes) -> dict[str, Any]:
   if "\0" in text:
     raise DataError("contains a NUL byte; remove it")
   try:
-    row = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    hooks = {"parse_float": _finite, "parse_constant": _no_constant}
+    row = json.loads(text, object_pairs_hook=_unique, **hooks)
   except json.JSONDecodeError as error:
     raise DataError(
       f"not JSON: {error.msg} at column {error.colno}; write one JSON object per line"

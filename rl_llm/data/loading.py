@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from rl_llm import messages
 from rl_llm.chat_template import ChatTemplateError
 from rl_llm.data.encoding import Encoded, Limited, Overlong, Pair
-from rl_llm.data.formats import Dataset, Example, Format, count_reasons, read_dataset
+from rl_llm.data.formats import COLUMNS, Dataset, Example, Format, count_reasons, read_dataset
 from rl_llm.data.held_out import split_held_out
 from rl_llm.data.jsonl import DataError
 from rl_llm.tokenizers import TokenizerError
@@ -33,24 +34,55 @@ class Loaded(NamedTuple):
   held_out_columns: list[dict[str, Any]]
 
 
-def read_examples(path: str, *, formats: Collection[Format], strict: bool = True) -> Dataset:
+def read_examples(
+  path: str,
+  *,
+  formats: Collection[Format],
+  format: Format | Literal["auto"] = "auto",
+  strict: bool = True,
+) -> Dataset:
   """`read_dataset`, of the formats that an experiment can train on.
 
   Args:
     path: the file.
     formats: keys of `rl_llm.data.formats.COLUMNS`.
+    format: one of these, or "auto": the file's columns say which.
     strict: whether the first broken row is an error; else broken rows are dropped and counted.
 
   Raises:
     DataError: as `read_dataset`, or the file is of another format.
   """
-  dataset = read_dataset(path, strict=strict)
-  if dataset.format not in formats:
+  dataset = read_dataset(path, format=None if format == "auto" else format, strict=strict)
+  found = dataset.format
+  if found not in formats:
+    present = {*COLUMNS[found], *dataset.examples[0].columns}
+    fits = [f"--data_format={name}" for name in formats if present >= {*COLUMNS[name]}]
+    fix = f"{' or '.join(fits)} leaves the others alone" if fits else "rename columns to these"
+    if found == "unpaired" and fits:  # They would be learned like the wanted ones.
+      fix = f"take out the rows whose label is false, and {fix}"
+    trained = "; ".join(f"{name}: {', '.join(COLUMNS[name])}" for name in formats)
     raise DataError(
-      f"{path}: rows of the format {dataset.format}; what is trained here are rows of "
-      f"{', '.join(formats)}"
+      f"{path}: rows of the format {found}, and what is trained here has other columns ({trained})"
+      f"; {fix}"
     )
   return dataset
+
+
+def unread_note(dataset: Dataset, *, read: Collection[str] = ()) -> str:
+  """The columns of a data set that go nowhere, in words that continue a `Loaded`'s note.
+
+  >>> from rl_llm.data.formats import Demonstration
+  >>> row = Demonstration("2+2=", "4", {"level": 1, "tools": [], "margin": 2})
+  >>> unread_note(Dataset("prompt_completion", (row,), (1,), ()), read=["margin"])
+  '; columns that nothing reads: level'
+
+  Args:
+    dataset: from `read_examples`.
+    read: columns that the experiment reads, in addition to those that every encoder does.
+  """
+  names = {name for example in dataset.examples for name in example.columns}
+  names -= {*read, *messages.COLUMNS}
+  return f"; columns that nothing reads: {', '.join(sorted(names))}" if names else ""
 
 
 def load_sequences(
@@ -96,7 +128,7 @@ def load_sequences(
     where = f"{path}:{lines[id(example)]}"
     try:
       encoded = encode(example)
-    except (TokenizerError, ChatTemplateError) as error:
+    except (TokenizerError, ChatTemplateError, messages.MessageError) as error:
       if strict:
         raise DataError(f"{where}: {error}") from None
       errors.append(f"{where}: {error}")

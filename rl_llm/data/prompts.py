@@ -101,7 +101,7 @@ def limit_length(
     if overlong == "error":
       raise PromptTooLong(
         f"prompt {index} has {len(prompt)} tokens, over --max_prompt_tokens={limit}; raise the "
-        "limit, or choose --overlong_prompt=drop or truncate_left"
+        "limit, or choose another --overlong_prompt"
       )
     kept.append(None if overlong == "drop" else list(prompt[-limit:]))
   return kept, count

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.types import (
+  LOG_RATIO_LIMIT,
   Array,
   at_least_float32,
   check_float,
@@ -13,10 +14,6 @@ from rl_llm.types import (
   check_ndim,
   check_same_shape,
 )
-
-# exp(20) = 4.9e8. Beyond it a ratio carries no information, and squares of its gradient overflow
-# float32.
-LOG_RATIO_LIMIT = 20.0
 
 
 def tokens(name, x, weights, mask=None) -> tuple[Array, Array, Array]:
@@ -75,11 +72,15 @@ def per_token(name, x, mask) -> Array:
 
 
 def per_row(name, x, mask) -> Array:
-  """A constant for the whole batch [] or one per row [B], made [B] and 0 outside the mask."""
+  """A constant for the whole batch [] or one per row [B], made [B] and 0 outside the mask.
+
+  A Python number has no width of its own, or it would make a loss float64 under x64.
+  """
   if jnp.shape(x) not in ((), mask.shape):
     raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be [] or [B] = {mask.shape}.")
   check_float(name, x)
-  return jnp.where(mask, jax.lax.stop_gradient(at_least_float32(x)), 0)
+  x = x if isinstance(x, int | float) else jax.lax.stop_gradient(at_least_float32(x))
+  return jnp.where(mask, x, 0)
 
 
 def policy_gradient(logprobs, old_logprobs, advantages, weights, mask):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from rl_llm.losses import _checks
 from rl_llm.losses.policy_gradient import ppo_loss
 from rl_llm.masked import masked_mean
+from rl_llm.meshes import any_mesh
 from rl_llm.types import (
   Array,
   Metrics,
@@ -22,6 +23,7 @@ from rl_llm.types import (
   check_mask,
   check_members,
   check_same_shape,
+  is_number,
 )
 
 
@@ -62,6 +64,7 @@ def token_covariance(logprobs, advantages, mask) -> Array:
   return away(logprobs) * away(advantages)
 
 
+@any_mesh
 def clip_cov_mask(
   key, covariance, mask, *, fraction=2e-4, low=1.0, high=5.0, clipped=None, at_least=0
 ) -> Array:
@@ -83,7 +86,7 @@ def clip_cov_mask(
     mask: [B, T] bool, the tokens the policy produced, of the whole batch of one optimiser step.
     fraction: of the tokens, between 0 and 1.
     low: the least covariance.
-    high: the greatest.
+    high: the greatest, at least `low`.
     clipped: None, or [B, T] bool, tokens that PPO's clip already leaves without gradient, see
       `ppo_clipped`; none are before the first update.
     at_least: how many to select even of few tokens; verl selects at least 1.
@@ -92,13 +95,15 @@ def clip_cov_mask(
     [B, T] bool; fewer are selected only if there are fewer candidates.
 
   Raises:
-    ValueError: shapes differ, a mask is not bool, or `fraction` is outside [0, 1].
+    ValueError: shapes differ, a mask is not bool, or a number is out of range.
 
   Needs: samples, advantages, old policy.
 
   Reference: Cui et al., 2025, https://arxiv.org/abs/2505.22617
   """
   check_between("fraction", fraction, 0, 1)
+  if is_number(low):
+    check_between("high", high, low, float("inf"))
   check_members(mask)
   mask = jnp.asarray(mask)
   check_same_shape("covariance", covariance, "mask", mask)
@@ -110,6 +115,7 @@ def clip_cov_mask(
   return _largest(jax.random.uniform(key, mask.shape), candidates, _share(fraction, mask, at_least))
 
 
+@any_mesh
 def kl_cov_mask(covariance, mask, *, fraction=2e-3, at_least=0) -> Array:
   """KL-Cov's selection: the tokens of the highest covariance.
 
@@ -216,6 +222,7 @@ def clip_cov_loss(
 
   Returns:
     The scalar loss, at least float32, and the metrics of `ppo_loss` with {"selected_fraction"}.
+    Log-ratios are limited to +-20; a token beyond has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype does not fit, or a limit is not above 0; the message names
@@ -265,7 +272,7 @@ def kl_cov_loss(
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "log_ratio_size", "selected_fraction"}:
     over member tokens, the mean ratio, |logprobs - old_logprobs|, and how many are selected. In the
-    ratio, log-ratios are limited to +-20.
+    ratio, log-ratios are limited to +-20; beyond, it has no gradient.
 
   Raises:
     ValueError: shapes differ, or a dtype does not fit; the message names the argument.
@@ -306,4 +313,4 @@ def _largest(x, candidates, count):
   """The `count` candidates with the largest x, the first of equals, as a mask."""
   order = jnp.argsort(jnp.where(candidates, -x, jnp.inf).reshape(-1), stable=True)
   rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-  return candidates & (rank.reshape(candidates.shape) < count)
+  return candidates & (rank.reshape(candidates.shape) < count.astype(rank.dtype))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rl_llm.advantages import discounted_returns
 from rl_llm.logprobs import map_chunks, unembed
 from rl_llm.losses import _checks
+from rl_llm.meshes import any_mesh
 from rl_llm.types import (
   Array,
   Metrics,
@@ -94,6 +95,7 @@ def gkd_loss(
   return jnp.sum(weights * per_token), {"divergence": _checks.metric(per_token, mask)}
 
 
+@any_mesh
 def chunked_gkd_loss(
   hidden,
   unembedding,
@@ -273,7 +275,7 @@ def on_policy_distillation_loss(
   Returns:
     The scalar loss, at least float32, and metrics {"reverse_kl", "ratio", "dropped_fraction"}: over
     tokens, logprobs - teacher_logprobs, the ratio, and how many are not pushed. In the ratio,
-    log-ratios are limited to +-20.
+    log-ratios are limited to +-20; beyond, it has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or `max_drop` is not above 0; the message names

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.losses import _checks
+from rl_llm.meshes import any_mesh
 from rl_llm.types import Array, Metrics, check_above, check_between, check_choice
 
 # The losses that compare the rows of a batch with each other, so that no microbatch can compute its
@@ -74,8 +75,9 @@ def dpo_loss(
       js           log sigmoid(c)        alpha        -exp(-alpha * c) / alpha
 
   alpha 1 is the forward KL, and alpha towards 0 the reverse one. Some systems write the last as
-  exp((a - 1) * c) / (a - 1): their a is 1 - alpha, and 0.5 is the same in both. Where c is below
-  -20 its exponential is held at exp(20).
+  exp((a - 1) * c) / (a - 1): their a is 1 - alpha, and 0.5 is the same in both. The exponents
+  -c and -alpha * c are limited to +-20, and an answer beyond has no gradient. The limit is this
+  library's; TRL has none.
 
   Length-normalised DPO is this function on `sequence_logprobs(..., average=True)`. RPO, which keeps
   the chosen answer likely, is a sum of two terms:
@@ -632,7 +634,8 @@ def discopop_loss(
     temperature: how wide the change from one form to the other is, in units of reward, > 0.
 
   Returns:
-    The scalar loss, at least float32, and the metrics of `dpo_loss`.
+    The scalar loss, at least float32, and the metrics of `dpo_loss`. The logarithm of
+    s * exp(-margin) is limited to +-20.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
@@ -654,6 +657,7 @@ def discopop_loss(
   return jnp.sum(weights * (logistic + exponential)), pair_metrics(chosen, rejected, mask)
 
 
+@any_mesh
 def aot_loss(
   chosen_logprobs,
   rejected_logprobs,
@@ -716,6 +720,7 @@ def aot_loss(
   return jnp.sum(weights[order] * per_pair), pair_metrics(chosen, rejected, mask)
 
 
+@any_mesh
 def aot_unpaired_loss(
   chosen_logprobs,
   rejected_logprobs,
@@ -857,6 +862,6 @@ def _smoothed_logistic(margin, label_smoothing):
 
 def _sorted_difference(x, y, mask):
   """Sorts the members of x and of y, and subtracts: [B], 0 beyond them; and the order of x."""
-  order = jnp.argsort(jnp.where(mask, x, jnp.inf))
-  others = jnp.argsort(jnp.where(mask, y, jnp.inf))
+  # Members first; among them a nan is last, where it is seen.
+  order, others = (jnp.lexsort((values, ~mask)) for values in (x, y))
   return jnp.where(mask[order], x[order] - y[others], 0), order

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.losses import _checks
+from rl_llm.meshes import any_mesh
 from rl_llm.types import (
   Array,
   Metrics,
@@ -17,6 +18,7 @@ from rl_llm.types import (
 )
 
 
+@any_mesh
 def action_ids_of(mask) -> Array:
   """Numbers the actions of each row: what an agent wrote between two answers of its tools.
 
@@ -94,7 +96,8 @@ def llds_weights(
   advantages = _checks.per_token("advantages", advantages, mask)
   counted = mask & (advantages >= 0) if normalizer == "preserving" else mask
   count = jnp.sum(counted)
-  weights = mask * jnp.where(count > 0, 1 / jnp.maximum(count, 1).astype(jnp.float32), 0)
+  each = jnp.where(count > 0, 1 / jnp.maximum(count, 1).astype(jnp.float32), 0)
+  weights = jnp.where(mask, each, 0)
   if answer_mask is None:
     return weights
   check_mask("answer_mask", answer_mask)
@@ -102,6 +105,7 @@ def llds_weights(
   return jnp.where(answer_mask, weights * answer_weight, weights)
 
 
+@any_mesh
 def llds_loss(
   logprobs, old_logprobs, advantages, weights, *, mask=None, level="action", action_ids=None
 ) -> tuple[Array, Metrics]:
@@ -182,9 +186,12 @@ def llds_loss(
 
   lost = old_logprobs - logprobs
   kept = mask & (advantages >= 0)
-  is_open = kept & (over_unit(jax.lax.stop_gradient(lost)) > 0)
-  per_token = jnp.where(is_open & (lost > 0), lost, 0)
-  share = kept / jnp.maximum(over_unit(mask.astype(lost.dtype)), 1)  # sums to 1 over a unit
+  # What has risen is closed, not what has fallen open: a log-prob that is nan has done neither, and
+  # must be seen.
+  is_open = kept & ~(over_unit(jax.lax.stop_gradient(lost)) <= 0)
+  per_token = jnp.where(is_open & ~(lost <= 0), lost, 0)
+  members = over_unit(mask.astype(lost.dtype))
+  share = kept.astype(lost.dtype) / jnp.maximum(members, 1)  # sums to 1 over a unit
   metrics = {
     "lost_likelihood": _checks.metric(per_token, mask),
     "gate_open": (jnp.sum(jnp.where(is_open, share, 0)), jnp.sum(share)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from rl_llm.losses import _checks
-from rl_llm.types import Array, Metrics, check_above
+from rl_llm.types import LOG_RATIO_LIMIT, Array, Metrics, check_above
 
 
 def reinforce_loss(logprobs, advantages, weights) -> tuple[Array, Metrics]:
@@ -108,7 +108,8 @@ def ppo_loss(
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl", "clip_low_fraction",
     "clip_high_fraction"}: over member tokens, the mean ratio, the k3 estimate of KL(old || policy),
-    and how often each clip removed a gradient. Log-ratios are limited to +-20.
+    and how often a limit from below or from above removed a gradient: `dual_clip`, `delta` and the
+    limit of log-ratios to +-20, beyond which a token has no gradient, are such limits too.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is out of range; the message names
@@ -132,15 +133,21 @@ def ppo_loss(
   unclipped = ratio if delta is None else jnp.minimum(ratio, delta)
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
   per_token = jnp.maximum(-unclipped * advantages, -clipped * advantages)
+  good, bad = advantages > 0, advantages < 0
+  # The clip stops what is pushed further; a token on its way back is stopped by the other limits.
+  stopped_low = (bad & (ratio < 1 - clip_low)) | (good & (log_ratio < -LOG_RATIO_LIMIT))
+  stopped_high = (good & (ratio > 1 + clip_high)) | (bad & (log_ratio > LOG_RATIO_LIMIT))
+  if delta is not None:
+    stopped_high |= (ratio > delta) & (good | (bad & (ratio > 1 + clip_high)))
   if dual_clip is not None:
-    per_token = jnp.where(
-      advantages < 0, jnp.minimum(per_token, -dual_clip * advantages), per_token
-    )
+    most = -dual_clip * advantages
+    stopped_high |= bad & (per_token > most)
+    per_token = jnp.where(bad, jnp.minimum(per_token, most), per_token)
   metrics = {
     "ratio": _checks.metric(ratio, mask),
     "approx_kl": _checks.approx_kl(ratio, mask),
-    "clip_low_fraction": _checks.metric((advantages < 0) & (ratio < 1 - clip_low), mask),
-    "clip_high_fraction": _checks.metric((advantages > 0) & (ratio > 1 + clip_high), mask),
+    "clip_low_fraction": _checks.metric(stopped_low, mask),
+    "clip_high_fraction": _checks.metric(stopped_high, mask),
   }
   return jnp.sum(weights * per_token), metrics
 
@@ -193,7 +200,8 @@ def grpo_loss(
     delta: as in `ppo_loss`.
 
   Returns:
-    The scalar loss, at least float32, and the metrics of `ppo_loss`.
+    The scalar loss, at least float32, and the metrics of `ppo_loss`. Log-ratios are limited to
+    +-20; a token beyond has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is out of range; the message names

@@ -38,6 +38,7 @@ def kl_loss(
 
   Returns:
     The scalar loss, at least float32, and metrics {"kl"}: the estimate per token, unweighted.
+    In k3, log-ratios are limited to +-20; a token beyond has no gradient of it.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or an estimator is unknown; the message names

@@ -87,6 +87,8 @@ def gspo_loss(
     The scalar loss, at least float32, and metrics {"sequence_ratio", "approx_kl",
     "clip_low_fraction", "clip_high_fraction"}: the mean s over sequences; and over member tokens,
     the k3 estimate of KL(old || policy), and how often each clip removed a gradient.
+    The mean of log-ratios in s, and each in the estimate, are limited to +-20; a response beyond
+    has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
@@ -103,8 +105,9 @@ def gspo_loss(
   _, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
-  ratio = jnp.broadcast_to(_checks.ratio_of(_row_mean(log_ratio, mask)), log_ratio.shape)
-  return _clipped(ratio, log_ratio, advantages, weights, mask, clip_low, clip_high)
+  of_response = _checks.ratio_of(_row_mean(log_ratio, mask))
+  ratio = jnp.broadcast_to(of_response, log_ratio.shape)
+  return _clipped(ratio, of_response, log_ratio, advantages, weights, mask, clip_low, clip_high)
 
 
 def gspo_token_loss(
@@ -148,7 +151,8 @@ def gspo_token_loss(
     clip_high: as in `gspo_loss`.
 
   Returns:
-    The scalar loss, at least float32, and the metrics of `gspo_loss`.
+    The scalar loss, at least float32, and the metrics of `gspo_loss`. The mean of log-ratios in s
+    is limited to +-20.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
@@ -165,9 +169,9 @@ def gspo_token_loss(
     logprobs, old_logprobs, advantages, weights, mask
   )
   constant = jax.lax.stop_gradient
-  ratio = constant(_checks.ratio_of(_row_mean(log_ratio, mask)))
-  ratio = ratio * jnp.exp(logprobs - constant(logprobs))
-  return _clipped(ratio, log_ratio, advantages, weights, mask, clip_low, clip_high)
+  of_response = constant(_checks.ratio_of(_row_mean(log_ratio, mask)))
+  ratio = of_response * jnp.exp(logprobs - constant(logprobs))
+  return _clipped(ratio, of_response, log_ratio, advantages, weights, mask, clip_low, clip_high)
 
 
 def gmpo_loss(
@@ -217,7 +221,7 @@ def gmpo_loss(
 
   Returns:
     The scalar loss, at least float32, and the metrics of `gspo_loss`, "sequence_ratio" being the
-    mean of g over sequences.
+    mean of g over sequences. The mean of c is limited to +-20; a response beyond has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
@@ -297,7 +301,7 @@ def vespo_loss(
 
   Returns:
     The scalar loss, at least float32, and metrics {"phi", "approx_kl"}: means over member tokens.
-    log w is limited to +-20.
+    log w is limited to +-20, and so is each log-ratio in the estimate.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a k or lambda is below 0; the message names
@@ -329,14 +333,15 @@ def vespo_loss(
 
 def _row_mean(x, mask):
   """[B, 1]: the mean over each row's members of x, which is 0 elsewhere; 0 without members."""
-  return jnp.sum(x, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+  count = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+  return jnp.sum(x, axis=1, keepdims=True) / count.astype(x.dtype)
 
 
-def _clipped(ratio, log_ratio, advantages, weights, mask, clip_low, clip_high):
-  """PPO's surrogate with a given [B, T] ratio, constant in value over each row."""
+def _clipped(ratio, of_response, log_ratio, advantages, weights, mask, clip_low, clip_high):
+  """PPO's surrogate with a given [B, T] ratio, over each row the value of `of_response` [B, 1]."""
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
   per_token = jnp.maximum(-ratio * advantages, -clipped * advantages)
-  metrics = _metrics(ratio[:, :1], log_ratio, mask) | {
+  metrics = _metrics(of_response, log_ratio, mask) | {
     "clip_low_fraction": _checks.metric((advantages < 0) & (ratio < 1 - clip_low), mask),
     "clip_high_fraction": _checks.metric((advantages > 0) & (ratio > 1 + clip_high), mask),
   }

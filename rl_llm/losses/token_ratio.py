@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.losses import _checks
-from rl_llm.types import Array, Metrics, check_above, check_between
+from rl_llm.types import Array, Metrics, check_above, check_between, is_number
 
 
 def cispo_loss(
@@ -57,6 +57,7 @@ def cispo_loss(
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl", "clip_low_fraction",
     "clip_high_fraction"}: as in `ppo_loss`, the fractions being those of ratios beyond a bound.
+    Log-ratios are limited to +-20 in the ratio, which has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a bound is out of range; the message names
@@ -69,7 +70,7 @@ def cispo_loss(
   """
   infinity = float("inf")
   check_between("low", low, 0, infinity)
-  check_between("high", high, low if isinstance(low, int | float) else 0, infinity)
+  check_between("high", high, low if is_number(low) else 0, infinity)
   logprobs, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
@@ -118,6 +119,7 @@ def sapo_loss(
 
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl"}, as in `ppo_loss`.
+    Log-ratios are limited to +-20; a token beyond has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a tau is not above 0; the message names the
@@ -191,6 +193,7 @@ def dppo_tv_loss(
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl", "clip_low_fraction",
     "clip_high_fraction"}: as in `ppo_loss`, the fractions being those of the tokens dropped.
+    Log-ratios are limited to +-20; a token beyond has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
@@ -256,7 +259,8 @@ def dppo_kl_loss(
     ratio_cap: as in `dppo_tv_loss`.
 
   Returns:
-    The scalar loss, at least float32, and the metrics of `dppo_tv_loss`.
+    The scalar loss, at least float32, and the metrics of `dppo_tv_loss`. Log-ratios are limited to
+    +-20; a token beyond has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is not above 0; the message names
@@ -312,6 +316,7 @@ def dro_loss(
 
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl"}, as in `ppo_loss`.
+    Log-ratios are limited to +-20 in the metrics alone.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or `beta` is not above 0; the message names the

@@ -218,7 +218,7 @@ def bco_shift(
   check_above("beta", beta, 0)
   check_mask("desirable", desirable)
   check_same_shape("desirable", desirable, "response_logprobs", response_logprobs)
-  where = jnp.ones(jnp.shape(desirable), bool) if where is None else where
+  where = jnp.ones_like(desirable) if where is None else where
   means = (
     _mean_log_ratio(response_logprobs, ref_response_logprobs, where & kind)
     for kind in (jnp.asarray(desirable), ~jnp.asarray(desirable))
@@ -344,7 +344,7 @@ def _mean_log_ratio(response_logprobs, ref_response_logprobs, where):
   )
   log_ratio = at_least_float32(response_logprobs) - at_least_float32(ref_response_logprobs)
   if where is None:
-    where = jnp.ones(log_ratio.shape, bool)
+    where = jnp.ones_like(log_ratio, bool)
   else:
     check_same_shape("where", where, "response_logprobs", response_logprobs)
     check_mask("where", where)

@@ -6,6 +6,8 @@ The only package that imports flax.
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from rl_llm.policy.configs import (
@@ -25,7 +27,10 @@ from rl_llm.policy.transformer import Cache, Params, Policy, make_policy
 
 
 def load_weights(
-  path_or_name: str | os.PathLike, *, layout: Layout | None = None
+  path_or_name: str | os.PathLike,
+  *,
+  layout: Layout | None = None,
+  say: Callable[[str], None] = warnings.warn,
 ) -> tuple[TransformerConfig, Params]:
   """Reads a pretrained model, by what the path is.
 
@@ -33,6 +38,7 @@ def load_weights(
     path_or_name: "smollm2", the demo model; a Hugging Face directory; or a .gguf file.
     layout: how the leaves are to lie over devices, as `rl_llm.sharding.tree_shardings` says; each
       process reads the parts that its devices hold. None: all on the first device.
+    say: shows a line about what was read otherwise than the files say of themselves.
 
   Returns:
     The config, and the weights as float32: `make_policy(config)` runs them.
@@ -44,9 +50,9 @@ def load_weights(
     return load_gguf(demo_gguf_path(), layout=layout)
   path = Path(path_or_name)
   if path.is_dir():
-    return load_hf(path, layout=layout)
+    return load_hf(path, layout=layout, say=say)
   if path.suffix == ".gguf":
-    return load_gguf(path, layout=layout)
+    return load_gguf(path, layout=layout, say=say)
   raise WeightsError(
     f"{os.fspath(path_or_name)}: no such model directory or .gguf file; give 'smollm2', a Hugging "
     "Face directory (config.json and safetensors), or a file ending in .gguf"

@@ -114,6 +114,25 @@ class TransformerConfig:
     """What query-key products are multiplied by."""
     return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
+  def length_note(self, longest: int) -> str:
+    """What to say of sequences longer than the model was trained to read; "" where none is.
+
+    Rotations have no end, so nothing fails there; what a model makes of places that it never saw
+    is another matter.
+
+    >>> TransformerConfig(32, 8, 1, 1, 1, 8, 8, max_position=512).length_note(512)
+    ''
+
+    Args:
+      longest: tokens of the longest sequence, its answer included.
+    """
+    if longest <= self.max_position:
+      return ""
+    return (
+      f"sequences of over {self.max_position} tokens, the most that the model was trained to read "
+      "(max_position_embeddings): what it makes of the places behind is chance"
+    )
+
 
 def tiny_config(vocab_size: int) -> TransformerConfig:
   """A 2-layer, 64-wide model with every moving part (GQA, RoPE, tied embeddings): about 130,000
@@ -158,7 +177,8 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
   True
 
   Args:
-    entries: what the JSON file holds.
+    entries: what the JSON file holds; of Gemma 3's models of images and text, the text model's
+      count.
     source: the file's name, for errors.
 
   Returns:
@@ -180,6 +200,7 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
       )
     return value
 
+  entries = _text_entries(entries)
   family = entries.get("model_type")
   if family not in _ARCHITECTURES:
     raise WeightsError(
@@ -244,6 +265,29 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
     raise
   except (ValueError, ZeroDivisionError) as error:
     raise WeightsError(f"{source}: {error}; restore the model's original config.json") from error
+
+
+# What google/gemma-3's text_config leaves out, as transformers' Gemma3TextConfig has it.
+_GEMMA3_TEXT = {
+  "vocab_size": 262_208,
+  "hidden_size": 2304,
+  "intermediate_size": 9216,
+  "num_hidden_layers": 26,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "max_position_embeddings": 131_072,
+  "sliding_window": 4096,
+}
+
+
+def _text_entries(entries: dict[str, Any]) -> dict[str, Any]:
+  """The entries of the text model: of Gemma 3's models of images and text (4B to 27B) those inside
+  text_config, else all."""
+  text = entries.get("text_config")
+  if entries.get("model_type") != "gemma3" or not isinstance(text, dict):
+    return entries
+  return _GEMMA3_TEXT | text | {"model_type": "gemma3_text"}
 
 
 def _rope_from_hf(

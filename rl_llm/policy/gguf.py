@@ -6,11 +6,14 @@ import importlib.util
 import math
 import os
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rl_llm.gguf_parts import part_paths
 from rl_llm.policy.configs import RopeScaling, TransformerConfig, WeightsError
 from rl_llm.policy.hf import Layout, assemble, leaf_shapes
 from rl_llm.policy.transformer import Params, rope_frequencies
@@ -36,6 +39,7 @@ _LAYER_NAMES = {
   "mlp_post_norm": "post_ffw_norm",
 }
 _TOP_NAMES = {"embed": "token_embd", "final_norm": "output_norm", "unembed": "output"}
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
 def gguf_name(path: str) -> str:
@@ -73,19 +77,23 @@ def undo_rope_permutation(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def load_gguf(
-  path: str | os.PathLike, *, layout: Layout | None = None
+  path: str | os.PathLike,
+  *,
+  layout: Layout | None = None,
+  say: Callable[[str], None] = warnings.warn,
 ) -> tuple[TransformerConfig, Params]:
   """Reads a GGUF file of a Llama, Qwen2/2.5, Qwen3, Gemma 2 or Gemma 3 text model.
 
   Args:
-    path: the file; any quantisation that the `gguf` package can undo.
+    path: the file, or any part of a split one; any quantisation that the `gguf` package can undo.
     layout: as for `assemble`.
+    say: shows a line about what was read otherwise than the file says of itself.
 
   Returns:
     The config, and the weights as float32.
 
   Raises:
-    WeightsError: not a GGUF file, truncated, or not of a supported model.
+    WeightsError: not a GGUF file, truncated, or not of a supported model; or a part is missing.
   """
   try:
     import gguf
@@ -93,17 +101,11 @@ def load_gguf(
     raise WeightsError("GGUF files need the package gguf: pip install 'rl_llm[gguf]'") from error
 
   path = Path(path)
-  if not path.is_file():
-    raise WeightsError(f"{path}: no such file; check the path")
-  with path.open("rb") as file:
-    if file.read(4) != b"GGUF":
-      raise WeightsError(
-        f"{path}: not a GGUF file (it does not begin with GGUF); download it again"
-      )
   try:
-    reader = gguf.GGUFReader(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    fields = _Fields(reader, str(path))
+    fields, tensors = _open(path)
+    if _is_copy(tensors.get(_HEAD), tensors.get(_EMBEDDING)):
+      del tensors[_HEAD]
+      say(f"{path}: '{_HEAD}' is the embedding once more: the two are read and trained as one")
     config = _config(fields, tensors)
     architecture = fields.architecture
     shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
@@ -130,19 +132,77 @@ def load_gguf(
     raise WeightsError(
       f"{path}: its quantisation cannot be undone ({error}); use a Q4, Q5, Q8 or F16 file"
     ) from error
-  except (
-    ValueError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    OSError,
-  ) as error:
-    # The reader finds a file too short by running off its end, wherever that happens to be.
+  except _DAMAGE as error:
+    raise _damaged(path, error) from error
+
+
+# The reader finds a file too short by running off its end, wherever that happens to be.
+_DAMAGE = (
+  ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError
+)  # fmt: skip
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+  return WeightsError(
+    f"{path}: truncated or damaged ({type(error).__name__}: {error}); download it again"
+  )
+
+
+def _open(path: Path) -> tuple[_Fields, dict[str, Any]]:
+  """The metadata, and the tensors by name, of a file or of all parts of a split one."""
+  reader = _reader(path)
+  parts = int(_field(reader, "split.count") or 1)
+  if parts == 1:
+    return _Fields(reader, str(path)), {tensor.name: tensor for tensor in reader.tensors}
+  paths = part_paths(path)
+  if len(paths) != parts:
     raise WeightsError(
-      f"{path}: truncated or damaged ({type(error).__name__}: {error}); download it again"
-    ) from error
+      f"{path}: is part {int(_field(reader, 'split.no')) + 1} of a model split into {parts} files; "
+      f"give all of them the names they had, NAME-00001-of-{parts:05d}.gguf and so on"
+    )
+  missing = [part.name for part in paths if not part.is_file()]
+  if missing:
+    raise WeightsError(
+      f"{path}: is part of a model split into {parts} files, and {', '.join(missing)} is not "
+      "there; download all of them into one directory"
+    )
+  readers = [_reader(part) for part in paths]
+  tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+  total = _field(readers[0], "split.tensors.count")
+  if total is not None and len(tensors) != total:
+    raise WeightsError(
+      f"{path}: its {parts} parts hold {len(tensors)} tensors, and say that they hold {total}; "
+      "download all of them again"
+    )
+  return _Fields(readers[0], str(paths[0])), tensors
+
+
+def _reader(path: Path) -> Any:
+  import gguf
+
+  if not path.is_file():
+    raise WeightsError(f"{path}: no such file; check the path")
+  with path.open("rb") as file:
+    if file.read(4) != b"GGUF":
+      raise WeightsError(
+        f"{path}: not a GGUF file (it does not begin with GGUF); download it again"
+      )
+  try:
+    return gguf.GGUFReader(path)
+  except _DAMAGE as error:
+    raise _damaged(path, error) from error
+
+
+def _field(reader: Any, key: str) -> Any:
+  field = reader.get_field(key)
+  return None if field is None else field.contents()
+
+
+def _is_copy(one: Any, other: Any) -> bool:
+  """Whether two tensors are there and hold the same numbers, bit for bit."""
+  if one is None or other is None or one.tensor_type != other.tensor_type:
+    return False
+  return np.array_equal(one.data, other.data)
 
 
 class _Fields:
@@ -158,9 +218,9 @@ class _Fields:
       )
 
   def __call__(self, key: str, default: Any = ...) -> Any:
-    field = self.reader.get_field(key)
-    if field is not None:
-      return field.contents()
+    value = _field(self.reader, key)
+    if value is not None:
+      return value
     if default is ...:
       raise WeightsError(f"{self.source}: metadata '{key}' is missing; download the file again")
     return default
@@ -188,7 +248,7 @@ def _config(fields: _Fields, tensors: dict[str, Any]) -> TransformerConfig:
   layer_types = tuple("sliding" if (layer + 1) % period else "full" for layer in range(n_layers))
   sliding = gemma and "sliding" in layer_types
   return TransformerConfig(
-    vocab_size=int(tensors["token_embd.weight"].shape[1]),
+    vocab_size=int(tensors[_EMBEDDING].shape[1]),
     width=width,
     n_layers=n_layers,
     n_heads=n_heads,
@@ -200,7 +260,7 @@ def _config(fields: _Fields, tensors: dict[str, Any]) -> TransformerConfig:
     rope_local_theta=float(get("rope.freq_base_swa", 1e4)) if gemma3 else None,
     # The file holds a float32; its shortest decimal form is the number that was meant.
     rms_eps=float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
-    tie_embeddings="output.weight" not in tensors,
+    tie_embeddings=_HEAD not in tensors,
     qkv_bias=architecture == "qwen2",
     qk_norm=architecture in ("qwen3", "gemma3"),
     activation="gelu_tanh" if gemma else "silu",

@@ -4,13 +4,16 @@ sharded), and PEFT's directories of adapters alone."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.policy.configs import TransformerConfig, WeightsError, config_from_hf, config_to_hf
-from rl_llm.policy.transformer import Params, make_policy
+from rl_llm.policy.model_files import (
+  DTYPES,
+  EMBEDDING,
+  HEAD,
+  INDEX,
+  SINGLE,
+  Tensors,
+  damaged,
+  import_safetensors,
+  inside,
+  open_tensors,
+  read_json,
+  what_holds,
+)
+from rl_llm.policy.transformer import Params, make_policy, rope_frequencies
 
 # Shapes of all leaves, nested -> a sharding for each.
 Layout = Callable[[Any], Any]
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16", "F64")
 _ADAPTER = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 # Entries of PEFT's that make another function of the same tensors.
@@ -120,16 +134,24 @@ def assemble(
   """
   names = {path: name_of(path) for path in wanted}
   missing = sorted(set(names.values()) - set(shapes))
+  unexpected = sorted(set(shapes) - set(names.values()))
+  kind = what_holds(unexpected)
   if missing:
+    fix = "download the model again"
+    if missing == [HEAD]:
+      fix = (
+        "it is the language-model head: download the file that holds it, or say in config.json "
+        "that the embedding is the head (tie_word_embeddings: true)"
+      )
     raise WeightsError(
       f"{source}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are); "
-      "download the model again"
+      f"{kind or fix}"
     )
-  unexpected = sorted(set(shapes) - set(names.values()))
   if unexpected:
+    fix = "use the config.json that belongs to these weights, of a plain language model"
     raise WeightsError(
       f"{source}: tensor '{unexpected[0]}' has no place in this architecture ({len(unexpected)} "
-      "such tensors); use the config.json that belongs to these weights, of a plain language model"
+      f"such tensors); {kind or fix}"
     )
   for path, shape in wanted.items():
     if tuple(shapes[names[path]]) != shape:
@@ -167,13 +189,21 @@ def assemble(
 
 
 def load_hf(
-  directory: str | os.PathLike, *, layout: Layout | None = None
+  directory: str | os.PathLike,
+  *,
+  layout: Layout | None = None,
+  say: Callable[[str], None] = warnings.warn,
 ) -> tuple[TransformerConfig, Params]:
   """Reads a Hugging Face model directory. No pickle is read, and no file outside the directory.
+
+  What the files hold is looked at even where config.json says that it is not there: a head of its
+  own in a model whose embedding is said to be the head is dropped if it is the embedding, and read
+  if it is not, as `transformers` does.
 
   Args:
     directory: holds config.json and model.safetensors, or its index and shards.
     layout: as for `assemble`.
+    say: shows a line about what was read otherwise than config.json or the files' names say.
 
   Returns:
     The config, and the weights as float32 (from float32, float16 or bfloat16).
@@ -182,7 +212,21 @@ def load_hf(
     WeightsError: a file is missing, damaged, outside the directory, or not of a supported model.
   """
   config, _ = read_config(directory)
-  return config, read_weights(directory, config, leaf_shapes(config), layout=layout)
+  directory = Path(directory)
+  tensors = open_tensors(directory, say)
+  try:
+    if config.tie_embeddings and {EMBEDDING, HEAD} <= tensors.shapes.keys():
+      if tensors.equal(EMBEDDING, HEAD):
+        tensors = tensors.without([HEAD])
+      else:
+        config = dataclasses.replace(config, tie_embeddings=False)
+        say(
+          f"{directory}: config.json says tie_word_embeddings, but '{HEAD}' is not the embedding: "
+          "the head is read and trained by itself"
+        )
+    return config, _read(directory, config, leaf_shapes(config), tensors, layout, say)
+  except (import_safetensors().SafetensorError, OSError) as error:
+    raise damaged(directory, error) from error
 
 
 def read_config(directory: str | os.PathLike) -> tuple[TransformerConfig, dict[str, Any]]:
@@ -195,8 +239,14 @@ def read_config(directory: str | os.PathLike) -> tuple[TransformerConfig, dict[s
   directory = Path(directory)
   if not directory.is_dir():
     raise WeightsError(f"{directory}: no such model directory; check the path")
-  path = _inside(directory, "config.json", "is missing; download the whole model")
-  entries = _read_json(path)
+  if (directory / _ADAPTER_CONFIG).is_file() and not (directory / "config.json").exists():
+    base = read_json(inside(directory, _ADAPTER_CONFIG, "")).get("base_model_name_or_path")
+    raise WeightsError(
+      f"{directory}: holds PEFT's adapters alone; merge them into their base model ({base}), or "
+      "train on from both: python -m experiments.grpo --model=BASE --lora.adapter=DIR"
+    )
+  path = inside(directory, "config.json", "is missing; download the whole model")
+  entries = read_json(path)
   return config_from_hf(entries, str(path)), entries
 
 
@@ -206,14 +256,17 @@ def read_weights(
   wanted: dict[str, tuple[int, ...]],
   *,
   layout: Layout | None = None,
+  say: Callable[[str], None] = warnings.warn,
 ) -> Params:
   """The leaves `wanted` of a model directory, which must hold these and no others.
 
   Args:
     directory: as for `load_hf`.
     config: from `read_config`.
-    wanted: {path: shape}; `leaf_shapes(config)` for a language model.
+    wanted: {path: shape} of a trunk with another head than a language model's, whose own may be
+      there and is not read.
     layout: as for `assemble`.
+    say: as for `load_hf`.
 
   Returns:
     The weights as float32.
@@ -221,54 +274,42 @@ def read_weights(
   Raises:
     WeightsError: as for `load_hf`.
   """
-  safetensors = import_safetensors()
   directory = Path(directory)
-  if (directory / _SINGLE).exists():
-    shards = {_SINGLE}
-  elif (directory / _INDEX).exists():
-    index_path = _inside(directory, _INDEX, "is missing")
-    weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-      raise WeightsError(f"{index_path}: 'weight_map' is not a table of names; download it again")
-    shards = set(weight_map.values())
-  else:
-    raise WeightsError(
-      f"{directory}: neither {_SINGLE} nor {_INDEX} is there; download the model's safetensors "
-      "(pickled .bin weights are never read)"
-    )
-
-  files: dict[str, Any] = {}
+  tensors = open_tensors(directory, say).without([HEAD])
   try:
-    for shard in sorted(shards):
-      path = _inside(directory, shard, f"is missing, though {_INDEX} names it; download it again")
-      handle = safetensors.safe_open(path, framework="numpy")
-      for name in handle.keys():
-        if name in files:
-          raise WeightsError(f"{path}: tensor '{name}' is in another shard too; download again")
-        dtype = handle.get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
-          raise WeightsError(
-            f"{path}: tensor '{name}' is {dtype}, not one of {', '.join(_DTYPES)}; "
-            "use unquantised weights"
-          )
-        files[name] = handle
-    # Derived or duplicated tensors that some checkpoints carry.
-    for name in list(files):
-      spare = name == "lm_head.weight" and "unembed/embedding" not in wanted
-      if spare or name.endswith("rotary_emb.inv_freq"):
-        del files[name]
-    return assemble(
-      wanted,
-      lambda path: hf_name(config, path),
-      {name: tuple(handle.get_slice(name).get_shape()) for name, handle in files.items()},
-      lambda name, part: files[name].get_slice(name)[part],
-      str(directory),
-      layout=layout,
-    )
-  except (safetensors.SafetensorError, OSError) as error:
-    raise WeightsError(
-      f"{path}: damaged or truncated ({error}); download the file again"
-    ) from error
+    return _read(directory, config, wanted, tensors, layout, say)
+  except (import_safetensors().SafetensorError, OSError) as error:
+    raise damaged(directory, error) from error
+
+
+def _read(
+  directory: Path,
+  config: TransformerConfig,
+  wanted: dict[str, tuple[int, ...]],
+  tensors: Tensors,
+  layout: Layout | None,
+  say: Callable[[str], None],
+) -> Params:
+  # Old checkpoints hold what follows from config.json, some in half precision.
+  derived = [name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")]
+  expected = [
+    rope_frequencies(config.head_dim, config.rope_theta, scaling)
+    for scaling in (None, config.rope_scaling)
+  ]
+  for name in derived:
+    stored = np.asarray(tensors.read(name, (...,)), np.float32)
+    if not any(stored.shape == e.shape and np.allclose(stored, e, rtol=1e-2) for e in expected):
+      say(f"{directory}: '{name}' holds other RoPE frequencies than config.json, whose are used")
+      break
+  tensors = tensors.without(derived)
+  return assemble(
+    wanted,
+    lambda path: hf_name(config, path),
+    tensors.shapes,
+    tensors.read,
+    str(directory),
+    layout=layout,
+  )
 
 
 def save_hf(
@@ -276,6 +317,7 @@ def save_hf(
   config: TransformerConfig,
   params: Params,
   *,
+  token_ids: Mapping[str, Any] = types.MappingProxyType({}),
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
   """Writes a directory that `load_hf` and `transformers` read, float32. Whole or not at all: it is
@@ -285,6 +327,8 @@ def save_hf(
     directory: must not exist yet, or be empty.
     config: the model's shape.
     params: its weights.
+    token_ids: what config.json is to say of BOS, EOS and padding: `rl_llm.tokenizers.token_ids`.
+      Without, transformers takes those of the architecture's first model.
     max_shard_bytes: a file larger than this is split.
 
   Raises:
@@ -294,7 +338,7 @@ def save_hf(
   write_directory(
     directory,
     config,
-    config_to_hf(config),
+    config_to_hf(config) | token_ids,
     leaf_shapes(config),
     params,
     max_shard_bytes=max_shard_bytes,
@@ -317,7 +361,6 @@ def write_directory(
     config: the model's shape.
     entries: of config.json.
     wanted: {path: shape}; `leaf_shapes(config)` for a language model.
-    layout: as for `assemble`.
     params: its weights: these leaves and no others.
     max_shard_bytes: a file larger than this is split.
 
@@ -351,7 +394,7 @@ def write_directory(
     weight_map = {}
     for number, paths in enumerate(shards, start=1):
       sharded = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-      file_name = sharded if len(shards) > 1 else _SINGLE
+      file_name = sharded if len(shards) > 1 else SINGLE
       tensors = {}
       for path in paths:
         tensors[hf_name(config, path)] = np.ascontiguousarray(leaves[path], np.float32)
@@ -359,7 +402,7 @@ def write_directory(
       weight_map |= dict.fromkeys(tensors, file_name)
     if len(shards) > 1:
       index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-      (partial / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+      (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (partial / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
 
 
@@ -427,7 +470,7 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> Params:
   directory = Path(directory)
   entries, tensors = _read_adapter(directory)
   asked = _adapters(params)
-  fix = _to_ask_for(entries, tensors)
+  fix = _to_ask_for(entries, tensors, sum(name.startswith("layers_") for name in params))
   trained: Params = {}
   for path, node in asked.items():
     place = trained
@@ -469,8 +512,8 @@ def _read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
   safetensors = import_safetensors()
   if not directory.is_dir():
     raise WeightsError(f"{directory}: no such adapter directory; check the path")
-  path = _inside(directory, _ADAPTER_CONFIG, "is missing; give a directory as PEFT writes it")
-  entries = _read_json(path)
+  path = inside(directory, _ADAPTER_CONFIG, "is missing; give a directory as PEFT writes it")
+  entries = read_json(path)
   if entries.get("peft_type") != "LORA":
     raise WeightsError(f"{path}: peft_type is {entries.get('peft_type')!r}; must be 'LORA'")
   other = {name: entries[name] for name in _NOT_PLAIN_LORA if entries.get(name)}
@@ -483,13 +526,13 @@ def _read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
     value = entries.get(name)
     if isinstance(value, bool) or not isinstance(value, kinds):
       raise WeightsError(f"{path}: '{name}' is {value!r}; must be a number")
-  path = _inside(directory, _ADAPTER, "is missing (pickled adapter_model.bin is never read)")
+  path = inside(directory, _ADAPTER, "is missing (pickled adapter_model.bin is never read)")
   try:
     with safetensors.safe_open(path, framework="numpy") as handle:
       for name in handle.keys():
         dtype = handle.get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
-          raise WeightsError(f"{path}: tensor '{name}' is {dtype}, not one of {', '.join(_DTYPES)}")
+        if dtype not in DTYPES:
+          raise WeightsError(f"{path}: tensor '{name}' is {dtype}, not one of {', '.join(DTYPES)}")
       return entries, {name: handle.get_tensor(name) for name in handle.keys()}
   except (safetensors.SafetensorError, OSError) as error:
     raise WeightsError(f"{path}: damaged or truncated ({error}); copy it again") from error
@@ -546,12 +589,24 @@ def _alpha(scale: float, rank: int) -> float:
   return next(alpha for alpha in rounded if np.float32(alpha / rank) == np.float32(scale))
 
 
-def _to_ask_for(entries: dict[str, Any], tensors: dict[str, Any]) -> str:
-  """What would agree with an adapter, for an error."""
-  ours = {theirs.rpartition(".")[2]: path for path, theirs in _LAYER_NAMES.items()}
-  ends = {name.split(".")[-3] for name in tensors if name.count(".") > 2}
-  targets = "|".join(sorted(ours.get(end, end) for end in ends))
-  return f"ask for rank {entries.get('r')}, alpha {entries['lora_alpha']:g} and targets '{targets}'"
+def _to_ask_for(entries: dict[str, Any], tensors: dict[str, Any], layers: int) -> str:
+  """What would agree with an adapter, for an error: the settings that name its matrices, some of
+  which may be in some of the model's layers alone (PEFT's layers_to_transform)."""
+  ours = {theirs: path for path, theirs in _LAYER_NAMES.items()}
+  having: dict[str, set[int]] = {}
+  for name in sorted(tensors):
+    match = re.fullmatch(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_[AB]\.weight", name)
+    if not match or match[2] not in ours:
+      return f"'{name}' is no matrix of a layer: use an adapter of such matrices alone"
+    having.setdefault(ours[match[2]], set()).add(int(match[1]))
+  targets = []
+  for some in sorted(set(map(frozenset, having.values())), key=sorted):
+    ends = "|".join(sorted(end for end, found in having.items() if found == some))
+    numbers = "|".join(map(str, sorted(some)))
+    targets.append(ends if len(some) == layers else f"layers_({numbers})/({ends})")
+  rank, alpha = entries["r"], entries["lora_alpha"]
+  found = f"--lora.rank={rank} --lora.alpha={alpha:g} --lora.targets='{'|'.join(targets)}'"
+  return f"ask for those that it has: {found}"
 
 
 @contextlib.contextmanager
@@ -578,37 +633,3 @@ def _new_directory(directory: str | os.PathLike) -> Iterator[Path]:
 def _leaves(tree: Params) -> Iterator[tuple[str, Any]]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     yield "/".join(entry.key for entry in path), leaf
-
-
-def _inside(directory: Path, name: str, if_missing: str) -> Path:
-  """The path of a file of the directory, links followed and found to stay within."""
-  path = directory / name
-  if not path.resolve().is_relative_to(directory.resolve()):
-    raise WeightsError(
-      f"{path}: leads outside the model directory, which is never read; copy the real files into "
-      f"one directory (cp -rL)"
-    )
-  if not path.is_file():
-    raise WeightsError(f"{path}: {if_missing}")
-  return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    entries = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise WeightsError(f"{path}: not valid JSON ({error}); download it again") from error
-  if not isinstance(entries, dict):
-    raise WeightsError(f"{path}: holds {type(entries).__name__}, not a table; download it again")
-  return entries
-
-
-def import_safetensors() -> Any:
-  """The package, or a `WeightsError` with the command that installs it."""
-  try:
-    import safetensors
-  except ImportError as error:
-    raise WeightsError(
-      "Hugging Face weights need the package safetensors: pip install 'rl_llm[hf]'"
-    ) from error
-  return safetensors

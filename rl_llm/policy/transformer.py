@@ -211,7 +211,7 @@ def hidden(
   )
   x, layers = run_layers(
     functools.partial(_cached_layer, setup),
-    _embed(setup, params, tokens),
+    _embed(setup, params, tokens, segment_ids),
     _layers(setup, params, cached),
     (geometry, cursor),
     scan=setup.scan_layers and tokens.shape[1] > 1,
@@ -249,7 +249,7 @@ def shared_hidden(
   )
   xy, _ = run_layers(
     functools.partial(_forked_layer, setup, fork),
-    _embed(setup, params, fork.join(tokens, more)),
+    _embed(setup, params, fork.join(tokens, more), fork.join(segments, more_segments)),
     _layers(setup, params),
     (of_prompts, of_following),
     scan=setup.scan_layers,
@@ -312,7 +312,11 @@ def _check_pass(
     )
 
 
-def _embed(setup: Setup, params: Params, tokens: chex.Array) -> chex.Array:
+def _embed(
+  setup: Setup, params: Params, tokens: chex.Array, segment_ids: chex.Array
+) -> chex.Array:
+  # What padding is read as cannot matter, unless its id is beyond the table: that would be NaN.
+  tokens = jnp.where(segment_ids < 0, 0, tokens)
   x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(setup.dtype)
   return _by_rows(setup, x * jnp.asarray(setup.config.embed_scale, setup.dtype))
 

@@ -212,8 +212,8 @@ class RewardPool:
       if source.runs_text and missing and not allow_weak_sandbox:
         raise RewardError(
           f"reward function {self._name} runs model text as a program, and this system cannot "
-          f"bar it from {' and '.join(missing)}; run on Linux 5.13+ with user namespaces, or "
-          "pass allow_weak_sandbox=True if the machine holds nothing worth protecting"
+          f"bar it from {' and '.join(missing)}; run on Linux 5.13+ with user namespaces; "
+          "from Python, allow_weak_sandbox=True does without, where there is nothing to protect"
         )
     except BaseException:
       self.close()

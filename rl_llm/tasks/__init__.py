@@ -26,6 +26,7 @@ __all__ = [
   "Task",
   "TaskError",
   "arithmetic_task",
+  "check_held_out",
   "copy_task",
   "gsm8k_task",
   "jsonl_task",
@@ -72,6 +73,40 @@ def task_family(spec: str) -> str:
     form = FORMS[list(TASKS).index(family)]
     raise TaskError(f"task={spec!r}: must be written {form}")
   return family
+
+
+def check_held_out(task: Task, *, otherwise: str) -> None:
+  """Refuses a task without held-out problems, where it is to be evaluated.
+
+  A file of three rows may well hold none of them out. That is no fault of the file, nor of a run
+  without evaluation, so whoever evaluates asks.
+
+  >>> try:
+  ...   check_held_out(load_task("copy", held_out=0), otherwise="--split=train")
+  ... except TaskError as error:
+  ...   print(str(error).partition("; ")[2])
+  raise --copy.held_out, or choose --split=train
+
+  Args:
+    task: from `load_task`.
+    otherwise: the setting that does without them.
+
+  Raises:
+    TaskError: there are none; the message says how to hold some out.
+  """
+  if task.held_out:
+    return
+  family = task.name.partition(":")[0]
+  options = dataclasses.fields(TASKS[family][0]) if family in TASKS else ()
+  ways = [
+    f"{'give' if option.type == 'str' else 'raise'} --{family}.{option.name}"
+    for option in options
+    if option.name.startswith("held_out")
+  ]
+  raise TaskError(
+    f"{task.name}: no problem is held out to evaluate on ({task.note}); "
+    f"{', '.join(ways) or 'hold some out'}, or choose {otherwise}"
+  )
 
 
 def load_task(spec: str, reward_isolation: str = "auto", /, **options) -> Task:

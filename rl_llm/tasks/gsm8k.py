@@ -53,7 +53,7 @@ def gsm8k_task(path: str, options: Gsm8kOptions) -> Task:
   Raises:
     DataError: a file is missing or a row broken, as `path:line: what; fix`; an answer that does not
       end in "#### number" is broken.
-    TaskError: one side of the split is empty.
+    TaskError: all rows are held out.
   """
   rows = JsonlOptions(
     prompt_column="question",

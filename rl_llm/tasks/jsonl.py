@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rl_llm.data import read_table
 from rl_llm.data.held_out import content_key, is_held_out
+from rl_llm.messages import (
+  COLUMNS,
+  MessageError,
+  check_messages,
+  check_prompt_ends,
+  template_names,
+)
 from rl_llm.rewards import RewardSource, graders
 from rl_llm.tasks.problem import (
   Problem,
@@ -18,6 +25,8 @@ from rl_llm.tasks.problem import (
   rng_for,
 )
 
+# Of a row's columns, by our own graders and by `rl_llm.demonstrations`.
+READ_BY_GRADERS = ("answer", "completion")
 # What a reward function is given in addition to a row's columns.
 ARGUMENTS = (
   "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"
@@ -101,28 +110,28 @@ def _answer_of(options: JsonlOptions) -> Callable[[Problem, str], str | None] | 
   return lambda problem, text: number_text(graders.final_answer(text))
 
 
-def _check_row(row: dict[str, Any], prompt_column: str) -> str:
-  """What is wrong with a row, for `read_rows`."""
+def _check_row(row: dict[str, Any], prompt_column: str, missing: str) -> str:
+  """What is wrong with a row, for `read_rows`; `missing` is what to do about a missing prompt."""
   if prompt_column not in row:
-    return (
-      f"no key {prompt_column!r} (it has {', '.join(map(repr, row))}); add it or set prompt_column"
-    )
+    return f"no key {prompt_column!r} (it has {', '.join(map(repr, row))}); {missing}"
   for name in ARGUMENTS:
     if name in row:
       return f"a key {name!r}, which is an argument of the reward function; rename it"
   prompt = row[prompt_column]
-  if isinstance(prompt, str):
-    return "" if prompt.strip() else f"{prompt_column!r} is empty; write a prompt"
-  if not isinstance(prompt, list):
+  if not isinstance(prompt, str | list):
     return (
       f"{prompt_column!r} is of type {type(prompt).__name__}; must be text or a list of messages"
     )
-  for message in prompt:
-    if not isinstance(message, dict) or not all(
-      isinstance(message.get(key), str) for key in ("role", "content")
-    ):
-      return f"{prompt_column!r} holds a message without role and content as text; give both"
-  return "" if prompt else f"{prompt_column!r} has no message; write one"
+  if isinstance(prompt, str) and not prompt.strip():
+    return f"{prompt_column!r} is empty; write a prompt"
+  try:
+    if isinstance(prompt, list):
+      check_messages(prompt_column, prompt, trained=False)
+      check_prompt_ends(prompt_column, prompt)
+    template_names(row)
+  except MessageError as error:
+    return str(error)
+  return ""
 
 
 def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
@@ -132,6 +141,15 @@ def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
     prompt = f"{prompt}\n{options.instruction}"
   columns = {name: value for name, value in row.items() if name != options.prompt_column}
   return Problem(prompt, columns, key)
+
+
+def _unread(source: RewardSource, problems: Sequence[Problem]) -> str:
+  """The columns that go nowhere, for the note; what another's grader reads is not known."""
+  if not source.own_grader:
+    return ""
+  names = {name for problem in problems for name in problem.columns}
+  names -= {*READ_BY_GRADERS, *COLUMNS}
+  return f"; columns that nothing reads: {', '.join(sorted(names))}" if names else ""
 
 
 def jsonl_task(
@@ -158,14 +176,17 @@ def jsonl_task(
 
   Raises:
     DataError: a file is missing or a row broken, as `path:line: what; fix`.
-    TaskError: an option does not fit, or one side of the split is empty.
+    TaskError: an option does not fit, or all rows are held out. That none is held out matters to
+      who evaluates: see `rl_llm.tasks.check_held_out`.
   """
-  source = _source(options)
+  source, missing = _source(options), "add it"
+  if name == "jsonl":
+    missing += ", or name the prompt's own key with --jsonl.prompt_column"
 
   def read(file: str) -> tuple[list[Problem], int]:
     found = read_table(
       file,
-      check=lambda row: _check_row(row, options.prompt_column) or check(row),
+      check=lambda row: _check_row(row, options.prompt_column, missing) or check(row),
       strict=not options.lenient,
     )
     return [_problem(row, options) for row in found.rows], len(found.errors)
@@ -180,13 +201,11 @@ def jsonl_task(
   keys = {problem.key for problem in held_out}
   training = [problem for problem in problems if problem.key not in keys]
   if not training:
-    raise TaskError(f"{path}: no row is left to train on; all {len(problems)} are held out")
-  if options.held_out_fraction and not held_out:
-    raise TaskError(
-      f"{name}.held_out_fraction={options.held_out_fraction:g}: takes none of "
-      f"the {len(problems)} rows; raise it, "
-      f"give --{name}.held_out_file, or set it to 0 for a run without evaluation"
-    )
+    fix = f"lower --{name}.held_out_fraction"
+    if options.held_out_file:
+      fix = f"leave the prompts of {path} out of --{name}.held_out_file"
+    count = len(problems)
+    raise TaskError(f"{path}: all {count} rows are held out, none is left to train on; {fix}")
 
   overlap = len(problems) - len(training) - (0 if options.held_out_file else len(held_out))
 
@@ -206,7 +225,7 @@ def jsonl_task(
     max_reward=options.max_reward,
     note=(
       f"{len(training)} rows to train on, {len(held_out)} held out, {dropped} broken dropped, "
-      f"{overlap} left out of training as held out"
+      f"{overlap} left out of training as held out{_unread(source, problems)}"
     ),
     answer_of=_answer_of(options),
   )

@@ -2,12 +2,15 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import pytest
 
 pytest.importorskip("jinja2")
 
 from rl_llm.chat_template import ChatTemplateError
+from rl_llm.control_tokens import MARK
+from rl_llm.conversations import format_prompts
 from rl_llm.data import Demonstration, Preference
 from rl_llm.data.encoding import (
   Encoded,
@@ -18,7 +21,7 @@ from rl_llm.data.encoding import (
   limit_pairs,
   limit_sequences,
 )
-from rl_llm.tokenizers import ByteTokenizer, TokenizerError, format_prompts, load_tokenizer
+from rl_llm.tokenizers import ByteTokenizer, TokenizerError, load_tokenizer
 
 END = 1000  # The id of "<e>".
 CHATML = (
@@ -43,10 +46,14 @@ class Characters:
   bos_token = "<b>"
   eos_token = "<e>"
   special_tokens = {"<e>": END}
+  structural_tokens = frozenset({"<e>"})
 
   def encode(self, text):
-    first, *rest = text.split("<e>")
-    return list(map(ord, first)) + [i for piece in rest for i in (END, *map(ord, piece))]
+    return self.encode_with_places(text, follows=False)[0]
+
+  def encode_with_places(self, text, *, follows):
+    found = [match for match in re.finditer(f"<e>|{MARK}|(?s:.)", text) if match[0] != MARK]
+    return [END if m[0] == "<e>" else ord(m[0]) for m in found], [m.start() for m in found]
 
 
 def user(text):
@@ -114,9 +121,10 @@ def test_special_tokens_in_a_users_text_stay_text():
   assert encoded.tokens.count(END) == 2 and encoded.tokens[6:11] == list(map(ord, "a<e>\n"))
 
 
-def test_a_template_without_an_end_trains_the_whole_turn():
-  encoded = encode(Demonstration("a", "b", {}), Characters(CHATML.replace("<e>", ";")))
-  assert show(encoded) == "b;\n"
+def test_a_template_without_an_end_is_refused():
+  """The model would learn to write ";" and a line break, and never to stop."""
+  with pytest.raises(ChatTemplateError, match=r"turn with ';\\n'.*EOS is '<e>'"):
+    encode(Demonstration("a", "b", {}), Characters(CHATML.replace("<e>", ";")))
 
 
 @pytest.mark.skipif(

@@ -100,10 +100,23 @@ def test_a_format_said_makes_the_other_columns_ones_own(tmp_path):
   found = read_dataset(path, format="prompt_completion")
   assert found.examples == (Demonstration("a", "b", {"label": "easy", "text": "c"}),)
   assert read_dataset(path, format="text").examples[0].completion == "c"
-  with pytest.raises(DataError, match="rows.jsonl:1: 'label' is of type str; .*format="):
+  with pytest.raises(DataError, match="rows.jsonl:1: 'label' is 'easy'; .*--data_format=prompt_"):
     read_dataset(path, format="unpaired")
   with pytest.raises(DataError, match="format='dpo': must be one of prompt_only"):
     read_dataset(path, format="dpo")
+
+
+def test_a_text_next_to_an_answer_is_the_same_example_rendered(tmp_path):
+  rows = [
+    {"prompt": f"q{n}", "completion": "a", "text": f"<s>[INST] q{n} [/INST] a</s>"} for n in (0, 1)
+  ]
+  found = read_dataset(jsonl(tmp_path / "rows.jsonl", rows))
+  assert found.format == "prompt_completion"
+  assert found.examples[1] == Demonstration("q1", "a", {"text": rows[1]["text"]})
+  assert recognise(["messages", "text"]) == "messages"
+  for columns in (["prompt", "text"], ["chosen", "rejected", "text"]):  # No one knows whose.
+    with pytest.raises(DataError, match="ambiguous columns"):
+      recognise(columns)
 
 
 @pytest.mark.parametrize(
@@ -136,33 +149,83 @@ def test_most_rows_decide_so_that_a_broken_first_one_does_not(tmp_path):
     read_dataset(path)
 
 
+BLANK, CALL = assistant(" "), {"role": "assistant", "content": None}
+LEFT_OUT = object()
+MARKED, ADD = GOOD[0] | {"weight": 0}, {"name": "add", "arguments": "2"}
+PC = {"prompt": "a", "completion": "b"}
+# A row, what is said of it, and what changes in it when that is done.
 BROKEN = [
-  ({"prompt": None, "completion": "b"}, "'prompt' is null"),
-  ({"prompt": 3, "completion": "b"}, "'prompt' is of type int"),
-  ({"prompt": " ", "completion": "b"}, "'prompt' is empty"),
-  ({"prompt": [], "completion": GOOD}, "'prompt' has no message"),
-  ({"prompt": ["hi"], "completion": GOOD}, "'prompt' holds a message without a role"),
-  ({"prompt": [{"role": "user"}], "completion": GOOD}, "'prompt' holds a message without content"),
-  ({"prompt": Q, "completion": "4"}, "'prompt' and 'completion' are neither all text nor all mess"),
-  ({"prompt": Q, "completion": Q}, "'completion' begins with the message of 'user'"),
-  ({"prompt": "a", "completion": "b", "label": 1}, "'label' is of type int; write true or false"),
-  ({"chosen": "4", "rejected": "5"}, "share no prompt"),
-  ({"chosen": "2+2? 4", "rejected": "2+2? 4"}, "the same, or one is the beginning"),
-  ({"chosen": "2+2? 4", "rejected": "2+2? 4."}, "the same, or one is the beginning"),
-  ({"chosen": Q + GOOD, "rejected": Q}, "the same, or one is the beginning"),
-  ({"chosen": Q + [user("a")], "rejected": Q + [user("b")]}, "'chosen' begins with the message of"),
-  ({"prompt": Q + GOOD}, "'prompt' ends with the assistant's message"),
-  ({"messages": "hi"}, "'messages' is text"),
-  ({"messages": Q}, "'messages' has no answer of the assistant"),
-  ({"text": Q}, "'text' is a list"),
+  ({"prompt": Q, "completion": [assistant("")]}, "'completion' holds an empty message of 'assist",
+   {"completion": GOOD}),
+  ({"messages": [user(""), *GOOD]}, "'messages' holds an empty message of 'user'",
+   {"messages": Q + GOOD}),
+  ({"prompt": Q, "chosen": GOOD, "rejected": [BLANK]}, "'rejected' holds an empty message",
+   {"rejected": BAD}),
+  ({"prompt": Q + GOOD, "completion": GOOD}, "'prompt' ends with the assistant's message",
+   {"prompt": Q}),
+  ({"prompt": Q + GOOD, "chosen": GOOD, "rejected": BAD}, "'prompt' ends with the assistant's",
+   {"prompt": Q}),
+  ({"messages": Q + [MARKED]}, "no answer of the assistant that is trained on",
+   {"messages": Q + [MARKED] + Q + GOOD}),
+  ({"messages": Q + [GOOD[0] | {"weight": 0.5}]}, "weight=0.5; write 1",
+   {"messages": Q + [GOOD[0] | {"weight": 1}]}),
+  ({"messages": Q + [GOOD[0] | {"weight": 1, "train": False}]}, "weight=1 and train=False, which",
+   {"messages": Q + [GOOD[0] | {"weight": 1}]}),
+  ({"messages": [Q[0] | {"loss_mask": 1}, *GOOD]}, "gives a message of 'user' a weight",
+   {"messages": [Q[0] | {"loss_mask": 0}, *GOOD]}),
+  ({"prompt": Q, "chosen": [MARKED], "rejected": BAD}, "compared whole; remove", {"chosen": GOOD}),
+  ({"prompt": [Q[0], GOOD[0] | {"train": True}, Q[0]], "completion": GOOD}, "not trained on",
+   {"prompt": Q, "completion": [GOOD[0] | {"train": True}, Q[0], *GOOD]}),
+  ({"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {}}]}]}, "a call without the name",
+   {"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {"name": "add"}}]}]}),
+  ({"messages": Q + [CALL | {"tool_calls": [ADD]}]}, "no object",
+   {"messages": Q + [CALL | {"tool_calls": [ADD | {"arguments": '{"a": 2}'}]}]}),
+  ({"messages": Q + [assistant("4") | {"function_call": {"name": "add"}}]}, "a function_call; wri",
+   {"messages": Q + [assistant("4") | {"tool_calls": [{"name": "add"}]}]}),
+  (PC | {"tools": "hammer"}, "'tools' is no list of JSON schemas", {"tools": '[{"name": "add"}]'}),
+  (PC | {"tools": "hammer"}, "or rename the column", {"tools": LEFT_OUT, "my_tools": "hammer"}),
+  (PC | {"chat_template_kwargs": '{"depth": 1e400}'}, "'chat_template_kwargs' is no object",
+   {"chat_template_kwargs": '{"depth": 1e4}'}),
+  (PC | {"chat_template_kwargs": [1]}, "'chat_template_kwargs' is no",
+   {"chat_template_kwargs": {"enable_thinking": False}}),
+  (PC | {"chat_template_kwargs": {"tools": []}}, "sets tools, which", {"chat_template_kwargs": {}}),
+  (PC | {"prompt": None}, "'prompt' is null", PC),
+  (PC | {"prompt": 3}, "'prompt' is of type int", PC),
+  (PC | {"prompt": " "}, "'prompt' is empty", PC),
+  ({"prompt": [], "completion": GOOD}, "'prompt' has no message", {"prompt": Q}),
+  ({"prompt": ["hi"], "completion": GOOD}, "'prompt' holds a message without a role",
+   {"prompt": [user("hi")]}),
+  ({"prompt": [{"role": "user"}], "completion": GOOD}, "'prompt' holds a message without content",
+   {"prompt": Q}),
+  ({"prompt": Q, "completion": "4"}, "'prompt' and 'completion' are neither all text nor all mess",
+   {"completion": GOOD}),
+  ({"prompt": Q, "completion": Q}, "'completion' begins with the message of 'user'",
+   {"completion": GOOD}),
+  (PC | {"label": 2}, "'label' is 2; write true or false", {"label": True}),
+  (PC | {"label": "good"}, "'label' is 'good'; write true or false", {"label": 1}),
+  ({"chosen": "4", "rejected": "5"}, "share no prompt", {"prompt": "2+2?"}),
+  ({"chosen": "2+2? 4", "rejected": "2+2? 4"}, "the same, or one is the beginning",
+   {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}),
+  ({"chosen": "2+2? 4", "rejected": "2+2? 4."}, "the same, or one is the beginning",
+   {"prompt": "2+2?", "chosen": " 4", "rejected": " 4."}),
+  ({"chosen": Q + GOOD, "rejected": Q}, "the same, or one is the beginning",
+   {"prompt": Q, "chosen": GOOD, "rejected": BAD}),
+  ({"chosen": Q + [user("a")], "rejected": Q + [user("b")]}, "'chosen' begins with the message of",
+   {"chosen": Q + GOOD, "rejected": Q + BAD}),
+  ({"prompt": Q + GOOD}, "'prompt' ends with the assistant's message", {"prompt": Q}),
+  ({"messages": "hi"}, "'messages' is text", {"messages": LEFT_OUT, "text": "hi"}),
+  ({"messages": Q}, "'messages' has no answer of the assistant", {"messages": Q + GOOD}),
+  ({"text": Q}, "'text' is a list", {"text": LEFT_OUT, "messages": Q + GOOD}),
 ]
 
 
-@pytest.mark.parametrize("row, said", BROKEN)
-def test_broken_rows(tmp_path, row, said):
+@pytest.mark.parametrize("row, said, changes", BROKEN)
+def test_broken_rows_and_their_cures(tmp_path, row, said, changes):
   row = row | {"extra": 1}
   with pytest.raises(DataError, match=f"rows.jsonl:1: {'.*'}{said}"):
     read_dataset(jsonl(tmp_path / "rows.jsonl", [row]))
+  mended = {name: value for name, value in (row | changes).items() if value is not LEFT_OUT}
+  assert len(read_dataset(jsonl(tmp_path / "rows.jsonl", [mended])).examples) == 1
 
 
 @pytest.mark.parametrize(
@@ -189,6 +252,38 @@ def test_tool_calls_stand_for_content(tmp_path):
     # Parquet gives every message every key: those that are null come back as absent.
     found = read_dataset(write(tmp_path / "rows", [row]))
     assert found.examples[0].completion == row["completion"]
+
+
+def test_what_is_accepted_beside_text(tmp_path):
+  """Empty where it means something, weights where turns are trained on, tools in either form."""
+  rows = [
+    {"messages": [{"role": "system", "content": ""}, *Q, *GOOD]},
+    {"messages": [*Q, GOOD[0] | {"weight": 0}, *Q, GOOD[0] | {"loss_mask": 1}]},
+    {"messages": [Q[0] | {"weight": 0}, GOOD[0] | {"train": True, "weight": None}]},
+    {"messages": [*Q, CALL | {"tool_calls": [{"name": "add", "arguments": '{"a": 2}'}]},
+                  {"role": "tool", "content": ""}, *GOOD], "tools": '[{"name": "add"}]'},
+    {"messages": [*Q, assistant("") | {"reasoning_content": "Two and two."}], "tools": []},
+  ]
+  found = read_dataset(jsonl(tmp_path / "rows.jsonl", rows))
+  assert [example.completion for example in found.examples] == [row["messages"] for row in rows]
+
+
+def test_labels_may_be_numbers(tmp_path):
+  rows = [{"prompt": f"q{n}", "completion": "yo", "label": n % 2} for n in range(3)]
+  found = read_dataset(jsonl(tmp_path / "kto.jsonl", rows))
+  assert [(type(e), e.label) for e in found.examples] == [
+    (Unpaired, False), (Unpaired, True), (Unpaired, False)
+  ]
+
+
+def test_a_prompt_next_to_answers_that_begin_with_it(tmp_path):
+  """As UltraFeedback's rows are: the format that the error names takes the prompt from both."""
+  row = {"prompt": "2+2?", "chosen": Q + GOOD, "rejected": Q + BAD, "score_chosen": 8.5}
+  path = jsonl(tmp_path / "rows.jsonl", [row])
+  with pytest.raises(DataError, match="neither all text .*--data_format=implicit_preference"):
+    read_dataset(path)
+  [found] = read_dataset(path, format="implicit_preference").examples
+  assert found == Preference(Q, GOOD, BAD, {"prompt": "2+2?", "score_chosen": 8.5})
 
 
 PROMPT = "\n\nHuman: Hi.\n\nAssistant: Yes?\n\nHuman: 2+2?\n\nAssistant:"

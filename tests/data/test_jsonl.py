@@ -31,6 +31,8 @@ BROKEN = {
   "duplicate key": (b'{"answer": "2", "answer": "3"}', "'answer' appears twice"),
   "inner duplicate": (b'{"answer": "2", "m": {"k": 1, "k": 2}}', "'k' appears twice"),
   "NaN": (b'{"prompt": "x", "answer": "2", "w": NaN}', "NaN is not JSON"),
+  "huge number": (b'{"answer": "2", "n": [1e400]}', "1e400 is more than a float can hold; write"),
+  "huge negative": (b'{"answer": "2", "n": -1.5E+999}', "-1.5E[+]999 is more than"),
   "huge integer": (b'{"answer": "2", "n": ' + b"9" * 5000 + b"}", "write it as text"),
   "deep": (b'{"answer": "2", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
   "huge row": (b'{"answer": "' + b"x" * (10 << 20) + b'"}', "longer than 4194304 bytes"),

@@ -8,7 +8,7 @@ import pytest
 from rl_llm.data import DataError
 from rl_llm.data.encoding import encode, encode_pair, limit_pairs, limit_sequences
 from rl_llm.data.held_out import is_held_out, prompt_key
-from rl_llm.data.loading import load_sequences, read_examples
+from rl_llm.data.loading import load_sequences, read_examples, unread_note
 from rl_llm.tokenizers import ByteTokenizer
 
 PLAIN = functools.partial(encode, tokenizer=ByteTokenizer(), prompt_format="plain")
@@ -86,5 +86,25 @@ def test_pairs_are_limited_together(tmp_path):
 def test_formats_that_are_not_trained_here(tmp_path):
   path = tmp_path / "prompts.jsonl"
   path.write_text('{"prompt": "a"}\n')
-  with pytest.raises(DataError, match=r"prompts\.jsonl: rows of the format prompt_only; .* pref"):
+  with pytest.raises(DataError, match=r"prompts\.jsonl: rows of the format prompt_only, .* pref"):
     load(path)
+
+
+def test_columns_that_go_nowhere_are_named_but_those_that_somebody_reads(tmp_path):
+  path = tmp_path / "pairs.jsonl"
+  rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b", "margin": 1, "id": n} for n in "xyz"]
+  path.write_text("".join(json.dumps(row | {"tools": None}) + "\n" for row in rows))
+  dataset = read_examples(str(path), formats=["preference"])
+  assert unread_note(dataset) == "; columns that nothing reads: id, margin"
+  assert unread_note(dataset, read=["id", "margin"]) == ""
+
+
+def test_a_format_that_is_said_is_obeyed(tmp_path):
+  """What the refusal advises, followed: rows of another format whose columns fit."""
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"prompt": "q", "completion": "yo", "label": 0}\n')
+  formats = ["prompt_completion", "messages"]
+  with pytest.raises(DataError, match="take out the rows whose label is false, and --data_format="):
+    read_examples(str(path), formats=formats)
+  [found] = read_examples(str(path), formats=formats, format="prompt_completion").examples
+  assert (found.completion, found.columns) == ("yo", {"label": 0})

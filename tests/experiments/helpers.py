@@ -22,10 +22,10 @@ FULL = bool(os.environ.get("RL_LLM_FULL"))  # `make test-full`
 
 
 class Chatty(ByteTokenizer):
-  """Bytes with a chat template, and with ends so frequent that responses are ragged."""
+  """Bytes with a chat template, and with ends so frequent that responses are ragged: "~" is one."""
 
   eos_ids = (258, *range(0, 256, 6))
-  chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+  chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}~\n{% endfor %}"
 
 
 REWARD = """
@@ -52,6 +52,9 @@ def spread_for_some(prompts, completions, **columns):
 def lonely(prompts, completions, **columns):
   # No opinion on about half of the responses.
   return [None if sum(map(ord, c)) % 2 else 1.0 for c in completions]
+
+def signed(prompts, completions, **columns):
+  return [sum(map(ord, text)) % 8 / 8 - 0.5 for text in completions]
 
 def hopeless(prompts, completions, **columns):
   raise ValueError("always")

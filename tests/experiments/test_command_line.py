@@ -148,7 +148,7 @@ CASES = {
   ),
   "long prompt": (
     [*TINY, "--max_prompt_tokens=3"],
-    ["has 4 tokens, over --max_prompt_tokens=3", "--overlong_prompt=drop or truncate_left"],
+    ["has 4 tokens, over --max_prompt_tokens=3", "choose another --overlong_prompt"],
   ),
   "only long prompts": (
     [*TINY, "--max_prompt_tokens=3", "--overlong_prompt=drop", "--prompts_per_step=1"],

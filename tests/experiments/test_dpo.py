@@ -350,7 +350,7 @@ def test_a_broken_row_stops_with_its_line_or_is_dropped_and_counted(tmp_path, sm
   found = run(dpo, tmp_path / "lenient", offline(data, data_errors="lenient"))
   assert found.metrics[0]["data_broken"] == len(BROKEN)
   rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
-  with pytest.raises(DataError, match="rows of the format prompt_completion;.*preference"):
+  with pytest.raises(DataError, match="rows of the format prompt_completion, .*preference"):
     run(dpo, tmp_path / "rows", offline(rows))
 
 
@@ -419,7 +419,7 @@ def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
   ("changes", "message"),
   [
     ({"data": "on_policy"}, r"--data=on_policy: must be a file where there is no task"),
-    ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0 with --task=none"),
+    ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0, where nothing else"),
     ({"microbatch_pairs": 3}, r"--microbatch_pairs=3: must be a divisor.*--microbatch_pairs=1"),
     ({"loss.gamma": 1.0}, r"--loss\.gamma=1\.0: must be left out with --loss=dpo_loss; which has "
      "beta, label_smoothing, divergence, alpha"),

@@ -54,7 +54,7 @@ def models():
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed, dtype=jnp.float32, mesh=None):
+  def load(name, *, seed, dtype=jnp.float32, mesh=None, say=None):
     params = init(jax.random.key(seed + (name == "tiny2")))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
     return LanguageModel(make_policy(config, dtype=dtype), params, Terse())
@@ -307,6 +307,7 @@ def test_what_must_be_known_to_read_the_figures_is_said(tmp_path, files, capsys)
   assert result["overlong_prompts"] == 3, "the last three have 13 or 14 bytes"
   out = capsys.readouterr().out
   assert "3 prompts are over --max_prompt_tokens" in out
+  assert out.count("rows to train on") == 1, "the task's note, which names columns that go nowhere"
   assert f"no majority@k: the grader of {settings(files).task.task} does not say" in out
   failed = f"{result['failed_grades']} of 55 grades failed and count as not correct"
   assert f"{failed} (0.0% timed out); samples.jsonl says why" in out
@@ -326,7 +327,7 @@ def test_no_prompt_fits(tmp_path, files):
     ({"split": "train"}, "--problems=0: must be at least 1 with --split=train"),
     ({"difficulty_column": "depth"}, "--difficulty_column=depth: must be a column .*: level"),
     ({"task": "sum"}, "no such task"),
-    (COPY | {"copy.held_out": 0}, "no held-out problem to evaluate on"),
+    (COPY | {"copy.held_out": 0}, "copy: no problem is held out .*, or choose --split=train"),
   ],
 )
 def test_what_is_refused_before_anything_is_loaded(tmp_path, files, monkeypatch, changes, said):

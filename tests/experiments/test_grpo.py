@@ -89,6 +89,7 @@ FLAGS = [
   {"loss.clip_high": 0.01},
   {"loss.entropy_coef": 0.5},
   {"kl.coef": 1.0},
+  {"kl.weighting": "sequence_mean"},
   {"optimizer.learning_rate": 1e-3},
   {"optimizer.mu_dtype": "bfloat16"},
   {"dtype": "bfloat16"},
@@ -108,7 +109,8 @@ if FULL:  # Further values of the same flags, and arguments that tests of the li
     {"advantage.name": "leave_one_out"},
     {"advantage.name": "maxrl"},
     {"advantage.name": "maxrl", "advantage.eps": 0.5},
-    {"weighting.drop_truncated": True},
+    {"weighting.truncated": "zero"},
+    {"weighting.truncated": "drop"},
     {"loss.clip_low": 0.01},
     {"loss.delta": 1.01},
     {"kl.gradient": "k3"},
@@ -196,6 +198,13 @@ def test_settings_that_do_not_fit_together_are_refused(changes, message):
     grpo.check(replace(grpo.Config(), changes))
 
 
+def test_an_advantage_that_divides_by_the_mean_refuses_rewards_below_zero(tmp_path, small, files):
+  changes = {"advantage.name": "maxrl", "jsonl.reward_function": "signed"}
+  message = "--advantage=maxrl: must be another, for a reward of -0.5; try"
+  with pytest.raises(ConfigError, match=message):
+    run(tmp_path, settings(files, steps=1) | changes)
+
+
 def test_groups_without_spread_are_left_out_and_change_nothing(tmp_path, small, files):
   """A term that every token feels, too small to matter, has all of them computed."""
   base = settings(files) | {
@@ -254,6 +263,9 @@ def test_microbatches_change_nothing(tmp_path, small, files):
 # Presets.
 
 
+PARTS = "advantage.", "weighting.", "loss.", "kl."
+
+
 @pytest.mark.parametrize(
   ("preset", "fields"),
   [
@@ -261,17 +273,17 @@ def test_microbatches_change_nothing(tmp_path, small, files):
     ("dr_grpo", {"weighting.name": "constant_length", "advantage.scale": "none", "kl.coef": 0}),
     ("dapo", {"weighting.name": "token_mean", "loss.clip_low": 0.2, "loss.clip_high": 0.28}),
     ("trl", {"weighting.name": "token_mean", "advantage.eps": 1e-4}),
-    ("verl", {"weighting.name": "token_mean", "loss.dual_clip": 3.0}),
-    ("nexrl", {"weighting.name": "token_mean", "loss.clip_high": 0.2}),
+    ("verl", {"advantage.singleton": "raw", "loss.dual_clip": 3.0, "loss.entropy_coef": 0}),
+    ("nexrl", {"advantage.singleton": "raw", "loss.clip_high": 0.2, "loss.entropy_coef": 1e-4}),
     ("nemo", {"advantage.scale": "leave_one_out", "kl.coef": 0.01, "kl.gradient": "k2"}),
     ("tunix", {"weighting.name": "sequence_mean", "kl.value": "k1", "kl.gradient": "k1"}),
-    ("simply", {"advantage.eps_rule": "max", "advantage.ddof": 0, "loss.delta": 10.0}),
-    ("skyrl", {"advantage.singleton": "raw", "kl.coef": 0.001}),
+    ("simply", {"advantage.eps_rule": "max", "advantage.ddof": 0, "loss.delta": None}),
+    ("skyrl", {"advantage.singleton": "raw", "kl.coef": 0.001, "kl.weighting": "sequence_mean"}),
   ],
 )
 def test_presets_set_their_fields_and_run(tmp_path, small, files, preset, fields):
   typed = replace(grpo.Config(), {"model": "tiny", "preset": preset})
-  changes = {k: v for k, v in grpo.overrides(typed).items() if "." in k and k not in grpo.TINY}
+  changes = {k: v for k, v in grpo.overrides(typed).items() if k.startswith(PARTS)}
   config = replace(grpo.Config(), settings(files, steps=1) | {"preset": preset} | changes)
   assert {path: flatten(config)[path] for path in fields} == fields
   result = grpo.train(config, str(tmp_path))

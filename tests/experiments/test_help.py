@@ -23,13 +23,14 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 # Flags that came after the goldens, by script.
 EVERYWHERE = {"compile_cache", "matmul_precision"}
 ADDED: dict[str, set[str]] = {
-  "dpo": {"reward_isolation"},
+  "dpo": {"data_format", "reward_isolation"},
   "evaluate": {"reward_isolation"},
-  "grpo": {"advantage.name", "reward_isolation"},
+  "grpo": {"advantage.name", "kl.weighting", "reward_isolation", "weighting.truncated"},
   "make_preferences": {"reward_isolation"},
-  "ppo": {"reward_isolation"},
-  "reinforce": {"kl.value", "reward", "reward_isolation"},
-  "sft": {"reward_isolation"},
+  "ppo": {"reward_isolation", "weighting.truncated"},
+  "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"},
+  "reward_model": {"data_format"},
+  "sft": {"data_format", "reward_isolation"},
 }
 
 

@@ -43,7 +43,7 @@ def test_each_flag_comes_to_the_model(monkeypatch):
     name, given = loaded.value.args
     wanted = {"model": "smollm2", "seed": 0, "dtype": "float32", "remat": False}
     wanted |= {"scan_layers": False, "attention": "auto"} | changes
-    assert given.pop("mesh") is mesh
+    assert given.pop("mesh") is mesh and given.pop("say") is print
     assert {"model": name} | given | {"dtype": jnp.dtype(given["dtype"]).name} == wanted
 
 
@@ -62,6 +62,7 @@ def test_every_experiment_comes_there_with_its_config(tmp_path, monkeypatch, exp
     experiment.train(replace(experiment.Config(), changes), str(tmp_path / "run"))
   name, given = loaded.value.args
   assert given.pop("mesh").shape == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert callable(given.pop("say"))
   given |= {"model": name, "dtype": jnp.dtype(given["dtype"]).name}
   assert given == FLAGS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -78,7 +79,8 @@ def test_the_first_step_is_that_of_the_run_alone(tmp_path, small, files, changes
       for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, number)
     assert state.is_done(tmp_path / "work" / id, 1)
-    model = population.load_members([config], None, sharding.make_mesh(data=1))[2]
+    opened = types.SimpleNamespace(console=types.SimpleNamespace(say=print))
+    model = population.load_members([config], opened, sharding.make_mesh(data=1))[2]
     first = {f"params/{path}": leaf[0] for path, leaf in flat(model)}
     assert first.keys() == alone.params.keys()
     moved = norm(alone.params[path] - first[path] for path in first)

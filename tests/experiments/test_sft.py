@@ -235,10 +235,10 @@ def talk(n):
   ("save", "row", "chat", "answers"),
   [  # What is trained on, any number of a for one; in chat with the header, which no prompt holds
     (write, lambda n: {"prompt": f"{n}?", "completion": "a" * n}, False, "a"),
-    (zipped, lambda n: {"messages": talk(n)}, True, "a:a\na:Yes.\n"),
-    (parquet, lambda n: {"messages": talk(n)}, True, "a:a\na:Yes.\n"),
+    (zipped, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
+    (parquet, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
     (write, lambda n: {"text": "a" * (n + 1)}, True, "a"),  # "auto" knows bare text.
-    (write, lambda n: {"text": f"\n\nHuman: {n}\n\nAssistant: {'a' * n}"}, True, "a:a\n"),
+    (write, lambda n: {"text": f"\n\nHuman: {n}\n\nAssistant: {'a' * n}"}, True, "a:a~"),
   ],
 )
 def test_formats(tmp_path, small, monkeypatch, save, row, chat, answers):
@@ -295,7 +295,7 @@ def test_too_long_answers_of_a_task_stop_with_their_problem(tmp_path, small):
 
 def test_rows_of_another_kind_and_answers_that_do_not_exist(tmp_path, small, files):
   pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
-  with pytest.raises(DataError, match=r"pairs\.jsonl: rows of the format preference;.*completion"):
+  with pytest.raises(DataError, match=r"pairs\.jsonl: rows of the format preference, .*completion"):
     run(sft, tmp_path / "run", settings(pairs))
   changes = {"data": "task", "task": f"jsonl:{files / 'rows.jsonl'}",
              "jsonl.reward_file": str(files / "reward.py"), "jsonl.reward_function": "fraction"}
@@ -307,7 +307,7 @@ def test_rows_of_another_kind_and_answers_that_do_not_exist(tmp_path, small, fil
   ("changes", "message"),
   [
     ({"data": "task"}, r"--data=task: must be a file where there is no task"),
-    ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0 with --task=none"),
+    ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0, where nothing else"),
     ({"microbatch_rows": 3}, r"--microbatch_rows=3: must be a divisor .*try --microbatch_rows=2"),
     ({"packing": 8}, r"--packing=8: must be 0, or at least .* \(16\)"),
     ({"optimizer.schedule": "linear", "optimizer.warmup_steps": 3}, r"warmup_steps=3"),

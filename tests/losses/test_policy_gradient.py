@@ -83,8 +83,25 @@ def test_clip_table(advantage, ratio, value, gradient, limit):
     old + np.log(ratio), old, np.array([advantage]), np.ones((1, 1)), **limit)
   np.testing.assert_allclose(loss, value, rtol=1e-5)
   np.testing.assert_allclose(slope[0, 0], gradient, rtol=1e-5)
-  assert metrics["clip_low_fraction"] == (float(advantage < 0 and ratio < 0.8), 1)
-  assert metrics["clip_high_fraction"] == (float(advantage > 0 and ratio > 1.2), 1)
+  assert metrics["clip_low_fraction"] == (float(gradient == 0 and ratio < 0.8), 1)
+  assert metrics["clip_high_fraction"] == (float(gradient == 0 and ratio > 1.2), 1)
+
+
+@pytest.mark.parametrize("limit, bad", [
+  ({}, 1), ({"dual_clip": 3.0}, 3), ({"delta": 4.0}, 2), ({"delta": 1.1}, 5),
+  ({"dual_clip": 2.0, "delta": 4.0}, 4), ({"dual_clip": 5.0, "delta": 4.0}, 2),
+], ids=str)
+def test_the_clip_fractions_count_every_token_without_a_gradient(limit, bad):
+  """Whatever stopped it: the clip, the dual clip, delta, or the limit of log-ratios."""
+  log_ratios = np.log([1e-10, 0.5, 0.9, 1.05, 1.15, 1.5, 2.5, 3.5, 6.0, 1e10])
+  now = np.float32([log_ratios, log_ratios])
+  advantages, weights = np.float32([1.0, -1.0]), np.ones(now.shape, np.float32)
+  (_, metrics), gradient = PPO(now, np.zeros_like(now), advantages, weights, **limit)
+  stopped = np.asarray(gradient) == 0
+  for key, beyond in (("clip_low_fraction", now < 0), ("clip_high_fraction", now > 0)):
+    total, count = metrics[key]
+    assert count == now.size and total == np.sum(stopped & beyond), (key, gradient)
+  assert np.sum(stopped[1] & (log_ratios > 0)) == bad
 
 
 def test_at_ratio_one_ppo_has_the_gradient_of_reinforce():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -118,10 +119,11 @@ def test_half_precision_becomes_float32(saved):
   ("asked", "message"),
   [
     ({"rank": 8}, "leaf 'layers_0/attention/query/lora_a' has rank 3, the rank asked for is 8; ask"
-     " for rank 3, alpha 6 and targets 'attention/query|attention/value'"),
+     " for those that it has: --lora.rank=3 --lora.alpha=6 "
+     "--lora.targets='attention/query|attention/value'"),
     ({"alpha": 9.0}, "leaf 'layers_0/attention/query/lora_a' has alpha 6, the alpha asked for is 9;"
      " ask"),
-    ({"targets": "attention"}, "leaf 'layers_0/attention/key/lora_a' is not there; ask for rank 3"),
+    ({"targets": "attention"}, "leaf 'layers_0/attention/key/lora_a' is not there; ask for"),
     ({"targets": "query"}, "layers.0.self_attn.v_proj.lora_A.weight' was not asked for; ask"),
   ],
 )
@@ -130,6 +132,30 @@ def test_other_adapters_than_those_asked_for_are_refused(saved, asked, message):
     load_adapter(saved, join(*split(**asked)))
   said = str(refused.value)  # Plain text: '|' in a pattern would allow much else.
   assert said.startswith(f"{saved}: ") and message in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+  "targets",
+  ["layers_1/", "layers_0/attention/(query|key)", "layers_1/attention/query|up", "0/mlp|key"],
+)
+def test_what_the_refusal_names_is_what_the_adapter_has(tmp_path, targets):
+  """An adapter of some layers, such as PEFT's layers_to_transform makes: its advice, followed."""
+  wanted = adapted(PARAMS, **ASKED | {"targets": targets})
+  save_adapter(tmp_path / "adapter", wanted, base="")
+  with pytest.raises(WeightsError) as refused:
+    load_adapter(tmp_path / "adapter", join(*split(rank=2, targets=".")))
+  advice = dict(re.findall(r"--lora\.(\w+)='?([^ ']+)", str(refused.value)))
+  advice |= {"rank": int(advice["rank"]), "alpha": float(advice["alpha"])}
+  frozen, fresh = split(**advice)
+  trained = load_adapter(tmp_path / "adapter", join(frozen, fresh))
+  jax.tree.map(np.testing.assert_array_equal, join(frozen, trained), wanted)
+
+
+def test_an_adapter_of_the_head_cannot_be_asked_for(saved):
+  name = "base_model.model.lm_head.lora_A.weight"
+  rewrite(saved, lambda tensors: tensors | {name: np.zeros((3, 64), np.float32)})
+  with pytest.raises(WeightsError, match=f"'{name}' is no matrix of a layer: use an adapter of"):
+    load_adapter(saved, join(*split()))
 
 
 def test_an_adapter_of_another_model_is_refused(saved):

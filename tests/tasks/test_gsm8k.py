@@ -11,7 +11,7 @@ from rl_llm.data import DataError
 from rl_llm.rewards import RewardPool
 from rl_llm.rewards.graders import final_answer
 from rl_llm.rewards.graders import gsm8k as reward
-from rl_llm.tasks import TaskError, load_task
+from rl_llm.tasks import TaskError, check_held_out, load_task
 
 # Written for this test, in the shape of the real rows: signs, money, commas, a number that appears
 # before as well, a "####" directly behind the text, trailing space.
@@ -167,8 +167,12 @@ def test_broken_rows(tmp_path, row, said):
 
 @pytest.mark.parametrize(
   "fraction, said",
-  [(1.0, "=1.0: must be at least 0"), (1e-9, "=1e-09: takes none.* give --gsm8k.held_out_file")],
+  [
+    (1.0, "gsm8k.held_out_fraction=1.0: must be at least 0"),
+    (1e-9, "give --gsm8k.held_out_file, raise --gsm8k.held_out_fraction, or choose another"),
+  ],
 )
 def test_options_are_named_as_the_flags_are(tmp_path, fraction, said):
-  with pytest.raises(TaskError, match=f"gsm8k.held_out_fraction{said}"):
-    load_task(write(tmp_path / "train.jsonl", rows()), held_out_fraction=fraction)
+  with pytest.raises(TaskError, match=said):
+    task = load_task(write(tmp_path / "train.jsonl", rows()), held_out_fraction=fraction)
+    check_held_out(task, otherwise="another")

@@ -5,7 +5,7 @@ import pytest
 
 from rl_llm.data import DataError
 from rl_llm.rewards import RewardError, RewardPool
-from rl_llm.tasks import TaskError, load_task
+from rl_llm.tasks import TaskError, check_held_out, load_task
 
 ROWS = [{"question": f"{n} + {n}?", "answer": f"so #### {2 * n}", "level": n} for n in range(200)]
 
@@ -69,10 +69,16 @@ def test_fraction_none_and_too_small(tmp_path, spec):
   assert load(spec, held_out_fraction=0.0).held_out == ()
   assert len(load(spec, held_out_fraction=0.5).held_out) > 60
   few = write(tmp_path / "few.jsonl", ROWS[:3])
-  with pytest.raises(TaskError, match="held_out_fraction=1e-09: takes none of the 3 rows; raise"):
-    load(few, held_out_fraction=1e-9)
-  with pytest.raises(TaskError, match="no row is left to train on"):
+  none = load(few, held_out_fraction=1e-9)
+  with pytest.raises(TaskError, match=r"\(3 rows to train on, 0 held out.*choose to look"):
+    check_held_out(none, otherwise="to look elsewhere")
+  with pytest.raises(TaskError, match="all 3 rows are held out.*leave the prompts of .*few.jsonl"):
     load(few, held_out_file=few.removeprefix("jsonl:"))
+  with pytest.raises(TaskError, match="all 3 rows are held out.*lower --jsonl.held_out_fraction"):
+    load(few, held_out_fraction=0.999)
+
+
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 def test_messages_instruction_and_gzip(tmp_path):
@@ -90,13 +96,18 @@ def test_messages_instruction_and_gzip(tmp_path):
 @pytest.mark.parametrize(
   "row, said",
   [
-    ({"answer": "x"}, "no key 'question' .it has 'answer'."),
+    ({"answer": "x"}, "no key 'question' .it has 'answer'.; .* --jsonl.prompt_column"),
     ({"question": None}, "'question' is of type NoneType"),
     ({"question": 3}, "'question' is of type int"),
     ({"question": " "}, "'question' is empty"),
     ({"question": []}, "'question' has no message"),
-    ({"question": [{"role": "user"}]}, "without role and content"),
-    ({"question": ["hi"]}, "without role and content"),
+    ({"question": [{"role": "user"}]}, "without content"),
+    ({"question": ["hi"]}, "without a role"),
+    ({"question": [USER | {"content": " "}]}, "holds an empty message of 'user'"),
+    ({"question": [USER, ASSISTANT]}, "ends with the assistant's message.*remove that message"),
+    ({"question": [USER, ASSISTANT | {"weight": 1}, USER]}, "gives a turn the weight 1"),
+    ({"question": "x", "tools": ["hammer"]}, "'tools' is no list of JSON schemas"),
+    ({"question": "x", "chat_template_kwargs": "thinking"}, "'chat_template_kwargs' is no object"),
     ({"question": "x", "completions": "y"}, "a key 'completions'"),
   ],
 )
@@ -163,3 +174,13 @@ def test_bad_options(spec, options, said):
 def test_missing_file():
   with pytest.raises(DataError, match="absent.jsonl: no such file"):
     load("jsonl:absent.jsonl")
+
+
+def test_columns_that_go_nowhere_are_named(tmp_path):
+  rows = [{"prompt": f"{n}+1?", "answer": str(n + 1), "level": 1, "tools": []} for n in range(30)]
+  rows[7]["source"] = "mine"
+  spec = write(tmp_path / "rows.jsonl", rows)
+  note = load_task(spec, reward_function="gsm8k").note
+  assert note.endswith("; columns that nothing reads: level, source")
+  (tmp_path / "own.py").write_text("def reward(prompts, completions, **columns): pass")
+  assert "nothing reads" not in load_task(spec, reward_file=str(tmp_path / "own.py")).note

@@ -1,0 +1,85 @@
+"""Numbers that are not finite stop a run, and the error says which weights they come from.
+
+One infinite weight makes every log-prob NaN. A sampler that goes on draws some token or other, and
+the run ends with a figure that means nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_llm.errors import UserError
+from rl_llm.sharding import fetch
+
+_LISTED = 3
+
+
+class NotFiniteError(UserError, ValueError):
+  """A model gives numbers that are not finite; one line says which weights are not."""
+
+
+def check_finite(values: Any, params: Any, *, what: str) -> None:
+  """Stops at values that are not finite.
+
+  >>> check_finite(np.zeros(2), {"w": jnp.ones(2)}, what="the log-probs")
+
+  Args:
+    values: floats on the host, computed with the weights.
+    params: those weights; None: not known here.
+    what: the values, in words.
+
+  Raises:
+    NotFiniteError: one of the values is NaN or infinite.
+  """
+  if np.isfinite(values).all():
+    return
+  raise NotFiniteError(f"{what} are not finite: {cause_in(params)}")
+
+
+def cause_in(params: Any) -> str:
+  """Which weights are not finite, and what to do about it: the end of an error.
+
+  >>> cause_in({"w": jnp.array([jnp.nan])})[:43]
+  'weights hold NaN or infinity, namely w; loa'
+  """
+  if params is None:
+    return "weights hold NaN or infinity; load the model's weights again"
+  bad = nonfinite_weights(params)
+  if not bad:
+    return (
+      "the weights are finite, so the arithmetic overflows; use --dtype=float32, or weights that "
+      "were trained in the type of arithmetic that is used"
+    )
+  more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+  return (
+    f"weights hold NaN or infinity, namely {', '.join(bad[:_LISTED])}{more}; load the model's "
+    "weights again, or an earlier checkpoint's"
+  )
+
+
+def nonfinite_weights(params: Any) -> list[str]:
+  """The paths of the leaves that hold NaN or infinity.
+
+  >>> nonfinite_weights({"a": jnp.ones(2), "b": {"c": jnp.array([1.0, jnp.inf])}})
+  ['b/c']
+
+  Args:
+    params: a pytree of arrays, on whatever devices.
+  """
+  found = jax.tree_util.tree_leaves_with_path(params)
+  finite = fetch(_all_finite([leaf for _, leaf in found]))
+  return [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for (path, _), good in zip(found, finite, strict=True)
+    if not good
+  ]
+
+
+@jax.jit
+def _all_finite(leaves: Any) -> list[jax.Array]:
+  """Of each leaf, in one program: of many with collectives, CPU devices may each begin another."""
+  return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
