@@ -549,6 +549,7 @@ def record_responses(
   each temperature to each problem. Gives the problems that fit, and their prompt format."""
   options, size = config.responses, config.responses.prompts_per_batch
   mesh = open_mesh(config, per_step={"prompts_per_batch": size}, at_once={})
+  run.console.say(f"{task.name}: {task.note}")
   loaded = load_language_model(config, run, mesh)
   model = Model(loaded.policy, loaded.tokenizer, mesh, None)
   sampling = SamplingConfig(np.asarray(temperatures), top_k=options.top_k, top_p=options.top_p)

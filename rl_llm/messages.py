@@ -237,7 +237,9 @@ def _parsed(value: Any) -> Any:
   if not isinstance(value, str):
     return value
   try:
-    return json.loads(value)
+    found = json.loads(value)
+    json.dumps(found, allow_nan=False)  # Python takes NaN, and reads 1e400 as infinity.
+    return found
   except (ValueError, RecursionError):
     return value
 

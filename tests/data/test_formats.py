@@ -184,6 +184,8 @@ BROKEN = [
    {"messages": Q + [assistant("4") | {"tool_calls": [{"name": "add"}]}]}),
   (PC | {"tools": "hammer"}, "'tools' is no list of JSON schemas", {"tools": '[{"name": "add"}]'}),
   (PC | {"tools": "hammer"}, "or rename the column", {"tools": LEFT_OUT, "my_tools": "hammer"}),
+  (PC | {"chat_template_kwargs": '{"depth": 1e400}'}, "'chat_template_kwargs' is no object",
+   {"chat_template_kwargs": '{"depth": 1e4}'}),
   (PC | {"chat_template_kwargs": [1]}, "'chat_template_kwargs' is no",
    {"chat_template_kwargs": {"enable_thinking": False}}),
   (PC | {"chat_template_kwargs": {"tools": []}}, "sets tools, which", {"chat_template_kwargs": {}}),

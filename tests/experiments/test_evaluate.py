@@ -305,6 +305,7 @@ def test_what_must_be_known_to_read_the_figures_is_said(tmp_path, files, capsys)
   assert result["overlong_prompts"] == 3, "the last three have 13 or 14 bytes"
   out = capsys.readouterr().out
   assert "3 prompts are over --max_prompt_tokens" in out
+  assert out.count("rows to train on") == 1, "the task's note, which names columns that go nowhere"
   assert f"no majority@k: the grader of {settings(files).task.task} does not say" in out
   assert f"{result['failed_grades']} of 55 grades failed and count as not correct" in out
 
