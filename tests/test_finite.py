@@ -133,7 +133,7 @@ def test_a_tokenizer_is_fitted_to_the_embedding(tmp_path):
 def test_decoding_ends_where_logits_are_no_numbers_and_the_weights_are_named(params, value, path):
   broken = with_number(params, value, path)
   assert nonfinite_weights(broken) == [path]
-  _, rollout = roll(broken, 0)
+  _, rollout = roll(broken, 0, eos_ids=())
   assert rollout.lengths.max() <= 2  # Not 12 tokens of something.
   with pytest.raises(NotFiniteError, match=rf"sampled tokens are not finite: .* namely {path};"):
     sampler = named_sampler(lambda *_: rollout)
