@@ -29,9 +29,9 @@ from typing import Literal
 
 from benchmarks.grpo_step import MATMUL, BenchmarkError, check_same, interpreters, start_sides
 from benchmarks.side import cores, memory_gbytes
-from rl_llm.config import option, run
-from rl_llm.flops import forward_flops
 from rl_llm.policy import TransformerConfig
+from rl_llm.runs.config import option, run
+from rl_llm.runs.flops import forward_flops
 
 
 @dataclasses.dataclass(frozen=True)

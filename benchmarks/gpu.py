@@ -7,8 +7,9 @@
 Weights are random, arithmetic is in bfloat16, weights and moments are float32. Three things:
 
   update   one of GRPO, 8 responses of 1,024 tokens to each prompt of 512, 16,384 tokens at least
-           in one microbatch. Its MFU: what formulas say it must compute (`rl_llm.flops`), over what
-           the GPU's maker says it can. PyTorch's is a row of prompt and response for each response.
+           in one microbatch. Its MFU: what formulas say it must compute (`rl_llm.runs.flops`), over
+           what the GPU's maker says it can. PyTorch's is a row of prompt and response for each
+           response.
   decode   a token of 64 rows, and of 256: what a rollout of 288 tokens takes longer than one of 32,
            over 256. Its bound: all weights and the keys and values of all rows read once at the
            maker's bandwidth, or the products at the peak if that takes longer.
@@ -50,13 +51,14 @@ from launch import plan
 from launch.chips import find_devices, has_compiler
 from launch.models import find_model
 from launch.programs import Lowering, Programs, programs, settings_of
-from rl_llm import sharding
-from rl_llm.chips import DEVICE_KINDS, GPUS, Chip
-from rl_llm.config import ConfigError, option, run
-from rl_llm.flops import forward_flops
+from rl_llm.errors import ConfigError
+from rl_llm.parallel import sharding
 from rl_llm.policy import Policy, TransformerConfig, make_policy
 from rl_llm.policy.layers import cast_weights
-from rl_llm.sampling import SamplingConfig, sample
+from rl_llm.rollout.sampling import SamplingConfig, sample
+from rl_llm.runs.chips import DEVICE_KINDS, GPUS, Chip
+from rl_llm.runs.config import option, run
+from rl_llm.runs.flops import forward_flops
 
 GROUP = 8  # responses a prompt
 SHORT, LONG = 32, 288  # tokens of the two rollouts whose difference is timed

@@ -34,10 +34,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.side import cores
-from rl_llm.config import ConfigError, option, run
-from rl_llm.errors import UserError
-from rl_llm.flops import forward_flops
+from rl_llm.errors import ConfigError, UserError
 from rl_llm.policy import TransformerConfig
+from rl_llm.runs.config import option, run
+from rl_llm.runs.flops import forward_flops
 
 MATMUL = 2048  # side of the square product whose rate is the floor's
 
@@ -208,7 +208,7 @@ def table(
 
   Args:
     steps: by side, one dict a timed step, as `benchmarks.peers` reports it.
-    forward: what `rl_llm.flops.forward_flops` gives.
+    forward: what `rl_llm.runs.flops.forward_flops` gives.
     gflops: 1e9 floating-point operations a second, the best measured.
   """
 

@@ -27,8 +27,8 @@ from benchmarks.timing import (
   ratios,
   spread,
 )
-from rl_llm.config import option, run
 from rl_llm.logprobs import chunked_logprobs_and_entropy, entropy, token_logprobs, unembed
+from rl_llm.runs.config import option, run
 
 TOLERANCE = 1e-5  # of the two forms' difference, relative, L2
 

@@ -27,8 +27,8 @@ from experiments.flags import SamplingMesh
 from launch import plan
 from launch.models import find_model
 from launch.programs import programs
-from rl_llm.config import option, run
 from rl_llm.policy import make_policy
+from rl_llm.runs.config import option, run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,10 +34,11 @@ from benchmarks.timing import (
 )
 from benchmarks.update import TOLERANCE
 from experiments import sft
-from rl_llm.config import ConfigError, option, run
 from rl_llm.data.encoding import Encoded
-from rl_llm.flops import text_flops, update_passes
-from rl_llm.model import load_model
+from rl_llm.errors import ConfigError
+from rl_llm.policy.load import load_model
+from rl_llm.runs.config import option, run
+from rl_llm.runs.flops import text_flops, update_passes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.side import cores
-from rl_llm.config import ConfigError, option, run
+from rl_llm.errors import ConfigError
 from rl_llm.files import write_atomically
+from rl_llm.runs.config import option, run
 
 
 class Benchmark(NamedTuple):

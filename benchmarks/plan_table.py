@@ -21,9 +21,9 @@ from pathlib import Path
 
 from launch.chips import find_chip
 from launch.plan import Program
-from rl_llm.chips import Chip
-from rl_llm.config import option, run
 from rl_llm.files import write_atomically
+from rl_llm.runs.chips import Chip
+from rl_llm.runs.config import option, run
 
 # (model, topology, flags): GRPO's full fine-tune, 256 problems a step, 8 responses of 1,024 tokens.
 ROWS = (

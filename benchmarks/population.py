@@ -31,13 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import grpo, population, setup
-from rl_llm import chips
-from rl_llm.checkpoint import Checkpointer
-from rl_llm.config import option, replace, run
-from rl_llm.metrics import read
-from rl_llm.model import load_model
 from rl_llm.policy import TransformerConfig
-from rl_llm.train_state import init_state, parameter_count
+from rl_llm.policy.load import load_model
+from rl_llm.runs import chips
+from rl_llm.runs.checkpoint import Checkpointer
+from rl_llm.runs.config import option, replace, run
+from rl_llm.runs.metrics import read
+from rl_llm.training.train_state import init_state, parameter_count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import BenchmarkError, alternate, ratios, spread
-from rl_llm.config import ConfigError, option, run
-from rl_llm.model import load_model
+from rl_llm.errors import ConfigError
 from rl_llm.policy import Policy
+from rl_llm.policy.load import load_model
 from rl_llm.rollout import generate, row_keys
-from rl_llm.sampling import SamplingConfig
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.runs.config import option, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Config:
 def with_end(policy: Policy, eos: int, mean: int) -> Policy:
   """The policy with an end of probability 1 / mean, whatever it has read.
 
-  >>> from rl_llm.model import load_model
+  >>> from rl_llm.policy.load import load_model
   >>> policy, params, _ = load_model("tiny")
   >>> logits = with_end(policy, 3, 4).logits(params, jnp.ones((1, policy.config.width)))
   >>> round(float(jax.nn.softmax(logits)[0, 3]), 4)

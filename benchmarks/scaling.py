@@ -32,11 +32,12 @@ from benchmarks.timing import (
   ratios,
   spread,
 )
-from rl_llm.config import ConfigError, option, run
-from rl_llm.flops import forward_flops
+from rl_llm.errors import ConfigError
 from rl_llm.policy import TransformerConfig, make_policy
 from rl_llm.rollout import ResponseBatch, Rollout, generate, response_logprobs, row_keys
-from rl_llm.sampling import SamplingConfig
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.runs.config import option, run
+from rl_llm.runs.flops import forward_flops
 
 
 class Point(NamedTuple):

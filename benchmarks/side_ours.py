@@ -15,9 +15,9 @@ from benchmarks.side import Channel, Stopwatch, matmul_gflops, prompt_texts, ser
 
 def export(job: dict, channel: Channel) -> None:
   """Writes our weights and tokenizer where transformers reads them: same numbers, same ids."""
-  from rl_llm.model import load_model
   from rl_llm.policy import save_hf
-  from rl_llm.tokenizers import save_tokenizer, token_ids
+  from rl_llm.policy.load import load_model
+  from rl_llm.text.tokenizers import save_tokenizer, token_ids
 
   model = load_model(job["model"])
   directory = Path(job["directory"])
@@ -35,8 +35,8 @@ def load_ours(
   import jax.numpy as jnp
 
   from rl_llm import logprobs
-  from rl_llm.model import load_model
   from rl_llm.policy import make_policy
+  from rl_llm.policy.load import load_model
 
   model = load_model(job["model"], remat=remat, dtype=jnp.dtype(dtype))
   policy, encode = make_policy(model.policy.config), model.tokenizer.encode
@@ -72,13 +72,13 @@ def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
   import jax
 
   from experiments import grpo, setup
-  from rl_llm.config import replace
-  from rl_llm.experience import Drawn, Sampler, answer, make_generate, step_keys
-  from rl_llm.memory import freed_given_back
-  from rl_llm.model import Weights
+  from rl_llm.policy.load import Weights
   from rl_llm.rewards import RewardPool, RewardSource
+  from rl_llm.rollout.experience import Drawn, Sampler, answer, make_generate, step_keys
+  from rl_llm.runs.config import replace
+  from rl_llm.runs.memory import freed_given_back
   from rl_llm.tasks import Problem, Task
-  from rl_llm.train_state import init_state
+  from rl_llm.training.train_state import init_state
 
   prompts, group, new_tokens = job["prompts"], job["responses"], job["new_tokens"]
   config = replace(
@@ -135,7 +135,7 @@ def generate_ours(job: dict, channel: Channel) -> None:
 
   from rl_llm.data.prompts import pad_prompts
   from rl_llm.rollout import generate, row_keys
-  from rl_llm.sampling import SamplingConfig
+  from rl_llm.rollout.sampling import SamplingConfig
 
   model, _, ready = load_ours(job)
   prompts = pad_prompts(ready["prompt_ids"], pad_id=model.tokenizer.pad_id)

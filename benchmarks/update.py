@@ -34,11 +34,11 @@ from benchmarks.timing import (
   ratios,
   spread,
 )
-from rl_llm.config import option, run
-from rl_llm.flops import forward_flops
-from rl_llm.model import load_model
 from rl_llm.policy import Policy
+from rl_llm.policy.load import load_model
 from rl_llm.rollout import ResponseBatch, logprobs_of_hidden, response_logprobs
+from rl_llm.runs.config import option, run
+from rl_llm.runs.flops import forward_flops
 
 TOLERANCE = 1e-5  # of the gradients' difference, relative, L2
 

@@ -1,10 +1,10 @@
-"""Fills the table of docs/coming_from.md from `rl_llm.peer_names`: `make docs`."""
+"""Fills the table of docs/coming_from.md from `rl_llm.runs.peer_names`: `make docs`."""
 
 from __future__ import annotations
 
 import pathlib
 
-from rl_llm.peer_names import KNOWN, Known
+from rl_llm.runs.peer_names import KNOWN, Known
 
 PAGE = pathlib.Path(__file__).parent / "coming_from.md"
 BEGIN, END = "<!-- begin -->\n", "<!-- end -->\n"

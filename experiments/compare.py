@@ -38,10 +38,14 @@ from typing import Any
 
 import jax
 
-from rl_llm import config as configs
-from rl_llm import curves, files, interrupt, metrics, training
-from rl_llm.checkpoint import first_moments
-from rl_llm.config import ConfigError, option
+from rl_llm import files
+from rl_llm.errors import ConfigError
+from rl_llm.evaluation import curves
+from rl_llm.runs import config as configs
+from rl_llm.runs import metrics, signals
+from rl_llm.runs.checkpoint import first_moments
+from rl_llm.runs.config import option
+from rl_llm.training import loop
 
 # Of each: its name, whether it needs a reward model, the networks it holds, and what a step takes
 # of them for every token that is trained on, one update a batch: F is a forward pass, B a backward
@@ -108,7 +112,7 @@ def variance_settings(config: Config, method: str) -> dict[str, Any]:
   }
 
 
-def do(method: str, given: dict[str, Any], workdir: Path, stop: interrupt.StopSignals) -> None:
+def do(method: str, given: dict[str, Any], workdir: Path, stop: signals.StopSignals) -> None:
   """Runs one experiment to its end, unless that is done; notes what memory it took.
 
   Raises `Interrupted` once the experiment has saved what it did, or `ConfigError` where it failed.
@@ -121,7 +125,7 @@ def do(method: str, given: dict[str, Any], workdir: Path, stop: interrupt.StopSi
   stop.check()
   # What one run has compiled, the next one of the method reads.
   environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.absolute().parent / "compiled")}
-  code, peak = interrupt.run_child(command, stop, environment=environment | os.environ)
+  code, peak = signals.run_child(command, stop, environment=environment | os.environ)
   if workdir.is_dir():
     with open(workdir / "peak_memory.txt", "a") as file:  # A line a piece, KiB.
       file.write(f"{peak}\n")
@@ -196,7 +200,7 @@ def compare(config: Config) -> list[dict[str, Any]]:
       "out", config.out, "used where matplotlib is installed", "pip install matplotlib"
     )
   root = Path(config.workdir)
-  with interrupt.StopSignals() as stop:
+  with signals.StopSignals() as stop:
     for seed in config.seeds:
       for method in config.methods:
         do(method, settings(config, method, seed), root / f"{method}-seed{seed}", stop)
@@ -222,4 +226,4 @@ def compare(config: Config) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-  configs.run(lambda config: training.exit_code(lambda: compare(config)), Config)
+  configs.run(lambda config: loop.exit_code(lambda: compare(config)), Config)

@@ -35,15 +35,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flags, setup
-from rl_llm import config as configs
-from rl_llm import evaluation, keywords, losses, metrics, training
-from rl_llm import experience as experiences
-from rl_llm import pairs as pair_lib
-from rl_llm import reference_cache as reference
-from rl_llm import train_state as states
-from rl_llm import update as updates
+from rl_llm import evaluation, losses
 from rl_llm.data import batches, encoding, loading
 from rl_llm.logprobs import sequence_logprobs
+from rl_llm.rollout import experience as experiences
+from rl_llm.runs import config as configs
+from rl_llm.runs import keywords, metrics
+from rl_llm.training import loop
+from rl_llm.training import pairs as pair_lib
+from rl_llm.training import reference_cache as reference
+from rl_llm.training import train_state as states
+from rl_llm.training import update as updates
 
 # Whose formulas are about an answer's average token; IPO's as trainers have it.
 PER_TOKEN = ("ipo_loss", "simpo_loss", "orpo_loss")
@@ -206,7 +208,7 @@ class Drawn(typing.NamedTuple):
   ref_logprobs: list[np.ndarray]  # of both answers of each pair; empty without a reference
   metrics: dict[str, typing.Any]
   samples: abc.Sequence[dict[str, typing.Any]] = ()
-  work: training.Work = training.Work()  # what was sampled for them
+  work: loop.Work = loop.Work()  # what was sampled for them
 
 
 def with_constants(
@@ -240,11 +242,11 @@ def learn(
   drawn: Drawn,
   step: int,
   clock: setup.PhaseClock,
-) -> tuple[states.TrainState, training.Learned]:
+) -> tuple[states.TrainState, loop.Learned]:
   """One step's update on preference pairs."""
   pairs, size = drawn.pairs, config.pairs
   if not pairs:  # All problems were answered equally well: there is nothing to learn.
-    return state, training.Learned({"pairs": 0}, work=drawn.work)
+    return state, loop.Learned({"pairs": 0}, work=drawn.work)
   sizes = {"rows": size.per_step, "packing": config.data.packing, "shares": size.microbatches}
   batch, padding = make_batch(pairs, pad_id=model.tokenizer.pad_id, **sizes)
   lengths = np.sum(batch.pairs.sequences.mask, axis=1)[: 2 * len(pairs)]
@@ -265,7 +267,7 @@ def learn(
     "rejected_length": float(np.mean(lengths[1::2])),
   }
   trained = setup.work_on_texts(model, pairs)
-  return state, training.Learned(found, work=training.Work(*drawn.work[:2], *trained[2:]))
+  return state, loop.Learned(found, work=loop.Work(*drawn.work[:2], *trained[2:]))
 
 
 def on_policy(
@@ -310,7 +312,7 @@ def of_file(
 
 
 def reference_of_file(
-  config: Config, run: training.Run, model: setup.Model, pairs: abc.Sequence[encoding.Pair]
+  config: Config, run: loop.Run, model: setup.Model, pairs: abc.Sequence[encoding.Pair]
 ) -> list[np.ndarray]:
   """The reference's log-probs of both answers of all pairs, computed once and kept on disk."""
   if model.weights.reference is None or not pairs:
@@ -410,7 +412,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         graded = problems.evaluate(params, step) if problems else evaluation.Evaluation({}, [])
         return graded._replace(metrics=figures | graded.metrics)
 
-      update = training.announced(update, run)
+      update = loop.announced(update, run)
       learning = functools.partial(learn, config, model, score, update)
       state = setup.train_loop(
         config, run, model, begun, sample=sample, learn=learning, evaluate=evaluate

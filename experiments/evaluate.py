@@ -25,9 +25,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from experiments import flags, setup
-from rl_llm import config as configs
-from rl_llm import evaluation, hosts, metrics, run_directory, tasks
-from rl_llm.config import ConfigError, option
+from rl_llm import evaluation, tasks
+from rl_llm.errors import ConfigError
+from rl_llm.parallel import hosts
+from rl_llm.runs import config as configs
+from rl_llm.runs import metrics, run_directory
+from rl_llm.runs.config import option
 
 
 @dataclasses.dataclass(frozen=True)

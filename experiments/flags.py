@@ -1,7 +1,7 @@
 """Groups of flags that several experiments have; an experiment may change their defaults.
 
 Groups that stand in a `Config` as `inline(...)` have no prefix: `--seed`, `--task`. A group checks
-itself: `rl_llm.config.check(config)` calls each group's `check` before anything is loaded.
+itself: `rl_llm.runs.config.check(config)` calls each group's `check` before anything is loaded.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import dataclasses
 from typing import Any, Literal
 
 from rl_llm import losses, presets
-from rl_llm.config import ConfigError, check_divides, inline, option
+from rl_llm.advantages.group import GROUP_ADVANTAGES
 from rl_llm.data.formats import COLUMNS
-from rl_llm.group_advantages import GROUP_ADVANTAGES
-from rl_llm.keywords import keyword_group
+from rl_llm.errors import ConfigError
 from rl_llm.policy.attention import AttentionName
+from rl_llm.runs.config import check_divides, inline, option
+from rl_llm.runs.keywords import keyword_group
 from rl_llm.tasks import FORMS, TASKS, task_family
 
 ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
@@ -59,7 +60,7 @@ class Distributed:
   )
 
   def joined(self) -> dict[str, Any] | None:
-    """The keywords of `rl_llm.hosts.initialize`; None for a process that trains alone.
+    """The keywords of `rl_llm.parallel.hosts.initialize`; None for a process that trains alone.
 
     Raises:
       ConfigError: other processes are described, and not to be joined.

@@ -26,11 +26,13 @@ import jax
 import numpy as np
 
 from experiments import flags, setup
-from rl_llm import config as configs
-from rl_llm import keywords, losses, metrics, minibatches, training
+from rl_llm import losses
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
-from rl_llm.train_state import TrainState, init_state
+from rl_llm.runs import config as configs
+from rl_llm.runs import keywords, metrics
+from rl_llm.training import loop, minibatches
+from rl_llm.training.train_state import TrainState, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,7 @@ def learn(
   experience: minibatches.Experience,
   step: int,
   clock: metrics.PhaseClock,
-) -> tuple[TrainState, training.Learned]:
+) -> tuple[TrainState, loop.Learned]:
   """One step's updates: what GRPO does with graded samples."""
   scores, weights = experience.scores, model.weights
   batch = minibatches.place_responses(experience, model.mesh)
@@ -164,7 +166,7 @@ def learn(
       trained.append(part.problems)
   work = setup.step_work(model, experience, trained)
   totals |= {"frac_zero_std": minibatches.without_spread(informative, scores.ok)}
-  return state, training.Learned(totals, advantages, work)
+  return state, loop.Learned(totals, advantages, work)
 
 
 def train(config: Config, workdir: str) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       return run.result
     with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
-      programs = programs._replace(update=training.announced(programs.update, run))
+      programs = programs._replace(update=loop.announced(programs.update, run))
       init = functools.partial(init_state, optimizer=setup.adamw(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       bound = functools.partial(learn, config, model, programs)

@@ -30,10 +30,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments import flags, setup
-from rl_llm import config as configs
-from rl_llm import experience, files, hosts, metrics, preferences, run_directory
-from rl_llm.config import ConfigError, option
+from rl_llm import files
 from rl_llm.data import DataError
+from rl_llm.errors import ConfigError
+from rl_llm.parallel import hosts
+from rl_llm.rollout import experience, preferences
+from rl_llm.runs import config as configs
+from rl_llm.runs import metrics, run_directory
+from rl_llm.runs.config import option
 
 
 @dataclasses.dataclass(frozen=True)

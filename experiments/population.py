@@ -27,16 +27,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flags, grpo, setup
-from rl_llm import config as configs
-from rl_llm import evaluation, experience, metrics, population, sharding, training
-from rl_llm.experience import Sampler, response_batch
-from rl_llm.flops import Work
+from rl_llm import evaluation
+from rl_llm.parallel import sharding
 from rl_llm.policy import Policy, join
-from rl_llm.report import write_report
-from rl_llm.rollout import CHUNK_SIZE, Rollout, take_prompts
-from rl_llm.run_directory import opened, write_result
-from rl_llm.train_state import TrainState, init_state, parameter_count
-from rl_llm.update import make_update
+from rl_llm.rollout import CHUNK_SIZE, Rollout, experience, take_prompts
+from rl_llm.rollout.experience import Sampler, response_batch
+from rl_llm.runs import config as configs
+from rl_llm.runs import metrics
+from rl_llm.runs.flops import Work
+from rl_llm.runs.report import write_report
+from rl_llm.runs.run_directory import opened, write_result
+from rl_llm.training import loop, population
+from rl_llm.training.train_state import TrainState, init_state, parameter_count
+from rl_llm.training.update import make_update
 
 # What is data, or is done on the host before the program begins: paths, or beginnings of them.
 MAY_DIFFER = (
@@ -107,7 +110,7 @@ class Population(NamedTuple):
 
 
 def load_members(
-  members: Sequence[grpo.Config], run: training.Run, mesh: jax.sharding.Mesh
+  members: Sequence[grpo.Config], run: loop.Run, mesh: jax.sharding.Mesh
 ) -> tuple[setup.models.LanguageModel, Any, Any]:
   """(a model without weights, what all members share or None, the weights of each).
 
@@ -156,7 +159,7 @@ def learn(
   each: Sequence[experience.Experience],
   step: int,
   clock: metrics.PhaseClock,
-) -> tuple[TrainState, training.Learned]:
+) -> tuple[TrainState, loop.Learned]:
   """One step's updates of all members: for each of them, what GRPO does alone."""
   over, size, mesh = of.failed(state), of.config.updates, of.mesh
   worths = [
@@ -205,18 +208,18 @@ def learn(
   works = [setup.step_work(model, *pair) for pair in zip(each, trained, strict=True)]
   work = Work(*(sum(parts) for parts in zip(*works, strict=True)))  # Of all at once.
   # Of each member: `member_step` takes them apart.
-  return state, training.Learned({"totals": totals, "over": over}, worths, work)
+  return state, loop.Learned({"totals": totals, "over": over}, worths, work)
 
 
 def make_record(
   of: Population,
-  run: training.Run,
+  run: loop.Run,
   writers: Sequence[tuple[metrics.MetricsWriter, metrics.MetricsWriter]],
-  record_whole: training.Record,
-) -> training.Record:
+  record_whole: loop.Record,
+) -> loop.Record:
   """The record of every member in its own directory, and of the whole."""
 
-  def record(step: training.Step) -> str:
+  def record(step: loop.Step) -> str:
     over = step.learned.metrics["over"] if step.learned else of.failed(step.state)
     means = []
     if step.learned:
@@ -225,13 +228,13 @@ def make_record(
     for number, (rows_file, lines_file) in enumerate(writers):
       rate = setup.learning_rate(of.members[number], step.number)
       own = population.member_step(step, number, learning_rate=rate)
-      row, lines = training.step_rows(own)
+      row, lines = loop.step_rows(own)
       means.append(row.get("reward_mean"))
       if over[number]:
         continue
       if step.learned and failed[number]:
         leaves, count = own.learned.metrics["nonfinite_leaves"], int(skipped[1][number])
-        row["failure"] = training.diagnosis(params, leaves, count)
+        row["failure"] = loop.diagnosis(params, leaves, count)
         run.console.say(f"{of.directories[number].name} failed: {row['failure']}")
       lines_file.write(step.number, *lines)
       rows_file.write(step.number, row | step.clock.metrics())
@@ -242,7 +245,7 @@ def make_record(
       whole |= {"reward_mean": float(np.mean(rewards)), "reward_best": max(rewards)}
     found = step.evaluation and evaluation.Evaluation(step.evaluation.metrics, [])
     learned = step.learned and step.learned._replace(metrics=whole, advantages=None)
-    examples = training.Examples([])
+    examples = loop.Examples([])
     return record_whole(
       step._replace(evaluation=found, state=None, experience=examples, learned=learned)
     )
@@ -271,7 +274,7 @@ def train(
   check(members)
   config = members[0]
   how = setup.precision(config.model)
-  with jax.default_matmul_precision(how), training.open_run(
+  with jax.default_matmul_precision(how), loop.open_run(
     Record(tuple(directory.name for directory in directories)),
     workdir,
     steps=config.run.steps,
@@ -315,7 +318,7 @@ def make_programs(config: grpo.Config, policy: Policy, tokenizer: Any, mesh: Any
 
 
 def _train(
-  members: Sequence[grpo.Config], directories: Sequence[Path], run: training.Run
+  members: Sequence[grpo.Config], directories: Sequence[Path], run: loop.Run
 ) -> dict[str, Any]:
   config, count, say = members[0], len(members), run.console.say
   mesh = sharding.make_mesh(data=math.gcd(count, jax.device_count()))
@@ -334,7 +337,7 @@ def _train(
   }
   run.console.sizes(sizes | {"steps": config.run.steps, "directory": str(run.workdir)})
   init = jax.vmap(functools.partial(init_state, optimizer=setup.adamw(config.optimizer)))
-  begun = training.begin(
+  begun = loop.begin(
     run, init, first, steps=config.run.steps, mesh=mesh, lay_out=population.members_over
   )
   reference = first if any(member.kl.coef for member in members) else None
@@ -357,7 +360,7 @@ def _train(
     sampler = sampler._replace(generate=generate)
     held_out = setup.held_out_problems(config, sampler)
     evaluated = {"samples": config.eval.samples, "prompts_per_batch": size.prompts_per_step}
-    state = training.train_loop(
+    state = loop.train_loop(
       run,
       *begun,
       sample=functools.partial(sample, of, sampler),
@@ -371,8 +374,8 @@ def _train(
       if config.run.export:
         own = join(frozen, jax.tree.map(lambda x, number=number: x[number], state.params))
         base = config.model.model
-        training.export_model(own_run, policy.config, own, tokenizer, base=base)
+        loop.export_model(own_run, policy.config, own, tokenizer, base=base)
       write_report(own_run.workdir)
       rows = metrics.read(own_run.workdir / "metrics.jsonl")
-      write_result(own_run.workdir, training.summary(rows))
-  return training.finish(run)
+      write_result(own_run.workdir, loop.summary(rows))
+  return loop.finish(run)

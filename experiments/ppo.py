@@ -35,21 +35,11 @@ import jax.numpy as jnp
 
 from experiments import flags, setup
 from rl_llm import advantages as estimators
-from rl_llm import config as configs
-from rl_llm import (
-  controllers,
-  keywords,
-  losses,
-  masked,
-  metrics,
-  minibatches,
-  rollout,
-  train_state,
-  training,
-  update,
-  value_network,
-)
+from rl_llm import controllers, losses, masked, rollout
 from rl_llm import policy as policies
+from rl_llm.runs import config as configs
+from rl_llm.runs import keywords, metrics
+from rl_llm.training import loop, minibatches, train_state, update, value_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +266,7 @@ def learn(
   experience: minibatches.Experience,
   step: int,
   clock: metrics.PhaseClock,
-) -> tuple[State, training.Learned]:
+) -> tuple[State, loop.Learned]:
   """One step's updates: what PPO does with graded samples."""
   scores, weights = experience.scores, model.weights
   batch = minibatches.place_responses(experience, model.mesh)
@@ -322,7 +312,7 @@ def learn(
     kl_state = controllers.adaptive_kl(
       kl_state, of_step, target=options.target, samples=samples, horizon=options.horizon
     )
-  return State(policy, value, kl_state), training.Learned(totals, advantages, work)
+  return State(policy, value, kl_state), loop.Learned(totals, advantages, work)
 
 
 def train(config: Config, workdir: str) -> dict[str, Any]:
@@ -336,7 +326,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       return run.result
     with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
-      update = training.announced(programs.policy.update, run)
+      update = loop.announced(programs.policy.update, run)
       programs = programs._replace(policy=programs.policy._replace(update=update))
       init = functools.partial(init_ppo, config=config, width=model.policy.config.width)
       begun, model = setup.begin(config, run, model, init)

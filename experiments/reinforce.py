@@ -31,11 +31,13 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import advantages as estimators
-from rl_llm import config as configs
-from rl_llm import keywords, losses, metrics, minibatches, training
+from rl_llm import losses
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
-from rl_llm.train_state import TrainState, init_state
+from rl_llm.runs import config as configs
+from rl_llm.runs import keywords, metrics
+from rl_llm.training import loop, minibatches
+from rl_llm.training.train_state import TrainState, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,7 @@ def learn(
   experience: minibatches.Experience,
   step: int,
   clock: metrics.PhaseClock,
-) -> tuple[State, training.Learned]:
+) -> tuple[State, loop.Learned]:
   """One step's updates: what REINFORCE does with graded samples."""
   scores, weights = experience.scores, model.weights
   batch = minibatches.place_responses(experience, model.mesh)
@@ -209,7 +211,7 @@ def learn(
   decay = config.advantage.decay
   averages = decay * state.baseline + (1 - decay) * reward, decay * state.weight + (1 - decay)
   totals |= {"baseline": baseline}
-  return State(policy, *averages), training.Learned(totals, advantages, work)
+  return State(policy, *averages), loop.Learned(totals, advantages, work)
 
 
 def train(config: Config, workdir: str) -> dict[str, Any]:
@@ -223,7 +225,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       return run.result
     with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
-      programs = programs._replace(update=training.announced(programs.update, run))
+      programs = programs._replace(update=loop.announced(programs.update, run))
       init = functools.partial(init_reinforce, optimizer=setup.adamw(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       bound = functools.partial(learn, config, model, programs)

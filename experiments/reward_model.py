@@ -36,11 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flags, setup
-from rl_llm import config as configs
-from rl_llm import data, evaluation, losses, pairs, policy, reward_model, training
-from rl_llm import train_state as states
-from rl_llm import update as updates
+from rl_llm import data, evaluation, losses, policy
 from rl_llm.data import batches
+from rl_llm.rollout import reward_model
+from rl_llm.runs import config as configs
+from rl_llm.training import loop, pairs
+from rl_llm.training import train_state as states
+from rl_llm.training import update as updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +137,10 @@ def learn(
   model: setup.Model,
   update: abc.Callable,
   state: states.TrainState,
-  drawn: training.Examples,
+  drawn: loop.Examples,
   step: int,
   clock: setup.PhaseClock,
-) -> tuple[states.TrainState, training.Learned]:
+) -> tuple[states.TrainState, loop.Learned]:
   """One step's update on (pair, margin) examples."""
   answers, margin = zip(*drawn.examples, strict=True)
   sizes = {"packing": config.data.packing, "shares": config.pairs.microbatches}
@@ -149,12 +151,12 @@ def learn(
   with clock("update"):
     state, found = setup.update_once(update, model, state, batch, hparams, used)
   work = setup.work_on_texts(model, answers, predicts=False)
-  return state, training.Learned(found | {"padding_fraction": padding}, work=work)
+  return state, loop.Learned(found | {"padding_fraction": padding}, work=work)
 
 
 def evaluate(
   config: Config,
-  run: training.Run,
+  run: loop.Run,
   score: abc.Callable,
   held_out: abc.Sequence[data.encoding.Pair],
   margins: np.ndarray,
@@ -222,10 +224,10 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       head = policy.normal_head(width, jax.random.key(seed))
       return states.init_state(policy.with_head(params, head), optimizer)
 
-    def sample(params, step: int, clock: setup.PhaseClock) -> training.Examples:
+    def sample(params, step: int, clock: setup.PhaseClock) -> loop.Examples:
       count = len(loaded.training)
       chosen = batches.batch_indices(count, batch_size=size.per_step, seed=seed, step=step)
-      return training.Examples([(loaded.training[index], margins[index]) for index in chosen])
+      return loop.Examples([(loaded.training[index], margins[index]) for index in chosen])
 
     begun, model = setup.begin(config, run, model, first_state)
     held_out = [loaded.held_out[scored], pairs.margins(loaded.held_out_columns, column)[scored]]
@@ -235,14 +237,14 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       model,
       begun,
       sample=sample,
-      learn=functools.partial(learn, config, model, training.announced(update, run)),
+      learn=functools.partial(learn, config, model, loop.announced(update, run)),
       evaluate=functools.partial(evaluate, config, run, score, *held_out),
     )
     params = model.weights.whole(state.params)
     center = float(np.mean(score(params, loaded.training[scored])))
     shape, tokenizer = model.policy.config, model.tokenizer
-    training.export_reward_model(run, shape, params, tokenizer, center=center)
-    return training.finish(run)
+    loop.export_reward_model(run, shape, params, tokenizer, center=center)
+    return loop.finish(run)
 
 
 def main(config: Config) -> int:

@@ -2,7 +2,7 @@
 
 Functions and statics are bound here once, in NamedTuples; weights stay arguments of everything that
 computes with them. Nothing here knows an algorithm: what a step learns, and from what, is in the
-scripts, and how it is looped over in `rl_llm.training`.
+scripts, and how it is looped over in `rl_llm.training.loop`.
 """
 
 from __future__ import annotations
@@ -20,31 +20,24 @@ import numpy as np
 import optax
 
 from experiments import flags
-from rl_llm import (
-  chips,
-  compile_cache,
-  evaluation,
-  experience,
-  keywords,
-  policy,
-  sharding,
-  tasks,
-  training,
-  update,
-)
-from rl_llm import minibatches as responses
-from rl_llm import model as models
-from rl_llm.config import ConfigError, volatile
-from rl_llm.conversations import resolve_format
+from rl_llm import evaluation, policy, tasks
 from rl_llm.data import Dataset, encoding, loading
-from rl_llm.flops import Work, text_work, update_passes
-from rl_llm.metrics import PhaseClock
+from rl_llm.errors import ConfigError
+from rl_llm.parallel import sharding
+from rl_llm.policy import load as models
 from rl_llm.rewards import RewardPool
-from rl_llm.rollout import ResponseBatch
-from rl_llm.run_directory import Run, opened
-from rl_llm.sampling import SamplingConfig
-from rl_llm.tokenizers import Tokenizer
-from rl_llm.train_state import parameter_count
+from rl_llm.rollout import ResponseBatch, experience
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.runs import chips, compile_cache, keywords
+from rl_llm.runs.config import volatile
+from rl_llm.runs.flops import Work, text_work, update_passes
+from rl_llm.runs.metrics import PhaseClock
+from rl_llm.runs.run_directory import Run, opened
+from rl_llm.text.conversations import resolve_format
+from rl_llm.text.tokenizers import Tokenizer
+from rl_llm.training import loop, update
+from rl_llm.training import minibatches as responses
+from rl_llm.training.train_state import parameter_count
 
 
 class Model(NamedTuple):
@@ -79,12 +72,12 @@ def main(
   """
   name = Path(sys.modules[type(config).__module__].__file__).stem
   model, data = model or config.model.model, data or Path(file).name or config.task.task
-  workdir = config.run.workdir or training.default_workdir(
+  workdir = config.run.workdir or loop.default_workdir(
     name, model=model, data=data, seed=config.run.seed
   )
   distributed = config.run.distributed.joined()
   with compile_cache.kept(config.run.compile_cache):
-    return training.exit_code(functools.partial(train, config, workdir), distributed=distributed)
+    return loop.exit_code(functools.partial(train, config, workdir), distributed=distributed)
 
 
 @contextlib.contextmanager
@@ -92,7 +85,7 @@ def open_run(config: Any, workdir: str, *, export: bool = False) -> Iterator[Run
   """The run's directory, opened for this process alone while a `with` lasts."""
   sizes = {"steps": config.run.steps, "checkpoints_kept": config.run.checkpoint.keep}
   with jax.default_matmul_precision(precision(config.model)):
-    with training.open_run(config, workdir, export=export, **sizes) as run:
+    with loop.open_run(config, workdir, export=export, **sizes) as run:
       yield run
 
 
@@ -107,7 +100,7 @@ def begin(
 ) -> tuple[tuple[int, Any], Model]:
   """((step, state) to begin with, the model without the weights that the state has now)."""
   weights = model.weights
-  begun = training.begin(run, init, weights.trained, steps=config.run.steps, mesh=model.mesh)
+  begun = loop.begin(run, init, weights.trained, steps=config.run.steps, mesh=model.mesh)
   return begun, model._replace(weights=weights._replace(trained=None))
 
 
@@ -118,7 +111,7 @@ def train_loop(
   begun: tuple[int, Any],
   *,
   sample: Callable[[Any, int, PhaseClock], Any],
-  learn: training.Learn,
+  learn: loop.Learn,
   evaluate: Callable[[Any, int], evaluation.Evaluation],
 ) -> Any:
   """`training.train_loop` with what the config says of evaluations, checkpoints and records.
@@ -128,7 +121,7 @@ def train_loop(
   """
 
   def whole(state: Any) -> Any:
-    return model.weights.whole(training.policy_state(state).params)
+    return model.weights.whole(loop.policy_state(state).params)
 
   def learn_at_a_rate(state: Any, drawn: Any, step: int, clock: PhaseClock) -> Any:
     state, learned = learn(state, drawn, step, clock)
@@ -136,7 +129,7 @@ def train_loop(
     return state, learned._replace(metrics=learned.metrics | rate)
 
   with open_record_of(config, run, model.mesh, begun[0]) as record:
-    return training.train_loop(
+    return loop.train_loop(
       run,
       *begun,
       sample=lambda state, step, clock: sample(whole(state), step, clock),
@@ -147,10 +140,10 @@ def train_loop(
     )
 
 
-def schedule(config: Any) -> training.Schedule:
+def schedule(config: Any) -> loop.Schedule:
   """When the run evaluates, saves and traces."""
   run = config.run
-  return training.Schedule(run.steps, config.eval.every, run.checkpoint.every, run.profile)
+  return loop.Schedule(run.steps, config.eval.every, run.checkpoint.every, run.profile)
 
 
 def open_record_of(config: Any, run: Run, mesh: jax.sharding.Mesh, start: int) -> Any:
@@ -158,15 +151,15 @@ def open_record_of(config: Any, run: Run, mesh: jax.sharding.Mesh, start: int) -
   how, dtype = precision(config.model), config.model.dtype
   peak = chips.find_peak(list(mesh.devices.flat), dtype, precision=how)
   tables, skipped = getattr(config.run, "samples_every", 0), config.optimizer.max_skipped
-  return training.open_record(run, start, samples_every=tables, max_skipped=skipped, peak=peak)
+  return loop.open_record(run, start, samples_every=tables, max_skipped=skipped, peak=peak)
 
 
 def finish(config: Any, run: Run, model: Model, state: Any) -> dict[str, Any]:
   """Exports the trained model if that is wanted; gives the run's result."""
   if config.run.export:
-    whole = model.weights.whole(training.policy_state(state).params)
-    training.export_model(run, model.policy.config, whole, model.tokenizer, base=config.model.model)
-  return training.finish(run)
+    whole = model.weights.whole(loop.policy_state(state).params)
+    loop.export_model(run, model.policy.config, whole, model.tokenizer, base=config.model.model)
+  return loop.finish(run)
 
 
 # The model.
@@ -557,7 +550,7 @@ def step_work(
 def open_record(config: Any, workdir: str, problems: Sequence[tasks.Problem]) -> Iterator[Run]:
   """Opens the directory in which responses to these problems are kept, for this process alone."""
   rounds = -(-len(problems) // config.responses.prompts_per_batch)
-  with training.StopSignals() as stop, training.open_console(rounds) as console:
+  with loop.StopSignals() as stop, loop.open_console(rounds) as console:
     locked = opened(Path(workdir), config, volatile=volatile(config), doing="writes to")
     with locked, jax.default_matmul_precision(precision(config.model)):
       yield Run(Path(workdir), console, stop)

@@ -35,13 +35,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flags, setup
-from rl_llm import config as configs
-from rl_llm import demonstrations, evaluation, experience, losses, training, weighting
-from rl_llm import reference_cache as reference
-from rl_llm import train_state as states
-from rl_llm import update as updates
+from rl_llm import evaluation, losses, weighting
 from rl_llm.data import batches, encoding
-from rl_llm.teacher_forcing import teacher_forced_logprobs
+from rl_llm.rollout import demonstrations, experience
+from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
+from rl_llm.runs import config as configs
+from rl_llm.training import loop
+from rl_llm.training import reference_cache as reference
+from rl_llm.training import train_state as states
+from rl_llm.training import update as updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +133,10 @@ def learn(
   model: setup.Model,
   update: abc.Callable,
   state: states.TrainState,
-  drawn: training.Examples,
+  drawn: loop.Examples,
   step: int,
   clock: setup.PhaseClock,
-) -> tuple[states.TrainState, training.Learned]:
+) -> tuple[states.TrainState, loop.Learned]:
   """One step's update on examples."""
   batch = make_batch(
     drawn.examples,
@@ -154,7 +156,7 @@ def learn(
     "trained_tokens": int(np.sum(batch.sequences.mask)),
     "padding_fraction": batches.padding_fraction(segments),
   }
-  return state, training.Learned(found, work=setup.work_on_texts(model, drawn.examples))
+  return state, loop.Learned(found, work=setup.work_on_texts(model, drawn.examples))
 
 
 class Source(typing.NamedTuple):
@@ -167,7 +169,7 @@ class Source(typing.NamedTuple):
 
 
 def open_source(
-  config: Config, run: training.Run, model: setup.Model, task: typing.Any, dataset: typing.Any
+  config: Config, run: loop.Run, model: setup.Model, task: typing.Any, dataset: typing.Any
 ) -> Source:
   """The examples of a file, or the right answers to a task's problems."""
   layout, seed, size = config.prompts.layout, config.run.seed, config.examples_per_step
@@ -201,7 +203,7 @@ def open_source(
 
 def evaluate(
   config: Config,
-  run: training.Run,
+  run: loop.Run,
   model: setup.Model,
   problems: setup.Problems | None,
   held_out: list[encoding.Encoded],
@@ -260,8 +262,8 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         run,
         model,
         begun,
-        sample=lambda params, step, clock: training.Examples(source.draw(step), dropped),
-        learn=functools.partial(learn, config, model, training.announced(update, run)),
+        sample=lambda params, step, clock: loop.Examples(source.draw(step), dropped),
+        learn=functools.partial(learn, config, model, loop.announced(update, run)),
         evaluate=functools.partial(evaluate, config, run, model, problems, source.held_out),
       )
     return setup.finish(config, run, model, state)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 
-from rl_llm.chips import GPUS, TPUS, Chip
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
+from rl_llm.runs.chips import GPUS, TPUS, Chip
 
 GPUS_A_BOX = 8  # Joined by NVLink; beyond, each has a network card of 400 Gb/s in the same systems.
 NETWORK_CARD = 100e9  # bytes a second, both ways

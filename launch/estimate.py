@@ -14,10 +14,11 @@ import jax
 
 from launch.plan_flags import Config
 from launch.programs import cache_bytes, itemsize, updates_of, work
-from rl_llm import rollout, teacher_forcing
-from rl_llm.flops import update_passes
+from rl_llm import rollout
 from rl_llm.policy import TransformerConfig, make_policy
-from rl_llm.train_state import parameter_count
+from rl_llm.rollout import teacher_forcing
+from rl_llm.runs.flops import update_passes
+from rl_llm.training.train_state import parameter_count
 
 
 class Sizes(NamedTuple):

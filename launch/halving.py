@@ -24,8 +24,9 @@ from pathlib import Path
 
 from launch import state
 from launch.sweep import SweepError, Trial, plan
-from rl_llm.config import ConfigError, option
-from rl_llm.report_page import finite
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import option
+from rl_llm.runs.report_page import finite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 from rl_llm.policy import TransformerConfig, tiny_config
 from rl_llm.policy.hf import read_config
 

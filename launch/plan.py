@@ -53,10 +53,11 @@ from launch.hlo import collectives
 from launch.models import find_model
 from launch.plan_flags import Config
 from launch.programs import Lowering, programs, updates_of
-from rl_llm import sharding
-from rl_llm.chips import Chip
-from rl_llm.config import ConfigError, run
+from rl_llm.errors import ConfigError
+from rl_llm.parallel import sharding
 from rl_llm.policy import TransformerConfig, make_policy
+from rl_llm.runs.chips import Chip
+from rl_llm.runs.config import run
 
 
 class Program(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Literal
 
 from experiments.flags import ATTENTION_HELP, Lora, SamplingMesh
 from launch.models import MODELS
-from rl_llm.config import option
 from rl_llm.policy.attention import AttentionName
+from rl_llm.runs.config import option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 
 from experiments import dpo, flags, grpo, ppo, reinforce, setup
 from launch.plan_flags import Config
-from rl_llm import reference_cache, sharding
-from rl_llm.config import flatten, replace
 from rl_llm.data.batches import SequenceBatch
-from rl_llm.flops import forward_flops, text_flops, update_passes
-from rl_llm.model import Weights
-from rl_llm.pairs import PairBatch
+from rl_llm.parallel import sharding
 from rl_llm.policy import Policy, TransformerConfig
+from rl_llm.policy.load import Weights
 from rl_llm.rollout import ResponseBatch, gather_weights, generate, row_keys
-from rl_llm.sampling import SamplingConfig
-from rl_llm.train_state import init_state, parameter_count
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.runs.config import flatten, replace
+from rl_llm.runs.flops import forward_flops, text_flops, update_passes
+from rl_llm.training import reference_cache
+from rl_llm.training.pairs import PairBatch
+from rl_llm.training.train_state import init_state, parameter_count
 
 EXPERIMENTS = {"grpo": grpo, "reinforce": reinforce, "ppo": ppo, "dpo": dpo}
 # Flags of the plan that an experiment has by another name.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from launch import state
-from rl_llm.config import redact
-from rl_llm.console import duration, number, printable
+from rl_llm.errors import redact
+from rl_llm.runs.console import duration, number, printable
 
 __all__ = ["Progress", "duration"]
 

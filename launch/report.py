@@ -23,12 +23,12 @@ from pathlib import Path
 from launch.report_page import as_html, draw
 from launch.results import Group, Row, grouped, read_rows, shown
 from launch.sweep import varying
-from rl_llm.config import ConfigError, option, redact, run
-from rl_llm.console import duration, number, printable
-from rl_llm.errors import UserError
+from rl_llm.errors import ConfigError, UserError, redact
 from rl_llm.files import write_atomically
-from rl_llm.metrics import RecordError
-from rl_llm.report import write_report
+from rl_llm.runs.config import option, run
+from rl_llm.runs.console import duration, number, printable
+from rl_llm.runs.metrics import RecordError
+from rl_llm.runs.report import write_report
 
 
 @dataclasses.dataclass(frozen=True)

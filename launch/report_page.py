@@ -10,9 +10,9 @@ from typing import Any
 
 from launch.results import Group, Row, shown
 from launch.sweep import varying
-from rl_llm.config import ConfigError
-from rl_llm.console import duration, number
-from rl_llm.report_page import page
+from rl_llm.errors import ConfigError
+from rl_llm.runs.console import duration, number
+from rl_llm.runs.report_page import page
 
 _WIDTH, _HEIGHT, _PAD = 300, 130, 34
 

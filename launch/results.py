@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from launch import state
 from launch.progress import FIGURES
 from launch.sweep import varying
-from rl_llm.config import ConfigError
-from rl_llm.console import number, printable
-from rl_llm.metrics import RecordError, read
-from rl_llm.report_page import finite
+from rl_llm.errors import ConfigError
+from rl_llm.runs.console import number, printable
+from rl_llm.runs.metrics import RecordError, read
+from rl_llm.runs.report_page import finite
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond them 1.96 is near enough.
 _T = (

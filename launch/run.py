@@ -31,9 +31,10 @@ from launch.backends import gke, local, population, slurm, tpu
 from launch.backends.slots import Slot, find_devices, share_out
 from launch.progress import Progress
 from launch.sweep import Trial, described, load, plan
-from rl_llm.config import ConfigError, flatten, option, redact, run
+from rl_llm.errors import ConfigError, redact
 from rl_llm.files import write_atomically
-from rl_llm.interrupt import Interrupted
+from rl_llm.runs.config import flatten, option, run
+from rl_llm.runs.signals import Interrupted
 
 
 @dataclasses.dataclass(frozen=True)

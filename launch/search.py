@@ -33,11 +33,12 @@ from typing import Any, NamedTuple
 
 from launch import halving, state
 from launch.sweep import Settings, Trial, load_function, plan
-from rl_llm import console
-from rl_llm.config import ConfigError, option
+from rl_llm.errors import ConfigError
 from rl_llm.files import locked
-from rl_llm.metrics import read
-from rl_llm.report_page import finite
+from rl_llm.runs import console
+from rl_llm.runs.config import option
+from rl_llm.runs.metrics import read
+from rl_llm.runs.report_page import finite
 
 
 @dataclasses.dataclass(frozen=True)

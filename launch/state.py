@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.sweep import Trial
-from rl_llm.config import ConfigError, redact
+from rl_llm.errors import ConfigError, redact
 from rl_llm.files import write_atomically
 
 HEARTBEAT = 20.0  # seconds between signs of life

@@ -31,9 +31,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from rl_llm import config as configs
-from rl_llm.config import ConfigError, flatten, resolve, to_flags
-from rl_llm.errors import UserError
+from rl_llm.errors import ConfigError, UserError
+from rl_llm.runs import config as configs
+from rl_llm.runs.config import flatten, resolve, to_flags
 
 Settings = dict[str, Any]  # flag -> value
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import rl_llm
 from rl_llm.errors import UserError
-from rl_llm.report import write_report
+from rl_llm.runs.report import write_report
 
 PACKAGES = ("experiments", "launch", "benchmarks")
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from rl_llm.types import Array, check_above, check_between, is_number
+from rl_llm.checks import Array, check_above, check_between, is_number
 
 
 class AdaptiveKL(NamedTuple):

@@ -29,7 +29,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.types import (
+from rl_llm.checks import (
   LOG_RATIO_LIMIT,
   Array,
   at_least_float32,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.types import Array, at_least_float32, check_above, check_mask, check_same_shape
+from rl_llm.checks import Array, at_least_float32, check_above, check_mask, check_same_shape
 
 
 def masked_sum(x, mask, axis=None) -> Array:

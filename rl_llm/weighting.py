@@ -28,10 +28,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.meshes import any_mesh
-from rl_llm.types import (
+from rl_llm.checks import (
   LOG_RATIO_LIMIT,
   Array,
+  any_mesh,
   at_least_float32,
   check_above,
   check_between,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rl_llm.config import flatten
+from rl_llm.runs.config import flatten
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("rl_llm", "experiments", "launch")

@@ -112,7 +112,7 @@ def main(gguf_file, *more):
 
   if more:
     sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-    from rl_llm.tokenizers import from_gguf
+    from rl_llm.text.tokenizers import from_gguf
 
     ours = from_gguf(gguf_file)
     rows = [json.loads(line)["question"] for line in open(more[0], encoding="utf-8")][:500]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rl_llm import advantages as adv
-from rl_llm.group_advantages import GROUP_ADVANTAGES
-from rl_llm.keywords import settings
+from rl_llm.advantages.group import GROUP_ADVANTAGES
+from rl_llm.runs.keywords import settings
 
 MASK = np.array([
   [True, True, True, True, True],

@@ -11,7 +11,8 @@ import re
 
 import pytest
 
-from rl_llm.config import ConfigError, _check, _leaves, _parse
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import _check, _leaves, _parse
 from tests import advice
 
 # Flags of absl and of other programs, which the sources call or explain.
@@ -23,13 +24,14 @@ FOREIGN = {
 }
 # Texts that a command leads to and never shows, by (command, where): why.
 NEVER_SHOWN = {
-  ("experiments.compare", "rl_llm.hosts"): "it starts other commands and joins no process",
-  ("experiments.compare", "rl_llm.last_words"): "as above",
+  ("experiments.compare", "rl_llm.parallel.hosts"): "it starts other commands and joins no process",
+  ("experiments.compare", "rl_llm.parallel.stderr_filter"): "as above",
   ("experiments.reward_model", "experiments.flags.Data"): "it asks for --data before",
-  ("experiments.dpo", "rl_llm.experience.make_judge"): "without --reward it is the task's grader",
-  ("experiments.sft", "rl_llm.experience.make_judge"): "as above",
-  ("experiments.evaluate", "rl_llm.experience.make_judge"): "as above",
-  ("experiments.make_preferences", "rl_llm.experience.make_judge"): "as above",
+  ("experiments.dpo", "rl_llm.rollout.experience.make_judge"):
+    "without --reward it is the task's grader",
+  ("experiments.sft", "rl_llm.rollout.experience.make_judge"): "as above",
+  ("experiments.evaluate", "rl_llm.rollout.experience.make_judge"): "as above",
+  ("experiments.make_preferences", "rl_llm.rollout.experience.make_judge"): "as above",
 }
 
 

@@ -16,11 +16,11 @@ from benchmarks.peers import SIDES, side
 from benchmarks.side import memory_gbytes, prompt_texts, reward
 from benchmarks.side_tunix import check_read
 from experiments import sft
-from rl_llm.chips import Chip
-from rl_llm.config import ConfigError
 from rl_llm.data.batches import SequenceBatch
-from rl_llm.flops import forward_flops
+from rl_llm.errors import ConfigError
 from rl_llm.policy import tiny_config
+from rl_llm.runs.chips import Chip
+from rl_llm.runs.flops import forward_flops
 from tests.experiments.helpers import FULL
 from tests.test_flops import SHAPE, slow_forward
 

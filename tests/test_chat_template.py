@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from rl_llm import chat_template
-from rl_llm.chat_template import ChatTemplateError, is_prefix_preserving, render, render_many
+from rl_llm.text import chat_template
+from rl_llm.text.chat_template import ChatTemplateError, is_prefix_preserving, render, render_many
 
 CHATML = (
   "{% for message in messages %}"
@@ -285,7 +285,7 @@ def test_a_forked_process_starts_its_own_child():
 def test_the_child_ends_with_a_killed_parent():
   program = (
     "import os, signal\n"
-    "from rl_llm import chat_template as c\n"
+    "from rl_llm.text import chat_template as c\n"
     "c.render('x', [{'role': 'user', 'content': ''}], bos_token=None, eos_token=None)\n"
     "print(c._renderer.process.pid, flush=True)\n"
     "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -305,7 +305,7 @@ def test_the_child_ends_with_a_killed_parent():
 
 
 def test_importing_loads_no_jinja():
-  program = "import sys, rl_llm.chat_template; print('jinja2' in sys.modules)"
+  program = "import sys, rl_llm.text.chat_template; print('jinja2' in sys.modules)"
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
   assert done.stdout == "False\n"
 

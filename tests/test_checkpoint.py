@@ -32,8 +32,9 @@ import optax
 import pytest
 from absl import logging as absl_logging
 
-from rl_llm import checkpoint, hosts
-from rl_llm.checkpoint import Checkpointer, CheckpointError, abstract
+from rl_llm.parallel import hosts
+from rl_llm.runs import checkpoint
+from rl_llm.runs.checkpoint import Checkpointer, CheckpointError, abstract
 
 FULL = os.environ.get("RL_LLM_FULL") == "1"
 ROOT = Path(__file__).resolve().parent.parent

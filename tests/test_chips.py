@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from rl_llm import chips
-from rl_llm.chips import GPUS, TPUS, Peak, find_peak, product_flops, published_flops
+from rl_llm.runs import chips
+from rl_llm.runs.chips import GPUS, TPUS, Peak, find_peak, product_flops, published_flops
 
 
 class Device(NamedTuple):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from rl_llm import compile_cache
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
+from rl_llm.runs import compile_cache
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,9 @@ from absl import flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_llm import config as config_lib
-from rl_llm.config import ConfigError, option
+from rl_llm.errors import ConfigError
+from rl_llm.runs import config as config_lib
+from rl_llm.runs.config import option
 
 
 @dataclasses.dataclass(frozen=True)

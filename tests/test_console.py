@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from rl_llm import console as console_lib
-from rl_llm.console import Console, printable
+from rl_llm.runs import console as console_lib
+from rl_llm.runs.console import Console, printable
 
 ROOT = str(Path(console_lib.__file__).parents[1])
 

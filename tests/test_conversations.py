@@ -10,13 +10,13 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from rl_llm import chat_template
-from rl_llm.chat_template import ChatTemplateError
-from rl_llm.control_tokens import MARK, Unspeakable
-from rl_llm.conversations import encode_whole, format_prompts, render
 from rl_llm.data import Demonstration, Preference
 from rl_llm.data.encoding import encode, encode_pair
-from rl_llm.tokenizers import TokenizerError
+from rl_llm.text import chat_template
+from rl_llm.text.chat_template import ChatTemplateError
+from rl_llm.text.control_tokens import MARK, Unspeakable
+from rl_llm.text.conversations import encode_whole, format_prompts, render
+from rl_llm.text.tokenizers import TokenizerError
 from tests.test_tokenizer_families import chats, loaded
 from tests.tokenizer_families import CONTROLS, PAIRS, assistant, user
 

@@ -8,10 +8,10 @@ import pytest
 
 from rl_llm.data import DataError
 from rl_llm.data.encoding import encode
-from rl_llm.demonstrations import demonstrations, encode_answers
-from rl_llm.experience import encode_problems
+from rl_llm.rollout.demonstrations import demonstrations, encode_answers
+from rl_llm.rollout.experience import encode_problems
 from rl_llm.tasks import Problem, TaskError, load_task
-from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.text.tokenizers import ByteTokenizer
 from tests.tasks.test_gsm8k import SAMPLE
 
 PUZZLES = ("leg_counting", "spiral_matrix", "countdown", "string_insertion", "coin_flip")

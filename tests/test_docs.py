@@ -8,8 +8,8 @@ import runpy
 
 import pytest
 
-from rl_llm.config import flatten
 from rl_llm.rewards import RewardPool
+from rl_llm.runs.config import flatten
 from rl_llm.tasks import load_task
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -142,14 +142,14 @@ def test_the_source_tree_names_every_module():
   assert files - known == set()
 
 
-def test_the_readme_example_of_own_data(tmp_path, monkeypatch):
+def test_the_example_of_own_data(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  programs = blocks(README.read_text(encoding="utf-8"))
+  programs = blocks((ROOT / "docs" / "running.md").read_text(encoding="utf-8"))
   for file in ("make_data.py", "reward.py"):
     (tmp_path / file).write_text(programs[file])
   runpy.run_path("make_data.py")
   task = load_task("jsonl:train.jsonl", reward_file="reward.py", held_out_fraction=0.3)
-  assert len(task.held_out) == 18, "as the README says"
+  assert len(task.held_out) == 18, "as the page says"
   problem = next(p for p in task.sample(0, 0, 20) if len(set(p.prompt)) == 4)
   right = problem.prompt[:3][::-1]
   with RewardPool(task.reward, workers=1) as pool:

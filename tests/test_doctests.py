@@ -14,7 +14,7 @@ import rl_llm
 
 # Modules whose examples need the package of an extra.
 NEEDS = {
-  "rl_llm.chat_template": "jinja2",
+  "rl_llm.text.chat_template": "jinja2",
   "rl_llm.tasks.reasoning_gym_reward": "reasoning_gym",
 }
 

@@ -19,13 +19,13 @@ from rl_llm.evaluation import (
   pass_at_k,
   summarize,
 )
-from rl_llm.experience import Drawn, Sampler, make_encode
-from rl_llm.metrics import proportion_interval
 from rl_llm.rewards import RewardPool, RewardSource, graders
 from rl_llm.rollout import STOP_EOS, Rollout
+from rl_llm.rollout.experience import Drawn, Sampler, make_encode
+from rl_llm.runs.metrics import proportion_interval
 from rl_llm.tasks import arithmetic, copy_text, load_task
 from rl_llm.tasks.problem import number_text
-from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.text.tokenizers import ByteTokenizer
 
 # Estimators, by their definition.
 

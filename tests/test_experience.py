@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from rl_llm.data.prompts import PromptTooLong
-from rl_llm.experience import (
+from rl_llm.policy.load import load_model
+from rl_llm.rewards import RewardResult, RewardSource
+from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout
+from rl_llm.rollout.experience import (
   Drawn,
   Sampler,
   answer,
@@ -30,13 +33,10 @@ from rl_llm.experience import (
   step_keys,
   trim,
 )
-from rl_llm.metrics import PhaseClock
-from rl_llm.model import load_model
-from rl_llm.rewards import RewardResult, RewardSource
-from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout
-from rl_llm.sampling import SamplingConfig
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem, Task
-from rl_llm.tokenizers import ByteTokenizer, TokenizerError
+from rl_llm.text.tokenizers import ByteTokenizer, TokenizerError
 
 
 def problem(text, **columns):

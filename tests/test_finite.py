@@ -10,24 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_llm import training
 from rl_llm.data.batches import sequence_batch
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.prompts import PromptBatch, pad_prompts
 from rl_llm.evaluation import graded_responses
-from rl_llm.experience import Drawn, Sampler, answer, make_generate, make_judge
-from rl_llm.finite import NotFiniteError, cause_in, check_finite, nonfinite_weights
-from rl_llm.metrics import PhaseClock
-from rl_llm.model import LanguageModel
 from rl_llm.policy import make_policy, normal_head, tiny_config, with_head
-from rl_llm.reference_cache import compute_logprobs
-from rl_llm.reward_model import response_rewards, score_pairs
+from rl_llm.policy.load import LanguageModel
 from rl_llm.rewards import RewardError
 from rl_llm.rollout import ResponseBatch, Rollout, generate, response_logprobs, row_keys
-from rl_llm.sampling import SamplingConfig
+from rl_llm.rollout.experience import Drawn, Sampler, answer, make_generate, make_judge
+from rl_llm.rollout.reward_model import response_rewards, score_pairs
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
+from rl_llm.runs.finite import NotFiniteError, cause_in, check_finite, nonfinite_weights
+from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem
-from rl_llm.teacher_forcing import teacher_forced_logprobs
-from rl_llm.tokenizers import ByteTokenizer, TokenizerError, fit_embedding, from_gguf
+from rl_llm.text.tokenizers import ByteTokenizer, TokenizerError, fit_embedding, from_gguf
+from rl_llm.training import loop
+from rl_llm.training.reference_cache import compute_logprobs
 from tests.test_tokenizers import TOKENS, write_gguf
 
 ROWS = 24
@@ -183,8 +183,8 @@ def test_the_cause_is_named_shortly_and_an_overflow_as_such(params):
     check_finite(np.array([1.0, np.inf]), None, what="these")
   # Skipped updates: a lower learning rate would help against an overflow alone.
   leaves = [1.0] * len(jax.tree.leaves(params))
-  assert "Lower --optimizer.learning_rate" in training.diagnosis(params, leaves, 3)
-  said = training.diagnosis(with_number(params, np.inf), leaves, 3)
+  assert "Lower --optimizer.learning_rate" in loop.diagnosis(params, leaves, 3)
+  said = loop.diagnosis(with_number(params, np.inf), leaves, 3)
   assert "namely layers_0/mlp/up/weight" in said and "learning_rate" not in said
 
 
@@ -194,7 +194,7 @@ def test_a_reward_model_says_which_of_its_weights_and_which_id(params, monkeypat
 
   def judge(params):
     model = LanguageModel(POLICY, params, Byteish())
-    monkeypatch.setattr("rl_llm.experience.load_reward_model", lambda directory: model)
+    monkeypatch.setattr("rl_llm.rollout.experience.load_reward_model", lambda directory: model)
     return make_judge("model:some/directory", Byteish(), rows_per_batch=6)
 
   assert np.isfinite(judge(judged)(prompts, rollout)).all()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rl_llm.data.encoding import Encoded
-from rl_llm.flops import (
+from rl_llm.policy import TransformerConfig
+from rl_llm.runs.flops import (
   Work,
   forward_flops,
   response_work,
@@ -15,7 +16,6 @@ from rl_llm.flops import (
   trunk_flops,
   update_passes,
 )
-from rl_llm.policy import TransformerConfig
 
 SHAPE = TransformerConfig(
   vocab_size=11, width=8, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, mlp_width=10

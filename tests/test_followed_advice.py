@@ -32,36 +32,27 @@ from experiments import (
 from launch import halving, run, sweep
 from launch.backends import gke, local, slurm, tpu
 from launch.backends import population as populations
-from rl_llm import config as configs
-from rl_llm import (
-  demonstrations,
-  evaluation,
-  experience,
-  finite,
-  metrics,
-  model,
-  policy,
-  preferences,
-  run_directory,
-  sharding,
-  tasks,
-  turn_end,
-)
-from rl_llm.config import _leaves, _parse, replace
-from rl_llm.conversations import format_prompts
+from rl_llm import evaluation, policy, tasks
 from rl_llm.data import encoding, formats, held_out, loading, prompts
 from rl_llm.errors import UserError
-from rl_llm.policy import hf, model_files
+from rl_llm.parallel import sharding
+from rl_llm.policy import hf, load, model_files
 from rl_llm.rewards import RewardPool, RewardSource
-from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.rollout import demonstrations, experience, preferences
+from rl_llm.runs import config as configs
+from rl_llm.runs import finite, metrics, run_directory
+from rl_llm.runs.config import _leaves, _parse, replace
+from rl_llm.text import turn_end
+from rl_llm.text.conversations import format_prompts
+from rl_llm.text.tokenizers import ByteTokenizer
 from tests import advice
 from tests.experiments.helpers import Chatty
 from tests.test_advice import shown_texts
 
 # Texts that name a flag, by a part of "where: text": why no test here follows them.
 NOT_FOLLOWED = {
-  "rl_llm.hosts:": "of several processes, which test_several_hosts.py starts",
-  "rl_llm.last_words:": "as above",
+  "rl_llm.parallel.hosts:": "of several processes, which test_several_hosts.py starts",
+  "rl_llm.parallel.stderr_filter:": "as above",
   "is not in \0 what it is in": "as above, and of several file systems",
   "unknown flag --": "test_command_line.py types some",
   "Lower --optimizer.learning_rate": "how far depends on the run; test_grpo.py lets one diverge",
@@ -73,7 +64,7 @@ NOT_FOLLOWED = {
 }
 # Where texts with flags are pages, scripts and names, and no errors.
 NO_ERRORS = {
-  ("rl_llm.report", "_PAGE"), ("rl_llm.run_directory", "started_with"),
+  ("rl_llm.runs.report", "_PAGE"), ("rl_llm.runs.run_directory", "started_with"),
   ("experiments.compare", "METHODS"), ("launch.backends.slurm", "lines"),
   ("launch.backends.tpu", "lines"),
 }
@@ -249,10 +240,10 @@ def follow_a_reward_below_zero(said, path, monkeypatch):
   for name in ("place_responses", "with_logprobs"):
     monkeypatch.setattr(grpo.minibatches, name, lambda *arguments, **keywords: None)
   scores = types.SimpleNamespace(rewards=np.array([[-1.0, 1.0]]), ok=np.ones((1, 2), bool))
-  model = types.SimpleNamespace(mesh=None, weights=None)
+  load = types.SimpleNamespace(mesh=None, weights=None)
   state, sampled = types.SimpleNamespace(params=None), types.SimpleNamespace(scores=scores)
   config, clock = configured(grpo, {"advantage": "maxrl"}), metrics.PhaseClock()
-  message = refused(said, grpo.learn, config, model, None, state, sampled, 0, clock)
+  message = refused(said, grpo.learn, config, load, None, state, sampled, 0, clock)
   config = configured(grpo, {}, re.findall(r"--(advantage)=(group\w+)", message))
   assert np.isfinite(grpo.group_advantages(config.advantage, scores.rewards, scores.ok)).all()
 
@@ -432,7 +423,7 @@ def follow_devices(said, path):
 def follow_adapters(said, path):
   small = dataclasses.replace(policy.tiny_config(32), width=8, n_heads=2, n_kv_heads=1, mlp_width=8)
   params = jax.jit(policy.make_policy(small).init)(jax.random.key(0))
-  split = functools.partial(model.split_weights, params, alpha=4.0)
+  split = functools.partial(load.split_weights, params, alpha=4.0)
   made = split(rank=2, targets="layers_1/attention/(query|key)")
   policy.save_adapter(path / "adapter", policy.join(made.frozen, made.trained), base="")
   begun = functools.partial(split, adapter=str(path / "adapter"))

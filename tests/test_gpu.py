@@ -14,10 +14,10 @@ from benchmarks import gpu
 from benchmarks.gpu import Config, Cost
 from launch import chips
 from launch.models import find_model
-from rl_llm.chips import GPUS, Chip
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 from rl_llm.policy import TransformerConfig
-from rl_llm.train_state import parameter_count
+from rl_llm.runs.chips import GPUS, Chip
+from rl_llm.training.train_state import parameter_count
 
 SMALL = Config(
   model="tiny", prompt_tokens=6, new_tokens=4, microbatch_tokens=50, rows=(8,), runs=2

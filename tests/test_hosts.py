@@ -12,9 +12,10 @@ import pytest
 
 from experiments import grpo
 from experiments.flags import Distributed
-from rl_llm import hosts, last_words, sharding
-from rl_llm.config import ConfigError, replace, run, volatile
-from rl_llm.run_directory import started_with
+from rl_llm.errors import ConfigError
+from rl_llm.parallel import hosts, sharding, stderr_filter
+from rl_llm.runs.config import replace, run, volatile
+from rl_llm.runs.run_directory import started_with
 from tests import processes
 
 # A program of two processes: joins, runs the body, and ends as an experiment does.
@@ -132,7 +133,8 @@ except sharding.ShardingError as error:
   [
     ('hosts.agree("the settings", {"--steps": 5, "--seed": me})',
      ("--seed is 1 in process 1 (", "0 in process 0 (")),
-    ("from rl_llm.experience import agree_on_data\nagree_on_data([[1, 2], [3]][:: 1 - 2 * me])",
+    ("from rl_llm.rollout.experience import agree_on_data\n"
+     "agree_on_data([[1, 2], [3]][:: 1 - 2 * me])",
      ("the order of the data is ", " in process 1 (")),
   ],
   ids=["settings", "data"],
@@ -318,8 +320,8 @@ def test_last_words_pass_on_all_that_is_not_jax_s():
   complaint = "W1122 23:48:33.449304   24548 preemption_sync_manager.cc:147] Failed to retrieve\n"
   code = f"""
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-I", "-S", {last_words.__file__!r}, '{{"process": 0}}'],
-                         stdin=subprocess.PIPE)
+command = [sys.executable, "-I", "-S", {stderr_filter.__file__!r}, '{{"process": 0}}']
+child = subprocess.Popen(command, stdin=subprocess.PIPE)
 for part in ("one\\ntw", "o\\n", {complaint!r}, "more of it\\n"):
   child.stdin.write(part.encode()); child.stdin.flush(); time.sleep(0.2)
 time.sleep(3)
@@ -336,7 +338,7 @@ def test_last_words_that_come_slowly_are_one_line_all_the_same():
   code = f"""
 import subprocess, sys, time
 known = '{{"process": 1, "processes": 2, "wait": 5, "coordinator": "here:1"}}'
-child = subprocess.Popen([sys.executable, "-I", "-S", {last_words.__file__!r}, known],
+child = subprocess.Popen([sys.executable, "-I", "-S", {stderr_filter.__file__!r}, known],
                          stdin=subprocess.PIPE)
 for part in ("working\\n", {fatal!r}, {rest!r}):
   child.stdin.write(part.encode()); child.stdin.flush(); time.sleep(2.5)

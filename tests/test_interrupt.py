@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.runs.signals import Interrupted, StopSignals
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from rl_llm import config as configs
 from rl_llm import losses
-from rl_llm.config import ConfigError
-from rl_llm.group_advantages import GROUP_ADVANTAGES
-from rl_llm.keywords import call, described, given, keyword_group, settings
+from rl_llm.advantages.group import GROUP_ADVANTAGES
+from rl_llm.errors import ConfigError
+from rl_llm.runs import config as configs
+from rl_llm.runs.keywords import call, described, given, keyword_group, settings
 
 CALLED = []  # what the functions below were called with
 

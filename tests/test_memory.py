@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from rl_llm import memory
+from rl_llm.runs import memory
 
 # A block at the top of the heap stays, so that what lies below it is kept for what may come.
 KEEP = """

@@ -12,14 +12,14 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from rl_llm import experience
-from rl_llm.conversations import format_prompts
 from rl_llm.data import DataError, read_dataset
 from rl_llm.data.encoding import encode, encode_pair, limit_pairs, limit_sequences
 from rl_llm.data.loading import load_sequences, read_examples
-from rl_llm.messages import MessageError
+from rl_llm.rollout import experience
 from rl_llm.tasks import load_task
-from rl_llm.tokenizers import ByteTokenizer, TokenizerError
+from rl_llm.text.conversations import format_prompts
+from rl_llm.text.messages import MessageError
+from rl_llm.text.tokenizers import ByteTokenizer, TokenizerError
 from tests.test_tokenizer_families import loaded
 from tests.tokenizer_families import assistant, user
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_llm import metrics as metrics_lib
 from rl_llm.errors import UserError
-from rl_llm.metrics import MetricsWriter, RecordError
+from rl_llm.runs import metrics as metrics_lib
+from rl_llm.runs.metrics import MetricsWriter, RecordError
 
 
 def test_doctests():

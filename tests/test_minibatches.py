@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from rl_llm import weighting
-from rl_llm.minibatches import all_weights, make_programs
 from rl_llm.rollout import ResponseBatch
+from rl_llm.training.minibatches import all_weights, make_programs
 
 MASK = np.array([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
 ROWS = np.zeros(MASK.shape, np.int32)

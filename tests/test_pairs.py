@@ -13,7 +13,9 @@ import pytest
 from rl_llm.data import DataError, Dataset, Preference
 from rl_llm.data.batches import SequenceBatch, pad_values
 from rl_llm.data.encoding import Encoded, Pair, flat
-from rl_llm.pairs import (
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
+from rl_llm.training.pairs import (
   best_and_worst,
   check_margins,
   chosen_token_weights,
@@ -21,8 +23,6 @@ from rl_llm.pairs import (
   margins,
   pair_logprobs,
 )
-from rl_llm.policy import make_policy, tiny_config
-from rl_llm.teacher_forcing import teacher_forced_logprobs
 
 VOCABULARY = 40
 TEMPERATURE = 0.7

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from rl_llm import peer_names
-from rl_llm.config import ConfigError, flatten, replace
+from rl_llm.errors import ConfigError
+from rl_llm.runs import peer_names
+from rl_llm.runs.config import flatten, replace
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ("grpo", "reinforce", "ppo", "dpo", "sft", "reward_model", "evaluate")

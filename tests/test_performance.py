@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from benchmarks import performance
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 FIRST, *REST = performance.BENCHMARKS

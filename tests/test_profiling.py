@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rl_llm.metrics import PhaseClock
-from rl_llm.profiling import StepTracer, compile_clock
+from rl_llm.runs.metrics import PhaseClock
+from rl_llm.runs.profiling import StepTracer, compile_clock
 
 double = jax.jit(lambda x: x * 2)
 

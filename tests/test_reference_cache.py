@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_llm.config import ConfigError
 from rl_llm.data.batches import pad_values, sequence_batch
 from rl_llm.data.encoding import Encoded
+from rl_llm.errors import ConfigError
 from rl_llm.policy import make_policy, tiny_config
-from rl_llm.reference_cache import (
+from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
+from rl_llm.runs.checkpoint import fingerprint
+from rl_llm.training.reference_cache import (
   cache_key,
   cached_logprobs,
   compute_logprobs,
-  fingerprint,
   reference_logprobs,
 )
-from rl_llm.teacher_forcing import teacher_forced_logprobs
 
 
 class Computed(Exception):

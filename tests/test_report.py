@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_llm import config as config_lib
-from rl_llm import report as report_lib
-from rl_llm import report_figures
-from rl_llm.config import option
-from rl_llm.metrics import MetricsWriter, proportion_interval
+from rl_llm.runs import config as config_lib
+from rl_llm.runs import report as report_lib
+from rl_llm.runs import report_figures
+from rl_llm.runs.config import option
+from rl_llm.runs.metrics import MetricsWriter, proportion_interval
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_llm import reward_model
 from rl_llm.data.encoding import Encoded
-from rl_llm.metrics import proportion_interval
 from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
 from rl_llm.policy.scalar_head import normal_head, with_head
-from rl_llm.reward_model import (
+from rl_llm.rollout import ResponseBatch, reward_model, take_prompts
+from rl_llm.rollout.reward_model import (
   load_reward_model,
   pair_statistics,
   response_rewards,
@@ -25,8 +24,8 @@ from rl_llm.reward_model import (
   score_responses,
   sequence_rewards,
 )
-from rl_llm.rollout import ResponseBatch, take_prompts
-from rl_llm.tokenizers import ByteTokenizer, ModelTokenizer
+from rl_llm.runs.metrics import proportion_interval
+from rl_llm.text.tokenizers import ByteTokenizer, ModelTokenizer
 
 CONFIG = dataclasses.replace(tiny_config(259), n_layers=1, tie_embeddings=False)
 POLICY = make_policy(CONFIG)

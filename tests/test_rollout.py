@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_llm.model import load_model
 from rl_llm.policy import make_policy, tiny_config
+from rl_llm.policy.load import load_model
 from rl_llm.rollout import (
   STOP_EOS,
   STOP_LENGTH,
@@ -32,8 +32,8 @@ from rl_llm.rollout import (
   row_keys,
   take_prompts,
 )
-from rl_llm.sampling import Sample, SamplingConfig
-from rl_llm.teacher_forcing import teacher_forced_logprobs
+from rl_llm.rollout.sampling import Sample, SamplingConfig
+from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
 
 PAD = 256
 # Every seventh id ends a response, so that about one token in seven does.

@@ -7,9 +7,10 @@ import json
 
 import pytest
 
-from rl_llm.config import ConfigError, option, volatile
+from rl_llm.errors import ConfigError
 from rl_llm.files import locked
-from rl_llm.run_directory import open_run, opened, write_result
+from rl_llm.runs.config import option, volatile
+from rl_llm.runs.run_directory import open_run, opened, write_result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_llm.sampling import SamplingConfig, _invert
-from rl_llm.sampling import sample as eager_sample
+from rl_llm.rollout.sampling import SamplingConfig, _invert
+from rl_llm.rollout.sampling import sample as eager_sample
 
 sample = jax.jit(eager_sample)
 invert = jax.jit(_invert, static_argnums=2)

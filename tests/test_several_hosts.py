@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_llm.metrics import read, without_timings
+from rl_llm.runs.metrics import read, without_timings
 from tests import processes
 from tests.experiments.helpers import FULL, write_examples
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from rl_llm import sharding
+from rl_llm.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rl_llm import speed
-from rl_llm.chips import Peak
-from rl_llm.flops import Work
-from rl_llm.speed import (
+from rl_llm.runs import speed
+from rl_llm.runs.chips import Peak
+from rl_llm.runs.flops import Work
+from rl_llm.runs.speed import (
   Phase,
   StepTable,
   idle_seconds,

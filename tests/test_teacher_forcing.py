@@ -12,7 +12,7 @@ from rl_llm.data.batches import packed_batch, sequence_batch
 from rl_llm.data.encoding import Encoded
 from rl_llm.data.packing import pack, unpack
 from rl_llm.policy import make_policy, tiny_config
-from rl_llm.teacher_forcing import teacher_forced_logprobs
+from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
 
 VOCABULARY = 40
 TEMPERATURE = 0.7

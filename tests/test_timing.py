@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import scaling, timing
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 from rl_llm.rollout import Rollout
 
 

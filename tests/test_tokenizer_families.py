@@ -19,11 +19,11 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from rl_llm.chat_template import ChatTemplateError
-from rl_llm.conversations import format_prompts
 from rl_llm.data import Demonstration
 from rl_llm.data.encoding import encode
-from rl_llm.tokenizers import load_tokenizer
+from rl_llm.text.chat_template import ChatTemplateError
+from rl_llm.text.conversations import format_prompts
+from rl_llm.text.tokenizers import load_tokenizer
 from tests import tokenizer_families as families
 
 GOLDENS = json.loads(

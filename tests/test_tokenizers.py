@@ -17,10 +17,10 @@ import unicodedata
 import numpy as np
 import pytest
 
-from rl_llm import control_tokens
-from rl_llm import tokenizers as lib
-from rl_llm.conversations import format_prompts
-from rl_llm.tokenizers import (
+from rl_llm.text import control_tokens
+from rl_llm.text import tokenizers as lib
+from rl_llm.text.conversations import format_prompts
+from rl_llm.text.tokenizers import (
   ByteTokenizer,
   TokenizerError,
   from_gguf,
@@ -587,7 +587,7 @@ def test_missing_packages_name_the_pip_command(monkeypatch, tmp_path):
 
 def test_importing_loads_no_extra():
   program = (
-    "import sys, rl_llm.tokenizers\n"
+    "import sys, rl_llm.text.tokenizers\n"
     "print([m for m in ('tokenizers', 'gguf', 'jinja2', 'jax', 'flax') if m in sys.modules])"
   )
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

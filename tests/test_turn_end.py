@@ -7,12 +7,12 @@ import json
 import jax
 import pytest
 
-from rl_llm.chat_template import ChatTemplateError
 from rl_llm.data import Demonstration
 from rl_llm.data.encoding import encode
-from rl_llm.experience import make_encode
 from rl_llm.policy import make_policy, save_hf, tiny_config
-from rl_llm.tokenizers import (
+from rl_llm.rollout.experience import make_encode
+from rl_llm.text.chat_template import ChatTemplateError
+from rl_llm.text.tokenizers import (
   ByteTokenizer,
   from_gguf,
   from_hf,
@@ -20,7 +20,7 @@ from rl_llm.tokenizers import (
   save_tokenizer,
   token_ids,
 )
-from rl_llm.turn_end import check_turn_end
+from rl_llm.text.turn_end import check_turn_end
 from tests.test_tokenizers import put, write_gguf
 
 tokenizers = pytest.importorskip("tokenizers")

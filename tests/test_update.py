@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from rl_llm.metrics import add_metrics, finalize
-from rl_llm.train_state import init_state, parameter_count
-from rl_llm.update import make_optimizer, make_update, name_nonfinite
+from rl_llm.runs.metrics import add_metrics, finalize
+from rl_llm.training.train_state import init_state, parameter_count
+from rl_llm.training.update import make_optimizer, make_update, name_nonfinite
 
 
 def regression_loss(params, batch, hparams):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_llm.metrics import finalize
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.scalar_head import with_head
 from rl_llm.rollout import ResponseBatch, logprobs_of_hidden, response_hidden, response_logprobs
-from rl_llm.value_network import (
+from rl_llm.runs.metrics import finalize
+from rl_llm.training.value_network import (
   explained_variance,
   response_values,
   value_statistics,

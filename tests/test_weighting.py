@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rl_llm import weighting
-from rl_llm.minibatches import token_weights
 from rl_llm.rollout import ResponseBatch
+from rl_llm.training.minibatches import token_weights
 
 MASK = np.array([
   [True, True, True, False],

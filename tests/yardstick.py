@@ -44,8 +44,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # Before JAX is imported.
 import jax
 import numpy as np
 
-from rl_llm.checkpoint import Checkpointer
-from rl_llm.metrics import read, without_timings
+from rl_llm.runs.checkpoint import Checkpointer
+from rl_llm.runs.metrics import read, without_timings
 
 STEPS, BEGUN = 4, 2  # Of a run, and where a resumed one stops.
 AT_ONCE = 2  # Runs.

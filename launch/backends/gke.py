@@ -11,7 +11,8 @@ from typing import Any
 
 from launch import state
 from launch.sweep import Trial
-from rl_llm.config import ConfigError, option
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from launch import state
 from launch.backends.slots import Slot
 from launch.progress import Progress, duration
 from launch.sweep import Trial
-from rl_llm.config import redact
+from rl_llm.errors import redact
 from rl_llm.files import locked
-from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.runs.signals import Interrupted, StopSignals
 
 POLL = 0.1  # seconds between two looks at the processes
 LOOK = 3.0  # seconds between two looks at what another launcher has, or what may be hopeless

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from launch import state
 from launch.sweep import SweepError, Trial
-from rl_llm.config import resolve
 from rl_llm.errors import UserError
-from rl_llm.interrupt import Interrupted
+from rl_llm.runs.config import resolve
+from rl_llm.runs.signals import Interrupted
 
 EXPERIMENT = "experiments.grpo"
 

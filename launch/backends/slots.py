@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 
 
 class Slot(NamedTuple):

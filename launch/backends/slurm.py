@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.sweep import Trial
-from rl_llm.config import ConfigError, option
+from rl_llm.errors import ConfigError
 from rl_llm.files import write_atomically
+from rl_llm.runs.config import option
 
 
 @dataclasses.dataclass(frozen=True)

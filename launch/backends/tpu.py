@@ -15,7 +15,8 @@ from typing import Any
 
 from launch.backends.slots import Slot
 from launch.sweep import Trial
-from rl_llm.config import ConfigError, option
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import option
 
 # cloud.google.com/tpu/docs/runtimes
 RUNTIMES = {

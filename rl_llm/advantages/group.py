@@ -12,10 +12,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from rl_llm.masked import masked_mean, masked_sum, masked_var
-from rl_llm.meshes import any_mesh
-from rl_llm.types import (
+from rl_llm.checks import (
   Array,
+  any_mesh,
   at_least_float32,
   check_above,
   check_between,
@@ -24,6 +23,7 @@ from rl_llm.types import (
   check_ndim,
   check_same_shape,
 )
+from rl_llm.masked import masked_mean, masked_sum, masked_var
 
 
 def group_relative(

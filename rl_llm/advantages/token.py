@@ -1,32 +1,14 @@
-"""From rewards to advantages: how much better each response, or token, was than expected.
-
-Advantages are statistics of the whole batch: compute them before it is split into microbatches or
-over devices. They enter a loss as constants.
-
-Tokens outside the mask (padding, or what a tool wrote into the row) are *skipped*: they receive 0,
-and recursions over time pass over them as if the tokens on both sides were neighbours.
-"""
+"""How much better each token was than expected: returns, GAE, penalties, baselines."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from rl_llm.group_advantages import (
-  gdpo,
-  gpg,
-  group_relative,
-  informative_groups,
-  leave_one_out,
-  maxrl,
-  opo,
-  pass_at_k,
-  remax,
-)
-from rl_llm.masked import whiten
-from rl_llm.meshes import any_mesh
-from rl_llm.types import (
+from rl_llm.advantages.group import group_relative
+from rl_llm.checks import (
   Array,
+  any_mesh,
   at_least_float32,
   check_above,
   check_between,
@@ -36,26 +18,7 @@ from rl_llm.types import (
   is_number,
   one_width,
 )
-
-__all__ = [
-  "discounted_returns",
-  "gae",
-  "gdpo",
-  "gpg",
-  "group_relative",
-  "informative_groups",
-  "leave_one_out",
-  "length_adaptive_lambda",
-  "maxrl",
-  "opo",
-  "optimal_token_baseline",
-  "overlong_penalty",
-  "pass_at_k",
-  "reinforce_plus_plus",
-  "reinforce_plus_plus_baseline",
-  "remax",
-  "token_rewards",
-]
+from rl_llm.masked import whiten
 
 
 @any_mesh

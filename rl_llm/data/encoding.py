@@ -11,12 +11,18 @@ import bisect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from rl_llm.chat_template import ChatTemplateError
-from rl_llm.conversations import check_no_names, check_not_rendered, encode_whole, render, with_bos
 from rl_llm.data.formats import Content, Demonstration, Preference, Unpaired
-from rl_llm.messages import template_names, weight_of
-from rl_llm.tokenizers import Tokenizer, TokenizerError
-from rl_llm.turn_end import no_turn_end
+from rl_llm.text.chat_template import ChatTemplateError
+from rl_llm.text.conversations import (
+  check_no_names,
+  check_not_rendered,
+  encode_whole,
+  render,
+  with_bos,
+)
+from rl_llm.text.messages import template_names, weight_of
+from rl_llm.text.tokenizers import Tokenizer, TokenizerError
+from rl_llm.text.turn_end import no_turn_end
 
 Message = dict[str, Any]
 PromptFormat = Literal["chat", "plain"]
@@ -85,7 +91,7 @@ def encode(
 ) -> Encoded:
   """Tokens and mask of a prompt and its completion.
 
-  A row's tools and template names, and a turn of weight 0, count as `rl_llm.messages` says.
+  A row's tools and template names, and a turn of weight 0, count as `rl_llm.text.messages` says.
 
   With "chat", a text prompt is a user's message and a text completion the assistant's. The mask is
   found by rendering the conversation up to each of the assistant's turns, with the header that a
@@ -95,9 +101,9 @@ def encode(
   mostly) is nobody's choice and not trained on.
 
   The text is encoded as a whole, and begins with the ids of the prompt as a sampler is given it
-  (`rl_llm.conversations.encode_whole`).
+  (`rl_llm.text.conversations.encode_whole`).
 
-  >>> from rl_llm.tokenizers import ByteTokenizer
+  >>> from rl_llm.text.tokenizers import ByteTokenizer
   >>> encoded = encode(Demonstration("2+2=", "4", {}), ByteTokenizer(), prompt_format="plain")
   >>> encoded.tokens, [int(m) for m in encoded.mask], encoded.prompt_length
   ([50, 43, 50, 61, 52, 258], [0, 0, 0, 0, 1, 1], 4)
@@ -157,7 +163,7 @@ def encode_pair(
 ) -> Pair:
   """`encode` of the prompt with each of its two answers.
 
-  >>> from rl_llm.tokenizers import ByteTokenizer
+  >>> from rl_llm.text.tokenizers import ByteTokenizer
   >>> example = Preference("2+2=", "4", "5", {})
   >>> pair = encode_pair(example, ByteTokenizer(), prompt_format="plain")
   >>> pair.chosen.tokens[4:], pair.rejected.tokens[4:]

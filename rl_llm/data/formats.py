@@ -11,7 +11,7 @@ list of `{"role", "content"}` messages; a whole row is one or the other.
     text, messages       text or messages: language modelling, every assistant's turn is trained on
 
 No script trains on `unpaired`: it is for those who call `rl_llm.losses.kto_loss` and its kin. What
-else a row or a message may say, such as tools and weights, is in `rl_llm.messages`.
+else a row or a message may say, such as tools and weights, is in `rl_llm.text.messages`.
 
 Plain text that begins with "\n\nHuman:" is a transcript in the style of Anthropic's HH data, and
 becomes messages. A column `text` next to an answer is the same example, rendered already: the
@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from rl_llm.data.jsonl import DataError
 from rl_llm.data.parquet import read_table
-from rl_llm.messages import (
+from rl_llm.text.messages import (
   MessageError,
   check_messages,
   check_prompt_ends,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
-from rl_llm import messages
-from rl_llm.chat_template import ChatTemplateError
 from rl_llm.data.encoding import Encoded, Limited, Overlong, Pair
 from rl_llm.data.formats import COLUMNS, Dataset, Example, Format, count_reasons, read_dataset
 from rl_llm.data.held_out import split_held_out
 from rl_llm.data.jsonl import DataError
-from rl_llm.tokenizers import TokenizerError
+from rl_llm.text import messages
+from rl_llm.text.chat_template import ChatTemplateError
+from rl_llm.text.tokenizers import TokenizerError
 
 
 class Loaded(NamedTuple):

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm import hosts
-from rl_llm.config import ConfigError
 from rl_llm.data.prompts import PromptTooLong, pad_prompts
-from rl_llm.experience import (
+from rl_llm.errors import ConfigError
+from rl_llm.parallel import hosts
+from rl_llm.parallel.sharding import row_shards
+from rl_llm.rewards import FAILED
+from rl_llm.rollout import Rollout, row_keys
+from rl_llm.rollout.experience import (
   Drawn,
   Sampler,
   agree_on_data,
@@ -28,14 +31,11 @@ from rl_llm.experience import (
   score,
   trim,
 )
-from rl_llm.interrupt import Interrupted
-from rl_llm.metrics import MetricsWriter, PhaseClock, proportion_interval, read
-from rl_llm.reference_cache import fingerprint
-from rl_llm.rewards import FAILED
-from rl_llm.rollout import Rollout, row_keys
-from rl_llm.run_directory import Run
-from rl_llm.sampling import SamplingConfig
-from rl_llm.sharding import row_shards
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.runs.checkpoint import fingerprint
+from rl_llm.runs.metrics import MetricsWriter, PhaseClock, proportion_interval, read
+from rl_llm.runs.run_directory import Run
+from rl_llm.runs.signals import Interrupted
 from rl_llm.tasks import Problem, Task
 
 # (mean, low, high), or None three times where there is nothing to judge by
@@ -173,7 +173,7 @@ def graded_responses(
   columns: int = 0,
   step: int = 0,
 ) -> list[dict[str, Any]]:
-  """Samples and grades a batch: one dict a response, as `rl_llm.experience.sample_rows` gives them.
+  """Samples and grades a batch: one dict a response, as `sample_rows` gives them.
 
   The keys set the batch's size P; where there are fewer problems, as in a last batch, it is filled
   up and what is too much is thrown away, so that all batches have one shape.
@@ -232,7 +232,7 @@ def record_responses(
       count as accuracy.
     seed: of the responses.
     prompts_per_batch: problems a batch, at most; they are shared out evenly. A multiple of
-      `rl_llm.sharding.row_shards`, as each batch is.
+      `rl_llm.parallel.sharding.row_shards`, as each batch is.
     describe: (problem, number of the sample, row) -> what its line says besides.
 
   Raises:
@@ -476,9 +476,10 @@ def majority_at_k(correct: Any, answers: Any, *, k: int) -> np.ndarray:
 def estimate_interval(estimates: Any, *, samples: Any, k: int) -> tuple[float, float, float]:
   """The mean of per-problem estimates of pass@k or majority@k, with a 95 % interval.
 
-  Problems are the independent units, as in `rl_llm.metrics.proportion_interval`, which this is for
-  k = 1. Estimates over all subsets of k of S responses are worth at least S / k draws of k (those
-  that do not overlap), so with e_i of each problem's S / k draws right, the same interval serves.
+  Problems are the independent units, as in `rl_llm.runs.metrics.proportion_interval`, which this is
+  for k = 1. Estimates over all subsets of k of S responses are worth at least S / k draws of k
+  (those that do not overlap), so with e_i of each problem's S / k draws right, the same interval
+  serves.
 
   All 8 responses to all of 4 problems are right. For k = 1 or 8, this says as much as 4 answers:
 

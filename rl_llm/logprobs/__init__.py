@@ -17,11 +17,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from rl_llm.blocks import blockwise, cut_of, devices, matmul, varying_alike
-from rl_llm.masked import masked_mean, masked_sum
-from rl_llm.meshes import any_mesh
-from rl_llm.types import (
+from rl_llm.checks import (
   Array,
+  any_mesh,
   at_least_float32,
   check_above,
   check_between,
@@ -31,6 +29,8 @@ from rl_llm.types import (
   check_same_shape,
   wide_dtype,
 )
+from rl_llm.logprobs.blocks import blockwise, cut_of, devices, matmul, varying_alike
+from rl_llm.masked import masked_mean, masked_sum
 
 
 def token_logprobs(logits, tokens, *, temperature=1.0) -> Array:

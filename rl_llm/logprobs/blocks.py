@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from rl_llm.types import wide_dtype
+from rl_llm.checks import wide_dtype
 
 # What stands for the logit of no token: exp of it is 0, and so is 0 times it.
 NO_LOGIT = -1e30

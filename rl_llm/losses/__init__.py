@@ -52,25 +52,14 @@ from rl_llm.losses.dpo import (
   sppo_loss,
   wpo_weights,
 )
-from rl_llm.losses.likelihood import (
-  action_ids_of,
-  llds_loss,
-  llds_weights,
-  positive_nll_loss,
-)
+from rl_llm.losses.likelihood import action_ids_of, llds_loss, llds_weights, positive_nll_loss
 from rl_llm.losses.policy_gradient import grpo_loss, ppo_loss, reinforce_loss
 from rl_llm.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from rl_llm.losses.regularization import entropy_loss, kl_loss, value_loss
 from rl_llm.losses.reward_model import reward_model_loss
 from rl_llm.losses.sequence_ratio import gmpo_loss, gspo_loss, gspo_token_loss, vespo_loss
 from rl_llm.losses.supervised import sft_loss
-from rl_llm.losses.token_ratio import (
-  cispo_loss,
-  dppo_kl_loss,
-  dppo_tv_loss,
-  dro_loss,
-  sapo_loss,
-)
+from rl_llm.losses.token_ratio import cispo_loss, dppo_kl_loss, dppo_tv_loss, dro_loss, sapo_loss
 from rl_llm.losses.unpaired import (
   bco_shift,
   bco_unpaired_loss,

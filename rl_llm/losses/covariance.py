@@ -10,13 +10,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.losses import _checks
-from rl_llm.losses.policy_gradient import ppo_loss
-from rl_llm.masked import masked_mean
-from rl_llm.meshes import any_mesh
-from rl_llm.types import (
+from rl_llm.checks import (
   Array,
   Metrics,
+  any_mesh,
   at_least_float32,
   check_above,
   check_between,
@@ -25,6 +22,9 @@ from rl_llm.types import (
   check_same_shape,
   is_number,
 )
+from rl_llm.losses import _checks
+from rl_llm.losses.policy_gradient import ppo_loss
+from rl_llm.masked import masked_mean
 
 
 def token_covariance(logprobs, advantages, mask) -> Array:

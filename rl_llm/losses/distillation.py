@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.advantages import discounted_returns
-from rl_llm.logprobs import map_chunks, unembed
-from rl_llm.losses import _checks
-from rl_llm.meshes import any_mesh
-from rl_llm.types import (
+from rl_llm.checks import (
   Array,
   Metrics,
+  any_mesh,
   at_least_float32,
   check_above,
   check_between,
@@ -26,6 +24,8 @@ from rl_llm.types import (
   check_ndim,
   check_same_shape,
 )
+from rl_llm.logprobs import map_chunks, unembed
+from rl_llm.losses import _checks
 
 # What stands for log 0: small enough that exp gives 0, and 0 times it is 0, where 0 * -inf is nan.
 LOG_ZERO = -1e30

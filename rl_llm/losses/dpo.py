@@ -24,9 +24,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rl_llm.checks import Array, Metrics, any_mesh, check_above, check_between, check_choice
 from rl_llm.losses import _checks
-from rl_llm.meshes import any_mesh
-from rl_llm.types import Array, Metrics, check_above, check_between, check_choice
 
 # The losses that compare the rows of a batch with each other, so that no microbatch can compute its
 # share. An experiment that offers them checks:

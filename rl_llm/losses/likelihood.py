@@ -5,17 +5,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.losses import _checks
-from rl_llm.meshes import any_mesh
-from rl_llm.types import (
+from rl_llm.checks import (
   Array,
   Metrics,
+  any_mesh,
   check_choice,
   check_int,
   check_mask,
   check_members,
   check_same_shape,
 )
+from rl_llm.losses import _checks
 
 
 @any_mesh

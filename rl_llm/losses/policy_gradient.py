@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from rl_llm.checks import LOG_RATIO_LIMIT, Array, Metrics, check_above
 from rl_llm.losses import _checks
-from rl_llm.types import LOG_RATIO_LIMIT, Array, Metrics, check_above
 
 
 def reinforce_loss(logprobs, advantages, weights) -> tuple[Array, Metrics]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from rl_llm.checks import Array, Metrics, check_above, check_same_shape
 from rl_llm.kl import kl_penalty
 from rl_llm.losses import _checks
-from rl_llm.types import Array, Metrics, check_above, check_same_shape
 
 
 def kl_loss(

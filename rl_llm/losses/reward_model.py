@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rl_llm.checks import Array, Metrics, check_between
 from rl_llm.losses import _checks
 from rl_llm.losses.dpo import pair_metrics
-from rl_llm.types import Array, Metrics, check_between
 
 
 def reward_model_loss(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from rl_llm.checks import Array, Metrics
 from rl_llm.losses import _checks
-from rl_llm.types import Array, Metrics
 
 
 def sft_loss(logprobs, weights) -> tuple[Array, Metrics]:

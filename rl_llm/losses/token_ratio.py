@@ -12,8 +12,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rl_llm.checks import Array, Metrics, check_above, check_between, is_number
 from rl_llm.losses import _checks
-from rl_llm.types import Array, Metrics, check_above, check_between, is_number
 
 
 def cispo_loss(

@@ -11,9 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.losses import _checks
-from rl_llm.masked import masked_mean
-from rl_llm.types import (
+from rl_llm.checks import (
   Array,
   Metrics,
   at_least_float32,
@@ -23,6 +21,8 @@ from rl_llm.types import (
   check_ndim,
   check_same_shape,
 )
+from rl_llm.losses import _checks
+from rl_llm.masked import masked_mean
 
 
 def kto_loss(

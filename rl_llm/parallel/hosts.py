@@ -28,9 +28,8 @@ from typing import Any, NoReturn
 import jax
 from jax._src.distributed import global_state
 
-from rl_llm import last_words
-from rl_llm.config import ConfigError, redact
-from rl_llm.errors import UserError
+from rl_llm.errors import ConfigError, UserError, redact
+from rl_llm.parallel import stderr_filter
 
 _LISTEN_SECONDS = 1.0  # Between two looks whether another process has failed.
 _DEAD = re.compile(r"Task (\d+) heartbeat timeout")
@@ -80,7 +79,7 @@ def name(process: int) -> str:
   Args:
     process: its number.
   """
-  return last_words.name(process, {"names": _here.names})
+  return stderr_filter.name(process, {"names": _here.names})
 
 
 def initialize(
@@ -96,7 +95,7 @@ def initialize(
   Slurm, Open MPI, GKE and TPU virtual machines say by themselves who belongs together; elsewhere
   the first three arguments do. From here on only the first process says anything on standard
   output, and what JAX writes when it has to end a process is put into one line
-  (`rl_llm.last_words`).
+  (`rl_llm.parallel.stderr_filter`).
 
   Args:
     coordinator: HOST:PORT of the first process, where all meet; "" finds it.
@@ -147,7 +146,8 @@ def initialize(
     return
   _keep_stdout()
   over = threading.Event()
-  listener = threading.Thread(target=_listen, args=(over,), name="rl_llm.hosts", daemon=True)
+  name = "rl_llm.parallel.hosts"
+  listener = threading.Thread(target=_listen, args=(over,), name=name, daemon=True)
   listener.start()
 
   def stop_listening() -> None:
@@ -156,7 +156,7 @@ def initialize(
 
   atexit.register(stop_listening)  # Before JAX leaves the others, which was registered earlier.
   _here.names = tuple(exchange("the start", socket.gethostname()))
-  os.write(2, (last_words.NAMES + json.dumps(_here.names) + "\n").encode())
+  os.write(2, (stderr_filter.NAMES + json.dumps(_here.names) + "\n").encode())
 
 
 def barrier(what: str) -> None:
@@ -308,7 +308,7 @@ def _why(what: str, message: str) -> str:
     )
   dead = _DEAD.search(message)
   if dead:
-    return last_words.explained(
+    return stderr_filter.explained(
       f"stopped sending heartbeats):\n{dead[1]}\n",
       {"heartbeat": _here.heartbeat, "names": _here.names},
     ).removeprefix("error: ")
@@ -345,11 +345,11 @@ def _say(line: str) -> None:
 
 
 def _filter_stderr(known: dict[str, Any]) -> None:
-  """Has standard error go through `rl_llm.last_words`."""
+  """Has standard error go through `rl_llm.parallel.stderr_filter`."""
   sys.stderr.flush()
   ours, theirs = os.pipe()
   subprocess.Popen(
-    [sys.executable, "-I", "-S", last_words.__file__, json.dumps(known)],
+    [sys.executable, "-I", "-S", stderr_filter.__file__, json.dumps(known)],
     stdin=ours,
     stdout=2,
     stderr=subprocess.DEVNULL,

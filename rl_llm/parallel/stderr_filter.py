@@ -5,7 +5,7 @@ more: what remains on the screen are pages of addresses, and the number of the l
 among them. This program reads its parent's standard error, passes lines on as they come, and holds
 back those of JAX's coordination service; if they turn out to be its last, one line is said instead.
 
-It is run by its path and imports nothing but the standard library: `rl_llm.hosts` starts it.
+`rl_llm.parallel.hosts` runs it by its path, so it imports nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def load_weights(
 
   Args:
     path_or_name: "smollm2", the demo model; a Hugging Face directory; or a .gguf file.
-    layout: how the leaves are to lie over devices, as `rl_llm.sharding.tree_shardings` says; each
-      process reads the parts that its devices hold. None: all on the first device.
+    layout: how the leaves are to lie over devices, as `rl_llm.parallel.sharding.tree_shardings`
+      says; each process reads the parts that its devices hold. None: all on the first device.
     say: shows a line about what was read otherwise than the files say of themselves.
 
   Returns:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rl_llm.errors import UserError
-from rl_llm.sharding import ROWS, row_shards
+from rl_llm.parallel.sharding import ROWS, row_shards
 
 AttentionName = Literal["auto", "xla", "cudnn", "splash"]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from rl_llm.gguf_parts import part_paths
 from rl_llm.policy.configs import RopeScaling, TransformerConfig, WeightsError
 from rl_llm.policy.hf import Layout, assemble, leaf_shapes
 from rl_llm.policy.transformer import Params, rope_frequencies
+from rl_llm.text.gguf_parts import part_paths
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 # Gemma divides query-key products by sqrt(head_dim), but its 27B models by sqrt(width / n_heads),

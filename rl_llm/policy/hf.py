@@ -327,8 +327,9 @@ def save_hf(
     directory: must not exist yet, or be empty.
     config: the model's shape.
     params: its weights.
-    token_ids: what config.json is to say of BOS, EOS and padding: `rl_llm.tokenizers.token_ids`.
-      Without, transformers takes those of the architecture's first model.
+    token_ids: what config.json is to say of BOS, EOS and padding:
+      `rl_llm.text.tokenizers.token_ids`. Without, transformers takes those of the architecture's
+      first model.
     max_shard_bytes: a file larger than this is split.
 
   Raises:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rl_llm.sharding import constrain, constrain_stacked
+from rl_llm.parallel.sharding import constrain, constrain_stacked
 
 
 class Layer(NamedTuple):
@@ -69,9 +69,10 @@ def run_layers(
       Norms' scales, which are used in float32, stay as they are.
     mesh: the devices over which the weights lie; each stacks its own slices and gets its own
       slices of the gradient. None where there is one.
-    lay: how a layer's matrices lie over the mesh when x meets them, from `rl_llm.sharding`:
-      `copy_to_rows` where x's rows can be divided over the devices. Where x is small beside a
-      matrix, as when few rows decode, `constrain` leaves it to the compiler to send x instead.
+    lay: how a layer's matrices lie over the mesh when x meets them, from
+      `rl_llm.parallel.sharding`: `copy_to_rows` where x's rows can be divided over the devices.
+      Where x is small beside a matrix, as when few rows decode, `constrain` leaves it to the
+      compiler to send x instead.
 
   Returns:
     x, and the list of the layers' outputs.

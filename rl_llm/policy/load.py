@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
+from rl_llm.parallel.sharding import place, tree_shardings
 from rl_llm.policy import (
   Policy,
   join,
@@ -22,8 +23,7 @@ from rl_llm.policy import (
   tiny_config,
 )
 from rl_llm.policy.attention import AttentionName
-from rl_llm.sharding import place, tree_shardings
-from rl_llm.tokenizers import ByteTokenizer, Tokenizer, fit_embedding, load_tokenizer
+from rl_llm.text.tokenizers import ByteTokenizer, Tokenizer, fit_embedding, load_tokenizer
 
 
 class LanguageModel(NamedTuple):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl_llm.parallel.sharding import constrain, constrain_rows, copy_to_rows, row_shards
 from rl_llm.policy.attention import (
   AttentionName,
   Kernel,
@@ -31,7 +32,6 @@ from rl_llm.policy.attention import (
 )
 from rl_llm.policy.configs import RopeScaling, TransformerConfig
 from rl_llm.policy.layers import Layer, rematerialized, run_layers
-from rl_llm.sharding import constrain, constrain_rows, copy_to_rows, row_shards
 
 Params = dict[str, Any]
 
@@ -130,8 +130,8 @@ def make_policy(
       changes results by rounding.
     attention: by which kernel rows of many keys are read: "cudnn" (NVIDIA), "splash" (TPU), "xla"
       for none, "auto" for what the platform has. See `rl_llm.policy.attention`.
-    mesh: the devices over which weights and rows lie, from `rl_llm.sharding.make_mesh`; None where
-      there is one.
+    mesh: the devices over which weights and rows lie, from `rl_llm.parallel.sharding.make_mesh`;
+      None where there is one.
 
   Returns:
     A `Policy`.

@@ -2,13 +2,7 @@
 
 from rl_llm.rewards.calls import ISOLATION, RewardSource, completion_text, isolated
 from rl_llm.rewards.pool import RewardPool
-from rl_llm.rewards.results import (
-  FAILED,
-  RewardError,
-  RewardResult,
-  failure_share,
-  to_arrays,
-)
+from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, to_arrays
 
 __all__ = [
   "FAILED",

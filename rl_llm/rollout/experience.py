@@ -13,9 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm import hosts
-from rl_llm.config import ConfigError
-from rl_llm.conversations import check_no_names, format_prompts, resolve_format
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.prompts import (
   Overlong,
@@ -25,13 +22,12 @@ from rl_llm.data.prompts import (
   limit_length,
   pad_prompts,
 )
-from rl_llm.finite import cause_in, check_finite
-from rl_llm.messages import template_names
-from rl_llm.metrics import PhaseClock
+from rl_llm.errors import ConfigError
+from rl_llm.parallel import hosts
+from rl_llm.parallel.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
 from rl_llm.policy import Policy
-from rl_llm.reward_model import load_reward_model, score_responses
 from rl_llm.rewards import RewardError, RewardPool, RewardResult, failure_share, to_arrays
-from rl_llm.rollout import (
+from rl_llm.rollout.generation import (
   STOP_EOS,
   STOP_LENGTH,
   ResponseBatch,
@@ -40,11 +36,15 @@ from rl_llm.rollout import (
   generate,
   row_keys,
 )
-from rl_llm.sampling import SamplingConfig
-from rl_llm.sharding import fetch, place, place_rows, row_owners, whole_along_fsdp
+from rl_llm.rollout.reward_model import load_reward_model, score_responses
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.runs.finite import cause_in, check_finite
+from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem, Task, check_held_out
-from rl_llm.tokenizers import ModelTokenizer, Tokenizer
-from rl_llm.turn_end import check_turn_end
+from rl_llm.text.conversations import check_no_names, format_prompts, resolve_format
+from rl_llm.text.messages import template_names
+from rl_llm.text.tokenizers import ModelTokenizer, Tokenizer
+from rl_llm.text.turn_end import check_turn_end
 
 
 class Drawn(NamedTuple):
@@ -278,7 +278,7 @@ def make_judge(
   where both figures stand side by side.
 
   Args:
-    reward: "task", or "model:" and a directory for `rl_llm.reward_model.load_reward_model`.
+    reward: "task", or "model:" and a directory for `rl_llm.rollout.reward_model.load_reward_model`.
     tokenizer: the policy's.
     rows_per_batch: responses scored at once on the devices, at least those to one prompt.
     mesh: the devices it is to lie over; None: the first.

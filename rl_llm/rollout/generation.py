@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.logprobs import chunked_logprobs_and_entropy
+from rl_llm.parallel.sharding import constrain
 from rl_llm.policy.layers import cast_weights
-from rl_llm.sampling import Sample, SamplingConfig, sample
-from rl_llm.sharding import constrain
+from rl_llm.rollout.sampling import Sample, SamplingConfig, sample
 
 # The row ended with an end-of-sequence token, which is part of the response and is trained on.
 STOP_EOS = 0
@@ -254,7 +254,8 @@ def decode_step(
     cache=cache,
     length=length,
     last=drawn.token,
-    # A log-prob is NaN where a logit is no number: `rl_llm.finite` stops the run, so stop decoding.
+    # A log-prob is NaN where a logit is no number: `rl_llm.runs.finite` stops the run, so stop
+    # decoding.
     alive=state.alive & ~ended & (length < max_new_tokens) & ~jnp.isnan(drawn.logprob),
     tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
     mask=state.mask.at[at].set(True, mode="drop"),

@@ -10,7 +10,7 @@ import numpy as np
 from rl_llm.data import DataError
 from rl_llm.data.held_out import hashed
 from rl_llm.data.jsonl import check_text
-from rl_llm.experience import prompt_text
+from rl_llm.rollout.experience import prompt_text
 from rl_llm.tasks import Problem, Task
 
 # What a line says in addition to the problem's own columns.

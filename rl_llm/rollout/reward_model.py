@@ -20,15 +20,15 @@ import numpy as np
 from rl_llm.data.batches import PackedShares, pair_batch
 from rl_llm.data.encoding import Pair
 from rl_llm.data.packing import unpack
-from rl_llm.finite import check_finite
-from rl_llm.metrics import proportion_interval
-from rl_llm.model import LanguageModel
+from rl_llm.parallel.sharding import fetch, place_rows
 from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf, make_policy
 from rl_llm.policy.hf import leaf_shapes, read_config, read_weights, write_directory
+from rl_llm.policy.load import LanguageModel
 from rl_llm.policy.scalar_head import apply_head
-from rl_llm.rollout import ResponseBatch, response_hidden, take_prompts
-from rl_llm.sharding import fetch, place_rows
-from rl_llm.tokenizers import (
+from rl_llm.rollout.generation import ResponseBatch, response_hidden, take_prompts
+from rl_llm.runs.finite import check_finite
+from rl_llm.runs.metrics import proportion_interval
+from rl_llm.text.tokenizers import (
   ModelTokenizer,
   Tokenizer,
   fit_embedding,

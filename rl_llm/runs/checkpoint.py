@@ -33,9 +33,9 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from rl_llm import hosts
+from rl_llm.parallel import hosts
 from rl_llm.errors import UserError
-from rl_llm.sharding import everywhere, fetch, make_mesh
+from rl_llm.parallel.sharding import everywhere, fetch, make_mesh
 
 FORMAT_VERSION = 1
 
@@ -577,3 +577,22 @@ def _save_hint(directory: Path, error: Exception) -> str:
   if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
     return "The disk is full: free some space, lower `keep`, or choose another disk"
   return "Check that the directory is writable"
+
+
+def fingerprint(tree: Any) -> str:
+  """The SHA-256 of every leaf's path, dtype, shape and bytes, in hexadecimal digits.
+
+  >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.zeros(2)})
+  True
+  >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.array([0.0, 5e-324])})
+  False
+
+  Args:
+    tree: a pytree of arrays, on whatever device.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.asarray(fetch(leaf))
+    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return digest.hexdigest()

@@ -21,7 +21,7 @@ import jax
 from absl import logging as absl_logging
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 
 LIMIT = 2 << 30  # Bytes; the oldest programs make room.
 _DIGESTS = "sha256sums"

@@ -46,69 +46,13 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from absl import app, flags
 
-from rl_llm import peer_names
-from rl_llm.errors import UserError
+from rl_llm.runs import peer_names
+from rl_llm.errors import ConfigError, UserError, one_line, redact
 from rl_llm.files import write_atomically
 
 _METADATA = frozenset({"help", "min", "above", "max", "below", "choices", "volatile"})
 _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 _PLURALS = {int: "integers", float: "finite numbers", str: "texts"}
-
-_TOKEN = re.compile(
-  r"(?<![A-Za-z0-9])("
-  r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v\d_[A-Za-z0-9_]{16,}|[0-9a-f]{40}"
-  r"|gh[opsu]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{35}"
-  r")(?![A-Za-z0-9])"
-)
-_SECRET_NAME = re.compile(r"(^|_)(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
-
-
-def redact(text: str, *, environ: Mapping[str, str] | None = None) -> str:
-  """Replaces what looks like a credential by "[redacted]"; every writer of this library calls it.
-
-  A token given as a flag, or repeated by a model that saw it in a prompt, must not end in a report
-  that is sent around. Two rules: the published shapes of tokens (`hf_...`, `sk-...`, W&B's 40
-  hexadecimal digits, GitHub, AWS, Google), and the exact values, of 8 characters or more, of
-  environment variables named like a secret (`HF_TOKEN`, `WANDB_API_KEY`, `DB_PASSWORD`).
-
-  >>> redact("push with hf_abcdefghijklmnopqrstuvwx")
-  'push with [redacted]'
-  >>> redact("password hunter22", environ={"DB_PASSWORD": "hunter22"})
-  'password [redacted]'
-
-  Args:
-    text: any text about to be printed or written.
-    environ: name -> value; the process environment when None.
-
-  Returns:
-    The text, with each credential replaced.
-  """
-  for name, value in (os.environ if environ is None else environ).items():
-    if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
-      text = text.replace(value, "[redacted]")
-  return _TOKEN.sub("[redacted]", text)
-
-
-class ConfigError(UserError, ValueError):
-  """A setting that cannot work, in one line: the field, the value, what is allowed, the fix.
-
-  >>> print(ConfigError("batch", 6, "a multiple of microbatch (4)", "try --batch=8"))
-  --batch=6: must be a multiple of microbatch (4); try --batch=8
-
-  Args:
-    field: dotted path of the field, which is also its flag.
-    value: what was given.
-    allowed: what would do, as the end of "must be ...".
-    fix: what to type instead; may be empty.
-  """
-
-  def __init__(self, field: str, value: Any, allowed: str, fix: str = ""):
-    self.field, self.value, self.allowed, self.fix = field, value, allowed, fix
-    shown = "none" if value is None else redact(str(value))
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    text = f"--{field}={shown}: must be {allowed}" + (f"; {fix}" if fix else "")
-    super().__init__(_one_line(redact(text)))
-
 
 def check_divides(name: str, whole: int, part: int, of: str) -> None:
   """Refuses a microbatch that does not divide what it is a part of, unless it is larger."""
@@ -137,7 +81,7 @@ def option(
   ...   learning_rate: float = option(1e-5, "AdamW's step size", above=0)
   >>> replace(Config(), {"learning_rate": -1.0})
   Traceback (most recent call last):
-  rl_llm.config.ConfigError: --learning_rate=-1.0: must be a finite number > 0
+  rl_llm.errors.ConfigError: --learning_rate=-1.0: must be a finite number > 0
 
   Args:
     default: the value when nothing is given.
@@ -707,13 +651,8 @@ def _in_full(argument: str, config_class: type) -> str:
 
 def _fail(error: object) -> NoReturn:
   sys.stdout.flush()
-  sys.stderr.write(f"error: {_one_line(redact(str(error)))}\n")
+  sys.stderr.write(f"error: {one_line(redact(str(error)))}\n")
   sys.exit(2)
-
-
-def _one_line(text: str) -> str:
-  return " ".join("".join(ch if ch.isprintable() else " " for ch in text).split())
-
 
 class _HelpFlag(flags.BooleanFlag):
   """absl's --help shows one module's flags and exits with 1; ours shows the config and exits 0."""

@@ -20,7 +20,7 @@ import rich.progress
 import rich.table
 import rich.text
 
-from rl_llm.config import redact
+from rl_llm.errors import redact
 
 
 def printable(text: str, *, limit: int | None = None, keep_newlines: bool = False) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.errors import UserError
-from rl_llm.sharding import fetch
+from rl_llm.parallel.sharding import fetch
 
 _LISTED = 3
 

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from rl_llm.config import ConfigError, option
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import option
 
 
 def keyword_group(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_llm.config import redact
+from rl_llm.errors import redact
 from rl_llm.errors import UserError
 from rl_llm.files import write_atomically
 
@@ -200,7 +200,7 @@ class PhaseClock:
       writer.write(step, row | clock.metrics())  # "time/rollout", and "time/step" since it was made
 
   Work on a device is asynchronous: a phase must end by waiting for its result, or its time shows up
-  in the next. A trace that is being taken (`rl_llm.profiling`) shows the phases by name.
+  in the next. A trace that is being taken (`rl_llm.runs.profiling`) shows the phases by name.
   """
 
   def __init__(self):

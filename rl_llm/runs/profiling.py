@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from rl_llm import hosts
+from rl_llm.parallel import hosts
 
 
 class StepTracer:

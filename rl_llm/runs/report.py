@@ -19,11 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_llm import metrics as metrics_lib
-from rl_llm.console import duration, number
-from rl_llm.report_figures import curves, step_seconds
-from rl_llm.report_page import counted, escaped, finite, page, section
-from rl_llm.speed import rate_lines, rates, step_table, steps_counted
+from rl_llm.runs import metrics as metrics_lib
+from rl_llm.runs.console import duration, number
+from rl_llm.runs.report_figures import curves, step_seconds
+from rl_llm.runs.report_page import counted, escaped, finite, page, section
+from rl_llm.runs.speed import rate_lines, rates, step_table, steps_counted
 
 _STEPS_SHOWN = 24  # with samples
 

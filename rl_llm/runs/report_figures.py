@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rl_llm.console import number
-from rl_llm.report_page import counted, finite
-from rl_llm.speed import MFU_MEANS, phases_of
+from rl_llm.runs.console import number
+from rl_llm.runs.report_page import counted, finite
+from rl_llm.runs.speed import MFU_MEANS, phases_of
 
 
 class _Plot(NamedTuple):

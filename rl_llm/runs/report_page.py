@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from rl_llm.console import printable
+from rl_llm.runs.console import printable
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

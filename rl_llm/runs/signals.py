@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from rl_llm import hosts
+from rl_llm.parallel import hosts
 
 
 class Interrupted(Exception):
@@ -66,7 +66,7 @@ class StopSignals:
       what: the point, for the message that names a process which does not come.
 
     Raises:
-      HostLost: as for `rl_llm.hosts.barrier`.
+      HostLost: as for `rl_llm.parallel.hosts.barrier`.
     """
     self.check()
     received = hosts.exchange(what, self._received)

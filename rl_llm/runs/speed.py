@@ -1,6 +1,6 @@
 """Where the time of a run went, and how fast it was, read from its record.
 
-A step's row has "time/<phase>" and "time/step" in seconds (`rl_llm.metrics.PhaseClock`), and beside
+A step's row has "time/<phase>" and "time/step" in seconds (`rl_llm.runs.metrics.PhaseClock`), and beside
 them, with the work that the step did,
 
     speed/generated_tokens_per_second   tokens of the responses / time/rollout
@@ -21,8 +21,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rl_llm.console import number
-from rl_llm.flops import Work
+from rl_llm.runs.console import number
+from rl_llm.runs.flops import Work
 
 PHASES = ("rollout", "reward", "logprobs", "update", "eval", "checkpoint")
 _PART_OF_COMPILING = 0.1  # of a step's time: above it the step says nothing of the others
@@ -70,7 +70,7 @@ def speed_metrics(times: Mapping[str, float], work: Work, peak: Any = None) -> d
 
   Of an update that took 2 s for 6e9 operations on devices that do 1e10 a second:
 
-  >>> from rl_llm.chips import Peak
+  >>> from rl_llm.runs.chips import Peak
   >>> found = speed_metrics({"time/update": 2.0}, Work(trained_tokens=500, update_flops=6 * 10**9),
   ...   Peak(1e10, measured=False))
   >>> found["speed/trained_tokens_per_second"], found["speed/mfu"]
@@ -79,7 +79,7 @@ def speed_metrics(times: Mapping[str, float], work: Work, peak: Any = None) -> d
   Args:
     times: from a `PhaseClock`.
     work: of the step.
-    peak: a `rl_llm.chips.Peak`; None: not known.
+    peak: a `rl_llm.runs.chips.Peak`; None: not known.
   """
   found = {}
   for phase, verb, tokens, flops in (

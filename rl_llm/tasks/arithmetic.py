@@ -8,14 +8,7 @@ from decimal import Decimal
 
 from rl_llm.rewards import RewardSource, completion_text
 from rl_llm.rewards.graders import find_numbers, plain
-from rl_llm.tasks.problem import (
-  Problem,
-  Task,
-  check_option,
-  hashed_numbers,
-  number_text,
-  rng_for,
-)
+from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, number_text, rng_for
 
 
 @dataclass(frozen=True)

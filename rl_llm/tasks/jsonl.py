@@ -8,24 +8,17 @@ from typing import Any
 
 from rl_llm.data import read_table
 from rl_llm.data.held_out import content_key, is_held_out
-from rl_llm.messages import (
+from rl_llm.rewards import RewardSource, graders
+from rl_llm.tasks.problem import Problem, Task, TaskError, check_option, number_text, rng_for
+from rl_llm.text.messages import (
   COLUMNS,
   MessageError,
   check_messages,
   check_prompt_ends,
   template_names,
 )
-from rl_llm.rewards import RewardSource, graders
-from rl_llm.tasks.problem import (
-  Problem,
-  Task,
-  TaskError,
-  check_option,
-  number_text,
-  rng_for,
-)
 
-# Of a row's columns, by our own graders and by `rl_llm.demonstrations`.
+# Of a row's columns, by our own graders and by `rl_llm.rollout.demonstrations`.
 READ_BY_GRADERS = ("answer", "completion")
 # What a reward function is given in addition to a row's columns.
 ARGUMENTS = (

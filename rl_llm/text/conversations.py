@@ -12,10 +12,10 @@ import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from rl_llm import chat_template as chat
-from rl_llm.control_tokens import MARK, break_up
-from rl_llm.messages import check_read, for_template
-from rl_llm.tokenizers import Tokenizer, TokenizerError
+from rl_llm.text import chat_template as chat
+from rl_llm.text.control_tokens import MARK, break_up
+from rl_llm.text.messages import check_read, for_template
+from rl_llm.text.tokenizers import Tokenizer, TokenizerError
 
 
 def resolve_format(prompt_format: str, tokenizer: Tokenizer) -> str:
@@ -44,7 +44,7 @@ def format_prompts(
   with the role "assistant" are exempt: the model may have written its tool-call tokens itself.) A
   plain prompt is its author's whole input, control tokens included.
 
-  >>> from rl_llm.tokenizers import ByteTokenizer
+  >>> from rl_llm.text.tokenizers import ByteTokenizer
   >>> format_prompts(["3+4="], ByteTokenizer(), prompt_format="plain")
   [[51, 43, 52, 61]]
 
@@ -58,7 +58,7 @@ def format_prompts(
     system_prompt: None leaves the system message to the template (some write one of their own); ""
       is an empty one; a text is that text. A conversation with its own system message keeps it.
     names: what else each prompt says to the template, such as its tools, from
-      `rl_llm.messages.template_names`; (): none.
+      `rl_llm.text.messages.template_names`; (): none.
 
   Returns:
     One list of ids per prompt.
@@ -141,15 +141,16 @@ def render(
   Args:
     conversations: each a list of messages; those of the assistant's are left as they are.
     tokenizer: the model's, with a chat template.
-    names: what else each says to the template, from `rl_llm.messages.template_names`; (): none.
+    names: what else each says to the template, from `rl_llm.text.messages.template_names`; ():
+      none.
     add_generation_prompt: end with the header of the assistant's next turn.
 
   Returns:
     A text each, for `tokenizer.encode` or `encode_whole`, which know the mark.
 
   Raises:
-    ChatTemplateError: as `rl_llm.chat_template.render`, or the template takes the text of a control
-      token in a message for its own.
+    ChatTemplateError: as `rl_llm.text.chat_template.render`, or the template takes the text of a
+      control token in a message for its own.
     MessageError: the template would leave out calls, tools or names without a word.
   """
   names = names or [{}] * len(conversations)
@@ -226,7 +227,7 @@ def encode_whole(text: str, starts: Sequence[int], tokenizer: Tokenizer) -> Whol
   an answer that begins with one). Then the prompt's ids stand and what follows is encoded after
   them, as it is in sampling, where the prompt is encoded before the answer exists.
 
-  >>> from rl_llm.tokenizers import ByteTokenizer
+  >>> from rl_llm.text.tokenizers import ByteTokenizer
   >>> encode_whole("2+2=4", [4], ByteTokenizer())
   Whole(ids=[50, 43, 50, 61, 52], places=[0, 1, 2, 3, 4], starts=[4])
 

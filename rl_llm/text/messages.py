@@ -22,7 +22,7 @@ from rl_llm.errors import UserError
 
 WEIGHTS = ("weight", "train", "training", "loss_mask")
 COLUMNS = ("tools", "chat_template_kwargs")
-# What `rl_llm.chat_template.render` says itself.
+# What `rl_llm.text.chat_template.render` says itself.
 _OWN_NAMES = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
 
 
@@ -33,9 +33,9 @@ class MessageError(UserError, ValueError):
 def check_messages(name: str, messages: Any, *, trained: bool) -> None:
   """Refuses messages that no template can lay out, or that would be learned otherwise than marked.
 
-  >>> check_messages("prompt", [{"role": "user", "content": " "}], trained=False)
+  >>> check_messages("p", [{"role": "user", "content": " "}], trained=False)
   Traceback (most recent call last):
-  rl_llm.messages.MessageError: 'prompt' holds an empty message of 'user'; write it or remove it
+  rl_llm.text.messages.MessageError: 'p' holds an empty message of 'user'; write it or remove it
 
   Args:
     name: of the column, for messages.

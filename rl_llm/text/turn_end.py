@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from rl_llm import chat_template as chat
+from rl_llm.text import chat_template as chat
 
 _ANSWER = "seven"
 _PROBE = ({"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": _ANSWER})
@@ -26,7 +26,7 @@ def written_end(template: str, *, bos_token: str | None, eos_token: str | None) 
 
   Args:
     template: Jinja text.
-    bos_token: as for `rl_llm.chat_template.render`.
+    bos_token: as for `rl_llm.text.chat_template.render`.
     eos_token: the same.
 
   Raises:
@@ -64,7 +64,7 @@ def find_turn_end(
     template: Jinja text; None: there is no template.
     encode: text to ids, control tokens recognised.
     candidates: ids that may end a turn: all that are a token as a whole, flagged special or not.
-    bos_token: as for `rl_llm.chat_template.render`.
+    bos_token: as for `rl_llm.text.chat_template.render`.
     eos_token: the same.
 
   Raises:
@@ -84,7 +84,7 @@ def check_turn_end(tokenizer: Any) -> None:
   about how a model stops: sampling takes the model's own EOS, and training refuses it.
 
   Args:
-    tokenizer: a `rl_llm.tokenizers.Tokenizer` with a chat template.
+    tokenizer: a `rl_llm.text.tokenizers.Tokenizer` with a chat template.
 
   Raises:
     ChatTemplateError: the template and EOS do not agree; the message names both. Or as for

@@ -21,29 +21,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm import hosts
-from rl_llm.checkpoint import Checkpointer
-from rl_llm.chips import Peak
-from rl_llm.config import ConfigError, volatile
-from rl_llm.console import Console, number
-from rl_llm.errors import UserError
+from rl_llm.errors import ConfigError, UserError
 from rl_llm.evaluation import Evaluation
-from rl_llm.finite import cause_in, nonfinite_weights
-from rl_llm.flops import Work
-from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.memory import freed_given_back
-from rl_llm.metrics import MetricsWriter, PhaseClock, finalize, read
+from rl_llm.parallel import hosts
+from rl_llm.parallel.sharding import fetch, placed_shapes
 from rl_llm.policy import TransformerConfig, merge_lora, save_adapter, save_hf
 from rl_llm.policy.hf import import_safetensors
-from rl_llm.profiling import StepTracer, compile_clock
-from rl_llm.report import before_after, write_report
-from rl_llm.reward_model import save_reward_model
-from rl_llm.run_directory import Run, opened, write_result
-from rl_llm.sharding import fetch, placed_shapes
-from rl_llm.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
-from rl_llm.tokenizers import Tokenizer, save_tokenizer, token_ids
-from rl_llm.train_state import TrainState
-from rl_llm.update import name_nonfinite
+from rl_llm.rollout.reward_model import save_reward_model
+from rl_llm.runs.checkpoint import Checkpointer
+from rl_llm.runs.chips import Peak
+from rl_llm.runs.config import volatile
+from rl_llm.runs.console import Console, number
+from rl_llm.runs.finite import cause_in, nonfinite_weights
+from rl_llm.runs.flops import Work
+from rl_llm.runs.memory import freed_given_back
+from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, read
+from rl_llm.runs.profiling import StepTracer, compile_clock
+from rl_llm.runs.report import before_after, write_report
+from rl_llm.runs.run_directory import Run, opened, write_result
+from rl_llm.runs.signals import Interrupted, StopSignals
+from rl_llm.runs.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
+from rl_llm.text.tokenizers import Tokenizer, save_tokenizer, token_ids
+from rl_llm.training.train_state import TrainState
+from rl_llm.training.update import name_nonfinite
 
 
 class Diverged(RuntimeError):
@@ -520,7 +520,7 @@ def exit_code(train: Callable[[], Any], *, distributed: Mapping[str, Any] | None
 
   Args:
     train: the experiment.
-    distributed: keywords of `rl_llm.hosts.initialize`; None: this process trains alone.
+    distributed: keywords of `rl_llm.parallel.hosts.initialize`; None: this process trains alone.
   """
   try:
     if distributed is not None:

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm import kl, sharding, weighting
-from rl_llm.experience import Experience, response_batch
-from rl_llm.flops import Work, response_work, update_passes
+from rl_llm import kl, weighting
 from rl_llm.masked import masked_mean
-from rl_llm.model import Weights
+from rl_llm.parallel import sharding
 from rl_llm.policy import Policy
+from rl_llm.policy.load import Weights
 from rl_llm.rollout import ResponseBatch, response_logprobs, take_prompts
+from rl_llm.rollout.experience import Experience, response_batch
+from rl_llm.runs.flops import Work, response_work, update_passes
 
 Truncated = Literal["keep", "zero", "drop"]
 
@@ -49,7 +50,7 @@ def make_programs(
 
   Args:
     policy: the model's functions.
-    update: from `rl_llm.update.make_update`, of a loss on a `ResponseBatch`.
+    update: from `rl_llm.training.update.make_update`, of a loss on a `ResponseBatch`.
     temperature: the sampler's.
     weigh: such as `all_weights` with its keywords.
     mesh: the devices over which rows lie; None: the first.
@@ -152,8 +153,8 @@ def minibatches(
   Args:
     take: of `Programs`.
     batch: on the devices, whole.
-    order: from `rl_llm.experience.minibatches`: the problems of each update, those that matter
-      first, and how many of them do.
+    order: from `rl_llm.rollout.experience.minibatches`: the problems of each update, those that
+      matter first, and how many of them do.
     microbatch_prompts: problems a microbatch.
     only: whether nothing counts but the term in which some do not matter: they are left out.
   """
@@ -207,7 +208,7 @@ def step_work(
     experience: of the step.
     trained: the problems of each of its updates.
     adapters: whether adapters are trained, and not all weights.
-    towers: as for `rl_llm.flops.response_work`.
+    towers: as for `rl_llm.runs.flops.response_work`.
   """
   return response_work(
     shape,

@@ -24,7 +24,7 @@ from rl_llm.data.batches import (
 )
 from rl_llm.data.encoding import Pair, flat
 from rl_llm.data.packing import unpack
-from rl_llm.teacher_forcing import teacher_forced_logprobs
+from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
 from rl_llm.weighting import token_mean
 
 

@@ -18,13 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rl_llm import evaluation, experience, metrics, minibatches, rollout, sharding, training
+from rl_llm import evaluation, rollout
 from rl_llm.data.prompts import PromptBatch
-from rl_llm.experience import Generate, Sampler
+from rl_llm.parallel import sharding
 from rl_llm.policy import Policy, join, population_policy
-from rl_llm.rollout import ResponseBatch, Rollout
-from rl_llm.tokenizers import Tokenizer
-from rl_llm.train_state import TrainState
+from rl_llm.rollout import ResponseBatch, Rollout, experience
+from rl_llm.rollout.experience import Generate, Sampler
+from rl_llm.runs import metrics
+from rl_llm.text.tokenizers import Tokenizer
+from rl_llm.training import loop, minibatches
+from rl_llm.training.train_state import TrainState
 
 
 class Programs(NamedTuple):
@@ -56,7 +59,7 @@ def make_programs(
   Args:
     policy: the model's functions.
     tokenizer: which knows what ends a response.
-    update_one: a member's update, from `rl_llm.update.make_update` without a mesh.
+    update_one: a member's update, from `rl_llm.training.update.make_update` without a mesh.
     mesh: its devices share the members out.
     max_new_tokens: T.
     temperature: of the sampler, at which log-probs are taken.
@@ -194,7 +197,7 @@ def evaluate(
   return Evaluations(whole, found)
 
 
-def member_step(step: training.Step, number: int, *, learning_rate: float) -> training.Step:
+def member_step(step: loop.Step, number: int, *, learning_rate: float) -> loop.Step:
   """The step as that member would have made it alone, of one that all made together.
 
   Args:
@@ -209,7 +212,7 @@ def member_step(step: training.Step, number: int, *, learning_rate: float) -> tr
     ok = step.experience[number].scores.ok
     figures["frac_zero_std"] = minibatches.without_spread(np.any(worth != 0, axis=1), ok)
     figures["learning_rate"] = learning_rate
-    learned = training.Learned(figures, worth)
+    learned = loop.Learned(figures, worth)
   return step._replace(
     evaluation=found and found.members[number],
     experience=step.learned and step.experience[number],

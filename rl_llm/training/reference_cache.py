@@ -22,14 +22,15 @@ import jax
 import numpy as np
 from absl import logging
 
-from rl_llm import hosts
-from rl_llm.config import ConfigError
 from rl_llm.data.batches import SequenceBatch, sequence_batch
 from rl_llm.data.encoding import Encoded
+from rl_llm.errors import ConfigError
 from rl_llm.files import write_atomically
-from rl_llm.finite import check_finite
-from rl_llm.sharding import fetch, place_rows
-from rl_llm.teacher_forcing import teacher_forced_logprobs
+from rl_llm.parallel import hosts
+from rl_llm.parallel.sharding import fetch, place_rows
+from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
+from rl_llm.runs.checkpoint import fingerprint
+from rl_llm.runs.finite import check_finite
 
 FORMAT_VERSION = 1
 _DIGEST_SIZE = 64  # Hexadecimal digits of SHA-256.
@@ -109,7 +110,7 @@ def compute_logprobs(
     rows_per_batch: sequences at once, >= 1.
     pad_id: as for `sequence_batch`.
     mesh: the devices over which the weights lie, None: the first; `rows_per_batch` must be a
-      multiple of `rl_llm.sharding.row_shards`.
+      multiple of `rl_llm.parallel.sharding.row_shards`.
     check: called before each batch; raises to stop.
     progress: called after each batch with how many sequences are done, and of how many.
 
@@ -172,25 +173,6 @@ def cache_key(
     "tokens": np.array([i for sequence in sequences for i in sequence.tokens], np.int64),
     "mask": np.array([m for sequence in sequences for m in sequence.mask], bool),
   })
-
-
-def fingerprint(tree: Any) -> str:
-  """The SHA-256 of every leaf's path, dtype, shape and bytes, in hexadecimal digits.
-
-  >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.zeros(2)})
-  True
-  >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.array([0.0, 5e-324])})
-  False
-
-  Args:
-    tree: a pytree of arrays, on whatever device.
-  """
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    array = np.asarray(fetch(leaf))
-    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-  return digest.hexdigest()
 
 
 def cached_logprobs(

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rl_llm.parallel.sharding import constrain, constrain_rows
 from rl_llm.policy.lora import join
-from rl_llm.sharding import constrain, constrain_rows
-from rl_llm.train_state import TrainState
+from rl_llm.training.train_state import TrainState
 
 # (params, microbatch, hparams) -> (scalar loss, {name: (sum, count)})
 LossFn = Callable[[Any, Any, Any], tuple[chex.Array, dict[str, tuple[chex.Array, chex.Array]]]]
@@ -100,9 +100,9 @@ def make_update(
       mean.
     optimizer: a direction without learning rate, such as `make_optimizer` gives.
     microbatches: how many parts; must divide the batch's rows.
-    mesh: the devices over which state and batch lie (`rl_llm.sharding`); None where there is one.
-      Each microbatch takes rows of every device, gradients are summed straight into the slices in
-      which the state is kept, and the new state lies as the old one.
+    mesh: the devices over which state and batch lie (`rl_llm.parallel.sharding`); None where there
+      is one. Each microbatch takes rows of every device, gradients are summed straight into the
+      slices in which the state is kept, and the new state lies as the old one.
 
   Returns:
     The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is the

@@ -8,9 +8,6 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from rl_llm.chat_template import ChatTemplateError
-from rl_llm.control_tokens import MARK
-from rl_llm.conversations import format_prompts
 from rl_llm.data import Demonstration, Preference
 from rl_llm.data.encoding import (
   Encoded,
@@ -21,7 +18,10 @@ from rl_llm.data.encoding import (
   limit_pairs,
   limit_sequences,
 )
-from rl_llm.tokenizers import ByteTokenizer, TokenizerError, load_tokenizer
+from rl_llm.text.chat_template import ChatTemplateError
+from rl_llm.text.control_tokens import MARK
+from rl_llm.text.conversations import format_prompts
+from rl_llm.text.tokenizers import ByteTokenizer, TokenizerError, load_tokenizer
 
 END = 1000  # The id of "<e>".
 CHATML = (

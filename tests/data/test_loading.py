@@ -9,7 +9,7 @@ from rl_llm.data import DataError
 from rl_llm.data.encoding import encode, encode_pair, limit_pairs, limit_sequences
 from rl_llm.data.held_out import is_held_out, prompt_key
 from rl_llm.data.loading import load_sequences, read_examples, unread_note
-from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.text.tokenizers import ByteTokenizer
 
 PLAIN = functools.partial(encode, tokenizer=ByteTokenizer(), prompt_format="plain")
 

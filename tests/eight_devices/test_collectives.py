@@ -15,12 +15,12 @@ from experiments.flags import SamplingMesh
 from launch import plan
 from launch.hlo import collectives
 from launch.models import find_model
-from rl_llm import sharding
+from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import generate, response_logprobs, row_keys
-from rl_llm.sampling import SamplingConfig
-from rl_llm.train_state import init_state
-from rl_llm.update import make_update
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.training.train_state import init_state
+from rl_llm.training.update import make_update
 from tests.eight_devices.test_update import mesh_of, policy_loss, ragged_batch
 
 # Matrices that outweigh the activations of a few tokens, so that sending the latter shows.

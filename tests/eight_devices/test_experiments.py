@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
-from rl_llm import sharding
-from rl_llm.checkpoint import Checkpointer
-from rl_llm.model import LanguageModel
+from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
+from rl_llm.policy.load import LanguageModel
+from rl_llm.runs.checkpoint import Checkpointer
 from tests.experiments import helpers
 from tests.experiments.conftest import files  # noqa: F401  a fixture
 from tests.experiments.helpers import FULL, Chatty
@@ -44,7 +44,7 @@ def small(monkeypatch):
     params = first_params()
     return LanguageModel(POLICY, params if mesh is None else sharding.place(params, mesh), Padded())
 
-  monkeypatch.setattr("rl_llm.model.load_model", load)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", load)
 
 
 def settings(experiment, files, sizes, **changes):  # noqa: F811

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import grpo, population
-from rl_llm import training
-from rl_llm.config import replace
+from rl_llm.runs.config import replace
+from rl_llm.training import loop
 from tests.eight_devices.test_experiments import files, small  # noqa: F401  fixtures
 from tests.experiments import helpers
 
@@ -19,14 +19,14 @@ def test_a_members_first_update_is_that_of_its_run_on_one_device(
   tmp_path, files, monkeypatch  # noqa: F811
 ):
   found = []
-  begin = training.begin
+  begin = loop.begin
 
   def begin_and_look(*args, **keywords):
     start, state = begin(*args, **keywords)
     found.extend(jax.tree.leaves(state))
     return start, state
 
-  monkeypatch.setattr(training, "begin", begin_and_look)
+  monkeypatch.setattr(loop, "begin", begin_and_look)
   shared = helpers.settings(files, steps=1) | {"lora.rank": 2, "kl.coef": 0.1}
   configs = [
     replace(grpo.Config(), shared | {"optimizer.learning_rate": 1e-3 * (1 + number)})

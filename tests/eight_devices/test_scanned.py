@@ -12,11 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from rl_llm import rollout, sharding
+from rl_llm import rollout
+from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import response_logprobs
-from rl_llm.train_state import init_state
-from rl_llm.update import make_update
+from rl_llm.training.train_state import init_state
+from rl_llm.training.update import make_update
 from tests.eight_devices.test_update import DESCENT, distance, mesh_of, policy_loss, ragged_batch
 
 CONFIG = dataclasses.replace(

@@ -13,14 +13,15 @@ import optax
 import pytest
 
 from launch.hlo import collectives
-from rl_llm import losses, sharding
+from rl_llm import losses
 from rl_llm.data.prompts import PromptBatch
-from rl_llm.experience import make_generate
+from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import ResponseBatch, gather_weights, generate, response_logprobs, row_keys
-from rl_llm.sampling import SamplingConfig
-from rl_llm.train_state import init_state
-from rl_llm.update import make_optimizer, make_update
+from rl_llm.rollout.experience import make_generate
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.training.train_state import init_state
+from rl_llm.training.update import make_optimizer, make_update
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 POLICY = make_policy(dataclasses.replace(tiny_config(64), n_layers=1))

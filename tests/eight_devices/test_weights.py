@@ -8,7 +8,7 @@ import functools
 import jax
 import numpy as np
 
-from rl_llm import sharding
+from rl_llm.parallel import sharding
 from rl_llm.policy import load_hf, make_policy, save_hf, tiny_config
 from rl_llm.policy.hf import assemble, leaf_shapes
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from rl_llm.model import LanguageModel, load_model
+from rl_llm.parallel.sharding import place
 from rl_llm.policy import make_policy, tiny_config
-from rl_llm.sharding import place
-from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.policy.load import LanguageModel, load_model
+from rl_llm.text.tokenizers import ByteTokenizer
 from tests.experiments.helpers import REWARD, Chatty
 
 
@@ -63,7 +63,7 @@ def small(monkeypatch):
     found = make_policy(config, dtype=dtype)
     return LanguageModel(found, params if mesh is None else place(params, mesh), Chatty())
 
-  monkeypatch.setattr("rl_llm.model.load_model", load)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", load)
   return policy
 
 

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from experiments import setup
-from rl_llm import training
-from rl_llm.checkpoint import Checkpointer
-from rl_llm.config import replace
-from rl_llm.metrics import read, without_timings
-from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.runs.checkpoint import Checkpointer
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read, without_timings
+from rl_llm.text.tokenizers import ByteTokenizer
+from rl_llm.training import loop
 
 FULL = bool(os.environ.get("RL_LLM_FULL"))  # `make test-full`
 
@@ -134,12 +134,12 @@ def outcome(workdir) -> Outcome:
 
 def wrap_seams(monkeypatch, **wrappers: Callable) -> None:
   """Runs take what these make of their own `sample`, `learn`, `evaluate` or `record`."""
-  original = training.train_loop
+  original = loop.train_loop
 
   def train_loop(*args, **seams):
     return original(*args, **seams | {name: wrap(seams[name]) for name, wrap in wrappers.items()})
 
-  monkeypatch.setattr(training, "train_loop", train_loop)
+  monkeypatch.setattr(loop, "train_loop", train_loop)
 
 
 def wrap_updates(monkeypatch, experiment, wrap: Callable) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import grpo
 from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
-from rl_llm.training import open_run
+from rl_llm.training.loop import open_run
 
 ROOT = Path(__file__).parents[2]
 

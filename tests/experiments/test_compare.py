@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from experiments import compare, grpo
-from rl_llm import curves
-from rl_llm.checkpoint import Checkpointer, first_moments
-from rl_llm.config import flatten, replace
-from rl_llm.interrupt import Interrupted, StopSignals
+from rl_llm.evaluation import curves
+from rl_llm.runs.checkpoint import Checkpointer, first_moments
+from rl_llm.runs.config import flatten, replace
+from rl_llm.runs.signals import Interrupted, StopSignals
 from tests.experiments.helpers import outcome, settings
 
 TOY = compare.Config(steps=4, variance_batches=3, variance_warmup=2)

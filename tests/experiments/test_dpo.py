@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from experiments import dpo, sft
-from rl_llm import losses, reference_cache, weighting
-from rl_llm.config import ConfigError, replace
+from rl_llm import losses, weighting
 from rl_llm.data import DataError
 from rl_llm.data.batches import SequenceBatch
 from rl_llm.data.encoding import Encoded, Pair, flat
-from rl_llm.interrupt import Interrupted
-from rl_llm.pairs import PairBatch
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import replace
+from rl_llm.runs.signals import Interrupted
+from rl_llm.training import reference_cache
+from rl_llm.training.pairs import PairBatch
 from tests.experiments.helpers import FULL, equal, run, settings
 from tests.experiments.test_sft import nll, stopped, write
 
@@ -122,7 +124,8 @@ def objective(changes, monkeypatch):
   mask = np.arange(6) < rng.integers(2, 6, size=(8, 1))
   logprobs = np.where(mask, -rng.uniform(0.1, 2.0, size=mask.shape), 0).astype(np.float32)
   ref = [row[m] + rng.normal(0, 0.3, m.sum()) for row, m in zip(logprobs, mask, strict=True)][:6]
-  monkeypatch.setattr("rl_llm.pairs.teacher_forced_logprobs", lambda params, *_, **__: (params, 0))
+  name = "rl_llm.training.pairs.teacher_forced_logprobs"
+  monkeypatch.setattr(name, lambda params, *_, **__: (params, 0))
   config = replace(dpo.Config(), changes)
   weights = np.array([1 / 3, 1 / 3, 1 / 3, 0], np.float32)
   is_chosen = np.arange(8)[:, None] % 2 == 0

@@ -18,17 +18,19 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, make_preferences
-from rl_llm import evaluation, rollout
-from rl_llm.config import ConfigError, replace, volatile
+from rl_llm import rollout
 from rl_llm.data.prompts import PromptTooLong
+from rl_llm.errors import ConfigError
 from rl_llm.evaluation import estimate_interval
+from rl_llm.evaluation import evaluate as evaluation
 from rl_llm.files import locked
-from rl_llm.interrupt import Interrupted
-from rl_llm.metrics import proportion_interval, read, without_timings
-from rl_llm.model import LanguageModel
 from rl_llm.policy import make_policy, tiny_config
+from rl_llm.policy.load import LanguageModel
+from rl_llm.runs.config import replace, volatile
+from rl_llm.runs.metrics import proportion_interval, read, without_timings
+from rl_llm.runs.signals import Interrupted
 from rl_llm.tasks import TaskError, load_task
-from rl_llm.tokenizers import ByteTokenizer
+from rl_llm.text.tokenizers import ByteTokenizer
 from tests.experiments.helpers import FULL
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,7 @@ def models():
 
 @pytest.fixture(autouse=True)
 def small(models, monkeypatch):
-  monkeypatch.setattr("rl_llm.model.load_model", models)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", models)
 
 
 # Right is what begins with a letter whose code is even; some responses cannot be graded.
@@ -255,14 +257,15 @@ def test_what_changes_no_response_may_change_from_one_call_to_the_next():
 
 
 def test_weights_that_changed_under_one_name_do_not_mix(finished, files, models, monkeypatch):
-  monkeypatch.setattr("rl_llm.model.load_model", lambda name, **given: models("tiny2", **given))
+  load = "rl_llm.policy.load.load_model"
+  monkeypatch.setattr(load, lambda name, **given: models("tiny2", **given))
   with pytest.raises(ConfigError, match="--workdir=.* it was begun with other weights of --model"):
     evaluate.measure(settings(files), str(finished))
 
 
 def test_devices_that_take_other_batches_do_not_mix(finished, files, monkeypatch):
   """A batch is a line of the record: on eight devices it would have other problems."""
-  monkeypatch.setattr("rl_llm.evaluation.row_shards", lambda mesh: 8)
+  monkeypatch.setattr("rl_llm.evaluation.evaluate.row_shards", lambda mesh: 8)
   with pytest.raises(ConfigError, match=r"--workdir=.* begun with batches of \d+ problems, and 8"):
     evaluate.measure(settings(files), str(finished))
 
@@ -331,7 +334,7 @@ def test_no_prompt_fits(tmp_path, files):
   ],
 )
 def test_what_is_refused_before_anything_is_loaded(tmp_path, files, monkeypatch, changes, said):
-  monkeypatch.setattr("rl_llm.model.load_model", None)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", None)
   with pytest.raises((ConfigError, TaskError), match=said):
     evaluate.measure(settings(files, **changes), str(tmp_path / "new"))
   assert not (tmp_path / "new").exists()

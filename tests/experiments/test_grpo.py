@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 
 from experiments import grpo, ppo
-from rl_llm import experience
-from rl_llm.config import ConfigError, flatten, replace
 from rl_llm.data.prompts import bucket
+from rl_llm.errors import ConfigError
 from rl_llm.files import locked
-from rl_llm.metrics import read, without_timings
 from rl_llm.rewards import RewardError
-from rl_llm.rollout import generate
-from rl_llm.training import Diverged
+from rl_llm.rollout import experience, generate
+from rl_llm.runs.config import flatten, replace
+from rl_llm.runs.metrics import read, without_timings
+from rl_llm.training.loop import Diverged
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, outcome, settings
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import experiments
-from rl_llm.config import _leaves
+from rl_llm.runs.config import _leaves
 
 GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 

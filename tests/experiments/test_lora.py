@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 from rl_llm.policy import WeightsError, join, load_adapter, load_hf, split_lora
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL

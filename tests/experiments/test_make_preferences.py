@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from experiments import make_preferences
-from rl_llm import evaluation, preferences
-from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError, read_dataset
-from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.metrics import read, without_timings
+from rl_llm.errors import ConfigError
+from rl_llm.evaluation import evaluate as evaluation
+from rl_llm.rollout import preferences
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read, without_timings
+from rl_llm.runs.signals import Interrupted, StopSignals
 from rl_llm.tasks import Problem, load_task
 from tests.experiments.helpers import FULL
 
@@ -235,7 +237,7 @@ def test_failed_grades_are_no_answers(tmp_path, small, task):
 
 
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, files, task, monkeypatch):
-  monkeypatch.setattr("rl_llm.model.load_model", None)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", None)
   path = tmp_path / "rows.jsonl"
   path.write_text('{"prompt": "a", "margin": 1}\n{"prompt": "b", "margin": 1}\n')
   with pytest.raises(DataError, match=r"a column 'margin'.*rename it"):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import flags, grpo, setup
-from rl_llm.chips import published_flops
-from rl_llm.config import replace
 from rl_llm.policy import make_policy, tiny_config
+from rl_llm.runs.chips import published_flops
+from rl_llm.runs.config import replace
 from tests.experiments import helpers
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import dpo, grpo, ppo, reinforce, reward_model, setup, sft
-from rl_llm.config import replace
-from rl_llm.model import load_model
+from rl_llm.parallel.sharding import make_mesh
 from rl_llm.policy import make_policy
-from rl_llm.sharding import make_mesh
+from rl_llm.policy.load import load_model
+from rl_llm.runs.config import replace
 
 # The flags of a model, of its arithmetic and of its devices, each unlike its default.
 FLAGS = {
@@ -34,7 +34,7 @@ def load(name, **given):
 
 
 def test_each_flag_comes_to_the_model(monkeypatch):
-  monkeypatch.setattr("rl_llm.model.load_model", load)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", load)
   run, mesh = types.SimpleNamespace(console=types.SimpleNamespace(say=print)), make_mesh(data=1)
   for changes in ({}, FLAGS):
     config = replace(grpo.Config(), changes)
@@ -51,7 +51,7 @@ def test_each_flag_comes_to_the_model(monkeypatch):
   "experiment", [dpo, grpo, ppo, reinforce, reward_model, sft], ids=lambda module: module.__name__
 )
 def test_every_experiment_comes_there_with_its_config(tmp_path, monkeypatch, experiment):
-  monkeypatch.setattr("rl_llm.model.load_model", load)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", load)
   changes = FLAGS | {"mesh.data": 1, "task": "copy"}
   if experiment is reward_model:
     pairs = tmp_path / "pairs.jsonl"

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from experiments import grpo, ppo
-from rl_llm.config import replace
-from rl_llm.metrics import read
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read
 from tests.experiments.helpers import outcome
 
 RUNS = Path(__file__).parent / "goldens"

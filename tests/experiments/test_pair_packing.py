@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import dpo, reward_model
-from rl_llm.config import ConfigError, replace
 from rl_llm.data.encoding import Encoded, Pair, flat
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import replace
 from tests.experiments.helpers import run
 from tests.experiments.test_dpo import online, ready
 
@@ -104,7 +105,7 @@ def test_on_policy_rows_that_a_response_fits_into_train(small, files, tmp_path):
 def test_on_policy_rows_that_are_too_short_are_refused_before_anything_is_loaded(
   files, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr("rl_llm.model.load_model", None)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", None)
   monkeypatch.setattr("rl_llm.tasks.load_task", None)
   changes = online(files, packing=30, **PROMPTS)
   with pytest.raises(ConfigError, match=r"--packing=30: must be 0, or at least .*\(31\)"):

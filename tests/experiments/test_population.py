@@ -11,9 +11,10 @@ import pytest
 from experiments import grpo, population
 from launch import run, state
 from launch.sweep import SweepError, plan
-from rl_llm import sharding, training
-from rl_llm.config import resolve
-from rl_llm.metrics import read, without_timings
+from rl_llm.parallel import sharding
+from rl_llm.runs.config import resolve
+from rl_llm.runs.metrics import read, without_timings
+from rl_llm.training import loop
 from tests.experiments import helpers
 from tests.experiments.test_resume import Killed, Stopping
 
@@ -108,7 +109,7 @@ def test_a_kill_changes_nothing_and_what_is_done_is_left(tmp_path, small, files,
   cut = tmp_path / "cut"
   for rows in (1, 3):
     with monkeypatch.context() as patch:
-      patch.setattr(training, "StopSignals", Stopping)
+      patch.setattr(loop, "StopSignals", Stopping)
       name = population_of(tmp_path / "straight").name
       Stopping.record = cut / "work" / name / "metrics.jsonl"
       Stopping.rows, Stopping.extra = rows, 1
@@ -136,8 +137,8 @@ def test_a_kill_changes_nothing_and_what_is_done_is_left(tmp_path, small, files,
   ))
 
   # All done: nothing is computed again, and the table shows them as it shows other trials.
-  monkeypatch.setattr("rl_llm.model.load_model", None)
-  monkeypatch.setattr(training, "train_loop", None)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", None)
+  monkeypatch.setattr(loop, "train_loop", None)
   assert sweep(cut, trials)[0] == 0
   status = [state.read_json(cut / "work" / id / "status.json")["status"] for id in ids]
   assert status == ["done"] * 3

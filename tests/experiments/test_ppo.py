@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from experiments import grpo, ppo, reinforce
-from rl_llm import training
-from rl_llm.config import ConfigError, replace
-from rl_llm.errors import UserError
+from rl_llm.errors import ConfigError, UserError
 from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
 from rl_llm.policy.scalar_head import normal_head, with_head
-from rl_llm.report import write_report
-from rl_llm.reward_model import load_reward_model, response_rewards, save_reward_model
 from rl_llm.rollout import ResponseBatch, response_logprobs
-from rl_llm.tokenizers import ByteTokenizer
-from rl_llm.value_network import response_values
+from rl_llm.rollout.reward_model import load_reward_model, response_rewards, save_reward_model
+from rl_llm.runs.config import replace
+from rl_llm.runs.report import write_report
+from rl_llm.text.tokenizers import ByteTokenizer
+from rl_llm.training import loop
+from rl_llm.training.value_network import response_values
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, outcome, settings
 
@@ -471,14 +471,15 @@ def test_a_reward_model_is_trained_on_and_the_grader_still_grades(
 def test_a_reward_that_cannot_be_used_is_refused_before_a_rollout(
   tmp_path, small, files, monkeypatch, judge_directory, experiment, reward, error, message
 ):
-  monkeypatch.setattr(training, "train_loop", None)
+  monkeypatch.setattr(loop, "train_loop", None)
   config = tiny_config(ByteTokenizer.vocab_size)
   if "{policy}" in reward:
     params = jax.jit(make_policy(config).init)(jax.random.key(0))
     save_hf(tmp_path / "policy", config, params)
   if "{judge}" in reward:
     vocabularies = iter([{"a": 0}, {"b": 0}])
-    monkeypatch.setattr("rl_llm.experience._vocabulary", lambda tokenizer: next(vocabularies))
+    name = "rl_llm.rollout.experience._vocabulary"
+    monkeypatch.setattr(name, lambda tokenizer: next(vocabularies))
   reward = reward.format(policy=tmp_path / "policy", judge=judge_directory)
   changes = settings(files) | {"reward": reward}
   with pytest.raises(error, match=message) as raised:

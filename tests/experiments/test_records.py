@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
-from rl_llm.metrics import read
+from rl_llm.runs.metrics import read
 from tests.experiments.helpers import run, settings, write_examples
 
 GOLDENS = Path(__file__).parent / "goldens" / "records.json"

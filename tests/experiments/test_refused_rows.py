@@ -7,8 +7,8 @@ import json
 import pytest
 
 from experiments import dpo, evaluate, grpo, make_preferences, ppo, reinforce, reward_model, sft
-from rl_llm.config import replace
 from rl_llm.data import DataError
+from rl_llm.runs.config import replace
 
 ASKED, ANSWERED = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 OTHER = {"role": "assistant", "content": "5"}
@@ -34,7 +34,7 @@ PROMPTS = {
   ],
 )  # fmt: skip
 def test_a_prompt_that_cannot_be_asked(tmp_path, monkeypatch, experiment, kind, said):
-  monkeypatch.setattr("rl_llm.model.load_model", None)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", None)
   file = tmp_path / "rows.jsonl"
   rows = [GOOD[kind], GOOD[kind] | {"prompt": PROMPTS[said]}]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import reinforce
-from rl_llm.config import ConfigError, replace
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import replace
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, settings
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
-from rl_llm import training
-from rl_llm.checkpoint import Checkpointer
-from rl_llm.config import replace
-from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.metrics import read
+from rl_llm.runs.checkpoint import Checkpointer
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read
+from rl_llm.runs.signals import Interrupted, StopSignals
+from rl_llm.training import loop
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, outcome, settings
 
@@ -113,7 +113,7 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(
     (Interrupted(signal.SIGTERM), 4, 1, 4),
   )
   with monkeypatch.context() as patch:
-    patch.setattr(training, "StopSignals", Stopping)
+    patch.setattr(loop, "StopSignals", Stopping)
     Stopping.record = tmp_path / "cut" / "metrics.jsonl"
     for Stopping.error, Stopping.rows, Stopping.extra, saved in points:
       with pytest.raises(type(Stopping.error)):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, grpo, make_preferences
-from rl_llm.config import ConfigError, replace
-from rl_llm.metrics import read
+from rl_llm.errors import ConfigError
 from rl_llm.rewards import RewardError
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read
 from tests.experiments.helpers import run, settings
 
 REWARDS = """
@@ -127,7 +128,7 @@ def test_no_figure_of_an_evaluation_counts_what_has_no_opinion(
 def test_an_isolation_that_does_not_fit_is_refused_before_a_model_is_loaded(
   tmp_path, files, monkeypatch
 ):
-  monkeypatch.setattr("rl_llm.model.load_model", None)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", None)
   for task, isolation, said in (
     ("arithmetic", "group", "must be auto or sample or batch"),
     ("reasoning_gym:leg_counting", "batch", "must be auto or sample: .* runs a response"),

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from experiments import reward_model
-from rl_llm import model as models
-from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError, read_dataset
 from rl_llm.data.batches import batch_indices, pair_batch
 from rl_llm.data.encoding import encode_pair
 from rl_llm.data.held_out import split_held_out
+from rl_llm.errors import ConfigError
+from rl_llm.policy import load as models
 from rl_llm.policy.scalar_head import normal_head, with_head
-from rl_llm.reward_model import load_reward_model, sequence_rewards
+from rl_llm.rollout.reward_model import load_reward_model, sequence_rewards
+from rl_llm.runs.config import replace
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, Chatty, equal
 

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from experiments import sft
-from rl_llm.config import ConfigError, replace
 from rl_llm.data import DataError, batches
 from rl_llm.data.encoding import Encoded
-from rl_llm.interrupt import Interrupted
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import replace
+from rl_llm.runs.signals import Interrupted
 from rl_llm.tasks import TaskError
 from tests.experiments.helpers import FULL, equal, run, wrap_seams
 

@@ -14,11 +14,11 @@ import jax
 import pytest
 
 from experiments import evaluate, sft
-from rl_llm.config import replace
 from rl_llm.data import DataError
-from rl_llm.metrics import read
 from rl_llm.policy import load_hf, make_policy, save_hf, tiny_config
-from rl_llm.tokenizers import TokenizerError, from_gguf, from_hf
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read
+from rl_llm.text.tokenizers import TokenizerError, from_gguf, from_hf
 from tests.test_tokenizers import CHATML, TOKENS, write_gguf
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
-from rl_llm.config import replace, volatile
-from rl_llm.flops import forward_flops, text_flops, trunk_flops
-from rl_llm.metrics import read
+from rl_llm.runs.config import replace, volatile
+from rl_llm.runs.flops import forward_flops, text_flops, trunk_flops
+from rl_llm.runs.metrics import read
 from tests.experiments import helpers
 from tests.experiments.helpers import settings
 

@@ -8,10 +8,10 @@ import json
 import pytest
 
 from experiments import dpo, evaluate, grpo, population, ppo, reinforce, reward_model, sft
-from rl_llm import model
-from rl_llm.config import ConfigError, replace
-from rl_llm.metrics import read
-from rl_llm.policy import make_policy
+from rl_llm.errors import ConfigError
+from rl_llm.policy import load, make_policy
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read
 from rl_llm.tasks import TaskError
 
 SUMS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n} for n in range(3)]
@@ -71,14 +71,14 @@ def preferred(tmp_path, **changes):
 @pytest.fixture
 def read_to_five(small, monkeypatch):
   """The small model, as if it had been trained to read five tokens and no more."""
-  load = model.load_model
+  original = load.load_model
 
   def load_short(*arguments, **keywords):
-    loaded = load(*arguments, **keywords)
+    loaded = original(*arguments, **keywords)
     config = dataclasses.replace(loaded.policy.config, max_position=5)
     return loaded._replace(policy=make_policy(config))
 
-  monkeypatch.setattr("rl_llm.model.load_model", load_short)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", load_short)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_it_trains_and_records_no_evaluation(tmp_path, read_to_five, experiment,
 def test_the_refusal_names_it_before_a_model_loads(
   tmp_path, monkeypatch, experiment, settings, wanted
 ):
-  monkeypatch.setattr("rl_llm.model.load_model", None)
+  monkeypatch.setattr("rl_llm.policy.load.load_model", None)
   with pytest.raises((ConfigError, TaskError), match=wanted + ".*--eval.every=0"):
     experiment.train(replace(experiment.Config(), settings(tmp_path)), str(tmp_path / "run"))
 

@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from rl_llm.config import ConfigError, check, option, run, volatile
+from rl_llm.errors import ConfigError
 from rl_llm.files import locked, write_atomically
-from rl_llm.interrupt import Interrupted, StopSignals
-from rl_llm.run_directory import open_run, write_result
+from rl_llm.runs.config import check, option, run, volatile
+from rl_llm.runs.run_directory import open_run, write_result
+from rl_llm.runs.signals import Interrupted, StopSignals
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ import pytest
 from launch import run
 from launch.backends import gke, local, slurm, tpu
 from launch.sweep import plan
-from rl_llm.config import ConfigError, replace
-from rl_llm.metrics import read, without_timings
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read, without_timings
 from tests import processes
 from tests.test_several_hosts import largest_gap
 

@@ -14,7 +14,7 @@ import pytest
 from launch import halving, run, state
 from launch.halving import Halving, survivors, with_steps
 from launch.sweep import SweepError, plan
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 from tests.launch.test_local import PATIENCE, Sweep
 
 RATES = [0.1, 0.2, 0.3, 0.4, 0.5]

@@ -24,7 +24,7 @@ from launch import state
 from launch.backends import local, slots
 from launch.progress import Progress
 from launch.sweep import Trial
-from rl_llm.config import ConfigError
+from rl_llm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FULL = bool(os.environ.get("RL_LLM_FULL"))  # `make test-full`

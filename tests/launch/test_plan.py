@@ -19,12 +19,13 @@ from launch.chips import NETWORK_CARD, find_chip
 from launch.hlo import collectives
 from launch.models import MODELS, find_model
 from launch.programs import Lowering
-from rl_llm import rollout, teacher_forcing
-from rl_llm.chips import DEVICE_KINDS, GPUS, TPUS, Chip
-from rl_llm.config import ConfigError
+from rl_llm import rollout
+from rl_llm.errors import ConfigError
+from rl_llm.parallel.sharding import ShardingError
 from rl_llm.policy import make_policy
-from rl_llm.sharding import ShardingError
-from rl_llm.train_state import parameter_count
+from rl_llm.rollout import teacher_forcing
+from rl_llm.runs.chips import DEVICE_KINDS, GPUS, TPUS, Chip
+from rl_llm.training.train_state import parameter_count
 
 SMALL = plan.Config(
   topology="cpu:1",

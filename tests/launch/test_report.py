@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch import report, report_page, results, state
-from rl_llm.config import ConfigError
-from rl_llm.errors import UserError
+from rl_llm.errors import ConfigError, UserError
 
 
 def trial(workdir, number, *, steps=4, reached=None, value=None, status=None, **config):

@@ -13,8 +13,9 @@ import pytest
 from launch import run, state
 from launch.search import Search, Study
 from launch.sweep import SweepError
-from rl_llm.config import ConfigError, replace
+from rl_llm.errors import ConfigError
 from rl_llm.files import locked
+from rl_llm.runs.config import replace
 from tests.launch.test_local import ROOT, Sweep, wait_for
 
 optuna = pytest.importorskip("optuna")

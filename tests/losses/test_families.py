@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from rl_llm import losses
-from rl_llm.keywords import settings
+from rl_llm.runs.keywords import settings
 
 POLICY = ["logprobs", "old_logprobs", "advantages", "weights"]
 CHOSEN, REFERENCE = (

@@ -22,7 +22,7 @@ from rl_llm.policy import (
 from rl_llm.policy.hf import hf_name, leaf_shapes
 from rl_llm.policy.model_files import plain_name
 from rl_llm.policy.transformer import rope_frequencies
-from rl_llm.tokenizers import TokenizerError, from_gguf
+from rl_llm.text.tokenizers import TokenizerError, from_gguf
 from tests.policy.make_goldens import FAMILIES, family_model
 from tests.policy.test_weights import assert_equal, edit_json, flat, write_gguf
 

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from rl_llm.policy import join, make_policy, merge_lora, split_lora, tiny_config
-from rl_llm.train_state import init_state, parameter_count
-from rl_llm.update import make_update
+from rl_llm.training.train_state import init_state, parameter_count
+from rl_llm.training.update import make_update
 
 POLICY = make_policy(dataclasses.replace(tiny_config(32), qkv_bias=True))
 PARAMS = jax.jit(POLICY.init)(jax.random.key(0))

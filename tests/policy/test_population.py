@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from rl_llm.policy import join, make_policy, population_policy, split_lora, tiny_config
 from rl_llm.rollout import ResponseBatch, generate, response_logprobs, row_keys
-from rl_llm.sampling import SamplingConfig
+from rl_llm.rollout.sampling import SamplingConfig
 
 MEMBERS, PROMPTS, GROUP, STEPS = 3, 2, 2, 5
 POLICY = make_policy(dataclasses.replace(tiny_config(32), n_layers=1))

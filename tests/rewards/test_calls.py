@@ -10,14 +10,7 @@ import time
 
 import pytest
 
-from rl_llm.rewards import (
-  RewardError,
-  RewardPool,
-  RewardResult,
-  RewardSource,
-  grading,
-  isolated,
-)
+from rl_llm.rewards import RewardError, RewardPool, RewardResult, RewardSource, grading, isolated
 
 GRADERS = """
 import asyncio, functools, json, os, time

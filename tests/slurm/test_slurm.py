@@ -20,7 +20,7 @@ import pytest
 
 from launch import state
 from launch.sweep import plan
-from rl_llm.metrics import read, without_timings
+from rl_llm.runs.metrics import read, without_timings
 from tests import processes
 
 pytestmark = pytest.mark.skipif(

@@ -1,0 +1,41 @@
+"""How good a model is: accuracy, pass@k and majority@k on held-out problems, with intervals."""
+
+from rl_llm.evaluation.evaluate import (
+  Evaluation,
+  accuracy,
+  accuracy_interval,
+  correctness,
+  difficulty_of,
+  estimate_interval,
+  evaluate,
+  grade_counts,
+  graded_responses,
+  majority_at_k,
+  natural_order,
+  over_opinions,
+  pass_at_k,
+  record_responses,
+  say_grades,
+  show_result,
+  summarize,
+)
+
+__all__ = [
+  "Evaluation",
+  "accuracy",
+  "accuracy_interval",
+  "correctness",
+  "difficulty_of",
+  "estimate_interval",
+  "evaluate",
+  "grade_counts",
+  "graded_responses",
+  "majority_at_k",
+  "natural_order",
+  "over_opinions",
+  "pass_at_k",
+  "record_responses",
+  "say_grades",
+  "show_result",
+  "summarize",
+]

@@ -1,0 +1,1 @@
+"""Many devices and many processes: what lies where, and how processes meet."""

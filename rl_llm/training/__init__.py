@@ -1,0 +1,1 @@
+"""From graded responses, pairs or texts to new weights: updates, and the loop around them."""
