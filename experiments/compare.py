@@ -52,12 +52,8 @@ from rl_llm.training import loop
 # pass (about twice the work). Sampling comes on top, the same for all.
 METHODS = {
   "reinforce": ("REINFORCE", "no", "policy", "policy F + B; none where a group agrees"),
-  "ppo": (
-    "PPO", "no (a grader; or --reward=model:DIR)", "policy, value", "policy 2F + B, value 2F + B"
-  ),
-  "dpo": (
-    "DPO", "no: preferences", "policy, reference", "policy F + B, reference F; 2 responses of G"
-  ),
+  "ppo": ("PPO", "no (or --reward=model:DIR)", "policy, value", "policy 2F + B, value 2F + B"),
+  "dpo": ("DPO", "no: preferences", "policy, reference", "policy F + B, reference F; 2 of G"),
   "grpo": ("GRPO", "no", "policy", "policy F + B; none where a group agrees"),
 }
 
@@ -123,9 +119,7 @@ def do(method: str, given: dict[str, Any], workdir: Path, stop: signals.StopSign
   command += [f"--{name}={value}" for name, value in (given | {"workdir": workdir}).items()]
   print("$", *command[1:], flush=True)
   stop.check()
-  # What one run has compiled, the next one of the method reads.
-  environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.absolute().parent / "compiled")}
-  code, peak = signals.run_child(command, stop, environment=environment | os.environ)
+  code, peak = signals.run_child(command, stop, environment=os.environ)
   if workdir.is_dir():
     with open(workdir / "peak_memory.txt", "a") as file:  # A line a piece, KiB.
       file.write(f"{peak}\n")

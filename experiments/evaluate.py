@@ -88,7 +88,7 @@ def measure(config: Config, workdir: str) -> dict[str, Any]:
     Interrupted: SIGINT or SIGTERM came; finished batches are on record.
   """
   check(config)
-  task = setup.load_task(config.task)
+  task = setup.load_task(config)
   problems = choose_problems(config, task)
   difficulty = evaluation.difficulty_of(task, problems, config.difficulty_column)
 

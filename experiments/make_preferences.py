@@ -25,13 +25,10 @@ in 108 s. 449 of 704 answers were cut off; a larger --max_new_tokens leaves more
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments import flags, setup
-from rl_llm import files
-from rl_llm.data import DataError
 from rl_llm.errors import ConfigError
 from rl_llm.parallel import hosts
 from rl_llm.rollout import experience, preferences
@@ -80,7 +77,7 @@ def make(config: Config, workdir: str) -> dict[str, Any]:
     Interrupted: SIGINT or SIGTERM came; finished batches are on record.
   """
   configs.check(config)
-  task = setup.load_task(config.task)
+  task = setup.load_task(config)
   problems = preferences.different_problems(task, config.run.seed, limit=config.problems)
   preferences.check_columns(config.task.task, problems)
   directory = Path(config.out).parent
@@ -112,29 +109,21 @@ def write_pairs(
     preferences.as_asked(p.prompt, prompt_format, system_prompt=system) for p in drawn.problems
   ]
   sizes = {"pairs_per_problem": config.pairs_per_problem, "seed": config.run.seed}
-  rows, counts = preferences.pair_up(drawn.problems, prompts, samples, **sizes)
-  in_words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-  if not rows:
-    raise DataError(
-      f"--task={config.task.task}: none of {len(drawn.problems)} problems has a better and a worse "
-      f"answer that can be paired ({in_words}); raise --samples, --temperature or "
-      "--max_new_tokens, or take another model"
-    )
   out = Path(config.out) if config.out else run.workdir / "pairs.jsonl"
-  content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-  files.write_atomically(out, content.encode("ascii"))  # Once nothing can be refused any more.
+  count, counts = preferences.write_pairs(out, drawn.problems, prompts, samples, **sizes)
   result = {
     "model": config.model.model,
     "task": config.task.task,
     "out": str(out),
-    "pairs": len(rows),
+    "pairs": count,
     "problems": len(drawn.problems),
     "overlong_prompts": drawn.overlong,
     **counts,
     "seconds": sum(row["time/step"] for row in batches),
   }
   run_directory.write_result(run.workdir, result)
-  run.console.say(f"{len(rows)} pairs of {len(drawn.problems)} problems; {in_words}")
+  words = preferences.in_words(counts)
+  run.console.say(f"{count} pairs of {len(drawn.problems)} problems; {words}")
   run.console.say(f"{result['seconds']:.0f} s; {out}")
   return result
 

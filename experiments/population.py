@@ -324,7 +324,7 @@ def _train(
   mesh = sharding.make_mesh(data=math.gcd(count, jax.device_count()))
   kind = jax.devices()[0].device_kind
   say(f"loading {config.model.model} for {count} members on {mesh.size} x {kind}")
-  task, size = setup.load_training_task(config), config.updates
+  task, size = setup.load_task(config), config.updates
   model, frozen, first = load_members(members, run, mesh)
   policy, tokenizer = model.policy, model.tokenizer
   programs = make_programs(config, policy, tokenizer, mesh, count)

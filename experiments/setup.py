@@ -236,18 +236,13 @@ def show_sizes(config: Any, run: Run, weights: models.Weights, sizes: dict[str, 
 # Problems.
 
 
-def load_task(group: flags.Task) -> tasks.Task | None:
-  """The task, with the options of its own group of flags; None for "none"."""
-  if group.task == "none":
+def load_task(config: Any) -> tasks.Task | None:
+  """The task with its own options, and held-out problems if the run evaluates; None for "none"."""
+  if (group := config.task).task == "none":
     return None
   options = vars(getattr(group.families, tasks.task_family(group.task)))
-  return tasks.load_task(group.task, group.reward_isolation, **options)
-
-
-def load_training_task(config: Any) -> tasks.Task | None:
-  """`load_task` for a run that evaluates at it, which wants held-out problems."""
-  task = load_task(config.task)
-  if task is not None and config.eval.every:
+  task = tasks.load_task(group.task, group.reward_isolation, **options)
+  if hasattr(config, "eval") and config.eval.every:
     tasks.check_held_out(task, otherwise="--eval.every=0")
   return task
 
@@ -355,7 +350,7 @@ def open_sampling(
     at_once={"microbatch_prompts": part},
     minibatches=size.minibatches,
   )
-  task = load_training_task(config)
+  task = load_task(config)
   model = load_model(config, run, mesh, reference=reference)
   rewards = {"reward": config.task.reward, "rows_at_once": part * group}
   with open_problems(

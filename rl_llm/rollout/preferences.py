@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from rl_llm.data import DataError
 from rl_llm.data.held_out import hashed
 from rl_llm.data.jsonl import check_text
+from rl_llm.files import write_atomically
 from rl_llm.rollout.experience import prompt_text
 from rl_llm.tasks import Problem, Task
 
@@ -124,3 +127,46 @@ def readable(text: str) -> bool:
   except DataError:
     return False
   return bool(text.strip())
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+  """Counts as a person reads them.
+
+  >>> in_words({"cut_off": 2, "failed_grades": 0})
+  '2 cut off, 0 failed grades'
+  """
+  return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def write_pairs(
+  path: Path,
+  problems: Sequence[Problem],
+  prompts: Sequence[Prompt],
+  samples: Sequence[dict[str, Any]],
+  *,
+  pairs_per_problem: int,
+  seed: int,
+) -> tuple[int, dict[str, int]]:
+  """Writes what `pair_up` gives as a JSONL file, in one move, once nothing can be refused any more.
+
+  Args:
+    path: of the file.
+    problems: as for `pair_up`, like all the rest.
+
+  Returns:
+    How many pairs there are, and the counts of `pair_up`.
+
+  Raises:
+    DataError: there are none.
+  """
+  sizes = {"pairs_per_problem": pairs_per_problem, "seed": seed}
+  rows, counts = pair_up(problems, prompts, samples, **sizes)
+  if not rows:
+    raise DataError(
+      f"none of {len(problems)} problems has a better and a worse answer that can be paired "
+      f"({in_words(counts)}); raise --samples, --temperature or --max_new_tokens, or take another "
+      "model"
+    )
+  content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+  write_atomically(path, content.encode("ascii"))
+  return len(rows), counts
