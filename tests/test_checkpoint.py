@@ -172,7 +172,7 @@ def test_restores_onto_other_devices(tmp_path):
   done = run_python(f"""
       import jax, jax.numpy as jnp, numpy as np
       from jax.sharding import AxisType, NamedSharding, PartitionSpec
-      from rl_llm.checkpoint import Checkpointer, abstract
+      from rl_llm.runs.checkpoint import Checkpointer
       mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
       split, copied = (NamedSharding(mesh, PartitionSpec(*a)) for a in (("data",), ()))
       wanted = {{"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split),
@@ -197,7 +197,7 @@ TWO_PROCESSES = """
     import jax, jax.numpy as jnp, numpy as np
     jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from rl_llm.checkpoint import Checkpointer
+    from rl_llm.runs.checkpoint import Checkpointer
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
     make = jax.jit(lambda: jnp.arange(8.0).reshape(4, 2), out_shardings=split)
@@ -468,8 +468,8 @@ def test_the_manifest_is_json_that_vouches_for_itself(two_steps):
 KILLS = """
     import os, random, signal, sys, time
     import jax, jax.numpy as jnp
-    import rl_llm.checkpoint
-    from rl_llm.checkpoint import Checkpointer
+    import rl_llm.runs.checkpoint
+    from rl_llm.runs.checkpoint import Checkpointer
     directory, kills = {directory!r}, {kills}
     rng, done, cut = random.Random(1), 0, 0
 
@@ -538,7 +538,7 @@ def test_sigkill_inside_a_save_loses_nothing_finished(tmp_path):
 SMALL_DISK = """
     import os, subprocess, sys
     import jax, jax.numpy as jnp
-    from rl_llm.checkpoint import Checkpointer, CheckpointError
+    from rl_llm.runs.checkpoint import Checkpointer, CheckpointError
     directory = {directory!r} + "/run"
     checkpointer = Checkpointer(directory)
     small = {{"w": jnp.ones((256, 1024))}}  # 1 MiB on 3 MiB
@@ -638,7 +638,7 @@ def test_orbax_keeps_quiet(tmp_path):
       from absl import logging as absl_logging
       absl_logging.set_verbosity(absl_logging.INFO)
       absl_logging.use_absl_handler()
-      from rl_llm.checkpoint import Checkpointer, abstract
+      from rl_llm.runs.checkpoint import Checkpointer
       state = {{"w": jnp.ones(3)}}
       checkpointer = Checkpointer({str(tmp_path)!r})
       checkpointer.save(1, state)

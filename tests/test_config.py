@@ -323,8 +323,8 @@ Takes a second.
 """
 import dataclasses
 from absl import logging
-from rl_llm import config
-from rl_llm.config import option
+from rl_llm.runs import config
+from rl_llm.runs.config import option
 from rl_llm.errors import UserError
 
 class ModelMissing(UserError):

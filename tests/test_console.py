@@ -190,7 +190,7 @@ def test_a_terminal_shows_a_bar_with_the_latest_figures_and_gets_its_cursor_back
 
 PROGRAM = """
 import os, signal, sys
-from rl_llm.console import Console
+from rl_llm.runs.console import Console
 with Console(total_steps=5) as console:
   for step in range(1, 4):
     console.step(step, {"reward_mean": 0.5})

@@ -22,10 +22,10 @@ from tests import processes
 PROGRAM = """
 import functools, os, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
-from rl_llm import hosts, sharding
-from rl_llm.config import ConfigError
-from rl_llm.interrupt import StopSignals
-from rl_llm.training import exit_code
+from rl_llm.parallel import hosts, sharding
+from rl_llm.errors import ConfigError
+from rl_llm.runs.signals import StopSignals
+from rl_llm.training.loop import exit_code
 
 def body(me):
 {body}
@@ -93,7 +93,7 @@ def test_each_grades_the_rows_that_its_devices_hold():
   """Rows that tensor parallelism lays on both are graded by one; all get all rewards."""
   found = ends(
     """
-from rl_llm.experience import Sampler, owners_of, score
+from rl_llm.rollout.experience import Sampler, owners_of, score
 from rl_llm.rewards import RewardResult
 from rl_llm.tasks import Problem
 seen = []
@@ -252,7 +252,7 @@ def test_slurm_says_who_belongs_together():
   """The five variables of an srun step, and no Slurm."""
   program = """
 import sys
-from rl_llm import hosts
+from rl_llm.parallel import hosts
 hosts.initialize(heartbeat=20, wait=300)
 sys.stderr.write(f"{hosts.exchange('a test', hosts.index())} of {hosts.count()}\\n")
 """

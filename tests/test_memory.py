@@ -14,7 +14,7 @@ from rl_llm.runs import memory
 # A block at the top of the heap stays, so that what lies below it is kept for what may come.
 KEEP = """
 import ctypes
-from rl_llm.memory import give_back_freed
+from rl_llm.runs.memory import give_back_freed
 
 def resident():
   pages = int(open("/proc/self/statm").read().split()[1])
