@@ -165,10 +165,10 @@ def test_replace_refuses_with_the_nearest_name(changes, message):
     build(overrides=changes)
 
 
-def test_validate_checks_what_was_built_by_hand():
-  assert config_lib.validate(Config(batch=2)) == Config(batch=2)
+def test_replace_checks_what_was_built_by_hand():
+  assert config_lib.replace(Config(batch=2), {}) == Config(batch=2)
   with pytest.raises(ConfigError, match="--loss.clip_high=-1: must be a finite number > 0"):
-    config_lib.validate(Config(loss=Loss(clip_high=-1)))
+    config_lib.replace(Config(loss=Loss(clip_high=-1)), {})
 
 
 def class_with(hint, field, **kwargs):
@@ -276,7 +276,7 @@ def test_no_text_given_to_a_flag_causes_any_other_error(field, text):
   except (ConfigError, flags.IllegalFlagValueError) as error:
     assert field in str(error)
   else:
-    assert config_lib.validate(config) is config
+    assert config_lib.replace(config, {}) == config
 
 
 SECRETS = {

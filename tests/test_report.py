@@ -73,7 +73,6 @@ def fake_run(folder, *, steps=30, every=5, extra=(), hostile="", problems=20, re
           "grad_norm": 1.5 + abs(rng.gauss(0, 0.5)),
           "loss": rng.gauss(0, 0.02),
           "logprob_gap_mean": 2e-6 + abs(rng.gauss(0, 5e-7)),
-          "logprob_gap_max": 2e-5 + abs(rng.gauss(0, 5e-6)),
           "frac_zero_std": 0.3 * abs(2 * step / steps - 1) + 0.05,
           "ratio": 1.0,
           "clip_low_fraction": 0.01 * rng.random(),

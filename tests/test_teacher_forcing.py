@@ -86,7 +86,7 @@ def test_packed_rows_have_the_same(model, given, plain):
   places = pack(given, length=14, pad_id=3)
   assert len(places.tokens) == 2
   for values, which in zip(computed(model, batch), (0, 1), strict=True):
-    own = unpack(values, places.rows[:, 0], places.starts[:, 0], places.lengths[:, 0], width=9)
+    own = unpack(values, places.rows, places.starts, places.lengths, width=9)
     for row, one in zip(own, plain, strict=True):
       np.testing.assert_allclose(row[: one.shape[1]], one[which], rtol=0, atol=1e-5)
 

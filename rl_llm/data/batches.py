@@ -110,7 +110,7 @@ def sequence_batch(
     ValueError: there are no sequences, more than `rows`, an empty one, or one whose first token is
       marked as trained on, which nothing predicts.
   """
-  check_sequences([(sequence,) for sequence in sequences])
+  check_sequences(sequences)
   width = bucket(max(len(sequence.tokens) for sequence in sequences))
   batch = _padding(len(sequences), width, pad_id)
   for row, sequence in enumerate(sequences):
@@ -187,7 +187,7 @@ def packed_with_values(
   packed = pack(sequences, length=length, pad_id=pad_id)
   batch = _fill(SequenceBatch(*packed[:4]), pad_id, rows)
   moved = np.zeros(batch.mask.shape, np.float32)
-  places = zip(packed.rows[:, 0], packed.starts[:, 0], packed.lengths[:, 0], strict=True)
+  places = zip(packed.rows, packed.starts, packed.lengths, strict=True)
   for own, (row, start, size) in zip(values, places, strict=False):
     moved[row, start : start + size] = own[:size]
   return batch, moved
@@ -237,7 +237,7 @@ def packed_shares(
       batches.append(_padding(height, length, pad_id))
       continue
     batches.append(_fill(SequenceBatch(*packed[:4]), pad_id, height))
-    found = packed.rows[:, 0] + share * height, packed.starts[:, 0], packed.lengths[:, 0]
+    found = packed.rows + share * height, packed.starts, packed.lengths
     first = share * per_share
     places[:, first : first + len(packed.rows)] = found
   joined = SequenceBatch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))

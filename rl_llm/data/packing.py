@@ -14,20 +14,20 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm.data.encoding import Encoded, Pair
+from rl_llm.data.encoding import Encoded
 
 
 class Packed(NamedTuple):
-  """N groups of G sequences (pairs: 2, the chosen one first; else 1) in R rows of T tokens.
+  """N sequences in R rows of T tokens.
 
   Attributes:
     tokens: [R, T] int32.
     mask: [R, T] bool, True = trained on.
     positions: [R, T] int32, from 0 in each sequence; 0 in padding.
     segment_ids: [R, T] int32, 1, 2, ... within a row; -1 is padding.
-    rows: [N, G] int32, the row a sequence is in.
-    starts: [N, G] int32, the column it begins at.
-    lengths: [N, G] int32, its tokens.
+    rows: [N] int32, the row a sequence is in.
+    starts: [N] int32, the column it begins at.
+    lengths: [N] int32, its tokens.
   """
 
   tokens: np.ndarray
@@ -59,30 +59,34 @@ def pack(sequences: Sequence[Encoded], *, length: int, pad_id: int) -> Packed:
     pad_id: what fills the rest; never seen.
 
   Returns:
-    A `Packed` with G = 1.
+    A `Packed`.
 
   Raises:
     ValueError: there are none, one is empty or does not fit into a row, or its first token is
       marked as trained on, which nothing predicts.
   """
-  return _pack([(sequence,) for sequence in sequences], length, pad_id)
-
-
-def pack_pairs(pairs: Sequence[Pair], *, length: int, pad_id: int) -> Packed:
-  """Packs pairs: both sequences of one go into the same row, so that any rows hold whole pairs.
-
-  Args:
-    pairs: from `encode_pair`, none longer than `length`, both sequences together.
-    length: as for `pack`.
-    pad_id: as for `pack`.
-
-  Returns:
-    A `Packed` with G = 2: `rows[:, 0]` says where the chosen ones are.
-
-  Raises:
-    ValueError: as for `pack`.
-  """
-  return _pack(pairs, length, pad_id)
+  check_sequences(sequences)
+  sizes = np.array([len(sequence.tokens) for sequence in sequences], np.int32)
+  for index, size in enumerate(sizes):
+    if size > length:
+      raise ValueError(
+        f"sequences: number {index} has {size} tokens, a row {length}; raise "
+        "length, or apply limit_sequences before"
+      )
+  rows, starts, count = _first_fit(sizes, length)
+  tokens = np.full((count, length), pad_id, np.int32)
+  mask = np.zeros((count, length), bool)
+  positions = np.zeros((count, length), np.int32)
+  segment_ids = np.full((count, length), -1, np.int32)
+  used = np.zeros(count, np.int32)  # Segments in each row so far.
+  for row, start, sequence in zip(rows, starts, sequences, strict=True):
+    place = slice(start, start + len(sequence.tokens))
+    used[row] += 1
+    tokens[row, place] = sequence.tokens
+    mask[row, place] = sequence.mask
+    positions[row, place] = np.arange(len(sequence.tokens))
+    segment_ids[row, place] = used[row]
+  return Packed(tokens, mask, positions, segment_ids, rows, starts, sizes)
 
 
 def unpack(
@@ -92,8 +96,7 @@ def unpack(
 
   >>> a, b = Encoded([3, 3, 3], [False, True, True], 1), Encoded([2, 2], [False, True], 1)
   >>> packed = pack([a, b], length=5, pad_id=0)
-  >>> unpack(packed.tokens, packed.rows[:, 0], packed.starts[:, 0], packed.lengths[:, 0],
-  ...        width=3).tolist()
+  >>> unpack(packed.tokens, packed.rows, packed.starts, packed.lengths, width=3).tolist()
   [[3, 3, 3], [2, 2, 0]]
 
   Args:
@@ -111,59 +114,30 @@ def unpack(
   return jnp.where(columns < lengths[:, None], gathered, jnp.zeros_like(gathered))
 
 
-def check_sequences(groups: Sequence[tuple[Encoded, ...]]) -> None:
+def check_sequences(sequences: Sequence[Encoded]) -> None:
   """Raises ValueError unless there are sequences, each with tokens and a first that is not trained.
 
   Args:
-    groups: tuples of sequences; a message gives the place of the tuple.
+    sequences: a message gives the place of the one that is wrong.
   """
-  if not groups:
+  if not sequences:
     raise ValueError("sequences: none given; pass at least one")
-  for index, group in enumerate(groups):
-    if not all(sequence.tokens for sequence in group):
+  for index, sequence in enumerate(sequences):
+    if not sequence.tokens:
       raise ValueError(f"sequences: number {index} has no tokens; drop it")
-    if any(sequence.mask[0] for sequence in group):
+    if sequence.mask[0]:
       raise ValueError(
         f"sequences: the first token of number {index} is marked as trained on, but nothing "
         "predicts it; set its mask to False"
       )
 
 
-def _pack(groups: Sequence[tuple[Encoded, ...]], length: int, pad_id: int) -> Packed:
-  check_sequences(groups)
-  sizes = np.array([[len(sequence.tokens) for sequence in group] for group in groups], np.int32)
-  for index, size in enumerate(sizes.sum(axis=1)):
-    if size > length:
-      raise ValueError(
-        f"sequences: number {index} has {size} tokens, a row {length}; raise "
-        "length, or apply limit_sequences or limit_pairs before"
-      )
-  rows, starts, count = _first_fit(sizes, length)
-  tokens = np.full((count, length), pad_id, np.int32)
-  mask = np.zeros((count, length), bool)
-  positions = np.zeros((count, length), np.int32)
-  segment_ids = np.full((count, length), -1, np.int32)
-  used = np.zeros(count, np.int32)  # Segments in each row so far.
-  for index, group in enumerate(groups):
-    for member, sequence in enumerate(group):
-      row, start = rows[index, member], starts[index, member]
-      place = slice(start, start + len(sequence.tokens))
-      used[row] += 1
-      tokens[row, place] = sequence.tokens
-      mask[row, place] = sequence.mask
-      positions[row, place] = np.arange(len(sequence.tokens))
-      segment_ids[row, place] = used[row]
-  return Packed(tokens, mask, positions, segment_ids, rows, starts, sizes)
-
-
 def _first_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, int]:
-  """Row and first column of each sequence, given [N, G] sizes; and the number of rows."""
-  room = np.full(len(sizes), length)  # At most a row for each group.
-  rows = np.zeros_like(sizes)
-  starts = np.zeros_like(sizes)
-  for index, group in enumerate(sizes):
-    row = int(np.argmax(room >= group.sum()))
-    rows[index] = row
-    starts[index] = length - room[row] + np.concatenate([[0], np.cumsum(group)[:-1]])
-    room[row] -= group.sum()
+  """Row and first column of each sequence, given [N] sizes; and the number of rows."""
+  room = np.full(len(sizes), length)  # At most a row for each.
+  rows, starts = np.zeros_like(sizes), np.zeros_like(sizes)
+  for index, size in enumerate(sizes):
+    row = int(np.argmax(room >= size))
+    rows[index], starts[index] = row, length - room[row]
+    room[row] -= size
   return rows, starts, int(rows.max()) + 1

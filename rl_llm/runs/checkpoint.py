@@ -55,23 +55,6 @@ class _DamagedError(CheckpointError):
   """A step whose files are not those its manifest describes."""
 
 
-def abstract(state: Any) -> Any:
-  """The shapes, dtypes and shardings of `state`, to restore into: it holds no memory.
-
-  `jax.eval_shape` gives the same without ever building the state, but drops the shardings.
-
-  >>> abstract({"w": jnp.zeros((2, 3))})["w"].shape
-  (2, 3)
-
-  Args:
-    state: any pytree of jax arrays.
-
-  Returns:
-    The same pytree with a `jax.ShapeDtypeStruct` in place of each array.
-  """
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
 class Checkpointer:
   """The checkpoints of one run, in one directory that belongs to it.
 
@@ -119,9 +102,7 @@ class Checkpointer:
   def __exit__(self, *unused: Any) -> None:
     """Nothing to wait for: a save is finished when `save` returns."""
 
-  def save(
-      self, step: int, state: Any, extra: dict | None = None, *, allow_nonfinite: bool = False
-  ) -> None:
+  def save(self, step: int, state: Any, extra: dict | None = None) -> None:
     """Writes one step; on return it is on the disk, and the oldest steps beyond `keep` are gone.
 
     Killed, out of space or interrupted at any point, it leaves the earlier steps as they were and
@@ -134,11 +115,10 @@ class Checkpointer:
         in `extra`.
       extra: a small dict that JSON can hold (config, seed, versions, position in the metrics file).
         Tuples come back as lists.
-      allow_nonfinite: save although a leaf holds NaN or infinity: otherwise refused, since a run
-        that has diverged would go on from it. The check runs on the device.
 
     Raises:
-      CheckpointError: as above, or the step could not be written; the message names the path.
+      CheckpointError: as above; a leaf holds NaN or infinity (checked on the device), from which no
+        run could resume; or the step could not be written. The message names the path.
       TypeError: a leaf is not a jax array, or `extra` is nothing JSON can hold.
       ValueError: step is not an int >= 0.
     """
@@ -150,8 +130,7 @@ class Checkpointer:
         raise TypeError(f"state leaf {name} is a {type(leaf).__name__}; make it a jax array "
                         "(jnp.asarray) or put it in `extra`")
     extra = _checked_extra(extra)
-    if not allow_nonfinite:
-      _refuse_nonfinite(step, leaves)
+    _refuse_nonfinite(step, leaves)
     final, aside = self.directory / str(step), self.directory / f"{_SAVING}{step}"
     taken = hosts.is_main() and step in self._steps() and bool(self._sound(step))
     if hosts.share(f"the checkpoint of step {step}", taken):
@@ -214,20 +193,17 @@ class Checkpointer:
           "restore one from a backup, or delete the run's directory to begin anew")
     return None if found is None else found["step"]
 
-  def restore(
-      self, abstract_state: Any, step: int | None = None, *, cast: bool = False
-  ) -> tuple[int, Any, dict]:
+  def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
     """Reads a step into the structure, dtypes and shardings of `abstract_state`.
 
     The two trees are compared first, leaf by leaf, by path, shape and dtype. Only the paths count:
     a NamedTuple may become a dict with the same names.
 
     Args:
-      abstract_state: a pytree of `jax.ShapeDtypeStruct` (from `jax.eval_shape` or `abstract`) or of
+      abstract_state: a pytree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`) or of
         arrays. A leaf with a sharding is read into it, on whatever devices it names; one without
         goes to the first local device.
       step: which step; by default the newest that verifies.
-      cast: read floats into other floats and ints into other ints, where the dtypes differ.
 
     Returns:
       The step, the state, and `extra` as given to `save`.
@@ -244,7 +220,7 @@ class Checkpointer:
     else:
       manifest = _verified(self.directory / str(step), step)
     wanted = _named_leaves(abstract_state)
-    _compare_trees(self.directory / str(manifest["step"]), manifest["leaves"], wanted, cast)
+    _compare_trees(self.directory / str(manifest["step"]), manifest["leaves"], wanted)
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
         for name, leaf in wanted.items()
@@ -377,7 +353,7 @@ def _describe(leaves: dict[str, Any]) -> list[list]:
   return [[name, str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()]
 
 
-def _compare_trees(path: Path, saved: list[list], wanted: dict[str, Any], cast: bool) -> None:
+def _compare_trees(path: Path, saved: list[list], wanted: dict[str, Any]) -> None:
   """Raises CheckpointError listing the first leaves whose presence, shape or dtype differs."""
   have = {name: (dtype, tuple(shape)) for name, dtype, shape in saved}
   want = {name: (dtype, tuple(shape)) for name, dtype, shape in _describe(wanted)}
@@ -390,25 +366,18 @@ def _compare_trees(path: Path, saved: list[list], wanted: dict[str, Any], cast: 
     elif have[name][1] != want[name][1]:
       structure.append(
           f"{name}: shape {have[name][1]} in the checkpoint, {want[name][1]} asked for")
-    elif have[name][0] != want[name][0] and not (cast and _castable(have[name][0], want[name][0])):
+    elif have[name][0] != want[name][0]:
       dtypes.append(f"{name}: dtype {have[name][0]} in the checkpoint, {want[name][0]} asked for")
   differences = structure + dtypes
   if differences:
     lines = differences[:_MAX_LISTED]
     if len(differences) > len(lines):
       lines.append(f"and {len(differences) - len(lines)} more")
-    fix = ("use the model and optimiser settings it was saved with" if structure or cast else
-           "use the dtypes it was saved with, or pass cast=True to convert")
+    fix = ("use the model and optimiser settings it was saved with" if structure else
+           "use the dtypes it was saved with")
     listed = "\n  ".join(lines)
     raise CheckpointError(f"{path} does not fit the state asked for; {len(differences)} leaves "
                           f"differ:\n  {listed}\nFix: {fix}")
-
-
-def _castable(saved: str, wanted: str) -> bool:
-  if "key<" in saved + wanted:
-    return False
-  return any(jnp.issubdtype(jnp.dtype(saved), kind) and jnp.issubdtype(jnp.dtype(wanted), kind)
-             for kind in (jnp.floating, jnp.integer))
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
@@ -431,8 +400,7 @@ def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
     listed = ", ".join(bad[:_MAX_LISTED])
     raise CheckpointError(
         f"step {step} is not saved: {len(bad)} of {len(leaves)} leaves hold NaN or infinity, first "
-        f"{listed}. Go on from the last checkpoint with a lower learning rate; from Python, "
-        "allow_nonfinite=True saves it all the same")
+        f"{listed}. Resume from the last checkpoint with a lower learning rate")
 
 
 # Files

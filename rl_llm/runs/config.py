@@ -492,22 +492,6 @@ def to_flags(config: Any, paths: Iterable[str]) -> list[str]:
   return [f"--{path}={_text(leaves[path], leaves[path].default)}" for path in paths]
 
 
-def validate(config: Any) -> Any:
-  """Checks a config that was built by hand, as `from_flags` checks one built from flags.
-
-  Args:
-    config: an instance of a frozen dataclass.
-
-  Returns:
-    The config itself, so that the check can stand inside an expression.
-
-  Raises:
-    ConfigError: a value has the wrong type, is not finite, or is outside its bounds.
-  """
-  _leaves(type(config), default=config)
-  return config
-
-
 def _build(config_class: type, values: Mapping[str, Any], prefix: str = "") -> Any:
   hints = typing.get_type_hints(config_class)
   return config_class(

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from rl_llm.data.encoding import Encoded, Pair
-from rl_llm.data.packing import pack, pack_pairs, unpack
+from rl_llm.data.encoding import Encoded
+from rl_llm.data.packing import pack, unpack
 from rl_llm.logprobs import token_logprobs
 from rl_llm.policy.configs import tiny_config
 from rl_llm.policy.transformer import make_policy
@@ -53,23 +53,9 @@ def test_rows_hold_what_first_fit_puts_there_and_nothing_is_lost():
   assert packed.mask.sum() == sum(sum(s.mask) for s in given)
   back = [
     packed.tokens[r, s : s + n].tolist()
-    for [r], [s], [n] in zip(packed.rows, packed.starts, packed.lengths, strict=True)
+    for r, s, n in zip(packed.rows, packed.starts, packed.lengths, strict=True)
   ]
   assert back == [s.tokens for s in given]
-
-
-def test_pairs_stay_together():
-  given = sequences([1 + n // 2 for n in SIZES])
-  pairs = [Pair(*given[i : i + 2]) for i in range(0, len(given), 2)]
-  packed = pack_pairs(pairs, length=20, pad_id=0)
-  assert (packed.rows[:, 0] == packed.rows[:, 1]).all()
-  for member in (0, 1):
-    place = packed.rows[:, member], packed.starts[:, member], packed.lengths[:, member]
-    rows = np.asarray(unpack(packed.tokens, *place, width=10))
-    for row, pair in zip(rows, pairs, strict=True):
-      assert row.tolist() == pair[member].tokens + [0] * (10 - len(pair[member].tokens))
-  sizes = [len(pair.chosen.tokens) + len(pair.rejected.tokens) for pair in pairs]
-  assert len(packed.tokens) == len(first_fit(sizes, 20)) < len(pairs)
 
 
 def test_logprobs_are_those_of_rows_of_their_own():
@@ -90,10 +76,10 @@ def test_logprobs_are_those_of_rows_of_their_own():
   arrays = [np.concatenate(parts) for parts in zip(packed, merged, *alone, strict=True)]
   rows = type(packed)(*arrays)
   values = logprobs(params, rows.tokens, rows.positions, rows.segment_ids)
-  size = packed.lengths[:, 0] - 1
+  size = packed.lengths - 1
   own = unpack(values[4:], np.arange(5), np.zeros(5, int), size, width=8)
   found, seen = (
-    unpack(part, packed.rows[:, 0], packed.starts[:, 0], size, width=8)
+    unpack(part, packed.rows, packed.starts, size, width=8)
     for part in (values[:2], values[2:4])
   )
   np.testing.assert_allclose(found, own, rtol=0, atol=1e-5)
