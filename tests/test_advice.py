@@ -27,6 +27,8 @@ NEVER_SHOWN = {
   ("experiments.compare", "rl_llm.parallel.hosts"): "it starts other commands and joins no process",
   ("experiments.compare", "rl_llm.parallel.stderr_filter"): "as above",
   ("experiments.reward_model", "experiments.flags.Data"): "it asks for --data before",
+  ("experiments.evaluate", "experiments.setup.load_task"): "it has no group eval, and asks itself",
+  ("experiments.make_preferences", "experiments.setup.load_task"): "it has no group eval",
   ("experiments.dpo", "rl_llm.rollout.experience.make_judge"):
     "without --reward it is the task's grader",
   ("experiments.sft", "rl_llm.rollout.experience.make_judge"): "as above",

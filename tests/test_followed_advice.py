@@ -30,7 +30,7 @@ from experiments import (
   sft,
 )
 from launch import halving, run, sweep
-from launch.backends import gke, local, slurm, tpu
+from launch.backends import gke, slots, slurm, tpu
 from launch.backends import population as populations
 from rl_llm import evaluation, policy, tasks
 from rl_llm.data import encoding, formats, held_out, loading, prompts
@@ -64,7 +64,7 @@ NOT_FOLLOWED = {
 }
 # Where texts with flags are pages, scripts and names, and no errors.
 NO_ERRORS = {
-  ("rl_llm.runs.report", "_PAGE"), ("rl_llm.runs.run_directory", "started_with"),
+  ("rl_llm.runs.report_page", "_PAGE"), ("rl_llm.runs.run_directory", "started_with"),
   ("experiments.compare", "METHODS"), ("launch.backends.slurm", "lines"),
   ("launch.backends.tpu", "lines"),
 }
@@ -416,8 +416,8 @@ def follow_devices(said, path):
   sharding.check_rows(mesh, {"pairs_per_step": int(value)})
   smaller = jax.sharding.AbstractMesh((1, 2, 1), sharding.AXES)
   sharding.check_rows(smaller, {"pairs_per_step": 6})
-  refused(said, local.slots, ["0"], devices_per_trial=2, parallel=1)
-  local.slots(["0", "1"], devices_per_trial=2, parallel=1)
+  refused(said, slots.share_out, ["0"], devices_per_trial=2, parallel=1)
+  slots.share_out(["0", "1"], devices_per_trial=2, parallel=1)
 
 
 def follow_adapters(said, path):
@@ -536,6 +536,12 @@ def follow_unknown_flags(said, path):
 
   refused(said, config, "help")
   assert config("another_name") == {"another_name": 1}
+
+
+def follow_names_of_other_systems(said, path):
+  for name in ("deepspeed", "zero_stage"):
+    refused(said, replace, grpo.Config(), {name: "3"})
+  checked(grpo, configured(grpo, {"mesh.fsdp": 2}))
 
 
 def follow_sweep_files(said, path):
