@@ -69,9 +69,11 @@ from rl_llm.losses.unpaired import (
   xpo_loss,
 )
 
-# Those of one interface each, the usual one first: what an experiment offers by name.
+# To offer a loss in the experiments, add it here: --loss= knows its name, and its keywords are
+# flags (`rl_llm.runs.keywords`). The first is the default. All of a tuple have one interface:
 # (logprobs, old_logprobs, advantages, weights, *, mask=None, ...), but for REINFORCE, which has no
-# old policy.
+# old policy. A loss that is not 0 where the advantage is 0 must also be named in
+# `policy_term_only` of experiments/grpo.py, which leaves such responses out.
 POLICY_LOSSES = (
   grpo_loss,
   ppo_loss,

@@ -113,8 +113,7 @@ class Checkpointer:
         else there is replaced.
       state: any pytree of jax arrays (typed PRNG keys and bfloat16 included). Python numbers belong
         in `extra`.
-      extra: a small dict that JSON can hold (config, seed, versions, position in the metrics file).
-        Tuples come back as lists.
+      extra: a small dict that JSON can hold, for whoever restores it. Tuples come back as lists.
 
     Raises:
       CheckpointError: as above; a leaf holds NaN or infinity (checked on the device), from which no
@@ -387,8 +386,11 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
 
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  """Of each leaf, in one program: of many at once, all with collectives, CPU devices may each begin
-  another, and wait for one another for ever."""
+  """Whether each leaf is finite, in one program.
+
+  With a program for each leaf, CPU devices could start different ones, and each would wait for the
+  others in its own collective.
+  """
   return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
@@ -517,7 +519,7 @@ def _orbax_context() -> ocp.Context:
 
 
 def _of_all_processes(state: Any) -> Any:
-  """The state with what each process has for itself, alike, as one array of them all."""
+  """The state with arrays that each process holds in full turned into global, replicated ones."""
   if hosts.count() == 1:
     return state
   mesh = make_mesh()

@@ -35,8 +35,9 @@ def keyword_group(
 ) -> type:
   """A frozen dataclass: `name`, one of the functions, and every keyword that one of them has.
 
-  Keyword-only parameters are settings unless `Args:` describes an array, whose text begins with its
-  shape. A parameter without an annotation has the type of its default; `None` stands for a float.
+  A keyword-only parameter is a setting, and so a flag. It is an array, and no flag, if its text
+  under `Args:` begins with a shape such as [B, T]. Without an annotation its type is that of its
+  default; a default of None stands for a float.
 
   >>> from rl_llm.losses import cispo_loss, ppo_loss
   >>> Loss = keyword_group("loss", "The surrogate.", (ppo_loss, cispo_loss), shape=(1, 1))

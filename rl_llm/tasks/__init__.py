@@ -35,8 +35,9 @@ __all__ = [
   "task_family",
 ]
 
-# Everything that a task's name decides, in one place: its options, and the function that makes it
-# of the options, and before them of what stands after the colon, if its name takes something.
+# To add a task, add a line: --task= knows its name, and every field of its options is a flag.
+# name -> (options, function). The function takes (options); or, if the name has a part after a
+# colon as in "jsonl:FILE", (that part, options).
 TASKS = {
   "arithmetic": (ArithmeticOptions, arithmetic_task),
   "copy": (CopyOptions, copy_task),
