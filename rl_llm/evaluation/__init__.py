@@ -1,6 +1,6 @@
 """How good a model is: accuracy, pass@k and majority@k on held-out problems, with intervals."""
 
-from rl_llm.evaluation.evaluate import (
+from rl_llm.evaluation.accuracy import (
   Evaluation,
   accuracy,
   accuracy_interval,

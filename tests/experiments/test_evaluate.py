@@ -21,8 +21,8 @@ from experiments import evaluate, make_preferences
 from rl_llm import rollout
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.errors import ConfigError
+from rl_llm.evaluation import accuracy as evaluation
 from rl_llm.evaluation import estimate_interval
-from rl_llm.evaluation import evaluate as evaluation
 from rl_llm.files import locked
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import LanguageModel
@@ -265,7 +265,7 @@ def test_weights_that_changed_under_one_name_do_not_mix(finished, files, models,
 
 def test_devices_that_take_other_batches_do_not_mix(finished, files, monkeypatch):
   """A batch is a line of the record: on eight devices it would have other problems."""
-  monkeypatch.setattr("rl_llm.evaluation.evaluate.row_shards", lambda mesh: 8)
+  monkeypatch.setattr("rl_llm.evaluation.accuracy.row_shards", lambda mesh: 8)
   with pytest.raises(ConfigError, match=r"--workdir=.* begun with batches of \d+ problems, and 8"):
     evaluate.measure(settings(files), str(finished))
 
