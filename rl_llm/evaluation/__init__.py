@@ -1,6 +1,6 @@
 """How good a model is: accuracy, pass@k and majority@k on held-out problems, with intervals."""
 
-from rl_llm.evaluation.accuracy import (
+from rl_llm.evaluation.measure import (
   Evaluation,
   accuracy,
   accuracy_interval,

@@ -423,7 +423,7 @@ def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
   [
     ({"data": "on_policy"}, r"--data=on_policy: must be a file where there is no task"),
     ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0, where nothing else"),
-    ({"microbatch_pairs": 3}, r"--microbatch_pairs=3: must be a divisor.*--microbatch_pairs=1"),
+    ({"microbatch_pairs": 3}, r"--microbatch_pairs=3: must be a divisor.*--microbatch_pairs=2"),
     ({"loss.gamma": 1.0}, r"--loss\.gamma=1\.0: must be left out with --loss=dpo_loss; which has "
      "beta, label_smoothing, divergence, alpha"),
     ({"loss.shift": "batch"}, r"--loss\.shift=batch: must be left out with --loss=dpo_loss"),

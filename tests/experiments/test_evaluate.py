@@ -21,8 +21,8 @@ from experiments import evaluate, make_preferences
 from rl_llm import rollout
 from rl_llm.data.prompts import PromptTooLong
 from rl_llm.errors import ConfigError
-from rl_llm.evaluation import accuracy as evaluation
 from rl_llm.evaluation import estimate_interval
+from rl_llm.evaluation import measure as evaluation
 from rl_llm.files import locked
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import LanguageModel
@@ -251,9 +251,11 @@ def test_what_changes_no_response_may_change_from_one_call_to_the_next():
   own = volatile(evaluate.Config())
   of_machines = {name for name in own if name.startswith(("mesh.", "distributed."))}
   assert len(of_machines) == 10
-  assert own - of_machines == {"workdir", "k", "reward_workers"}
+  assert own - of_machines == {"workdir", "k", "reward_workers", "compile_cache"}
   pairs = volatile(make_preferences.Config())
-  assert pairs - of_machines == {"workdir", "out", "pairs_per_problem", "reward_workers"}
+  assert pairs - of_machines == {
+    "workdir", "out", "pairs_per_problem", "reward_workers", "compile_cache"
+  }
 
 
 def test_weights_that_changed_under_one_name_do_not_mix(finished, files, models, monkeypatch):
@@ -265,7 +267,7 @@ def test_weights_that_changed_under_one_name_do_not_mix(finished, files, models,
 
 def test_devices_that_take_other_batches_do_not_mix(finished, files, monkeypatch):
   """A batch is a line of the record: on eight devices it would have other problems."""
-  monkeypatch.setattr("rl_llm.evaluation.accuracy.row_shards", lambda mesh: 8)
+  monkeypatch.setattr("rl_llm.evaluation.measure.row_shards", lambda mesh: 8)
   with pytest.raises(ConfigError, match=r"--workdir=.* begun with batches of \d+ problems, and 8"):
     evaluate.measure(settings(files), str(finished))
 

@@ -11,7 +11,7 @@ import pytest
 from experiments import make_preferences
 from rl_llm.data import DataError, read_dataset
 from rl_llm.errors import ConfigError
-from rl_llm.evaluation import accuracy as evaluation
+from rl_llm.evaluation import measure as evaluation
 from rl_llm.rollout import preferences
 from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read, without_timings

@@ -175,7 +175,7 @@ def test_what_only_shows_changes_no_weight(tmp_path, small, data):
   ("changes", "message"),
   [
     ({"data": ""}, "--data=: must be a file of preference pairs.*make_preferences"),
-    ({"microbatch_pairs": 3}, "--microbatch_pairs=3: must be a divisor.*--microbatch_pairs=1"),
+    ({"microbatch_pairs": 3}, "--microbatch_pairs=3: must be a divisor.*--microbatch_pairs=2"),
     ({"optimizer.schedule": "linear", "optimizer.warmup_steps": 9}, "--optimizer.warmup_steps=9"),
   ],
 )
