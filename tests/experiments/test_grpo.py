@@ -389,7 +389,7 @@ def compiled_in(records):
 def test_the_update_itself_says_which_leaf_was_not_finite(
   tmp_path, small, files, monkeypatch, caplog, experiment, loss
 ):
-  """In the step that ends the run no gradient is computed again: the weights alone are looked at."""
+  """In the step that ends the run no gradient is computed again; the weights alone are read."""
   make_loss, learned = getattr(experiment, loss), []
 
   def make_broken_loss(*args, **keywords):
