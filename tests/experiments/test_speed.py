@@ -116,8 +116,11 @@ def test_groups_that_teach_nothing_and_responses_without_a_reward_are_not_traine
 def given(experiment, tmp_path):
   """Settings of a run on texts that are all of one length: 3 tokens, then 5 and the end's."""
   path = tmp_path / "data.jsonl"
-  answers = ["completion"] if experiment is sft else ["chosen", "rejected"]
-  rows = [{"prompt": f"{chr(97 + n)}??"} | {a: a[:1] * 5 for a in answers} for n in range(20)]
+  # No letter that Chatty takes for an end: such a text would be taken for one that has its own.
+  answers = {"chosen": "c" * 5, "rejected": "s" * 5}
+  if experiment is sft:
+    answers = {"completion": "c" * 5}
+  rows = [{"prompt": f"{chr(97 + n)}??"} | answers for n in range(20)]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   found = {
     "model": "tiny", "data": str(path), "prompt_format": "plain", "held_out_fraction": 0.2
