@@ -29,6 +29,7 @@ from rl_llm.policy.model_files import (
   INDEX,
   SINGLE,
   Tensors,
+  check_numbers,
   damaged,
   import_safetensors,
   inside,
@@ -130,7 +131,8 @@ def assemble(
     Parameters, float32.
 
   Raises:
-    WeightsError: a tensor is missing, is not part of the model, or has another shape.
+    WeightsError: a tensor is missing, is not part of the model, has another shape, or holds NaN or
+      infinity.
   """
   names = {path: name_of(path) for path in wanted}
   missing = sorted(set(names.values()) - set(shapes))
@@ -160,6 +162,11 @@ def assemble(
         f"the config says {shape}; use the config that belongs to these weights"
       )
 
+  def part_of(path: str, part: tuple[Any, ...]) -> np.ndarray:
+    array = np.asarray(read(names[path], part), np.float32)
+    check_numbers(array, f"{source}: tensor '{names[path]}'")
+    return array
+
   def nested(leaf_of: Callable[[str], Any]) -> Params:
     params: Params = {}
     for path in wanted:
@@ -171,14 +178,14 @@ def assemble(
     return params
 
   if layout is None:
-    return nested(lambda path: jnp.array(read(names[path], (...,)), jnp.float32))
+    return nested(lambda path: jnp.array(part_of(path, (...,))))
   shardings = layout(nested(lambda path: jax.ShapeDtypeStruct(wanted[path], jnp.float32)))
   shardings = dict(_leaves(shardings))
 
   def leaf(path: str) -> jax.Array:
     @functools.cache  # Devices that hold the same part share one reading.
     def part(*bounds: tuple[int, int]) -> np.ndarray:
-      return np.asarray(read(names[path], tuple(slice(*b) for b in bounds)), np.float32)
+      return part_of(path, tuple(slice(*b) for b in bounds))
 
     def of_index(index: tuple[slice, ...]) -> np.ndarray:
       return part(*(s.indices(size)[:2] for s, size in zip(index, wanted[path], strict=True)))
@@ -496,7 +503,9 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> Params:
         raise WeightsError(
           f"{where} has rank {found[rank_axis]}, the rank asked for is {wanted[rank_axis]}; {fix}"
         )
-      place[leaf] = jnp.array(tensors.pop(name), jnp.float32)
+      array = np.asarray(tensors.pop(name), np.float32)
+      check_numbers(array, where)
+      place[leaf] = jnp.array(array)
     scale, rank = float(node["lora_scale"]), len(node["lora_a"])
     if np.float32(entries["lora_alpha"] / rank) != np.float32(scale):
       raise WeightsError(

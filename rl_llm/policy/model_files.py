@@ -166,6 +166,21 @@ def what_holds(names: Iterable[str]) -> str:
   return next(found, "")
 
 
+def check_numbers(array: np.ndarray, where: str) -> None:
+  """Refuses weights that are not numbers: one of them makes every answer nonsense.
+
+  Args:
+    array: float.
+    where: which tensor of what, for the error.
+  """
+  with np.errstate(over="ignore", invalid="ignore"):
+    total = np.sum(array)  # Several times as fast as a look at each.
+  if not np.isfinite(total) and not np.isfinite(array).all():
+    raise WeightsError(
+      f"{where} holds NaN or infinity; download the model again, or take an earlier checkpoint"
+    )
+
+
 def damaged(path: Path, error: Exception) -> WeightsError:
   """The error of a file that cannot be read to its end."""
   return WeightsError(f"{path}: damaged or truncated ({error}); download the file again")

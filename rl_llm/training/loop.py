@@ -32,7 +32,6 @@ from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.chips import Peak
 from rl_llm.runs.config import volatile
 from rl_llm.runs.console import Console, number
-from rl_llm.runs.finite import cause_in, nonfinite_weights
 from rl_llm.runs.flops import Work
 from rl_llm.runs.memory import freed_given_back
 from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, read
@@ -367,8 +366,6 @@ def failure_of(step: Step, *, max_skipped: int) -> str:
 
 def diagnosis(params: Any, nonfinite_leaves: Any, skipped: int) -> str:
   """What to say of that many updates in a row without a finite gradient."""
-  if nonfinite_weights(params):
-    return f"{skipped} updates in a row had no finite gradient: {cause_in(params)}"
   return (
     f"{skipped} updates in a row had a gradient that is not finite, first in "
     f"{name_nonfinite(params, nonfinite_leaves)}; the parameters are those before them. Lower "

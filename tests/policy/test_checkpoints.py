@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from rl_llm.parallel.sharding import make_mesh, tree_shardings
 from rl_llm.policy import (
   WeightsError,
   config_from_hf,
+  join,
+  load_adapter,
   load_gguf,
   load_hf,
   load_weights,
   make_policy,
+  save_adapter,
   save_hf,
+  split_lora,
   tiny_config,
 )
 from rl_llm.policy.hf import hf_name, leaf_shapes
@@ -107,6 +113,45 @@ def test_a_missing_head_is_named(tmp_path, tiny):
   # The cure that the error names.
   edit_json(tmp_path / "model/config.json", tie_word_embeddings=True)
   assert_equal(load_hf(tmp_path / "model")[1], tiny[1])
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("mesh", [False, True])
+def test_weights_that_are_no_numbers_are_refused_by_name(directory, value, mesh):
+  name = "model.layers.1.mlp.up_proj.weight"
+
+  def change(tensors):
+    tensors[name][3, 5] = value
+    return tensors
+
+  edit(directory, change)
+  layout = functools.partial(tree_shardings, mesh=make_mesh(data=1)) if mesh else None
+  with pytest.raises(WeightsError, match=f"tensor '{name}' holds NaN or infinity; download"):
+    load_hf(directory, layout=layout)
+
+
+def test_large_weights_are_numbers(directory):
+  """Their sum is none."""
+  edit(directory, lambda t: t | {"model.norm.weight": np.full(64, 3e38, np.float32)})
+  assert np.isinf(np.sum(load_hf(directory)[1]["final_norm"]["scale"]))
+
+
+def test_a_gguf_and_an_adapter_that_hold_nan_are_refused(tmp_path, tiny):
+  config, params = tiny
+  broken = params | {"final_norm": {"scale": params["final_norm"]["scale"].at[0].set(np.nan)}}
+  write_gguf(tmp_path / "model.gguf", config, broken, "llama")
+  with pytest.raises(WeightsError, match="tensor 'output_norm.weight' holds NaN or infinity"):
+    load_gguf(tmp_path / "model.gguf")
+  settings = {"rank": 2, "alpha": 4.0, "targets": "mlp/up"}
+  frozen, trained = split_lora(params, jax.random.key(0), **settings)
+  trained["layers_0"]["mlp"]["up"]["lora_a"] *= np.nan
+  save_adapter(tmp_path / "adapter", join(frozen, trained), base="x")
+  asked = join(*split_lora(params, jax.random.key(1), **settings))
+  with pytest.raises(WeightsError, match="leaf 'layers_0/mlp/up/lora_a' holds NaN or infinity"):
+    load_adapter(tmp_path / "adapter", asked)
 
 
 # Names.
