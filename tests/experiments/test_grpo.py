@@ -389,7 +389,7 @@ def compiled_in(records):
 def test_the_update_itself_says_which_leaf_was_not_finite(
   tmp_path, small, files, monkeypatch, caplog, experiment, loss
 ):
-  """In the step that ends the run no gradient is computed again; the weights alone are read."""
+  """Nothing is compiled in the step that ends the run: nothing is computed again to find it."""
   make_loss, learned = getattr(experiment, loss), []
 
   def make_broken_loss(*args, **keywords):
@@ -428,7 +428,7 @@ def test_the_update_itself_says_which_leaf_was_not_finite(
   assert str(raised.value).startswith(said)
   assert len(learned) == 2
   assert "update" in compiled_in(caplog.records[learned[0] : learned[1]])
-  assert set(compiled_in(caplog.records[learned[1] :])) <= {"_all_finite"}
+  assert compiled_in(caplog.records[learned[1] :]) == []
 
 
 # Compilations.
