@@ -63,7 +63,7 @@ class Config:
 
   model: str = option("smollm2", "what every method begins with, as in experiments.grpo")
   task: str = option("arithmetic", "the task of all, as in experiments.grpo")
-  methods: tuple[str, ...] = option(tuple(METHODS), "which of them", choices=METHODS)
+  methods: tuple[str, ...] = option(tuple(METHODS), "methods to compare", choices=METHODS)
   seeds: tuple[int, ...] = option((0, 1, 2), "one run of each method for each", min=0)
   steps: int = option(16, "rollouts of each run", min=1)
   prompts_per_step: int = option(12, "problems a rollout", min=1)

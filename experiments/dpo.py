@@ -61,7 +61,7 @@ Loss = keywords.keyword_group(
       None, "BCO: the reward of an answer neither good nor bad; batch = between the means of both"
     )),
     "logprobs": (typing.Literal["auto", "sum", "mean"], configs.option(
-      "auto", "of an answer's tokens; auto = mean for ipo_loss, simpo_loss and orpo_loss, else sum"
+      "auto", "over an answer; auto = mean for ipo_loss, simpo_loss and orpo_loss, else sum"
     )),
     "sft_coef": (float, configs.option(
       0.0, "factor of the chosen answers' likelihood per token, added to any loss (RPO)", min=0

@@ -41,14 +41,14 @@ class Config:
   model: flags.Weights = configs.inline(flags.Weights())
   task: flags.Task = configs.inline(flags.Task())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
-  split: Literal["held_out", "train"] = option("held_out", "which of the task's problems")
-  problems: int = option(0, "how many; 0 = all that are held out", min=0)
+  split: Literal["held_out", "train"] = option("held_out", "whose problems are used")
+  problems: int = option(0, "problems to sample; 0 = all that are held out", min=0)
   difficulty_column: str = option(
     "", "a column of the problems to tell them apart by; empty = as the task does"
   )
   samples: int = option(8, "S, responses sampled for each problem", min=1, max=256)
   k: tuple[int, ...] = option(
-    (1, 4, 8), "of pass@k and majority@k, each at most samples", min=1, volatile=True
+    (1, 4, 8), "values of k for pass@k and majority@k, each at most samples", min=1, volatile=True
   )
   greedy: bool = option(True, "also report the greedy response")
   responses: flags.Responses = configs.inline(flags.Responses())

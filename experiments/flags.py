@@ -49,7 +49,7 @@ class Distributed:
     False, "--distributed for short: join the others, found by Slurm, Open MPI, GKE or the TPU VM"
   )
   coordinator: str = option("", "HOST:PORT of process 0, where none of these says it")
-  processes: int = option(0, "how many there are, where none of these says it", min=0)
+  processes: int = option(0, "number of processes, where none of these says it", min=0)
   process_id: int = option(-1, "this one's number, from 0, where none of these says it", min=-1)
   heartbeat: int = option(
     100, "seconds without a sign of life after which a process is lost, and the others end", min=1
@@ -79,9 +79,9 @@ class Record:
   """The directory, and what its content is a function of."""
 
   workdir: str = option(
-    "", "where it is; empty = runs/<experiment>-<model>-<task or data>-seed<seed>", volatile=True
+    "", "its directory; empty = runs/<experiment>-<model>-<task or data>-seed<seed>", volatile=True
   )
-  seed: int = option(0, "of problems, samples and order, and of the tiny model's weights", min=0)
+  seed: int = option(0, "random seed; also of the tiny model's weights", min=0)
   compile_cache: str = option(
     "auto", "directory that keeps compiled programs for later runs; auto = in your own cache "
     "directory, none = nowhere", volatile=True
@@ -131,11 +131,11 @@ class Optimizer:
   learning_rate: float = option(1.5e-5, "after warm-up", above=0)
   schedule: Literal["constant", "linear", "cosine"] = option("constant", "towards 0 at the end")
   warmup_steps: int = option(0, "steps over which the learning rate rises from 0", min=0)
-  b1: float = option(0.9, "decay of the mean gradient", min=0, below=1)
-  b2: float = option(0.95, "decay of the mean squared gradient", min=0, below=1)
-  eps: float = option(1e-8, "added to its root", above=0)
-  weight_decay: float = option(0.0, "of matrices, decoupled", min=0)
-  max_grad_norm: float = option(1.0, "longer gradients are scaled down; 0 = never", min=0)
+  b1: float = option(0.9, "Adam's decay rate of the mean gradient", min=0, below=1)
+  b2: float = option(0.95, "Adam's decay rate of the mean squared gradient", min=0, below=1)
+  eps: float = option(1e-8, "added to the root of the mean squared gradient", above=0)
+  weight_decay: float = option(0.0, "decoupled weight decay of matrices", min=0)
+  max_grad_norm: float = option(1.0, "gradients of a larger norm are scaled down; 0 = never", min=0)
   mu_dtype: Literal["float32", "bfloat16"] = option("float32", "in which the mean gradient is kept")
   max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
 
@@ -153,7 +153,7 @@ class Optimizer:
 class Lora:
   """Train thin matrices next to the weights instead of the weights."""
 
-  rank: int = option(0, "of each change; 0 trains all weights", min=0)
+  rank: int = option(0, "rank of the adapters; 0 trains all weights instead", min=0)
   alpha: float = option(32.0, "the change is multiplied by alpha / rank", above=0)
   targets: str = option("attention|mlp", "pattern found in the paths of the weights to adapt")
   adapter: str = option(
@@ -170,10 +170,10 @@ class Weights:
     "smollm2", "smollm2, tiny, a Hugging Face directory (also a run's model), or a .gguf file"
   )
   dtype: Literal["float32", "bfloat16"] = option(
-    "float32", "of the arithmetic; weights, their gradients' sum and log-probs stay float32"
+    "float32", "dtype of the arithmetic; weights, their gradients' sum and log-probs stay float32"
   )
   matmul_precision: Literal["auto", "default", "high", "highest"] = option(
-    "auto", "of float32 products: highest = float32, default = what the device does fastest, TF32 "
+    "auto", "float32 products: highest = float32, default = what the device does fastest, TF32 "
     "on a GPU and bfloat16 on a TPU, high = between them; auto = highest with --dtype=float32"
   )
 
@@ -276,7 +276,7 @@ class Evaluation:
   every: int = option(
     16, "steps between evaluations, first and last included; 0 = a run without evaluation", min=0
   )
-  problems: int = option(0, "how many of the task's held-out problems; 0 = all", min=0)
+  problems: int = option(0, "held-out problems to evaluate on; 0 = all", min=0)
   samples: int = option(7, "responses a problem at temperature 1, and one greedy one", min=1)
 
 
@@ -284,7 +284,7 @@ class Evaluation:
 class Drawing:
   """How responses are drawn."""
 
-  temperature: float = option(1.0, "of the sampler, and where it trains of the trainer", above=0)
+  temperature: float = option(1.0, "sampling temperature; training uses the same", above=0)
   top_k: int = option(0, "keep the k likeliest tokens, 0 = all", min=0)
   top_p: float = option(1.0, "keep the likeliest tokens that reach p", above=0, max=1)
   slots: int = option(
@@ -305,7 +305,7 @@ class Sampling(Drawing):
 
   min_new_tokens: int = option(0, "no end of sequence before this many tokens", min=0)
   parts: int = option(
-    1, "of a step's problems, each graded while the next is sampled: for slow graders", min=1
+    1, "parts of a step's problems, each graded while the next is sampled; for slow graders", min=1
   )
   allow_truncated: bool = option(
     False, "train on top-k or top-p samples although they come from another distribution"
@@ -383,10 +383,10 @@ class Data:
   data_errors: Literal["strict", "lenient"] = option(
     "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
   )
-  held_out_fraction: float = option(0.1, "of a file's prompts, kept for evaluation", min=0, below=1)
+  held_out_fraction: float = option(0.1, "share of prompts kept for evaluation", min=0, below=1)
   max_tokens: int = option(512, "limit of a sequence of --data, prompt included", min=2)
   overlong: Literal["error", "drop", "truncate_left", "truncate_right"] = option(
-    "error", "what to do with longer ones"
+    "error", "what to do with longer sequences"
   )
   packing: int = option(
     0, "tokens of a row that several sequences share; 0 = each has a row of its own", min=0
@@ -442,7 +442,7 @@ class Weighting:
   """How much each token counts."""
 
   name: Literal[WEIGHTINGS] = option("token_mean", "a function of rl_llm.weighting")
-  length: int = option(0, "of constant_length; 0 = max_new_tokens", min=0)
+  length: int = option(0, "the length that constant_length divides by; 0 = max_new_tokens", min=0)
   truncated: Literal["keep", "zero", "drop"] = option(
     "keep", "responses cut off at the limit: zero = weight 0, but in the denominator like any "
     "other; drop = the mean is over the others alone"

@@ -59,7 +59,7 @@ class Value:
     "own", "a copy of the policy's trunk, or the policy's itself; see above"
   )
   learning_rate: float = configs.option(
-    1e-4, "of the tower, or of the head on a shared trunk; same schedule", above=0
+    1e-4, "of the value network, or its head on a shared trunk; same schedule", above=0
   )
   coef: float = configs.option(0.1, "factor of the value loss on a shared trunk", above=0)
   clip: float | None = configs.option(
@@ -72,9 +72,9 @@ class KL(flags.RewardKL):
   """The price of leaving the model that training began with, taken off each token's reward."""
 
   controller: Literal["fixed", "adaptive"] = configs.option("fixed", "adaptive follows the KL")
-  target: float = configs.option(0.1, "of adaptive: the KL to hold, in nats a token", above=0)
+  target: float = configs.option(0.1, "what the adaptive controller holds, nats a token", above=0)
   horizon: int = configs.option(
-    10_000, "of adaptive: in how many responses the coefficient may change by 20 %", min=1
+    10_000, "responses in which the adaptive coefficient may change by 20 %", min=1
   )
 
   def check(self, config: Config) -> None:
