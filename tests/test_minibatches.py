@@ -22,7 +22,7 @@ def test_the_weights_of_the_kl_are_those_of_the_loss_unless_named():
 
 def test_a_kl_term_may_have_weights_of_its_own():
   found = all_weights(
-    BATCH, name="token_mean", length=8, kl_name="sequence_mean", drop_truncated=True)
+    BATCH, name="token_mean", length=8, kl_name="sequence_mean", truncated="zero")
   kept = np.where(BATCH.truncated[:, None], 0, 1)
   np.testing.assert_array_equal(found["weights"], weighting.token_mean(MASK) * kept)
   np.testing.assert_array_equal(found["kl_weights"], weighting.sequence_mean(MASK) * kept)

@@ -21,7 +21,7 @@ from rl_llm import controllers, logprobs
 from tests.losses import battery
 
 MODULES = (
-  "losses", "advantages", "group_advantages", "kl", "weighting", "logprobs", "controllers", "masked"
+  "losses", "advantages", "advantages.group", "kl", "weighting", "logprobs", "controllers", "masked"
 )
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 ROWS, GROUP, T, V, D, K = 16, 2, 6, 24, 2, 3  # Two rows on each of eight devices.
