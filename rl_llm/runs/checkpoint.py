@@ -33,8 +33,8 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from rl_llm.parallel import hosts
 from rl_llm.errors import UserError
+from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import everywhere, fetch, make_mesh
 
 FORMAT_VERSION = 1

@@ -34,7 +34,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -46,9 +45,9 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from absl import app, flags
 
-from rl_llm.runs import peer_names
 from rl_llm.errors import ConfigError, UserError, one_line, redact
 from rl_llm.files import write_atomically
+from rl_llm.runs import peer_names
 
 _METADATA = frozenset({"help", "min", "above", "max", "below", "choices", "volatile"})
 _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_llm.errors import redact
-from rl_llm.errors import UserError
+from rl_llm.errors import UserError, redact
 from rl_llm.files import write_atomically
 
 

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from rl_llm.errors import ConfigError, UserError, redact
+from rl_llm.files import locked, write_atomically
 from rl_llm.parallel import hosts
 from rl_llm.runs.checkpoint import Checkpointer
-from rl_llm.errors import ConfigError, redact
 from rl_llm.runs.config import flatten, write_config
 from rl_llm.runs.console import Console
-from rl_llm.errors import UserError
-from rl_llm.files import locked, write_atomically
 from rl_llm.runs.signals import StopSignals
 
 

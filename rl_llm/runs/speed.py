@@ -1,7 +1,7 @@
 """Where the time of a run went, and how fast it was, read from its record.
 
-A step's row has "time/<phase>" and "time/step" in seconds (`rl_llm.runs.metrics.PhaseClock`), and beside
-them, with the work that the step did,
+A step's row has "time/<phase>" and "time/step" in seconds (`rl_llm.runs.metrics.PhaseClock`).
+With the work that the step did it also has
 
     speed/generated_tokens_per_second   tokens of the responses / time/rollout
     speed/rollout_flops_per_second      forward pass over prompts and responses / time/rollout

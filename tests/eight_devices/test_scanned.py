@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from rl_llm import rollout
 from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
+from rl_llm.rollout import generation as rollout
 from rl_llm.rollout import response_logprobs
 from rl_llm.training.train_state import init_state
 from rl_llm.training.update import make_update
