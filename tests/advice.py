@@ -203,3 +203,29 @@ def is_flag(name: str, flags: frozenset[str]) -> bool:
   """Whether a name is one of the flags; a hole stands for any part of one."""
   pattern = re.compile("[\\w.]+".join(map(re.escape, name.split(HOLE))))
   return any(pattern.fullmatch(flag) for flag in flags)
+
+
+_CURE = re.compile(
+  r"(?:[;:.]|, or)\s*(?:\w+ )?(?:add|apply|ask|check|choose|convert|copy|cut|download|drop|free|give"
+  r"|hold|install|leave|load|lower|make|name|pass|pick|pip|put|raise|remove|rename|restore|resume|run|see"
+  r"|set|split|start|stop|take|try|use|wait|write)\b", re.IGNORECASE,
+)
+
+
+def cures() -> tuple[Text, ...]:
+  """The texts of errors that say what to do and name no flag."""
+  return tuple(
+    text for text in texts()
+    if text.raised and len(text.text) > 30 and _CURE.search(text.text) and not flags_in(text.text)
+  )
+
+
+def unsaid(found: tuple[Text, ...], said: list[str]) -> list[str]:
+  """Those of the texts that no error in `said` has, as "where: text"."""
+  lines = [" ".join(line.split()) for line in said]
+  left = []
+  for text in found:
+    pattern = ".*".join(map(re.escape, re.sub(r"\s+", " ", text.text).split(HOLE)))
+    if not any(re.search(pattern, line) for line in lines):
+      left.append(f"{text.where}: {text.text}")
+  return left
