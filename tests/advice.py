@@ -206,9 +206,9 @@ def is_flag(name: str, flags: frozenset[str]) -> bool:
 
 
 _CURE = re.compile(
-  r"(?:[;:.]|, or)\s*(?:\w+ )?(?:add|apply|ask|check|choose|convert|copy|cut|download|drop|free|give"
-  r"|hold|install|leave|load|lower|make|name|pass|pick|pip|put|raise|remove|rename|restore|resume|run|see"
-  r"|set|split|start|stop|take|try|use|wait|write)\b", re.IGNORECASE,
+  r"(?:[;:.]|, or)\s*(?:\w+ )?(?:add|apply|ask|check|choose|convert|copy|cut|download|drop|free"
+  r"|give|hold|install|leave|load|lower|make|name|pass|pick|pip|put|raise|remove|rename|restore"
+  r"|resume|run|see|set|split|start|stop|take|try|use|wait|write)\b", re.IGNORECASE,
 )
 
 
