@@ -1,6 +1,6 @@
 """Reinforcement learning for language models in JAX: pure losses, stateless rollouts and updates.
 
-Nothing is imported here, so that `import rl_llm.losses` loads jax, numpy and chex and nothing else.
+Nothing is imported here, so `import rl_llm.losses` loads only jax, numpy and chex.
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """`python -m rl_llm`: what there is to run, and the reports of runs.
 
   python -m rl_llm                   the commands
-  python -m rl_llm report RUN ...    writes RUN/report.html anew, also while the run goes
+  python -m rl_llm report RUN ...    rewrites RUN/report.html, also while the run is in progress
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGES = ("experiments", "launch", "benchmarks")
 
 
 def commands(package: str) -> Iterator[tuple[str, str]]:
-  """(command, its first line of help) of each module that can be run; none outside of a clone."""
+  """(command, first line of its help) of each module that can be run; nothing outside a clone."""
   spec = importlib.util.find_spec(package)
   for path in sorted(Path(spec.origin).parent.glob("*.py")) if spec and spec.origin else ():
     text = path.read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def overview() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-  """The command line; gives the exit code."""
+  """Runs the command line; returns the exit code."""
   parser = argparse.ArgumentParser(prog="python -m rl_llm", description=overview(),
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--version", action="version", version=rl_llm.__version__)

@@ -1,8 +1,8 @@
-"""What an array must look like: names of array types, and the checks public functions begin with.
+"""Array types, and the argument checks that public functions begin with.
 
 A check raises `ValueError` with the argument's name, the value seen, what is allowed, and the fix.
-Only what is known while tracing (shapes, dtypes, Python numbers) is checked, so a check costs
-nothing at run time and hyperparameters may be traced.
+It looks only at what is known while tracing (shapes, dtypes, Python numbers), so it costs nothing
+at run time, and hyperparameters may be traced.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 Array = jax.Array
-# Name -> (sum, count). Both add across microbatches and hosts; dividing is the writer's business.
+# Name -> (sum, count). Both add up across microbatches and hosts; whoever writes them divides.
 Metrics = dict[str, tuple[Array, Array]]
-# Log-ratios are limited to +-20 before `exp`. exp(20) = 4.9e8: beyond it a ratio carries no
-# information, squares of its gradient overflow float32, and an infinite one times 0 is nan.
+# Log-ratios are limited to +-20 before `exp`. exp(20) = 4.9e8: a larger ratio carries no
+# information, squares of its gradient overflow float32, and an infinite ratio times 0 is nan.
 LOG_RATIO_LIMIT = 20.0
 
 
@@ -35,15 +35,15 @@ def at_least_float32(x) -> Array:
 
 
 def one_width(*arrays) -> list[Array]:
-  """`at_least_float32` of all, as wide as the widest: a loop returns what it was given."""
+  """`at_least_float32` of each, in one common dtype: a loop's carry must keep its dtype."""
   arrays = [jnp.asarray(x) for x in arrays]
   return [x.astype(wide_dtype(*arrays)) for x in arrays]
 
 
 def wide_dtype(*arrays: Array) -> Any:
-  """float64 if one of the arrays has it, else float32.
+  """float64 if any of the arrays has it, else float32.
 
-  Dtypes are compared, not promoted, for where JAX is told to promote none
+  Compares dtypes instead of promoting them, so that it also works where JAX refuses to promote
   (`jax.numpy_dtype_promotion("strict")`).
   """
   return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
@@ -56,7 +56,7 @@ def check_ndim(name: str, x, ndim: int, axes: str) -> None:
 
 
 def check_same_shape(name: str, x, like_name: str, like) -> None:
-  """Raises unless `x` has the shape of `like`: nothing is broadcast by accident."""
+  """Raises unless `x` has the shape of `like`, so that nothing is broadcast by accident."""
   if jnp.shape(x) != jnp.shape(like):
     raise ValueError(
       f"{name} has shape {jnp.shape(x)}; it must have the shape of {like_name}, {jnp.shape(like)}."
@@ -97,8 +97,8 @@ def check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
 
 
 def check_above(name: str, value, bound: float) -> None:
-  """Raises if `value` is a number that is not above `bound`; JAX arrays, as hyperparameters are
-  when they are traced, pass."""
+  """Raises if `value` is a number that is not above `bound`. JAX arrays pass: a traced
+  hyperparameter is one."""
   if is_number(value) and not float(value) > bound:
     raise ValueError(f"{name} is {value}; it must be a number above {bound}.")
 
@@ -110,14 +110,15 @@ def check_between(name: str, value, low: float, high: float) -> None:
 
 
 def is_number(value) -> bool:
-  """Whether `value` is a number of Python's or NumPy's, whose size is known while tracing."""
+  """Whether `value` is a Python or NumPy number, whose value is known while tracing."""
   return isinstance(value, int | float | np.number)
 
 
 def any_mesh(f: Callable) -> Callable:
-  """`f` for arrays on any mesh; without Explicit axes, it is `f` itself.
+  """Makes `f` accept arrays on any mesh; without Explicit axes, it just calls `f`.
 
-  Results lie as the first array of the most axes does, as far as their shapes begin alike:
+  A result is sharded like the argument with the most axes (the first of several), along the
+  leading axes in which their shapes agree:
 
   >>> import jax.numpy as jnp
   >>> mesh = jax.make_mesh((1,), ("data",))
@@ -126,7 +127,7 @@ def any_mesh(f: Callable) -> Callable:
   ['float32[1@data,2]', 'float32[]']
 
   Args:
-    f: a function of arrays and settings, by position or by name. It closes over no array.
+    f: a function of arrays and settings, by position or by name. It must not close over an array.
   """
 
   @functools.wraps(f)
@@ -165,7 +166,7 @@ def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _as_far_as_alike(first: jax.Array, shape: tuple[int, ...]) -> PartitionSpec:
-  """Where `first` lies, along the axes with which it and `shape` begin alike."""
+  """The sharding of `first` along the leading axes in which its shape agrees with `shape`."""
   spec: list[Any] = []
   for own, size, axes in zip(first.shape, shape, jax.typeof(first).sharding.spec, strict=False):
     if own != size:

@@ -1,8 +1,8 @@
-"""Coefficients that follow what they act on: feedback controllers of the KL, entropy and clip.
+"""Feedback controllers that adapt the KL coefficient, the entropy bonus and the upper clip.
 
-A fixed coefficient is right for one moment of a run: the KL that costs too much at the start costs
-nothing later, and an entropy bonus that saves one run floods another. A controller compares a
-measurement with a target after every step and moves its coefficient towards it.
+A fixed coefficient fits only one moment of a run: a KL term that costs too much at the start costs
+nothing later, and an entropy bonus that saves one run floods another. After every step, a
+controller compares a measurement with its target and adjusts its coefficient.
 
     state = init_adaptive_kl(0.001)
     for each step:
@@ -10,10 +10,10 @@ measurement with a target after every step and moves its coefficient towards it.
       state = adaptive_kl(state, measured_kl, target=0.1, samples=256)
 
 Each is a pure function (state, observation) -> state. A state is a NamedTuple of float32 arrays: it
-may be jitted, vmapped over settings, put in the train state and into a checkpoint. The observation
-is one number for the whole batch of the optimiser step, over all microbatches and hosts:
-sum / count of a metric. A nan in it stays visible in the coefficient. Evaluation must not call
-them.
+can be jitted, vmapped over settings, put in the train state and saved in a checkpoint. The
+observation is one number for the whole batch of the optimiser step, over all microbatches and
+hosts: sum / count of a metric. A nan in it stays visible in the coefficient. Do not call a
+controller in evaluation.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def adaptive_kl(state, kl, *, target, samples, horizon=10_000, limit=0.2) -> Ada
 
       coef <- coef * (1 + clip(kl / target - 1, -limit, limit) * samples / horizon)
 
-  The coefficient changes by at most `limit` per `horizon` samples, however far off the KL is. Twice
-  the target, in a step of 1,000 samples: 20 % of 1/10.
+  The coefficient changes by at most `limit` per `horizon` samples, however far off the KL is. A KL
+  of twice the target, in a step of 1,000 samples, raises it by 20 % of 1/10:
 
   >>> state = adaptive_kl(init_adaptive_kl(0.1), 0.2, target=0.1, samples=1000)
   >>> round(float(state.coef), 4)
@@ -130,15 +130,15 @@ def init_adaptive_entropy(coef=0.0) -> AdaptiveEntropy:
 def adaptive_entropy(
   state, entropy, *, target=0.2, delta=0.005, low=0.0, high=float("inf")
 ) -> AdaptiveEntropy:
-  """Skywork-OR1's entropy bonus: on only while the entropy is too low, and then growing.
+  """Skywork-OR1's entropy bonus: it is on only while the entropy is too low, and grows then.
 
       applied = coef if entropy <= target else 0                      in this step
       coef   <- clip(coef + delta if entropy < target else coef - delta, low, high)
 
-  Policies collapse onto few answers, after which no sample is news. A constant bonus holds them
-  open and drives others apart; this one is 0 wherever it is not needed. Call it once the entropy of
-  the step's batch is known, before the update that uses `applied`. Entropy 0.1, below 0.2: this
-  step pays 0.01, and the next one would pay 0.015:
+  Policies collapse onto few answers, and then no sample teaches anything new. A constant bonus
+  keeps some policies open and drives others apart; this bonus is 0 where it is not needed. Call it
+  once the entropy of the step's batch is known, before the update that uses `applied`. At entropy
+  0.1, below 0.2, this step pays 0.01, and the next one would pay 0.015:
 
   >>> state = adaptive_entropy(init_adaptive_entropy(0.01), 0.1)
   >>> round(float(state.applied), 4), round(float(state.coef), 4)
@@ -169,14 +169,14 @@ def adaptive_entropy(
 def adaptive_entropy_lagged(
   state, entropy, *, target=0.2, delta=0.005, low=0.0, high=1.0
 ) -> AdaptiveEntropy:
-  """The same for loops that know the entropy only after the update (TRL's convention).
+  """`adaptive_entropy` for loops that know the entropy only after the update (TRL's convention).
 
       coef    <- clip(coef + delta if entropy <= target else coef - delta, low, high)
       applied <- coef if entropy <= target else 0                     in the next step
 
-  The entropy of the current policy comes out of the same pass as its loss, so a loop without a pass
-  before the update is one step late. It differs from `adaptive_entropy` in that lag, and in that an
-  entropy equal to the target counts as too low. Entropy 0.1: the next step pays 0.015:
+  The entropy of the current policy comes from the same pass as its loss, so a loop without a pass
+  before the update is one step late. Besides that lag, it differs from `adaptive_entropy` in one
+  thing: an entropy equal to the target counts as too low. At entropy 0.1 the next step pays 0.015:
 
   >>> state = adaptive_entropy_lagged(init_adaptive_entropy(0.01), 0.1)
   >>> round(float(state.applied), 4), round(float(state.coef), 4)
@@ -220,14 +220,14 @@ def init_adaptive_clip(extra=0.0) -> AdaptiveClip:
 
 
 def adaptive_clip(state, entropy, *, target=0.3, delta=0.25, high=2.5) -> AdaptiveClip:
-  """Holds the entropy by moving the upper clip of the ratio, not by a bonus (MAI-Thinking-1).
+  """Holds the entropy by moving the ratio's upper clip instead of adding a bonus (MAI-Thinking-1).
 
       extra <- clip(extra + delta * sign(target - entropy), 0, high)
 
-  Good tokens that were unlikely need the largest ratios: the upper clip is what stops them, and
-  with them the entropy. A bonus adds a gradient of its own and shifts where training comes to rest;
-  this only decides how much of the policy's gradient passes. `clip_high` turns the state into the
-  argument of a loss. Entropy 0.1, below 0.3:
+  Good tokens that were unlikely need the largest ratios. The upper clip stops them, and so holds
+  the entropy down. A bonus adds a gradient of its own and shifts where training converges; moving
+  the clip only decides how much of the policy's gradient passes. `clip_high` turns the state into
+  the argument of a loss. At entropy 0.1, below 0.3:
 
   >>> state = adaptive_clip(init_adaptive_clip(), 0.1)
   >>> float(state.extra), round(float(clip_high(state)), 3)
@@ -260,8 +260,8 @@ def clip_high(state, *, clip_low=0.6) -> Array:
 
       1 + clip_high = 1 / (1 - clip_low) + extra
 
-  With `clip_low` 0.6 a ratio may fall to 0.4 and rise to 1 / 0.4 = 2.5 before anything is added:
-  as far, in logs.
+  With `clip_low` 0.6 a ratio may fall to 0.4 and, without any extra, rise to 1 / 0.4 = 2.5: the
+  same distance in logs.
 
   >>> float(clip_high(init_adaptive_clip()))
   1.5

@@ -1,4 +1,4 @@
-"""What a person can put right, told in one line without a traceback."""
+"""Errors that the user can fix, reported in one line without a traceback."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SECRET_NAME = re.compile(r"(^|_)(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|PASS
 class UserError(Exception):
   """A setting, a file or a device that cannot be used; the message names it and the fix.
 
-  Every error of this kind in the library derives from it, so that a command, a launcher or another
-  project catches one class: `error: ...` and exit code 2, instead of a traceback.
+  Every error of this kind in the library derives from it, so a command, a launcher or another
+  project catches one class and prints `error: ...` with exit code 2 instead of a traceback.
   """
 
 
 def redact(text: str, *, environ: Mapping[str, str] | None = None) -> str:
   """Replaces what looks like a credential by "[redacted]"; every writer of this library calls it.
 
-  A token given as a flag, or repeated by a model that saw it in a prompt, must not end in a report
-  that is sent around. Two rules: the published shapes of tokens (`hf_...`, `sk-...`, W&B's 40
-  hexadecimal digits, GitHub, AWS, Google), and the exact values, of 8 characters or more, of
-  environment variables named like a secret (`HF_TOKEN`, `WANDB_API_KEY`, `DB_PASSWORD`).
+  A token given as a flag, or repeated by a model that saw it in a prompt, must not end up in a
+  report that is shared. Two rules find them: the published shapes of tokens (`hf_...`, `sk-...`,
+  W&B's 40 hexadecimal digits, GitHub, AWS, Google), and the exact values, of 8 characters or more,
+  of environment variables named like a secret (`HF_TOKEN`, `WANDB_API_KEY`, `DB_PASSWORD`).
 
   >>> redact("push with hf_abcdefghijklmnopqrstuvwx")
   'push with [redacted]'
@@ -59,7 +59,7 @@ class ConfigError(UserError, ValueError):
   Args:
     field: dotted path of the field, which is also its flag.
     value: what was given.
-    allowed: what would do, as the end of "must be ...".
+    allowed: what is accepted, phrased to follow "must be".
     fix: what to type instead; may be empty.
   """
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes (a file is whole or not there), and lock files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-  """Replaces a file in one move, so that a crash leaves the old one or the new one, never half.
+  """Replaces a file atomically: a crash leaves the old file or the new one, never half of one.
 
   Args:
     path: file to create or replace; its directory exists.
@@ -33,9 +33,9 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike) -> Iterator[bool]:
-  """Holds a lock file while the body runs; gives False, and no lock, if another process holds it.
+  """Holds a lock file while the body runs; yields False if another process holds it.
 
-  The lock ends with the process, however it ends: a kill leaves nothing to clean up.
+  The lock is released when the process ends, however it ends: a kill leaves nothing to clean up.
 
   Args:
     path: of the lock file, which is created and stays.

@@ -1,14 +1,14 @@
 """Estimators of the KL divergence to a reference policy, per sampled token.
 
-The exact KL needs all V probabilities at each position. From the one token that was sampled, with d
-= logprobs - ref_logprobs:
+The exact KL needs all V probabilities at each position. These estimators need only the sampled
+token; with d = logprobs - ref_logprobs:
 
     k1 = d                   unbiased, but of either sign
     k2 = d^2 / 2             biased, never negative
     k3 = exp(-d) + d - 1     unbiased and never negative
 
-A misconception is that an estimator which is right as a *value* is right as a *loss*. Autodiff
-differentiates the estimator at fixed samples, and forgets that the samples would change too. For
+A misconception is that an estimator which is right as a *value* is also right as a *loss*. Autodiff
+differentiates the estimator at fixed samples and ignores that the samples would change too. For
 tokens sampled from the policy:
 
     E[grad k1] = 0                    adds noise and regularises nothing
@@ -18,10 +18,10 @@ tokens sampled from the policy:
 In other words: report k3 (or put k1 in the reward), and differentiate k2. `kl_penalty` takes both
 by name.
 
-These hold for each token with what came before it fixed, and for responses of one token. In longer
-ones a token also decides which contexts follow; a term of the loss does not see that, and k1 in the
-reward of each token (`token_rewards(kl=...)`, with returns) does: its expected gradient is exactly
-that of the whole response's KL.
+These identities hold for each token given the tokens before it, and for responses of one token. In
+longer responses a token also decides which contexts follow. A loss term does not account for that;
+k1 in the reward of each token (`token_rewards(kl=...)`, with returns) does, and its expected
+gradient is exactly that of the whole response's KL.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def k3(logprobs, ref_logprobs) -> Array:
 
       k3 = exp(-d) + d - 1        d = logprobs - ref_logprobs, limited to +-20
 
-  It is k1 plus exp(-d) - 1, whose mean is 0 and which cancels most of k1's noise. A token of
+  It is k1 plus exp(-d) - 1, a term with mean 0 that cancels most of k1's noise. A token of
   probability 1/2 where the reference has 1/4 gives 1/2 + log 2 - 1:
 
   >>> round(float(k3(jnp.log(0.5), jnp.log(0.25))), 3)
@@ -125,14 +125,14 @@ def kl_penalty(logprobs, ref_logprobs, *, value="k3", gradient="k2", ratio=None)
       penalty = stop_gradient(value) + gradient - stop_gradient(gradient)
       penalty = ratio * penalty                     if ratio is given
 
-  By default it reads as k3 and differentiates as k2. The gradient of k2 is d itself, here log 2:
+  By default its value is k3 and its gradient is that of k2, which is d itself, here log 2:
 
   >>> f = lambda x: kl_penalty(x, jnp.log(0.25))
   >>> [round(float(y), 3) for y in jax.value_and_grad(f)(jnp.log(0.5))]
   [0.193, 0.693]
 
   Tokens sampled by an older policy need importance weights, `ratio = exp(logprobs -
-  old_logprobs)`. With "k3", differentiate through it, since grad(ratio * k3) = ratio * d *
+  old_logprobs)`. With "k3", differentiate through the ratio, since grad(ratio * k3) = ratio * d *
   grad(logprobs) (DeepSeek-V3.2; TRL). With "k2", pass `stop_gradient(ratio)`, which gives the same.
 
   Args:

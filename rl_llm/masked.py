@@ -1,9 +1,9 @@
 """Sums, means and variances in which masked items behave as if they were absent.
 
-Responses are ragged, arrays are not. A plain mean over a padded array counts the padding;
-multiplying by the mask is no cure, since 0 * inf is nan. Here masked values are replaced *before*
-anything is computed, so neither they nor their gradients can leak, and an empty selection gives 0.
-A nan at an unmasked position stays a nan: real faults are not hidden.
+Responses are ragged, arrays are not. A plain mean over a padded array counts the padding, and
+multiplying by the mask does not help, since 0 * inf is nan. Here masked values are replaced
+*before* anything is computed, so neither they nor their gradients can leak, and an empty selection
+gives 0. A nan at an unmasked position stays a nan, so real faults are not hidden.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def masked_sum(x, mask, axis=None) -> Array:
 def masked_mean(x, mask, axis=None) -> Array:
   """Mean of the items whose mask is True: `sum(x * mask) / sum(mask)`.
 
-  (1 + 2) / 2, where a plain mean of the padded row would say (1 + 2 + 0) / 3 = 1:
+  This gives (1 + 2) / 2, where a plain mean of the padded row would give (1 + 2 + 0) / 3 = 1:
 
   >>> float(masked_mean(jnp.array([1.0, 2.0, 0.0]), jnp.array([True, True, False])))
   1.5
@@ -64,8 +64,8 @@ def masked_var(x, mask, axis=None, *, ddof=0) -> Array:
 
       var = sum(mask * (x - mean)^2) / (sum(mask) - ddof)
 
-  The one-pass form mean(x^2) - mean(x)^2 cancels: of rewards near 10,000 that differ by 1 it keeps
-  no digit in float32. Two passes keep them all. Values 1 and 3 lie 1 from their mean 2:
+  The one-pass form mean(x^2) - mean(x)^2 cancels: for rewards near 10,000 that differ by 1 it keeps
+  no digit in float32, and two passes keep them all. Values 1 and 3 lie 1 from their mean 2:
 
   >>> x, mask = jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])
   >>> float(masked_var(x, mask)), float(masked_var(x, mask, ddof=1))
@@ -94,9 +94,9 @@ def whiten(x, mask, *, ddof=1, eps=1e-8, shift_mean=True) -> Array:
 
       whitened = (x - mean) / sqrt(var + eps)
 
-  Advantages of any scale then give updates of the same size. These are statistics of the whole
-  batch: take them before it is split into microbatches. Values 1 and 3 lie one standard deviation
-  (ddof 0) from their mean 2:
+  Advantages of any scale then give updates of the same size. Mean and variance are those of the
+  whole batch, so whiten before splitting it into microbatches. Values 1 and 3 lie one standard
+  deviation (ddof 0) from their mean 2:
 
   >>> x, mask = jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])
   >>> [round(float(v), 3) for v in whiten(x, mask, ddof=0)]

@@ -1,9 +1,9 @@
 """Named recipes: what each paper or system means by an algorithm's name, as keyword arguments.
 
-"GRPO" is at least eight different numbers in published code: they disagree on the standard
-deviation, on what is averaged over what, on the clip and on the KL term. A preset spells the
-choices out. It is data: dicts with the `name` of a public function and that function's keywords, to
-read, print, change and pass on:
+"GRPO" computes at least eight different numbers in published code: the versions disagree on the
+standard deviation, on what is averaged over what, on the clip and on the KL term. A preset spells
+the choices out. It is data: dicts with the `name` of a public function and that function's
+keywords, to read, print, change and pass to the function:
 
 >>> recipe = grpo("dapo")
 >>> recipe.loss
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 
 class Recipe(NamedTuple):
-  """Keyword dicts. The first three hold their function's "name" beside its keywords.
+  """Keyword dicts. The first three hold their function's "name" in addition to its keywords.
 
   Fields:
     advantage: of a function in `rl_llm.advantages`.
@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
 
 
 def grpo(name: str) -> Recipe:
-  """The recipe of that name among GRPO's: what a system does by default where it says GRPO.
+  """The GRPO recipe of that name: what a paper or system means by GRPO, or does by default.
 
   | name | differs from the paper in |
   |---|---|
@@ -57,9 +57,9 @@ def grpo(name: str) -> Recipe:
 
   1. `discounted_returns(token_rewards(advantages, mask, kl=k1, kl_coef=0.01), mask)` are OpenRLHF's
      advantages, of rewards clipped to +-10.
-  2. NeMo multiplies k3 by exp(logprobs - stop_gradient(logprobs)), which has k2's gradient. One
-     response apart from others that nearly agree gets an advantage beyond 10, where mean and std of
-     all would give at most (G - 1) / sqrt(G).
+  2. NeMo multiplies k3 by exp(logprobs - stop_gradient(logprobs)), which has k2's gradient. A
+     response that stands apart from others that nearly agree gets an advantage beyond 10, where
+     mean and std of all responses would give at most (G - 1) / sqrt(G).
   3. A row without tokens counts there as a KL of 0: `sequence_mean(mask, count_empty=True)`.
 
   Each was read from these files:
@@ -75,19 +75,19 @@ def grpo(name: str) -> Recipe:
   | simply | 0.3.9, e14c061 | simply/config_lib.py, `apply_simple_rl`; rl_lib.py |
   | skyrl | 0.3.0 | skyrl/train/config/config.py; ppo_utils.py, worker.py |
 
-  `verl` and `trl` are held to numbers of those systems' own functions (docs/parity.md). The other
-  six's functions for advantages and KL, and nexrl's and simply's for the loss, were run once and
-  agreed to 1e-6; no numbers are kept, and the tests have their formulas. No whole program was run.
-  `grpo`, `dr_grpo` and `dapo` are the papers', not a program's. We know of no clip range that
-  DeepSeekMath states: 0.2 is PPO's.
+  `verl` and `trl` are tested against numbers from those systems' own functions (docs/parity.md).
+  For the other six, the functions for advantages and KL, and nexrl's and simply's for the loss,
+  were run once and agreed to 1e-6. Those numbers are not kept; the tests have the formulas. No
+  whole program was run. `grpo`, `dr_grpo` and `dapo` follow the papers, not a program. We know of
+  no clip range that DeepSeekMath states: 0.2 is PPO's.
 
-  Not part of a recipe: limits that only act where training has failed already (log-ratios and KL
-  estimates cut at +-10 or +-20 in some; here log-ratios at +-20), corrections for the sampler, and
-  means over microbatches in place of the batch (NexRL). Empty rows count in TRL's number of
-  responses, not in that of the others (`count_empty`); it matters for means over responses alone.
+  Not part of a recipe: limits that only act once training has failed (some cut log-ratios and KL
+  estimates at +-10 or +-20; here log-ratios at +-20), corrections for the sampler, and means over
+  microbatches instead of the batch (NexRL). TRL counts empty rows as responses, the others do not
+  (`count_empty`); this matters only for means over responses.
 
-  The papers say neither whether the variance divides by G or G - 1, nor what is added to a standard
-  deviation of 0; where they are silent, ours is G - 1 and 1e-6, as most systems have it.
+  The papers do not say whether the variance divides by G or G - 1, nor what is added to a standard
+  deviation of 0. Where they are silent, we use G - 1 and 1e-6, as most systems do.
 
   Args:
     name: one of the above.

@@ -2,12 +2,12 @@
 
 Every loss here is `sum(per_token * weights)`. What other code calls a loss mode (token mean,
 sequence mean, Dr. GRPO) and what it calls a correction (truncated importance sampling, IcePop,
-top-entropy masks) are then both the same thing: numbers in a [B, T] array. Weights (first half of
-this file) sum to one mean; factors (second half) are multiplied into them.
+top-entropy masks) are then the same thing: numbers in a [B, T] array. Weights (first half of this
+file) turn the sum into a mean; factors (second half) multiply the weights.
 
-A common misconception is that weights may be made per microbatch, since each is "a mean". The mean
-of means is not the mean of ragged rows. Two rows, of 3 tokens with loss 1 and of 1 token with loss
-0, have the token mean 3/4; the mean of their own means is 1/2:
+A common misconception is that each microbatch may have its own weights, since each is "a mean". For
+ragged rows, the mean of means is not the mean. Two rows, one of 3 tokens with loss 1 and one of 1
+token with loss 0, have the token mean 3/4; the mean of the rows' own means is 1/2:
 
 >>> mask = jnp.array([[True, True, True], [True, False, False]])
 >>> loss = jnp.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
@@ -17,10 +17,10 @@ of means is not the mean of ragged rows. Two rows, of 3 tokens with loss 1 and o
 0.5
 
 So make the weights once, for the whole batch of one optimiser step, and split them along with the
-tokens: the gradients of the microbatches then add up to that of the whole.
+tokens. The gradients of the microbatches then add up to the gradient of the whole batch.
 
-In other words: the mask says which tokens belong to a response, the weights how much they count.
-A factor of 0 changes weights and never membership.
+In other words, the mask says which tokens belong to a response, and the weights say how much they
+count. A factor of 0 changes the weights, never the membership.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def sequence_sum(mask, *, count_empty=False) -> Array:
 
       weights[b, t] = mask[b, t] / B
 
-  The gradient of the sum of a response's log-probs is that of the log-prob of the response, so this
-  is the textbook policy gradient: no division by a length that the policy itself chooses.
+  A response's log-prob is the sum of its tokens' log-probs, so this is the textbook policy
+  gradient: nothing is divided by a length that the policy itself chooses.
 
   >>> sequence_sum(jnp.array([[True, True], [True, False]])).tolist()
   [[0.5, 0.5], [0.5, 0.0]]
@@ -134,8 +134,8 @@ def constant_length(mask, *, length, count_empty=False) -> Array:
       weights[b, t] = mask[b, t] / (length * B)
 
   Dividing each response by its own length makes a wrong answer cheaper the longer it gets: the same
-  push is spread over more tokens. One constant for all removes that, and keeps the scale of a token
-  mean:
+  push is spread over more tokens. One constant for all responses avoids that and keeps the scale of
+  a token mean:
 
   >>> constant_length(jnp.array([[True, True], [True, False]]), length=4).tolist()
   [[0.125, 0.125], [0.125, 0.0]]
@@ -164,8 +164,8 @@ def prompt_mean(mask, *, group_size) -> Array:
 
       weights[b, t] = mask[b, t] / (tokens of the group of b * P)
 
-  Each prompt counts the same, however long its answers; among its answers the long ones count more.
-  Two groups of two responses, with three tokens and one:
+  Each prompt counts the same, however long its answers are; within a prompt, long answers count
+  more. Two groups of two responses, one group with three tokens and one with one:
 
   >>> mask = jnp.array([[True, True], [True, False], [True, False], [False, False]])
   >>> [round(float(w), 3) for w in prompt_mean(mask, group_size=2).sum(axis=1)]
@@ -198,9 +198,9 @@ def length_power(mask, *, power) -> Array:
 
       weights[b, t] = mask[b, t] * n_b^(power - 1) / sum_j n_j^power        n_b = sum_t mask[b, t]
 
-  A response of n tokens weighs as n^power in all. Power 0 is `sequence_mean`, 1 is `token_mean`.
-  Responses of 4 tokens and of 1 weigh 4 to 1 as tokens, 1 to 1 as responses, and with power 1/2
-  as 2 to 1:
+  The total weight of a response of n tokens is proportional to n^power. Power 0 is `sequence_mean`,
+  1 is `token_mean`. Responses of 4 tokens and of 1 token weigh 4 to 1 at power 1, 1 to 1 at power
+  0, and 2 to 1 at power 1/2:
 
   >>> weights = length_power(jnp.arange(4) < jnp.array([[4], [1]]), power=0.5)
   >>> [round(float(w), 3) for w in weights.sum(axis=1)]
@@ -230,9 +230,9 @@ def truncated_importance(
 ) -> Array:
   """Factors that correct for a sampler whose probabilities differ from the trainer's (TIS, IcePop).
 
-  Two programs, or two precisions, give one token two probabilities. The policy gradient is then an
-  average over the wrong distribution; importance weights repair it, but their variance is
-  unbounded, so they are limited:
+  Two programs, or two precisions, give the same token different probabilities. The policy gradient
+  is then an average over the wrong distribution. Importance weights correct it, but their variance
+  is unbounded, so they are limited:
 
       w     = exp(old_logprobs - sampler_logprobs)        level "token"
       w     = exp(sum_t mask * log-ratio)                 level "sequence"
@@ -241,8 +241,8 @@ def truncated_importance(
       factor = w if low <= w <= high else 0               mode "mask": IcePop is low 0.5, high 5
       factor = 1 if low <= w <= high else 0               mode "reject": keeps or drops, unweighted
 
-  A token that the trainer finds three times as likely as the sampler did counts twice, or not at
-  all:
+  A token that is three times as likely under the trainer as under the sampler counts twice, or not
+  at all:
 
   >>> old, sampler = jnp.log(jnp.array([[0.6, 0.3]])), jnp.log(jnp.array([[0.2, 0.3]]))
   >>> mask = jnp.array([[True, True]])
@@ -251,8 +251,8 @@ def truncated_importance(
   >>> truncated_importance(old, sampler, mask, low=0.5, high=2.0, mode="mask").tolist()
   [[0.0, 1.0]]
 
-  Factors multiply. A response may be judged as a whole by its geometric mean, whose bounds do not
-  depend on its length, and its tokens be weighted one by one ("seq-mask-tis"):
+  Factors multiply. For example, judge each response as a whole by its geometric mean, whose bounds
+  do not depend on its length, and weight its tokens one by one ("seq-mask-tis"):
 
   >>> whole = truncated_importance(
   ...   old, sampler, mask, level="geometric", mode="reject", low=0.5, high=2.0)
@@ -299,7 +299,7 @@ def truncated_importance(
   elif level == "geometric":
     log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(_lengths(mask), 1)
   ratio = jnp.exp(jnp.minimum(log_ratio, LOG_RATIO_LIMIT))
-  outside = (ratio < low) | (ratio > high)  # A nan is on neither side, and stays.
+  outside = (ratio < low) | (ratio > high)  # False for a nan, which stays.
   if mode == "truncate":
     factors = jnp.clip(ratio, low, high)
   elif mode == "mask":
@@ -312,14 +312,14 @@ def truncated_importance(
 def drop_truncated(mask, truncated) -> Array:
   """Factors that silence responses cut off at the length limit (DAPO's overlong filter).
 
-  A response that ran out of room was never finished; scoring it as wrong punishes sound reasoning
-  for its length.
+  A response that hit the limit was never finished; scoring it as wrong punishes sound reasoning for
+  its length.
 
   >>> drop_truncated(jnp.array([[True, True], [True, True]]), jnp.array([True, False])).tolist()
   [[0.0, 0.0], [1.0, 1.0]]
 
-  As factors, they leave the dropped tokens in the denominator that the weights were made with. To
-  count as if the response had never been sampled, drop it from the mask before making the weights:
+  Factors leave the dropped tokens in the denominator that the weights were made with. To count as
+  if the response had never been sampled, drop it from the mask before making the weights:
   `token_mean(mask & ~truncated[:, None])`.
 
   Args:
@@ -346,8 +346,8 @@ def top_entropy(entropies, mask, *, fraction) -> Array:
 
       factor = 1 where entropy >= the (1 - fraction) quantile over all masked tokens, else 0
 
-  Most tokens of a chain of thought follow from the one before; the few forks decide the answer, and
-  have the highest entropy. Of four tokens the top half:
+  Most tokens of a chain of thought follow from the one before. The few forks decide the answer and
+  have the highest entropy. The top half of four tokens:
 
   >>> entropies = jnp.array([[0.1, 2.0, 0.3, 1.0]])
   >>> top_entropy(entropies, jnp.ones((1, 4), bool), fraction=0.5).tolist()
@@ -382,14 +382,14 @@ def top_entropy(entropies, mask, *, fraction) -> Array:
 
 
 def off_policy_mask(logprobs, sampler_logprobs, advantages, mask, *, threshold) -> Array:
-  """Factors that drop bad responses which the policy has already moved away from (DeepSeek-V3.2).
+  """Factors that drop bad responses the policy has already moved away from (DeepSeek-V3.2).
 
       factor = 0 where advantage < 0 and mean_t(sampler_logprobs - logprobs) > threshold, else 1
 
   The mean estimates KL(sampler || policy) on that response. A wrong answer that the policy would
-  hardly give any more teaches little, and pushing it down further moves probability to nobody knows
-  where; a good answer is kept, however old. The first row has fallen from 0.5 to 0.1, log 5 = 1.61
-  above the limit, and was bad:
+  hardly give any more teaches little, and pushing it down further moves its probability to
+  arbitrary places. A good answer is kept, however old. Both rows have fallen from 0.5 to 0.1, by
+  log 5 = 1.61, which is above the limit, but only the first one was bad:
 
   >>> sampler, now = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.1], [0.1]]))
   >>> advantages, mask = jnp.array([-1.0, 1.0]), jnp.ones((2, 1), bool)
@@ -435,10 +435,10 @@ def _lengths(mask):
 
 
 def _masked_quantile(x, mask, q):
-  """The q quantile of the members of x, interpolated as `jnp.quantile` does.
+  """The q quantile of the masked-in values of x, interpolated as `jnp.quantile` does.
 
-  Others are sorted behind them. As nan, which `jnp.nanquantile` skips, they would set off
-  `jax_debug_nans`, and a member that is nan would be skipped with them.
+  All other values are sorted to the end. Setting them to nan for `jnp.nanquantile` to skip would
+  trip `jax_debug_nans`, and a nan among the masked-in values would be skipped too.
   """
   ordered = jnp.sort(jnp.where(mask, x, jnp.finfo(x.dtype).max), axis=None)
   last = jnp.maximum(jnp.sum(mask) - 1, 0)
