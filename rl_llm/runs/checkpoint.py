@@ -1,18 +1,18 @@
 """Checkpoints that are either whole or do not count.
 
-A run that is killed goes on from its newest checkpoint, so everything rests on that one being
-right. Orbax writes the arrays; by itself it lists a half-made directory as the newest step in some
-modes, reads flipped bits in array data without a word, casts dtypes silently, and stores two leaves
-whose dotted names agree as one. This module adds what is missing:
+A killed run resumes from its newest checkpoint, so that checkpoint must be right. Orbax writes the
+arrays, but it does not protect them: in some modes it lists a half-made directory as the newest
+step, and it silently reads flipped bits in array data, casts dtypes, and stores two leaves whose
+dotted names agree as one. This module adds what is missing:
 
     DIRECTORY/40/state/...        the arrays, written by Orbax
     DIRECTORY/40/manifest.json    size and SHA-256 of every file; path, dtype, shape of every leaf;
                                   and `extra`
-    DIRECTORY/.saving-50/         a save under way, or cut off: never read, removed by the next save
+    DIRECTORY/.saving-50/         an unfinished save: never read, removed by the next save
 
-A step is written aside, flushed to the disk, described by its manifest (which carries its own hash
-in its first line), and only then renamed to its number. It is read only after every file has been
-hashed again and the tree of leaves compared with the one asked for.
+A step is written to a temporary directory, flushed to disk, described by its manifest (whose first
+line is a hash of the rest), and only then renamed to its number. It is read only after every file
+has been hashed again and the tree of leaves compared with the one asked for.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _STATE = "state"
 _SAVING = ".saving-"
 _DELETING = ".deleting-"
 _MAX_LISTED = 10  # leaf paths in one message
-_DATA_FILE_BYTES = 256 * 1024**2  # several files, so that they are hashed in parallel
+_DATA_FILE_BYTES = 256 * 1024**2  # splits the data into files that are hashed in parallel
 
 
 class CheckpointError(UserError, RuntimeError):
-  """A checkpoint could not be written, trusted or used; the message says which, and what to do."""
+  """A checkpoint cannot be written, trusted or used; the message says which, and what to do."""
 
 
 class _DamagedError(CheckpointError):
@@ -58,9 +58,9 @@ class _DamagedError(CheckpointError):
 class Checkpointer:
   """The checkpoints of one run, in one directory that belongs to it.
 
-  Nothing is cached and nothing stays open: when `save` has returned, the step is on the disk, and
-  every call reads the directory anew. In a run of several processes all of them make the same calls
-  on one shared directory.
+  Nothing is cached and nothing stays open: once `save` returns, the step is on disk, and every call
+  reads the directory again. In a run of several processes, all of them make the same calls on one
+  shared directory.
 
   >>> import tempfile
   >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
@@ -70,8 +70,8 @@ class Checkpointer:
   (40, [0.0, 1.0, 2.0], {'seed': 7})
 
   Args:
-    directory: where the steps go; made if it is not there. A local or network file system, mounted.
-    keep: how many steps remain after a save, >= 1; older ones go once the new one is whole.
+    directory: where the steps go, on a mounted local or network file system; created if missing.
+    keep: how many steps stay after a save, >= 1; older ones are deleted once the new one is whole.
 
   Raises:
     CheckpointError: the directory cannot be made, or is an object-store address such as gs://.
@@ -103,22 +103,22 @@ class Checkpointer:
     """Nothing to wait for: a save is finished when `save` returns."""
 
   def save(self, step: int, state: Any, extra: dict | None = None) -> None:
-    """Writes one step; on return it is on the disk, and the oldest steps beyond `keep` are gone.
+    """Writes one step; on return it is on disk, and the oldest steps beyond `keep` are gone.
 
-    Killed, out of space or interrupted at any point, it leaves the earlier steps as they were and
-    no half step.
+    If it is killed, interrupted or out of space at any point, the earlier steps stay as they were,
+    and no half-written step is left.
 
     Args:
-      step: the step's number, >= 0. A number already taken by a sound step is refused; anything
-        else there is replaced.
+      step: the step's number, >= 0. A sound step of that number is never overwritten: the save is
+        refused. Anything else there is replaced.
       state: any pytree of jax arrays (typed PRNG keys and bfloat16 included). Python numbers belong
         in `extra`.
-      extra: a small dict that JSON can hold, for whoever restores it. Tuples come back as lists.
+      extra: a small dict that JSON can hold, returned by `restore`. Tuples come back as lists.
 
     Raises:
-      CheckpointError: as above; a leaf holds NaN or infinity (checked on the device), from which no
-        run could resume; or the step could not be written. The message names the path.
-      TypeError: a leaf is not a jax array, or `extra` is nothing JSON can hold.
+      CheckpointError: the number is taken; a leaf holds NaN or infinity (checked on the device), so
+        no run could resume from it; or the step cannot be written. The message names the path.
+      TypeError: a leaf is not a jax array, or JSON cannot hold `extra`.
       ValueError: step is not an int >= 0.
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
@@ -142,7 +142,7 @@ class Checkpointer:
         self._remove_leftovers()
         aside.mkdir()
       hosts.barrier(f"the beginning of the checkpoint of step {step}")
-      # Orbax refuses empty arrays; the manifest says all there is to know about them.
+      # Orbax refuses empty arrays; the manifest already holds their shapes and dtypes.
       stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
       if stored:
         with _orbax_context():
@@ -160,7 +160,7 @@ class Checkpointer:
         _remove(aside)
       if isinstance(error, hosts.HostLost):
         raise
-      # Orbax waits for all processes too, and says so when one of them does not come.
+      # Orbax waits for all processes too, and raises when one of them does not arrive.
       if hosts.count() > 1 and (isinstance(error, TimeoutError) or hosts.is_of_network(error)):
         raise hosts.HostLost(hosts.lost(error)) from None
       if isinstance(error, Exception):
@@ -177,13 +177,12 @@ class Checkpointer:
   def latest(self) -> int | None:
     """The newest step that verifies, or None.
 
-    Every file of it has been hashed, so this reads the whole step (about 1 GB/s per core). A newer
-    step that does not verify is passed over, with one line in the log naming the file and what is
-    wrong with it.
+    Hashes every file, so it reads the whole step (about 1 GB/s per core). A newer step that does
+    not verify is skipped, with one line in the log that names the file and what is wrong with it.
 
     Raises:
-      CheckpointError: there are steps and none verifies (beginning anew must be somebody's
-        decision), or the newest sound step is of a later format than this package reads.
+      CheckpointError: there are steps but none verifies (only a person may decide to start over),
+        or the newest sound step has a later format than this package reads.
     """
     found = self._newest()
     if found is None and self._reported:
@@ -195,13 +194,13 @@ class Checkpointer:
   def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
     """Reads a step into the structure, dtypes and shardings of `abstract_state`.
 
-    The two trees are compared first, leaf by leaf, by path, shape and dtype. Only the paths count:
-    a NamedTuple may become a dict with the same names.
+    First compares the two trees, leaf by leaf, by path, shape and dtype. Container types do not
+    matter: a NamedTuple may become a dict with the same names.
 
     Args:
       abstract_state: a pytree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`) or of
-        arrays. A leaf with a sharding is read into it, on whatever devices it names; one without
-        goes to the first local device.
+        arrays. A leaf with a sharding is read into it, on whatever devices it names; a leaf
+        without one goes to the first local device.
       step: which step; by default the newest that verifies.
 
     Returns:
@@ -257,7 +256,7 @@ class Checkpointer:
         and any(os.path.lexists(os.path.join(entry.path, name)) for name in (_MANIFEST, _STATE)))
 
   def _sound(self, step: int) -> dict | None:
-    """The step's manifest if it verifies; a damaged one is reported, once, and gives None."""
+    """The step's manifest if the step verifies, else None; reports a damaged step once."""
     try:
       return _verified(self.directory / str(step), step)
     except _DamagedError as error:
@@ -267,7 +266,7 @@ class Checkpointer:
     return None
 
   def _newest(self) -> dict | None:
-    """The manifest of the newest sound step; of several processes the first reads, for all."""
+    """The manifest of the newest sound step; the first process reads it for all."""
     found = None
     if hosts.is_main():
       sound = (self._sound(step) for step in reversed(self._steps()))
@@ -295,9 +294,9 @@ class Checkpointer:
 
 
 def first_moments(directory: Path, count: int) -> list[np.ndarray]:
-  """The policy's first moments of Adam in the last `count` checkpoints, each as one vector.
+  """Adam's first moments for the policy in the last `count` checkpoints, each as one vector.
 
-  Where b1 is 0 they are the gradients.
+  If b1 is 0, they are the gradients.
   """
   found = []
   for step in sorted(int(path.name) for path in directory.iterdir())[-count:]:
@@ -313,7 +312,7 @@ def first_moments(directory: Path, count: int) -> list[np.ndarray]:
 # Trees
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-  """{"params/layer_0/kernel": leaf}, in the tree's order; the kinds of containers do not show."""
+  """{"params/layer_0/kernel": leaf}, in the tree's order, whatever the container types."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   names = [jax.tree_util.keystr(path, simple=True, separator="/") or "value" for path, _ in flat]
   _refuse_clashes(names)
@@ -386,9 +385,9 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
 
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  """Whether each leaf is finite, in one program.
+  """Whether each leaf is finite, computed in one program.
 
-  With a program for each leaf, CPU devices could start different ones, and each would wait for the
+  With one program per leaf, CPU devices could start different programs, and each would wait for the
   others in its own collective.
   """
   return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
@@ -408,7 +407,7 @@ def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
 # Files
 
 def _remove(directory: Path) -> None:
-  """Removes what a failed save left; Orbax's threads may still be writing when it raises."""
+  """Removes what a failed save left; Orbax's threads may still be writing after it raised."""
   for _ in range(20):
     shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():
@@ -426,14 +425,14 @@ def _checked_extra(extra: dict | None) -> dict:
 
 
 def _manifest_text(body: dict) -> str:
-  """JSON whose first line is the SHA-256 of all the others, so that it vouches for itself."""
+  """JSON whose first line is the SHA-256 of the rest, so that the manifest verifies itself."""
   rest = json.dumps(body, indent=1)[1:].lstrip("\n")
   digest = hashlib.sha256(rest.encode()).hexdigest()
   return f'{{"manifest_sha256": "{digest}",\n{rest}'
 
 
 def _write_manifest(path: Path, step: int, leaves: dict[str, Any], extra: dict) -> None:
-  """Flushes every file of a step, then writes their sizes and hashes, then flushes that."""
+  """Flushes every file of a step, writes their sizes and hashes, and flushes the manifest."""
   directories, files = [path], []
   for root, names, filenames in os.walk(path):
     directories += [Path(root, name) for name in names]
@@ -453,7 +452,7 @@ def _write_manifest(path: Path, step: int, leaves: dict[str, Any], extra: dict) 
 
 
 def _verified(path: Path, step: int) -> dict:
-  """The manifest of a step whose files are all as it says; else _DamagedError naming the file."""
+  """The manifest of a step if all files match it; else raises _DamagedError naming the file."""
   if not path.is_dir():
     raise CheckpointError(f"no checkpoint {path}; give a step that is there, or none for the "
                           "newest")
@@ -498,7 +497,7 @@ def _hashes(files: list[Path]) -> list[list]:
 
 
 def _sync(path: Path) -> None:
-  """Waits until a file, or a directory's list of names, is on the disk."""
+  """Waits until a file, or a directory's list of names, is on disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -513,13 +512,13 @@ def _orbax_context() -> ocp.Context:
   context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
   context.array.saving.use_compression = False  # 8 % smaller is not worth 4 times the wait
   context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
-  if hosts.count() > 1:  # Naming the processes makes Orbax use the barrier that has an end.
+  if hosts.count() > 1:  # Naming the processes makes Orbax use the barrier with a timeout.
     context.multiprocessing.active_processes = set(range(hosts.count()))
   return context
 
 
 def _of_all_processes(state: Any) -> Any:
-  """The state with arrays that each process holds in full turned into global, replicated ones."""
+  """The state, with arrays that every process holds in full made global and replicated."""
   if hosts.count() == 1:
     return state
   mesh = make_mesh()
@@ -530,7 +529,7 @@ def _of_all_processes(state: Any) -> Any:
 
 
 def _quiet_orbax(record: python_logging.LogRecord) -> bool:
-  """Drops Orbax's chatter and its tracebacks: what goes wrong is raised, and told in one line."""
+  """Drops Orbax's log lines and tracebacks: we raise its errors and report them in one line."""
   ours = f"{os.sep}orbax{os.sep}" not in record.pathname
   return ours or (record.levelno >= python_logging.WARNING and not record.exc_info)
 

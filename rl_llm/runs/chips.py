@@ -1,4 +1,4 @@
-"""What an accelerator can do at most: what measured and planned times are held against."""
+"""The peak rates of accelerators, to compare measured and planned times with."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ GPUS = {
   "h200": Chip(141e9, 989e12, 4.8e12, 900e9),
   "b200": Chip(180e9, 2250e12, 8e12, 1800e9),
 }
-# The same sheets: float32 that is not rounded to TF32; the B200's says nothing of it.
+# From the same sheets: float32 that is not rounded to TF32. The B200's sheet does not state it.
 FLOAT32 = {"a100": 19.5e12, "h100": 67e12, "h200": 67e12}
-# What JAX calls them. Others of a family (H100 PCIe, H100 NVL) have other limits.
+# JAX's names for them. Other models of a family (H100 PCIe, H100 NVL) have other limits.
 DEVICE_KINDS = {
   "TPU v4": "v4",
   "TPU v5 lite": "v5e",
@@ -55,17 +55,17 @@ DEVICE_KINDS = {
 
 
 def matmul_precision(asked: str, dtype: Any, platform: str) -> str | None:
-  """How float32 is multiplied on a platform, as JAX names it; None: as JAX does it unasked.
+  """JAX's name for the precision of float32 products on a platform; None is JAX's default.
 
-  Left alone a GPU multiplies it in TF32 and a TPU in bfloat16, so "auto" asks for more:
+  By default a GPU multiplies float32 in TF32 and a TPU in bfloat16, so "auto" asks for more:
 
   >>> matmul_precision("auto", "float32", "tpu"), matmul_precision("auto", "bfloat16", "tpu")
   ('highest', None)
 
   Args:
-    asked: "auto", or a precision of JAX's, which stands.
+    asked: "auto", or one of JAX's precisions, which is returned as it is.
     dtype: of the arithmetic.
-    platform: "cpu", "gpu" or "tpu", in whatever words.
+    platform: JAX's name of a CPU, GPU or TPU platform.
   """
   if asked != "auto":
     return asked
@@ -73,18 +73,18 @@ def matmul_precision(asked: str, dtype: Any, platform: str) -> str | None:
 
 
 class Peak(NamedTuple):
-  """The most operations that devices do in a second, all together."""
+  """The most operations a second that all devices can do together."""
 
   flops: float
-  measured: bool  # here, since nobody publishes it
+  measured: bool  # True: measured here, since no maker publishes it
 
 
 def published_flops(device_kind: str, dtype: Any, precision: str | None = None) -> float | None:
-  """Operations a second of one device by its maker's word, None where it is not in the table.
+  """One device's operations a second as its maker states them; None if it is not in the table.
 
-  Unless told otherwise JAX rounds float32 to bfloat16 on a TPU, which multiplies it at the same
-  rate, and to TF32 on a GPU, at half the rate of bfloat16. Asked for more, a TPU adds up three
-  products of bfloat16 parts ("high") or six ("highest"); a GPU leaves its tensor cores ("highest").
+  By default JAX rounds float32 to bfloat16 on a TPU, which multiplies at the same rate, and to TF32
+  on a GPU, at half the rate of bfloat16. At higher precision a TPU adds up three products of
+  bfloat16 parts ("high") or six ("highest"), and a GPU does not use its tensor cores ("highest").
 
   >>> published_flops("TPU v5 lite", "float32") / 1e12
   197.0
@@ -112,15 +112,15 @@ def published_flops(device_kind: str, dtype: Any, precision: str | None = None) 
 
 
 def product_flops(device: Any, dtype: Any, *, size: int = 768, seconds: float = 0.2) -> float:
-  """Operations a second of a square matrix product: the fastest of as many as fit into the time.
+  """Operations a second of a square matrix product: the fastest of all that fit into the time.
 
-  Of 2 cores that other programs use too it says what these leave.
+  On cores that other programs use too, it measures what those programs leave.
 
   Args:
     device: a `jax.Device`.
     dtype: of the matrices.
-    size: of their sides: all cores are busy, and one product is short beside the time to spend.
-    seconds: to spend after compiling; one product is made in any case.
+    size: of their sides: large enough to use all cores, small enough that many products fit.
+    seconds: to spend after compiling; at least one product is computed.
   """
   square = jax.device_put(jnp.ones((size, size), dtype), device)
   multiply = jax.jit(jnp.matmul)
@@ -140,10 +140,10 @@ def find_peak(
   precision: str | None = None,
   measure: Callable[..., float] = product_flops,
 ) -> Peak | None:
-  """The peak of devices of one kind; None where it is not known.
+  """The peak of devices of one kind; None if it is not known.
 
-  A CPU's is measured. The CPU devices of a process are one machine's cores, which each product
-  uses all of, so together they have the peak of one.
+  The peak of a CPU is measured. The CPU devices of a process share one machine's cores, and each
+  product uses all of them, so together they have the peak of one device.
 
   Args:
     devices: all that train, of this process and of others.

@@ -1,9 +1,9 @@
-"""What one run has compiled, the next one reads: a directory of compiled programs.
+"""A directory of compiled programs, so that a run need not compile what an earlier run compiled.
 
-What lies there is executed, so it must belong to this user alone, and an entry counts only if it
-still has the digest that was noted when it was written: a program cut short by a kill, or damaged
-on disk, is removed and compiled again. Programs are compiled for one processor, so each kind of
-machine has a directory of its own.
+Its contents are executed, so it must belong to this user alone, and an entry counts only if it
+still has the digest that was recorded when it was written. A program cut short by a kill, or
+damaged on disk, is removed and compiled again. Programs are compiled for one processor, so each
+kind of machine has its own directory.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from rl_llm.errors import ConfigError
 
-LIMIT = 2 << 30  # Bytes; the oldest programs make room.
+LIMIT = 2 << 30  # Bytes; beyond it the oldest programs are deleted.
 _DIGESTS = "sha256sums"
 
 
 @contextlib.contextmanager
 def kept(where: str) -> Iterator[Path | None]:
-  """Keeps what is compiled within the block, and reads what earlier blocks have compiled.
+  """Keeps what is compiled within the block, and reads what earlier blocks compiled.
 
-  A program is looked up by all that decides what it computes: results are the same bit for bit
-  with an empty directory, a full one, or none.
+  A program's key covers everything that decides what it computes, so results are the same bit for
+  bit with an empty directory, a full one, or none.
 
   Args:
-    where: a directory; "auto", the user's own, `$XDG_CACHE_HOME/rl_llm/compiled`; "none". Where
-      JAX has been given a directory already (`JAX_COMPILATION_CACHE_DIR`), that one stays.
+    where: a directory; "auto" for the user's own, `$XDG_CACHE_HOME/rl_llm/compiled`; or "none". If
+      JAX already has a directory (`JAX_COMPILATION_CACHE_DIR`), that one stays.
 
   Yields:
-    The directory; None where nothing is kept.
+    The directory; None if nothing is kept.
 
   Raises:
     ConfigError: the directory cannot be made or written, or others may write into it.
@@ -49,7 +49,7 @@ def kept(where: str) -> Iterator[Path | None]:
     yield None
     return
   known = _sound(path)
-  logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)  # It tells of resets.
+  logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)  # It logs resets.
   names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
   before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
   jax.config.update("jax_compilation_cache_dir", str(path))
@@ -57,7 +57,7 @@ def kept(where: str) -> Iterator[Path | None]:
   jax_cache.reset_cache()
 
   def listen(event: str, start: float, end: float, **_: object) -> None:
-    # A long compilation is noted at once, so that a kill does not lose it.
+    # Record a long compilation at once, so that a kill does not lose it.
     if event.startswith("/jax/core/compile/backend_compile") and end - start > 1:
       _note(path, known)
 
@@ -73,7 +73,7 @@ def kept(where: str) -> Iterator[Path | None]:
 
 
 def _directory(where: str) -> Path | None:
-  """This machine's directory below the one asked for, if it can be trusted."""
+  """This machine's subdirectory of the one asked for, if it can be trusted."""
   if where == "none":
     return None
   base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_llm" / "compiled"
@@ -88,7 +88,7 @@ def _directory(where: str) -> Path | None:
 
 
 def _fault(path: Path) -> str:
-  """Why a directory cannot be used; makes it if it is not there."""
+  """Why a directory cannot be used; creates it if it is missing."""
   try:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.stat()
@@ -102,9 +102,9 @@ def _fault(path: Path) -> str:
 
 
 def _machine() -> str:
-  """A name for what programs are compiled for besides what JAX itself looks at."""
+  """A name for what a program is compiled for, beyond what JAX's own key covers."""
   described = [jax.__version__, platform.machine()]
-  with contextlib.suppress(OSError):  # Linux; elsewhere the architecture must do.
+  with contextlib.suppress(OSError):  # Only Linux has it; elsewhere use the architecture alone.
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     described += sorted({line for line in lines if line.startswith(("flags", "Features", "model"))})
   return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
@@ -119,12 +119,12 @@ def _digest(entry: Path) -> str:
 
 
 def _sound(path: Path) -> set[str]:
-  """Names of the entries that are whole; the others are removed, and the oldest above the limit."""
+  """Names of the intact entries; removes the others, and the oldest ones beyond the limit."""
   noted = path / _DIGESTS
   lines = set(noted.read_text(errors="replace").splitlines()) if noted.exists() else set()
   known, size = set(), 0
   for entry in sorted(_entries(path), key=lambda entry: -entry.stat().st_mtime):
-    with contextlib.suppress(FileNotFoundError):  # Another run's removal.
+    with contextlib.suppress(FileNotFoundError):  # Another run may have removed it.
       size += entry.stat().st_size
       if size > LIMIT or _digest(entry) not in lines:
         entry.unlink()
@@ -134,7 +134,7 @@ def _sound(path: Path) -> set[str]:
 
 
 def _note(path: Path, known: set[str]) -> None:
-  """Appends the digests of new entries: a line each, so that several runs may do it at once."""
+  """Appends the digests of new entries, a line each, so that several runs can do it at once."""
   with contextlib.suppress(OSError):
     new = [entry for entry in _entries(path) if entry.name not in known]
     with open(path / _DIGESTS, "a") as file:

@@ -1,8 +1,8 @@
 """Frozen dataclasses as the only source of defaults, and the command line derived from them.
 
-A default written twice goes stale once, so an experiment writes each of its settings in one place,
-with the help and the allowed range beside it, and everything else (flags, `--help`, checks, the
-record in the run's directory) is read off the dataclass:
+A default that is written twice soon differs, so an experiment writes each setting in one place,
+with its help text and allowed range. Everything else (flags, `--help`, checks, the record in the
+run's directory) is derived from the dataclass:
 
     @dataclasses.dataclass(frozen=True)
     class Loss:
@@ -18,10 +18,10 @@ record in the run's directory) is read off the dataclass:
     if __name__ == "__main__":
       config.run(main, Config)        # --batch=4 --loss.clip_high=0.28 --system_prompt=none --help
 
-A group that has a `name` may be given by it: `--loss=ppo_loss` is `--loss.name=ppo_loss`. A group
-that stands in its class as `inline(Group())` has no prefix, so that several experiments share
-fields such as `--seed` and each keeps its own defaults. A group may have a method
-`check(self, config)`, which `check` calls with the whole config.
+A group that has a `name` can be set by it: `--loss=ppo_loss` is `--loss.name=ppo_loss`. A group
+declared as `inline(Group())` has no prefix, so that several experiments share fields such as
+`--seed` and each keeps its own defaults. A group may have a method `check(self, config)`, which
+`check` calls with the whole config.
 Fields may be int, float, str, bool, Literal of strings, tuple[int | float | str, ...], any of these
 `| None`, or a nested frozen dataclass. Library functions receive fields, never the config.
 """
@@ -54,7 +54,7 @@ _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "
 _PLURALS = {int: "integers", float: "finite numbers", str: "texts"}
 
 def check_divides(name: str, whole: int, part: int, of: str) -> None:
-  """Refuses a microbatch that does not divide what it is a part of, unless it is larger."""
+  """Refuses a microbatch that does not divide its whole, unless it is larger than the whole."""
   if whole > part and whole % part:
     divisors = [size for size in range(1, whole + 1) if whole % size == 0]
     nearest = min(divisors, key=lambda size: abs(size - part))
@@ -73,7 +73,7 @@ def option(
   choices: Iterable[Any] | None = None,
   volatile: bool | Callable[[Any], bool] = False,
 ) -> Any:
-  """A dataclass field with its help and bounds, so that the range stands beside the default.
+  """A dataclass field with its help and bounds, so that the range stands next to the default.
 
   >>> @dataclasses.dataclass(frozen=True)
   ... class Config:
@@ -85,14 +85,14 @@ def option(
   Args:
     default: the value when nothing is given.
     help: one sentence for `--help`; units belong here.
-    min: smallest value allowed; for a tuple, of each item.
+    min: smallest value allowed; in a tuple, for each item.
     above: value to stay strictly above.
     max: largest value allowed.
     below: value to stay strictly below.
-    choices: the only values allowed, where a `Literal` cannot say it because they are computed.
-    volatile: whether a run may resume with another value, since it does not change what is
-      computed; or a function of the config that says so. `VOLATILE = True` in a class says it of
-      all of its fields.
+    choices: the only values allowed, if they are computed and a `Literal` cannot list them.
+    volatile: whether a run may resume with another value because the field does not change what is
+      computed; or a function of the config that returns this. `VOLATILE = True` in a class makes
+      all of its fields volatile.
 
   Returns:
     A `dataclasses.field` whose metadata holds what was given.
@@ -118,13 +118,13 @@ def inline(default: Any) -> Any:
   {'steps': 32}
 
   Args:
-    default: an instance of the group's class, with the defaults that hold here.
+    default: an instance of the group's class, with the defaults to use here.
   """
   return dataclasses.field(default=default, metadata={"inline": True})
 
 
 class _Leaf(NamedTuple):
-  """One field that holds a value, seen from the root: what its flag needs to know."""
+  """One field that holds a value, with its path from the root: all that its flag needs."""
 
   path: str
   kind: type  # int, float, str or bool; of each item where `is_tuple`
@@ -134,12 +134,12 @@ class _Leaf(NamedTuple):
   bounds: Mapping[str, float]
   help: str
   default: Any
-  group: str  # what the dataclass that holds it says of itself
+  group: str  # first docstring line of the dataclass that holds it
   volatile: bool | Callable[[Any], bool]
 
 
 def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_Leaf]:
-  """Every leaf of a config class, in the order written; refuses what flags cannot represent."""
+  """Every leaf of a config class, in order of definition; refuses what flags cannot represent."""
   where = config_class.__qualname__
   if not (dataclasses.is_dataclass(config_class) and config_class.__dataclass_params__.frozen):
     raise TypeError(
@@ -161,7 +161,7 @@ def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_
 
 
 def _prefix(field: dataclasses.Field, prefix: str) -> str:
-  """What the paths of a group's fields begin with."""
+  """The prefix of the paths of a group's fields."""
   return prefix if field.metadata.get("inline") else f"{prefix}{field.name}."
 
 
@@ -206,7 +206,7 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
 
 
 def _summary(config_class: type) -> str:
-  """The first line of a group's docstring; "" where dataclasses wrote one."""
+  """The first line of a group's docstring; "" if `dataclasses` generated it."""
   line = (config_class.__doc__ or "").strip().split("\n")[0]
   return "" if line.startswith(config_class.__name__ + "(") else line
 
@@ -258,7 +258,7 @@ def _check(leaf: _Leaf, value: Any) -> Any:
 
 
 def _parse(leaf: _Leaf, text: str) -> Any:
-  """The value a flag's text stands for, before its bounds are checked."""
+  """The value that a flag's text stands for; its bounds are not checked yet."""
   if leaf.optional and text.strip().lower() in ("", "none"):
     return None
   try:
@@ -280,7 +280,7 @@ def _parse_item(kind: type, text: str) -> Any:
     try:
       return json.loads(text)
     except ValueError:
-      return text  # a text that merely begins with a quotation mark
+      return text  # not JSON: it merely begins with a quotation mark
   return kind(text)
 
 
@@ -303,7 +303,7 @@ def _text(leaf: _Leaf, value: Any) -> str:
 
 
 def _is_plain(text: str) -> bool:
-  """Whether a flagfile keeps the text: absl strips its lines, in the locale's encoding."""
+  """Whether a flagfile preserves the text: absl strips lines and reads in the locale's encoding."""
   return text.isascii() and text.isprintable() and text == text.strip() and not text.startswith('"')
 
 
@@ -358,8 +358,7 @@ def from_flags(
 ) -> Any:
   """The frozen config that the parsed flags describe.
 
-  A preset is a dictionary of overrides: it changes the defaults, so whatever the user typed wins
-  over it.
+  A preset is a dictionary of overrides. It changes the defaults, so what the user typed wins.
 
   Args:
     config_class: the class whose flags were defined.
@@ -401,7 +400,7 @@ def replace(config: Any, changes: Mapping[str, Any]) -> Any:
 
   Args:
     config: an instance of a frozen dataclass.
-    changes: dotted path -> value; a list will do for a tuple, and an int for a float.
+    changes: dotted path -> value; a list is accepted for a tuple, and an int for a float.
 
   Returns:
     A new config of the same class, checked.
@@ -422,15 +421,15 @@ def resolve(
   *,
   overrides: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-  """What a command line of these settings would run, without a command line: a trial of a sweep.
+  """The config that a command line with these settings would run, for a trial of a sweep.
 
   Args:
     config_class: a frozen dataclass.
-    settings: dotted path -> value, as for `replace`; a group that has a `name` may be given by it.
+    settings: dotted path -> value, as for `replace`; a group that has a `name` can be set by it.
     overrides: as for `run`.
 
   Returns:
-    The config, and the settings that were given, by their full paths and as their fields hold them.
+    The config, and the given settings by their full paths, with the values their fields store.
 
   Raises:
     ConfigError: as for `replace`, or a setting is given twice.
@@ -450,7 +449,7 @@ def resolve(
 
 
 def volatile(config: Any) -> set[str]:
-  """The paths of the fields with which a run may resume at other values: see `option`."""
+  """The paths of the fields that may have other values when a run resumes: see `option`."""
   leaves = _leaves(type(config), default=config)
   return {
     leaf.path
@@ -460,10 +459,10 @@ def volatile(config: Any) -> set[str]:
 
 
 def check(config: Any) -> None:
-  """Calls the `check(config)` of every group that has one: they refuse what does not fit together.
+  """Calls the `check(config)` of every group that has one, to refuse settings that do not fit.
 
   Raises:
-    ConfigError: the first that does not fit.
+    ConfigError: from the first check that fails.
   """
 
   def visit(group: Any) -> None:
@@ -478,7 +477,7 @@ def check(config: Any) -> None:
 
 
 def to_flags(config: Any, paths: Iterable[str]) -> list[str]:
-  """These fields of the config as arguments of a command line; credentials too are as they are.
+  """These fields of the config as command-line arguments; credentials are not redacted.
 
   Args:
     config: an instance of a frozen dataclass.
@@ -513,7 +512,7 @@ def _refuse_unknown(config_class: type, leaves: list[_Leaf], changes: Mapping[st
 
 
 def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
-  """A question naming the nearest of `names`, or "" where none is near."""
+  """A question that names the nearest of `names`; "" if none is near."""
   names = sorted(names)
   if known := peer_names.ours(name, names):
     return f"did you mean {dashes}{known}?"
@@ -529,13 +528,13 @@ def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
 
 
 def to_flagfile(config: Any) -> str:
-  """The config as the text of a flagfile: `--flagfile=<path>` gives the equal config again.
+  """The config as the text of a flagfile: `--flagfile=<path>` gives an equal config again.
 
-  Every field is in it, so that the file still means the same after a default has changed.
+  It lists every field, so the file means the same after a default has changed.
 
   Strings that a flagfile would damage (line ends, outer spaces, non-ASCII) are written as JSON
-  strings, lists of such as JSON lists; the flags read both. A credential is written "[redacted]"
-  and is the one thing that does not come back.
+  strings, and lists of such strings as JSON lists; the flags read both. Only credentials do not
+  come back: they are written as "[redacted]".
 
   Args:
     config: an instance of a frozen dataclass.
@@ -554,16 +553,16 @@ def _redacted(value: Any) -> Any:
 
 
 def write_config(config: Any, run_dir: str | os.PathLike) -> None:
-  """Writes what a run was into its directory.
+  """Writes a run's config into its directory.
 
-  config.json and defaults.json are flat dictionaries, for programs; flags.txt runs it again.
+  config.json and defaults.json are flat dictionaries, for programs; flags.txt reruns the config.
 
   Args:
     config: an instance of a frozen dataclass.
     run_dir: the run's directory, which exists.
   """
   run_dir = Path(run_dir)
-  # First, so that a config.json beside none is not a run's, but a model's.
+  # Written first: a config.json without a flags.txt next to it is a model's, not a run's.
   write_atomically(run_dir / "flags.txt", to_flagfile(config).encode("ascii"))
   for name, values in (
     ("config.json", flatten(config)),
@@ -582,16 +581,16 @@ def run(
 ) -> NoReturn:
   """Runs an experiment from the command line, with one clear line for whatever the user got wrong.
 
-  A wrong flag costs a second, not a traceback after a minute of compilation: an unknown flag (with
-  the nearest one), a wrong type, a value outside its bounds or a stray argument prints `error: ...`
-  to stderr and exits with code 2. So does every `UserError` that `main` raises.
-  `--help` prints the module's docstring and every field. absl's own flags work as ever.
+  A wrong flag fails within a second, not with a traceback after a minute of compilation: an unknown
+  flag (the message suggests the nearest one), a wrong type, a value outside its bounds or a stray
+  argument prints `error: ...` to stderr and exits with code 2. So does any `UserError` from `main`.
+  `--help` prints the module's docstring and every field. absl's own flags work as usual.
 
   Args:
     main: called with the config; its return value is the exit code.
     config_class: a frozen dataclass.
-    overrides: from the config as typed to a preset's `overrides` for `from_flags`.
-    argv: the command line with the program's name first; sys.argv when None.
+    overrides: maps the config as typed to a preset's `overrides` for `from_flags`.
+    argv: the command line, with the program's name first; sys.argv if None.
   """
   define_flags(config_class)
 
@@ -610,7 +609,7 @@ def run(
     return rest
 
   def with_config(_: list[str]) -> Any:
-    # JAX says at INFO which platforms it did not find; a missing TPU is not news.
+    # JAX logs at INFO which platforms it did not find; a missing TPU is no news.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
       config = from_flags(config_class)
@@ -624,8 +623,8 @@ def run(
 
 
 def _in_full(argument: str, config_class: type) -> str:
-  """A group's flag as that of its first field: --loss=ppo_loss as --loss.name=ppo_loss, and
-  --distributed as --distributed.on; all else unchanged."""
+  """Expands a group's flag to that of its first field: --loss=ppo_loss to --loss.name=ppo_loss,
+  --distributed to --distributed.on. Everything else stays unchanged."""
   flag, equals, value = argument.partition("=")
   names = {f"--{leaf.path}" for leaf in _leaves(config_class)}
   field = next((field for field in ("name", "on") if f"{flag}.{field}" in names), None)

@@ -1,8 +1,8 @@
-"""What a person sees while a run goes on: a live display on a terminal, plain lines elsewhere.
+"""The display of a run in progress: a live view on a terminal, plain lines elsewhere.
 
-A model that is being trained writes anything: terminal escapes that would clear the screen,
-brackets that a markup language would swallow, a megabyte of one letter. A person must see what it
-wrote, so all of it is shown literally, with control characters as escapes and long texts cut.
+A model in training may write anything: terminal escapes that would clear the screen, brackets that
+a markup language would swallow, a megabyte of one letter. A person must see what it wrote, so all
+of it is shown literally, with control characters escaped and long texts shortened.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rl_llm.errors import redact
 
 
 def printable(text: str, *, limit: int | None = None, keep_newlines: bool = False) -> str:
-  r"""The text as it can be shown anywhere: one character, one mark, nothing that acts.
+  r"""The text in a form that is safe to show anywhere: every character is visible, none acts.
 
-  Control characters, invisible ones, direction changes and lone surrogates become escapes;
+  Control characters, invisible characters, direction changes and lone surrogates become escapes;
   credentials are redacted. A text over the limit loses its middle, since a prompt's question is
   often at its end.
 
@@ -37,8 +37,8 @@ def printable(text: str, *, limit: int | None = None, keep_newlines: bool = Fals
 
   Args:
     text: anything, as a model wrote it.
-    limit: characters at most, at least 12; None for all.
-    keep_newlines: whether line ends stay, for where text may take several lines.
+    limit: the most characters to show, at least 12; None for all.
+    keep_newlines: whether to keep line ends, where the text may take several lines.
 
   Returns:
     The text; it encodes as UTF-8.
@@ -53,15 +53,15 @@ def printable(text: str, *, limit: int | None = None, keep_newlines: bool = Fals
 
 
 def _escape(character: str) -> str:
-  # A non-ASCII space is only wide or narrow; everything else that is not printable acts or is
-  # hidden.
+  # A non-ASCII space is only wide or narrow; any other unprintable character has an effect or is
+  # invisible.
   if unicodedata.category(character) == "Zs":
     return " "
   return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def number(value: Any, digits: int = 3) -> str:
-  """A figure for a person: few digits, and a dash where there is none.
+  """Formats a number for a person: few digits, and a dash for None.
 
   >>> number(0.123456), number(1234.5), number(12), number(2e-5), number(None), number("nan")
   ('0.123', '1234', '12', '2e-5', '-', 'nan')
@@ -69,8 +69,8 @@ def number(value: Any, digits: int = 3) -> str:
   ('163', '100', '1e7')
 
   Args:
-    value: a number, a record's text for a non-finite one, or None.
-    digits: significant ones, of a fraction.
+    value: a number, a record's text for a non-finite number, or None.
+    digits: significant digits of a fraction.
 
   Returns:
     A short text.
@@ -87,7 +87,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-  """A time for a person.
+  """Formats a time for a person.
 
   >>> duration(42.4), duration(600), duration(9000)
   ('42s', '10m', '2.5h')
@@ -104,17 +104,17 @@ def duration(seconds: float) -> str:
 
 
 class Console:
-  """Shows a run on a stream; everything is flushed at once, so an interrupted run has shown all.
+  """Shows a run on a stream. Flushes everything at once, so an interrupted run loses no output.
 
-  On a terminal a progress bar with the latest figures stays at the bottom, and what is said scrolls
-  above it. Anywhere else (a pipe, a file, a dumb terminal) each step is one plain line.
+  On a terminal, a progress bar with the latest figures stays at the bottom, and other lines scroll
+  above it. Anywhere else (a pipe, a file, a dumb terminal), each step is one plain line.
 
       with Console(total_steps=100) as console:
         console.say("compiling on 2 CPU cores")
         console.step(1, {"reward_mean": 0.25, "time/step": 2.0})
 
   Args:
-    stream: where to; standard output when None.
+    stream: where to write; standard output if None.
     total_steps: steps of the whole run, for the progress bar and the time left.
   """
 
@@ -161,7 +161,7 @@ class Console:
     self._stream.flush()
 
   def say(self, line: str) -> None:
-    """Shows a line (or several), whole and literally.
+    """Shows a line (or several) in full and literally.
 
     Args:
       line: any text.
@@ -170,7 +170,7 @@ class Console:
     self._stream.flush()
 
   def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Shows a table that fits the screen: texts fold, figures stand right.
+    """Shows a table that fits the screen: texts wrap, numbers are right-aligned.
 
     Args:
       title: its heading.
@@ -192,7 +192,7 @@ class Console:
     self._stream.flush()
 
   def sizes(self, values: Mapping[str, Any]) -> None:
-    """Shows the sizes that follow from the config, which is where a wrong setting shows first.
+    """Shows the sizes that follow from the config: a wrong setting is easiest to see there.
 
     Args:
       values: name -> size, such as "problems per step", "responses per problem", "microbatch".
@@ -206,7 +206,7 @@ class Console:
     Args:
       step: the step they were sampled in.
       rows: rows of samples.jsonl; a reward that failed shows its status.
-      count: rows at most.
+      count: the most rows to show.
     """
     cells = [
       (
@@ -239,7 +239,7 @@ class Console:
       self._bar.update(self._task, completed=step)
 
   def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Shows a step that is done.
+    """Shows a finished step.
 
     Args:
       step: its number, of `total_steps`.
@@ -263,7 +263,7 @@ class Console:
       "entropy": "entropy",
     }
     if metrics.get("reward_mean") is not None:
-      del names["loss"]  # It hovers around 0, however well a policy learns.
+      del names["loss"]  # It stays near 0, however well a policy learns.
     parts = [
       f"{name} {number(metrics[key], 2 if name != 'length' else 3)}"
       for name, key in names.items()

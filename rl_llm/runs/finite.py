@@ -1,7 +1,7 @@
-"""Numbers that are not finite stop a run, and the error says which weights they come from.
+"""Stops a run at numbers that are not finite, and says which weights they come from.
 
-One infinite weight makes every log-prob NaN. A sampler that goes on draws some token or other, and
-the run ends with a figure that means nothing.
+One infinite weight makes every log-prob NaN. A sampler that continues draws arbitrary tokens, and
+the run ends with a meaningless result.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _LISTED = 3
 
 
 class NotFiniteError(UserError, ValueError):
-  """A model gives numbers that are not finite; one line says which weights are not."""
+  """A model computed numbers that are not finite; the message names the weights that are not."""
 
 
 def check_finite(values: Any, params: Any, *, what: str) -> None:
-  """Stops at values that are not finite.
+  """Raises if a value is not finite.
 
   >>> check_finite(np.zeros(2), {"w": jnp.ones(2)}, what="the log-probs")
 
   Args:
     values: floats on the host, computed with the weights.
-    params: those weights; None: not known here.
-    what: the values, in words.
+    params: those weights; None if they are not known here.
+    what: the name of the values, for the message.
 
   Raises:
     NotFiniteError: one of the values is NaN or infinite.
@@ -41,7 +41,7 @@ def check_finite(values: Any, params: Any, *, what: str) -> None:
 
 
 def cause_in(params: Any) -> str:
-  """Which weights are not finite, and what to do about it: the end of an error.
+  """Says which weights are not finite, and what to do about it: the end of an error message.
 
   >>> cause_in({"w": jnp.array([jnp.nan])})[:43]
   'weights hold NaN or infinity, namely w; loa'
@@ -81,5 +81,5 @@ def nonfinite_weights(params: Any) -> list[str]:
 
 @jax.jit
 def _all_finite(leaves: Any) -> list[jax.Array]:
-  """Of each leaf, in one program: of many with collectives, CPU devices may each begin another."""
+  """One program for all leaves: with one each, CPU devices may start different collectives."""
   return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]

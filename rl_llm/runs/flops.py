@@ -1,10 +1,10 @@
-"""How much work a step is, by formula: what measured and planned times are compared with.
+"""How much work a step is, by formula, to compare with measured and planned times.
 
-Counted are the matrix products that a step cannot do without, 2 operations a multiply-add, over
-the tokens that are there: no padding, nothing computed twice, no norms, softmax or rotations. So
-the figures do not depend on how a step is computed, and a program that wastes nothing and never
-waits would take flops / peak seconds (Chowdhery et al., 2022, PaLM, https://arxiv.org/abs/2204.02311,
-appendix B, where the share it reaches is called model FLOPs utilization, MFU).
+This counts the matrix products that a step needs, 2 operations per multiply-add, over the real
+tokens: no padding, nothing computed twice, no norms, softmax or rotations. So the figures do not
+depend on how a step is computed, and a program that wastes nothing and never waits would take
+flops / peak seconds (Chowdhery et al., 2022, PaLM, https://arxiv.org/abs/2204.02311, appendix B;
+the share of the peak that a program reaches is called model FLOPs utilization, MFU).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rl_llm.data.encoding import Encoded
 
 
 class Work(NamedTuple):
-  """What a step samples and trains on; 0 where it does not.
+  """What a step samples and trains on; 0 for what it does not do.
 
   Attributes:
-    generated_tokens: of all responses sampled.
+    generated_tokens: tokens of all sampled responses.
     rollout_flops: one forward pass over prompts and responses.
-    trained_tokens: the tokens that the losses of the updates sum over; twice in two epochs.
+    trained_tokens: tokens that the losses of the updates sum over; in two epochs each counts twice.
     update_flops: forward and backward passes of the updates.
   """
 
@@ -34,16 +34,16 @@ class Work(NamedTuple):
 
 
 def forward_flops(shape: Any, prompt_lengths: Any, response_lengths: Any) -> int:
-  """Operations that read all prompts and responses once and predict the responses' tokens.
+  """Operations to read all prompts and responses once and predict the responses' tokens.
 
       token      = 2 (2 D N H + 2 D K H + 3 D F) in each layer, for every token read
       attention  = 4 N H                         in each layer, for every key that a token sees
       prediction = 2 D V                         for every token of a response
 
-  A prompt is read once for all its responses, and the last token of a response by nobody. One layer
-  of width 1 with one head of size 2, an MLP of width 1, a vocabulary of 1, a prompt of one token
-  and a response of one: the prompt's token meets 11 weights and one key, 22 + 8, and the prediction
-  makes 2.
+  A prompt is read once for all its responses; the last token of a response is never read. Take one
+  layer of width 1 with one head of size 2, an MLP of width 1, a vocabulary of 1, a prompt of one
+  token and a response of one token. The prompt's token meets 11 weights and one key, 22 + 8
+  operations, and the prediction takes 2:
 
   >>> from rl_llm.policy import TransformerConfig
   >>> shape = TransformerConfig(vocab_size=1, width=1, n_layers=1, n_heads=1, n_kv_heads=1,
@@ -58,17 +58,18 @@ def forward_flops(shape: Any, prompt_lengths: Any, response_lengths: Any) -> int
     response_lengths: [P * G] ints, tokens of each response; row b answers prompt b // G.
 
   Returns:
-    What generation costs; a training update of all weights costs three times as much.
+    The cost of generation; a training update of all weights costs three times as much.
   """
   predicted = int(np.sum(response_lengths))
   return trunk_flops(shape, prompt_lengths, response_lengths) + prediction_flops(shape, predicted)
 
 
 def trunk_flops(shape: Any, prompt_lengths: Any, response_lengths: Any = ()) -> int:
-  """The layers' part of `forward_flops`: what a network costs that predicts no tokens.
+  """The layers' part of `forward_flops`: the cost of a network that predicts no tokens.
 
   Args:
-    shape, prompt_lengths, response_lengths: as for `forward_flops`; without responses, whole texts.
+    shape, prompt_lengths, response_lengths: as for `forward_flops`; without responses, the prompts
+      are whole texts.
   """
   prompts = np.asarray(prompt_lengths, np.int64).reshape(-1)
   responses = np.asarray(response_lengths, np.int64).reshape(prompts.size, -1)
@@ -85,14 +86,14 @@ def trunk_flops(shape: Any, prompt_lengths: Any, response_lengths: Any = ()) -> 
 
 
 def keys_seen(count: Any, before: Any, window: int | None = None) -> int:
-  """How many keys `count` tokens see which follow `before` others: each these, and up to itself.
+  """How many keys `count` tokens after `before` others see: each sees all up to and with itself.
 
   >>> keys_seen(3, 2), keys_seen(3, 2, window=4)  # 3 + 4 + 5, 3 + 4 + 4
   (12, 11)
 
   Args:
     count, before: ints, or arrays of them that broadcast.
-    window: the most that one token sees; None: all.
+    window: the most keys that one token sees; None: all.
   """
   growing = count if window is None else np.clip(window - before, 0, count)
   seen = growing * before + growing * (growing + 1) // 2
@@ -100,7 +101,7 @@ def keys_seen(count: Any, before: Any, window: int | None = None) -> int:
 
 
 def prediction_flops(shape: Any, tokens: int) -> int:
-  """Scoring the vocabulary for so many tokens."""
+  """Operations to score the vocabulary for that many tokens."""
   return 2 * shape.width * shape.vocab_size * tokens
 
 
@@ -110,16 +111,16 @@ def text_flops(shape: Any, lengths: Any, *, predicted: int) -> int:
   Args:
     shape: as for `forward_flops`.
     lengths: [R] ints, tokens of each text.
-    predicted: how many of all their tokens are predicted: those that are trained on.
+    predicted: how many of their tokens are predicted, that is, trained on.
   """
   return trunk_flops(shape, lengths) + prediction_flops(shape, predicted)
 
 
 def update_passes(*, adapters: bool) -> int:
-  """An update's work in forward passes: the backward pass has two products for each forward one,
-  for the gradient of either factor; weights that stay as they are need none.
+  """An update's work in forward passes. The backward pass has two products for each forward
+  product, one for the gradient of each factor; frozen weights need no gradient.
 
-  With adapters that leaves out their own thin products, and attention's second one: a few percent.
+  With adapters this ignores their own thin products and attention's second product: a few percent.
 
   >>> update_passes(adapters=False), update_passes(adapters=True)
   (3, 2)
@@ -144,12 +145,12 @@ def response_work(
     prompt_lengths: [P] ints.
     response_lengths: [P * G] ints, as sampled.
     trained_lengths: [P * G] ints, 0 where a response is left out.
-    updates: for each update the problems, as ints below P, whose responses it learns from. Those
-      that add nothing, since all their advantages are 0, are not among them, whether they were
-      computed or not.
+    updates: for each update, the problems (ints below P) whose responses it learns from. Problems
+      that add nothing because all their advantages are 0 are left out, whether they were computed
+      or not.
     passes: from `update_passes`.
-    towers: networks of the policy's shape that each update trains beside it on the same tokens, and
-      that predict none, as a value network with a trunk of its own.
+    towers: how many further networks of the policy's shape each update trains on the same tokens
+      that predict no tokens, such as a value network with its own trunk.
   """
   by_prompt = np.reshape(trained_lengths, (len(prompt_lengths), -1))
   tokens, flops = 0, 0
@@ -171,9 +172,9 @@ def text_work(shape: Any, texts: Sequence[Encoded], *, passes: int, predicts: bo
 
   Args:
     shape: as for `forward_flops`.
-    texts: with their masks, of the tokens that are trained on.
+    texts: with masks of the tokens that are trained on.
     passes: from `update_passes`.
-    predicts: whether these are predicted; a reward model predicts none.
+    predicts: whether those tokens are predicted; a reward model predicts none.
   """
   trained = sum(sum(text.mask) for text in texts)
   lengths = [len(text.tokens) for text in texts]

@@ -1,8 +1,8 @@
 """Flags from functions: the keywords of a family of functions as one group of settings.
 
-A loss says in its signature which numbers it takes, and under `Args:` what they mean. A flag that
-repeats either goes stale, so the group is read off the functions: a new loss in the tuple, or a new
-keyword of an old one, is a flag without another line.
+A loss's signature says which numbers it takes, and its `Args:` say what they mean. A flag that
+repeats either goes stale, so the group is derived from the functions: a new loss in the tuple, or a
+new keyword of an existing loss, becomes a flag without another line of code.
 
     Loss = keyword_group("loss", "The surrogate.", (ppo_loss, grpo_loss), shape=(1, 1))
     call(config.loss, logprobs=..., old_logprobs=..., advantages=..., weights=..., mask=...)
@@ -33,11 +33,11 @@ def keyword_group(
   unset: bool = True,
   further: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> type:
-  """A frozen dataclass: `name`, one of the functions, and every keyword that one of them has.
+  """A frozen dataclass with `name`, one of the functions, and the keywords of all of them.
 
-  A keyword-only parameter is a setting, and so a flag. It is an array, and no flag, if its text
-  under `Args:` begins with a shape such as [B, T]. Without an annotation its type is that of its
-  default; a default of None stands for a float.
+  A keyword-only parameter is a setting, and so a flag. It is an array, and not a flag, if its text
+  under `Args:` begins with a shape such as [B, T]. Without an annotation, its type is that of its
+  default; a default of None means a float.
 
   >>> from rl_llm.losses import cispo_loss, ppo_loss
   >>> Loss = keyword_group("loss", "The surrogate.", (ppo_loss, cispo_loss), shape=(1, 1))
@@ -47,17 +47,17 @@ def keyword_group(
   {'high': 3.0}
 
   Args:
-    prefix: what the group is called in the config, for error messages.
+    prefix: the group's name in the config, for error messages.
     doc: what the group is, for `--help`.
-    functions: their positional parameters are arrays. The first one is the default.
-    shape: of arrays that the functions take, to try settings on without computing anything.
-    unset: whether a keyword is None until it is given, which leaves it to the function; else it has
-      the default of the first function that knows it.
-    further: settings that are no function's: name -> (type, `option(...)`).
+    functions: their positional parameters are arrays. The first function is the default.
+    shape: of the arrays that the functions take, to try settings without computing anything.
+    unset: whether a keyword is None until it is set, so that the function's default applies; else
+      it has the default of the first function that has the keyword.
+    further: settings that belong to none of the functions: name -> (type, `option(...)`).
 
   Returns:
-    The class. Its `functions` are the functions by name; its `check(config)` refuses keywords that
-    the chosen function lacks or does not accept.
+    The class. Its `functions` maps names to functions; its `check(config)` refuses keywords that
+    the chosen function lacks, and values that it does not accept.
 
   Raises:
     TypeError: two functions have the same keyword with different defaults, and it is not unset.
@@ -83,7 +83,7 @@ def keyword_group(
   def check(self: Any, config: Any) -> None:
     _check(self, prefix, defaults, shape)
 
-  # The keywords' own values come last: a class attribute is no field.
+  # The keywords' own values come last: a class attribute is not a field.
   namespace = {"functions": table, "defaults": defaults, "check": check, "__doc__": doc}
   made = [(name, kind, field) for name, (kind, field) in fields.items()]
   return dataclasses.make_dataclass(prefix.title(), made, frozen=True, namespace=namespace)
@@ -101,9 +101,9 @@ def call(group: Any, *, keywords: Mapping[str, Any] | None = None, **arrays: Any
 
   Args:
     group: an instance of a `keyword_group`.
-    keywords: the settings; None: `given(group)`. A caller that traces them passes them itself.
-    **arrays: by the names of the function's parameters; those that it lacks are left out, as
-      REINFORCE has no `old_logprobs`.
+    keywords: the settings; None: `given(group)`. A caller that traces them passes them explicitly.
+    **arrays: by parameter name; those that the function lacks are left out, as REINFORCE has no
+      `old_logprobs`.
   """
   function = group.functions[group.name]
   known = inspect.signature(function).parameters
@@ -118,7 +118,7 @@ def arrays(group: Any) -> list[str]:
 
 
 def settings(function: Callable) -> dict[str, tuple[Any, Any]]:
-  """The function's keywords that are settings and not arrays: name -> (type, default)."""
+  """The keywords that are settings, not arrays: name -> (type, default)."""
   hints = typing.get_type_hints(function)
   found = {}
   for name, parameter in inspect.signature(function).parameters.items():
@@ -130,7 +130,7 @@ def settings(function: Callable) -> dict[str, tuple[Any, Any]]:
 
 
 def described(function: Callable, keyword: str, *, see_others: bool = False) -> str:
-  """What `Args:` says of a keyword; "" where it only points to another function.
+  """What `Args:` says about a keyword; "" if it only points to another function.
 
   >>> from rl_llm.losses import ppo_loss
   >>> described(ppo_loss, "dual_clip")

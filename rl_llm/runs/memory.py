@@ -1,4 +1,4 @@
-"""Memory that was freed and is still held."""
+"""Returns freed heap memory to the operating system (glibc `malloc_trim`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def give_back_freed() -> None:
-  """Gives the system what was freed; does nothing where the C library is not glibc.
+  """Returns freed memory to the system; does nothing if the C library is not glibc.
 
-  glibc keeps freed memory for arrays to come. Where half a gigabyte of arrays gave way to others,
-  or a compilation has ended, nothing of that size comes, and the process holds it until it ends.
+  glibc keeps freed memory for later allocations. After half a gigabyte of arrays is replaced, or a
+  compilation ends, nothing of that size is allocated again, and the process would hold the memory
+  until it exits.
   """
   if sys.platform == "linux":
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -26,10 +27,11 @@ def give_back_freed() -> None:
 
 @contextmanager
 def freed_given_back() -> Iterator[None]:
-  """Gives freed memory back as the block begins, and in it after all that took a second to compile.
+  """Returns freed memory when the block begins, and in it after each compilation of over a second.
 
-  Of SmolLM2 on a CPU these are 0.3 GB of first weights that the training state has copied, and 0.3
-  GB that compiling the update took, which a run would else hold beside the update's own memory.
+  With SmolLM2 on a CPU that is 0.3 GB of initial weights, which the training state has copied, and
+  0.3 GB used to compile the update. A run would otherwise hold both in addition to the update's own
+  memory.
   """
 
   def listen(event: str, seconds: float, **_: object) -> None:

@@ -1,8 +1,8 @@
-"""The record of a run: one flushed JSON line per step, from which all that is shown is read.
+"""The record of a run: one flushed JSON line per step, the source of all that is shown.
 
-A run can be killed at any moment and go on from its last checkpoint. The record must then be what
-an uninterrupted run would have written, no step lost and none twice, so the writer repairs it when
-it opens: a line cut in the middle goes, and so do the steps that the resumed run will do again.
+A run can be killed at any moment and resumes from its last checkpoint. The record must then be what
+an uninterrupted run would have written, with no step lost or repeated. So the writer repairs it
+when it opens: it drops a line cut in the middle, and the steps that the resumed run will repeat.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RecordError(UserError, ValueError):
 
 
 class MetricsWriter:
-  """Appends rows of a step to a JSONL file, and repairs the file when a run goes on.
+  """Appends rows of a step to a JSONL file, and repairs the file when a run resumes.
 
   >>> import tempfile
   >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -40,17 +40,17 @@ class MetricsWriter:
   {"step": 1, "loss": 0.5}
   {"step": 2, "loss": 0.125}
 
-  Each call is one write, flushed and synced, so a crash loses at most the call in flight. Write a
-  step's rows before its checkpoint: what the checkpoint holds is then always on record. A line has
-  "step" first and the other keys sorted. Floats are written so that they read back exactly;
-  non-finite ones, which JSON lacks, as the strings "nan", "inf" and "-inf", which `float` reads
-  back. Credentials in texts are redacted.
+  Each call is one write, flushed and synced, so a crash loses at most the call in progress. Write a
+  step's rows before its checkpoint, so that every step in a checkpoint is on record. A line has
+  "step" first and the other keys sorted. Floats read back exactly; JSON has no non-finite numbers,
+  so they are written as the strings "nan", "inf" and "-inf", which `float` reads back. Credentials
+  in texts are redacted.
 
   Args:
-    path: the file; its directory exists. None writes nothing: of several processes one keeps the
-      record.
-    resume_step: the step of the checkpoint that the run goes on from: rows of later steps are
-      dropped. None begins a new record and drops all that was there.
+    path: the file; its directory exists. None writes nothing: only one of several processes keeps
+      the record.
+    resume_step: the step of the checkpoint that the run resumes from: rows of later steps are
+      dropped. None begins a new record and drops all rows.
 
   Raises:
     RecordError: a line before the last is not a JSON object with an int "step".
@@ -68,11 +68,11 @@ class MetricsWriter:
     self._file = open(self.path, "ab", buffering=0)
 
   def write(self, step: int, *rows: Mapping[str, Any]) -> None:
-    """Appends the step's rows: one in metrics.jsonl, as many as there are samples in samples.jsonl.
+    """Appends the step's rows: one in metrics.jsonl, one per sample in samples.jsonl.
 
     Args:
-      step: the step, not before the last one written.
-      rows: dicts of scalars: numbers (Python's, NumPy's or JAX's), bools, texts or None.
+      step: the step, not before the last step written.
+      rows: dicts of scalars: numbers (Python, NumPy or JAX), bools, strings or None.
 
     Raises:
       ValueError: the step is before the last one written.
@@ -88,7 +88,7 @@ class MetricsWriter:
     os.fsync(self._file.fileno())
 
   def close(self) -> None:
-    """Closes the file; what was written is already on disk."""
+    """Closes the file; everything written is already on disk."""
     if self._file is not None:
       self._file.close()
 
@@ -107,7 +107,7 @@ def _line(step: int, row: Mapping[str, Any]) -> str:
 
 
 def _scalar(key: str, value: Any) -> Any:
-  """A value that JSON holds, equal to the one given."""
+  """The value as an equal one that JSON can hold."""
   if value is None or isinstance(value, bool):
     return value
   if isinstance(value, str):
@@ -124,7 +124,7 @@ def _scalar(key: str, value: Any) -> Any:
 
 
 def json_number(value: int | float) -> int | float | str:
-  """The number, or its name where JSON has none for it: then `float` reads it back.
+  """The number, or for a non-finite number its name, which `float` reads back.
 
   >>> json_number(0.5), json_number(float("inf")), json_number(float("nan"))
   (0.5, 'inf', 'nan')
@@ -133,7 +133,7 @@ def json_number(value: int | float) -> int | float | str:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict]]:
-  """The complete lines of a file and the rows they hold; the last may have been cut."""
+  """The complete lines of a file and their rows; the last line may be cut short."""
   *lines, last = path.read_bytes().split(b"\n")
   numbered = list(enumerate([*lines, last], 1))
   if not last:
@@ -156,13 +156,13 @@ def _lines(path: Path) -> list[tuple[bytes, dict]]:
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-  """The rows of a record, also of a run that is still writing: a last line cut short is left out.
+  """The rows of a record, also while a run is writing: a last line cut short is left out.
 
   Args:
     path: a file that `MetricsWriter` wrote.
 
   Returns:
-    One dict per line, "step" among its keys; non-finite numbers are strings that `float` reads.
+    One dict per line, including "step"; non-finite numbers are strings that `float` reads.
 
   Raises:
     RecordError: a line before the last is broken; the message names the file and the line.
@@ -172,8 +172,8 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
-  """The rows without the keys that depend on the clock: what an interrupted and a straight run must
-  share. They are those under "time/" and, divided by these, under "speed/".
+  """The rows without the keys that depend on the clock, "time/..." and "speed/...": the part that
+  an interrupted and an uninterrupted run must share.
 
   >>> without_timings([{"step": 1, "loss": 0.5, "time/step": 2.1, "speed/mfu": 0.3}])
   [{'step': 1, 'loss': 0.5}]
@@ -191,15 +191,15 @@ def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
 
 
 class PhaseClock:
-  """Seconds of each phase of a step, as the record holds them.
+  """Measures the seconds of each phase of a step, for the record.
 
       clock = PhaseClock()
       with clock("rollout"):
         ...
       writer.write(step, row | clock.metrics())  # "time/rollout", and "time/step" since it was made
 
-  Work on a device is asynchronous: a phase must end by waiting for its result, or its time shows up
-  in the next. A trace that is being taken (`rl_llm.runs.profiling`) shows the phases by name.
+  Work on a device is asynchronous: a phase must wait for its result at the end, or its time counts
+  in the next phase. A trace (`rl_llm.runs.profiling`) shows the phases by name.
   """
 
   def __init__(self):
@@ -208,8 +208,8 @@ class PhaseClock:
 
   @contextmanager
   def __call__(self, phase: str) -> Iterator[None]:
-    """Adds the time until the block ends to the phase."""
-    import jax  # Whoever times a phase has it; whoever reads records need not wait for it.
+    """Adds the duration of the block to the phase."""
+    import jax  # Here, so that reading records does not import it.
 
     started = time.monotonic()
     with jax.profiler.TraceAnnotation(phase):
@@ -225,7 +225,7 @@ class PhaseClock:
 def add_metrics(
   totals: Mapping[str, tuple[Any, Any]], metrics: Mapping[str, tuple[Any, Any]]
 ) -> dict[str, tuple[Any, Any]]:
-  """The (sum, count) pairs of two parts as those of the whole.
+  """Adds up the (sum, count) pairs of two parts.
 
   >>> add_metrics({"kl": (0.5, 2)}, {"kl": (0.25, 1), "ratio": (4.0, 4)})
   {'kl': (0.75, 3), 'ratio': (4.0, 4)}
@@ -240,17 +240,17 @@ def add_metrics(
 def finalize(metrics: Mapping[str, Any]) -> dict[str, Any]:
   """Divides metrics that were added up as (sum, count) pairs over microbatches and hosts.
 
-  Averages cannot be averaged where counts differ. 3 tokens of which 1 was clipped and 1 token that
-  was: half were, though the mean of the two means is 0.67.
+  Averages with different counts cannot be averaged. If 1 of 3 tokens was clipped, and then 1 of 1,
+  half of the tokens were clipped, though the mean of the two means is 0.67:
 
   >>> finalize({"clip_fraction": (1.0 + 1.0, 3 + 1), "kl": (0.0, 0)})
   {'clip_fraction': 0.5, 'kl': None}
 
   Args:
-    metrics: name -> (sum, count), where a sum may be an array; what is no pair stays as it is.
+    metrics: name -> (sum, count), where a sum may be an array; other values stay as they are.
 
   Returns:
-    name -> sum / count, and None where nothing was counted.
+    name -> sum / count, or None if the count is 0.
   """
 
   def mean(metric: Any) -> Any:
@@ -269,15 +269,15 @@ def proportion_interval(
 
   Ten answers to one problem are not ten problems: they share its difficulty, and an interval that
   counts each as independent is far too narrow. Problems are the independent units, so their spread
-  says how many independent answers the answers are worth, of which problem i has S_i:
+  says how many independent answers all answers are worth. With S_i answers to problem i:
 
       p_i = correct_i / S_i      p = mean(p_i)        v = sum((p_i - p)^2) / (N (N - 1))
       n   = p (1 - p) / v, kept within [N, sum(S_i)]                 (effective sample size)
       low, high = (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  z = 1.96
 
-  This is Wilson's interval at n answers, so it stays inside [0, 1] and has width also where all
-  answers are right or all are wrong; there the spread says nothing, and n = N. With one sample per
-  problem n = N too. A good approximation from about 30 problems on.
+  This is Wilson's interval at n answers, so it stays inside [0, 1], and its width is not 0 even if
+  all answers are right or all are wrong; then the spread says nothing, and n = N. With one sample
+  per problem, n = N too. The approximation is good from about 30 problems.
 
   Two problems, one right 4 times of 4, the other never, say no more than two answers do:
 
@@ -294,7 +294,8 @@ def proportion_interval(
     (mean, low, high), each in [0, 1].
 
   Raises:
-    ValueError: no problems, or a count outside 0 ... S, or another number of S than of problems.
+    ValueError: there are no problems, a count is outside 0 ... S, or there are more or fewer S than
+      problems.
 
   Reference: Wilson, 1927, Probable inference, the law of succession, and statistical inference;
   Korn and Graubard, 1998, Confidence intervals for proportions with small expected number of
@@ -332,11 +333,11 @@ def proportion_interval(
 
 
 def noise_to_signal(vectors: Sequence[Any]) -> float:
-  """How much noise independent estimates of one vector have: trace(covariance) / |mean|^2.
+  """The noise in independent estimates of one vector: trace(covariance) / |mean|^2.
 
-  Of gradients of independent batches it is the number of batches to average before the signal is as
-  long as the noise; both are estimated without bias. Of 3 and 5: the variance is 2, and
-  4^2 - 2 / 2 = 15 the square of the mean:
+  For gradients of independent batches, it is the number of batches to average before the signal is
+  as long as the noise; both are estimated without bias. For 3 and 5, the variance is 2, and the
+  square of the mean is 4^2 - 2 / 2 = 15:
 
   >>> round(noise_to_signal([np.array([3.0]), np.array([5.0])]), 4)
   0.1333
@@ -345,7 +346,7 @@ def noise_to_signal(vectors: Sequence[Any]) -> float:
     vectors: N >= 2 arrays [D].
 
   Returns:
-    The ratio; infinity where the mean cannot be told from 0.
+    The ratio; infinity if the mean cannot be distinguished from 0.
   """
   products = np.array([[np.dot(a, b) for b in vectors] for a in vectors], np.float64)
   count = len(vectors)

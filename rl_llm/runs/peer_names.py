@@ -1,7 +1,7 @@
-"""What other systems call our flags, so that an error and a page can say ours.
+"""Other systems' names for our flags, so that an error message and a page can name ours.
 
-Read off TRL 1.16, verl 0.9.1 and OpenRLHF 0.11.2. Where the first of `ours` is no flag of a script,
-the next may be: DPO's batch is made of pairs, SFT's of examples.
+Taken from TRL 1.16, verl 0.9.1 and OpenRLHF 0.11.2. If a script lacks the first flag of `ours`, it
+may have the next: DPO's batch consists of pairs, SFT's of examples.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 
 class Known(NamedTuple):
-  """A flag that goes by other names elsewhere."""
+  """A flag that has other names in other systems."""
 
   what: str
   ours: tuple[str, ...]
   trl: tuple[str, ...] = ()
   verl: tuple[str, ...] = ()
   openrlhf: tuple[str, ...] = ()
-  also: tuple[str, ...] = ()  # what people type without a system in mind
+  also: tuple[str, ...] = ()  # names that people type, whatever system they know
 
 
 KNOWN = (
@@ -118,7 +118,7 @@ KNOWN = (
         ("actor_rollout_ref.actor.data_loader_seed",), ("train.seed",)),
 )
 
-# What has no flag here, and why.
+# Settings that have no flag here, and why.
 INSTEAD = {
   "report_to": "every run writes metrics.jsonl and report.html",
   "logging_steps": "metrics.jsonl has every step",
@@ -138,7 +138,7 @@ CHOICES = {
 
 
 def ours(name: str, flags: Container[str]) -> str | None:
-  """Our name of a flag that another system has, among these flags.
+  """Our name for another system's flag, if it is among these flags.
 
   >>> ours("num_generations", {"responses_per_prompt", "seed"})
   'responses_per_prompt'
@@ -146,8 +146,8 @@ def ours(name: str, flags: Container[str]) -> str | None:
   ('loss.beta', None)
 
   Args:
-    name: as it was typed; dashes are underscores.
-    flags: of the script.
+    name: as it was typed; dashes count as underscores.
+    flags: the script's flags.
   """
   name = name.replace("-", "_").lower()
   for known in KNOWN:

@@ -1,4 +1,4 @@
-"""What a run does while it runs: traces of its steps, and how long it compiled."""
+"""Profiling of a run: traces of its steps, and the time it spends compiling."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from rl_llm.parallel import hosts
 
 
 class StepTracer:
-  """Writes a trace of some steps, in which each step and each phase has its name.
+  """Writes a trace of some steps, which shows each step and each phase by name.
 
       with StepTracer(directory, first=1, last=2, say=print) as step_trace:
         for step in range(steps):
           with step_trace(step):
             ...
 
-  An exception ends the trace where it is. Each of several processes writes into a directory of its
-  own, since two of them may be on one machine.
+  An exception ends the trace at that point. Each of several processes writes into its own
+  directory, since two of them may be on one machine.
 
   Args:
-    directory: where traces go; made if there is one.
+    directory: where traces go; created if a trace is written.
     first: the step that the trace begins with.
-    last: the step that it ends with; before `first`: there is none.
-    say: shows the line that says where it is.
+    last: the step that it ends with; if this is before `first`, there is no trace.
+    say: prints the line that says where the trace is.
   """
 
   def __init__(self, directory: Path, *, first: int, last: int, say: Callable[[str], None]):
@@ -45,10 +45,10 @@ class StepTracer:
 
   @contextmanager
   def __call__(self, step: int) -> Iterator[None]:
-    """A step, of which the first traced one begins the trace and the last one ends it."""
+    """Runs one step: the first traced step begins the trace, and the last one ends it."""
     if step == self._first <= self._last:
       options = jax.profiler.ProfileOptions()
-      options.python_tracer_level = 0  # Its calls would be most of what one sees.
+      options.python_tracer_level = 0  # Python calls would fill most of the trace.
       jax.profiler.start_trace(
         self._directory, create_perfetto_trace=True, profiler_options=options
       )
@@ -64,7 +64,7 @@ class StepTracer:
     if not self._tracing:
       return
     self._tracing = False
-    logging.getLogger("jax._src.profiler").setLevel(logging.WARNING)  # It tells of each file.
+    logging.getLogger("jax._src.profiler").setLevel(logging.WARNING)  # It logs each file.
     jax.profiler.stop_trace()
     written = max(self._directory.rglob("perfetto_trace.json.gz"), key=lambda p: p.stat().st_mtime)
     steps = {0: f"a part of step {self._first}", 1: f"step {self._first}"}.get(
@@ -78,15 +78,15 @@ class StepTracer:
 
 @contextmanager
 def compile_clock() -> Iterator[Callable[[], float]]:
-  """Gives a function that says how many seconds this process has compiled since the block began.
+  """Yields a function that returns the seconds this process has compiled since the block began.
 
-  Tracing and lowering count too. One may happen within another: such seconds count once.
+  Tracing and lowering count too. If one happens within another, the seconds count once.
   """
   spans: list[tuple[float, float]] = []
 
   def listen(event: str, start: float, end: float, **_: object) -> None:
     if event.startswith("/jax/core/compile/"):
-      # Events come when they end, so one that holds others comes after them.
+      # An event is reported when it ends, so an event that contains others comes after them.
       while spans and spans[-1][0] >= start:
         spans.pop()
       spans.append((start, end))

@@ -1,14 +1,14 @@
 """The report of a run: one HTML file with its curves and samples, readable anywhere.
 
-A run is judged by looking: did accuracy on held-out problems rise, and what does the model write
+To judge a run, look at it: did accuracy on held-out problems rise, and what does the model write
 now? The report answers both from the run's directory alone, without a network, a server or a
-script, so it can be mailed, archived or opened ten years on. It reads
+script, so it can be mailed, archived or opened ten years later. It reads
 
     metrics.jsonl   one line per step; step 0 is the evaluation before training
     samples.jsonl   prompts, responses, rewards                         (may be missing)
-    config.json     the config, and defaults.json what it differs from  (may be missing)
+    config.json     the config; defaults.json has the defaults          (may be missing)
 
-Everything a model or a user wrote is escaped, and the page forbids scripts besides.
+Everything a model or a user wrote is escaped, and the page also forbids scripts.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _TEXT_SHOWN = 1500  # characters of a prompt or a response
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
-  """Writes report.html into a run's directory, from the files there; also of a run that goes on.
+  """Writes report.html from the files in a run's directory, also while the run is in progress.
 
   Args:
     run_dir: directory that holds metrics.jsonl, and samples.jsonl, config.json and defaults.json
-      where there are any.
+      if they exist.
 
   Returns:
     The path of the report.
@@ -70,7 +70,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 
 
 def before_after(samples: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping, Mapping]]:
-  """What the model answered before training and what it answers now, to the same held-out problems.
+  """The model's answers before training and now, to the same held-out problems.
 
   >>> def row(step, response):
   ...   return {"step": step, "split": "eval", "problem": "2+2", "response": response}
@@ -82,8 +82,8 @@ def before_after(samples: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping, Ma
     samples: rows of samples.jsonl.
 
   Returns:
-    (row of step 0, row of the last evaluated step), the first sample of each problem that both
-    have, in the order of step 0: nothing is picked.
+    (row of step 0, row of the last evaluated step) for each problem that both have: the first
+    sample of each, in the order of step 0, not selected by quality.
   """
   evaluated = [row for row in samples if row.get("split") == "eval"]
   last = max((row["step"] for row in evaluated), default=0)
@@ -228,7 +228,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
       by_step.setdefault(row["step"], []).append(row)
   steps = sorted(by_step)
   count = min(len(steps), _STEPS_SHOWN)
-  # Evenly spaced, with the first and the last among them.
+  # Evenly spaced, including the first and the last.
   steps = [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
   folds = []
   for step in steps:

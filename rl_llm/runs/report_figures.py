@@ -1,4 +1,4 @@
-"""The figures of a report as SVG: what each shows, and what to look for in it."""
+"""The figures of a report as SVG, each with a caption that says what to look for."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ class _Axes(NamedTuple):
 
 
 def _axes(steps: Sequence[float], values: Sequence[float], low=None, high=None) -> _Axes:
-  """Axes that hold all values, at least from low to high, with room where they would have none."""
+  """Axes that cover all values, and at least low to high; widened if they would have no extent."""
   ends = [*values, *(end for end in (low, high) if end is not None)] or [0.0]
   bottom, top = min(ends), max(ends)
   pad = (top - bottom) * 0.06 or abs(top) * 0.1 or 1.0
@@ -265,7 +265,7 @@ def _axes(steps: Sequence[float], values: Sequence[float], low=None, high=None) 
 
 
 def _frame(axes: _Axes, unit: str) -> str:
-  """Grid, ticks and the names of the axes."""
+  """Grid, ticks and axis names."""
   parts = []
   right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
   for value in ticks(axes.y_low, axes.y_high):
@@ -326,7 +326,7 @@ def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[
     drawing += _line(axes, points[key], i, name)
   caption = plot.caption
   values = [(row["step"], row[key]) for row in rows for key, _ in curves if key in row]
-  # None says that a step had nothing to measure, as where every group agreed: no fault.
+  # None means that a step had nothing to measure, as when every group agreed: not a fault.
   empty = {step for step, value in values if value is None}
   if empty:
     caption += f" Nothing to measure in {counted(len(empty), 'step')}, first in step {min(empty)}."
@@ -338,7 +338,7 @@ def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[
 
 
 def _line(axes: _Axes, points: Sequence[tuple[int, float | None]], color: int, name: str) -> str:
-  """A curve that breaks where a value is not finite, with its points where they are few."""
+  """A curve that breaks where a value is not finite; it marks its points if they are few."""
   pieces: list[list[tuple[int, float]]] = [[]]
   for step, value in points:
     if value is None:
@@ -360,7 +360,7 @@ def _line(axes: _Axes, points: Sequence[tuple[int, float | None]], color: int, n
 
 
 def _time_figure(phases: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-  """Seconds of each phase and of none, stacked; many steps share a bar that shows their mean."""
+  """Stacked seconds of each phase and of idle time; many steps share a bar with their mean."""
   size = max(1, math.ceil(len(rows) / 100))
   bins = [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -391,7 +391,7 @@ def _time_figure(phases: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> st
 
 
 def step_seconds(row: Mapping[str, Any]) -> float:
-  """How long a step took: what it says itself, else the sum of its phases."""
+  """How long a step took: its "time/step", else the sum of its phases."""
   whole = finite(row.get("time/step"))
   phases = (finite(value) or 0.0 for key, value in row.items() if key.startswith("time/"))
   return sum(phases) if whole is None else whole

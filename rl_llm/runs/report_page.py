@@ -1,4 +1,4 @@
-"""The HTML document of the reports: one file that loads nothing, in which scripts are forbidden."""
+"""The HTML document of the reports: one file that loads nothing and forbids scripts."""
 
 from __future__ import annotations
 
@@ -90,23 +90,23 @@ code, .text { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, m
 
 
 def page(title: str, body: str) -> str:
-  """A whole HTML document in the style of the reports; scripts are forbidden in it.
+  """A complete HTML document in the style of the reports; it forbids scripts.
 
   Args:
     title: any text.
-    body: HTML whose texts are escaped.
+    body: HTML with its texts already escaped.
   """
   return _PAGE.replace("{title}", escaped(title)).replace("{body}", body)
 
 
 def escaped(value: Any, limit: int | None = None) -> str:
-  """Any value as HTML text that acts on nothing."""
+  """Any value as inert HTML text."""
   text = value if isinstance(value, str) else json.dumps(value)
   return html.escape(printable(text, limit=limit, keep_newlines=True))
 
 
 def finite(value: Any) -> float | None:
-  """A record's value as a number to draw; None for what is missing or not finite."""
+  """A record's value as a number to draw; None if it is missing or not finite."""
   try:
     value = float(value)
   except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""A run's directory: what was asked for, and the proof that it is done."""
+"""A run's directory: the config that was asked for, and the result that proves it is done."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from rl_llm.runs.signals import StopSignals
 
 
 class Run(NamedTuple):
-  """A run while it is at work in its directory."""
+  """A run at work in its directory."""
 
   workdir: Path
-  console: Console  # its lines to the person who started it
-  stop: StopSignals  # asked where nothing is lost
-  checkpoints: Checkpointer | None = None  # None where nothing is trained
+  console: Console  # its output for the person who started it
+  stop: StopSignals  # checked at points where stopping loses nothing
+  checkpoints: Checkpointer | None = None  # None if nothing is trained
   result: dict[str, Any] | None = None  # of a finished run, which has nothing left to do
 
 
@@ -42,10 +42,10 @@ _SHARED_SECONDS = 10  # A network file system may show a new file late.
 def opened(
   workdir: Path, config: Any, *, volatile: Iterable[str], doing: str
 ) -> Iterator[dict[str, Any] | None]:
-  """Opens the directory for this run alone while the body runs; gives the result, if there is one.
+  """Opens the directory for this run alone while the body runs; yields the result, if there is one.
 
-  Of several processes the first one opens it, as soon as all of them turn out to have been started
-  alike: the same settings but for the `volatile` ones, the same files, the same code.
+  With several processes, the first one opens it, once all have checked that they were started the
+  same way: the same settings except the `volatile` ones, the same files, the same code.
 
   Args:
     workdir: the run's directory, on a file system that all processes see.
@@ -55,7 +55,7 @@ def opened(
 
   Raises:
     ConfigError: as for `open_run`; or another run is at work there.
-    HostsDiffer: the processes were not started alike.
+    HostsDiffer: the processes were not started the same way.
   """
   volatile = set(volatile)
   if hosts.count() > 1:
@@ -73,12 +73,12 @@ def opened(
       yield result
     except UserError:
       if new and hosts.is_main() and not _recorded(workdir):
-        shutil.rmtree(workdir)  # A start that failed leaves nothing behind.
+        shutil.rmtree(workdir)  # A failed start leaves nothing behind.
       raise
 
 
 def started_with(config: Any, *, volatile: Iterable[str]) -> dict[str, Any]:
-  """What the processes of one run must have alike, by the name that a person knows it by.
+  """What must be the same in all processes of one run, by names that a person knows.
 
   Args:
     config: an instance of a frozen dataclass.
@@ -95,7 +95,7 @@ def started_with(config: Any, *, volatile: Iterable[str]) -> dict[str, Any]:
 
 
 def _refuse_own_directories(workdir: Path) -> None:
-  """Refuses directories of the same name on file systems of each host's own."""
+  """Refuses directories of the same name on separate file systems of the hosts."""
   seal = workdir / ".shared"
   mark = hosts.share("the mark in the run's directory", uuid.uuid4().hex)
   if hosts.is_main():
@@ -119,9 +119,9 @@ def _refuse_own_directories(workdir: Path) -> None:
 def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str, Any] | None:
   """Makes the directory and records the config in it; refuses to mix two runs.
 
-  Going on with other settings than a run began with would give a record that no command can
-  reproduce, so only the `volatile` ones may differ; and files that settings name, such as data or a
-  reward function, must be as they were, by the hashes in inputs.json.
+  Resuming with different settings would give a record that no command can reproduce, so only the
+  `volatile` settings may differ. Files that settings name, such as data or a reward function, must
+  be unchanged, which the hashes in inputs.json prove.
 
   Args:
     workdir: the run's directory.
@@ -144,7 +144,7 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
         "a directory of its own: this one holds a config.json that no run wrote",
         "a model's directory goes to --model",
       )
-    # A start that failed before its first step binds nobody.
+    # A start that failed before its first step does not fix the settings.
     inputs, hashes = workdir / "inputs.json", _hashes(config)
     if recorded.exists() and _recorded(workdir):
       _refuse_other_settings(workdir, json.loads(recorded.read_text("ascii")), config, volatile)
@@ -167,13 +167,13 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
 
 
 def _recorded(workdir: Path) -> bool:
-  """Whether a step of a run is on record in its directory."""
+  """Whether the directory has a step on record."""
   metrics = workdir / "metrics.jsonl"
   return metrics.exists() and metrics.stat().st_size > 0
 
 
 def run_name(model: str) -> str:
-  """The model; of one that a run exported, the run's directory, whose name says more.
+  """The model's name; for a model that a run exported, the run's directory, which says more.
 
   >>> run_name("runs/grpo-tiny-copy-seed0/model"), run_name("smollm2")
   ('runs/grpo-tiny-copy-seed0', 'smollm2')
@@ -183,7 +183,7 @@ def run_name(model: str) -> str:
 
 
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
-  """Writes result.json, in one move and last of all: it is the only proof that a run is done."""
+  """Writes result.json atomically and last: it is the only proof that a run is done."""
   content = json.dumps(result, indent=2) + "\n"
   write_atomically(workdir / "result.json", content.encode("ascii"))
 
@@ -191,10 +191,10 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
 def _refuse_other_settings(
   workdir: Path, recorded: dict[str, Any], config: Any, volatile: Iterable[str]
 ) -> None:
-  # What was recorded was redacted, so it is compared with what would be.
+  # The record was redacted, so redact the config too before comparing.
   wanted = json.loads(redact(json.dumps(flatten(config))))
   volatile = set(volatile)
-  # A setting that came after the run began was then what its default is.
+  # A setting that was added after the run began had its default then.
   recorded = flatten(type(config)()) | recorded
   for path, value in wanted.items():
     if path not in volatile and recorded[path] != value:

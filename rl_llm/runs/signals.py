@@ -1,4 +1,4 @@
-"""Ctrl-C and preemption: notice them at once, act on them where nothing is lost."""
+"""Ctrl-C and preemption: noticed at once, acted on where nothing is lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interrupted(Exception):
   """The run was asked to stop; the state is whole, and the caller saves it.
 
   Attributes:
-    signum: the signal, e.g. signal.SIGTERM. The exit code that says so is 128 + signum.
+    signum: the signal, e.g. signal.SIGTERM. The exit code is 128 + signum.
   """
 
   def __init__(self, signum: int):
@@ -25,12 +25,12 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-  """Turns SIGINT and SIGTERM into an `Interrupted` raised by `check`, at a moment of our choosing.
+  """Turns SIGINT and SIGTERM into an `Interrupted` that `check` raises at a safe point.
 
-  A signal that arrives in the middle of an update must not lose it, and one that arrives while a
-  file is written must not leave half of it. So the handler only remembers the signal; the loop
-  calls `check` between phases. A second signal does what it would have done without us: it ends the
-  process at once, and the last checkpoint is what remains.
+  A signal in the middle of an update must not lose the update, and a signal during a write must not
+  leave half a file. So the handler only remembers the signal, and the loop calls `check` between
+  phases. A second signal has its usual effect: it ends the process at once, and only the last
+  checkpoint remains.
 
       with StopSignals() as stop:
         while ...:
@@ -51,19 +51,19 @@ class StopSignals:
     self._restore()
 
   def check(self) -> None:
-    """Raises `Interrupted` if a signal has come.
+    """Raises `Interrupted` if a signal has arrived.
 
-    One process of several must not stop by itself, or the others wait for it for ever: there this
-    does nothing, and `check_together` is where they stop.
+    With several processes this does nothing: if one stopped alone, the others would wait for it
+    forever. They stop in `check_together`.
     """
     if self._received is not None and hosts.count() == 1:
       raise Interrupted(self._received)
 
   def check_together(self, what: str) -> None:
-    """`check` where all processes are at the same point: a signal to one of them stops all.
+    """`check` at a point that all processes reach together: a signal to one of them stops all.
 
     Args:
-      what: the point, for the message that names a process which does not come.
+      what: the point, for the message that names a process that does not reach it.
 
     Raises:
       HostLost: as for `rl_llm.parallel.hosts.barrier`.
@@ -77,7 +77,7 @@ class StopSignals:
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     self._received = signum
     self._restore()
-    # Unbuffered and at once: a compilation may take a minute, and a second Ctrl-C would lose work.
+    # Say it at once, unbuffered: a compilation may take a minute, and a second Ctrl-C loses work.
     os.write(2, b"\nstopping at the next safe point; a second signal stops at once\n")
 
   def _restore(self) -> None:
@@ -89,18 +89,18 @@ class StopSignals:
 def run_child(
   command: Sequence[str], stop: StopSignals, *, environment: Mapping[str, str]
 ) -> tuple[int, int]:
-  """Runs a command to its end; a signal to us is passed on to it, once.
+  """Runs a command to its end; forwards a signal to it once.
 
-  The child has a session of its own, so that Ctrl-C reaches it only as the one SIGTERM sent here:
-  a second signal would end it before it has saved. Whoever calls asks `stop` again afterwards.
+  The child has its own session, so Ctrl-C reaches it only as the one SIGTERM sent here: a second
+  signal would end it before it has saved. The caller checks `stop` again afterwards.
 
   Args:
     command: the program and its arguments.
     stop: the signals of this process.
-    environment: of the child, whole.
+    environment: the child's complete environment.
 
   Returns:
-    Its exit code, negative after a signal, and the most memory it took, KiB on Linux.
+    Its exit code, negative after a signal, and its peak memory, KiB on Linux.
   """
   child = subprocess.Popen(command, env=environment, start_new_session=True)
   told, done = False, 0

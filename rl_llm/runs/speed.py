@@ -1,7 +1,7 @@
-"""Where the time of a run went, and how fast it was, read from its record.
+"""Where a run's time went, and how fast the run was, read from its record.
 
-A step's row has "time/<phase>" and "time/step" in seconds (`rl_llm.runs.metrics.PhaseClock`).
-With the work that the step did it also has
+A step's row has "time/<phase>" and "time/step" in seconds (`rl_llm.runs.metrics.PhaseClock`). From
+these and the work that the step did, it also has
 
     speed/generated_tokens_per_second   tokens of the responses / time/rollout
     speed/rollout_flops_per_second      forward pass over prompts and responses / time/rollout
@@ -9,10 +9,10 @@ With the work that the step did it also has
     speed/update_flops_per_second       forward and backward passes over these / time/update
     speed/mfu                           speed/update_flops_per_second / speed/peak_flops
     speed/peak_flops                    the most that all devices together do in a second
-    speed/peak_measured                 whether that was measured, since no maker says it
-    speed/compile_seconds               of time/step: making programs, not running them
+    speed/peak_measured                 whether that was measured, since no maker states it
+    speed/compile_seconds               the part of time/step spent compiling
 
-A key is missing where there is nothing to divide: no rollout, or a device of unknown peak.
+A key is missing if there is nothing to divide: no rollout, or a device of unknown peak.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rl_llm.runs.console import number
 from rl_llm.runs.flops import Work
 
 PHASES = ("rollout", "reward", "logprobs", "update", "eval", "checkpoint")
-_PART_OF_COMPILING = 0.1  # of a step's time: above it the step says nothing of the others
+_PART_OF_COMPILING = 0.1  # of a step's time: with more, the step says nothing about the others
 
 MFU_MEANS = (
   "model FLOPs / (seconds x peak FLOP/s of all devices); model FLOPs: forward and backward pass "
@@ -38,9 +38,9 @@ class Phase(NamedTuple):
 
   Attributes:
     name: of the phase.
-    steps: how many had it.
-    seconds: the median of these.
-    share: of the time of all steps in the table.
+    steps: how many steps had it.
+    seconds: its median over those steps.
+    share: its share of the time of all steps in the table.
   """
 
   name: str
@@ -53,10 +53,10 @@ class StepTable(NamedTuple):
   """Where the time of a step goes.
 
   Attributes:
-    phases: in the order of a step; the last is "idle", the time in none of them.
+    phases: in the order of a step; the last is "idle", the time outside all phases.
     steps: how many were counted.
     seconds: the median of a step.
-    compiled: whether they compiled, which no later step would: no other steps are on record.
+    compiled: whether they spent time compiling, unlike later steps: no other steps are on record.
   """
 
   phases: list[Phase]
@@ -66,9 +66,9 @@ class StepTable(NamedTuple):
 
 
 def speed_metrics(times: Mapping[str, float], work: Work, peak: Any = None) -> dict[str, Any]:
-  """The "speed/..." of a step's row; see above.
+  """The "speed/..." keys of a step's row; see above.
 
-  Of an update that took 2 s for 6e9 operations on devices that do 1e10 a second:
+  An update that took 2 s for 6e9 operations, on devices that do 1e10 a second:
 
   >>> from rl_llm.runs.chips import Peak
   >>> found = speed_metrics({"time/update": 2.0}, Work(trained_tokens=500, update_flops=6 * 10**9),
@@ -79,7 +79,7 @@ def speed_metrics(times: Mapping[str, float], work: Work, peak: Any = None) -> d
   Args:
     times: from a `PhaseClock`.
     work: of the step.
-    peak: a `rl_llm.runs.chips.Peak`; None: not known.
+    peak: a `rl_llm.runs.chips.Peak`; None if it is not known.
   """
   found = {}
   for phase, verb, tokens, flops in (
@@ -101,13 +101,13 @@ def speed_metrics(times: Mapping[str, float], work: Work, peak: Any = None) -> d
 
 
 def phases_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-  """The phases that a record has times of, in the order of a step."""
+  """The phases that a record has times for, in the order of a step."""
   names = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")}
   return [name for name in PHASES if name in names] + sorted(names - {*PHASES, "step"})
 
 
 def idle_seconds(row: Mapping[str, Any]) -> float:
-  """The time of a step in none of its phases, in which the devices waited for the host.
+  """The time of a step outside its phases, in which the devices waited for the host.
 
   >>> idle_seconds({"time/rollout": 3.0, "time/update": 1.5, "time/step": 5.0})
   0.5
@@ -117,10 +117,10 @@ def idle_seconds(row: Mapping[str, Any]) -> float:
 
 
 def counted(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], bool]:
-  """The steps that say how fast a step is, and whether they are no better than those that compile.
+  """The steps to measure speed by, and whether they all spent much of their time compiling.
 
-  Not the last line, which only evaluates; nor a step that spent more than a tenth of its time
-  compiling, unless there is no other.
+  Leaves out the last line, which only evaluates, and steps that spent more than a tenth of their
+  time compiling, unless there are no others.
 
   Args:
     rows: of metrics.jsonl.
@@ -138,10 +138,10 @@ def counted(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]],
 
 
 def step_table(rows: Sequence[Mapping[str, Any]]) -> StepTable | None:
-  """Where the time of a step goes: the phases of the steps that `counted` gives; None of no steps.
+  """Where a step's time goes: the phases of the steps that `counted` returns; None without steps.
 
-  A phase's seconds are the median of the steps that had it, since one step in ten that writes a
-  checkpoint would make a median of 0; its share is that of the sums, so shares add up to 1.
+  A phase's seconds are the median over the steps that had it: if one step in ten writes a
+  checkpoint, the median over all would be 0. Its share is one of sums, so shares add up to 1.
 
   Args:
     rows: of metrics.jsonl.
@@ -162,8 +162,8 @@ def step_table(rows: Sequence[Mapping[str, Any]]) -> StepTable | None:
 
 
 def rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """The "speed/..." of all steps that `counted` gives together: work by seconds, not a mean of
-  rates.
+  """The "speed/..." keys over all steps that `counted` returns: total work by total seconds, not a
+  mean of rates.
 
   10 tokens a second for 1 s and 40 for 2 s are 90 tokens in 3 s:
 
@@ -176,7 +176,7 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows: of metrics.jsonl.
 
   Returns:
-    As `speed_metrics`, without the seconds of compiling; empty where no step had any.
+    As `speed_metrics`, without the seconds of compiling; empty if no step had any rates.
   """
   steps, _ = counted(rows)
   found = {}
@@ -198,14 +198,14 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def steps_counted(table: StepTable) -> str:
-  """Which steps the table is of."""
+  """Which steps the table covers."""
   steps = f"{table.steps} step{'s' if table.steps > 1 else ''}"
   which = "which compiled too" if table.compiled else "that did not compile"
   return f"{steps} {which}"
 
 
 def flop_rate(value: float) -> str:
-  """Operations a second for a person.
+  """Formats operations a second for a person.
 
   >>> flop_rate(1.234e11), flop_rate(9.89e14), flop_rate(3.2e6)
   ('123 GFLOP/s', '989 TFLOP/s', '0.0032 GFLOP/s')
@@ -215,7 +215,7 @@ def flop_rate(value: float) -> str:
 
 
 def rate_lines(found: Mapping[str, Any]) -> list[str]:
-  """What `rates` gives, in words."""
+  """The result of `rates` in words."""
   lines = []
   for phase, verb in (("rollout", "generated"), ("update", "trained")):
     tokens = found.get(f"speed/{verb}_tokens_per_second")
