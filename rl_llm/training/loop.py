@@ -1,8 +1,8 @@
-"""What every training run does whatever it trains: resume, evaluate, record, save, stop, report.
+"""What every training run does, whatever it trains: resume, evaluate, record, save, stop, report.
 
-An experiment brings its first state and two functions: `sample`, which gives a step's experience
-and may be interrupted, and `learn`, which makes the step's updates of it and may not. Everything
-else that happens at a step is derived from what these two return, in one place.
+An experiment provides its first state and two functions: `sample` returns a step's experience and
+may be interrupted; `learn` makes the step's updates from it and may not. Everything else that
+happens at a step follows from what these two return, in one place.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from rl_llm.training.update import name_nonfinite
 
 
 class Diverged(RuntimeError):
-  """Training cannot go on; the message says where it broke and what to try."""
+  """Training cannot continue; the message says where it broke and what to try."""
 
 
 class Learned(NamedTuple):
-  """What a step's updates were, for its record.
+  """The results of a step's updates, for its record.
 
   Attributes:
-    metrics: name -> (sum, count), or a number; they may still be on the devices. Those of an update
-      hold "nonfinite_leaves"; those of a second network's update have names with its prefix.
-    advantages: [P, G] what each response was worth, for samples.jsonl; None where none is sampled.
-    work: what was sampled and trained on, of which the step's row gets rates.
+    metrics: name -> (sum, count), or a number; they may still be on the devices. An update's
+      metrics include "nonfinite_leaves"; a second network's have names with its prefix.
+    advantages: [P, G] what each response was worth, for samples.jsonl; None if none is sampled.
+    work: what was sampled and trained on, from which the step's row gets its rates.
   """
 
   metrics: Mapping[str, Any]
@@ -68,7 +68,7 @@ class Examples(NamedTuple):
   """What a step takes from a file of examples: the counterpart of a sampled `Experience`."""
 
   examples: Sequence[Any]
-  metrics: Mapping[str, Any] = {}  # what the step's row says of them
+  metrics: Mapping[str, Any] = {}  # what the step's row says about them
   samples: Sequence[dict[str, Any]] = ()  # lines of samples.jsonl
 
 
@@ -85,7 +85,7 @@ class Step(NamedTuple):
 
 
 class Schedule(NamedTuple):
-  """When a run does what it does not do at every step."""
+  """When a run evaluates, saves and traces: what it does not do at every step."""
 
   steps: int  # of the whole run
   eval_every: int  # 0: a run without evaluation
@@ -93,16 +93,16 @@ class Schedule(NamedTuple):
   profile: int = 0  # steps to trace, from the second one on, since the first compiles
 
   def evaluates(self, step: int) -> bool:
-    """Whether the weights that this step begins with are evaluated; those at the end always are."""
+    """Whether the step's initial weights are evaluated; those at the end of the run always are."""
     return self.eval_every > 0 and (step == self.steps or step % self.eval_every == 0)
 
 
 # (state, step, clock) -> experience. It may raise `Interrupted`: the state is as it was.
 Sample = Callable[[Any, int, PhaseClock], Any]
-# (state, experience, step, clock) -> (state, learned). It donates the state's arrays, and so cannot
-# be interrupted: it is given nothing that it could ask.
+# (state, experience, step, clock) -> (state, learned). It donates the state's arrays, so it must
+# not be interrupted: it gets nothing with which to check for a signal.
 Learn = Callable[[Any, Any, int, PhaseClock], tuple[Any, Learned]]
-# (step) -> why training cannot go further, "" if it can
+# (step) -> why training cannot continue, "" if it can
 Record = Callable[[Step], str]
 
 
@@ -118,18 +118,18 @@ def open_run(
   """Opens the run's directory for this process alone; the run has a result if it is finished.
 
   Args:
-    config: recorded in the directory; a run of other settings there is refused.
+    config: recorded in the directory; a run with other settings there is refused.
     workdir: the directory.
     steps: of the whole run: a finished run with fewer steps resumes.
-    checkpoints_kept: how many stay.
-    export: whether a directory `model` is wanted.
+    checkpoints_kept: how many checkpoints to keep.
+    export: whether to write a directory `model` at the end.
 
   Raises:
     ConfigError: the directory cannot be used.
     WeightsError: an export is wanted, and safetensors is not installed.
   """
   if export:
-    import_safetensors()  # Or a run would find out at its end.
+    import_safetensors()  # Fail now, not at the end of the run.
   workdir = Path(workdir)
   with StopSignals() as stop, open_console(steps) as console:
     with opened(workdir, config, volatile=volatile(config), doing="trains in") as result:
@@ -145,7 +145,7 @@ def open_run(
 
 
 def open_console(total_steps: int) -> Console:
-  """The console of a run; of several processes, the first one's is seen."""
+  """The console of a run; with several processes, only the first one's is shown."""
   stream = None if hosts.is_main() else open(os.devnull, "w")
   return Console(stream, total_steps=total_steps)
 
@@ -158,19 +158,19 @@ def begin(
   mesh: jax.sharding.Mesh,
   lay_out: Callable[[Any, jax.sharding.Mesh], Any] = placed_shapes,
 ) -> tuple[int, Any]:
-  """The step to go on with, and the state before it: the last checkpoint's, or the first.
+  """The step to start or resume at, and the state before it: the last checkpoint's, or the first.
 
   Args:
-    run: whose checkpoints.
-    init_state: (*args) -> the first state; only its shapes are used where a checkpoint exists.
+    run: its checkpoints are read.
+    init_state: (*args) -> the first state; only its shapes are used if a checkpoint exists.
     *args: arrays; the state must not share them, since an update donates its state.
     steps: of the whole run.
-    mesh: the devices over which the state lies, whatever it lay over when it was saved.
-    lay_out: (shapes, mesh) -> the shapes with the layout of each.
+    mesh: the devices to lay the state over; it may have been saved from another mesh.
+    lay_out: (shapes, mesh) -> the shapes, each with its layout.
 
   Raises:
-    ConfigError: the run has already gone further than `steps`.
-    ShardingError: the state cannot be cut as the mesh asks.
+    ConfigError: the run is already past `steps`.
+    ShardingError: the state cannot be divided as the mesh asks.
   """
   start = run.checkpoints.latest()
   wanted = lay_out(jax.eval_shape(init_state, *args), mesh)
@@ -196,11 +196,11 @@ def train_loop(
   record: Record,
   schedule: Schedule,
 ) -> Any:
-  """Takes the steps from `start` on: sample, learn, record.
+  """Takes the steps from `start` to the end: sample, learn, record.
 
   A run killed at any moment and started again ends as if nothing had happened: a step is done once
-  its lines are on record, and only then may a checkpoint hold it. Metrics stay on the devices until
-  a step is over.
+  its lines are on record, and only then may a checkpoint include it. Metrics stay on the devices
+  until the step ends.
 
   Args:
     run: the directory, the console, and the signals that stop the run.
@@ -208,17 +208,17 @@ def train_loop(
     state: from `begin`.
     sample: see `Sample`.
     learn: see `Learn`.
-    evaluate: (state, step) -> metrics "eval/..." and samples; done before step 0, every
-      `eval_every` steps, and at the end, or never where that is 0.
-    record: such as `open_record` gives.
+    evaluate: (state, step) -> metrics "eval/..." and samples; called before step 0, every
+      `eval_every` steps, and at the end, or never if `eval_every` is 0.
+    record: such as from `open_record`.
     schedule: see `Schedule`.
 
   Returns:
     The last state.
 
   Raises:
-    Interrupted: SIGINT or SIGTERM came; everything up to now is saved.
-    Diverged: `record` said so.
+    Interrupted: SIGINT or SIGTERM arrived; everything up to then is saved.
+    Diverged: `record` returned a reason.
   """
   saved = start
   with compile_clock() as compiled, freed_given_back(), _tracer(run, start, schedule) as trace:
@@ -228,7 +228,7 @@ def train_loop(
           done, before = Step(step, PhaseClock()), compiled()
           last = step == schedule.steps
           run.stop.check_together(f"step {step}")
-          # What happened before this step is on record by now, so nothing is lost whenever we die.
+          # All earlier steps are on record by now, so a kill at any time loses nothing.
           if step > saved and (last or step % schedule.checkpoint_every == 0):
             with done.clock("checkpoint"):
               run.checkpoints.save(step, state)
@@ -241,7 +241,7 @@ def train_loop(
             record(done._replace(state=state))
             break
           experience = sample(state, step, done.clock)
-          run.stop.check()  # For the last time: from here on the state is donated.
+          run.stop.check()  # The last chance to stop: `learn` donates the state.
           state, learned = learn(state, experience, step, done.clock)
           with done.clock("update"):
             learned = learned._replace(metrics=finalize(fetch(dict(learned.metrics))))
@@ -276,10 +276,10 @@ def open_record(
   """The record of a run, open while the block lasts: one function that writes a step's lines.
 
   Args:
-    run: whose metrics.jsonl and samples.jsonl; its console shows what was written.
+    run: writes its metrics.jsonl and samples.jsonl, and shows the lines on its console.
     start: the step that the run begins or resumes with: lines of later steps are dropped.
     samples_every: steps between tables of samples on the console; 0: none.
-    max_skipped: updates in a row without a finite gradient after which training cannot continue.
+    max_skipped: consecutive updates without a finite gradient after which training stops.
     peak: of the devices, for the MFU; None: not known.
   """
   names = ("metrics.jsonl", "samples.jsonl")
@@ -297,7 +297,7 @@ def open_record(
       row |= speed_metrics(times, step.learned.work, peak)
       row["speed/compile_seconds"] = step.compile_seconds
     samples_file.write(step.number, *lines)
-    metrics_file.write(step.number, row)  # Last: a step with this line is on record.
+    metrics_file.write(step.number, row)  # Written last: this line puts the step on record.
     trained = [line for line in lines if line["split"] == "train"]
     if trained and samples_every and step.number % samples_every == 0:
       run.console.samples(step.number, trained)
@@ -310,7 +310,7 @@ def open_record(
 
 
 def step_rows(step: Step) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """The step's line of metrics.jsonl, timings aside, and its lines of samples.jsonl."""
+  """The step's line of metrics.jsonl, without timings, and its lines of samples.jsonl."""
   row: dict[str, Any] = {}
   lines: list[dict[str, Any]] = []
   if step.evaluation is not None:
@@ -332,7 +332,7 @@ def step_rows(step: Step) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def train_states(state: Any) -> list[tuple[str, TrainState]]:
-  """The networks that a state trains: the first by an empty prefix, others by their field's name.
+  """The networks that a state trains, with prefixes: "" for the first, else from the field's name.
 
   >>> class Two(NamedTuple):
   ...   policy: TrainState
@@ -348,14 +348,14 @@ def train_states(state: Any) -> list[tuple[str, TrainState]]:
 
 
 def policy_state(state: Any) -> TrainState:
-  """The state of the network that samples: the first that a state trains."""
+  """The state of the network that samples: the first network that a state trains."""
   return train_states(state)[0][1]
 
 
 def failure_of(step: Step, *, max_skipped: int) -> str:
-  """Why training cannot go further, "" if it can: `max_skipped` updates in a row were not finite.
+  """Why training cannot continue, "" if it can: `max_skipped` updates in a row were not finite.
 
-  The update itself said which leaves of its gradient were not: nothing is computed again.
+  The update already reported which leaves of its gradient were not finite; nothing is recomputed.
   """
   for prefix, trained in train_states(step.state):
     skipped = int(trained.skipped_in_a_row)
@@ -365,7 +365,7 @@ def failure_of(step: Step, *, max_skipped: int) -> str:
 
 
 def diagnosis(params: Any, nonfinite_leaves: Any, skipped: int) -> str:
-  """What to say of that many updates in a row without a finite gradient."""
+  """The message about that many updates in a row without a finite gradient."""
   return (
     f"{skipped} updates in a row had a gradient that is not finite, first in "
     f"{name_nonfinite(params, nonfinite_leaves)}; the parameters are those before them. Lower "
@@ -374,7 +374,7 @@ def diagnosis(params: Any, nonfinite_leaves: Any, skipped: int) -> str:
 
 
 def announced(update: Callable, run: Run) -> Callable:
-  """The update, which says when it meets a new width, since it is compiled then."""
+  """The update, with a line on the console whenever it compiles for a new width."""
   say = functools.cache(run.console.say)
 
   def announced_update(state: Any, batch: Any, *further: Any) -> Any:
@@ -386,7 +386,7 @@ def announced(update: Callable, run: Run) -> Callable:
 
 
 def finish(run: Run) -> dict[str, Any]:
-  """Writes the report and, last of all, result.json; shows a person what came of it."""
+  """Writes the report and, last of all, result.json; shows the result to a person."""
   result = None
   if hosts.is_main():
     write_report(run.workdir)
@@ -400,21 +400,21 @@ def export_model(
   run: Run, config: TransformerConfig, params: Any, tokenizer: Tokenizer, *, base: str
 ) -> None:
   """Writes the trained model as a Hugging Face directory, WORKDIR/model. With adapters it is the
-  merged one, and WORKDIR/adapter has the adapters alone, as PEFT writes them.
+  merged model, and WORKDIR/adapter has the adapters alone, as PEFT writes them.
 
   Args:
-    run: whose directory.
+    run: its directory is written to.
     config: the model's shape.
-    params: its weights, adapters among them or not.
-    tokenizer: written too.
-    base: the model that training began with, as a person names it; the adapters repeat it.
+    params: its weights, with or without adapters.
+    tokenizer: also written.
+    base: a person's name for the model that training began with; the adapters' config repeats it.
   """
   params = on_main(params)
   if not hosts.is_main():
     return
   directory, adapter = run.workdir / "model", run.workdir / "adapter"
   for old in (directory, adapter):
-    shutil.rmtree(old, ignore_errors=True)  # Of an earlier end of this run.
+    shutil.rmtree(old, ignore_errors=True)  # From an earlier end of this run.
   merged = merge_lora(params)
   if jax.tree.structure(merged) != jax.tree.structure(params):
     save_adapter(adapter, params, base=base)
@@ -431,20 +431,20 @@ def export_reward_model(
 
   Args:
     run, config, params, tokenizer: as for `export_model`.
-    center: what is taken off every reward.
+    center: subtracted from every reward.
   """
   params = on_main(merge_lora(params))
   if hosts.is_main():
     directory = run.workdir / "model"
-    shutil.rmtree(directory, ignore_errors=True)  # Of an earlier end of this run.
+    shutil.rmtree(directory, ignore_errors=True)  # From an earlier end of this run.
     save_reward_model(directory, config, params, tokenizer, center=center)
     run.console.say(f"reward model: {directory}")
 
 
 def on_main(params: Any) -> Any:
-  """Weights that the first of several processes has whole, to write them; the others keep none.
+  """The whole weights on the first of several processes, to write them; the others keep none.
 
-  One after another, so that no device holds more than one whole matrix.
+  Fetches one leaf after another, so that no device holds more than one whole matrix.
   """
   if hosts.count() == 1:
     return params
@@ -457,7 +457,7 @@ def on_main(params: Any) -> Any:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """What result.json holds, read off the record; without evaluations nothing before and after."""
+  """The content of result.json, from the record; without evaluations, no before and after."""
   evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)] or [{}]
   result = {"steps": rows[-1]["step"], "seconds": sum(row["time/step"] for row in rows)}
   for name, row in (("before", evaluated[0]), ("after", evaluated[-1])):
@@ -466,7 +466,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None:
-  """The last lines a person reads: before, after, three answers of each, where the report is."""
+  """Shows the last lines: before, after, three answers of each, and where the report is."""
   pairs = before_after(read(workdir / "samples.jsonl"))
   if pairs:
     console.table(
@@ -489,13 +489,13 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
 
 
 def _accuracy(found: Mapping[str, Any], key: str) -> str:
-  """An accuracy with its interval; "-" where the grader had no opinion on any response."""
+  """An accuracy with its interval; "-" if the grader had no opinion on any response."""
   values = [found[key.replace("accuracy", end)] for end in ("accuracy", "low", "high")]
   return "-" if values[0] is None else "{:.2f} (95% {:.2f} to {:.2f})".format(*values)
 
 
 def show_speed(console: Console, rows: list[dict[str, Any]]) -> None:
-  """Where the time of a step goes, and the rates; nothing of a record without times."""
+  """Shows where a step's time goes, and the rates; nothing if the record has no times."""
   table = step_table(rows)
   if table is None:
     return
@@ -510,10 +510,10 @@ def show_speed(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def exit_code(train: Callable[[], Any], *, distributed: Mapping[str, Any] | None = None) -> int:
-  """Runs an experiment to its end: 0, 128 + the signal that stopped it, 1 where it diverged.
+  """Runs an experiment and returns 0, 128 + the signal that stopped it, or 1 if it diverged.
 
-  Where several processes train together, an error of one is told by all, and ends all: with 2 where
-  a person can put it right, else with 1.
+  If several processes train together, all report an error of any one of them, and all end: with 2
+  if a person can fix it, else with 1.
 
   Args:
     train: the experiment.
@@ -537,7 +537,7 @@ def exit_code(train: Callable[[], Any], *, distributed: Mapping[str, Any] | None
 
 
 def _end_all(error: Exception) -> NoReturn:
-  """Tells all processes why this one cannot go on, and ends them."""
+  """Tells all processes why this one cannot continue, and ends them."""
   if isinstance(error, UserError):
     hosts.end_all(str(error), 2, of_one=not isinstance(error, hosts.HostsDiffer))
   if isinstance(error, hosts.HostLost):
@@ -549,7 +549,7 @@ def _end_all(error: Exception) -> NoReturn:
 
 
 def default_workdir(experiment: str, *, model: str, data: str, seed: int) -> str:
-  """Where a run goes that names no directory.
+  """The directory of a run whose config names none.
 
   >>> default_workdir("grpo", model="smollm2", data="gsm8k:train.jsonl", seed=0)
   'runs/grpo-smollm2-gsm8k_train.jsonl-seed0'

@@ -1,8 +1,8 @@
 """From sampled responses to updates: what every policy gradient does between a reward and a step.
 
-A batch of responses is placed on the devices once. What an update compares with (log-probs of the
-policy before it, of a reference) is computed there, and each update takes its rows there, with the
-weights that its tokens have among all tokens of that update.
+A batch of responses is placed on the devices once. The log-probs that an update compares with (of
+the policy before it, of a reference) are computed there. Each update takes its rows there too, and
+its tokens are weighted among all tokens of that update.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Weigh = Callable[[ResponseBatch], dict[str, jax.Array | None]]
 
 
 class Programs(NamedTuple):
-  """What a step runs on the devices after its rollout; weights are always arguments."""
+  """The programs that a step runs on the devices after its rollout; weights are arguments."""
 
   logprobs: Callable  # (params, batch) -> log-probs and entropies [B, T]
   take: Callable  # (batch, chosen problems) -> their rows, with the weights of their tokens
@@ -46,13 +46,13 @@ def make_programs(
   weigh: Weigh,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Programs:
-  """The programs of a policy that is trained on responses; each compiles when it is called.
+  """Builds the programs that train a policy on responses; each compiles when it is called.
 
   Args:
     policy: the model's functions.
     update: from `rl_llm.training.update.make_update`, of a loss on a `ResponseBatch`.
     temperature: the sampler's.
-    weigh: such as `all_weights` with its keywords.
+    weigh: for example `all_weights` with its keywords.
     mesh: the devices over which rows lie; None: the first.
   """
 
@@ -67,19 +67,19 @@ def make_programs(
 
 
 def place_responses(experience: Experience, mesh: jax.sharding.Mesh | None) -> ResponseBatch:
-  """The experience as losses read it, on the devices: the one time that its tokens go there."""
+  """Puts the experience on the devices as losses read it; its tokens are sent only here."""
   return sharding.place_rows(response_batch(experience), mesh)
 
 
 def all_weights(
   batch: ResponseBatch, *, kl_name: str = "loss", **of_loss: Any
 ) -> dict[str, jax.Array | None]:
-  """The weights of the loss, and those of its KL term if they are others.
+  """The weights of the loss, and those of its KL term if they differ.
 
   Args:
     batch: the update's rows.
     kl_name: a function of `rl_llm.weighting`, or "loss" for the weights of the loss.
-    **of_loss: the keywords of `token_weights`; those of the KL differ from them in the name alone.
+    **of_loss: the keywords of `token_weights`; for the KL, only the name differs.
   """
   weights = token_weights(batch, **of_loss)
   of_kl = None if kl_name == "loss" else token_weights(batch, **of_loss | {"name": kl_name})
@@ -95,9 +95,9 @@ def token_weights(
     batch: the update's rows.
     name: of the function.
     length: of "constant_length".
-    truncated: what becomes of responses that were cut off at the limit: "keep" counts them as any,
-      "zero" gives them weight 0 but leaves them in the denominator, so the others count what they
-      would have counted (the batch's gradient shrinks), "drop" takes the mean over the others.
+    truncated: what to do with responses that were cut off at the limit. "keep" counts them like any
+      other. "zero" gives them weight 0 but leaves them in the denominator, so the others keep their
+      weights (the batch's gradient shrinks). "drop" takes the mean over the others.
   """
   mask = batch.mask
   if truncated == "drop":
@@ -115,15 +115,15 @@ def token_weights(
 def with_logprobs(
   batch: ResponseBatch, programs: Programs, weights: Weights, params: Any, *, old: bool, ref: bool
 ) -> ResponseBatch:
-  """The batch with the log-probs that updates compare with, each a pass over all responses.
+  """The batch with the log-probs that updates compare with; each takes a pass over all responses.
 
   Args:
     batch: on the devices.
-    programs: whose `logprobs` is called.
-    weights: the reference among them.
+    programs: their `logprobs` is called.
+    weights: include the reference's.
     params: the policy's trained weights before the step's updates.
-    old: whether the step has several updates; in its first one, the policy is the old one itself.
-    ref: whether something compares with the reference.
+    old: whether the step has several updates; in the first, the policy is still the old policy.
+    ref: whether anything compares with the reference.
   """
   if old:
     batch = batch._replace(old_logprobs=programs.logprobs(weights.whole(params), batch)[0])
@@ -136,8 +136,8 @@ class Minibatch(NamedTuple):
   """The responses of one update."""
 
   batch: ResponseBatch  # with the weights of its tokens
-  microbatches: int  # how many of its microbatches are computed; the rest adds nothing
-  problems: np.ndarray  # the problems whose responses these are
+  microbatches: int  # how many of its microbatches are computed; the rest add nothing
+  problems: np.ndarray  # the problems that these responses answer
 
 
 def minibatches(
@@ -148,15 +148,15 @@ def minibatches(
   microbatch_prompts: int,
   only: bool = False,
 ) -> Iterator[Minibatch]:
-  """A step's responses, shared out to its updates.
+  """Divides a step's responses among its updates.
 
   Args:
-    take: of `Programs`.
-    batch: on the devices, whole.
+    take: from `Programs`.
+    batch: the whole batch, on the devices.
     order: from `rl_llm.rollout.experience.minibatches`: the problems of each update, those that
       matter first, and how many of them do.
-    microbatch_prompts: problems a microbatch.
-    only: whether nothing counts but the term in which some do not matter: they are left out.
+    microbatch_prompts: problems per microbatch.
+    only: whether the loss has no other term, so that problems that do not matter can be left out.
   """
   for chosen, used in order:
     used = used if only else len(chosen)
@@ -167,10 +167,10 @@ def minibatches(
 def reward_kl(batch: ResponseBatch, *, value: str) -> tuple[jax.Array, dict[str, tuple]]:
   """The KL as a part of the reward: [B, T], and the metric "kl_ref"; 0 without a reference.
 
-  Of the sampler's log-probs, which are the policy's: a reward has no gradient.
+  It uses the sampler's log-probs as the policy's, since a reward has no gradient.
 
   Args:
-    batch: with its reference log-probs, or without.
+    batch: with or without reference log-probs.
     value: the estimator, "k1", "k2" or "k3".
   """
   if batch.ref_logprobs is None:
@@ -182,7 +182,7 @@ def reward_kl(batch: ResponseBatch, *, value: str) -> tuple[jax.Array, dict[str,
 
 
 def per_response(batch: ResponseBatch, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Of advantages per token, their means [P, G], and [P] which problems have any that is not 0."""
+  """The means [P, G] of advantages per token, and [P] which problems have one that is not 0."""
   means, any_of = sharding.fetch(_per_response(batch.advantages, batch.mask))
   return means.reshape(shape), np.any(any_of.reshape(shape), axis=1)
 
@@ -207,7 +207,7 @@ def step_work(
     shape: the model's configuration.
     experience: of the step.
     trained: the problems of each of its updates.
-    adapters: whether adapters are trained, and not all weights.
+    adapters: whether only adapters are trained, not all weights.
     towers: as for `rl_llm.runs.flops.response_work`.
   """
   return response_work(
@@ -222,7 +222,7 @@ def step_work(
 
 
 def without_spread(informative: np.ndarray, ok: np.ndarray) -> float | None:
-  """The share of the groups with a reward whose responses are all worth the same.
+  """Among the groups with a reward, the share whose responses are all worth the same.
 
   >>> ok = np.array([[True, True], [True, True], [False, False]])
   >>> without_spread(np.array([True, False, False]), ok)

@@ -1,7 +1,7 @@
 """Preference pairs as arrays: what losses on pairs read, packed or not.
 
-A loss on a pair needs both answers where it is computed, so a microbatch holds whole pairs: their
-answers are the rows 2 i and 2 i + 1, or are packed into rows that the microbatch shares with none.
+A loss on a pair needs both answers in one place, so a microbatch holds whole pairs. Pair i has rows
+2 i and 2 i + 1, or its answers are packed into rows that belong to this microbatch alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class PairBatch(NamedTuple):
   """What a loss reads of R pairs: 2 R answers, chosen and rejected in turn.
 
   Attributes:
-    sequences: each answer in a row of its own; of packed ones only the mask is here.
-    packed: several answers a row, each microbatch's among themselves; None: they are not packed.
-    weights: [R] float32, how much each pair counts: 1 / pairs, and 0 where there is none.
+    sequences: each answer in its own row; if answers are packed, only the mask is kept.
+    packed: several answers per row, each microbatch packed separately; None: not packed.
+    weights: [R] float32, how much each pair counts: 1 / pairs, or 0 if there is no pair.
   """
 
   sequences: SequenceBatch
@@ -45,7 +45,7 @@ class PairBatch(NamedTuple):
 def make_pair_batch(
   pairs: Sequence[Pair], *, pad_id: int, rows: int, packing: int = 0, shares: int = 1
 ) -> tuple[PairBatch, float]:
-  """The batch of one update on pairs, and how much of its rows is padding.
+  """The batch of one update on pairs, and the share of padding in its rows.
 
   >>> from rl_llm.data.encoding import Encoded
   >>> answer = Encoded([4, 5], [False, True], 1)
@@ -57,8 +57,8 @@ def make_pair_batch(
     pairs: at most `rows`.
     pad_id: as for `sequence_batch`.
     rows: R.
-    packing: tokens of a row that several answers share; 0: each has a row.
-    shares: microbatches, each of which is packed on its own.
+    packing: tokens of a row that several answers share; 0: each answer has its own row.
+    shares: microbatches, each packed separately.
   """
   sequences = pair_batch(pairs, pad_id=pad_id, rows=2 * rows)
   weights = np.zeros(rows, np.float32)
@@ -97,14 +97,14 @@ def pair_logprobs(
     return score(*batch.sequences)[0]
   packed, rows, starts, lengths = batch.packed
   logprobs, _ = score(*packed)
-  rows = rows % len(logprobs)  # They are counted over all microbatches.
+  rows = rows % len(logprobs)  # Row numbers count over all microbatches.
   return unpack(logprobs, rows, starts, lengths, width=batch.sequences.mask.shape[1])
 
 
 def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, int]]:
   """(problem, best response, worst response) of each problem whose grades [P, G] differ.
 
-  Of equal grades the first is taken: responses are drawn alike, so it is as good as any.
+  Ties take the first response: all are drawn the same way, so it is as good as any.
 
   >>> best_and_worst(np.array([[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]]), np.array([[1, 1, 1], [1, 1, 0]]))
   [(0, 1, 0)]
@@ -119,10 +119,10 @@ def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, 
 
 
 def check_margins(dataset: Dataset, column: str, *, path: str) -> None:
-  """Refuses a column of margins that holds anything but numbers; "" is no column.
+  """Refuses a column of margins that holds anything but numbers; "" means no column.
 
   Raises:
-    DataError: with the line of the file `path`.
+    DataError: the message names the line of the file `path`.
   """
   for example, line in zip(dataset.examples, dataset.lines, strict=True) if column else ():
     value = example.columns.get(column)
@@ -134,5 +134,5 @@ def check_margins(dataset: Dataset, column: str, *, path: str) -> None:
 
 
 def margins(columns: Sequence[dict[str, Any]], column: str) -> np.ndarray:
-  """[N] float32: each pair's margin; 0 where no column is named."""
+  """[N] float32: each pair's margin; 0 if no column is named."""
   return np.array([row[column] if column else 0.0 for row in columns], np.float32)

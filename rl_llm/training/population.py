@@ -1,8 +1,8 @@
 """Many members trained as one program: N sets of weights, each with its own rows of the batch.
 
-An update is a pure function of arrays, and what a sweep changes most is numbers. So N settings are
-one `vmap` away from one. Small models have their own weights each; adapters have one base, which is
-in memory once and is read once for all. Whole members lie over the devices.
+An update is a pure function of arrays, and a sweep changes mostly numbers, so one `vmap` turns one
+setting into N. Small models each have their own weights. Adapters share one base, which is in
+memory once and is read once for all of them. Each device holds whole members.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rl_llm.training.train_state import TrainState
 
 
 class Programs(NamedTuple):
-  """What runs on the devices, for all members at once: members come first in all but `frozen`."""
+  """The programs for all members at once: the first axis is the members', except in `frozen`."""
 
   # (frozen, own, prompts [N * P, L], lengths, keys [N * P * G], sampling, G)
   #   -> Rollout of N * P * G rows
@@ -54,16 +54,16 @@ def make_programs(
   temperature: float,
   chunk_size: int,
 ) -> Programs:
-  """The functions of one member's step, mapped over members; each device has whole ones.
+  """The functions of one member's step, mapped over members; each device has whole members.
 
   Args:
     policy: the model's functions.
-    tokenizer: which knows what ends a response.
+    tokenizer: it knows what ends a response.
     update_one: a member's update, from `rl_llm.training.update.make_update` without a mesh.
-    mesh: its devices share the members out.
+    mesh: the devices to divide the members among.
     max_new_tokens: T.
     temperature: of the sampler, at which log-probs are taken.
-    chunk_size: tokens of a member whose logits exist at the same time.
+    chunk_size: how many tokens of a member have logits in memory at the same time.
   """
   sampler = population_policy(policy)
   shared, members = PartitionSpec(), PartitionSpec(sharding.ROWS)
@@ -111,10 +111,10 @@ def make_programs(
 
 
 def in_turns(sample: Generate, count: int) -> list[Generate]:
-  """A function that generates for each of `count` members, all of which will be asked the same.
+  """`count` functions, one per member, that generate from one call for all members.
 
   Members are evaluated one after another, each on the same problems with the same keys. The first
-  to ask has all of them answer; the others read what they have said.
+  call generates the responses of all members; the other members then read theirs.
 
   Args:
     sample: (None, prompts of all members, ...) -> their responses, the first member's first.
@@ -141,20 +141,20 @@ def in_turns(sample: Generate, count: int) -> list[Generate]:
 
 
 def stacked(trees: Sequence[Any]) -> Any:
-  """One tree, with a new first axis, on the host where its leaves are there."""
+  """The trees as one, with a new first axis; leaves on the host stay there."""
   return jax.tree.map(lambda *x: (jnp if isinstance(x[0], jax.Array) else np).stack(x), *trees)
 
 
 def members_over(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shapes of which the first axis is the members', with their layout."""
+  """Shapes whose first axis is the members', with their layout."""
   layout = sharding.row_sharding(mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes)
 
 
 class Evaluations(NamedTuple):
-  """What an evaluation of all members found."""
+  """The results of evaluating all members."""
 
-  metrics: dict[str, float]  # of the whole
+  metrics: dict[str, float]  # over all members
   members: list[evaluation.Evaluation]
 
 
@@ -168,15 +168,15 @@ def evaluate(
   samples: int,
   prompts_per_batch: int,
 ) -> Evaluations:
-  """Every member on the held-out problems, as `evaluation.evaluate` does one.
+  """Evaluates every member on the held-out problems, as `evaluation.evaluate` does for one.
 
   Args:
     sampler: of all members at once.
     held_out: the problems.
     say: shows a line.
-    state: with their weights.
+    state: with the members' weights.
     step: of the run.
-    samples: responses a problem at temperature 1, of each member.
+    samples: responses per problem at temperature 1, for each member.
     prompts_per_batch: problems sampled at once.
   """
   count = len(jax.tree.leaves(state.params)[0])
@@ -198,12 +198,12 @@ def evaluate(
 
 
 def member_step(step: loop.Step, number: int, *, learning_rate: float) -> loop.Step:
-  """The step as that member would have made it alone, of one that all made together.
+  """One member's part of a step that all made together, as if it had trained alone.
 
   Args:
-    step: of all: what was learned has the members' sums under "totals", one advantage each.
+    step: of all members: `learned` has the members' sums under "totals", and advantages for each.
     number: the member's.
-    learning_rate: its own at this step.
+    learning_rate: the member's own at this step.
   """
   found, learned = step.evaluation, None
   if step.learned:

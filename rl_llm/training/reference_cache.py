@@ -1,10 +1,10 @@
 """The reference's log-probs of a data set: computed once, kept on disk, never trusted blindly.
 
-DPO and its family compare the policy with a frozen model at every step. The data set is fixed and
-so is that model: its log-probs can be computed before training, which then holds one network
-instead of two and does a third less work. What is kept must belong to exactly these weights and
-these tokens, or training pulls towards a model that nobody chose, without a sign of it. So the file
-is named and signed by a hash of both.
+DPO and its family compare the policy with a frozen model at every step. The data set and that model
+are both fixed, so its log-probs can be computed before training, which then holds one network
+instead of two and does a third less work. The cached values must belong to exactly these weights
+and these tokens, or training silently pulls towards the wrong model. So the file is named and
+signed by a hash of both.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def reference_logprobs(
   """`compute_logprobs`, or what an earlier call with the same weights and sequences kept.
 
   Args:
-    directory: where the file is; made if it is not there. Several data sets, models and runs may
-      share it.
-    params: as for `compute_logprobs`, like all the rest.
-    progress: called after each batch that is computed; raises to stop, and nothing is then kept.
+    directory: where the file is; created if missing. Several data sets, models and runs may share
+      it.
+    params: as for `compute_logprobs`, like the other arguments.
+    progress: called after each computed batch; raises to stop, and then nothing is kept.
 
   Returns:
-    Log-probs of each sequence, as `compute_logprobs`; bit for bit those of the call that computed
-    them.
+    Log-probs of each sequence, as from `compute_logprobs`, bit for bit those of the call that
+    computed them.
 
   Raises:
     ConfigError: the directory cannot be written.
@@ -97,29 +97,29 @@ def compute_logprobs(
   check: Callable[[], None] = lambda: None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[np.ndarray]:
-  """Log-probs of every token of a data set, one program for each width.
+  """Log-probs of every token of a data set, with one program for each width.
 
-  Sequences of like length share a batch, so little of it is padding. The longest come first: if
-  memory does not suffice, that shows at once and not at the end.
+  Sequences of similar length share a batch, so little of it is padding. The longest come first, so
+  a lack of memory shows at once and not at the end.
 
   Args:
     params: the weights to score under.
     sequences: from `encode`; of pairs, both.
     policy: the pure functions of `rl_llm.policy.Policy`.
-    temperature: that of the policy which is to be compared.
+    temperature: that of the policy to compare with.
     rows_per_batch: sequences at once, >= 1.
     pad_id: as for `sequence_batch`.
     mesh: the devices over which the weights lie, None: the first; `rows_per_batch` must be a
       multiple of `rl_llm.parallel.sharding.row_shards`.
     check: called before each batch; raises to stop.
-    progress: called after each batch with how many sequences are done, and of how many.
+    progress: called after each batch with how many sequences are done, and how many there are.
 
   Returns:
     For each sequence float32 log-probs of its tokens, nats, 0 outside its mask;
     `rl_llm.data.batches.pad_values` makes a [B, T] array of some of them.
 
   Raises:
-    ValueError: `rows_per_batch` is below 1, or a sequence is none that `sequence_batch` takes.
+    ValueError: `rows_per_batch` is below 1, or `sequence_batch` does not accept a sequence.
     NotFiniteError: a log-prob is not finite; the message says which weights are not.
   """
   if rows_per_batch < 1:
@@ -153,10 +153,10 @@ def score(params: Any, batch: SequenceBatch, temperature: Any, *, policy: Any) -
 def cache_key(
   params: Any, sequences: Sequence[Encoded], *, policy: Any, temperature: float
 ) -> str:
-  """The SHA-256 of all that decides the log-probs.
+  """The SHA-256 of everything that determines the log-probs.
 
   That is the weights, the model's shape and arithmetic, the temperature, and the tokens and masks
-  in their order. The batch size is not part of it: it moves a log-prob by rounding alone.
+  in their order. The batch size is left out: it changes a log-prob only by rounding.
 
   Args:
     params: the weights.
@@ -178,11 +178,11 @@ def cache_key(
 def cached_logprobs(
   path: str | os.PathLike, key: str, compute: Callable[[], list[np.ndarray]]
 ) -> list[np.ndarray]:
-  """The arrays in a file, if it is whole and belongs to the key; else computed, and written there.
+  """The arrays in a file, if it is whole and belongs to the key; else computes and writes them.
 
-  The file is an .npz without pickles, whose last 64 bytes (the comment of the zip archive) are the
-  SHA-256 of all before them. It is replaced in one move, so half a file never bears its name. One
-  that is damaged, or was made for another key, is reported and computed again.
+  The file is an .npz without pickles. Its last 64 bytes (the comment of the zip archive) are the
+  SHA-256 of everything before them. It is replaced atomically, so half a file never has its name. A
+  file that is damaged, or belongs to another key, is reported and computed again.
 
   >>> import tempfile
   >>> path = os.path.join(tempfile.mkdtemp(), "cache.npz")
@@ -195,7 +195,7 @@ def cached_logprobs(
   Args:
     path: of the file; its directory exists.
     key: what the arrays belong to, such as `cache_key` gives.
-    compute: called without arguments where the file does not serve; gives float32 vectors.
+    compute: called without arguments if the file cannot be used; returns float32 vectors.
 
   Returns:
     The arrays, float32.
@@ -205,7 +205,7 @@ def cached_logprobs(
   """
   path = Path(path)
   found = None
-  if hosts.is_main():  # Of several processes one decides for all: they compute together.
+  if hosts.is_main():  # One process decides for all, since they compute together.
     try:
       found = _read(path.read_bytes(), key)
     except FileNotFoundError:
@@ -229,7 +229,7 @@ def _content(key: str, arrays: list[np.ndarray]) -> bytes:
     values=np.concatenate([np.zeros(0, np.float32), *arrays]),
   )
   with zipfile.ZipFile(buffer, "a") as archive:
-    archive.comment = bytes(_DIGEST_SIZE)  # Room for the digest, as the format has it.
+    archive.comment = bytes(_DIGEST_SIZE)  # Reserves room for the digest in the zip format.
   body = buffer.getvalue()[:-_DIGEST_SIZE]
   return body + hashlib.sha256(body).hexdigest().encode()
 

@@ -11,18 +11,18 @@ import optax
 
 
 class TrainState(NamedTuple):
-  """Together with (seed, step) this is everything that must survive a crash."""
+  """Everything that must survive a crash, together with (seed, step)."""
 
   step: chex.Array  # int32 scalar, optimiser updates attempted
   params: Any  # the weights being trained
   opt_state: Any  # the optimiser's moments
   skipped: chex.Array  # int32 scalar, updates skipped because a gradient was not finite
-  skipped_in_a_row: chex.Array  # int32 scalar, of these the latest without a finite one between
+  skipped_in_a_row: chex.Array  # int32 scalar, number of consecutive skipped updates
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
   """The state before the first update; `jax.eval_shape` of it is the tree a restore needs."""
-  # Separate arrays: a buffer that stood twice in a donated state could not be donated.
+  # Separate arrays: a buffer that is in a state twice cannot be donated.
   zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
   return TrainState(zeros[0], params, optimizer.init(params), zeros[1], zeros[2])
 

@@ -1,8 +1,8 @@
 """One optimiser update as a pure function: (state, batch, hparams) -> (state, metrics).
 
-The losses of this library are sums over weighted tokens, with the weights made once for the whole
-batch. So the gradients of microbatches simply *add*: no division follows, and the number of
-microbatches cannot change the result beyond rounding.
+The losses of this library are sums over weighted tokens, with weights made once for the whole
+batch. So the gradients of microbatches simply *add*: nothing is divided afterwards, and the number
+of microbatches cannot change the result beyond rounding.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """AdamW's direction after clipping by global norm; the update applies the learning rate.
 
-  Keeping the learning rate out lets schedules and sweeps change it without recompiling. Weight
-  decay is decoupled, and leaves vectors (norms and biases) alone.
+  Without the learning rate in the optimiser, schedules and sweeps can change it without
+  recompiling. Weight decay is decoupled and skips vectors (norms and biases).
 
   Args:
     b1: decay of the mean gradient.
     b2: decay of the mean squared gradient; 0.95 forgets a bad batch sooner than 0.999.
     eps: added to the root of the mean square.
-    weight_decay: fraction of each matrix taken off per unit of learning rate.
+    weight_decay: fraction of each matrix subtracted per unit of learning rate.
     max_grad_norm: longer gradients are scaled to this L2 norm; 0 does not clip.
-    mu_dtype: in which the mean gradient is kept; bfloat16 takes 2 bytes a parameter instead of 4.
-      The mean square stays float32: it moves by less than bfloat16 can tell apart.
+    mu_dtype: dtype of the mean gradient; bfloat16 takes 2 bytes per parameter instead of 4. The
+      mean square stays float32: its changes are too small for bfloat16.
   """
 
   def matrices(params):
@@ -61,12 +61,12 @@ def make_optimizer(
 def scale_part(
   optimizer: optax.GradientTransformation, name: str, factor: float
 ) -> optax.GradientTransformation:
-  """The optimiser with another learning rate for one part of the parameters: `factor` times it.
+  """The optimiser with `factor` times the learning rate for one part of the parameters.
 
   Args:
-    optimizer: such as `make_optimizer` gives.
-    name: of the part, a key at the top of the parameters.
-    factor: of its updates.
+    optimizer: for example from `make_optimizer`.
+    name: of the part, a top-level key of the parameters.
+    factor: multiplies its updates.
   """
   part = optax.masked(optax.scale(factor), lambda params: {key: key == name for key in params})
   return optax.chain(optimizer, part)
@@ -81,37 +81,38 @@ def make_update(
 ) -> Callable[..., tuple[TrainState, dict[str, tuple[chex.Array, chex.Array]]]]:
   """Builds the jitted update `(state, batch, hparams) -> (state, metrics)`; the state is donated.
 
-  The batch's rows are split into `microbatches` equal parts, taken one after another in one loop,
-  and their gradients summed in float32. If any entry of the summed gradient is not finite, the
-  whole update is skipped on the device: parameters and moments stay as they were, and
+  The batch's rows are split into `microbatches` equal parts. One loop computes them one after
+  another and sums their gradients in float32. If any entry of the summed gradient is not finite,
+  the whole update is skipped on the device: parameters and moments stay as they were, and
   `state.skipped` counts it.
 
-  Rows whose loss is 0 whatever the weights say (responses whose group agreed, so that every
-  advantage is 0) can be put last and left out: `update(state, batch, hparams, 3)` computes the
-  first 3 microbatches. That the rest adds nothing is the caller's promise; the number is data, so
-  it may change from step to step without compiling again.
+  Rows whose loss is 0 at any weights (responses whose group agreed, so that every advantage is 0)
+  can be put last and left out: `update(state, batch, hparams, 3)` computes the first 3
+  microbatches. The caller guarantees that the rest add nothing. The number is data, so it may
+  change from step to step without recompiling.
 
-  Weights that the loss reads and that stay as they are (LoRA's) are given to each call:
+  Frozen weights that the loss reads (LoRA's base) are passed to each call:
   `update(state, batch, hparams, 3, frozen)` takes the loss of `join(frozen, state.params)` and its
-  gradient in `state.params` alone.
+  gradient with respect to `state.params` alone.
 
   Args:
     loss_fn: (params, microbatch, hparams) -> (loss, metrics); a sum over weighted tokens, not a
       mean.
-    optimizer: a direction without learning rate, such as `make_optimizer` gives.
+    optimizer: a direction without learning rate, for example from `make_optimizer`.
     microbatches: how many parts; must divide the batch's rows.
-    mesh: the devices over which state and batch lie (`rl_llm.parallel.sharding`); None where there
-      is one. Each microbatch takes rows of every device, gradients are summed straight into the
-      slices in which the state is kept, and the new state lies as the old one.
+    mesh: the devices over which state and batch lie (`rl_llm.parallel.sharding`); None for a single
+      device. Each microbatch takes rows of every device, gradients are summed directly into the
+      slices of the state, and the new state has the layout of the old one.
 
   Returns:
-    The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is the
-    loss's. Metrics are (sum, count) pairs: the loss's own, summed over the microbatches computed,
-    and "loss", "grad_norm", "update_skipped", and "nonfinite_leaves", whose sum is [N]: 1 for each
-    leaf of the gradient, in the order of `jax.tree.leaves`, that is not finite (`name_nonfinite`).
+    The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is for the
+    loss. Metrics are (sum, count) pairs: the loss's own, summed over the microbatches computed,
+    and "loss", "grad_norm", "update_skipped", and "nonfinite_leaves". The sum of the last is [N]: 1
+    for each leaf of the gradient, in the order of `jax.tree.leaves`, that is not finite
+    (`name_nonfinite`).
 
   Raises:
-    ValueError: at trace time, when the batch's rows are not divisible.
+    ValueError: at trace time, if the batch's rows are not divisible.
   """
   if microbatches < 1:
     raise ValueError(f"microbatches: {microbatches}; allowed: 1 or more")
@@ -121,11 +122,11 @@ def make_update(
   differentiate = jax.value_and_grad(trained_loss, has_aux=True)
 
   def accumulate(params, frozen, batch, hparams, used):
-    @jax.jit  # Read once by Python, though it is asked for its shapes and then for the loop.
+    @jax.jit  # Traced once, though it is called for its shapes and again in the loop.
     def value_and_grad(params, frozen, batch, hparams):
       value, grads = differentiate(params, frozen, batch, hparams)
-      # The barrier: a sum over devices that is added to a running total is best left where it is.
-      # Moved behind the loop, every device would hold the whole total; and libtpu's attempt fails.
+      # The barrier keeps XLA from moving the sum over devices out of the loop: then every device
+      # would hold the whole running total, and libtpu fails when it tries.
       return value, grads if mesh is None else jax.lax.optimization_barrier(constrain(grads, mesh))
 
     if microbatches == 1:
@@ -197,7 +198,7 @@ def _split(x: chex.Array, parts: int) -> chex.Array:
 def learning_rate_at(
   step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int
 ) -> float:
-  """The learning rate of a step: a linear rise, then constant or a fall towards 0.
+  """The learning rate of a step: a linear warm-up, then constant or decaying towards 0.
 
   >>> [learning_rate_at(s, peak=1.0, schedule="linear", warmup_steps=2, total_steps=6)
   ...  for s in range(6)]
@@ -205,10 +206,10 @@ def learning_rate_at(
 
   Args:
     step: from 0.
-    peak: after warm-up.
+    peak: the rate after warm-up.
     schedule: "constant", "linear" or "cosine".
-    warmup_steps: steps of the rise; the first step already learns.
-    total_steps: where the fall would reach 0.
+    warmup_steps: steps of the warm-up; the first step already learns.
+    total_steps: the step at which the decay would reach 0.
   """
   if step < warmup_steps:
     return peak * (step + 1) / warmup_steps
@@ -230,9 +231,9 @@ def name_nonfinite(params: Any, leaves: Any) -> str:
   "['b']['c']"
 
   Args:
-    params: what the gradient is of, arrays or their shapes.
-    leaves: [N] how often each leaf was not finite: the update's "nonfinite_leaves". Where none was,
-      each was finite and the sum of their squares was not.
+    params: the parameters of the gradient, arrays or their shapes.
+    leaves: [N] how often each leaf was not finite: the update's "nonfinite_leaves". If all are 0,
+      each leaf was finite, but the sum of their squares was not.
   """
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   found = [jax.tree_util.keystr(path) for path, n in zip(paths, leaves, strict=True) if n]

@@ -18,11 +18,12 @@ def response_values(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.A
 
       values[b, t] = apply_head(head, hidden that has seen the prompt and tokens[b, :t])
 
-  The baseline of a choice must not know what was chosen: the value of token t is read from the
-  state that predicts it, one place before the state that has read it. The first is the prompt's.
+  The baseline of a choice must not know what was chosen, so the value of token t is read from the
+  state that predicts it, one position before the state that has read it. The first value is read
+  from the prompt's state.
 
-  A tower of its own is `with_head(policy_params, zero_head(width))`. Where the policy's trunk is
-  shared, one pass serves both heads:
+  A separate tower is `with_head(policy_params, zero_head(width))`. If the value network shares the
+  policy's trunk, one pass serves both heads:
 
       hidden = response_hidden(params, batch, policy=policy)
       logprobs, entropies = logprobs_of_hidden(params, hidden, batch.tokens, batch.mask, ...)
@@ -30,7 +31,7 @@ def response_values(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.A
 
   Args:
     params: a tower's, with its "head".
-    batch: of which prompts, prompt_lengths, tokens, `attended` and `mask` are read.
+    batch: prompts, prompt_lengths, tokens, `attended` and `mask` are read from it.
     policy: the pure functions of the trunk, a `rl_llm.policy.Policy`.
 
   Returns:
@@ -58,20 +59,20 @@ def values_of_hidden(head: Any, hidden: chex.Array, mask: chex.Array) -> chex.Ar
 
 
 def explained_variance(values: chex.Array, returns: chex.Array, mask: chex.Array) -> chex.Array:
-  """How much of the returns' variance the value network foresaw.
+  """How much of the returns' variance the value network predicted.
 
       1 - var(returns - values) / var(returns)
 
-  1 is perfect, 0 no better than a constant, below 0 worse than one: then the baseline adds noise.
-  A value of 1/4 and 3/4 where the returns were 0 and 1 leaves half the error, a quarter of the
-  variance:
+  1 is perfect, 0 is no better than a constant, and below 0 is worse than a constant: the baseline
+  then adds noise. Values of 1/4 and 3/4 for returns of 0 and 1 leave half the error, and so a
+  quarter of the variance:
 
   >>> values, returns = jnp.array([[0.25, 0.75, 9.0]]), jnp.array([[0.0, 1.0, -9.0]])
   >>> float(explained_variance(values, returns, jnp.array([[True, True, False]])))
   0.75
 
-  The misconception is that a small value loss shows a good critic. Where all returns are alike any
-  constant has none, and there is nothing to explain: then this is nan.
+  A misconception is that a small value loss shows a good critic. If all returns are equal, the
+  right constant has a loss of 0, but there is nothing to explain: this is then nan.
 
   Args:
     values: [B, T] float, before this batch's updates.
@@ -90,12 +91,12 @@ def explained_variance(values: chex.Array, returns: chex.Array, mask: chex.Array
 def value_statistics(
   values: chex.Array, returns: chex.Array, mask: chex.Array
 ) -> dict[str, chex.Array]:
-  """What a value network foresaw of a step, for its record; the arguments as above.
+  """How well the value network predicted a step, for its record; the arguments as above.
 
-  As everywhere in a record, what there is nothing of is null: a (sum, count) with count 0.
+  As everywhere in a record, a metric with nothing to measure is null: (sum, count) with count 0.
   """
   explained = explained_variance(values, returns, mask)
-  varied = masked_var(returns, mask) != 0  # True for a nan, which is to be seen.
+  varied = masked_var(returns, mask) != 0  # True for a nan, so that it shows.
   return {
     "explained_variance": (jnp.where(varied, explained, 0), varied),
     "values_mean": masked_mean(values, mask),
