@@ -1,4 +1,4 @@
-"""From prompts to responses: sampled, scored and graded, before anything is learned."""
+"""From prompts to responses that are sampled, scored and graded, before anything is learned."""
 
 from rl_llm.rollout.generation import (
   CHUNK_SIZE,

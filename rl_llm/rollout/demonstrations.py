@@ -1,7 +1,7 @@
-"""Demonstrations from a task: its own right answers, for supervised training before or beside RL.
+"""Demonstrations from a task: its own right answers, for supervised training before or during RL.
 
-A grader needs to know what is right, so most tasks can show it. What they show is in a column of
-the problem, where the user of a file puts it too.
+A grader needs to know the right answer, so most tasks can show it. It is in a column of the
+problem, and users put it into the same column of their own files.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ COLUMNS = ("completion", "answer")
 def demonstrations(
   problems: Sequence[Problem], *, prompt_format: PromptFormat = "chat"
 ) -> list[Demonstration]:
-  """The right answer to each problem, as a response that the task's grader pays in full.
+  """The right answer to each problem, as a response that gets the task grader's full reward.
 
-  It is the problem's column "completion" or else its "answer": for arithmetic the number, for copy
-  the text, for GSM8K the worked solution of the file, for a puzzle the package's answer.
+  It is the problem's column "completion", or else its column "answer": for arithmetic the number,
+  for copy the text, for GSM8K the worked solution in the file, for a puzzle the package's answer.
 
   >>> from rl_llm.tasks import load_task
   >>> problem = load_task("arithmetic").sample(0, 0, 1)[0]
@@ -30,15 +30,16 @@ def demonstrations(
   >>> example.completion == problem.columns["answer"]
   True
 
-  That a grader of your own pays in full for what the column holds is yours to see to: it may want
-  the answer in a form that the column does not have.
+  If the grader is your own, make sure that it gives the full reward for the column's text: it may
+  want the answer in another form.
 
   Args:
-    problems: of a task's `sample` or `held_out`.
-    prompt_format: "chat", or "plain": a conversation then becomes text, as `encode_problems` does.
+    problems: from a task's `sample` or `held_out`.
+    prompt_format: "chat", or "plain", which turns a conversation into text as `encode_problems`
+      does.
 
   Returns:
-    A `Demonstration` each, in their order.
+    A `Demonstration` for each problem, in the same order.
 
   Raises:
     TaskError: a problem has no answer; the message names it and the columns.
@@ -63,16 +64,16 @@ def encode_answers(
   limit: int,
   overlong: Overlong,
 ) -> list[Encoded]:
-  """The right answers to problems as tokens, without those that are dropped as too long.
+  """The right answers to problems as tokens, without those dropped as too long.
 
   Args:
     problems: as for `demonstrations`.
     encode: `rl_llm.data.encoding.encode` with its settings, as a `functools.partial`.
-    limit: tokens that a prompt with its answer may have.
+    limit: the most tokens that a prompt with its answer may have.
     overlong: "error", "drop", "truncate_left" or "truncate_right".
 
   Raises:
-    DataError: an answer is too long under "error", or all are.
+    DataError: an answer is too long and `overlong` is "error", or all answers are too long.
     TaskError: as for `demonstrations`.
   """
   examples = demonstrations(problems, prompt_format=encode.keywords["prompt_format"])

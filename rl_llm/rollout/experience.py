@@ -1,4 +1,4 @@
-"""The host's side of a step: problems to token arrays, sampled tokens to texts and rewards."""
+"""The host's part of a step: from problems to token arrays, from tokens to texts and rewards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from rl_llm.text.turn_end import check_turn_end
 
 
 class Drawn(NamedTuple):
-  """Problems that fit, with their tokens, and how many were over the length limit."""
+  """Problems that fit the length limit, with their tokens, and how many were over it."""
 
   problems: list[Problem]
   prompts: list[list[int]]
@@ -64,29 +64,29 @@ Judge = Callable[[PromptBatch, Rollout], np.ndarray]
 
 
 class Scores(NamedTuple):
-  """What a judge said of P * G responses; a failed grade is masked out, never a zero."""
+  """The rewards of P * G responses; a failed grade is masked out, never counted as zero."""
 
-  rewards: np.ndarray  # [P, G] float32, 0 where there is none
-  ok: np.ndarray  # [P, G] bool, True where there is a reward
-  counts: dict[str, int]  # how many of each status
+  rewards: np.ndarray  # [P, G] float32, 0 if there is no reward
+  ok: np.ndarray  # [P, G] bool, True = there is a reward
+  counts: dict[str, int]  # how many results have each status
   results: list[RewardResult]  # [P * G]
 
 
 class Experience(NamedTuple):
-  """P problems, G responses to each, and what graders said: what a step learns from."""
+  """What a step learns from: P problems, G responses to each, and their grades."""
 
   drawn: Drawn
   prompts: PromptBatch  # [P, L], left-padded
   rollout: Rollout  # on the host, B = P * G rows
   texts: list[str]  # [P * G]
   scores: Scores  # what is trained on: the grades, or a reward model's rewards
-  grades: Scores  # what the task's grader said
-  metrics: dict[str, Any]  # what the step's row says of it
+  grades: Scores  # from the task's grader
+  metrics: dict[str, Any]  # what the step's row says about it
   samples: list[dict[str, Any]]  # [P * G] its lines of samples.jsonl
 
 
 class Sampler(NamedTuple):
-  """All that sampling and grading needs besides weights: functions and statics, bound once."""
+  """All that sampling and grading needs except weights: functions and statics, bound once."""
 
   task: Task
   tokenizer: Tokenizer
@@ -94,9 +94,9 @@ class Sampler(NamedTuple):
   generate: Generate  # from `make_generate`
   pool: RewardPool  # the grader's workers
   judge: Judge | None = None  # from `make_judge`: rewards instead of the grades; None: the grades
-  mesh: jax.sharding.Mesh | None = None  # that of `generate`
+  mesh: jax.sharding.Mesh | None = None  # the mesh of `generate`
   check: Callable[[], None] = lambda: None  # called between phases; raises to stop
-  steps: int = 1  # of the run, which reward functions are told; 1 where nothing is trained
+  steps: int = 1  # of the run, passed to reward functions; 1 if nothing is trained
 
 
 def encode_problems(
@@ -108,10 +108,10 @@ def encode_problems(
   max_prompt_tokens: int,
   overlong: Overlong = "error",
 ) -> Drawn:
-  """Lays prompts out and tokenizes them; applies the policy for those that are too long.
+  """Formats and tokenizes prompts, and treats those that are too long as `overlong` says.
 
   Args:
-    problems: what to ask; under "plain" a conversation is its messages' texts, a line each.
+    problems: what to ask; under "plain" a conversation becomes its messages' texts, a line each.
     tokenizer: the model's.
     prompt_format: "chat" or "plain", as for `format_prompts`.
     system_prompt: as for `format_prompts`.
@@ -139,13 +139,13 @@ def encode_problems(
 def draw_problems(
   task: Task, seed: int, step: int, count: int, encode: Callable[[Sequence[Problem]], Drawn]
 ) -> Drawn:
-  """The step's problems, a function of (seed, step) alone; dropped ones are made up for.
+  """The step's problems, a function of (seed, step) alone; dropped ones are replaced.
 
   Args:
     task: where problems come from.
     seed: of the run.
     step: of the run.
-    count: P, how many problems must fit.
+    count: P, how many problems to return.
     encode: `encode_problems` with its settings.
 
   Raises:
@@ -164,7 +164,7 @@ def draw_problems(
 def make_encode(
   tokenizer: Tokenizer, *, prompt_format: str = "auto", **settings: Any
 ) -> Callable[[Sequence[Problem]], Drawn]:
-  """`encode_problems` for one model; "auto" takes the chat layout where the model has a template.
+  """`encode_problems` for one model; "auto" uses the chat format if the model has a template.
 
   Args:
     tokenizer: the model's.
@@ -172,7 +172,7 @@ def make_encode(
     **settings: the other keywords of `encode_problems`.
 
   Raises:
-    ChatTemplateError: no response would end under the model's chat template.
+    ChatTemplateError: under the model's chat template, no response would ever end.
   """
   prompt_format = resolve_format(prompt_format, tokenizer)
   if prompt_format == "chat" and tokenizer.chat_template:
@@ -188,8 +188,8 @@ def held_out_problems(
   """The task's held-out problems, or the first `limit` of them, encoded.
 
   Raises:
-    TaskError: there are none.
-    PromptTooLong: none fits.
+    TaskError: there are no held-out problems.
+    PromptTooLong: none of them fits.
   """
   check_held_out(task, otherwise="--eval.every=0")
   drawn = encode(task.held_out[:limit] if limit else task.held_out)
@@ -202,10 +202,10 @@ def held_out_problems(
 
 
 def agree_on_data(sequences: Iterable[Sequence[int]]) -> None:
-  """Sees to it that several processes have the same data in the same order.
+  """Checks that all processes have the same data in the same order.
 
-  Each draws all of a step's rows by itself, from (seed, step), and gives its devices theirs: were
-  they in another order elsewhere, rewards would go to the wrong responses, and nobody would see.
+  Each process draws all of a step's rows from (seed, step) and gives its devices their part. If the
+  order differed in another process, rewards would silently go to the wrong responses.
 
   Args:
     sequences: tokens of the first step, or of all that is trained on.
@@ -230,7 +230,7 @@ def make_generate(
   mesh: jax.sharding.Mesh | None = None,
   gather: Literal["step", "token"] = "step",
 ) -> Generate:
-  """`rollout.generate` for one model, announcing each shape that it compiles for.
+  """`rollout.generate` for one model; it announces each shape that it compiles for.
 
   Args:
     policy: the model's functions.
@@ -238,9 +238,9 @@ def make_generate(
     max_new_tokens: T.
     slots: responses decoded at once; 0: all.
     say: shows a line.
-    mesh: the devices over which the weights lie, and the rows are to lie; None: the first.
-    gather: when a device gathers the weights that the mesh's `fsdp` cuts: all before the first
-      token, and holds them, or each at every token.
+    mesh: the devices for the weights and the rows; None: the first device.
+    gather: when a device gathers the weights that the mesh's `fsdp` cuts. "step": all before the
+      first token, and keeps them; "token": each matrix at every token.
   """
   announce = functools.cache(say)
   whole = gather == "step" and mesh is not None and mesh.shape["fsdp"] > 1
@@ -272,23 +272,23 @@ def make_generate(
 def make_judge(
   reward: str, tokenizer: Tokenizer, *, rows_per_batch: int, mesh: jax.sharding.Mesh | None = None
 ) -> Judge | None:
-  """Who gives the rewards that are trained on: a reward model, or None for the task's grader.
+  """The source of the rewards that are trained on: a reward model, or None for the task's grader.
 
-  The grader is asked all the same: a policy that learns what its reward model overlooks shows only
-  where both figures stand side by side.
+  The grader still grades every response: only a comparison of both figures shows a policy that
+  exploits what its reward model overlooks.
 
   Args:
     reward: "task", or "model:" and a directory for `rl_llm.rollout.reward_model.load_reward_model`.
     tokenizer: the policy's.
     rows_per_batch: responses scored at once on the devices, at least those to one prompt.
-    mesh: the devices it is to lie over; None: the first.
+    mesh: the devices to lay the reward model over; None: the first device.
 
   Returns:
-    (prompts, rollout) -> rewards [B], or None. It raises a `RewardError` for rewards that are not
-    finite.
+    (prompts, rollout) -> rewards [B], or None. The function raises a `RewardError` for rewards that
+    are not finite.
 
   Raises:
-    ConfigError: `reward` is neither, or the model reads other ids than the policy writes.
+    ConfigError: `reward` is neither form, or the reward model's token ids differ from the policy's.
     WeightsError: there is no such directory, or no reward model in it.
     TokenizerError: its tokenizer cannot be used.
   """
@@ -334,7 +334,7 @@ def make_judge(
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-  """What each text of a model's tokenizer has for an id; all that read bytes are alike."""
+  """The id of each text in a model's tokenizer; all byte tokenizers have the same ids."""
   return tokenizer.backend.get_vocab() if isinstance(tokenizer, ModelTokenizer) else {}
 
 
@@ -350,9 +350,9 @@ def collect(
   sampling: SamplingConfig,
   parts: int = 1,
 ) -> Experience:
-  """One step's experience: draws problems, samples responses and grades them.
+  """Collects one step's experience: draws problems, samples responses and grades them.
 
-  A function of (params, seed, step): training draws with
+  It is a function of (params, seed, step): training draws with
   fold_in(fold_in(fold_in(key(seed), step), problem), sample).
 
   Args:
@@ -364,10 +364,10 @@ def collect(
     prompts: P.
     responses: G, to each prompt.
     sampling: its temperature may be a number.
-    parts: the problems are sampled in this many parts, each graded while the next is sampled.
+    parts: how many parts to sample the problems in; each is graded while the next is sampled.
 
   Raises:
-    Whatever `sampler.check` raises: nothing has changed that would have to be saved.
+    Whatever `sampler.check` raises; nothing has changed that needs saving.
   """
   with clock("rollout"):
     drawn = draw_problems(sampler.task, seed, step, prompts, sampler.encode)
@@ -377,7 +377,7 @@ def collect(
 
 
 def step_keys(seed: int, step: int, prompts: int, responses: int) -> jax.Array:
-  """[P * G] one key a response of a step of training."""
+  """[P * G] keys, one for each response of a training step."""
   return row_keys(jax.random.fold_in(jax.random.key(seed), step), prompts, responses)
 
 
@@ -393,12 +393,12 @@ def answer(
   parts: int = 1,
   step: int = 0,
 ) -> Experience:
-  """The second half of `collect`: responses to problems that have been drawn, and their rewards.
+  """The second half of `collect`: samples and grades responses to problems already drawn.
 
-  A device that has been given part k + 1 samples it while the host grades part k, so of graders and
-  sampler the faster one costs nothing but at the ends. What is sampled is the same for any number
-  of parts, since keys are by row; but each part decodes fewer rows at once, which costs where the
-  graders were quick anyway.
+  The device samples part k + 1 while the host grades part k, so the faster of sampler and graders
+  costs time only in the first or last part. The samples are the same for any number of parts, since
+  each row has its own key. But each part decodes fewer rows at once, which costs time if grading is
+  quick anyway.
 
   Args:
     sampler, params, clock, responses, sampling, parts, step: as for `collect`; parts divides P.
@@ -407,15 +407,15 @@ def answer(
   """
   with clock("rollout"):
     prompts = pad_prompts(drawn.prompts, pad_id=sampler.tokenizer.pad_id)
-  size = len(drawn.problems) // parts  # Problems of a part.
+  size = len(drawn.problems) // parts  # Problems per part.
   rows = size * responses
-  # Of the type that evaluation has, or the same shape compiles twice.
+  # The type must be that of evaluation, or the same shape compiles twice.
   temperature = jnp.full(rows, sampling.temperature, jnp.float32)
   sampling = dataclasses.replace(sampling, temperature=temperature)
   grading = {"group_size": responses, "owners": owners_of(sampler.mesh, rows), "step": step}
 
   def start(part: int) -> Rollout:
-    """Returns before the device has done it."""
+    """Starts sampling a part; returns before the device has finished."""
     own = slice(part * size, (part + 1) * size)
     return sampler.generate(
       params,
@@ -464,7 +464,7 @@ def make_experience(
   *,
   max_reward: float,
 ) -> Experience:
-  """The experience with what the record says of it; a grade of `max_reward` or more is correct."""
+  """The experience, with its metrics and samples; a grade of `max_reward` or more is correct."""
   found = Experience(drawn, prompts, rollout, texts, scores, grades, {}, [])
   return found._replace(
     metrics=experience_metrics(found, max_reward=max_reward),
@@ -483,7 +483,7 @@ def make_experience(
 def response_batch(experience: Experience) -> ResponseBatch:
   """The responses as a loss reads them; advantages and weights come later.
 
-  A response without a reward is as if it had not been sampled: none of its tokens is trained on.
+  A response without a reward counts as not sampled: none of its tokens is trained on.
   """
   rollout = experience.rollout
   return ResponseBatch(
@@ -500,10 +500,10 @@ def response_batch(experience: Experience) -> ResponseBatch:
 def sampled_pairs(
   experience: Experience, chosen: Sequence[tuple[int, int, int]]
 ) -> list[Pair]:
-  """Pairs of responses, each behind its prompt, as they were sampled: no text is encoded again.
+  """Pairs of responses, each after its prompt, with the sampled tokens: no text is re-encoded.
 
   Args:
-    experience: whose responses.
+    experience: the responses are taken from it.
     chosen: (problem, better response, worse response) of each pair.
   """
   rollout, prompts = experience.rollout, experience.drawn.prompts
@@ -521,11 +521,11 @@ def sampled_pairs(
 def split_experience(
   experience: Experience, drawn: Sequence[Drawn], *, max_reward: float
 ) -> list[Experience]:
-  """The experience of several, who asked for it at once, as each one's own.
+  """Splits an experience that several members sampled together into one for each member.
 
   Args:
-    experience: of all problems, the first one's before the second one's.
-    drawn: each one's problems, the same number for each.
+    experience: of all problems: the first member's, then the second's, and so on.
+    drawn: each member's problems, the same number for each.
     max_reward: as for `make_experience`.
   """
 
@@ -555,7 +555,7 @@ def split_experience(
 
 
 def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str, Any]:
-  """What a step's row says of its experience, whatever is done with it.
+  """The metrics of a step's experience, whatever is trained on it.
 
   Args:
     experience: from `collect`.
@@ -578,7 +578,7 @@ def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str
 
 
 def logged_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
-  """The mean over responses of what their calls said by `log_metric`, as "reward/NAME"."""
+  """The mean over responses of the values passed to `log_metric`, as "reward/NAME"."""
   found: dict[str, list[float]] = {}
   for result in results:
     for name, value in (result.metrics or {}).items():
@@ -595,7 +595,7 @@ def minibatches(
   count: int,
   matters: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, int]]:
-  """The problems of each update, `count` updates an epoch: every epoch deals them out anew.
+  """The problems of each update, with `count` updates per epoch; every epoch reshuffles them.
 
   >>> [(chosen.size, used) for chosen, used in minibatches(0, 0, prompts=6, epochs=1, count=3)]
   [(2, 2), (2, 2), (2, 2)]
@@ -604,12 +604,12 @@ def minibatches(
     seed: of the run.
     step: of the run.
     prompts: P.
-    epochs: passes over all of them.
+    epochs: passes over all problems.
     count: updates in each pass; divides P.
     matters: [P] bool, False = its responses add nothing to the loss; None: all matter.
 
   Yields:
-    The chosen problems, those that matter first, and how many of them do.
+    The chosen problems, those that matter first, and how many of them matter.
   """
   for epoch in range(epochs):
     rng = np.random.default_rng(np.random.SeedSequence([seed, step, epoch]))
@@ -619,21 +619,21 @@ def minibatches(
 
 
 def _mean(values: np.ndarray, where: np.ndarray) -> float | None:
-  """The mean of what there is, or None."""
+  """The mean of the values where `where` is True; None if there are none."""
   return float(np.mean(values[where])) if where.any() else None
 
 
 def to_host(rollout: Rollout) -> Rollout:
-  """The whole rollout as numpy arrays, once the devices are done with it."""
+  """The whole rollout as NumPy arrays; waits until the devices have finished it."""
   return Rollout(*(np.asarray(x) for x in fetch(rollout)))
 
 
 def checked(rollout: Rollout, params: Any) -> Rollout:
-  """`to_host` of a rollout whose logits were all numbers.
+  """`to_host` of a rollout, after checking that its log-probs are finite.
 
   Args:
     rollout: sampled with `params`.
-    params: the policy's weights, among which the error looks for the cause; None: not known.
+    params: the policy's weights, to name the cause in the error; None: not known.
 
   Raises:
     NotFiniteError: a sampled token's log-prob is not finite.
@@ -646,8 +646,8 @@ def checked(rollout: Rollout, params: Any) -> Rollout:
 def trim(rollout: Rollout) -> Rollout:
   """Brings a rollout to the host, without the columns that no response reached.
 
-  Columns are kept up to a bucket, so that an update compiles for few widths and does not pay for
-  the longest response allowed when all were short.
+  The width is rounded up to a bucket, so an update compiles for few widths, and short responses do
+  not cost as much as the longest response allowed.
   """
   rollout = to_host(rollout)
   width = min(bucket(int(rollout.lengths.max())), rollout.tokens.shape[1])
@@ -665,7 +665,7 @@ def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
-  """The responses as they were sampled, the token that ended them included."""
+  """The responses' tokens as they were sampled, including the token that ended them."""
   return [
     tokens[:length].tolist()
     for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)
@@ -673,7 +673,7 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
 
 
 def owners_of(mesh: jax.sharding.Mesh | None, rows: int) -> np.ndarray:
-  """[rows] which process grades each response: the one whose devices hold it."""
+  """[rows] which process grades each response: the process whose devices hold it."""
   if mesh is None or hosts.count() == 1:
     return np.full(rows, hosts.index())
   return row_owners(mesh, rows)
@@ -689,17 +689,17 @@ def grade(
   owners: np.ndarray | None = None,
   step: int = 0,
 ) -> list[RewardResult]:
-  """Grades P * G responses, row p * G + g answering problem p.
+  """Grades P * G responses; row p * G + g answers problem p.
 
   Args:
-    sampler: whose pool grades, the workers of this process.
+    sampler: its pool, the workers of this process, grades.
     problems: P problems.
     texts: P * G responses.
     ids: P * G, their tokens.
     group_size: G.
-    owners: [P * G] which process grades each, from `owners_of`: all of a group the same. What they
-      find, all get. None: this one grades all.
-    step: of the run, which reward functions are told.
+    owners: [P * G] which process grades each response, from `owners_of`; the same for all of a
+      group. Every process gets all results. None: this process grades all.
+    step: of the run, passed to reward functions.
   """
   repeated = [problem for problem in problems for _ in range(group_size)]
   shared = hosts.count() > 1 and owners is not None
@@ -715,14 +715,14 @@ def grade(
   )
   if not shared:
     return results
-  # Also where one has all rows, as in a last batch that is hardly filled.
+  # Also if one process has all rows, as in a last batch that is almost empty.
   graded = hosts.exchange("the grades", results)
   by_owner = [iter(of_one) for of_one in graded]
   return [RewardResult(*next(by_owner[owner])) for owner in owners]
 
 
 def as_scores(results: list[RewardResult], *, group_size: int) -> Scores:
-  """[P * G] results as arrays of P groups."""
+  """The [P * G] results as arrays [P, G]."""
   rewards, ok, counts = to_arrays(results)
   shape = (-1, group_size)
   return Scores(rewards.reshape(shape), ok.reshape(shape), counts, results)
@@ -737,13 +737,13 @@ def score(
   group_size: int,
   **how: Any,
 ) -> Scores:
-  """What `grade` finds, as arrays; the arguments are its own."""
+  """The results of `grade` as arrays; takes the same arguments."""
   results = grade(sampler, problems, texts, ids, group_size=group_size, **how)
   return as_scores(results, group_size=group_size)
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
-  """A prompt as a person reads it: the text, or the messages' texts, a line each.
+  """A prompt for a person to read: the text, or the messages' texts, a line each.
 
   >>> prompt_text([{"role": "user", "content": "What is 7 + 5?"}])
   'What is 7 + 5?'
@@ -755,7 +755,7 @@ def prompt_text(prompt: str | list[dict[str, str]]) -> str:
 
 
 def is_correct(grade: RewardResult, max_reward: float) -> bool | None:
-  """Whether a response is right: not where its grade failed; None where there is no opinion.
+  """Whether a response is right: False if its grade failed, None if the grader has no opinion.
 
   >>> [is_correct(grade, 1.0) for grade in (RewardResult(1.0, "ok"), RewardResult(None, "raised"),
   ...                                       RewardResult(None, "not_applicable"))]
@@ -776,7 +776,7 @@ def sample_rows(
   max_reward: float,
   grades: Scores | None = None,
 ) -> list[dict[str, Any]]:
-  """One dict a response, as samples.jsonl holds them: what the model wrote and what came of it.
+  """One dict per response, for samples.jsonl: what the model wrote, and its grade and reward.
 
   Args:
     problems: P problems.
@@ -785,7 +785,7 @@ def sample_rows(
     scores: their rewards.
     split: "train" or "eval".
     max_reward: a response with at least this grade is correct.
-    grades: what the grader said, where `scores` are a reward model's.
+    grades: the grader's, if `scores` are a reward model's.
   """
   graded = (grades or scores).results
   group_size = len(texts) // len(problems)
@@ -799,7 +799,7 @@ def sample_rows(
       "response": text,
       "reward": reward.value,
       "status": grade.status,
-      "advantage": None,  # Known once the step has learned from it.
+      "advantage": None,  # Known only after the step's updates.
       "stop_reason": "eos" if rollout.stop_reason[index] == STOP_EOS else "length",
       "length": int(rollout.lengths[index]),
       "correct": is_correct(grade, max_reward),

@@ -1,11 +1,11 @@
 """Rollouts: prompts in, sampled responses out, as one compiled program.
 
-Each *prompt* is prefilled once; its keys and values are then shared out to its G responses, and a
-`lax.while_loop` decodes rows together until every one has ended. With fewer slots than responses,
-one that has ended makes room for the next, so that short answers do not wait for long ones. The
-loop's whole state is one documented pytree, `DecodeState`. Weights are arguments, so a rollout can
-never run on stale ones unnoticed, and randomness is one key a row, so that what a row says depends
-on its problem and its key and on nothing else in the batch.
+Each *prompt* is prefilled once. Its keys and values are then shared by its G responses, and a
+`lax.while_loop` decodes rows together until every row has ended. With fewer slots than responses, a
+response that has ended makes room for the next, so that short answers do not wait for long ones.
+The loop's whole state is one documented pytree, `DecodeState`. Weights are arguments, so a rollout
+can never silently use stale weights. Each row has its own key, so its tokens depend only on its
+problem and its key, and on nothing else in the batch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rl_llm.parallel.sharding import constrain
 from rl_llm.policy.layers import cast_weights
 from rl_llm.rollout.sampling import Sample, SamplingConfig, sample
 
-# The row ended with an end-of-sequence token, which is part of the response and is trained on.
+# The row ended with an end-of-sequence token, which belongs to the response and is trained on.
 STOP_EOS = 0
 STOP_LENGTH = 1  # The row was cut off at max_new_tokens.
 CHUNK_SIZE = 512  # tokens whose logits one device holds at once
 
 
 class Rollout(NamedTuple):
-  """B = P * G responses, row b = p * G + g; t runs over what follows the prompt."""
+  """B = P * G responses, row b = p * G + g; t counts the tokens after the prompt."""
 
   tokens: chex.Array  # [B, T] int32, `pad_id` after the end
   mask: chex.Array  # [B, T] bool, True = produced by the policy, its end-of-sequence token included
@@ -43,12 +43,12 @@ class Rollout(NamedTuple):
 class ResponseBatch(NamedTuple):
   """What a loss reads of sampled responses: P prompts and G responses to each, B = P * G rows.
 
-  Row b answers prompt b // G, and t runs over what follows the prompt. Two masks say two things: a
+  Row b answers prompt b // G, and t counts the tokens after the prompt. The two masks differ: a
   token that an environment wrote into the middle of a row is `attended`, since later tokens see it,
-  and not in `mask`, since the policy did not write it.
+  but not in `mask`, since the policy did not write it.
 
-  What a run does not need is None: then no array of it exists, on the host or on a device. Every
-  array has P or B rows, so minibatches and devices take their shares of all of them the same way.
+  A field that a run does not need is None, so that no array of it exists on the host or a device.
+  Every array has P or B rows, so minibatches and devices divide all arrays the same way.
   """
 
   prompts: chex.Array  # [P, L] int32, left-padded
@@ -61,14 +61,14 @@ class ResponseBatch(NamedTuple):
   ref_logprobs: chex.Array | None = None  # [B, T], of the frozen reference
   advantages: chex.Array | None = None  # [B] or [B, T]
   weights: chex.Array | None = None  # [B, T], of one update's rows, from `rl_llm.weighting`
-  kl_weights: chex.Array | None = None  # [B, T], of a KL term, where they are not the `weights`
-  truncated: chex.Array | None = None  # [B] bool, True = cut off at the limit of its length
+  kl_weights: chex.Array | None = None  # [B, T], of a KL term, if they differ from `weights`
+  truncated: chex.Array | None = None  # [B] bool, True = cut off at the length limit
   old_values: chex.Array | None = None  # [B, T], of a value network before this batch's updates
   returns: chex.Array | None = None  # [B, T], what the values should have been
 
 
 def take_prompts(batch: Any, chosen: chex.Array) -> Any:
-  """The rows of the chosen prompts, in that order, of every array.
+  """The rows of the chosen prompts, in that order, from every array.
 
   >>> prompts, lengths, rows = jnp.array([[7], [8]]), jnp.ones(2), jnp.arange(4)[:, None]
   >>> batch = ResponseBatch(prompts, lengths, rows, rows >= 0, rows >= 0)
@@ -76,11 +76,11 @@ def take_prompts(batch: Any, chosen: chex.Array) -> Any:
   [[2], [3]]
 
   Args:
-    batch: a `ResponseBatch`, or any tree that holds one and arrays of its rows; host or device.
+    batch: a `ResponseBatch`, or any tree of one and arrays of its rows, on the host or a device.
     chosen: [M] ints below P.
   """
   leaves = jax.tree.leaves(batch)
-  count = min(len(leaf) for leaf in leaves)  # P; all others have G times as many rows.
+  count = min(len(leaf) for leaf in leaves)  # P; the other arrays have G times as many rows.
 
   def take(x: chex.Array) -> chex.Array:
     return x.reshape(count, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
@@ -89,26 +89,26 @@ def take_prompts(batch: Any, chosen: chex.Array) -> Any:
 
 
 class DecodeState(NamedTuple):
-  """All that one decode step reads and writes: B responses, of which S at a time have a slot."""
+  """All that one decode step reads and writes: B responses, with S slots to decode them in."""
 
   step: chex.Array  # int32 scalar, decode steps taken
-  waiting: chex.Array  # int32 scalar, the first response that has not had a slot; B: none
+  waiting: chex.Array  # int32 scalar, the first response that has not had a slot yet; B: none
   cache: Any  # the policy's cache, [S, L + T, ...]; step i is written at column L + i % T
   row: chex.Array  # [S] int32, which response the slot works on
-  length: chex.Array  # [S] int32, tokens written of it
-  last: chex.Array  # [S] int32, its token sampled last: the next forward pass reads it
+  length: chex.Array  # [S] int32, how many of its tokens are written
+  last: chex.Array  # [S] int32, its last sampled token: the next forward pass reads it
   alive: chex.Array  # [S] bool, it has not ended
   tokens: chex.Array  # [B, T] int32
   mask: chex.Array  # [B, T] bool
   logprobs: chex.Array  # [B, T] float32
   entropies: chex.Array  # [B, T] float32
-  ended: chex.Array  # [B] bool, by a token that ends responses
+  ended: chex.Array  # [B] bool, True = ended by a token that ends responses
 
 
 def prompt_layout(lengths: chex.Array, columns: int) -> tuple[chex.Array, chex.Array]:
   """Positions and segment ids of left-padded prompts.
 
-  A prompt of 2 tokens in 3 columns stands in the last 2, at positions 0 and 1:
+  A prompt of 2 tokens in 3 columns fills the last 2, at positions 0 and 1:
 
   >>> positions, segments = prompt_layout(jnp.array([2]), 3)
   >>> positions.tolist(), segments.tolist()
@@ -127,23 +127,24 @@ def prompt_layout(lengths: chex.Array, columns: int) -> tuple[chex.Array, chex.A
 
 @functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
 def gather_weights(params: Any, *, dtype: Any, mesh: jax.sharding.Mesh) -> Any:
-  """The weights as `generate` wants them on a mesh of `sharding.whole_along_fsdp`.
+  """The weights as `generate` needs them on a mesh of `sharding.whole_along_fsdp`.
 
-  A decode step reads every matrix for one token a row. Cut along `fsdp`, a matrix is gathered at
-  each of them: 7.6 billion weights of 2 bytes and 1,024 tokens are 16 TB through each device. Once
-  a rollout it is 15 GB, which the device must have room for (divided by the mesh's `tensor`).
+  A decode step reads every matrix for one token per row. If a matrix is cut along `fsdp`, every
+  step gathers it: 7.6 billion weights of 2 bytes and 1,024 tokens send 16 TB through each device.
+  Gathered once per rollout, it is 15 GB, which must fit on the device (divided by the mesh's
+  `tensor`).
 
   Args:
     params: the weights, cut over the same devices in the same order.
-    dtype: of the arithmetic, to which they are cast before they are sent.
-    mesh: what they are to lie over.
+    dtype: of the arithmetic; the weights are cast to it before they are sent.
+    mesh: the mesh to lay them over.
   """
   return constrain(cast_weights(params, dtype), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("prompts", "responses"))
 def row_keys(key: chex.Array, prompts: int, responses: int) -> chex.Array:
-  """One PRNG key a row, fold_in(fold_in(key, p), g): draws do not depend on the batch's layout.
+  """One PRNG key per row, fold_in(fold_in(key, p), g): draws do not depend on the batch's layout.
 
   Args:
     key: a typed key, usually fold_in(root, step); consumed.
@@ -156,7 +157,7 @@ def row_keys(key: chex.Array, prompts: int, responses: int) -> chex.Array:
 
 
 class Decoding(NamedTuple):
-  """What the decode loop is compiled for: hashable, without arrays."""
+  """The static settings that the decode loop is compiled for: hashable, without arrays."""
 
   policy: Any  # the pure functions of `rl_llm.policy.Policy`
   responses_per_prompt: int  # G
@@ -166,7 +167,7 @@ class Decoding(NamedTuple):
 
 
 class Requests(NamedTuple):
-  """What is asked of each of the B rows. The decode loop reads it and does not change it."""
+  """The requests of all B rows. The decode loop reads them and does not change them."""
 
   prompt_lengths: chex.Array  # [B] int32
   keys: chex.Array  # [B] typed keys
@@ -174,7 +175,7 @@ class Requests(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-  """What `prefill` returns. The decode loop reads it and does not change it."""
+  """The result of `prefill`. The decode loop reads it and does not change it."""
 
   params: Any  # the weights, rounded as `rl_llm.policy.layers.cast_weights` does
   cache: Any  # the policy's cache of the prompts, [P, L, ...]
@@ -196,7 +197,7 @@ def prefill(
     prompts: [P, L] int32, left-padded.
     prompt_lengths: [P] int32, from 1 to L.
     requests: of the B = P * G rows.
-    decoding: the loop's settings. No more logits exist at once than a decode step has.
+    decoding: the loop's settings. At most as many logits exist at once as in a decode step.
   """
   policy, slots = decoding.policy, decoding.slots
   n_prompts, columns = prompts.shape
@@ -204,7 +205,7 @@ def prefill(
   hidden, cache = policy.hidden(
     params, prompts, positions, segments, policy.init_cache(n_prompts, columns)
   )
-  # The loop reads every matrix at every token: those that it rounds are rounded once, before it.
+  # The loop reads every matrix at every token, so round them once, before it.
   params = cast_weights(params, hidden.dtype)
   last = jnp.repeat(hidden[:, -1], decoding.responses_per_prompt, axis=0)
   rows = len(last)
@@ -224,7 +225,7 @@ def decode_step(
 ) -> DecodeState:
   """Reads the token that each slot sampled last, and samples the next one.
 
-  Slots whose row has ended compute the same, and write to no row.
+  Slots whose row has ended compute too, but write to no row.
 
   Args:
     params: the policy's weights.
@@ -245,7 +246,7 @@ def decode_step(
   )
   drawn = _draw(params, hidden[:, 0], state.row, state.length, requests, decoding=decoding)
   ended = _ends(drawn.token, decoding)
-  # Rows beyond the last are written nowhere.
+  # Writes to rows beyond the last are dropped.
   row = jnp.where(state.alive, state.row, rows)
   at = row, state.length
   length = state.length + 1
@@ -254,7 +255,7 @@ def decode_step(
     cache=cache,
     length=length,
     last=drawn.token,
-    # A log-prob is NaN where a logit is no number: `rl_llm.runs.finite` stops the run, so stop
+    # A log-prob is NaN if a logit is not a number: `rl_llm.runs.finite` stops the run, so stop
     # decoding.
     alive=state.alive & ~ended & (length < max_new_tokens) & ~jnp.isnan(drawn.logprob),
     tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
@@ -268,7 +269,7 @@ def decode_step(
 def admit(state: DecodeState, prefilled: Prefilled, *, decoding: Decoding) -> DecodeState:
   """Gives the free slots to waiting rows, in their order.
 
-  The slot's cache then holds the row's prompt, and nothing of what the slot said before.
+  The slot's cache then holds the row's prompt, and nothing of the slot's previous response.
 
   Args:
     state: between two decode steps.
@@ -283,7 +284,7 @@ def admit(state: DecodeState, prefilled: Prefilled, *, decoding: Decoding) -> De
   row = jnp.where(comes, candidate, state.row)
 
   def put(kept: chex.Array, new: chex.Array, *, axis: int) -> chex.Array:
-    """Writes the prompts' columns, which lie along `axis`, in the slots whose row comes."""
+    """Writes the prompts' columns, along `axis`, into the slots that get a new row."""
     new = new[row // decoding.responses_per_prompt]
     comer = comes.reshape(-1, *[1] * (kept.ndim - 1))
     old = jax.lax.slice_in_dim(kept, 0, columns, axis=axis)
@@ -330,7 +331,7 @@ def _ends(tokens: chex.Array, decoding: Decoding) -> chex.Array:
 
 
 def first_state(prefilled: Prefilled, *, pad_id: int, decoding: Decoding) -> DecodeState:
-  """The first token of every row is written, and all rows wait for a slot."""
+  """The state in which every row's first token is written, and all rows wait for a slot."""
   slots, max_new_tokens = decoding.slots, decoding.max_new_tokens
   columns, (rows,) = prefilled.cache.positions.shape[1], prefilled.first.token.shape
 
@@ -354,7 +355,7 @@ def first_state(prefilled: Prefilled, *, pad_id: int, decoding: Decoding) -> Dec
 
 
 def _admit_all(state: DecodeState, prefilled: Prefilled, *, decoding: Decoding) -> DecodeState:
-  """`admit` of the first state where every row has a slot: nothing need be kept of the cache."""
+  """`admit` of the first state if every row has a slot: nothing in the cache must be kept."""
   rows, max_new_tokens = state.tokens.shape
   share = functools.partial(jnp.repeat, repeats=decoding.responses_per_prompt, axis=0)
   copies = jax.tree.map(lambda x: share(x) if x.ndim else x, prefilled.cache)
@@ -381,7 +382,7 @@ def _decode_all(
     return jax.lax.while_loop(lambda state: jnp.any(state.alive), step, state)
 
   def keep_decoding(state: DecodeState) -> chex.Array:
-    """Until enough slots are free that waiting rows should be admitted."""
+    """False once enough slots are free to admit waiting rows."""
     free = jnp.sum(~state.alive)
     admits = (state.waiting < rows) & (free >= max(1, slots // 8))
     return jnp.any(state.alive) & ~admits
@@ -416,10 +417,11 @@ def generate(
 ) -> Rollout:
   """Samples G responses to each of P prompts.
 
-  Of 256 responses with 64 tokens each on average and 300 at most, all rows together take 300 steps
-  of 256 rows, most of which have ended. With 32 slots it is about 256 * 64 / 32 = 512 steps of 32
-  rows, an eighth of the work, and the end, when nobody waits any more. What a row says does not
-  depend on the slots: its keys are its own, and a slot's former tokens are not seen.
+  Take 256 responses with 64 tokens on average and at most 300. Decoded all together they take 300
+  steps of 256 rows, and most of those rows have already ended. With 32 slots they take about
+  256 * 64 / 32 = 512 steps of 32 rows, under a quarter of the work, plus the end, when no row waits
+  any more. A row's tokens do not depend on the slots: its key is its own, and it does not see a
+  slot's earlier tokens.
 
   Args:
     params: the policy's weights.
@@ -431,11 +433,11 @@ def generate(
     responses_per_prompt: G.
     max_new_tokens: T; a row that has not ended by then stops with STOP_LENGTH.
     eos_ids: the *set* of ids that end a response; may be empty.
-    pad_id: what fills rows after their end; may equal an end-of-sequence id, since masks come from
-      here and not from ids.
-    slots: S, responses that are decoded at once; 0, or B and more: all. Once an eighth of the slots
-      is free, those that wait are given them together, since that rewrites the prompts' part of
-      the cache.
+    pad_id: fills rows after their end; may equal an end-of-sequence id, since masks come from the
+      decode loop and not from ids.
+    slots: S, responses that are decoded at once; 0, or B and more: all. Waiting rows are admitted
+      together, once an eighth of the slots is free, since that rewrites the prompts' part of the
+      cache.
 
   Returns:
     A `Rollout` of B = P * G rows, T columns.
@@ -471,7 +473,7 @@ def generate(
 
 
 def _pad_to(room: Any, cache: Any) -> Any:
-  """The cache, with the columns that `room` has beyond it, not yet written."""
+  """The cache, extended by the columns that `room` has beyond it, not yet written."""
 
   def put(empty: chex.Array, x: chex.Array) -> chex.Array:
     return jax.lax.dynamic_update_slice(empty, x, (0,) * x.ndim)
@@ -480,21 +482,21 @@ def _pad_to(room: Any, cache: Any) -> Any:
 
 
 def response_hidden(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.Array:
-  """The states that predict the tokens of responses: what any head of the trainer's side reads.
+  """The states that predict the tokens of responses: the input of any head on the trainer's side.
 
-  It reads as the sampler reads: each prompt once, its keys and values shared out to its G
-  responses, then all tokens of the responses at once instead of one by one. For short answers to
-  long questions that is several times less work than G copies of the prompt, and never more.
-  Gradients flow through the shared keys and values.
+  It reads as the sampler does: each prompt once, with its keys and values shared by its G
+  responses, but then all tokens of the responses at once instead of one by one. For short answers
+  to long questions that is several times less work than G copies of the prompt, and it is never
+  more. Gradients flow through the shared keys and values.
 
   Args:
     params: the weights to read with.
-    batch: of which prompts, prompt_lengths, tokens and `attended` are read.
+    batch: prompts, prompt_lengths, tokens and `attended` are read from it.
     policy: as for `generate`.
 
   Returns:
     [B, T, D] in the compute dtype: column t has seen the prompt and the attended tokens before t.
-    Column 0 is the prompt's end; the last token is not read.
+    Column 0 is the state at the prompt's end; the last token is not read.
 
   Raises:
     ValueError: B is not a multiple of P.
@@ -505,7 +507,7 @@ def response_hidden(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.A
     raise ValueError(f"tokens: {rows} rows are not a multiple of the {n_prompts} rows of prompts")
   share = functools.partial(jnp.repeat, repeats=rows // n_prompts, axis=0)
   reading = batch.prompts, *prompt_layout(batch.prompt_lengths, columns)
-  if steps == 1:  # Nothing follows the last token: it is not read.
+  if steps == 1:  # Nothing follows the last token, so it is not read.
     return share(policy.hidden(params, *reading)[0][:, -1:])
   following = (
     batch.tokens[:, :-1],
@@ -527,13 +529,13 @@ def logprobs_of_hidden(
   temperature: chex.Array | float = 1.0,
   chunk_size: int | None = None,
 ) -> tuple[chex.Array, chex.Array]:
-  """The second half of `response_logprobs`, for a trainer that has another use for `hidden` too.
+  """The second half of `response_logprobs`, for a trainer that also uses `hidden` otherwise.
 
   Args:
-    params: the weights, of which only the unembedding is read.
+    params: the weights; only the unembedding is read.
     hidden: [B, T, D] float, from `response_hidden`.
-    tokens: [B, T] int32, those that each state predicts.
-    mask: [B, T] bool, those that are wanted.
+    tokens: [B, T] int32, the token that each state predicts.
+    mask: [B, T] bool, the tokens to score.
     policy, temperature, chunk_size: as for `response_logprobs`.
 
   Returns:
@@ -560,16 +562,16 @@ def response_logprobs(
 ) -> tuple[chex.Array, chex.Array]:
   """Teacher-forced log-probs and entropies of responses: the trainer's side of `generate`.
 
-  Prompts are read once, as `response_hidden` says. Only the positions that predict response tokens
-  meet the vocabulary, in chunks, so that [B, T, V] never exists.
+  Prompts are read once, see `response_hidden`. Logits are computed in chunks, only at the positions
+  that predict response tokens, so that [B, T, V] never exists.
 
   Args:
     params: the weights to score under.
-    batch: of which prompts, prompt_lengths, tokens, `attended` and `mask` are read.
+    batch: prompts, prompt_lengths, tokens, `attended` and `mask` are read from it.
     policy: as for `generate`.
-    temperature: the sampler's; the same for both, or the ratio of the first update is not 1.
-    chunk_size: as many logits exist at once as this many tokens have, on all devices together;
-      None: CHUNK_SIZE on each device over which rows lie.
+    temperature: the sampler's; if they differ, the ratio of the first update is not 1.
+    chunk_size: tokens whose logits exist at once, on all devices together; None: CHUNK_SIZE on each
+      device over which rows lie.
 
   Returns:
     logprobs [B, T] and entropies [B, T], float32, nats, 0 outside `mask`.

@@ -16,7 +16,7 @@ from rl_llm.files import write_atomically
 from rl_llm.rollout.experience import prompt_text
 from rl_llm.tasks import Problem, Task
 
-# What a line says in addition to the problem's own columns.
+# The columns of a line in addition to the problem's own.
 OWN = ("prompt", "chosen", "rejected", "problem", "chosen_reward", "rejected_reward", "margin")
 # Names that would make a preference file look like another format.
 TAKEN = {*OWN, "completion", "text", "messages"}
@@ -25,7 +25,7 @@ Prompt = str | list[dict[str, str]]
 
 
 def as_asked(prompt: Prompt, prompt_format: str, *, system_prompt: str | None) -> Prompt:
-  """The prompt as a file can hold it: text where it was laid out as such, else with its system."""
+  """The prompt for a file: text if it was formatted as text, else with its system prompt."""
   if prompt_format == "plain":
     return prompt_text(prompt)
   if system_prompt is None:
@@ -36,10 +36,10 @@ def as_asked(prompt: Prompt, prompt_format: str, *, system_prompt: str | None) -
 
 
 def different_problems(task: Task, seed: int, *, limit: int) -> list[Problem]:
-  """The first `limit` different training problems of a seed; fewer where there are no more.
+  """The first `limit` different training problems of a seed; fewer if there are no more.
 
-  They are drawn at random, so of a small task the last ones take many draws; a round that doubles
-  the draws and finds nothing new ends the search.
+  They are drawn at random, so the last problems of a small task take many draws. The search ends
+  when a round that doubles the draws finds nothing new.
   """
   count, found = limit, {}
   while True:
@@ -73,10 +73,10 @@ def pair_up(
 
   Args:
     problems: P problems.
-    prompts: as the file is to hold them.
+    prompts: in the form to write to the file.
     samples: P * S rows of samples.jsonl.
-    pairs_per_problem: at most.
-    seed: of the choice among a problem's pairs.
+    pairs_per_problem: the most pairs per problem.
+    seed: for the choice among a problem's pairs.
   """
   counts = dict.fromkeys(
     ("responses", "failed_grades", "no_opinion", "cut_off", "unusable", "problems_without_spread"),
@@ -84,7 +84,7 @@ def pair_up(
   )
   rows, size = [], len(samples) // max(len(problems), 1)
   for index, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
-    rewards: dict[str, float] = {}  # By text: what was said twice is one answer.
+    rewards: dict[str, float] = {}  # By text: the same text twice is one answer.
     for sample in samples[index * size : (index + 1) * size]:
       counts["responses"] += 1
       if sample["status"] == "not_applicable":
@@ -121,7 +121,7 @@ def answer(prompt: Prompt, text: str) -> Prompt:
 
 
 def readable(text: str) -> bool:
-  """Whether a data file can hold the text as an answer: not blank, and nothing but characters."""
+  """Whether a data file can hold the text as an answer: not blank, and all characters valid."""
   try:
     check_text(text)
   except DataError:
@@ -130,7 +130,7 @@ def readable(text: str) -> bool:
 
 
 def in_words(counts: Mapping[str, int]) -> str:
-  """Counts as a person reads them.
+  """Counts in words, for a person.
 
   >>> in_words({"cut_off": 2, "failed_grades": 0})
   '2 cut off, 0 failed grades'
@@ -147,17 +147,17 @@ def write_pairs(
   pairs_per_problem: int,
   seed: int,
 ) -> tuple[int, dict[str, int]]:
-  """Writes what `pair_up` gives as a JSONL file, in one move, once nothing can be refused any more.
+  """Writes the pairs of `pair_up` as a JSONL file, atomically, once every check has passed.
 
   Args:
     path: of the file.
-    problems: as for `pair_up`, like all the rest.
+    problems: as for `pair_up`, like the other arguments.
 
   Returns:
     How many pairs there are, and the counts of `pair_up`.
 
   Raises:
-    DataError: there are none.
+    DataError: there are no pairs.
   """
   sizes = {"pairs_per_problem": pairs_per_problem, "seed": seed}
   rows, counts = pair_up(problems, prompts, samples, **sizes)

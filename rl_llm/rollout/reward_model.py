@@ -1,7 +1,7 @@
 """Reward models: a network that scores answers, on disk, on the device, and against held-out pairs.
 
-A directory that `save_reward_model` wrote is one that `transformers` reads as
-`AutoModelForSequenceClassification` with one label, and such models of others load here.
+`transformers` reads a directory that `save_reward_model` wrote as
+`AutoModelForSequenceClassification` with one label, and such models from elsewhere load here.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ _CLASSIFIER = "ForSequenceClassification"
 def response_rewards(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.Array:
   """Scores sampled responses: the head's number at the response's last token.
 
-  An answer is judged when it is whole, so what is read is the state after its last token, the
-  end-of-sequence token if there is one; a value network's last state is one place before. An answer
-  that was cut off at the limit is judged where it stops. Each prompt is read once.
+  An answer is judged as a whole, so the head reads the state after its last token, which is the
+  end-of-sequence token if there is one; a value network's last state is one position before. An
+  answer that was cut off at the limit is judged where it stops. Each prompt is read once.
 
   Args:
     params: a reward model's, with its "head".
-    batch: of which prompts, prompt_lengths, tokens and `attended` are read.
+    batch: prompts, prompt_lengths, tokens and `attended` are read from it.
     policy: the pure functions of the trunk, a `rl_llm.policy.Policy`.
 
   Returns:
-    rewards [B], float32; of a row without tokens, the prompt's own score.
+    rewards [B], float32; for a row without tokens, the prompt's own score.
 
   Raises:
     ValueError: B is not a multiple of P.
   """
-  # The state that would predict one more token has read them all.
+  # The state that would predict one more token has read all tokens.
   after = ((0, 0), (0, 1))
   longer = batch._replace(
     tokens=jnp.pad(batch.tokens, after), attended=jnp.pad(batch.attended, after)
@@ -76,11 +76,11 @@ def sequence_rewards(
   *,
   policy: Any,
 ) -> chex.Array:
-  """Scores whole sequences, one a row, at the last token of the answer: for preference pairs.
+  """Scores whole sequences, one per row, at the last token of the answer: for preference pairs.
 
-  That is the last token of `mask`, not of the row: a chat template writes a line break behind the
-  end-of-sequence token, which the sampler never does, and the score of one text must not depend on
-  who wrote it. Padding may be on either side.
+  That is the last token of `mask`, not of the row. A chat template writes a line break after the
+  end-of-sequence token, the sampler never does, and the score of a text must not depend on which of
+  them wrote it. Padding may be on either side.
 
   Args:
     params: a reward model's, with its "head".
@@ -102,15 +102,15 @@ def packed_rewards(params: Any, sequences: PackedShares, *, policy: Any) -> chex
 
   Args:
     params: a reward model's, with its "head".
-    sequences: N of them, from `rl_llm.data.batches.packed_shares`, or one share of such.
+    sequences: N sequences from `rl_llm.data.batches.packed_shares`, or one share of them.
     policy: the pure functions of the trunk.
 
   Returns:
-    rewards [N], float32; of places without a sequence they mean nothing.
+    rewards [N], float32; meaningless for places without a sequence.
   """
   tokens, mask, positions, segment_ids = sequences.packed
   hidden, _ = policy.hidden(params, tokens, positions, segment_ids)
-  rows = sequences.rows % len(tokens)  # Rows are counted over all shares.
+  rows = sequences.rows % len(tokens)  # Row numbers count over all shares.
   own = unpack(mask, rows, sequences.starts, sequences.lengths, width=tokens.shape[1])
   return apply_head(params["head"], hidden[rows, sequences.starts + _last(own)])
 
@@ -135,16 +135,16 @@ def score_responses(
   rows_per_batch: int,
   mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
-  """`response_rewards` of a rollout of any size, in batches of one shape: compiled once.
+  """`response_rewards` of a rollout of any size, in batches of one shape, so that it compiles once.
 
-  Whole prompts with all their responses go into a batch; the last one is filled up with prompts
+  A batch holds whole prompts with all their responses; the last batch is filled up with prompts
   from the beginning.
 
   Args:
     params: a reward model's. It reads the rollout's ids, so its tokenizer must be the policy's.
     batch: P prompts and B = P * G responses, on the host.
     policy: the pure functions of the trunk.
-    rows_per_batch: the most responses scored at once, at least G.
+    rows_per_batch: the most responses to score at once, at least G.
     mesh: the devices over which the weights lie; None: the first.
 
   Returns:
@@ -184,19 +184,19 @@ def score_pairs(
   mesh: jax.sharding.Mesh | None = None,
   check: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-  """`sequence_rewards` of both answers of any number of pairs: one program for each width.
+  """`sequence_rewards` of both answers of any number of pairs, with one program for each width.
 
   Args:
     params: a reward model's.
     pairs: from `rl_llm.data.encoding.encode_pair`.
     policy: the pure functions of the trunk.
-    pairs_per_batch: pairs at once; those of similar length share a batch.
+    pairs_per_batch: pairs to score at once; pairs of similar length share a batch.
     pad_id: as for `rl_llm.data.batches.pair_batch`.
     mesh: the devices over which the weights lie; None: the first.
     check: called before each batch; raises to stop.
 
   Returns:
-    [N, 2] float32, on the host: of the chosen and of the rejected answers.
+    [N, 2] float32, on the host: the rewards of the chosen and of the rejected answers.
 
   Raises:
     NotFiniteError: a reward is not finite; the message says which weights are not.
@@ -214,10 +214,10 @@ def score_pairs(
 
 
 class PairStatistics(NamedTuple):
-  """What `pair_statistics` found."""
+  """The result of `pair_statistics`."""
 
-  accuracy: float  # share of pairs whose chosen answer has the larger reward; a tie is half
-  low: float  # of its 95 % interval
+  accuracy: float  # share of pairs whose chosen answer has the larger reward; a tie counts half
+  low: float  # bounds of its 95 % interval
   high: float
   margin: float  # mean of chosen - rejected
   calibration_error: float  # expected, in probability: 0 is calibrated, 0.5 the worst
@@ -233,22 +233,22 @@ def pair_statistics(
       confidence = sigmoid(|margin|)
       error      = sum over bins: |mean(correct) - mean(confidence)| * (share of the pairs)
 
-  Bradley-Terry says with which probability the answer that it prefers wins. A calibrated model that
-  is 3/4 sure is right three times in four. Margins of +-log 3 say 3/4; right twice in four, that is
-  1/4 too sure:
+  Bradley-Terry gives the probability that the preferred answer wins. A calibrated model that is 3/4
+  sure is right three times in four. Margins of +-log 3 mean 3/4 sure; a model that is right twice
+  in four is then 1/4 too sure:
 
   >>> found = pair_statistics(np.log([3.0, 3.0, 1.0, 1.0]), np.log([1.0, 1.0, 3.0, 3.0]))
   >>> found.accuracy, round(found.calibration_error, 3), round(found.margin, 3)
   (0.5, 0.25, 0.0)
 
-  The misconception is that sigmoid(margin) itself can be binned against "chosen won": chosen always
-  won, so every bin would have accuracy 1, and the error would measure how unsure the model is. What
-  can be right or wrong is the answer that the model prefers, hence the confidence from 1/2 up.
+  A misconception is that sigmoid(margin) itself can be binned against "chosen won". The chosen
+  answer always won, so every bin would have accuracy 1, and the error would measure how unsure the
+  model is. Only the model's preference can be right or wrong, so confidence starts at 1/2.
 
   Args:
     chosen_rewards: [N] float, of the better answers.
     rejected_rewards: [N] float, of the worse ones.
-    bins: how many equal bins from 1/2 to 1.
+    bins: the number of equal bins from 1/2 to 1.
 
   Returns:
     A `PairStatistics`; the interval is that of `proportion_interval`.
@@ -294,20 +294,20 @@ def save_reward_model(
 ) -> None:
   """Writes a directory for `load_reward_model`, `transformers` and what is built on it.
 
-  Pairs teach differences alone, so the rewards' mean is anyone's guess; `center`, usually the mean
-  over training answers, is taken off by whoever loads the model here. (The head of `transformers`
-  has no bias: its scores are those before.)
+  Pairs teach only differences, so the rewards' mean is arbitrary. `load_reward_model` subtracts
+  `center`, usually the mean over training answers. (The head of `transformers` has no bias, so its
+  scores are those without the subtraction.)
 
   Args:
     directory: must not exist yet, or be empty.
     config: the trunk's shape.
     params: the trunk and its "head".
     tokenizer: of the trunk.
-    center: the reward that is to count as 0.
+    center: the reward that counts as 0.
     max_shard_bytes: a file larger than this is split.
 
   Raises:
-    WeightsError: the directory holds something, or the weights are not of this config.
+    WeightsError: the directory is not empty, or the weights do not fit the config.
   """
   head = params["head"]
   if "bias" in head:
@@ -337,18 +337,18 @@ def save_reward_model(
 def load_reward_model(
   directory: str | os.PathLike, *, dtype: Any = jnp.float32, remat: bool = False
 ) -> LanguageModel:
-  """Reads a reward model: one of `save_reward_model`, or a sequence classifier with one label.
+  """Reads a reward model: from `save_reward_model`, or a sequence classifier with one label.
 
   Args:
     directory: a Hugging Face directory.
     dtype: of the arithmetic; weights and rewards stay float32.
-    remat: compute activations again in the backward pass instead of keeping them.
+    remat: recompute activations in the backward pass instead of keeping them.
 
   Returns:
     (policy, params, tokenizer): `response_rewards(params, ..., policy=policy)` scores.
 
   Raises:
-    WeightsError: no such directory, a language model without a head, or files of no use.
+    WeightsError: no such directory, a language model without a head, or unusable files.
     TokenizerError: the tokenizer cannot be used.
   """
   directory = Path(directory)
@@ -380,8 +380,9 @@ def _leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def _padding(tokenizer: Tokenizer) -> int | None:
   """An id to pad with that ends no response, or None if there is none.
 
-  `transformers` infers from ids: it scores the last token that is not padding. Were the
-  end-of-sequence token the padding too, as in many chat models, it would score the token before.
+  `transformers` decides by ids: it scores the last token that is not padding. If the
+  end-of-sequence token were also the padding, as in many chat models, it would score the token
+  before.
   """
   spoken = {*tokenizer.eos_ids, tokenizer.bos_id}
   candidates = (tokenizer.pad_id, *sorted(tokenizer.special_tokens.values()))

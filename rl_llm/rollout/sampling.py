@@ -1,10 +1,10 @@
 """From logits to the next token: (key, logits) -> token, one row at a time or a whole batch.
 
-The sampler and the trainer must speak of one distribution. So the log-probs and entropies reported
-here are always those of the *full tempered* distribution, `softmax(logits / temperature)`, whatever
-top-k, top-p or a minimum length did to the choice: those make the sampler draw from another
-distribution than the one that is trained. So training refuses top-k and top-p unless asked; a
-minimum length, which only bars the end of a response from its first tokens, is the asker's affair.
+The sampler and the trainer must use the same distribution. So the log-probs and entropies reported
+here are always those of the *full tempered* distribution, `softmax(logits / temperature)`, even if
+top-k, top-p or a minimum length restricted the choice. With these, the sampler draws from another
+distribution than the one that is trained, so training refuses top-k and top-p unless asked for. A
+minimum length only masks end-of-sequence tokens at first, so the caller may use it freely.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import jax.numpy as jnp
 )
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How the next token is chosen. `temperature` is data and may differ by row; the rest is static.
+  """How to choose the next token. `temperature` is data and may differ by row; the rest is static.
 
   Attributes:
     temperature: float or [B] float, >= 0. 0 is greedy, and its log-probs are reported at
       temperature 1.
     top_k: keep the k likeliest tokens; 0 keeps all.
     top_p: keep the likeliest tokens until their probabilities reach p, in (0, 1]; 1 keeps all.
-    min_new_tokens: end-of-sequence tokens are not chosen before this many tokens.
+    min_new_tokens: end-of-sequence tokens are not chosen until there are this many tokens.
   """
 
   temperature: chex.Array | float = 1.0
@@ -42,7 +42,7 @@ class SamplingConfig:
 
 
 class Sample(NamedTuple):
-  """One token for each row, and what the policy thought of it."""
+  """One token for each row, with its log-prob and the entropy of the distribution."""
 
   token: chex.Array  # [B] int32
   logprob: chex.Array  # [B] float32, nats, under the full tempered distribution
@@ -56,9 +56,9 @@ def sample(
   *,
   suppress: chex.Array | None = None,
 ) -> Sample:
-  """Draws one token a row; reports its log-prob and entropy in the full tempered distribution.
+  """Draws one token per row; reports its log-prob and entropy in the full tempered distribution.
 
-  Drawing needs one uniform number a row, not one for each logit: with p = softmax(logits /
+  Drawing needs one uniform number per row, not one per logit: with p = softmax(logits /
     temperature) and u in [0, 1), the token is the first whose cumulative probability exceeds u
     (inversion), which is exact up to float32 rounding.
 
@@ -72,8 +72,8 @@ def sample(
   0.562
 
   Args:
-    keys: [B] typed PRNG keys, one a row; each is consumed.
-    logits: [B, V] float; computed with in float32.
+    keys: [B] typed PRNG keys, one per row; each is consumed.
+    logits: [B, V] float; computations use float32.
     config: see `SamplingConfig`.
     suppress: [B, V] bool or None; True tokens are not chosen (their probability still counts in
       logprob and entropy).
@@ -102,11 +102,11 @@ def sample(
     candidates = _keep_top_p(candidates, config.top_p)
   if candidates is shifted:
     masses = exponentials
-  else:  # Re-centred: the likeliest tokens may have been suppressed.
+  else:  # Re-centre, since the likeliest tokens may be suppressed.
     masses = jnp.exp(candidates - jnp.max(candidates, axis=-1, keepdims=True))
   uniform = jax.vmap(lambda key: jax.random.uniform(key))(keys)
   token = _invert(masses, uniform).astype(jnp.int32)
-  # A CPU takes longer for the index of the largest than for all of the above.
+  # On a CPU, argmax takes longer than all of the above.
   token = jax.lax.cond(
     jnp.any(greedy),
     lambda: jnp.where(greedy, jnp.argmax(candidates, axis=-1).astype(jnp.int32), token),
@@ -119,8 +119,8 @@ def sample(
 def _invert(masses: chex.Array, uniform: chex.Array, block: int = 256) -> chex.Array:
   """The first index whose cumulative mass exceeds `uniform` of the total: [B, V], [B] -> [B].
 
-  In two levels, blocks and then one block's entries, since a cumulative sum over a whole vocabulary
-  is slow and, in float32, loses the small masses.
+  Searches in two levels, first blocks and then one block's entries, since a cumulative sum over a
+  whole vocabulary is slow and, in float32, loses small masses.
   """
   rows, vocab = masses.shape
   blocks = -(-vocab // block)
@@ -136,7 +136,7 @@ def _first_exceeding(masses: chex.Array, fraction: chex.Array) -> tuple[chex.Arr
   cumulative = jnp.cumsum(masses, axis=-1)
   target = fraction * cumulative[:, -1]
   index = jnp.sum(cumulative <= target[:, None], axis=-1)
-  # Rounding may push the target to the total: the last entry with any mass is then meant, never an
+  # Rounding may push the target up to the total: then take the last entry with any mass, never an
   # empty one.
   last = masses.shape[-1] - 1 - jnp.argmax((masses > 0)[:, ::-1], axis=-1)
   index = jnp.minimum(index, last)
@@ -151,7 +151,7 @@ def _keep_top_k(logits: chex.Array, k: int) -> chex.Array:
 
 
 def _keep_top_p(logits: chex.Array, p: float) -> chex.Array:
-  """Keeps the smallest set of likeliest tokens whose probabilities reach p, never none."""
+  """Keeps the smallest set of likeliest tokens whose probabilities reach p, at least one token."""
   descending = -jnp.sort(-logits, axis=-1)
   probabilities = jax.nn.softmax(descending, axis=-1)
   before = jnp.cumsum(probabilities, axis=-1) - probabilities

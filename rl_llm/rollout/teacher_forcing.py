@@ -1,7 +1,7 @@
-"""Log-probs of texts that are given whole, such as demonstrations and preference pairs.
+"""Log-probs of complete texts, such as demonstrations and preference pairs.
 
 `rl_llm.rollout.response_logprobs` scores many responses to few prompts and reads each prompt once.
-Here every row is a text of its own, prompt included, or several packed ones.
+Here every row is a complete text, including its prompt, or several packed texts.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def teacher_forced_logprobs(
       logprobs[r, t] = log p(tokens[r, t] | the tokens before it in its own sequence)
 
   The arguments are the fields of a `SequenceBatch`, so a call reads
-  `teacher_forced_logprobs(params, *batch, policy=policy)`. They meet the vocabulary in chunks:
-  [R, T, V] never exists, forward or backward. Column t is predicted at column t - 1; the shift
-  happens here, and nowhere else. (A common mistake shifts twice, once in the mask: every answer is
-  then trained to be written one token late.)
+  `teacher_forced_logprobs(params, *batch, policy=policy)`. Logits are computed in chunks: [R, T, V]
+  never exists, forward or backward. Column t is predicted at column t - 1; the shift happens only
+  here. (A common mistake is to shift twice, once in the mask, which trains the model to write every
+  answer one token late.)
 
   >>> import jax
   >>> from rl_llm.policy import make_policy, tiny_config
@@ -56,8 +56,8 @@ def teacher_forced_logprobs(
     segment_ids: [R, T] int32, which sequence of its row a token is in, from 1; -1 is padding.
     policy: the pure functions of `rl_llm.policy.Policy`.
     temperature: of the distribution; the same for a policy and its reference.
-    chunk_size: as many logits exist at once as this many tokens have, on all devices together;
-      None: CHUNK_SIZE on each device over which rows lie.
+    chunk_size: tokens whose logits exist at once, on all devices together; None: CHUNK_SIZE on each
+      device over which rows lie.
 
   Returns:
     logprobs [R, T] and entropies [R, T], float32, nats, 0 outside the mask.
