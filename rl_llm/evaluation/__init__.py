@@ -1,4 +1,4 @@
-"""How good a model is: accuracy, pass@k and majority@k on held-out problems, with intervals."""
+"""Evaluation of a model on held-out problems: accuracy, pass@k and majority@k, with intervals."""
 
 from rl_llm.evaluation.measure import (
   Evaluation,

@@ -1,4 +1,4 @@
-"""What a run's record says of learning against its cost: accuracy over tokens and over time."""
+"""Learning against its cost, from a run's record: accuracy over tokens and over time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def curve(rows: Sequence[dict], *, responses: int) -> list[dict[str, float]]:
-  """The evaluations of a run: tokens sampled and seconds of training before each, accuracy."""
+  """A run's evaluations: each accuracy, with the tokens and seconds of training before it."""
   tokens = seconds = 0.0
   points = []
   for row in rows:
@@ -28,8 +28,8 @@ def phases(rows: Sequence[dict]) -> list[str]:
 
 
 def tokens_to(points: Sequence[dict[str, float]], target: float) -> float | None:
-  """Tokens sampled before the accuracy first reaches the target, between two evaluations by the
-  straight line; None where it never does.
+  """Tokens sampled before the accuracy first reaches the target, interpolated linearly between two
+  evaluations; None if it never does.
 
   >>> tokens_to([{"tokens": 0, "accuracy": 0.2}, {"tokens": 100, "accuracy": 1.0}], 0.8)
   75.0
@@ -44,14 +44,14 @@ def tokens_to(points: Sequence[dict[str, float]], target: float) -> float | None
 def table(
   found: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, str]], *, target: float
 ) -> str:
-  """A comparison of methods as Markdown: a column each, with medians over its runs' steps.
+  """A comparison of methods as Markdown: one column per method, with medians over its runs' steps.
 
   Args:
-    found: of each method its name ("method"), its gradient noise or None ("noise"), and its "runs":
-      "phases" (seconds a step by name), "peak_gib", "tokens_to_target", "points", "seed".
-    known: by a method's name the cells that begin its column, by the names of their rows; "" is the
+    found: for each method, its name ("method"), its gradient noise or None ("noise"), and its
+      "runs": "phases" (seconds per step by name), "peak_gib", "tokens_to_target", "points", "seed".
+    known: method name -> the first cells of its column, as {row name: text}; the row "" is the
       head.
-    target: the accuracy that `tokens_to_target` is about.
+    target: the accuracy that `tokens_to_target` refers to.
   """
   names = sorted({name for method in found for trial in method["runs"] for name in trial["phases"]})
 
@@ -81,7 +81,7 @@ def table(
 
 
 def markdown(columns: Sequence[Mapping[str, str]]) -> str:
-  """A Markdown table of columns, each its cells by the names of their rows; the first is the head.
+  """A Markdown table from columns, each as {row name: cell}; the first row is the head.
 
   >>> print(markdown([{"": "GRPO", "accuracy": "0.9"}, {"": "PPO", "accuracy": "0.8"}]))
   | | GRPO | PPO |
@@ -98,9 +98,9 @@ def draw(methods: Mapping[str, Sequence[dict]], path: Path, *, target: float) ->
   """Draws accuracy against tokens sampled, and against minutes of training; needs matplotlib.
 
   Args:
-    methods: the trials of each method by its name; each has its `curve` as "points".
-    path: the picture; its suffix says the format. The same figures give the same SVG.
-    target: an accuracy that is marked.
+    methods: method name -> its trials; each has its `curve` as "points".
+    path: the image file; its suffix sets the format. The same data give the same SVG.
+    target: an accuracy to mark.
   """
   import matplotlib
 

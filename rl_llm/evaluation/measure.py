@@ -1,4 +1,4 @@
-"""How good a model is at a task: accuracy, pass@k and majority@k, with intervals."""
+"""Measures how good a model is at a task: accuracy, pass@k and majority@k, with intervals."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from rl_llm.runs.run_directory import Run
 from rl_llm.runs.signals import Interrupted
 from rl_llm.tasks import Problem, Task
 
-# (mean, low, high), or None three times where there is nothing to judge by
+# (mean, low, high), or (None, None, None) if there is nothing to judge by
 Interval = tuple[float | None, float | None, float | None]
 
 
 class Evaluation(NamedTuple):
-  """What `evaluate` found."""
+  """The result of `evaluate`."""
 
   metrics: dict[str, float]  # "eval/sampled_accuracy", "eval/greedy_low", ...
   rows: list[dict[str, Any]]  # the greedy response to each problem, for samples.jsonl
@@ -61,22 +61,23 @@ def evaluate(
   """Answers every problem once greedily and `samples` times at temperature 1, and grades it all.
 
   Both kinds share one compiled program: the temperature is an argument, and it may differ by row.
-  The random keys are the same at every call, so that two evaluations differ by the weights alone.
-  A response whose grade failed counts as not correct; `eval/failed_grades` says how many did, and
-  `eval/timed_out_fraction` how large a share of the grades timed out. One on which the grader has
-  no opinion (it said None) counts in no figure; `eval/no_opinion` says how many there are.
+  The random keys are the same in every call, so two evaluations differ only by the weights. A
+  response whose grade failed counts as not correct; `eval/failed_grades` says how many there are,
+  and `eval/timed_out_fraction` says what share of the grades timed out. A response on which the
+  grader has no opinion (it returned None) counts in no figure; `eval/no_opinion` says how many
+  there are.
 
   Args:
     sampler: what to sample and grade with; its `check` is called between batches.
     params: the weights to evaluate.
     drawn: the held-out problems, encoded.
-    samples: sampled responses a problem, >= 1.
-    prompts_per_batch: problems a rollout.
-    step: of the run, which reward functions are told.
+    samples: sampled responses per problem, >= 1.
+    prompts_per_batch: problems per rollout.
+    step: of the run, passed to reward functions.
 
   Returns:
-    An `Evaluation`; accuracies come with 95 % intervals from `proportion_interval`, and are None
-    where the grader has no opinion on any response.
+    An `Evaluation`; accuracies come with 95 % intervals from `proportion_interval`, and are None if
+    the grader has no opinion on any response.
   """
   group = samples + 1
   temperature = jnp.tile(jnp.array([0.0] + [1.0] * samples), prompts_per_batch)
@@ -102,13 +103,13 @@ def evaluate(
 
 
 def correctness(rows: Sequence[dict[str, Any]], size: int) -> np.ndarray:
-  """[N, S] float64 of rows of samples.jsonl: 1 right, 0 not, NaN where there is no opinion."""
+  """[N, S] float64 from rows of samples.jsonl: 1 right, 0 not right, NaN without an opinion."""
   known = [None if row["status"] == "not_applicable" else row["correct"] for row in rows]
   return np.array(known, float).reshape(-1, size)
 
 
 def grade_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """What must be known of the grades of rows of samples.jsonl to read their figures."""
+  """The counts of grades in rows of samples.jsonl that are needed to interpret their figures."""
   found = Counter(row["status"] for row in rows)
   opinions = len(rows) - found["not_applicable"]
   return {
@@ -122,7 +123,7 @@ def grade_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def over_opinions(
   estimate: Callable[..., np.ndarray], correct: np.ndarray, *further: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """An estimate of each problem from those of its responses on which there is an opinion.
+  """An estimate for each problem, from its responses on which the grader has an opinion.
 
   >>> correct = np.array([[1, np.nan, 1], [0, np.nan, np.nan]])
   >>> values, opinions = over_opinions(pass_at_k, correct, k=2)
@@ -132,11 +133,11 @@ def over_opinions(
   Args:
     estimate: `pass_at_k` or `majority_at_k`.
     correct: [N, S] float, NaN where there is no opinion.
-    *further: [N, S], what else it takes.
+    *further: [N, S], further arguments of `estimate`.
     k: of the estimate.
 
   Returns:
-    [M] the estimates of the M problems with at least k opinions, and [M] how many these are.
+    [M] the estimates of the M problems with at least k opinions, and [M] each one's opinion count.
   """
   opinions = np.count_nonzero(~np.isnan(correct), axis=1)
   values = []
@@ -149,7 +150,7 @@ def over_opinions(
 def accuracy_interval(correct: np.ndarray) -> Interval:
   """`proportion_interval` of [N, S] float, NaN where there is no opinion.
 
-  A response without one is as if it had not been sampled, and so is a problem without any:
+  A response without an opinion counts as not sampled, and so does a problem without any opinion:
 
   >>> accuracy_interval(np.array([[1, np.nan], [1, 1], [np.nan, np.nan]]))[0]
   1.0
@@ -173,10 +174,10 @@ def graded_responses(
   columns: int = 0,
   step: int = 0,
 ) -> list[dict[str, Any]]:
-  """Samples and grades a batch: one dict a response, as `sample_rows` gives them.
+  """Samples and grades a batch: one dict per response, as `sample_rows` returns them.
 
-  The keys set the batch's size P; where there are fewer problems, as in a last batch, it is filled
-  up and what is too much is thrown away, so that all batches have one shape.
+  The keys set the batch's size P. If there are fewer problems, as in a last batch, the batch is
+  filled up and the excess thrown away, so that all batches have one shape.
 
   Args:
     sampler: what to sample and grade with.
@@ -185,9 +186,9 @@ def graded_responses(
     prompts: their tokens.
     keys: [P * G] typed keys.
     sampling: how tokens are chosen; a temperature [P * G] may differ by row.
-    group_size: G, responses a problem.
-    columns: prompt columns at least, so that batches of ragged prompts have one width too.
-    step: of the run, which reward functions are told.
+    group_size: G, responses per problem.
+    columns: the least number of prompt columns, so that ragged batches also have one width.
+    step: of the run, passed to reward functions.
 
   Returns:
     `len(problems) * G` rows, problem by problem.
@@ -219,26 +220,26 @@ def record_responses(
 ) -> None:
   """Samples and grades responses to every problem into samples.jsonl, a batch at a time.
 
-  A batch that has its line in metrics.jsonl is whole, and is not done again: killed and rerun, the
-  files are what they would have been. Keys go by problem and sample, so neither the batch's size
-  nor further samples change what a response is drawn with.
+  A batch with its line in metrics.jsonl is whole and is not repeated: after a kill and a rerun, the
+  files are the same as without the kill. Each key depends on problem and sample only, so neither
+  the batch size nor further samples change a response's key.
 
   Args:
-    run: a directory of its own, its console, and the signals that stop it.
+    run: its own directory, its console, and the signals that stop it.
     sampler: what to sample and grade with.
-    params: whose responses; other weights than those on record are refused.
+    params: the weights to sample from; weights that differ from those on record are refused.
     drawn: the problems, encoded.
-    sampling: its temperatures [G] are one a response to each problem; 0 is greedy and does not
-      count as accuracy.
+    sampling: its temperatures [G] are one per response to each problem; 0 is greedy and does not
+      count towards accuracy.
     seed: of the responses.
-    prompts_per_batch: problems a batch, at most; they are shared out evenly. A multiple of
+    prompts_per_batch: the most problems per batch; they are divided evenly. A multiple of
       `rl_llm.parallel.sharding.row_shards`, as each batch is.
-    describe: (problem, number of the sample, row) -> what its line says besides.
+    describe: (problem, number of the sample, row) -> what to add to its line.
 
   Raises:
     PromptTooLong: no problem is left.
-    ConfigError: the record was begun with other weights, or on devices that take other batches.
-    Interrupted: a signal came; finished batches are on record.
+    ConfigError: the record was begun with other weights, or on devices that need other batches.
+    Interrupted: a signal arrived; finished batches are on record.
   """
   if not drawn.problems:
     limit = sampler.encode.keywords["max_prompt_tokens"]
@@ -247,7 +248,7 @@ def record_responses(
       "another --overlong_prompt"
     )
   agree_on_data(drawn.prompts)
-  # One shape: problems are shared out evenly, and every batch is as wide as the longest prompt.
+  # One shape: problems are divided evenly, and every batch is as wide as the longest prompt.
   workdir, console, temperatures = run.workdir, run.console, np.asarray(sampling.temperature)
   count, group = len(drawn.problems), len(temperatures)
   batches = -(-count // prompts_per_batch)
@@ -316,7 +317,7 @@ def record_responses(
       row |= grade_counts(lines)
       samples_file.write(batch, *lines)
       row |= clock.metrics()
-      metrics_file.write(batch, row)  # Last: a batch with this line is whole.
+      metrics_file.write(batch, row)  # Written last: a batch with this line is whole.
       console.step(batch + 1, row)
 
 
@@ -327,18 +328,18 @@ def summarize(
   ks: Sequence[int],
   votes: bool,
 ) -> dict[str, Any]:
-  """The figures of a record: pass@k and majority@k with intervals, in all and by difficulty.
+  """The figures of a record: pass@k and majority@k with intervals, overall and by difficulty.
 
   Args:
     samples: the lines that `record_responses` wrote, each with "sample", "greedy", "answer" and
-      "difficulty" besides.
+      "difficulty" added.
     batches: the lines of its metrics.jsonl.
-    ks: of pass@k and majority@k.
+    ks: the values of k for pass@k and majority@k.
     votes: whether responses have answers that can be counted.
 
   Returns:
-    "all" and "by_difficulty" map names such as "pass@4" to {"value", "low", "high"}, of the
-    problems with at least k responses on which the grader has an opinion; and "weights",
+    "all" and "by_difficulty" map names such as "pass@4" to {"value", "low", "high"}, over the
+    problems with at least k responses on which the grader has an opinion. In addition "weights",
     "responses", "seconds", and the `grade_counts`.
   """
   sampled = [row for row in samples if not row["greedy"]]
@@ -354,7 +355,7 @@ def summarize(
     right, said = correct[chosen], answers[chosen]
     found = {"problems": int(chosen.sum())}
     estimates = {f"pass@{k}": (pass_at_k, k, right) for k in ks}
-    if votes:  # One vote is pass@1.
+    if votes:  # majority@1 is pass@1.
       estimates |= {f"majority@{k}": (majority_at_k, k, right, said) for k in ks if k > 1}
     if len(greedy):
       estimates["greedy"] = (pass_at_k, 1, greedy[chosen])
@@ -384,7 +385,7 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> float | None:
 
 
 def natural_order(text: str) -> list[tuple[bool, int, str]]:
-  """A sorting key by which "2 steps" comes before "10 steps"."""
+  """A sort key that puts "2 steps" before "10 steps"."""
   return [
     (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
     for part in re.split(r"([0-9]+)", text)
@@ -393,15 +394,15 @@ def natural_order(text: str) -> list[tuple[bool, int, str]]:
 
 
 def pass_at_k(correct: Any, *, k: int) -> np.ndarray:
-  """How likely at least one of k responses to a problem is right, from S >= k that were sampled.
+  """How likely at least one of k responses to a problem is right, from S >= k sampled responses.
 
-  Where answers can be checked, what counts is whether a right one is among several. With c of the S
-  responses right, this is the part of the C(S, k) subsets of k that hold a right one:
+  If answers can be checked, it is enough that one of several is right. With c of the S responses
+  right, this is the share of the C(S, k) subsets of k that hold a right response:
 
       pass@k = 1 - C(S - c, k) / C(S, k) = 1 - prod_{i < k} (S - c - i) / (S - i)
 
-  The misconception is that 1 - (1 - c / S)^k does as well: it draws with replacement, and is too
-  low on average. One right response of 4, and k = 2: 3 of the 6 pairs have none that is right.
+  A misconception is that 1 - (1 - c / S)^k does as well: it draws with replacement, and is too low
+  on average. With one right response of 4 and k = 2, 3 of the 6 pairs have no right response:
 
   >>> pass_at_k([[True, False, False, False]], k=2).tolist()
   [0.5]
@@ -410,13 +411,13 @@ def pass_at_k(correct: Any, *, k: int) -> np.ndarray:
 
   Args:
     correct: [N, S] bool, which of the S responses to each problem are right.
-    k: responses that are looked at, 1 to S.
+    k: the number of responses in a subset, 1 to S.
 
   Returns:
-    [N] float64, the estimate of each problem, unbiased; `estimate_interval` gives their mean.
+    [N] float64, the unbiased estimate for each problem; `estimate_interval` gives their mean.
 
   Raises:
-    ValueError: `correct` is not [N, S], or k is not within 1 and S.
+    ValueError: `correct` is not [N, S], or k is not between 1 and S.
 
   Reference: Chen et al., 2021, Evaluating Large Language Models Trained on Code,
   https://arxiv.org/abs/2107.03374
@@ -429,18 +430,19 @@ def pass_at_k(correct: Any, *, k: int) -> np.ndarray:
 
 
 def majority_at_k(correct: Any, answers: Any, *, k: int) -> np.ndarray:
-  """How likely the most frequent of k answers to a problem is right, from S >= k that were sampled.
+  """How likely the most frequent of k answers to a problem is right, from S >= k sampled answers.
 
   Pass@k needs someone who knows which response is right. A vote does not: wrong answers scatter,
-  and the right one tends to come up again. Over the C(S, k) subsets of k responses, all of them,
+  and the right answer tends to recur. Over all C(S, k) subsets of k responses,
 
       majority@k = mean over subsets of  sum_{a wins} right(a) / (number of answers that win)
 
-  where a wins if no answer is given more often in the subset, and right(a) is the part of the
+  where a wins if no answer is more frequent in the subset, and right(a) is the share of the
   responses with answer a that are right: 0 or 1, unless a grade failed. A response without an
-  answer does not vote; where nobody votes, nothing is right.
+  answer does not vote; if no response votes, nothing is right.
 
-  12 (right), 12 and 11. All three: 12 wins. Two of three: 12 wins, or ties with 11, or ties:
+  Take the answers 12 (right), 12 and 11. Of all three, 12 wins. Of two, 12 wins once, and ties with
+  11 twice:
 
   >>> correct, answers = [[True, True, False]], [["12", "12", "11"]]
   >>> majority_at_k(correct, answers, k=3).tolist()
@@ -448,19 +450,19 @@ def majority_at_k(correct: Any, answers: Any, *, k: int) -> np.ndarray:
   >>> majority_at_k(correct, answers, k=2).round(3).tolist()  # (1 + 1/2 + 1/2) / 3
   [0.667]
 
-  The misconception is that voting only helps. Where the right answer is the rarer one it hurts: at
-  one right response of three, pass@1 is 1/3 and majority@3 is 0.
+  A misconception is that voting always helps. It hurts if the right answer is the rarer one: with
+  one right response of three and the wrong ones agreeing, pass@1 is 1/3 and majority@3 is 0.
 
   Args:
     correct: [N, S] bool, which of the S responses to each problem are right.
-    answers: [N, S] texts, what each response commits to; None where it commits to nothing.
-    k: responses that vote, 1 to S.
+    answers: [N, S] strings, the answer of each response; None if it commits to no answer.
+    k: the number of responses that vote, 1 to S.
 
   Returns:
     [N] float64, exact; `estimate_interval` gives their mean.
 
   Raises:
-    ValueError: a shape is not [N, S], or k is not within 1 and S.
+    ValueError: a shape is not [N, S], or k is not between 1 and S.
 
   Reference: Wang et al., 2022, Self-Consistency Improves Chain of Thought Reasoning in Language
   Models, https://arxiv.org/abs/2203.11171
@@ -476,19 +478,19 @@ def majority_at_k(correct: Any, answers: Any, *, k: int) -> np.ndarray:
 def estimate_interval(estimates: Any, *, samples: Any, k: int) -> tuple[float, float, float]:
   """The mean of per-problem estimates of pass@k or majority@k, with a 95 % interval.
 
-  Problems are the independent units, as in `rl_llm.runs.metrics.proportion_interval`, which this is
-  for k = 1. Estimates over all subsets of k of S responses are worth at least S / k draws of k
-  (those that do not overlap), so with e_i of each problem's S / k draws right, the same interval
-  serves.
+  Problems are the independent units, as in `rl_llm.runs.metrics.proportion_interval`; for k = 1 the
+  two are equal. An estimate over all subsets of k of S responses is worth at least S / k draws of k
+  (those that do not overlap), so the same interval holds with a share e_i of each problem's S / k
+  draws right.
 
-  All 8 responses to all of 4 problems are right. For k = 1 or 8, this says as much as 4 answers:
+  If all 8 responses to all 4 problems are right, this says as much as 4 answers, for k = 1 or 8:
 
   >>> [round(x, 2) for x in estimate_interval([1, 1, 1, 1], samples=8, k=8)]
   [1.0, 0.51, 1.0]
 
   Args:
     estimates: [N] floats in [0, 1].
-    samples: S, responses to each problem, or [N] of them where they differ.
+    samples: S, responses to each problem, or [N] numbers if they differ.
     k: of the estimates, 1 to S.
 
   Returns:
@@ -517,9 +519,9 @@ def _checked_correct(correct: Any, k: int) -> np.ndarray:
 def _majority(correct: Sequence[bool], answers: Sequence[str | None], k: int) -> float:
   """One problem's majority@k.
 
-  For each height j of the winner, subsets are counted answer by answer: `ways[n, t]` are those of n
-  responses in which t answers have j votes and none has more, and `right[n, t]` is the sum over
-  them of how many of the t are right.
+  For each vote count j of the winner, this counts subsets answer by answer: `ways[n, t]` is the
+  number of subsets of n responses in which t answers have j votes and none has more, and
+  `right[n, t]` is the sum over them of how many of the t answers are right.
   """
   votes: dict[str, int] = defaultdict(int)
   rights: dict[str, int] = defaultdict(int)
@@ -531,7 +533,7 @@ def _majority(correct: Sequence[bool], answers: Sequence[str | None], k: int) ->
   for height in range(1, min(k, max(votes.values(), default=0)) + 1):
     able = [answer for answer in votes if votes[answer] >= height]
     left = sum(votes[answer] for answer in able)
-    others = len(answers) - left  # Silent, or too rare to win: any of them may be in the subset.
+    others = len(answers) - left  # No answer, or too rare to win: any may be in the subset.
     ways = {(n, 0): math.comb(others, n) for n in range(max(k - left, 0), min(k, others) + 1)}
     right: dict[tuple[int, int], float] = defaultdict(float)
     for answer in able:
@@ -545,13 +547,13 @@ def _majority(correct: Sequence[bool], answers: Sequence[str | None], k: int) ->
           more_right[n + given, tied + wins] += choices * (right[n, tied] + wins * value * count)
       ways, right = more_ways, more_right
     total += sum(value / tied for (_, tied), value in right.items() if tied)
-  return min(total / math.comb(len(answers), k), 1.0)  # Rounding aside.
+  return min(total / math.comb(len(answers), k), 1.0)  # Rounding may exceed 1.
 
 
 def difficulty_of(
   task: Task, problems: Sequence[Problem], column: str
 ) -> Callable[[Problem], str] | None:
-  """What tells problems apart: the column of that name, or for "" the task's own measure."""
+  """The difficulty of a problem: the column of that name, or for "" the task's own measure."""
   if not column:
     return task.difficulty
   shared = set.intersection(*(set(problem.columns) for problem in problems))
@@ -562,7 +564,7 @@ def difficulty_of(
 
 
 def show_result(run: Run, result: dict[str, Any]) -> None:
-  """Shows the result of an evaluation: tables, and what must be known to read them."""
+  """Shows the result of an evaluation: tables, and what a reader must know to interpret them."""
   say, names = run.console.say, [name for name in result["all"] if name != "problems"]
   run.console.table(
     f"{result['model']} on {result['problems']} problems of {result['task']}, "
@@ -588,7 +590,7 @@ def show_result(run: Run, result: dict[str, Any]) -> None:
 
 
 def say_grades(result: dict[str, Any], say: Callable[[str], None]) -> None:
-  """Says how many responses have no grade, or one of 0 since the grader could not read them."""
+  """Says how many responses have no grade, or grade 0 because the grader could not read them."""
   grades = result["responses"] - result["no_opinion"]
   if result["failed_grades"]:
     say(

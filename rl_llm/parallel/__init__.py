@@ -1,1 +1,1 @@
-"""Many devices and many processes: what lies where, and how processes meet."""
+"""Many devices and many processes: how arrays are sharded, and how processes synchronise."""

@@ -1,11 +1,11 @@
 """Several processes, on one host or many, that train one model together.
 
-Every process runs the same program, and JAX puts together what their devices hold. What remains is
-what a host does besides: start, grade, write files, stop and fail. Each of these is done together
-or by the first process alone; a host waits for the others no longer than it was told to, and then
-names who is late.
+Every process runs the same program, and JAX combines what their devices hold. This module covers
+the rest of a host's work: start, grade, write files, stop and fail. All processes do each of these
+together, or the first process does it alone. A host waits for the others only up to a time limit,
+and then names the process that is late.
 
-In a run of one process every function here does nothing, or gives back what it was given.
+In a run of one process, every function here does nothing, or returns its argument.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from jax._src.distributed import global_state
 from rl_llm.errors import ConfigError, UserError, redact
 from rl_llm.parallel import stderr_filter
 
-_LISTEN_SECONDS = 1.0  # Between two looks whether another process has failed.
+_LISTEN_SECONDS = 1.0  # Between two checks whether another process has failed.
 _DEAD = re.compile(r"Task (\d+) heartbeat timeout")
-_HEARD_MS = 5000  # For the last words of a process to reach the others.
+_HEARD_MS = 5000  # How long the last message of a process may take to reach the others.
 
 
 class HostsDiffer(UserError, ValueError):
-  """The processes were not started alike; the message names the process and what differs."""
+  """The processes were started differently; the message names the process and what differs."""
 
 
 class HostLost(RuntimeError):
@@ -50,7 +50,7 @@ class _Here:
 
   wait: int = 600  # Seconds.
   heartbeat: int = 100
-  names: tuple[str, ...] = ()  # The hosts', by process.
+  names: tuple[str, ...] = ()  # Host names, by process.
   exchanges: int = 0
   ending: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -69,12 +69,12 @@ def index() -> int:
 
 
 def is_main() -> bool:
-  """Whether this process is the one that writes files and talks to a person: the first."""
+  """Whether this is the first process, which writes files and talks to a person."""
   return index() == 0
 
 
 def name(process: int) -> str:
-  """A process as a person finds it: its number and its host.
+  """A process for a person to find: its number and its host.
 
   Args:
     process: its number.
@@ -90,24 +90,24 @@ def initialize(
   heartbeat: int = 100,
   wait: int = 600,
 ) -> None:
-  """Joins the other processes; before JAX is asked for its devices, and once.
+  """Joins the other processes. Call it once, before JAX is asked for its devices.
 
-  Slurm, Open MPI, GKE and TPU virtual machines say by themselves who belongs together; elsewhere
-  the first three arguments do. From here on only the first process says anything on standard
-  output, and what JAX writes when it has to end a process is put into one line
+  Slurm, Open MPI, GKE and TPU virtual machines tell JAX which processes belong together; elsewhere
+  the first three arguments do. From then on, only the first process writes to standard output, and
+  JAX's output when it has to end a process is reduced to one line
   (`rl_llm.parallel.stderr_filter`).
 
   Args:
-    coordinator: HOST:PORT of the first process, where all meet; "" finds it.
-    processes: how many there are; 0 finds it.
-    process_id: this one's number, from 0; -1 finds it.
+    coordinator: HOST:PORT of the first process, where all meet; "" detects it.
+    processes: how many there are; 0 detects it.
+    process_id: the number of this process, from 0; -1 detects it.
     heartbeat: seconds without a sign of life after which a process is lost, and the others end.
-    wait: seconds for which processes that are alive wait for each other: at the start, at a step's
-      beginning, for grades, at a checkpoint.
+    wait: seconds for which processes that are alive wait for each other: at the start, at the
+      beginning of a step, for grades, at a checkpoint.
 
   Raises:
-    ConfigError: the surroundings do not say who belongs together, and neither do the arguments.
-    HostLost: a process went away at once.
+    ConfigError: neither the environment nor the arguments say which processes belong together.
+    HostLost: a process failed during the start.
   """
   given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
   missing = [key for key, unset in (("processes", 0), ("process_id", -1)) if given[key] == unset]
@@ -123,8 +123,8 @@ def initialize(
   _here.wait, _here.heartbeat = wait, heartbeat
   known = given | {"process": process_id, "heartbeat": heartbeat, "wait": wait}
   _filter_stderr(known)
-  logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)  # Who connects to whom.
-  # Its handler would take SIGTERM from ours, which saves and stops.
+  logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)  # It logs connections.
+  # JAX's handler would take SIGTERM from ours, which saves and stops.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
@@ -154,19 +154,19 @@ def initialize(
     over.set()
     listener.join()
 
-  atexit.register(stop_listening)  # Before JAX leaves the others, which was registered earlier.
+  atexit.register(stop_listening)  # Runs before JAX disconnects, which was registered earlier.
   _here.names = tuple(exchange("the start", socket.gethostname()))
   os.write(2, (stderr_filter.NAMES + json.dumps(_here.names) + "\n").encode())
 
 
 def barrier(what: str) -> None:
-  """Waits until every process is here, for `wait` seconds at most.
+  """Waits until every process arrives, for at most `wait` seconds.
 
   Args:
     what: where they meet, for the message; the same in every process.
 
   Raises:
-    HostLost: a process did not come; the message names it.
+    HostLost: a process did not arrive; the message names it.
   """
   if count() == 1:
     return
@@ -177,10 +177,10 @@ def barrier(what: str) -> None:
 
 
 def exchange(what: str, value: Any) -> list[Any]:
-  """Every process's value, by process; a barrier as well.
+  """Every process's value, by process; also a barrier.
 
-  This goes over the network of the hosts and not over that of the devices: for little things, and
-  where a process may be late through no fault of its devices.
+  It uses the network of the hosts, not that of the devices. Use it for small values, and where a
+  process may be late for reasons other than its devices.
 
   Args:
     what: as for `barrier`.
@@ -199,7 +199,7 @@ def exchange(what: str, value: Any) -> list[Any]:
     int(key.rpartition("/")[2]): json.loads(text)
     for key, text in client.key_value_dir_get(f"rl_llm/{number}/")
   }
-  if number:  # All have come here, so all have read what was exchanged before.
+  if number:  # All have arrived here, so all have read the previous exchange.
     client.key_value_delete(f"rl_llm/{number - 1}/{index()}")
   return [found[process] for process in range(count())]
 
@@ -209,20 +209,20 @@ def share(what: str, value: Any) -> Any:
 
   Args:
     what: as for `barrier`.
-    value: what JSON can hold; that of the others does not matter.
+    value: what JSON can hold; the other processes' values are ignored.
   """
   return exchange(what, value if is_main() else None)[0]
 
 
 def agree(what: str, values: Mapping[str, Any]) -> None:
-  """Sees to it that all processes have the same values, as those of one run must.
+  """Checks that all processes have the same values, as the processes of one run must.
 
   Args:
     what: as for `barrier`.
-    values: name -> what JSON can hold; the first name that differs is told.
+    values: name -> what JSON can hold; the error names the first name whose value differs.
 
   Raises:
-    HostsDiffer: in every process alike; the message names a process and what it has of its own.
+    HostsDiffer: values differ. Every process raises it; the message names a process and its value.
   """
   first, *others = exchange(what, dict(values))
   for process, found in enumerate(others, 1):
@@ -238,7 +238,7 @@ def code_hash(*directories: str | os.PathLike) -> str:
   """The SHA-256 of this package's Python files, and of those in further directories.
 
   Args:
-    directories: each with all that is below it.
+    directories: each including its subdirectories.
   """
   digest = hashlib.sha256()
   for directory in (Path(__file__).parent, *map(Path, directories)):
@@ -249,30 +249,31 @@ def code_hash(*directories: str | os.PathLike) -> str:
 
 
 def end_all(line: str, code: int, *, of_one: bool) -> NoReturn:
-  """Says why this process cannot go on, here and in all others, and ends them all.
+  """Says why this process cannot continue, here and in all others, and ends them all.
 
   Args:
     line: what went wrong.
-    code: the exit code of all.
-    of_one: whether it went wrong in this process: the others then say in which.
+    code: the exit code of all processes.
+    of_one: whether it went wrong in this process only: the others then name the process.
   """
   if not _here.ending.acquire(blocking=False):
-    threading.Event().wait()  # The others' last words came first; they end this process.
+    threading.Event().wait()  # Another process's last message came first and ends this process.
   _say(line)
   told = f"{name(index())}: {line}" if of_one else line
   client = global_state.client
   try:
     client.key_value_set("rl_llm/failed", json.dumps([code, told]))
   except jax.errors.JaxRuntimeError:
-    pass  # Another process was first, or the first process is gone.
+    pass  # Another process reported first, or process 0 is gone.
   _leave(code)
 
 
 def lost(error: Exception) -> str:
-  """Why a computation failed that all processes do together, once that is known.
+  """Why a computation of all processes failed, once the cause is known.
 
-  When a process dies, the others' computations fail at once, with a message of the network's. Who
-  it was turns out after `heartbeat` seconds at most: here, or JAX ends this process with its name.
+  When a process dies, the others' computations fail at once, with a message from the network. After
+  at most `heartbeat` seconds it is known which process died: this function returns it, or JAX ends
+  this process with that name.
 
   Args:
     error: what the computation raised.
@@ -290,7 +291,7 @@ def is_of_network(error: Exception) -> bool:
   """Whether a computation may have failed because another process is gone.
 
   Args:
-    error: what the computation raised; with Gloo that is a ValueError.
+    error: what the computation raised; with Gloo it is a ValueError.
   """
   return isinstance(error, jax.errors.JaxRuntimeError) or bool(
     re.match(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ", str(error))
@@ -316,12 +317,12 @@ def _why(what: str, message: str) -> str:
 
 
 def _listen(over: threading.Event) -> None:
-  """Waits for the last words of another process, says them and ends this one."""
+  """Waits for the last message of another process, prints it and ends this process."""
   while not over.wait(_LISTEN_SECONDS):
     try:
       code, line = json.loads(global_state.client.key_value_try_get("rl_llm/failed"))
     except jax.errors.JaxRuntimeError:
-      continue  # Nobody has failed.
+      continue  # No process has failed.
     if _here.ending.acquire(blocking=False):
       _say(line)
       _leave(code)
@@ -329,7 +330,7 @@ def _listen(over: threading.Event) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-  """Ends the process, once the others know as well: with the first one the service ends."""
+  """Ends the process once the others know: the service ends with the first process."""
   try:
     global_state.client.wait_at_barrier("rl_llm/heard", _HEARD_MS)
   except jax.errors.JaxRuntimeError:
@@ -345,7 +346,7 @@ def _say(line: str) -> None:
 
 
 def _filter_stderr(known: dict[str, Any]) -> None:
-  """Has standard error go through `rl_llm.parallel.stderr_filter`."""
+  """Sends standard error through `rl_llm.parallel.stderr_filter`."""
   sys.stderr.flush()
   ours, theirs = os.pipe()
   subprocess.Popen(
@@ -361,7 +362,7 @@ def _filter_stderr(known: dict[str, Any]) -> None:
 
 
 def _keep_stdout() -> None:
-  """Standard output is the first process's, and Python's: Gloo tells there who is connected."""
+  """Keeps standard output for the first process's Python: Gloo prints its connections there."""
   sys.stdout.flush()
   if is_main():
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)

@@ -1,18 +1,18 @@
-"""Which device holds which part of which array: one mesh, rules by path, and the batch's rows.
+"""Which device holds which part of each array: one mesh, rules by path, and the batch's rows.
 
 A program of this library is written as if for one device. Given arrays that are laid out over a
-mesh, JAX compiles the same program for all of its devices and puts in the communication. So what a
-person chooses is three numbers, the sizes of the mesh's axes:
+mesh, JAX compiles the same program for all of its devices and inserts the communication. So a
+person chooses only three numbers, the sizes of the mesh's axes:
 
     data     copies of the weights; each reads other rows of the batch
     fsdp     the same, but each device keeps a slice of every matrix and gathers it to use it
     tensor   devices that read the same rows, each with some of the heads and of the MLP's columns
 
-What does not follow from the weights' layout follows from the batch's: rows lie over `data` and
-`fsdp` together. The numbers that come out are those of one device, up to the order of sums.
+The layouts of the weights and of the batch determine all others; rows lie over `data` and `fsdp`
+together. The results are those of one device, up to the order of sums.
 
-The devices may be those of several processes. Each then gives its own devices their part of what
-all of them have on the host, and `fetch` brings back the whole.
+The devices may belong to several processes. All processes have the whole array on the host; each
+gives its own devices their part, and `fetch` brings back the whole.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from rl_llm.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes over which the rows of a batch lie
 
-# The first rule whose pattern is found in a leaf's path says how its dimensions lie; the rest
-# (norms, counters, a scalar head) is whole on every device. Moments of the optimiser have the paths
-# of their weights behind their own, so they lie as these do. Weights are [out, in].
+# The first rule whose pattern is found in a leaf's path gives its layout; all other leaves (norms,
+# counters, a scalar head) are whole on every device. The path of an optimiser moment ends with the
+# path of its weight, so it has the same layout. Weights are [out, in].
 RULES = (
   (r"embedding$", P("tensor", "fsdp")),
   (r"attention/(query|key|value)/weight$", P("tensor", "fsdp")),
@@ -50,7 +50,7 @@ RULES = (
 
 
 class ShardingError(UserError, ValueError):
-  """Arrays or devices that cannot be divided as asked; the message says which, and what to do."""
+  """Arrays or devices cannot be divided as asked; the message says which, and what to do."""
 
 
 def make_mesh(
@@ -61,19 +61,19 @@ def make_mesh(
   >>> dict(make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.devices()[:1]).shape)
   {'data': 1, 'fsdp': 1, 'tensor': 1}
 
-  Neighbours of the mesh's last axis are neighbours in the machine, where JAX knows it: tensor
-  parallelism, which communicates most, gets the shortest ways. TPUs of several slices, between
-  which the network is slow, are joined along `data`, which communicates least.
+  Neighbours along the mesh's last axis are neighbours in the machine, if JAX knows its topology, so
+  tensor parallelism, which communicates most, gets the shortest links. Several TPU slices, with a
+  slow network between them, are joined along `data`, which communicates least.
 
   Args:
-    data: how many copies of the weights. Sizes that need fewer devices take the first.
+    data: how many copies of the weights. Sizes that need fewer devices use the first ones.
     fsdp: over how many devices each copy is cut.
     tensor: over how many devices heads and MLP columns are cut.
-    devices: all of the run's by default.
+    devices: by default all devices of the run.
 
   Raises:
-    ShardingError: there are not enough devices, -1 of them would be a fraction, or a process of
-      several would be left without one.
+    ShardingError: there are not enough devices, the size for -1 would be a fraction, or one of
+      several processes would have no device.
   """
   everything = devices is None
   devices = jax.devices() if devices is None else list(devices)
@@ -101,7 +101,7 @@ def make_mesh(
       f"{jax.process_count()} processes; take all, or start fewer processes"
     )
   devices = devices[: math.prod(sizes.values())]
-  # Axes of type Auto: the compiler lays out what lies between the arrays that we place.
+  # Axes of type Auto: the compiler lays out everything between the arrays that we place.
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   # An axis may be part of a side of the slice: tensor=4 is a quarter of a side of 16 chips.
@@ -119,10 +119,10 @@ def make_mesh(
 
 
 def whole_along_fsdp(mesh: Mesh) -> Mesh:
-  """The same devices without `fsdp`: rows lie as they did, and weights are cut along `tensor` only.
+  """The same devices without `fsdp`: rows keep their layout, weights are cut along `tensor` only.
 
-  Sampling reads every matrix at every token, and a matrix that is gathered to be used is gathered
-  as often. Where there is room for all of them, this is the mesh to sample on.
+  Sampling reads every matrix at every token, and would gather a matrix that is cut along `fsdp`
+  each time. If the gathered weights fit in memory, sample on this mesh.
 
   >>> devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
   >>> dict(whole_along_fsdp(Mesh(devices, AXES)).shape)
@@ -133,7 +133,7 @@ def whole_along_fsdp(mesh: Mesh) -> Mesh:
 
 
 def row_shards(mesh: Mesh) -> int:
-  """Into how many parts the rows of a batch are cut: the number of rows must be a multiple."""
+  """The number of parts that a batch's rows are cut into; the row count must be a multiple."""
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -142,8 +142,8 @@ def check_rows(mesh: Mesh, settings: dict[str, int], *, minibatches: int = 1) ->
 
   Args:
     mesh: from `make_mesh`.
-    settings: the sizes that must divide, by the name of their flag.
-    minibatches: into which each is cut first.
+    settings: flag name -> size that must be divisible.
+    minibatches: how many minibatches each is cut into first.
 
   Raises:
     ShardingError: a size is not a multiple of the number of devices over which rows lie.
@@ -161,12 +161,12 @@ def check_rows(mesh: Mesh, settings: dict[str, int], *, minibatches: int = 1) ->
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-  """How an array lies whose first axis is the rows of a batch."""
+  """The layout of an array whose first axis is the rows of a batch."""
   return _layout(mesh, P(ROWS))
 
 
 def tree_shardings(tree: Any, mesh: Mesh, *, rules: Sequence[tuple[str, P]] = RULES) -> Any:
-  """How each leaf of a tree of weights, or of a train state, lies on the mesh.
+  """The layout on the mesh of each leaf of a tree of weights, or of a train state.
 
   >>> from jax.sharding import AbstractMesh  # Eight devices that need not be there.
   >>> mesh = AbstractMesh((1, 4, 2), AXES)
@@ -175,11 +175,11 @@ def tree_shardings(tree: Any, mesh: Mesh, *, rules: Sequence[tuple[str, P]] = RU
   ('fsdp', 'tensor')
 
   Args:
-    tree: arrays, or the shapes that `jax.eval_shape` gives.
+    tree: arrays, or the shapes from `jax.eval_shape`.
     mesh: from `make_mesh`.
-    rules: (pattern, PartitionSpec); of all whose pattern `re.search` finds in the leaf's path
-      ("params/layers_0/mlp/up/weight") the first counts, and without one the leaf is whole
-      everywhere.
+    rules: (pattern, PartitionSpec). The first rule whose pattern `re.search` finds in the leaf's
+      path ("params/layers_0/mlp/up/weight") applies; without one, the leaf is whole on every
+      device.
 
   Returns:
     The tree with a `NamedSharding` for each leaf.
@@ -205,8 +205,8 @@ def tree_shardings(tree: Any, mesh: Mesh, *, rules: Sequence[tuple[str, P]] = RU
 
 
 def placed_shapes(shapes: Any, mesh: Mesh) -> Any:
-  """Shapes with the layout of `tree_shardings`: what a checkpoint is restored into, and what a
-  program can be compiled for without an array."""
+  """Shapes with the layout of `tree_shardings`, to restore a checkpoint into, or to compile a
+  program for without an array."""
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     shapes,
@@ -220,10 +220,10 @@ def constrain(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain_stacked(tree: Any, mesh: Mesh) -> Any:
-  """Within a compiled function: keeps layers along a new first axis, each slice as its rule says.
+  """Within a compiled function: keeps stacked layers laid out, each slice by its rule.
 
   Args:
-    tree: of one layer's paths; each leaf is [layers, ...] of what `tree_shardings` would lay out.
+    tree: with one layer's paths; each leaf is [layers, ...] of a leaf for `tree_shardings`.
     mesh: from `make_mesh`.
   """
   one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
@@ -234,13 +234,13 @@ def constrain_stacked(tree: Any, mesh: Mesh) -> Any:
 
 
 def copy_to_rows(tree: Any, mesh: Mesh) -> Any:
-  """Within a compiled function: weights as rows meet them, a copy for each part of the rows.
+  """Within a compiled function: copies the weights, one copy for each part of the rows.
 
   A matrix [out, in] becomes [parts, out, in], with one part on each device along `data` and `fsdp`
-  (`row_shards`): a device gathers its copy and multiplies its own rows with it. The compiler knows
-  no sum that is still to be made over devices: left alone it adds up a matrix's gradient over all
-  of them at every use, whole. A copy's gradient is the device's own, however often it is used. The
-  copies' are added up once, in float32, and each device takes its slice of the sum:
+  (`row_shards`): a device gathers its copy and multiplies its own rows with it. XLA cannot keep a
+  partial sum: left alone, it all-reduces the full gradient at every use of the matrix. A copy's
+  gradient stays on its device, however often the copy is used. The copies' gradients are added up
+  once, in float32, and each device takes its slice of the sum:
 
       gradient[slice] = sum over parts of gradient[part, slice]
 
@@ -250,8 +250,8 @@ def copy_to_rows(tree: Any, mesh: Mesh) -> Any:
   {'mlp': {'up': {'weight': (1, 8, 2)}}, 'norm': {'scale': (2,)}}
 
   Args:
-    tree: weights, by paths that `tree_shardings` knows. What no rule cuts along `fsdp` stays as it
-      is.
+    tree: weights, by paths that `tree_shardings` knows. A leaf that no rule cuts along `fsdp` stays
+      as it is.
     mesh: from `make_mesh`.
   """
 
@@ -262,7 +262,7 @@ def copy_to_rows(tree: Any, mesh: Mesh) -> Any:
       return jax.lax.with_sharding_constraint(leaf, _layout(mesh, spec))
     copies = P(ROWS, *(None if n == axis else axes for n, axes in enumerate(spec)))
 
-    # Each says all that it communicates, which need not be checked: gradients come from `added`.
+    # All communication is explicit and need not be checked: gradients come from `added`.
     on_each = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
     @functools.partial(on_each, in_specs=spec, out_specs=copies)
@@ -288,20 +288,20 @@ def copy_to_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
-  """Within a compiled function: cuts the given axis of every array over the devices, as rows."""
+  """Within a compiled function: cuts the given axis of every array over the devices like rows."""
   return jax.lax.with_sharding_constraint(tree, _layout(mesh, P(*[None] * axis, ROWS)))
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-  """Weights or a state on their devices, as `tree_shardings` lays them."""
+  """Puts weights or a state on their devices, laid out by `tree_shardings`."""
   return jax.tree.map(_put, tree, tree_shardings(tree, mesh))
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
-  """A batch on the devices: the first axis of every array is cut over `data` and `fsdp`.
+  """Puts a batch on the devices: the first axis of every array is cut over `data` and `fsdp`.
 
   Args:
-    tree: arrays whose rows are the batch; scalars are whole everywhere.
+    tree: arrays whose rows are the batch; scalars are whole on every device.
     mesh: from `make_mesh`; None leaves the batch as it is.
 
   Raises:
@@ -324,7 +324,7 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def row_owners(mesh: Mesh, rows: int) -> np.ndarray:
-  """[rows] which process holds each row of a batch: of several that do, the first.
+  """[rows] which process holds each row of a batch; if several do, the first of them.
 
   >>> row_owners(make_mesh(devices=jax.devices()[:1]), 3).tolist()
   [0, 0, 0]
@@ -340,10 +340,10 @@ def row_owners(mesh: Mesh, rows: int) -> np.ndarray:
 
 
 def fetch(tree: Any) -> Any:
-  """Arrays of the devices as NumPy's, whole in every process: all of them must call it together.
+  """Device arrays as whole NumPy arrays in every process; all processes must call it together.
 
   Args:
-    tree: arrays, of whatever layout; anything else is given back as it is.
+    tree: arrays with any layout; anything else is returned as it is.
   """
   leaves, treedef = jax.tree.flatten(tree)
   parts = [n for n, x in enumerate(leaves) if isinstance(x, jax.Array) and _is_cut(x)]
@@ -356,12 +356,12 @@ def fetch(tree: Any) -> Any:
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
-  """Arrays that every process has alike, whole on every device of the mesh."""
+  """Arrays that are the same in every process, whole on every device of the mesh."""
   return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, P())), tree)
 
 
 def _is_cut(x: jax.Array) -> bool:
-  """Whether other processes hold what this one does not."""
+  """Whether other processes hold parts that this process does not."""
   return not (x.is_fully_addressable or x.is_fully_replicated)
 
 
@@ -371,7 +371,7 @@ def _same(shardings: tuple[NamedSharding, ...]):
 
 
 def _put(x: chex.Array, sharding: NamedSharding) -> jax.Array:
-  """The array in that layout; of several processes each puts its part, and all have the whole."""
+  """The array in that layout; each process has the whole array and puts its own part."""
   if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
     return jax.device_put(x, sharding)
   if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -383,15 +383,15 @@ def _put(x: chex.Array, sharding: NamedSharding) -> jax.Array:
 
 
 def _rule(path: Any, rules: Sequence[tuple[str, P]]) -> tuple[str, P]:
-  """A leaf's name, and the first rule's spec that fits it."""
+  """A leaf's name, and the spec of the first rule that matches it."""
   name = jax.tree_util.keystr(path, simple=True, separator="/")
   return name, next((spec for pattern, spec in rules if re.search(pattern, name)), P())
 
 
 def _layout(mesh: Mesh, spec: P) -> NamedSharding:
-  """The spec without axes of one device: as JAX describes what comes out of a compiled function.
+  """The spec without axes of size 1, as JAX describes the output of a compiled function.
 
-  Layouts that are the same but are written differently would have a function compiled twice.
+  Equal layouts that are written differently would make a function compile twice.
   """
   kept = [tuple(axis for axis in _names(axes) if mesh.shape[axis] > 1) for axes in spec]
   while kept and not kept[-1]:

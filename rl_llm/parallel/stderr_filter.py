@@ -1,9 +1,9 @@
 """Stands between a process of several and its standard error: says in one line why JAX ended it.
 
-When a process is lost, JAX ends the others from within its own threads, where no Python runs any
-more: what remains on the screen are pages of addresses, and the number of the lost one somewhere
-among them. This program reads its parent's standard error, passes lines on as they come, and holds
-back those of JAX's coordination service; if they turn out to be its last, one line is said instead.
+When a process is lost, JAX ends the others from its own threads, where no Python runs any more. The
+screen then shows pages of addresses, with the number of the lost process somewhere among them. This
+program reads its parent's standard error and forwards lines as they arrive, but holds back those of
+JAX's coordination service. If they turn out to be the last, it prints one line instead.
 
 `rl_llm.parallel.hosts` runs it by its path, so it imports nothing but the standard library.
 """
@@ -18,17 +18,17 @@ import signal
 import sys
 from typing import Any
 
-NAMES = "\0names "  # The parent's line with the hosts' names; shown to nobody.
+NAMES = "\0names "  # The parent's line with the hosts' names; never shown.
 NOISE = re.compile(
   r"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h:)|\*\*\* Check failure|    @ +0x"
 )
 FATAL = "Terminating process because the JAX distributed service"
 PYTHONS = ("error: ", "Traceback ")
-QUIET_SECONDS = 2.0  # Held lines that nothing follows for so long were not the last.
+QUIET_SECONDS = 2.0  # If nothing follows the held lines for this long, they were not the last.
 
 
 def explained(text: str, known: dict[str, Any]) -> str:
-  """JAX's last words as a line for a person.
+  """JAX's last message as a line for a person.
 
   >>> known = {"process": 0, "processes": 2, "heartbeat": 10, "names": ["a", "b"]}
   >>> explained("unhealthy (stopped sending heartbeats):\\n1\\nThe tasks", known)
@@ -58,15 +58,15 @@ run goes on from its last checkpoint'
 
 
 def name(process: int, known: dict[str, Any]) -> str:
-  """A process as a person finds it."""
+  """A process for a person to find: its number and its host."""
   names = known.get("names", [])
   return f"process {process} ({names[process]})" if process < len(names) else f"process {process}"
 
 
 def main() -> None:
-  """Passes standard input on to standard output until it ends."""
+  """Forwards standard input to standard output until it ends."""
   for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(signum, signal.SIG_IGN)  # The parent's to handle; its last words come after.
+    signal.signal(signum, signal.SIG_IGN)  # The parent handles it; its last lines come after.
   known = json.loads(sys.argv[1])
   held: list[str] = []
   partial, holding, said, over = b"", False, False, False
@@ -84,7 +84,7 @@ def main() -> None:
     if FATAL not in text:
       show(text)
       return
-    if not said:  # The process itself may have known.
+    if not said:  # Unless the process itself has explained it.
       show(explained(text, known) + "\n")
     over = True  # What follows are addresses.
 
@@ -92,7 +92,7 @@ def main() -> None:
     if (held or partial) and not select.select([0], [], [], QUIET_SECONDS)[0]:
       release()
       begun = partial.decode("utf-8", "surrogateescape")
-      if not holding and not NOISE.match(begun):  # Else a machine is slow to end its line.
+      if not holding and not NOISE.match(begun):  # Else wait for the rest of a slow line.
         show(begun)
         partial = b""
       holding = False
@@ -104,7 +104,7 @@ def main() -> None:
       if text.startswith(NAMES):
         known["names"] = json.loads(text.removeprefix(NAMES))
         continue
-      # What follows such a line belongs to it, but for what is certainly Python's.
+      # Lines after such a line belong to it, except those that are certainly Python's.
       holding = bool(NOISE.match(text)) or (holding and not text.startswith(PYTHONS))
       if holding:
         held.append(text)
