@@ -205,7 +205,7 @@ def prefill(
   hidden, cache = policy.hidden(
     params, prompts, positions, segments, policy.init_cache(n_prompts, columns)
   )
-  # The loop reads every matrix at every token, so round them once, before it.
+  # The loop reads every matrix at every token, so round those that it rounds once, before it.
   params = cast_weights(params, hidden.dtype)
   last = jnp.repeat(hidden[:, -1], decoding.responses_per_prompt, axis=0)
   rows = len(last)

@@ -81,5 +81,5 @@ def nonfinite_weights(params: Any) -> list[str]:
 
 @jax.jit
 def _all_finite(leaves: Any) -> list[jax.Array]:
-  """One program for all leaves: with one each, CPU devices may start different collectives."""
+  """Whether each leaf is finite, in one program; with one per leaf, CPU devices could deadlock."""
   return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
