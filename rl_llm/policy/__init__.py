@@ -36,15 +36,15 @@ def load_weights(
 
   Args:
     path_or_name: "smollm2", the demo model; a Hugging Face directory; or a .gguf file.
-    layout: how the leaves are to lie over devices, as `rl_llm.parallel.sharding.tree_shardings`
-      says; each process reads the parts that its devices hold. None: all on the first device.
-    say: shows a line about what was read otherwise than the files say of themselves.
+    layout: how to place the leaves over devices, from `rl_llm.parallel.sharding.tree_shardings`;
+      each process reads the parts that its devices hold. None: all on the first device.
+    say: reports a line wherever something was not read as the files declare it.
 
   Returns:
     The config, and the weights as float32: `make_policy(config)` runs them.
 
   Raises:
-    WeightsError: none of these, or the file cannot be used.
+    WeightsError: the path is none of these, or the file cannot be used.
   """
   if path_or_name == "smollm2":
     return load_gguf(demo_gguf_path(), layout=layout)

@@ -1,9 +1,9 @@
 """Which tokens see which, and what they take from them.
 
-Scores are as many as queries times keys times heads. Where they all lie in memory, 8,192 tokens of
-one row and 28 heads take 7.5 GB in float32 for a layer; a fused kernel holds a block of them at a
-time. `attend` is the plain form, right for a CPU, for decoding and for short rows; `fused_attend`
-gives the same numbers by a kernel of cuDNN (NVIDIA's GPUs) or Pallas (TPUs: "splash attention").
+There are queries times keys times heads scores. Held in memory all at once, those of one row of
+8,192 tokens and 28 heads take 7.5 GB per layer in float32; a fused kernel holds a block at a time.
+`attend` is the plain form, for a CPU, for decoding and for short rows. `fused_attend` computes the
+same numbers with a kernel of cuDNN (NVIDIA's GPUs) or Pallas (TPUs: "splash attention").
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LANES = 128  # of a TPU's vector: rows, columns and heads of a block are multipl
 
 
 def softcap(x: chex.Array, cap: float | None) -> chex.Array:
-  """cap * tanh(x / cap): nearly x where |x| is small beside `cap`, never beyond it; None leaves x
+  """cap * tanh(x / cap): nearly x where |x| is well below `cap`, never beyond it; None leaves x
   alone.
 
   >>> round(float(softcap(jnp.array(30.0), 30.0)), 2)  # 30 tanh(1)
@@ -68,7 +68,7 @@ def attention_mask(
     [B, 1, T, S] bool.
   """
   query, key = query_segments[:, :, None], key_segments[:, None, :]
-  # How far a key lies behind the first query's. What a cache holds was written before, also behind.
+  # Columns from the first query's key to each key. Those past the queries were written earlier too.
   behind = (jnp.arange(key_segments.shape[1]) - first_column)[None, :]
   length = query_segments.shape[1]
   causal = (behind <= jnp.arange(length)[:, None]) | (behind >= length)
@@ -119,11 +119,11 @@ def attend(
 
 
 class AttentionError(UserError, ValueError):
-  """A kernel was asked for that is not here, or that cannot do what is asked of it."""
+  """A requested kernel is not available here, or cannot do what is asked of it."""
 
 
 class Sight(NamedTuple):
-  """What the queries of a layer may see: as a mask, and as what the mask is made of."""
+  """What the queries of a layer may see: a mask, and the arrays from which it is made."""
 
   mask: chex.Array  # [B, 1, T, S] bool
   query_segments: chex.Array  # [B, T] int32
@@ -182,7 +182,7 @@ def takes(
   *,
   cap: float | None,
 ) -> bool:
-  """Whether this pass goes through the kernel; from shapes alone, so while a program is traced.
+  """Whether this pass uses the kernel; decided from shapes alone, while a program is traced.
 
   Decoding, where a row has one query, never does.
 
@@ -228,8 +228,8 @@ def fused_attend(
   scale: float,
   cap: float | None = None,
 ) -> chex.Array:
-  """Grouped-query attention by a kernel that `takes` it. What cannot be told from zeros and ones, a
-  query that sees nothing, gets a finite value that means nothing, as from `attend`.
+  """Grouped-query attention by a kernel that `takes` it. A query that sees nothing gets a finite
+  value that means nothing, as from `attend`.
 
   cuDNN reads the mask. Splash attention reads segments, and has no "segment 0 is seen by all": a
   row whose keys are of segment 0 *and* of others becomes NaN. Nothing in this library makes such
@@ -240,8 +240,8 @@ def fused_attend(
     query: [B, T, N, H] float.
     keys: [B, S, K, H] float.
     values: [B, S, K, H] float.
-    sight: what is seen.
-    kernel: which.
+    sight: what each query may see.
+    kernel: from `find_kernel`.
     first_column: the key column that holds the first query's own key.
     window: of the sliding layers; None where there are none.
     scale: multiplies query-key products.

@@ -10,12 +10,12 @@ from rl_llm.errors import UserError
 
 
 class WeightsError(UserError, ValueError):
-  """A model's files cannot be used: one line with the file, what is wrong with it, and the fix."""
+  """A model's files cannot be used. One line gives the file, what is wrong with it, and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are slowed so that a model reads further than it was first trained to.
+  """How rotary frequencies are slowed so that a model reads beyond its original training length.
 
   "linear" divides every frequency by `factor`. "llama3" divides only the slow ones: wavelengths
   longer than `original_max_position / low_freq_factor` by `factor`, those shorter than
@@ -42,7 +42,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """The shape of a decoder. What distinguishes the families are fields, never a family's name.
+  """The shape of a decoder. Fields distinguish the families, never a family's name.
 
   >>> config = tiny_config(vocab_size=32)
   >>> config.n_heads * config.head_dim, config.attention_scale
@@ -115,10 +115,10 @@ class TransformerConfig:
     return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
   def length_note(self, longest: int) -> str:
-    """What to say of sequences longer than the model was trained to read; "" where none is.
+    """A note on sequences longer than the model was trained to read; "" if there are none.
 
-    Rotations have no end, so nothing fails there; what a model makes of places that it never saw
-    is another matter.
+    Rotations are defined at every position, so nothing fails there, but the model's output at
+    positions it never saw may be poor.
 
     >>> TransformerConfig(32, 8, 1, 1, 1, 8, 8, max_position=512).length_note(512)
     ''
@@ -136,11 +136,11 @@ class TransformerConfig:
 
 def tiny_config(vocab_size: int) -> TransformerConfig:
   """A 2-layer, 64-wide model with every moving part (GQA, RoPE, tied embeddings): about 130,000
-  parameters besides the embedding, small enough to learn a toy task from nothing in a minute on a
+  parameters besides the embedding, small enough to learn a toy task from scratch in a minute on a
   CPU.
 
   Args:
-    vocab_size: V, of the tokenizer that goes with it.
+    vocab_size: V, of its tokenizer.
   """
   return TransformerConfig(
     vocab_size=vocab_size,

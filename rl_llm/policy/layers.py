@@ -1,9 +1,9 @@
 """Runs one function over a model's layers: one after another, or as one loop over their stack.
 
-A compiler that is given 80 layers one after another compiles 80 times what it would compile once:
-minutes become an hour. A loop over stacked layers is compiled once, but a stack is a copy, and a
-decode step that slices it copies every weight at every token. So weights are kept a tree a layer,
-and are stacked inside the programs that are worth it: those that read many tokens at once.
+Given 80 layers one after another, a compiler compiles the same code 80 times: minutes become an
+hour. A loop over stacked layers is compiled once, but a stack is a copy, and a decode step that
+slices it copies every weight at every token. So weights are kept as one tree per layer, and are
+stacked only inside the programs where it pays: those that read many tokens at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run_layers(
   mesh: Mesh | None = None,
   lay: Callable[[Any, Mesh], Any] = constrain,
 ) -> tuple[Any, list[Any]]:
-  """x through all layers, and what each of them put out.
+  """Runs x through all layers; returns it with the output of each.
 
   >>> layers = [Layer({"weight": jnp.float32(w)}, is_sliding=False) for w in (2, 3, 5)]
   >>> body = lambda x, weights, is_sliding, other, common: (x * weights["weight"], x)
@@ -56,7 +56,7 @@ def run_layers(
   30.0 [1.0, 2.0, 6.0]
 
   Args:
-    body: see `Body`; it closes over no array, since layers that are alike are traced once for all.
+    body: see `Body`; it closes over no array, since identical layers are traced only once.
       Whether a layer slides is a bool where all layers of a loop agree, and an array where they do
       not, as in Gemma's.
     x: any tree of arrays.
@@ -71,8 +71,8 @@ def run_layers(
       slices of the gradient. None where there is one.
     lay: how a layer's matrices lie over the mesh when x meets them, from
       `rl_llm.parallel.sharding`: `copy_to_rows` where x's rows can be divided over the devices.
-      Where x is small beside a matrix, as when few rows decode, `constrain` leaves it to the
-      compiler to send x instead.
+      Where x is small compared with a matrix, as when few rows decode, `constrain` lets the
+      compiler send x instead.
 
   Returns:
     x, and the list of the layers' outputs.
@@ -86,8 +86,8 @@ def run_layers(
       slices = lay(cast_weights(slices, dtype), mesh)
     return body(x, slices, flag if same is None else same, other, common)
 
-  # So that layers that are alike are traced, differentiated and transposed once: else tracing takes
-  # as long as compiling.
+  # Traces, differentiates and transposes identical layers once: otherwise tracing takes as long as
+  # compiling.
   @functools.partial(jax.jit, static_argnums=2)
   def single(x, parts, same):
     function = functools.partial(layer, same=same)
@@ -100,8 +100,8 @@ def run_layers(
 
     if last - first == 1:
       if mesh is not None and mesh.size > 1 and last < len(layers):
-        # The next layer's matrices are gathered once this one begins, and no sooner: left to itself
-        # a compiler may begin with those of all layers, and each device hold the whole model.
+        # Gather the next layer's matrices when this one begins, and no sooner: left to itself, a
+        # compiler may start by gathering all layers, and each device then holds the whole model.
         x, later = jax.lax.optimization_barrier((x, layers[last].weights))
         layers[last] = layers[last]._replace(weights=later)
       x, out = single(x, (weights[0], None, others[0], common), same)
@@ -113,7 +113,7 @@ def run_layers(
       jnp.array(flags),
       jax.tree.map(lambda *leaves: jnp.stack(leaves), *others),
     )
-    # Within a loop nothing can be merged with the forward pass, so nothing need be kept from it.
+    # Inside a loop nothing can be merged with the forward pass, so no barrier is needed.
     def one(x, parts, same=same):
       return layer(x, (*parts, common), same)
 
@@ -124,20 +124,20 @@ def run_layers(
 
 
 def rematerialized(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-  """The function, of whose forward pass only the arguments are kept; the backward pass computes the
-  rest again, once it has come to it.
+  """The function, keeping only its arguments from the forward pass; the backward pass recomputes
+  the rest when it needs it.
 
-  `jax.checkpoint` says so too, with a barrier that a CPU's compiler takes away: it then computes
-  everything again at once, before the first of it is needed, and no memory is saved. Here x becomes
+  `jax.checkpoint` does this with a barrier that a CPU's compiler removes: it then recomputes
+  everything at once, before any of it is needed, and saves no memory. Here x becomes
   x + 0 * cotangent on a CPU before it is read again. A cotangent that is not finite makes the
-  gradient nan, which it was. JAX differentiates the result in reverse only (no jvp).
+  gradient nan, which it was anyway. JAX differentiates the result in reverse only (no jvp).
 
   >>> f = rematerialized(lambda x, parts: jnp.sin(x) * parts)
   >>> [round(float(g), 2) for g in jax.grad(f, argnums=(0, 1))(0.0, 2.0)]
   [2.0, 0.0]
 
   Args:
-    function: (x, parts) -> result, any trees of arrays; all that is differentiated is in them.
+    function: (x, parts) -> result, any trees of arrays, which contain all that is differentiated.
   """
 
   @jax.custom_vjp
@@ -189,7 +189,7 @@ def cast_weights(weights: Any, dtype: Any) -> Any:
 
 
 def _runs(weights: Sequence[Any]) -> list[tuple[int, int]]:
-  """[first, last) of neighbours alike in structure, shapes and dtypes."""
+  """[first, last) of neighbours with the same structure, shapes and dtypes."""
 
   def kind(layer):
     leaves, structure = jax.tree.flatten(layer)

@@ -27,7 +27,7 @@ from rl_llm.text.tokenizers import ByteTokenizer, Tokenizer, fit_embedding, load
 
 
 class LanguageModel(NamedTuple):
-  """What `load_model` gives. The weights are data beside the functions, never inside them."""
+  """What `load_model` returns. The weights are data passed to the functions, never inside them."""
 
   policy: Policy
   params: Any
@@ -54,9 +54,9 @@ def load_model(
     dtype: of the arithmetic; weights stay float32.
     remat: compute activations again in the backward pass instead of keeping them.
     scan_layers: compile one layer and loop over them, as `make_policy` says.
-    attention: by which kernel rows of many keys are read, as `make_policy` says.
-    mesh: the devices over which the weights are to lie; None: on the first.
-    say: shows a line about what was read otherwise than the files say of themselves.
+    attention: the kernel that reads rows of many keys, as `make_policy` says.
+    mesh: the devices over which to place the weights; None: on the first.
+    say: reports a line wherever something was not read as the files declare it.
 
   Raises:
     WeightsError: the weights cannot be used; TokenizerError: the tokenizer cannot; ShardingError:
@@ -83,7 +83,7 @@ def load_model(
 
 
 class Weights(NamedTuple):
-  """The weights that training begins with, and those that stay as they are."""
+  """The weights that training starts from, and those that it leaves alone."""
 
   trained: Any  # what the first state is made of
   frozen: Any  # under adapters all weights, which stay; None where all weights are trained
@@ -104,7 +104,7 @@ def split_weights(
   seed: int = 0,
   reference: bool = False,
 ) -> Weights:
-  """What is trained, what stays, and what is compared with.
+  """Splits a model's weights into the trained, the frozen and the reference.
 
   Fresh adapters are a no-op (B = 0), so the base weights are the reference; loaded ones are not.
 
@@ -113,13 +113,14 @@ def split_weights(
     rank: of adapters; 0 trains all weights.
     alpha: adapters are multiplied by alpha / rank.
     targets: pattern found in the paths of the weights that get adapters.
-    adapter: a directory of saved adapters to begin with; empty: new ones.
+    adapter: a directory of saved adapters to start from; empty: new ones.
     seed: of new adapters.
     reference: whether something compares with the model that training begins with.
 
   Raises:
-    ConfigError: the pattern is none, no weight has such a path, or adapters are given with rank 0.
-    WeightsError: the saved adapters cannot be used, or are others than the settings say.
+    ConfigError: the pattern is invalid, no weight's path matches it, or adapters are given with
+      rank 0.
+    WeightsError: the saved adapters cannot be used, or do not match the settings.
   """
   if rank == 0:
     if adapter:

@@ -1,14 +1,14 @@
-"""LoRA: train two thin matrices beside each weight, and leave the weight alone.
+"""LoRA: train two thin matrices next to each weight, and leave the weight alone.
 
     y = W x + (alpha / rank) B A x        A [rank, in], B [out, rank]
 
-Only A and B have gradients and moments, so that what training adds to the weights' own memory is a
-percent of it. B begins at 0: the first step begins with the model itself. The model without A and
-B is still there, so the reference of a KL or of DPO costs nothing.
+Only A and B have gradients and moments, so training adds about a percent to the weights' memory.
+B starts at 0, so the first step starts from the model itself. The model without A and B is still
+there, so the reference of a KL or of DPO costs nothing.
 
-The adapted weights are the model's tree with the leaves lora_a, lora_b and lora_scale beside a
-"weight"; `Policy` computes with whichever it finds. What is trained and what is not are two trees,
-which `join` puts together.
+The adapted weights are the model's tree with the leaves lora_a, lora_b and lora_scale next to a
+"weight"; `Policy` computes with whichever it finds. Trained and frozen weights are two trees, which
+`join` puts together.
 
 Reference: Hu et al., 2021, LoRA: Low-Rank Adaptation of Large Language Models,
   https://arxiv.org/abs/2106.09685
@@ -40,8 +40,8 @@ def split_lora(
   Args:
     params: the weights.
     key: consumed; A is drawn uniformly within 1 / sqrt(in), as PEFT draws it.
-    rank: of each change.
-    alpha: the change is multiplied by alpha / rank, so that another rank needs no other rate.
+    rank: of each adapter.
+    alpha: the adapter is multiplied by alpha / rank, so one learning rate suits any rank.
     targets: a pattern that `re.search` finds in the paths of the weights to adapt, such as
       "layers_3/attention/query"; by default every matrix but the embedding.
 
@@ -89,7 +89,7 @@ def join(frozen: Params | None, trained: Params) -> Params:
 
   Args:
     frozen: from `split_lora`; None where everything is trained.
-    trained: its leaves stand beside those of `frozen`, never in their place.
+    trained: its leaves are added to those of `frozen` and never replace them.
   """
   if frozen is None:
     return trained
@@ -100,7 +100,7 @@ def join(frozen: Params | None, trained: Params) -> Params:
 
 
 def merge_lora(params: Params) -> Params:
-  """The same model without adapters: W + (alpha / rank) B A in the place of W.
+  """Merges the adapters into the weights: W + (alpha / rank) B A takes the place of W.
 
   Args:
     params: from `join`; weights without adapters come back as they are.

@@ -1,7 +1,7 @@
 """The files of a model directory, and its tensors under the names of a plain language model.
 
-Checkpoints hold the same tensors under the names that their last owner's wrappers gave them, and
-some hold more than a language model: what is renamed or left out is said, and nothing else is.
+Checkpoints hold the same tensors under names that wrappers such as FSDP left behind, and some hold
+more than a language model. Whatever is renamed or left out is reported, and nothing else is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BLOCK = 4096  # rows that are compared at a time
 
 
 class Tensors(NamedTuple):
-  """The tensors of a model by their plain names; none has been read."""
+  """The tensors of a model by their plain names, not read yet."""
 
   shapes: dict[str, tuple[int, ...]]
   # (name, which part) -> that part of the tensor
@@ -60,8 +60,8 @@ def plain_name(name: str) -> str:
   ('model.norm.weight', 'model.norm.weight')
 
   Args:
-    name: as a file has it: torch.compile, FSDP and DDP write their modules into it, a model of
-      images and text (Gemma 3) where its text model is, and a model without a head no "model.".
+    name: as a file has it: torch.compile, FSDP and DDP add the names of their modules, a model of
+      images and text (Gemma 3) adds a prefix, and a model without a head omits "model.".
   """
   name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
   name = name.removeprefix("module.")
@@ -75,7 +75,7 @@ def open_tensors(directory: Path, say: Callable[[str], None]) -> Tensors:
 
   Args:
     directory: holds model.safetensors, or its index and shards.
-    say: shows a line about what was renamed or left out.
+    say: reports a line about what was renamed or left out.
 
   Raises:
     WeightsError: a file is missing, damaged or outside the directory, or a tensor is there twice or
@@ -157,7 +157,7 @@ _KINDS = {
 
 
 def what_holds(names: Iterable[str]) -> str:
-  """What a model with these tensors is, if it is known and no language model; else "".
+  """Describes a model with these tensors if it is a known kind other than a language model; or "".
 
   >>> what_holds(["model.norm.weight", "score.weight"])[:27]
   'it is a sequence classifier'
@@ -167,7 +167,7 @@ def what_holds(names: Iterable[str]) -> str:
 
 
 def check_numbers(array: np.ndarray, where: str) -> None:
-  """Refuses weights that are not numbers: one of them makes every answer nonsense.
+  """Rejects weights that are NaN or infinite: a single one makes every answer nonsense.
 
   Args:
     array: float.
@@ -182,7 +182,7 @@ def check_numbers(array: np.ndarray, where: str) -> None:
 
 
 def damaged(path: Path, error: Exception) -> WeightsError:
-  """The error of a file that cannot be read to its end."""
+  """The error for a file that cannot be read to its end."""
   return WeightsError(f"{path}: damaged or truncated ({error}); download the file again")
 
 

@@ -1,9 +1,9 @@
-"""Many variants of one model, of which most may share most weights, decoding as one model.
+"""Many variants of one model, which may share most of their weights, decoding as one model.
 
-N settings that are tried one after another read the base weights N times as often as they must: a
-decode step of few rows waits for weights, not for arithmetic. Here the rows of a batch belong to
-members, first those of member 0, then those of member 1, and so on; each member meets its rows with
-its own weights, and what members share meets all rows in one product.
+Running N settings one after another reads the base weights N times as often as necessary: a decode
+step of few rows waits for weights, not for arithmetic. Here the rows of a batch belong to members,
+first those of member 0, then those of member 1, and so on. Each member multiplies its rows with its
+own weights, and what members share multiplies all rows in one product.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class PopulationPolicy(NamedTuple):
 def population_policy(policy: Policy) -> PopulationPolicy:
   """The functions of a model for the rows of N members, to sample with in one loop.
 
-  A `vmap` of the whole rollout would run as many loops as there are members under one condition,
-  and then has to choose, at every token, between old and new of every cache. Here the loop is one,
-  over all rows, and the members are told apart within its body: `vmap` over what each has alone.
+  A `vmap` of the whole rollout would run one loop per member under a shared condition, and would
+  have to select between the old and the new cache at every token. Here a single loop runs over all
+  rows, and its body tells the members apart: `vmap` covers only what each has alone.
 
       y = x @ W.T              [N * B, D] @ [D, F]          W is read once for all members
         + (x @ A.T) @ B.T      N of [B, D] @ [D, r] @ [r, F]
 
-  What that is worth, where reading weights is all that a decode step does: one member alone reads
+  The gain, where reading weights is all that a decode step does: one member alone reads
   W + a bytes a token, base and adapters; N in one program read W + N a instead of N (W + a).
   SmolLM2 in bfloat16 has 269 MB, its adapters of rank 8 have 4.9 MB, so 8 settings take
 
@@ -53,8 +53,7 @@ def population_policy(policy: Policy) -> PopulationPolicy:
   >>> round(N * (W + a) / (W + N * a), 1)  # times less
   7.1
 
-  of the time, until their rows are so many that arithmetic or the caches, of which every row has
-  its own, take over.
+  of the time, until there are enough rows that arithmetic or the caches (one per row) dominate.
 
   >>> import jax.numpy as jnp
   >>> from rl_llm.policy import make_policy, split_lora, tiny_config
@@ -67,7 +66,7 @@ def population_policy(policy: Policy) -> PopulationPolicy:
   (6, 4, 64)
 
   Args:
-    policy: of one member, made without a mesh. Members are what can be divided over devices.
+    policy: of one member, made without a mesh. Devices can divide the members instead.
 
   Returns:
     Functions that `rl_llm.rollout.generate` takes in the place of a policy's, with all rows decoded

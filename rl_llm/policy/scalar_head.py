@@ -1,8 +1,8 @@
-"""A number where a language model has a distribution: the head of value networks and reward models.
+"""The head of value networks and reward models: one number in place of a distribution over tokens.
 
-Both are a trunk, whose last hidden states any policy gives, and one column that reads them. The
-trunk is a language model's weights without the unembedding, the column stands beside them as
-`params["head"]`, and `policy.hidden(params, ...)` runs the one tree as it runs the other.
+Both are a trunk, which computes hidden states as any policy does, and one column that reads the
+last of them. The trunk is a language model's weights without the unembedding, with the column added
+as `params["head"]`; `policy.hidden(params, ...)` runs this tree like a language model's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rl_llm.policy.transformer import Params
 def zero_head(width: int) -> Params:
   """The head of a value network before training: every value is 0.
 
-  A random head would begin with values as large as rewards and as wrong as chance, and GAE takes
-  them at their word. With 0 the first advantages are the returns themselves, as without a value
-  network. The misconception is that zeros never learn, as in a hidden layer; here the weight's
-  gradient is the hidden state, and the trunk learns from the second update on.
+  A random head would start with values as large as rewards and no better than chance, and GAE would
+  trust them. With 0 the first advantages are the returns themselves, as without a value network. A
+  common misconception is that zeros never learn, as in a hidden layer. Here the weight's gradient
+  is the hidden state, and the trunk learns from the second update on.
 
   Args:
     width: D, of the trunk.
@@ -36,9 +36,9 @@ def zero_head(width: int) -> Params:
 def normal_head(width: int, key: chex.Array) -> Params:
   """The head of a reward model before training: normal with standard deviation 1 / sqrt(D + 1).
 
-  Over hidden states whose entries have mean square 1, rewards then spread by about 1, so that the
-  first loss moves the trunk too. There is no bias: pairs teach differences alone, and a constant
-  has no gradient.
+  For hidden states whose entries have mean square 1, rewards then have a spread of about 1, so the
+  first loss moves the trunk too. There is no bias: pairs only teach differences, so a constant has
+  no gradient.
 
   Args:
     width: D, of the trunk.
@@ -54,14 +54,14 @@ def normal_head(width: int, key: chex.Array) -> Params:
 
 
 def with_head(params: Params, head: Params) -> Params:
-  """A tower of its own: a copy of a model's trunk, and a head.
+  """A separate tower: a copy of a model's trunk, and a head.
 
   >>> params = {"final_norm": {"scale": jnp.ones(2)}, "unembed": {"embedding": jnp.ones((5, 2))}}
   >>> sorted(with_head(params, zero_head(2)))
   ['final_norm', 'head']
 
   Args:
-    params: a policy's, or those of another tower, whose head is left behind.
+    params: a policy's, or those of another tower, whose head is dropped.
     head: from `zero_head` or `normal_head`.
 
   Returns:

@@ -35,7 +35,7 @@ from rl_llm.policy.layers import Layer, rematerialized, run_layers
 
 Params = dict[str, Any]
 
-# Up to so many rows a CPU multiplies sooner with the matrix first: see `times_transposed`.
+# Up to this many rows a CPU multiplies faster with the matrix first: see `times_transposed`.
 FEW_ROWS = 128
 
 
@@ -43,8 +43,8 @@ class Cache(NamedTuple):
   """What has been read, so that a decode step computes one token: S columns, `cursor` written.
 
   Every leaf but `cursor` has the batch first, so rows can be repeated or gathered with
-  `jax.tree.map`. Keys and values lie as a decode step multiplies them: with heads after columns,
-  or keys with their columns first, a CPU rearranges the whole cache at every token.
+  `jax.tree.map`. Keys and values are stored in the order in which a decode step multiplies them:
+  with heads after columns, or keys with columns first, a CPU rearranges the whole cache per token.
   """
 
   keys: tuple[chex.Array, ...]  # one a layer, [B, K, H, S] in the compute dtype, rotated
@@ -59,8 +59,8 @@ class Policy:
   """A language model as pure functions; hashable, so it can be a static argument. Weights are
   always an argument, never held.
 
-  The token at column t of `tokens` sees, and `hidden[:, t]` predicts the token at t + 1 from, the
-  keys at columns s <= t with
+  The token at column t of `tokens` sees the following keys at columns s <= t, and `hidden[:, t]`
+  predicts the token at t + 1 from them:
 
       segment_ids[s] != -1  and  segment_ids[s] in (segment_ids[t], 0)
 
@@ -89,8 +89,8 @@ class Policy:
   init_cache: Callable[[int, int], Cache]
   # logits(params, hidden [..., D]) -> [..., V] float32, soft-capped where the model is
   logits: Callable[[Params, chex.Array], chex.Array]
-  # over how many devices the rows of a batch lie: what is limited at once on each may be as many
-  # times as much in all
+  # number of devices over which the rows of a batch lie: a limit per device is this many times as
+  # large in total
   row_shards: int = 1
   # over(mesh) -> the policy of the same settings for weights and rows that lie over another mesh
   over: Callable[[jax.sharding.Mesh], Policy] | None = None
@@ -125,11 +125,11 @@ def make_policy(
       before it.
     remat: forget each layer's activations and compute them again in the backward pass: memory for
       about a third more time.
-    scan_layers: compile one layer and loop over their stack, wherever several tokens of a row are
-      read at once: a deep model then compiles several times sooner. Decoding stays unrolled. It
-      changes results by rounding.
-    attention: by which kernel rows of many keys are read: "cudnn" (NVIDIA), "splash" (TPU), "xla"
-      for none, "auto" for what the platform has. See `rl_llm.policy.attention`.
+    scan_layers: compile one layer and loop over the stack of layers wherever several tokens of a
+      row are read at once: a deep model then compiles several times faster. Decoding stays
+      unrolled. Results change by rounding.
+    attention: the kernel that reads rows of many keys: "cudnn" (NVIDIA), "splash" (TPU), "xla" for
+      none, "auto" for what the platform has. See `rl_llm.policy.attention`.
     mesh: the devices over which weights and rows lie, from `rl_llm.parallel.sharding.make_mesh`;
       None where there is one.
 
@@ -315,7 +315,7 @@ def _check_pass(
 def _embed(
   setup: Setup, params: Params, tokens: chex.Array, segment_ids: chex.Array
 ) -> chex.Array:
-  # What padding is read as cannot matter, unless its id is beyond the table: that would be NaN.
+  # The id of padding does not matter unless it is beyond the table: that would give NaN.
   tokens = jnp.where(segment_ids < 0, 0, tokens)
   x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(setup.dtype)
   return _by_rows(setup, x * jnp.asarray(setup.config.embed_scale, setup.dtype))
@@ -336,7 +336,7 @@ def _layers(
 
 
 def _by_rows(setup: Setup, x: chex.Array) -> chex.Array:
-  """Keeps each device at its own rows, where they can be divided."""
+  """Keeps each device on its own rows, where they can be divided."""
   if setup.mesh is None or x.shape[0] % setup.row_shards:
     return x
   return constrain_rows(x, setup.mesh)
@@ -345,7 +345,7 @@ def _by_rows(setup: Setup, x: chex.Array) -> chex.Array:
 def _layout(
   setup: Setup, rows: int, tokens: int
 ) -> Callable[[Params, jax.sharding.Mesh], Params]:
-  """How matrices lie that meet this batch: few tokens are sent sooner than a matrix."""
+  """The layout of matrices for this batch: sending few tokens is faster than sending a matrix."""
   shards, many = setup.row_shards, tokens >= setup.config.width
   return copy_to_rows if shards > 1 and many and rows % shards == 0 else constrain
 
@@ -381,10 +381,10 @@ def _cached_layer(
 
 
 class Fork(NamedTuple):
-  """Prompts [P, L, ...] and what follows them [B, T, ...], B = P * G: how one is laid to the other.
+  """Combines prompts [P, L, ...] and what follows them [B, T, ...], B = P * G, into one array.
 
-  All but attention works token by token. So both lie in one array, [P, L + G * T, ...], a prompt
-  and behind it what follows, and make one product with each matrix.
+  Everything but attention works token by token. So both lie in one array, [P, L + G * T, ...], each
+  prompt with what follows it, and one product with each matrix covers both.
 
   >>> fork = Fork(prompts=1, columns=2, rows=2, steps=1)
   >>> both = fork.join(jnp.array([[5, 6]]), jnp.array([[7], [8]]))
@@ -452,7 +452,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return frequencies
   if scaling.kind == "linear":
     return frequencies / scaling.factor
-  # How many full turns a pair makes within the original context decides: few -> slowed, many ->
+  # Decided by how many full turns a pair makes within the original context: few -> slowed, many ->
   # kept.
   turns = scaling.original_max_position * frequencies / (2 * np.pi)
   span = scaling.high_freq_factor - scaling.low_freq_factor
@@ -492,7 +492,7 @@ class Geometry(NamedTuple):
   segments: tuple[chex.Array, chex.Array]  # of the queries and of the keys
 
   def of(self, is_sliding: bool | chex.Array) -> tuple[tuple[chex.Array, chex.Array], Sight]:
-    """That of a layer: of its kind, or chosen by data where a loop runs over both kinds."""
+    """The geometry for a layer: by its kind, or selected by data in a loop over both kinds."""
     if isinstance(is_sliding, bool):
       rope, mask = self.sliding if is_sliding else self.full
     else:
@@ -556,9 +556,9 @@ def _flat(x: chex.Array) -> chex.Array:
 
 
 def times_transposed(x: chex.Array, weight: chex.Array, *, dtype: Any = None) -> chex.Array:
-  """x @ weight.T. Few rows against a large matrix are what decoding is, and a CPU's library packs
-  the second operand anew at every product: with the matrix first it packs the few rows instead, and
-  32 rows take two thirds of the time.
+  """x @ weight.T. Decoding multiplies few rows with a large matrix, and a CPU's library repacks the
+  second operand at every product: with the matrix first it packs the few rows instead, and 32 rows
+  take two thirds of the time.
 
   >>> times_transposed(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0], [5.0, 6.0]])).tolist()
   [[11.0, 17.0]]
@@ -566,7 +566,7 @@ def times_transposed(x: chex.Array, weight: chex.Array, *, dtype: Any = None) ->
   Args:
     x: [N, D] float.
     weight: [F, D] float.
-    dtype: of the sums and of the result; None for x's.
+    dtype: of the sums and the result; None for x's.
 
   Returns:
     [N, F].
@@ -577,7 +577,7 @@ def times_transposed(x: chex.Array, weight: chex.Array, *, dtype: Any = None) ->
 
   def matrix_first(x: chex.Array, weight: chex.Array) -> chex.Array:
     product = jnp.einsum("fd,nd->fn", weight, x, preferred_element_type=dtype)
-    # Without the barrier the compiler makes one product of both again, rows first.
+    # Without the barrier the compiler merges both into one product again, rows first.
     return jax.lax.optimization_barrier(product).T
 
   if len(x) > FEW_ROWS:
@@ -596,7 +596,7 @@ def _product(x: chex.Array, weight: chex.Array) -> chex.Array:
 
 class Linear(nn.Module):
   """x @ weight.T + bias. `weight` is [out, in], as Hugging Face stores it and unlike `nn.Dense`:
-  decoding a few rows on a CPU takes a tenth less time than with [in, out]. Adapters beside it
+  decoding a few rows on a CPU takes a tenth less time than with [in, out]. Adapters next to it
   (`rl_llm.policy.lora`) are added."""
 
   features: int
@@ -605,7 +605,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Any, before: Callable[[Any], chex.Array] | None = None) -> chex.Array:
-    """Of `before(x)`, which is computed again in the backward pass and not kept; None: of x."""
+    """Applies to `before(x)`, which the backward pass recomputes instead of keeping; None: to x."""
     if self.is_initializing():
       x, before = x if before is None else before(x), None
       shape = x.shape[-1], self.features
@@ -626,8 +626,8 @@ class Linear(nn.Module):
 
 
 def _rematerialized_attend(query, keys, values, mask, *, config: TransformerConfig) -> chex.Array:
-  """Plain attention, over a cache's layout. Scores and their softmax are as many as queries times
-  keys times heads, and soon made again, so they are not kept for the backward pass."""
+  """Plain attention, over a cache's layout. Scores and their softmax take queries times keys times
+  heads numbers and are cheap to recompute, so they are not kept for the backward pass."""
   plain = functools.partial(attend, scale=config.attention_scale, cap=config.attn_softcap)
   return rematerialized(lambda qkv, mask: plain(*qkv, mask))((query, keys, values), mask)
 
@@ -664,7 +664,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: chex.Array, rope: Any, mix: Mix) -> tuple[chex.Array, Any]:
-    """x [B, T, D], rope (cos, sin); who sees whom is `mix`'s, all else is done token by token."""
+    """x [B, T, D], rope (cos, sin); `mix` decides what sees what, the rest works token by token."""
     config = self.config
     flat = _flat(x)
 
