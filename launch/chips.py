@@ -1,4 +1,4 @@
-"""The slices and boxes that can be planned for: how many accelerators of which kind lie how."""
+"""The slices and boxes that can be planned for: the kind, number and layout of accelerators."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ DIES = {
 
 
 def parse(topology: str) -> tuple[str, tuple[int, ...]]:
-  """The kind of chip, and how they lie.
+  """The kind of chip, and their layout.
 
   >>> parse("v5e:4x4"), parse("h100:16")
   (('v5e', (4, 4)), ('h100', (16,)))
@@ -73,7 +73,7 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
 
 
 def find_chip(topology: str) -> tuple[Chip | None, int]:
-  """The limits of a chip, None of a CPU's, and how many there are of a slice."""
+  """The limits of a chip (None for a CPU), and how many chips a slice has."""
   kind, shape = parse(topology)
   count = math.prod(shape)
   chip = (TPUS | GPUS).get(kind)
@@ -83,7 +83,7 @@ def find_chip(topology: str) -> tuple[Chip | None, int]:
 
 
 def has_compiler(topology: str) -> bool:
-  """Whether programs can be compiled for it without it; a GPU's compiler comes with jax[cuda12]."""
+  """Whether programs can be compiled without the chip; a GPU's compiler comes with jax[cuda12]."""
   return parse(topology)[0] not in GPUS or _cuda_plugin()
 
 
@@ -141,8 +141,8 @@ def find_devices(topology: str, *, num_slices: int = 1) -> list:
       "topology": f"{num_slices}x{boxes or 1}x{each}", "target_config": target_config(DIES[kind])
     }
   else:
-    # No metadata server tells what machine this is, and libtpu need not say so. Nor need it be the
-    # only one on the machine: it takes no chip, and a second plan was refused beside a first.
+    # No metadata server says what machine this is: do not ask for one, nor log that. And allow
+    # several libtpu on the machine: a plan takes no chip, yet a second plan at once was refused.
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
       os.environ.setdefault(name, "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")

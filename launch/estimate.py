@@ -1,7 +1,7 @@
-"""What a run needs of a chip by formula alone: where there is no compiler, and to search with.
+"""Estimates by formula what a run needs of a chip: where there is no compiler, and for the search.
 
 The formulas know the large arrays and nothing of what a compiler adds or saves. They are good for
-an order: which of two meshes is better, and whether there is any hope. `launch.plan` says beside
+ranking: which of two meshes is better, and whether a run can fit at all. `launch.plan` says next to
 each figure where it comes from.
 """
 
@@ -54,7 +54,7 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
       network       along fsdp the weights, forward and backward, and their float32 gradient once;
                     along tensor activations, twice a layer and pass; along data the gradient
 
-  Adapters are counted as nothing beside the weights that they leave alone.
+  Adapters count as nothing next to the frozen weights.
   """
   total, layer = count_parameters(shape)
   trained = 0 if config.lora.rank else total

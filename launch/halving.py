@@ -1,16 +1,16 @@
 """Successive halving: all settings for a few steps, the best of them for more, and so on.
 
 Most settings of a sweep are bad, and most of the bad ones show it early. With 27 settings, budgets
-of 10, 30 and 90 steps and one in three going on, 27 * 10 + 9 * 20 + 3 * 60 = 630 steps are taken
-instead of 27 * 90 = 2,430: a trial that goes on does so from its checkpoint, under the same name.
+of 10, 30 and 90 steps, and one in three kept, 27 * 10 + 9 * 20 + 3 * 60 = 630 steps are taken
+instead of 27 * 90 = 2,430: a trial that is kept resumes from its checkpoint, under the same name.
 
-The misconception is that this finds what a full grid would. It finds what is best *early*: a high
-learning rate wins the first rung and may lose the last. First budgets should be past the point
-where curves of good and bad settings have crossed; the report shows where that is.
+A common misconception is that this finds what a full grid would. It finds what is best *early*: a
+high learning rate wins the first rung and may lose the last. The first budget should lie past the
+point where the curves of good and bad settings have crossed; the report shows where that is.
 
-A trial can only go on if nothing in it depends on the budget, so the learning rate must not fall
-towards the last step: with `--optimizer.schedule=constant` the number of steps is not part of what
-a trial is.
+A trial can only be resumed with a larger budget if nothing in it depends on the budget, so the
+learning rate must not decay towards the last step: with `--optimizer.schedule=constant` the number
+of steps is not part of a trial's identity.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Halving:
 
 
 def survivors(scores: Mapping[str, float | None], groups: Mapping[str, str], keep: int) -> set[str]:
-  """The trials that go on: those of the best ceil(n / keep) of n settings.
+  """The trials that are kept: those of the best ceil(n / keep) of n settings.
 
-  A setting is as good as its seeds on average; of a tie the first goes on. One with a seed that
-  failed does not, whatever the others say.
+  A setting's score is the mean over its seeds; in a tie the first is kept. A setting with a seed
+  that failed is never kept, whatever the other seeds' scores.
 
   >>> scores = {"a": 0.1, "b": 0.5, "c": 0.4, "d": 0.4, "e": 0.9, "f": None}
   >>> groups = {"a": "x", "b": "x", "c": "y", "d": "y", "e": "z", "f": "z"}
@@ -52,8 +52,8 @@ def survivors(scores: Mapping[str, float | None], groups: Mapping[str, str], kee
 
   Args:
     scores: of each trial, higher is better; None: it failed.
-    groups: the setting that each belongs to, alike but for the seed.
-    keep: one in so many goes on.
+    groups: the setting that each belongs to; trials of one setting differ only in the seed.
+    keep: one setting in this many is kept.
   """
   members: dict[str, list[float | None]] = {}
   for trial, group in groups.items():
@@ -95,8 +95,8 @@ def run_rungs(
 ) -> dict[str, str]:
   """Runs the trials to the first budget, the best of them to the second, and so on.
 
-  What a rung found is written to WORKDIR/halving.json once all of it is there, and is not asked
-  again: the same command goes on where it stopped.
+  A rung's result is written to WORKDIR/halving.json once it is complete, and is not computed again:
+  the same command resumes where it stopped.
 
   Args:
     options: the budgets.
@@ -114,7 +114,7 @@ def run_rungs(
   verdicts: dict[str, str] = {}
   for rung, steps in enumerate(options.steps):
     now = with_steps(trials, steps)
-    known = state.read_json(path)  # Anew: another launcher may have come further.
+    known = state.read_json(path)  # Read again: another launcher may have got further.
     key = f"{steps} steps by {options.metric}, 1 in {options.keep}"
     scores = known.get(key)
     if scores is None or set(scores) != {trial.id for trial in now}:

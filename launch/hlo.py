@@ -13,7 +13,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 
 def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
-  """Counts a compiled program's collectives, those in loops as often as these run.
+  """Counts a compiled program's collectives, those in loops once per iteration.
 
   A chip of a ring of n passes on all but its own part: what an all-gather puts out, what a
   reduce-scatter takes in, and both for an all-reduce, which is one after the other.
@@ -29,7 +29,7 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
   >>> collectives(text, loop=3)
   {'all-gather': (3, 96.0), 'all-reduce': (1, 64.0)}
 
-  TPU programs do not say how often a loop runs, but its condition has the constant:
+  TPU programs do not say how often a loop runs, but its condition holds the constant:
 
   >>> count = "%c (p: s32[]) -> pred[] {\\n %n = s32[]{:T(128)} constant(5)\\n}\\n"
   >>> collectives(count + text, loop=3)
@@ -74,7 +74,7 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
       kind = operation.removesuffix("-start")
       if kind in KINDS:
         size = (max if operation.endswith("-start") else sum)(_sizes(types[result]))
-        if kind == "reduce-scatter":  # Types stand beside the operands, or where they come from.
+        if kind == "reduce-scatter":  # Types stand next to the operands, or at their definitions.
           taken = [types.get(operand, "") for operand in re.findall(r"%([\w.\-]+)", operands)]
           size = sum(_sizes(operands) or _sizes(" ".join(taken)))
         chain = re.search(r'chain_id="(\d+)"', line)
@@ -98,7 +98,7 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
-  """How often a `while` runs: said beside it, or by the one constant that its condition has."""
+  """How often a `while` runs: stated next to it, or the one constant in its condition."""
   known = re.search(r'known_trip_count[\\":{n\s]+(\d+)', line)
   if known:
     return int(known[1])

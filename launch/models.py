@@ -39,7 +39,7 @@ MODELS = {
 
 
 def find_model(name: str, *, vocab_size: int = 0) -> TransformerConfig:
-  """The shape by name or from a directory; another vocabulary than its own where that is given."""
+  """The shape by name or from a directory, with the given vocabulary size if there is one."""
   if name == "tiny":
     found = tiny_config(vocab_size or 256)
   elif name in MODELS:

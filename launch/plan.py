@@ -1,8 +1,8 @@
 """Does it fit? Compiles a run's own programs for devices that need not be there.
 
-A pod is paid for by the minute, and the first thing it says is often RESOURCE_EXHAUSTED. The
-compiler knows that beforehand: with `libtpu` installed (pip install jax[tpu]) it compiles on any
-machine for a named slice of TPUs, with jax[cuda12] for NVIDIA's GPUs, and reports the memory that
+A pod is paid for by the minute, and the first thing it prints is often RESOURCE_EXHAUSTED. The
+compiler can tell beforehand: on any machine it compiles for a named slice of TPUs if `libtpu` is
+installed (pip install jax[tpu]), or for NVIDIA's GPUs with jax[cuda12], and reports the memory that
 each chip would need.
 
   python -m launch.plan --topology=v5e:16x16 --model=qwen2.5-7b
@@ -13,9 +13,9 @@ each chip would need.
   python -m launch.plan --topology=h100:8 --model=qwen2.5-7b     by formula without jax[cuda12]
   python -m launch.plan --topology=cpu:8 --model=tiny --vocab_size=264     needs no libtpu
 
-What is compiled is what the experiment runs: its updates, its rollout, and its passes for log-probs
-and values, with the same mesh and the same flags (dpo: on a file of pairs). Weights are float32 and
-so are Adam's moments; the arithmetic is --dtype.
+It compiles what the experiment runs: its updates, its rollout, and its passes for log-probs and
+values, with the same mesh and the same flags (dpo: on a file of pairs). Weights and Adam's moments
+are float32; the arithmetic is --dtype.
 
   memory       per chip, from the compiler: arguments (weights, moments, batch) and temporaries; and
                what is resident, weights and moments that stay while a program runs that needs none
@@ -23,11 +23,10 @@ so are Adam's moments; the arithmetic is --dtype.
   compute      operations of the matrix products, by formula, over the chips' peak
   HBM          bytes of weights, moments and cache read and written, by formula
 
-The three times are lower bounds: the largest binds, and a real step takes longer. Tokens a second
-are what would come out if all programs reached --efficiency of their bounds, which is assumed.
-Nothing is run, so nothing here is measured on such a chip. Compiling is timed in seconds of the
-processors. Links between the slices of --num_slices are slower than those within and are counted
-like these.
+The three times are lower bounds: the largest binds, and a real step takes longer. Tokens per second
+assume that all programs reach --efficiency of their bounds. Nothing is run, so nothing here is
+measured on such a chip. Compile time is in CPU seconds. Links between the slices of --num_slices
+are slower than those within a slice, but are counted as equally fast.
 """
 
 from __future__ import annotations
@@ -182,7 +181,7 @@ def compile_program(lowering: Lowering, mesh: jax.sharding.Mesh) -> Program:
 
 
 def too_large(lowering: Lowering, said: str, seconds: float) -> Program:
-  """A program that the compiler gave up: it says what would not fit, and nothing of the rest."""
+  """A program that the compiler gave up on: it says what would not fit, and nothing else."""
   print(f"the {lowering.name}: {said.splitlines()[0]}", file=sys.stderr, flush=True)
   found = re.search(r"temporaries \((\d+(?:\.\d+)?)([KMGT])\)", said)
   needed = float(found[1]) * 2 ** (10 * "_KMGT".index(found[2])) if found else math.inf
@@ -193,7 +192,7 @@ def too_large(lowering: Lowering, said: str, seconds: float) -> Program:
 
 
 def candidates(config: Config, chip: Chip) -> tuple[list[Config], int]:
-  """Meshes and microbatches that fit by formula, soonest done first; and of how many."""
+  """Meshes and microbatches that fit by formula, fastest first; and how many were considered."""
   shape = find_model(config.model, vocab_size=config.vocab_size)
   count = find_chip(config.topology)[1] * config.num_slices
   update = config.prompts_per_step // updates_of(config).minibatches
@@ -220,7 +219,7 @@ def step_seconds(found: Sequence[Program], chip: Chip) -> float:
 
 
 def search(config: Config, chip: Chip) -> list[tuple[Config, list[Program]]]:
-  """The best candidates, compiled; those that fit first, and of these the soonest done.
+  """The best candidates, compiled: those that fit come first, the fastest of them at the top.
 
   Raises:
     ConfigError: none fits, by formula.
@@ -302,7 +301,7 @@ def table(config: Config, found: Sequence[Program], chip: Chip | None) -> list[s
 
 
 def throughput(config: Config, found: Sequence[Program], chip: Chip) -> str:
-  """Tokens a second, as the assumption has it."""
+  """Tokens per second, at the assumed efficiency."""
   seconds = step_seconds(found, chip) / config.efficiency
   if config.experiment == "dpo":
     tokens = 2 * config.prompts_per_step * (config.prompt_tokens + config.max_new_tokens)
@@ -316,7 +315,7 @@ def throughput(config: Config, found: Sequence[Program], chip: Chip) -> str:
 
 
 def flags(config: Config) -> str:
-  """The command that plans this alone: all flags that are not the defaults'."""
+  """The command that plans only this: all flags that differ from the defaults."""
   said = ["python -m launch.plan"]
   for field in dataclasses.fields(Config):
     value, default = getattr(config, field.name), getattr(Config(), field.name)
@@ -340,7 +339,7 @@ def write_json(path: str, config: Config, found: Sequence[Program]) -> None:
 
 
 def main(config: Config) -> int:
-  # A plan runs nothing: an accelerator that is there stays free, and one that is not is not sought.
+  # A plan runs nothing: leave an accelerator of this machine free, and do not look for one.
   jax.config.update("jax_platforms", "cpu")
   chip, _ = find_chip(config.topology)
   if config.search:

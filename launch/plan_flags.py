@@ -1,4 +1,4 @@
-"""The flags of `launch.plan`: a run, and the chips on which it is to fit."""
+"""The flags of `launch.plan`: a run, and the chips that it should fit on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The programs of an experiment as it would compile them, and what formulas say of their work."""
+"""The programs that an experiment would compile, and the work they do by formula."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Lowering(NamedTuple):
 
 
 def settings_of(config: Config) -> Any:
-  """The experiment's own Config, with every flag of the plan that it has too."""
+  """The experiment's own Config, with every flag that it shares with the plan."""
   own = EXPERIMENTS[config.experiment].Config()
   known, values = flatten(own), flatten(config)
   if not config.minibatches:
@@ -59,13 +59,13 @@ def settings_of(config: Config) -> Any:
 
 
 def updates_of(config: Config) -> flags.Updates:
-  """How what a step reads becomes updates; one update where the experiment takes pairs."""
+  """How a step's batch is divided into updates; one update where the experiment takes pairs."""
   sizes = {name: getattr(config, name) for name in ("prompts_per_step", "microbatch_prompts")}
   return getattr(settings_of(config), "updates", flags.Updates(**sizes))
 
 
 def programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Lowering]:
-  """All that a step of the experiment runs on the devices and that is not small."""
+  """All programs of a step that run on the devices and are not small."""
   plan = Programs(config, settings_of(config), policy, mesh)
   return list(plan.of_dpo() if config.experiment == "dpo" else plan.of_policy_gradient())
 
@@ -110,7 +110,7 @@ class Programs:
     yield before
 
   def of_dpo(self) -> Iterator[Lowering]:
-    """DPO's on a file of pairs: the reference reads them all, then there are updates alone."""
+    """DPO's on a file of pairs: the reference reads them all, then there are only updates."""
     pairs = self.config.prompts_per_step
     shape = 2 * pairs, self.config.prompt_tokens + self.config.max_new_tokens
     ids, number = array(jnp.int32, *shape), array(jnp.float32)
@@ -240,7 +240,7 @@ class Programs:
     yield rollout._replace(loop=steps, moved=moved)
 
   def call(self, name: str, program: Any, *arguments: Any, **static: Any) -> Lowering:
-    """A program, as if it were one pass of the model over all that a step reads."""
+    """A program, counted as one pass of the model over all that a step reads."""
     held = self.state, self.weights.frozen
     if self.weights.frozen is None and flatten(self.settings).get("kl.coef"):
       held = *held, self.weights.reference

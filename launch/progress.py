@@ -16,7 +16,7 @@ from rl_llm.runs.console import duration, number, printable
 
 __all__ = ["Progress", "duration"]
 
-# What of a run's record says how it goes, the first that it has.
+# Metrics that show how a run is doing; the first one in its record counts.
 FIGURES = (
   "eval/sampled_accuracy", "eval/greedy_accuracy", "eval/pair_accuracy", "reward_mean",
   "eval/token_loss", "eval/pair_loss", "loss",

@@ -4,9 +4,9 @@
   python -m launch.report runs/sweep-grpo_tiny --figure=sweep.svg
 
 Trials that differ in their seed alone are one line: mean and 95 % interval over seeds. Only
-settings that vary are shown. Beside the trials' directories it writes report.csv (a line per
-trial), report.md (the table) and report.html (the table, curves, and each trial's own report with
-its samples a click away). It reads files and nothing else, so it may be called at any time.
+settings that vary are shown. Next to the trials' directories it writes report.csv (a line per
+trial), report.md (the table) and report.html (the table, curves, and a link to each trial's own
+report with its samples). It only reads the trials' files, so it can run at any time.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def write(workdir: Path, *, metric: str, figure: str = "") -> str:
   metric, rows = read_rows(workdir, metric=metric)
   for row in rows:
     if row.status not in ("done", "running") and row.step is not None:
-      write_own(row.directory)  # Who never came to an end has not written its own.
+      write_own(row.directory)  # A trial that never finished has not written its own report.
   paths, groups = grouped(rows, metric)
   lines = table(paths, groups, metric)
   why = failures(rows)

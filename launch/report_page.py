@@ -1,4 +1,4 @@
-"""The page of a sweep: curves, what goes with what, and a line for each trial."""
+"""The page of a sweep: curves, the effect of each setting, and a line for each trial."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def multiples(groups: Sequence[Group], metric: str) -> str:
 
 
 def parallel(paths: Sequence[str], groups: Sequence[Group], metric: str) -> str:
-  """One line per setting across an axis per key, coloured by what came of it."""
+  """One line per setting across an axis per key, coloured by its result."""
   groups = [group for group in groups if group.mean is not None]
   if not paths or len(groups) < 2:
     return ""
@@ -203,7 +203,7 @@ def draw(paths: Sequence[str], groups: Sequence[Group], metric: str, path: str) 
 
 
 def trials_table(rows: Sequence[Row], metric: str) -> str:
-  """A line per trial, with what it left a click away."""
+  """A line per trial, with links to its files."""
   paths = varying([row.config for row in rows])
   head = "".join(
     f"<th>{html.escape(name)}</th>"

@@ -5,13 +5,13 @@
   python -m launch.run --sweep=SWEEP.py --backend=slurm                   prints a job array
   python -m launch.run --sweep=SWEEP.py --backend=slurm --execute         submits it
   python -m launch.run --sweep=SWEEP.py --backend=population              all trials in one program
-  python -m launch.run --sweep=SWEEP.py --halving.steps=10,30,90          the best third goes on
+  python -m launch.run --sweep=SWEEP.py --halving.steps=10,30,90          the best third continues
   python -m launch.run --sweep=SEARCH.py --search.trials=40               Optuna chooses 40 trials
   python -m launch.report runs/sweep-grpo_tiny                            the table and the curves
 
-The same command again goes on: what is done is left, what runs is left alone, what failed is tried
-again up to --retries times, what stopped goes on from its checkpoint. Ctrl-C lets trials save
-first; when the launcher is killed they die with it, and the next one goes on.
+The same command resumes the sweep: finished and running trials are left alone, failed ones are
+retried up to --retries times, stopped ones resume from their checkpoints. Ctrl-C lets trials save
+first; when the launcher is killed they die with it, and the next launcher resumes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Config:
 BACKENDS = {"slurm": slurm, "tpu": tpu, "gke": gke}
 
 
-# What would do nothing there, and is refused.
+# Flags that would do nothing with that backend, and are refused.
 _HERE = ("devices", "devices_per_trial", "parallel", "processes", "prefix")
 # Jobs of a cluster's queue do not wait for each other's results.
 _WAITS = ("halving.steps", "search.trials")
@@ -81,7 +81,7 @@ NO_EFFECT = {"local": ("execute",), "population": ("execute", *_HERE, *_STARTS),
 
 
 def check(config: Config) -> None:
-  """Refuses what would do nothing, or cannot be done."""
+  """Refuses settings that would do nothing, or cannot be met."""
   if not config.sweep:
     raise ConfigError("sweep", "", "a file", "such as --sweep=launch/sweeps/grpo_tiny.py")
   values, defaults = flatten(config), flatten(Config())
@@ -97,7 +97,7 @@ def check(config: Config) -> None:
   halving.check(config.halving)
   if config.search.trials:
     refuse(("only", "halving.steps"), f"--search.trials={config.search.trials}")
-  if config.backend == "tpu":  # What gcloud's ssh has started goes on without it.
+  if config.backend == "tpu":  # What gcloud's ssh has started keeps running without it.
     refuse(("search.prune_from",), "--backend=tpu")
 
 
@@ -122,7 +122,7 @@ def write_plan(config: Config, workdir: Path, trials: list[Trial], python: str) 
 
 
 def plan_lines(config: Config, workdir: Path, trials: list[Trial], python: str) -> list[str]:
-  """The plan as a shell script whose comments say what is what."""
+  """The plan as a shell script with comments."""
   asked = f", with which a search of {config.search.trials} begins" if config.search.trials else ""
   what = f"{len(trials)} trials of {trials[0].experiment}{asked}"
   lines = [f"# {what}, from {config.sweep}, in {workdir}"]

@@ -12,15 +12,15 @@ flags of one trial:
         "loss.clip_high": trial.suggest_categorical("clip", [0.2, 0.28]),
       }
 
-Optuna itself keeps nothing on disk. WORKDIR/search.json has what it gave for each trial, in order;
-what came of a trial is in the trial's directory, as always. A launcher that goes on leads a new
-study through the same trials and tells it their results, and none is run twice. Draws depend on the
-seed, the trial's number and the results known by then, and not on how often the launcher was
-started: with one trial at a time, a search that was killed asks for what it would have asked for.
+Optuna itself keeps nothing on disk. WORKDIR/search.json has what it suggested for each trial, in
+order; a trial's outcome is in the trial's directory, as always. A launcher that resumes replays the
+same trials and their results to a new study, and none is run twice. Draws depend on the seed, the
+trial's number and the results known by then, not on how often the launcher was started: with one
+trial at a time, a search that was killed asks for the same trials as an uninterrupted one.
 
-The misconception about pruning is that it only saves time. It ends what learns slowly, however high
-that might have come: trials are compared at the same step, so begin past the steps in which the
-curves of good and bad settings cross.
+A common misconception is that pruning only saves time. It ends slow learners, however good they
+might have become. Trials are compared at the same step, so start pruning after the steps in which
+the curves of good and bad settings cross.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Study:
     state.write_json(self._workdir / "search.json", {"asked": asked})
 
   def next(self, verdicts: Mapping[str, str]) -> list[Trial]:
-    """A trial that was not asked for before; [] where there are to be no more.
+    """The next trial, in a list, that was not asked for before; [] if the search is over.
 
     Args:
       verdicts: id -> what became of the trials that are over.
@@ -140,8 +140,8 @@ class Study:
     return []
 
   def _tell(self, verdicts: Mapping[str, str]) -> None:
-    # A failure is told as the worst of results. Optuna forgets what it is told has failed, and
-    # would go on to ask for settings that diverge.
+    # A failure is reported as the worst of results. Optuna forgets trials reported as failed, and
+    # would keep asking for settings that diverge.
     worst = self._optuna.trial.TrialState.PRUNED
     for number, asked in enumerate(self._asked):
       verdict = verdicts.get(asked.trial.id)
@@ -172,7 +172,7 @@ class Study:
     return self._asked[number].handle.should_prune()
 
   def run(self, drive: Callable[..., dict[str, str]]) -> dict[str, str]:
-    """Goes on to the end of the search; what became of each trial.
+    """Runs the search to its end, from wherever it stands; returns what became of each trial.
 
     Args:
       drive: (trials, names=, more=, hopeless=) runs trials, `more` among them.

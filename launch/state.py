@@ -1,15 +1,15 @@
 """Where a trial stands, read off its directory: there is no other record, so nothing can disagree.
 
-Beside what the experiment itself writes there (metrics.jsonl, checkpoints, and result.json last):
+In addition to what the experiment writes there (metrics.jsonl, checkpoints, and result.json last):
 
     trial.json    what it is: settings, config, command; written when the sweep is planned
-    status.json   what became of its last start; written by who holds the lease
+    status.json   what became of its last start; written by the holder of the lease
     stdout.log    what its processes printed, all starts one after another
-    leases/       000001, 000002, ...: who may run it; the last one counts
+    leases/       000001, 000002, ...: which process may run it; the last one counts
 
-A lease is never removed and never reused. To take over a dead one is to create the next number,
-which the file system grants once, however many launchers find the same corpse at the same moment.
-A holder that was only slow finds a higher number than its own and lets go.
+A lease is never removed and never reused. A launcher takes over a dead one by creating the next
+number, which the file system grants once, however many launchers try at the same moment. A holder
+that was only slow finds a number higher than its own and lets go.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LINES = 20  # of a failure, kept in its status
 
 
 def write_json(path: Path, value: Any) -> None:
-  """One move, readable, credentials redacted."""
+  """Writes the file atomically, readable, with credentials redacted."""
   write_atomically(path, (redact(json.dumps(value, indent=2)) + "\n").encode())
 
 
@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def describe(trial: Trial, command: str, directory: Path) -> None:
-  """Makes the trial's directory, and writes what it is unless that is there."""
+  """Makes the trial's directory, and writes trial.json unless it is there."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
     known = {
@@ -73,7 +73,7 @@ def is_done(directory: Path, steps: int) -> bool:
 
 
 def this_process() -> dict[str, Any]:
-  """Who we are, so that nobody with our pid later can be taken for us."""
+  """Identifies this process, so that a later one with the same pid is not mistaken for it."""
   return {
     "host": socket.gethostname(),
     "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -100,10 +100,10 @@ def newest_lease(directory: Path) -> Path | None:
 
 
 def holder(lease: Path | None) -> str:
-  """Whether somebody holds it: "nobody", "alive", or "unknown" from here.
+  """Whether a process holds the lease: "nobody", "alive", or "unknown" from here.
 
-  A process of this machine is there or it is not, however long it was paused. Of another machine we
-  see only when it last gave a sign of life: a young one may be a dead launcher's last.
+  A process of this machine is there or it is not, however long it was paused. Of one on another
+  machine we see only its last sign of life: a recent one may still come from a dead launcher.
   """
   who = read_json(lease) if lease else {}
   if lease is None or who.get("released"):
@@ -154,7 +154,7 @@ def take_lease(directory: Path) -> Path | None:
 
 
 def renew_lease(lease: Path) -> bool:
-  """A sign of life; False if the lease has been taken over, so that its trial must not go on."""
+  """Gives a sign of life; False if the lease has been taken over, so that its trial must stop."""
   try:
     os.utime(lease)
   except FileNotFoundError:
@@ -163,7 +163,7 @@ def renew_lease(lease: Path) -> bool:
 
 
 def release_lease(lease: Path) -> None:
-  """Gives the trial free; what is to be known of it must be on disk before."""
+  """Releases the trial; its status must be on disk before."""
   write_json(lease, read_json(lease) | {"released": time.time()})
 
 
@@ -177,7 +177,7 @@ _KINDS = {
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-  """What is known of a trial's last start; without what is not of its kind, whoever wrote it."""
+  """What is known of a trial's last start, without values of the wrong type."""
   status = read_json(directory / "status.json")
   return {key: value for key, value in status.items() if isinstance(value, _KINDS.get(key, object))}
 
@@ -185,8 +185,8 @@ def read_status(directory: Path) -> dict[str, Any]:
 def wait_left(status: Mapping[str, Any], now: float) -> float:
   """Seconds until a trial that failed may be started again.
 
-  A clock that was set back must not make 8 seconds an hour: at most the wait itself is left, and
-  nothing where the failure lies in the future.
+  A clock that was set back must not turn 8 seconds into an hour: at most the wait itself is left,
+  and nothing if the failure lies in the future.
 
   >>> failed = {"failures": 1, "ended": 100.0, "next_try": 108.0, "wait": 8.0}
   >>> wait_left(failed, 103.0), wait_left(failed, 110.0), wait_left(failed, 100.0 - 3600.0)
@@ -203,7 +203,7 @@ def wait_left(status: Mapping[str, Any], now: float) -> float:
 
 
 def record(directory: Path, **changes: Any) -> dict[str, Any]:
-  """Updates status.json; only for who holds the lease."""
+  """Updates status.json; only the holder of the lease may call this."""
   status = read_status(directory) | changes
   write_json(directory / "status.json", status)
   return status
@@ -237,8 +237,8 @@ def last_lines(path: Path, start: int = 0, *, count: int = LINES) -> list[str]:
 def where(directory: Path, steps: int, status: Mapping[str, Any]) -> str:
   """The word for it: done, running, failed, pruned, stopped or waiting.
 
-  Stopped is what has begun and goes on with the next start of the same command; waiting has not
-  begun, or waits for its next try.
+  A stopped trial has begun and resumes with the next start of the same command; a waiting one has
+  not begun, or waits for its next try.
   """
   if is_done(directory, steps):
     return "done"

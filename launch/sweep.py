@@ -11,8 +11,8 @@
 
 Every dictionary is checked by the experiment's own config before anything starts: a wrong key in
 the last of a hundred trials costs a second, not a night. A trial *is* what its config resolves to,
-defaults and presets included: two dictionaries that resolve alike are one trial, and a default that
-changes makes a new one.
+defaults and presets included: two dictionaries that resolve to the same config are one trial, and
+changing a default makes a new one.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Trial(NamedTuple):
     Args:
       workdir: the sweep's.
       python: the interpreter.
-      joined: it is started on several hosts at once, which find each other; experiments without
-        --distributed do not.
+      joined: whether it is started on several hosts at once, which find each other; experiments
+        without --distributed do not.
     """
     join = ["--distributed"] if joined and "distributed.on" in self.config else []
     return [python, "-m", self.experiment, *self.flags, f"--workdir={workdir / self.id}", *join]
@@ -146,8 +146,8 @@ def random(
 ) -> list[Settings]:
   """Independent draws; each axis is a distribution of this module or a list to choose from.
 
-  A larger `count` adds draws and leaves the first ones, and an axis draws alike whatever axes stand
-  beside it, so that a sweep can grow without beginning anew.
+  A larger `count` adds draws and keeps the first ones, and an axis gives the same draws whatever
+  other axes there are, so a sweep can grow without starting over.
 
   >>> rates = {"optimizer.learning_rate": log_uniform(1e-4, 1e-2)}
   >>> random(3, 0, rates)[:2] == random(2, 0, rates)
@@ -238,7 +238,7 @@ def load_function(path: str, name: str, purpose: str) -> tuple[str, Callable[...
 
 
 def _of_file(path: str, call: Callable[[], Any]) -> Any:
-  """What a call into a sweep's file gives; its errors in one line, which says where in the file.
+  """Calls into a sweep's file; an error becomes one line that says where in the file.
 
   Raises:
     SweepError: the file is wrong.
@@ -256,7 +256,7 @@ def _of_file(path: str, call: Callable[[], Any]) -> Any:
 
 
 def check_plain(settings: Any, *, where: str) -> None:
-  """Refuses what cannot be told in a command line and in JSON."""
+  """Refuses values that a command line or JSON cannot express."""
   if not isinstance(settings, dict):
     raise SweepError(f"{where}: {settings!r}: must be a dictionary of flags")
   for key, value in settings.items():
@@ -284,8 +284,8 @@ def plan(
     first: the number of the first dictionary, for errors.
 
   Returns:
-    In the order of the sweep. Where dictionaries differ only in what does not change what is
-    computed, such as the steps of a run that can go on, the one with most steps counts.
+    In the order of the sweep. Where dictionaries differ only in settings that do not change what is
+    computed, such as the steps of a run that can be extended, the one with most steps counts.
 
   Raises:
     SweepError: with the trial's number, the key, and the nearest valid flag.

@@ -1,1 +1,1 @@
-"""Where trials run: each module says what it would do, and does it."""
+"""Where trials run: each module can print its plan, and carry it out."""

@@ -36,7 +36,7 @@ def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[
 
 
 def command(config: Any, workdir: Path, trial: Trial, python: str) -> list[str]:
-  """The submission of one trial; a job that fails or is preempted starts again, and goes on."""
+  """The submission of one trial; a job that fails or is preempted restarts and resumes."""
   options = config.gke
   stem = re.sub("[^a-z0-9]+", "-", Path(config.sweep).stem.lower()).strip("-")[:20]
   wanted = {
@@ -57,7 +57,7 @@ def command(config: Any, workdir: Path, trial: Trial, python: str) -> list[str]:
 
 
 def submit(config: Any, workdir: Path, trials: list[Trial], python: str) -> int:
-  """Submits what is not done; what the cluster has under that name already, it refuses."""
+  """Submits what is not done; the cluster refuses a name that it already has."""
   worst = 0
   for trial in trials:
     if state.is_done(workdir / trial.id, trial.steps):

@@ -1,6 +1,6 @@
-"""Trials as processes of this machine, as many at once as there are slots.
+"""Runs trials as processes of this machine, one per slot at a time.
 
-One thread, one loop: a process told to die with its parent dies with the *thread* that started it.
+One thread, one loop: a process set to die with its parent dies with the *thread* that started it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Start:
   kill_at: float | None = None  # once it has been asked to end
 
   def ask_to_end(self, grace: float, received: int | None = None) -> None:
-    """Asks each process to save and end, and ends it after `grace` seconds.
+    """Asks each process to save and end, and kills it after `grace` seconds.
 
     Args:
       grace: to save in.
@@ -166,7 +166,7 @@ def in_words(code: int) -> str:
 
 
 def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> str:
-  """Writes what came of a start and gives its lease free: "done", "failed", "again", "stopped",
+  """Records what came of a start and releases its lease: "done", "failed", "again", "stopped",
   or "pruned".
 
   A failed start waits twice as long as the one before it. What stops because it was asked to (exit
@@ -216,7 +216,7 @@ class Sight(NamedTuple):
 
 
 def standing(trial: Trial, directory: Path, *, retries: int) -> Sight:
-  """Whether there is anything to do for it, whoever does it."""
+  """Whether the trial needs anything done, by this launcher or another."""
   if state.is_done(directory, trial.steps):
     return Sight("done")
   status = state.read_status(directory)
@@ -227,7 +227,7 @@ def standing(trial: Trial, directory: Path, *, retries: int) -> Sight:
 
 
 def look(trial: Trial, directory: Path, heartbeats: dict[Path, float], *, retries: int) -> Sight:
-  """Whether a trial may be started by us, as far as one can say without its lease."""
+  """Whether we may start a trial, as far as this can be known without its lease."""
   if not directory.exists():
     return Sight("failed")
   sight = standing(trial, directory, retries=retries)
@@ -380,8 +380,8 @@ def drive(
     limits: of each trial.
     progress: where to say what happens.
     ask: (process, the signal that the launcher received or None) asks a process to save and end.
-    more: trials to run besides, asked for when a slot is free and no trial waits for it; it is
-      given the verdicts so far.
+    more: further trials to run, asked for when a slot is free and no trial waits for it; called
+      with the verdicts so far.
     hopeless: whether a trial that is running is to be ended for good, asked every few seconds.
 
   Returns:

@@ -1,9 +1,9 @@
 """Runs all trials of a sweep in this process, as one program: see `experiments.population`.
 
 The trials are of `experiments.grpo`, and differ in what is data to its programs. The population has
-a directory beside theirs, with its checkpoints; a trial has what it would have alone, checkpoints
-aside. They begin and go on together, so whoever starts the same command again goes on with the
-same members, also where the last start was killed while it wrote their results.
+a directory next to theirs, with its checkpoints. A trial's directory holds what it would hold if
+run alone, except checkpoints. Trials start and resume together, so the same command resumes with
+the same members, even if the last start was killed while it wrote their results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXPERIMENT = "experiments.grpo"
 def find_members(trials: Sequence[Trial], workdir: Path) -> tuple[list[Trial], Path]:
   """Which trials make up the population, and its directory.
 
-  All that are not done; or, where a population that these belong to has begun, all of that one.
+  These are all that are not done, or all members of the population, if one of them has begun.
 
   Args:
     trials: of the sweep.
@@ -97,9 +97,9 @@ def outcomes(members: Sequence[Trial], places: Sequence[Path]) -> dict[str, str]
 
 @contextlib.contextmanager
 def recorded(members: Sequence[Trial], places: Sequence[Path]) -> Iterator[dict[str, str]]:
-  """Writes each status before and after; the body fills in what became of whom.
+  """Writes each status before and after; the body fills in what became of each trial.
 
-  The seconds of a trial are those of the whole program: it has no others.
+  The seconds of a trial are those of the whole program, since it has none of its own.
   """
   began = time.monotonic()
   before = [state.read_status(place).get("seconds", 0.0) for place in places]
@@ -139,7 +139,7 @@ def held(places: Sequence[Path]) -> Iterator[None]:
   def beat() -> None:
     while not over.wait(state.HEARTBEAT):
       if not all([state.renew_lease(lease) for lease in leases]):
-        # Another launcher took us for dead: save, and leave it to that one.
+        # Another launcher took us for dead: save, and leave the trial to it.
         os.kill(os.getpid(), signal.SIGTERM)
         return
 

@@ -1,6 +1,6 @@
 """A Slurm job array: each task of the array runs the launcher for one trial, or for a few.
 
-Who is told to stop, and by whom, is where a real Slurm differs from `exec "$@"`:
+A real Slurm differs from `exec "$@"` in which processes get the signal to stop:
 
     a minute before the limit   --signal: the tasks of steps, neither the script nor srun
     cancelled, queued again,    SIGTERM to every process of the job at the same moment
@@ -46,10 +46,10 @@ class Slurm:
 def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[str]:
   """The script for `sbatch`.
 
-  Its steps are told a minute before the limit: trials save and end with 143, or a launcher that has
-  several ends with 130, and the job goes back into the queue. After a node failure or a preemption
-  Slurm does that itself. A job that is cancelled must not come back, so the script outlives SIGTERM
-  to know of it.
+  Its steps get a signal a minute before the limit: trials save and end with 143, or a launcher that
+  has several ends with 130, and the job goes back into the queue. After a node failure or a
+  preemption Slurm requeues the job itself. A job that is cancelled must not come back, so the
+  script survives SIGTERM in order to notice it.
   """
   options = config.slurm
   if options.pack > 1 and options.nodes * options.tasks_per_node > 1:
@@ -106,7 +106,7 @@ def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[
 
 
 def asks(prefix: str) -> Callable[[subprocess.Popen, int | None], None]:
-  """How the launcher asks a trial to end, within a job.
+  """Returns the function by which the launcher asks a trial to end, within a job.
 
   Args:
     prefix: what starts the trial's processes; "" if the launcher does.

@@ -1,8 +1,8 @@
 """TPU VM slices, v4 to v6e: one trial at a time on each, the same command on all of its hosts.
 
-TPU7x has no TPU VM interface; it is reached through GKE. Hosts find each other by themselves: JAX
+TPU7x has no TPU VM interface; it is reached through GKE. Hosts find each other through JAX, which
 asks the metadata server. WORKDIR must be one file system, such as Filestore, that the slices and
-the machine with the launcher see under the same absolute path.
+the launcher's machine see under the same absolute path.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tpu:
 
 
 def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[str]:
-  """What to type: get the slices, install, run, give them back. --execute does the third alone."""
+  """What to type: get the slices, install, run, give them back. --execute only does the third."""
   options = config.tpu
   check(config, workdir)
   family = options.type.rpartition("-")[0]

@@ -3,8 +3,8 @@
   python -m launch.run --sweep=launch/sweeps/grpo_smollm2.py --dry_run
   python -m launch.run --sweep=launch/sweeps/grpo_smollm2.py
 
-Good learning rates lie within a factor of ten or so, nobody knows where: they are drawn evenly in
-the logarithm, and a larger count adds draws to those that are done. All settings sample 128
+Good learning rates lie within a factor of ten or so, but nobody knows where. So they are drawn
+log-uniformly, and a larger count adds draws to those that are done. All settings sample 128
 responses a step.
 """
 

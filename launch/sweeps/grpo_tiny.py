@@ -3,7 +3,7 @@
   python -m launch.run --sweep=launch/sweeps/grpo_tiny.py --parallel=2
   python -m launch.report runs/sweep-grpo_tiny
 
-Clipping matters only where a batch is used more than once, so each is used twice here. All settings
+Clipping matters only if a batch is used more than once, so each is used twice here. All settings
 sample the same number of responses a step.
 """
 
