@@ -1,7 +1,6 @@
 """Reading data sets: plain functions that name the file and line of what they refuse.
 
-Tokens are the business of `rl_llm.data.encoding`, `rl_llm.data.packing` and
-`rl_llm.data.prompts`.
+`rl_llm.data.encoding`, `rl_llm.data.packing` and `rl_llm.data.prompts` deal with tokens.
 """
 
 from rl_llm.data.formats import (

@@ -1,7 +1,7 @@
 """Which examples a step takes, and their tokens as arrays of few shapes.
 
-The order is a function of (seed, step), so a resumed run needs no saved position, and the arrays
-have one form whether sequences are padded or packed, so that one loss serves both.
+The order is a function of (seed, step), so a resumed run needs no saved position. The arrays have
+the same form whether sequences are padded or packed, so one loss serves both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SequenceBatch(NamedTuple):
 
 
 class PackedShares(NamedTuple):
-  """N sequences, consecutive shares of which are packed each on its own; from `packed_shares`.
+  """N sequences in consecutive shares, each packed separately; from `packed_shares`.
 
   Attributes:
     packed: R rows a share, one share after another.
@@ -49,15 +49,15 @@ class PackedShares(NamedTuple):
 
 
 def batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> np.ndarray:
-  """Which examples step `step` trains on: the step's piece of an endless row of shuffled epochs.
+  """Which examples step `step` trains on: its slice of an endless sequence of shuffled epochs.
 
       row = permutation(seed, epoch 0), permutation(seed, epoch 1), ...
       indices = row[step * batch_size : (step + 1) * batch_size]
 
-  Nothing is dropped at an epoch's end: the batch there takes the rest of one epoch and the start of
-  the next. So within an epoch every example comes exactly once, whatever the batch size; only such
-  a batch can hold an example twice. Of 5 examples in batches of 2, the fifth is joined by the first
-  of the next epoch:
+  Nothing is dropped at the end of an epoch: the batch there takes the rest of one epoch and the
+  start of the next. So within an epoch every example comes exactly once, whatever the batch size;
+  only a batch across two epochs can hold an example twice. Of 5 examples in batches of 2, the fifth
+  is joined by the first of the next epoch:
 
   >>> batches = [batch_indices(5, batch_size=2, seed=0, step=step).tolist() for step in range(5)]
   >>> sorted(sum(batches, [])[:5]), sorted(sum(batches, [])[5:])
@@ -141,7 +141,7 @@ def packed_batch(
 ) -> SequenceBatch:
   """As many sequences a row as fit, as `pack` does, in an array of one shape for all steps.
 
-  How many rows B sequences need differs from step to step, but it is never more than B. So allot
+  The number of rows that B sequences need differs from step to step, but never exceeds B. So set
   `rows` = B; the filled ones come first, and `make_update`'s argument `used` leaves out the
   microbatches of empty ones without compiling again.
 
@@ -152,8 +152,8 @@ def packed_batch(
   >>> int(batch.mask.any(axis=1).sum())
   2
 
-  A row is no longer a sequence: `token_mean` weighs tokens alike in both forms, but weights that
-  count by sequence need the rows taken apart first, with `rl_llm.data.packing.unpack`.
+  A row is no longer a sequence: `token_mean` weighs tokens the same in both forms, but weights that
+  count by sequence need the rows unpacked first, with `rl_llm.data.packing.unpack`.
 
   Args:
     sequences: from `encode`, none longer than `length` (see `limit_sequences`).
@@ -170,7 +170,7 @@ def packed_batch(
 def packed_with_values(
   sequences: Sequence[Encoded], values: np.ndarray, *, length: int, pad_id: int, rows: int
 ) -> tuple[SequenceBatch, np.ndarray]:
-  """`packed_batch`, and numbers a token that move with their tokens, such as weights.
+  """`packed_batch`, and one number per token, such as a weight, moved along with its token.
 
   >>> two = [Encoded([n] * n, [False] + [True] * (n - 1), 1) for n in (3, 2)]
   >>> values = np.array([[0.0, 0.5, 0.5], [0.0, 1.0, 0.0]])
@@ -198,10 +198,10 @@ def packed_shares(
 ) -> PackedShares:
   """Packs what each microbatch needs on its own, for losses that look at whole sequences.
 
-  A loss on pairs needs both answers where it is computed. So a microbatch's sequences are packed
-  among themselves, and it takes its answers' values out of its rows again with
-  `rl_llm.data.packing.unpack`. All shares have as many rows as the fullest needs, rounded up to a
-  power of two: an update compiles for few shapes.
+  A loss on pairs needs both answers in one microbatch. So each microbatch's sequences are packed
+  among themselves, and `rl_llm.data.packing.unpack` takes its answers' values out of the rows
+  again. All shares have as many rows as the fullest needs, rounded up to a power of two, so that an
+  update compiles for few shapes.
 
   Of lengths 3, 2, 2 and 2 in rows of 5, two shares of two: one row each.
 
@@ -258,17 +258,17 @@ def padding_fraction(segment_ids: np.ndarray) -> float:
 
 
 def pad_values(values: Sequence[np.ndarray], *, width: int) -> np.ndarray:
-  """One number a token, such as a reference's log-probs, in the layout of `sequence_batch`.
+  """One number per token, such as a reference's log-probs, in the layout of `sequence_batch`.
 
   >>> pad_values([np.array([0.0, -1.0]), np.array([0.0])], width=3).tolist()
   [[0.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
 
   Args:
     values: a vector for each row.
-    width: T, columns of the batch they go with.
+    width: T, columns of the batch they belong to.
 
   Returns:
-    [R, T] float32, 0 behind the end.
+    [R, T] float32, 0 after the end.
 
   Raises:
     ValueError: a vector is longer than `width`.

@@ -1,8 +1,8 @@
-"""From examples to token lists with a mask on what is trained: the assistant's tokens.
+"""Turns examples into token lists, with a mask on the tokens to train on: the assistant's.
 
 Training on the user's words teaches a model to ask; leaving out the token that ends a turn teaches
-it never to stop. So the mask is True on what the policy would have had to sample itself: the
-assistant's text and the token that ends it, and nothing else.
+it never to stop. So the mask is True only on what the policy would have to sample itself: the
+assistant's text and the token that ends it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Pair(NamedTuple):
 
 
 def flat(examples: Sequence[Encoded | Pair]) -> list[Encoded]:
-  """The sequences of examples, in the order of a batch's rows: of a pair, both.
+  """The sequences of examples, in the order of a batch's rows: two for a pair.
 
   >>> answer = Encoded([1, 2], [False, True], 1)
   >>> len(flat([Pair(answer, answer), answer]))
@@ -65,7 +65,7 @@ def flat(examples: Sequence[Encoded | Pair]) -> list[Encoded]:
 
 
 class Limited(NamedTuple):
-  """What a policy for overlong sequences left.
+  """What is left after applying the policy for overlong sequences.
 
   Attributes:
     kept: the sequences or pairs, None in the place of a dropped one.
@@ -79,7 +79,7 @@ class Limited(NamedTuple):
 
 
 class SequenceTooLong(ValueError):
-  """A sequence is longer than the limit and the policy for such sequences is to stop."""
+  """A sequence is longer than the limit, and the policy for such sequences is to stop."""
 
 
 def encode(
@@ -91,14 +91,14 @@ def encode(
 ) -> Encoded:
   """Tokens and mask of a prompt and its completion.
 
-  A row's tools and template names, and a turn of weight 0, count as `rl_llm.text.messages` says.
+  A row's tools, its template names and turns of weight 0 count as `rl_llm.text.messages` says.
 
   With "chat", a text prompt is a user's message and a text completion the assistant's. The mask is
   found by rendering the conversation up to each of the assistant's turns, with the header that a
-  sampler would be given, and again up to its end: what came in between is the turn. That works with
-  any template, provided that it never rewrites what it wrote before, which is checked. A turn ends
-  with the token at which a sampler stops; what the template writes after that (a line break,
-  mostly) is nobody's choice and not trained on.
+  sampler would be given, and again up to its end: the difference is the turn. That works with any
+  template that never rewrites what it wrote before, which is checked. A turn ends with the token at
+  which a sampler stops; what the template writes after that (usually a line break) is never sampled
+  and so not trained on.
 
   The text is encoded as a whole, and begins with the ids of the prompt as a sampler is given it
   (`rl_llm.text.conversations.encode_whole`).
@@ -112,8 +112,8 @@ def encode(
     example: an empty prompt trains on every turn of the assistant's, or on all of a text.
     tokenizer: the model's.
     prompt_format: "chat" renders the tokenizer's template; "plain" puts text after text, BOS before
-      if the model expects one, EOS behind. Text that is already rendered keeps its own: it gets no
-      second BOS or EOS, and blanks behind its EOS are not trained on.
+      if the model expects one, EOS after. Text that is already rendered keeps its own: it gets no
+      second BOS or EOS, and blanks after its EOS are not trained on.
     system_prompt: as for `format_prompts`.
 
   Returns:
@@ -196,7 +196,7 @@ def limit_sequences(sequences: Sequence[Encoded], *, limit: int, overlong: Overl
     limit: tokens allowed, >= 1.
     overlong: "error" stops; "drop" drops; "truncate_left" cuts the start, so the answer keeps its
       end; "truncate_right" cuts the end, so the model never sees how the answer stops. A sequence
-      of which the cut leaves no prompt, or nothing to train on, is dropped.
+      is dropped if the cut leaves no prompt or nothing to train on.
 
   Raises:
     SequenceTooLong: under "error"; the message gives the number, the length and the ways out.
@@ -345,13 +345,13 @@ def _ended(text: str, tokenizer: Tokenizer) -> str:
 
 
 def _end_of_turn(ids: list[int], places: list[int], text: str, tokenizer: Tokenizer) -> int:
-  """How many of the tokens that begin with an answer a sampler would have given.
+  """How many of the tokens, from an answer's first on, a sampler would have given.
 
-  The last is the first of the tokens at the answer's end that end a response. What the template
-  writes after it is nobody's choice: a line break mostly, and Phi-3's writes `<|endoftext|>` too.
+  The last is the first token at the answer's end that ends a response. What the template writes
+  after it is never sampled: usually a line break, and for Phi-3's also `<|endoftext|>`.
 
   Args:
-    ids: the answer's and what the template writes behind it.
+    ids: the answer's and those that the template writes after it.
     places: where in `text` each begins, and where the last one ends.
     text: the whole.
     tokenizer: the model's.

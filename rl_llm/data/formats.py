@@ -1,7 +1,7 @@
 r"""Data sets in the formats people already have: which columns there are, and what is in them.
 
-The names are TRL's, which most published data sets follow. Text may be plain or conversational, a
-list of `{"role", "content"}` messages; a whole row is one or the other.
+The names are TRL's, which most published data sets follow. Text is plain or conversational (a list
+of `{"role", "content"}` messages), the same throughout a row.
 
     prompt_only          prompt
     prompt_completion    prompt, completion
@@ -10,8 +10,8 @@ list of `{"role", "content"}` messages; a whole row is one or the other.
     unpaired             prompt, completion, label (true or 1: wanted, false or 0: unwanted)
     text, messages       text or messages: language modelling, every assistant's turn is trained on
 
-No script trains on `unpaired`: it is for those who call `rl_llm.losses.kto_loss` and its kin. What
-else a row or a message may say, such as tools and weights, is in `rl_llm.text.messages`.
+No script trains on `unpaired`: it is for callers of `rl_llm.losses.kto_loss` and similar losses.
+What else a row or a message may hold, such as tools and weights, is in `rl_llm.text.messages`.
 
 Plain text that begins with "\n\nHuman:" is a transcript in the style of Anthropic's HH data, and
 becomes messages. A column `text` next to an answer is the same example, rendered already: the
@@ -76,7 +76,7 @@ class Demonstration(NamedTuple):
 
 
 class Preference(NamedTuple):
-  """Two answers to one prompt, of which the first is the better."""
+  """Two answers to one prompt; the first is the better one."""
 
   prompt: Content
   chosen: Content
@@ -115,9 +115,8 @@ class Dataset(NamedTuple):
 def read_dataset(path: str, *, format: Format | None = None, strict: bool = True) -> Dataset:
   """Reads JSONL (plain or gzip) or Parquet in any of the formats above.
 
-  A row is of a format if it has all of that format's columns and no other column with a meaning
-  here. Without `format` the file is what most of its rows are, so that a broken first row cannot
-  turn pairs into prompts.
+  A row has a format if it has all of that format's columns and no other column with a meaning here.
+  Without `format`, most of the rows decide, so a broken first row cannot turn pairs into prompts.
 
   >>> import tempfile
   >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
@@ -129,7 +128,7 @@ def read_dataset(path: str, *, format: Format | None = None, strict: bool = True
   Preference(prompt='2+2?', chosen=' 4', rejected=' 5', columns={'level': 1})
 
   Args:
-    path: the file; what kind it is, its first bytes say.
+    path: the file; its first bytes say what kind it is.
     format: a key of `COLUMNS` where the columns leave a choice: other columns are then the user's
       own. None recognises it.
     strict: whether the first broken row is an error; otherwise broken rows are dropped, each with
@@ -232,7 +231,7 @@ def transcript_messages(text: str) -> list[dict[str, str]]:
 
 
 def _recognise_file(path: str) -> Format:
-  """What most rows are; the first message if none is anything."""
+  """The format of most rows; the first error message if no row has a format."""
   found, first = Counter(), ""
   rows = read_table(path, strict=False)
   for row, line in zip(rows.rows, rows.lines, strict=True):
@@ -322,7 +321,7 @@ def _check_content(name: str, content: Any) -> None:
 
 
 def _check_turns(name: str, messages: list[dict[str, Any]]) -> None:
-  """Refuses messages that do not begin or end as those of such a column do."""
+  """Refuses messages that do not begin or end as the column requires."""
   trained = [weight_of(name, m) is not False for m in messages if m["role"] == "assistant"]
   if name == "prompt":  # Once more, for one that was taken off two answers.
     check_messages(name, messages, trained=False)
@@ -345,7 +344,7 @@ def _check_turns(name: str, messages: list[dict[str, Any]]) -> None:
 
 
 def _transcripts_to_messages(texts: dict[str, Content]) -> dict[str, Content]:
-  """Replaces HH-style text by messages. A completion goes on where its prompt ends."""
+  """Replaces HH-style text by messages. A completion continues where its prompt ends."""
   if not any(isinstance(text, str) and text.startswith("\n\nHuman:") for text in texts.values()):
     return texts
   if "prompt" not in texts:
@@ -363,10 +362,10 @@ def _transcripts_to_messages(texts: dict[str, Content]) -> dict[str, Content]:
 
 
 def _split_common_prompt(chosen: Content, rejected: Content) -> dict[str, Content]:
-  """Takes the prompt off two answers that both begin with it: their longest common beginning.
+  """Removes the prompt from two answers that both begin with it: their longest common prefix.
 
-  In text, a word that only begins alike is no part of the prompt ("It" and "Is" share an I, which
-  TRL would leave there), and a space before the answers belongs to them, as in vocabularies (" 4").
+  In text, a partly shared word is not part of the prompt ("It" and "Is" share an I, which TRL would
+  leave there), and a space before the answers belongs to them, as in vocabularies (" 4").
   """
   size = 0
   for one, other in zip(chosen, rejected, strict=False):

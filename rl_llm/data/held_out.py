@@ -24,7 +24,7 @@ def is_held_out(key: str, *, fraction: float) -> bool:
       hashed(key) / 2^64 < fraction
 
   Args:
-    key: who an example or a problem is.
+    key: identifies an example or a problem.
     fraction: at least 0 and below 1.
   """
   return hashed(key) < int(fraction * 2**64)
@@ -38,8 +38,8 @@ def content_key(content: Content) -> str:
 def prompt_key(example: Example) -> str:
   """The key of an example's prompt.
 
-  In language modelling the prompt is empty. What comes before the assistant's first answer then
-  stands for it, or the text itself; else all examples would be one.
+  In language modelling the prompt is empty. What comes before the assistant's first answer, or the
+  text itself, then takes its place; otherwise all examples would share one key.
 
   >>> prompt_key(Demonstration("2+2=", "4", {}))
   '"2+2="'
@@ -59,8 +59,8 @@ def split_held_out(
   """Splits a data set in two by a hash of the prompt.
 
   A random split puts one answer to a question into training and another into evaluation, which then
-  measures memory. By the prompt's hash all examples of a prompt lie on one side; adding or removing
-  rows moves none, no seed matters, and the tasks that read files split the same way.
+  measures memory. With the prompt's hash, all examples of a prompt lie on one side. Adding or
+  removing rows moves none, no seed matters, and the tasks that read files split the same way.
 
   >>> examples = [Demonstration(f"{n}+1=", answer, {}) for n in range(50) for answer in ("a", "b")]
   >>> training, held_out = split_held_out(examples, fraction=0.1)
@@ -69,7 +69,7 @@ def split_held_out(
   >>> {e.prompt for e in training} & {e.prompt for e in held_out}
   set()
 
-  In other words: the fraction is that of an endless data set; of 50 prompts it may take 2 or 8.
+  The fraction is exact only for an endless data set; of 50 prompts it may take 2 or 8.
 
   Args:
     examples: with a prompt each; an empty one as for `prompt_key`.

@@ -1,9 +1,9 @@
-"""Rows of a JSONL file, each of them good or named by file and line.
+"""Rows of a JSONL file, each of them good or reported by file and line.
 
-A data set of ten thousand rows has a few broken ones, and what a reader does silently with them (a
-BOM inside the first key, a second `"answer"` that replaces the first, half a character) trains into
-the model. So the rules are few, the same for every file, and what breaks one is either an error or
-counted.
+A data set of ten thousand rows has a few broken ones, and what a reader silently makes of them (a
+BOM inside the first key, a second `"answer"` that replaces the first, half a character) is trained
+into the model. So the rules are few and the same for every file, and a row that breaks one is
+either an error or counted.
 """
 
 from __future__ import annotations

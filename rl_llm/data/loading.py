@@ -1,4 +1,4 @@
-"""A data file as token lists to train on and to evaluate on; every refusal names its line."""
+"""Loads a data file as token lists for training and evaluation; every error names its line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from rl_llm.text.tokenizers import TokenizerError
 
 
 class Loaded(NamedTuple):
-  """What a file came to.
+  """The result of loading a file.
 
   Attributes:
     training: `Encoded` or `Pair`, in the file's order.
     held_out: the same, of other prompts.
-    counts: how many rows are broken, and how many sequences "overlong" and of these "dropped".
+    counts: how many rows are broken, how many sequences are "overlong", and how many of those were
+      "dropped".
     note: the counts in words, for a person.
     training_columns: the other columns of each training example's row, by name.
     held_out_columns: the same of each held-out one.
@@ -58,7 +59,7 @@ def read_examples(
     present = {*COLUMNS[found], *dataset.examples[0].columns}
     fits = [f"--data_format={name}" for name in formats if present >= {*COLUMNS[name]}]
     fix = f"{' or '.join(fits)} leaves the others alone" if fits else "rename columns to these"
-    if found == "unpaired" and fits:  # They would be learned like the wanted ones.
+    if found == "unpaired" and fits:  # Otherwise they would be learned like the wanted ones.
       fix = f"take out the rows whose label is false, and {fix}"
     trained = "; ".join(f"{name}: {', '.join(COLUMNS[name])}" for name in formats)
     raise DataError(

@@ -1,8 +1,8 @@
 """Several short sequences in one row, so that less of a batch is padding.
 
-A batch of rows as long as its longest sequence is mostly padding where lengths differ. Packed, a
+Where lengths differ, a batch of rows as long as its longest sequence is mostly padding. A packed
 row holds as many sequences as fit; `segment_ids` keep them from seeing one another and `positions`
-start again with each, so that every log-prob is what it would be in a row of its own.
+restart with each, so every log-prob is what it would be in a row of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Packed(NamedTuple):
 def pack(sequences: Sequence[Encoded], *, length: int, pad_id: int) -> Packed:
   """Packs sequences, in their order, each into the first row with room for it.
 
-  Of lengths 3, 4 and 2 in rows of 5, the third goes beside the first:
+  Of lengths 3, 4 and 2 in rows of 5, the third shares a row with the first:
 
   >>> a, b, c = (Encoded([n] * n, [False] + [True] * (n - 1), 1) for n in (3, 4, 2))
   >>> packed = pack([a, b, c], length=5, pad_id=0)
@@ -107,7 +107,7 @@ def unpack(
     width: columns of the result; a longer sequence loses its end.
 
   Returns:
-    [B, width], 0 behind the end of a sequence.
+    [B, width], 0 after the end of a sequence.
   """
   columns = jnp.arange(width)
   gathered = jnp.asarray(values).at[rows[:, None], starts[:, None] + columns].get(mode="clip")

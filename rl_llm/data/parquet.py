@@ -34,10 +34,10 @@ def read_parquet(
 ) -> Rows:
   """Reads Parquet, with row numbers from 1 in the place of line numbers.
 
-  Parquet has a value in every column of every row, so an absent one is null: a null column stays,
-  as None, but inside messages and other nested values the keys that are null are left out, since a
-  chat template would take `"tool_calls": null` for a call. A value that JSON has no form for (a
-  date, bytes, NaN) breaks its row, as do NUL characters, text that is not UTF-8, and size.
+  Parquet has a value in every column of every row, so a missing one is null. A null column stays,
+  as None, but null keys inside messages and other nested values are left out, since a chat template
+  would take `"tool_calls": null` for a call. A row is broken by a value that JSON cannot express (a
+  date, bytes, NaN), by NUL characters, by text that is not UTF-8, or by its size.
 
   Args:
     path: the file.

@@ -1,4 +1,4 @@
-"""From token lists to the padded arrays a rollout takes: few shapes, nothing cut silently."""
+"""Turns token lists into the padded arrays a rollout takes: few shapes, nothing cut silently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Overlong = Literal["error", "drop", "truncate_left"]
 
 
 class PromptTooLong(UserError, ValueError):
-  """A prompt is longer than the limit and the policy for such prompts is to stop."""
+  """A prompt is longer than the limit, and the policy for such prompts is to stop."""
 
 
 class PromptBatch(NamedTuple):
@@ -26,8 +26,8 @@ class PromptBatch(NamedTuple):
 def bucket(length: int, *, minimum: int = 8) -> int:
   """The least width of 8, 16, 24, 32, 48, 64, 96, 128, ... that holds `length`.
 
-  Programs are compiled once a shape. With steps of at most a half, ragged lengths up to 4,096 make
-  at most 18 shapes, and no width is more than half padding.
+  Programs are compiled once per shape. With steps of at most a half, lengths up to 4,096 make at
+  most 18 shapes, and no width is more than half padding.
 
   >>> [bucket(n) for n in (1, 8, 9, 17, 25, 33, 65, 200)]
   [8, 8, 16, 24, 32, 48, 96, 256]
@@ -56,7 +56,7 @@ def pad_prompts(
   Args:
     prompts: P token lists.
     pad_id: what fills rows before their beginning.
-    columns: pad to the bucket of so many columns at least, so that several batches have one shape.
+    columns: pad at least to the bucket of this many columns, so that several batches share a shape.
 
   Raises:
     ValueError: there are no prompts, or one is empty (there is nothing to predict from).

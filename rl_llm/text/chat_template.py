@@ -1,15 +1,15 @@
 """Render a model's own chat template, which is a program that came with the weights.
 
 A chat model is trained on one exact layout of roles and markers, written as Jinja text in its
-tokenizer files. That text is code from a download: it has opened shells in several serving stacks.
+tokenizer files. That text is downloaded code: it has opened shells in several serving stacks.
 Jinja's sandbox stops reads of Python internals, but not `range(100000)` inside `range(100000)` or
 `'a' * 10**10`. So a template is only ever rendered in a child process with an empty environment,
 limits on memory and processor time, a deadline and a bound on the output; text goes in and out as
-JSON. The child is started once (about 0.2 s) and kept, so that a prompt costs well under a
-millisecond; it ends with its parent.
+JSON. The child is started once (about 0.2 s) and kept, so a prompt costs well under a millisecond;
+it ends with its parent.
 
-This file is also the child's program (`python -I chat_template.py`), hence nothing but the standard
-library at the top.
+This file is also the child's program (`python -I chat_template.py`), so it only imports the
+standard library at the top.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def render(
   """The text a chat model expects for a conversation, from the template in its own files.
 
   The layout is the model's, not ours: SmolLM2 wants `<|im_start|>user`, Llama 3
-  `<|start_header_id|>user<|end_header_id|>`. A hand-written layout that is nearly right costs
+  `<|start_header_id|>user<|end_header_id|>`. A hand-written layout that is nearly right lowers
   accuracy without any error.
 
   >>> render("{% for m in messages %}[{{ m.role }}] {{ m.content }}\\n{% endfor %}"
@@ -161,10 +161,10 @@ def is_prefix_preserving(
 ) -> bool:
   """Whether adding a turn leaves the text of the earlier turns as it was.
 
-  In a conversation of several turns the policy continues the text it saw. A template that rewrites
-  history (Qwen3's removes the reasoning of earlier turns) makes the final transcript another text
-  than the one sampled from, so log-probs computed on the transcript belong to tokens in a context
-  that the policy never saw.
+  In a conversation of several turns the policy continues the text it saw. If a template rewrites
+  history (Qwen3's removes the reasoning of earlier turns), the final transcript differs from the
+  text that was sampled, so log-probs computed on it belong to tokens in a context that the policy
+  never saw.
 
   >>> keeps = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
   >>> keeps += "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -182,8 +182,8 @@ def is_prefix_preserving(
     eos_token: as in `render`.
 
   Returns:
-    True if the text of the first k messages begins the text of the first k + 1 for every k, and the
-    header of an assistant's turn is the one that `add_generation_prompt` writes.
+    True if, for every k, the text of the first k + 1 messages starts with that of the first k, and
+    the header of an assistant's turn is the one that `add_generation_prompt` writes.
 
   Raises:
     ChatTemplateError: as in `render`.
@@ -312,7 +312,7 @@ def _ask(line: bytes, timeout: float, max_chars: int) -> str:
 
 
 def _jinja_root() -> str:
-  """The directory jinja2 is installed in; the isolated child may not see it by itself."""
+  """The directory jinja2 is installed in, which the isolated child may not find on its own."""
   spec = importlib.util.find_spec("jinja2")
   if spec is None or spec.origin is None:
     raise ChatTemplateError(f"chat templates need jinja2 (the extra hf): {_JINJA}")
@@ -333,7 +333,7 @@ def _close() -> None:
 
 
 def _forget() -> None:
-  """After a fork the child process must not talk over its parent's pipes."""
+  """After a fork the child process must not use its parent's pipes."""
   global _renderer, _lock
   _renderer, _lock = None, threading.Lock()
 
@@ -360,7 +360,7 @@ def _serve(jinja_root: str) -> None:
   _send({"ready": "yes"})
   for line in sys.stdin.buffer:
     request = json.loads(line)
-    # If the parent is gone nobody keeps the deadline: the processor limit does, whole seconds.
+    # If the parent is gone, only the processor limit enforces the deadline, in whole seconds.
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(used.ru_utime + used.ru_stime + request["timeout"]) + 2
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -392,7 +392,7 @@ def _reply(template: str, context: dict[str, Any], max_chars: int) -> dict[str, 
     return {"error": f"the chat template is not valid Jinja: {error.message}, line {error.lineno}"}
   except MemoryError:
     return {"error": f"the chat template needs more than {_MEMORY_BYTES // 2**20} MB of memory"}
-  except Exception as error:  # Whatever a stranger's program raises is that program's failure.
+  except Exception as error:  # Whatever a foreign program raises is that program's failure.
     return {"error": f"the chat template failed: {type(error).__name__}: {error}"}
   return {"text": "".join(pieces)}
 
@@ -403,7 +403,7 @@ class _Refused(Exception):
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str):
-  """The template in the environment that the files of the model hubs are written for."""
+  """The template, compiled in the environment that model hubs' templates are written for."""
   import datetime
 
   import jinja2

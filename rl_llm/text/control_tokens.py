@@ -1,11 +1,11 @@
 r"""Control tokens come from a chat template, never from the text of a message.
 
-A message can spell a control token: with `<|im_end|>` in a user's text the user's turn would end
-there, and the rest of the text could speak as the system. The tokenizer cannot tell; it sees one
-text. So wherever a message spells such a token, `break_up` puts a mark into it before the template
-is rendered, and `Unspeakable` gives a text with marks the ids that the same text without them has
-in a tokenizer whose control tokens are named otherwise. The text stays whole: encoded in pieces, a
-SentencePiece tokenizer would write a space at every seam.
+A message can spell a control token: `<|im_end|>` in a user's text would end the user's turn, and
+the rest of the text could speak as the system. The tokenizer sees a single text and cannot tell the
+difference. So wherever a message spells such a token, `break_up` puts a mark into it before the
+template is rendered, and `Unspeakable` encodes the marked text as a tokenizer whose control tokens
+have other names would encode it without marks. The text stays whole: if it were encoded in pieces,
+a SentencePiece tokenizer would write a space at every seam.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def structural_tokens(backend: Any, template: str | None) -> frozenset[str]:
   """The texts that become one control id when a template writes them.
 
   They are all added tokens that are flagged special, those in bars, and the tags that the template
-  mentions: Qwen3 does not flag `</think>` and `<tool_call>`, and they structure a turn all the
-  same. Gemma's `<table>` and its runs of line breaks are added tokens too, but of ordinary text.
+  mentions: Qwen3 does not flag `</think>` and `<tool_call>`, though they structure a turn. Gemma's
+  `<table>` and its runs of line breaks are added tokens too, but of ordinary text.
 
   Args:
     backend: a `tokenizers.Tokenizer`.
@@ -46,7 +46,7 @@ def structural_tokens(backend: Any, template: str | None) -> frozenset[str]:
 
 
 def break_up(value: Any, names: frozenset[str]) -> Any:
-  """A message, or any other JSON value, with a mark behind the first character of each name.
+  """A message, or any other JSON value, with a mark after the first character of each name.
 
   >>> break_up({"content": ["a<e>", 1]}, frozenset({"<e>"}))["content"][0].split(MARK)
   ['a<', 'e>']
@@ -77,12 +77,12 @@ def break_up(value: Any, names: frozenset[str]) -> Any:
 
 @functools.cache
 def _first_letters(names: frozenset[str]) -> frozenset[str]:
-  """Few even where the names are many, as the 6,000 of Gemma 3 are: most texts hold none."""
+  """The names' first letters: few even for the 6,000 names of Gemma 3, and most texts hold none."""
   return frozenset(name[0] for name in names)
 
 
 class Unspeakable:
-  """A tokenizer whose control tokens have names that no text spells, and is otherwise the same.
+  """A tokenizer whose control tokens have names that no text spells; otherwise unchanged.
 
   Attributes:
     backend: a `tokenizers.Tokenizer`; each of `names` is one of its tokens under another name.

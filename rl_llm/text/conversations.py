@@ -1,9 +1,9 @@
 """Prompts and conversations as token ids, each text encoded as a whole.
 
-The ids of a text are not the ids of its pieces one after the other: a SentencePiece tokenizer
-writes a space before every piece, and a merge over a seam is lost. So a conversation is rendered by
-the model's chat template and the whole text encoded at once, as the model's own library does it;
-where its parts are, the places of the tokens in the text say.
+The ids of a text are not the concatenated ids of its pieces: a SentencePiece tokenizer writes a
+space before every piece, and merges across a seam are lost. So the model's chat template renders a
+conversation and the whole text is encoded at once, as the model's own library does it; the places
+of the tokens in the text show where its parts are.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def format_prompts(
 ) -> list[list[int]]:
   """Ids of prompts, laid out as the model was trained to read them.
 
-  A chat model given bare text behaves like another, worse model; a base model given a chat layout
-  has never seen it. Hence two formats, and no guess between them.
+  A chat model given bare text behaves like a different, worse model; a base model has never seen a
+  chat layout. Hence there are two formats, and no guessing between them.
 
-  A message can spell a control token: with `<|im_end|>` in a user's text the user's turn would end
-  there, and the rest of the text could speak as the system. So in a chat the control tokens inside
-  messages stay plain characters, and only those the template writes become control ids. (Messages
-  with the role "assistant" are exempt: the model may have written its tool-call tokens itself.) A
-  plain prompt is its author's whole input, control tokens included.
+  A message can spell a control token: `<|im_end|>` in a user's text would end the user's turn, and
+  the rest of the text could speak as the system. So in a chat the control tokens inside messages
+  stay plain characters, and only those the template writes become control ids. (Messages with the
+  role "assistant" are exempt: the model may have written its tool-call tokens itself.) A plain
+  prompt is its author's whole input, control tokens included.
 
   >>> from rl_llm.text.tokenizers import ByteTokenizer
   >>> format_prompts(["3+4="], ByteTokenizer(), prompt_format="plain")
@@ -57,7 +57,7 @@ def format_prompts(
       text does not begin with it.
     system_prompt: None leaves the system message to the template (some write one of their own); ""
       is an empty one; a text is that text. A conversation with its own system message keeps it.
-    names: what else each prompt says to the template, such as its tools, from
+    names: what else each prompt passes to the template, such as its tools, from
       `rl_llm.text.messages.template_names`; (): none.
 
   Returns:
@@ -97,7 +97,7 @@ def format_prompts(
 
 
 def check_no_names(*names: Mapping[str, Any]) -> None:
-  """Refuses what rows say to a chat template where a plain layout has no place for it."""
+  """Refuses names for a chat template where a plain layout has no place for them."""
   for own in filter(None, names):
     raise TokenizerError(
       f"--prompt_format=plain has no place for {' and '.join(map(repr, own))}: use "
@@ -109,7 +109,8 @@ def check_not_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> None:
   """Refuses texts that a chat template has laid out already, for a chat layout.
 
   Laid out again they would be a user's message about control tokens, which the model answers
-  somehow. All of them have to begin as the template does: one alone may be a user's words.
+  somehow. They are refused only if all begin as the template does: a single one may be a user's
+  words.
   """
   names = [name for name in tokenizer.structural_tokens if texts and texts[0].startswith(name)]
   if not names:
@@ -141,17 +142,17 @@ def render(
   Args:
     conversations: each a list of messages; those of the assistant's are left as they are.
     tokenizer: the model's, with a chat template.
-    names: what else each says to the template, from `rl_llm.text.messages.template_names`; ():
+    names: what else each passes to the template, from `rl_llm.text.messages.template_names`; ():
       none.
     add_generation_prompt: end with the header of the assistant's next turn.
 
   Returns:
-    A text each, for `tokenizer.encode` or `encode_whole`, which know the mark.
+    One text per conversation, for `tokenizer.encode` or `encode_whole`, which know the mark.
 
   Raises:
     ChatTemplateError: as `rl_llm.text.chat_template.render`, or the template takes the text of a
       control token in a message for its own.
-    MessageError: the template would leave out calls, tools or names without a word.
+    MessageError: the template would silently leave out calls, tools or names.
   """
   names = names or [{}] * len(conversations)
   for messages, own in zip(conversations, names, strict=True):
@@ -223,9 +224,9 @@ def encode_whole(text: str, starts: Sequence[int], tokenizer: Tokenizer) -> Whol
   """Ids of a whole text, in which answers begin at `starts`.
 
   What precedes an answer is the prompt that a sampler is given, so the ids must begin with those of
-  `text[:start]`. They do unless a token lies over the start (a prompt that ends in a line break,
-  an answer that begins with one). Then the prompt's ids stand and what follows is encoded after
-  them, as it is in sampling, where the prompt is encoded before the answer exists.
+  `text[:start]`. They do unless a token spans the start (a prompt that ends in a line break, an
+  answer that begins with one). Then the prompt's ids are kept and what follows is encoded after
+  them, as in sampling, where the prompt is encoded before the answer exists.
 
   >>> from rl_llm.text.tokenizers import ByteTokenizer
   >>> encode_whole("2+2=4", [4], ByteTokenizer())

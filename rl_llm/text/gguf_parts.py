@@ -7,9 +7,9 @@ import re
 
 
 def part_paths(path: pathlib.Path) -> list[pathlib.Path]:
-  """All parts of the file of which this is one, by its name; the first one has the metadata.
+  """All parts of the file that this path belongs to, by its name; the first has the metadata.
 
-  llama.cpp's gguf-split numbers them in their names, and reads no others:
+  llama.cpp's gguf-split numbers the parts in their names, and reads no other names:
 
   >>> [part.name for part in part_paths(pathlib.Path("llama-00002-of-00003.gguf"))]
   ['llama-00001-of-00003.gguf', 'llama-00002-of-00003.gguf', 'llama-00003-of-00003.gguf']

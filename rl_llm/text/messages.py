@@ -1,8 +1,8 @@
 """What a row says in addition to text: a message's calls and weight, tools, a template's names.
 
-Files of conversations come from many hands, each with names of its own. A name that nobody reads
-changes nothing, and nobody sees it: the tools are missing from the prompt, the turn that was marked
-as bad is learned. So names that are known are honoured here or refused:
+Conversation files come from many sources, each with its own names. A name that is not read fails
+silently: the tools are missing from the prompt, or a turn marked as bad is learned. So known names
+are either honoured here or refused:
 
     a message's tool_calls           arguments as an object, or as the JSON text of one (OpenAI)
     its weight, train, training      1 or 0: whether an assistant's turn is trained on
@@ -31,7 +31,7 @@ class MessageError(UserError, ValueError):
 
 
 def check_messages(name: str, messages: Any, *, trained: bool) -> None:
-  """Refuses messages that no template can lay out, or that would be learned otherwise than marked.
+  """Refuses messages that no template can lay out, or whose training marks would not be honoured.
 
   >>> check_messages("p", [{"role": "user", "content": " "}], trained=False)
   Traceback (most recent call last):
@@ -59,7 +59,7 @@ def check_messages(name: str, messages: Any, *, trained: bool) -> None:
       raise MessageError(
         f"{name!r} holds a message without content; write role and content as text"
       )
-    # A system's message may be empty on purpose, and what a tool gave back may be nothing.
+    # A system message may be empty on purpose, and a tool may return nothing.
     said = calls or content.strip() or message.get("reasoning_content")
     if role in ("user", "assistant") and not said:
       raise MessageError(f"{name!r} holds an empty message of {role!r}; write it or remove it")
@@ -79,7 +79,7 @@ def check_messages(name: str, messages: Any, *, trained: bool) -> None:
 
 
 def check_prompt_ends(name: str, messages: Sequence[Mapping[str, Any]]) -> None:
-  """Refuses a prompt to which nothing is left to answer.
+  """Refuses a prompt that leaves nothing to answer.
 
   Raises:
     MessageError: its last message is the assistant's.
@@ -120,9 +120,9 @@ def for_template(
 ) -> list[dict[str, Any]]:
   """The messages as chat templates expect them.
 
-  Most templates write a call's arguments with `tojson`: text that is JSON already would be quoted a
-  second time. A content of null they print as "None". And what only says how to train is no part
-  of a message.
+  Most templates write a call's arguments with `tojson`, which would quote JSON text a second time.
+  They print a null content as "None". And keys that only control training are not part of a
+  message.
 
   >>> call = {"function": {"name": "add", "arguments": '{"a": 2}'}}
   >>> turn = {"role": "assistant", "content": None, "tool_calls": [call], "weight": 1}
@@ -148,7 +148,7 @@ def for_template(
 
 
 def template_names(columns: Mapping[str, Any]) -> dict[str, Any]:
-  """What a row says to the chat template in addition to its messages: tools, and names of its own.
+  """What a row passes to the chat template in addition to its messages: tools and other names.
 
   >>> template_names({"tools": '[{"name": "add"}]', "chat_template_kwargs": {"enable_thinking": 0}})
   {'tools': [{'name': 'add'}], 'enable_thinking': 0}
@@ -159,7 +159,7 @@ def template_names(columns: Mapping[str, Any]) -> dict[str, Any]:
     columns: of a row, by name; null says nothing, and so does an empty list or object.
 
   Raises:
-    MessageError: they are of another form.
+    MessageError: they do not have the expected form.
   """
   tools, names = (_parsed(columns.get(name)) for name in COLUMNS)
   if tools:
@@ -181,7 +181,7 @@ def template_names(columns: Mapping[str, Any]) -> dict[str, Any]:
 def check_read(
   template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]
 ) -> None:
-  """Refuses what a chat template would leave out without a word.
+  """Refuses what a chat template would silently leave out.
 
   >>> try:
   ...   check_read("{{ messages[0].content }}", [], {"tools": [{"name": "add"}]})
@@ -195,7 +195,7 @@ def check_read(
     names: from `template_names`.
 
   Raises:
-    MessageError: it does not name one of `names`, or tool_calls that a message has.
+    MessageError: the template does not mention one of `names`, or the tool_calls of a message.
   """
   wanted = list(names) + ["tool_calls"] * any(message.get("tool_calls") for message in messages)
   wanted += ["reasoning_content"] * any(message.get("reasoning_content") for message in messages)
@@ -233,7 +233,7 @@ def _arguments(name: str, call: Any) -> dict[str, Any]:
 
 
 def _parsed(value: Any) -> Any:
-  """JSON text as what it says, anything else as it is."""
+  """JSON text parsed, anything else unchanged."""
   if not isinstance(value, str):
     return value
   try:

