@@ -14,15 +14,15 @@ Prompt = str | list[dict[str, Any]]
 
 
 class RewardSource(NamedTuple):
-  """Where a worker finds a reward function, and what a call of it is.
+  """Where a worker finds a reward function, and how it is called.
 
-  Its signature is that of TRL's: `f(prompts, completions, **columns) -> list[float | None]`. It is
+  Its signature is TRL's: `f(prompts, completions, **columns) -> list[float | None]`. It is
   called by keyword, may be asynchronous, and is also given `completion_ids`, `trainer_state`,
   `log_extra` and `log_metric` if it takes them.
 
-  A function may compare the responses that it is called with, so the call is what is isolated: each
-  has a fresh process, and where that raises, dies or times out, all of its responses have that
-  status. Graded one by one they would have other rewards.
+  A function may compare the responses that it is called with, so calls are isolated from each other
+  rather than responses: each call has a fresh process, and if that raises, dies or times out, all
+  of its responses get that status. Graded one by one they could have other rewards.
 
   Attributes:
     location: the path of a file ending in `.py`, or an importable module such as
@@ -30,12 +30,11 @@ class RewardSource(NamedTuple):
     function: the function's name in it.
     runs_text: whether the function runs parts of a completion as a program. Then a pool refuses to
       start where the kernel offers no barrier to files and network, and each response is a call.
-    own_grader: whether it is one of this library's, which grade each response by itself. Text that
-      it cannot read is a wrong answer. Unless it runs the text it needs no fresh process either,
-      which is most of the time of grading a short answer.
-    isolation: which responses are a call: "sample", one; "group", all to a prompt; "batch", all
-      that this process grades at once; "auto", what fits: all to a prompt, and for this library's
-      graders one.
+    own_grader: whether it is one of this library's, which grade each response separately. Text that
+      it cannot read is a wrong answer. Unless it runs the text, it also needs no fresh process,
+      which would take most of the time of grading a short answer.
+    isolation: which responses make up a call: "sample", one; "group", all to a prompt; "batch", all
+      that this process grades at once; "auto", all to a prompt, but one for this library's graders.
   """
 
   location: str
@@ -93,8 +92,8 @@ def make_calls(
 ) -> list[Call]:
   """The calls of a batch, `responses` at a time.
 
-  As in TRL the completion of a prompt that is messages is a message, and where rows have different
-  columns, what a row lacks is None.
+  As in TRL, the completion of a prompt given as messages is a message, and columns that a row lacks
+  are None.
 
   Raises:
     ValueError: a prompt or a column is not of JSON types.

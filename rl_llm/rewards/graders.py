@@ -1,7 +1,7 @@
-r"""How this library's graders read answers: the one place for numbers, and two reward functions.
+r"""How this library's graders read answers: the only place that finds numbers, and two graders.
 
-A grader that takes any number it finds, or the last, also pays for "72 or 73", and one that does
-not know "1{,}000" refuses what is right. So all that compare numbers find them by `find_numbers`.
+A grader that takes any number it finds, or the last one, also rewards "72 or 73", and a grader that
+cannot read "1{,}000" rejects right answers. So all of them find numbers with `find_numbers`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from rl_llm.rewards.calls import completion_text
 
-# Possessive (`++`): a digit that was read is not read again, however long the number.
+# Possessive (`++`): no digit is read twice, however long the number.
 _DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9.])\.[0-9]++)"
 # A sign is one only where nothing is left to subtract from: 5-3 holds 5 and 3.
 _NUMBER = re.compile(
@@ -56,10 +56,9 @@ def _decimal(found: re.Match) -> Decimal | None:
 def final_answer(text: str) -> Decimal | None:
   r"""The one number a solution commits to; None where there is none, or two that differ.
 
-  A grader that takes the last number it sees also pays for "72 or 73". So a solution that marks its
+  A grader that takes the last number it sees also rewards "72 or 73". So a solution that marks its
   answer, with "####" or \boxed{}, is held to that: every mark must be followed by one number, the
-  same each time, and "####" must be on the last line. A solution without a mark is read by its last
-  number.
+  same each time, and "####" must be on the last line. Without a mark, the last number counts.
 
   >>> final_answer("48 + 24 = 72\n#### 72")
   Decimal('72')
@@ -101,7 +100,7 @@ def right_number(answer: Any) -> Decimal | None:
 
 
 def gsm8k(prompts, completions, answer, **columns) -> list[float | None]:
-  """1 where the completion commits to the number `answer` ends in, else 0; None where it has none.
+  """1 if the completion commits to the number that `answer` ends in, else 0; None if it has none.
 
   >>> gsm8k(["6*7?"] * 3, ["#### 42", "It is 42.", "41 or 42"], answer=["6*7=42\\n#### 42"] * 3)
   [1.0, 1.0, 0.0]
@@ -115,7 +114,7 @@ def gsm8k(prompts, completions, answer, **columns) -> list[float | None]:
 
 
 def exact_match(prompts, completions, answer, **columns) -> list[float]:
-  """1 where the completion is the answer, white space around both aside."""
+  """1 where the completion equals the answer, ignoring white space around both."""
   return [
     float(completion_text(completion).strip() == str(right).strip())
     for completion, right in zip(completions, answer, strict=True)

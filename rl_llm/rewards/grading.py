@@ -1,11 +1,11 @@
-"""One call of a reward function, in the process that makes it: what it is given, what it answers.
+"""One call of a reward function, in the process that makes it: its input and its answer.
 
-What a child is sent, a call of n responses (`rl_llm.rewards.calls` makes it):
+A child receives a call of n responses (`rl_llm.rewards.calls` makes it):
 
     {"prompts": [n], "completions": [n], "columns": {name: [n]}, "completion_ids": [n] or null,
      "step": int, "steps": int}
 
-What it answers (`rl_llm.rewards.results` judges it), one of
+It answers (`rl_llm.rewards.results` judges that) with one of
 
     {"values": [n of a number, null for "no opinion", or a text that says why it is invalid],
      "extra": {name: [n]}, "metrics": {name: number}, "unreadable": why, if it was}
@@ -24,19 +24,19 @@ import math
 import types
 from collections.abc import Callable, Sequence
 
-MAX_REPLY = 1 << 16  # bytes of a reply, and so many more for each response that was graded:
+MAX_REPLY = 1 << 16  # bytes of a reply, plus this many for each response that was graded:
 MAX_EXTRA = 1 << 13  # what `log_extra` may keep of one, as JSON
 MAX_DETAIL = 2000  # characters of an exception that are kept
 MAX_ABSOLUTE = 1e6  # of a reward
 
 
 def reply_limit(count: int) -> int:
-  """Bytes of the longest reply to a call of so many responses."""
+  """Bytes of the longest reply to a call of this many responses."""
   return MAX_REPLY + MAX_EXTRA * count
 
 
 class Log:
-  """What a function says of a call besides its rewards, by `log_extra` and `log_metric`."""
+  """What a function logs about a call besides its rewards, with `log_extra` and `log_metric`."""
 
   def __init__(self, count: int):
     self.count = count
@@ -44,7 +44,7 @@ class Log:
     self.values: dict[str, list[float]] = {}
 
   def extra(self, column: str, values: list) -> None:
-    """Keeps one value a response; the last call for a column counts."""
+    """Keeps one value per response; the last call for a column counts."""
     values = [_scalar(value) for value in values]
     if len(values) != self.count:
       raise ValueError(
@@ -120,9 +120,9 @@ Grade = Callable[[dict], dict]  # (what is sent) -> what is answered
 
 
 def grader(function: Callable) -> Grade:
-  """What calls the function, with those `ARGUMENTS` that it takes.
+  """Returns what calls the function, with those `ARGUMENTS` that it takes.
 
-  They are found here, once: in a child every object that is looked at is copied.
+  They are found once, here: a forked child copies every object that it looks at.
   """
   parameters = inspect.signature(function).parameters
   takes = [name for name in ARGUMENTS if name in parameters]
@@ -163,8 +163,8 @@ def _iterable(value: object) -> bool:
 def grade_text(grade_one: Grade, request: dict) -> dict:
   """Grades one response by a grader of this library: text that it cannot read is a wrong answer.
 
-  It is the text's fault if the same grader gives a number for the problem's own answer (for no text
-  at all, where the problem names no answer); else the grader's, and that stays a failure.
+  The text is at fault if the same grader gives a number for the problem's own answer (or for an
+  empty text, where the problem names no answer); otherwise the grader is, which stays a failure.
   """
   reply = grade_one(request)
   why = _at_a_loss(reply)
@@ -178,7 +178,7 @@ def grade_text(grade_one: Grade, request: dict) -> dict:
 
 
 def _at_a_loss(reply: dict) -> str | None:
-  """Why an answer to a call of one response has no reward, if it is not that the process died."""
+  """Why an answer to a call of one response has no reward, unless the process died."""
   if "values" not in reply:
     return reply.get("raised") or reply.get("broken")
   value = next(iter(reply["values"]), None)

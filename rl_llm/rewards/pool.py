@@ -1,9 +1,9 @@
 """Rewards from worker processes, with a deadline and a status per sample.
 
-A grader meets text nobody has read. In the trainer's own process one endless loop stops the run,
-one crash ends it, and a failure that becomes a silent 0 teaches the model that the answer was
-wrong. So each call is made in a process that may hang, crash or be attacked at no cost to the
-others, and what did not yield a number says so.
+A grader runs on text that nobody has read. In the trainer's own process one endless loop stalls the
+run, one crash ends it, and a failure that becomes a silent 0 teaches the model that the answer was
+wrong. So each call runs in a process that may hang, crash or be attacked without affecting the
+others, and a call that yields no number reports why.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Worker:
 
 
 def _import_path(source: RewardSource) -> tuple[list[str], list[str]]:
-  """What a worker may import from, and which of it stays readable once text is graded."""
+  """The paths a worker may import from, and those that stay readable once text is graded."""
   path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.isdir(entry)]
   readable = {
     sys.prefix,
@@ -111,7 +111,7 @@ def _check(
   max_failure_rate: float,
   start_deadline: int,
 ) -> None:
-  """Refuses what a pool cannot be made with."""
+  """Refuses arguments that a pool cannot be made with."""
 
   def whole(value: object, least: int) -> bool:
     return isinstance(value, int) and value >= least
@@ -131,16 +131,16 @@ def _check(
 class RewardPool:
   """Grades samples in isolated worker processes; use it as a context manager.
 
-  The reward function is imported once, in a process of its own, when the pool is made: a file that
-  does not import is an error before any training. All responses to a prompt are then one call (or
-  fewer or more of them: `RewardSource.isolation`), `f(prompts=..., completions=..., answer=...)`,
-  in a fresh fork, so it sees no other call and a failure touches no other. State that the function
-  keeps between calls is lost. (The library's own graders, which only compare text, run in the
-  worker itself.)
+  The reward function is imported once, in its own process, when the pool is made, so a file that
+  cannot be imported is an error before any training. All responses to a prompt are then graded by
+  one call (`RewardSource.isolation` changes that), `f(prompts=..., completions=..., answer=...)`,
+  in a fresh fork, so it sees no other call and its failure affects no other. State that the
+  function keeps between calls is lost. (The library's own graders, which only compare text, run in
+  the worker itself.)
 
   A worker that exceeds the deadline is killed with everything it started, and replaced. While some
-  calls take much longer than others, spares grade the rest, so a batch of 64 calls with 8 that hang
-  takes about one deadline, not four.
+  calls take much longer than others, spare workers grade the rest, so a batch of 64 calls with 8
+  that hang takes about one deadline, not four.
 
   Where the kernel allows (Linux; no root needed) a worker has no network, no other processes in
   sight, a 16 MB directory in memory of its own, and no files to read but Python, system libraries
@@ -155,7 +155,7 @@ class RewardPool:
   Args:
     source: where the reward function is.
     workers: processes that grade at the same time, >= 1.
-    spares: how many more may run while that many calls are slow, >= 0.
+    spares: how many extra workers may run while that many calls are slow, >= 0.
     deadline: seconds of wall clock one call may take, > 0.
     memory_mb: address space of one worker in MB, including what the function's imports map.
     max_failure_rate: fraction of a batch, in [0, 1], that may fail (raise, time out, die, be
@@ -286,7 +286,7 @@ class RewardPool:
     return results
 
   def _too_many_failures(self, results: Sequence[RewardResult], *, messages: bool) -> RewardError:
-    """What to say of a function that fails on most samples, and of what to do about it."""
+    """The message about a function that fails on most samples, and what to do about it."""
     failed = [index for index, result in enumerate(results) if result.status in FAILED]
     status, detail = results[failed[0]].status, results[failed[0]].detail
     advice = ""
@@ -391,11 +391,11 @@ class RewardPool:
       pass
 
   def _slow_after(self) -> tuple[float, int]:
-    """From how many seconds on a call counts as slow, and how many spares that may call in.
+    """The seconds after which a call counts as slow, and how many spares that may call in.
 
     Slow means ten times what others took: a grader that needs a second for every call gains
-    nothing from spares, and would miss its deadline with too many of them on the same cores. While
-    none has finished, a sixth of the deadline and as many spares as workers.
+    nothing from spares, and would miss its deadline with too many of them on the same cores. Until
+    a call has finished, it means a sixth of the deadline, with as many spares as workers.
     """
     if not self._durations:
       return self._deadline / 6, min(self._spares, self._workers)

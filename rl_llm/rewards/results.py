@@ -1,4 +1,4 @@
-"""What became of a graded response: its status, and what a worker's answer to a call means."""
+"""The result of grading a response: its status, and the meaning of a worker's answer to a call."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class RewardResult(NamedTuple):
     detail: one line that says why, empty for "ok" and "not_applicable".
     unreadable: whether a grader of this library could not read the text: "ok", with reward 0, and
       `detail` says why.
-    extra: what the function said of the response by `log_extra`, by column.
-    metrics: what it said of the call by `log_metric`, by name.
+    extra: what the function logged about the response with `log_extra`, by column.
+    metrics: what it logged about the call with `log_metric`, by name.
   """
 
   value: float | None
@@ -68,7 +68,7 @@ def to_arrays(results: Sequence[RewardResult]) -> tuple[np.ndarray, np.ndarray, 
 
 
 def failure_share(results: Sequence[RewardResult], *statuses: str) -> float | None:
-  """How many of the grades, those left out on which the function had no opinion, failed like this.
+  """The share of grades that failed like this, without those on which the function had no opinion.
 
   >>> failure_share([RewardResult(1.0, "ok"), RewardResult(None, "timed_out")], "timed_out")
   0.5
@@ -140,7 +140,7 @@ def _result(value: Any) -> RewardResult:
 def _logged(
   reply: dict, count: int
 ) -> tuple[list[dict[str, Any] | None], dict[str, float] | None]:
-  """What the function said besides: by response, and of the call."""
+  """What the function logged: by response, and for the whole call."""
   columns, metrics = reply.get("extra", {}), reply.get("metrics", {})
   fits = isinstance(columns, dict) and all(
     isinstance(values, list)

@@ -1,7 +1,7 @@
-"""What a process gives up before it meets text written by a model.
+"""Rights that a process gives up before it handles text written by a model.
 
 Some graders run model text as a program, and any of them may hang or crash on it. Each function
-below takes one right away from the calling process, by the kernel's own means, and says whether the
+below uses the kernel to take one right away from the calling process, and returns whether the
 kernel agreed. Nothing here needs root. Standard library only, since it runs in a bare interpreter.
 On a system other than Linux every function returns False, and only the limits of `limit_resources`
 are left.
@@ -57,9 +57,9 @@ def die_with_parent() -> None:
 def own_user() -> bool:
   """Moves into a user namespace of its own, as nobody where it was root.
 
-  The namespace lets an ordinary process make the other namespaces, and takes from root its power
-  over the machine. A limit on the number of processes does not bind root, so root becomes nobody
-  (65534) inside. The map of ids must be written from outside the namespace, hence the helper.
+  The namespace lets an ordinary process make the other namespaces, and takes away root's power over
+  the machine. A limit on the number of processes does not bind root, so root becomes nobody (65534)
+  inside. The map of ids must be written from outside the namespace, hence the helper.
   """
   uid, gid = os.geteuid(), os.getegid()
   inside, target = ("0 0 1\n65534 65534 1", NOBODY) if uid == 0 else (f"{uid} {uid} 1", uid)
@@ -142,20 +142,20 @@ def limit_resources(*, memory_mb: int, file_mb: int) -> None:
 
 
 def limit_processes(processes: int | None) -> None:
-  """No more forks once the user, within its namespace, has so many processes."""
+  """Refuses forks once the user, within its namespace, has this many processes."""
   if processes is not None:
     _limit(resource.RLIMIT_NPROC, processes)
 
 
 def no_new_privileges() -> bool:
-  """No program started from here can gain rights (setuid), and the capabilities held are let go."""
+  """Stops programs started from here from gaining rights (setuid), and drops all capabilities."""
   kept = (_CAP_READ_ANY,) if os.geteuid() == NOBODY else ()
   done = _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
   return _set_capabilities(*kept) and done
 
 
 def no_tracing() -> bool:
-  """Processes of the same user can no longer trace this one or read its memory."""
+  """Stops processes of the same user from tracing this one or reading its memory."""
   return _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
 
 
@@ -164,7 +164,7 @@ _TRUNCATE, _IOCTL = 1 << 14, 1 << 15
 
 
 def only_files(read: Iterable[str], write: Iterable[str]) -> bool:
-  """Landlock: from now on files under `read` can be read, those under `write` changed, no others.
+  """Landlock: from now on only files under `read` can be read, only those under `write` changed.
 
   Also refuses TCP and signals to outside processes, where the kernel knows how. Paths that do not
   exist are skipped. Call `no_new_privileges` first: without it the kernel does not let an ordinary

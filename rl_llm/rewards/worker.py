@@ -8,8 +8,8 @@
 
 A fork costs a millisecond, an import of the grader up to seconds, so a worker killed at its
 deadline is replaced at once. Frames are four bytes of length (big endian), then JSON. Standard
-library only: `python -I -S -B worker.py FD`. What the frames to and from a worker hold is said in
-`rl_llm.rewards.grading`.
+library only: `python -I -S -B worker.py FD`. `rl_llm.rewards.grading` describes the contents of the
+frames to and from a worker.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def write_frame(write: Callable[[bytes], object], message: object) -> None:
 
 
 def read_frame(read: Callable[[int], bytes], limit: int | None = None) -> object | None:
-  """Receives one message; None when the other side has ended, or breaks the form."""
+  """Receives one message; None when the other side has ended, or breaks the format."""
 
   def exactly(count: int) -> bytes | None:
     parts = []
@@ -102,8 +102,8 @@ def grade_in_child(
     inherited: the descriptor of the trainer's socket, which the child must not hold.
     alone: whether this process is process 1 of its own namespace, so that "all processes" means the
       child's.
-    processes: how many processes of this kind of user the child may bring about; None for no limit.
-      It binds the child only, so that a fork bomb cannot keep the other workers from forking.
+    processes: the child's limit on the number of its user's processes; None for no limit. It binds
+      only the child, so that a fork bomb cannot keep the other workers from forking.
   """
   reading, writing = os.pipe()
   child = os.fork()

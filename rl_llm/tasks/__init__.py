@@ -48,7 +48,7 @@ TASKS = {
 
 
 def _rest(family: str) -> str:
-  """What stands after the colon of a task's name, by its parameter's; "" where nothing does."""
+  """What comes after the colon of a task's name, by the parameter's name; "" if nothing does."""
   *before, _ = inspect.signature(TASKS[family][1]).parameters
   return before[0] if before else ""
 
@@ -77,10 +77,10 @@ def task_family(spec: str) -> str:
 
 
 def check_held_out(task: Task, *, otherwise: str) -> None:
-  """Refuses a task without held-out problems, where it is to be evaluated.
+  """Refuses a task without held-out problems if it is to be evaluated.
 
-  A file of three rows may well hold none of them out. That is no fault of the file, nor of a run
-  without evaluation, so whoever evaluates asks.
+  A file of three rows may well hold none of them out. That is no fault of the file, nor a problem
+  for a run without evaluation, so only code that evaluates calls this.
 
   >>> try:
   ...   check_held_out(load_task("copy", held_out=0), otherwise="--split=train")
@@ -90,7 +90,7 @@ def check_held_out(task: Task, *, otherwise: str) -> None:
 
   Args:
     task: from `load_task`.
-    otherwise: the setting that does without them.
+    otherwise: the setting that makes them unnecessary.
 
   Raises:
     TaskError: there are none; the message says how to hold some out.
@@ -119,7 +119,7 @@ def load_task(spec: str, reward_isolation: str = "auto", /, **options) -> Task:
 
   Args:
     spec: the name; after a colon the puzzle or the path.
-    reward_isolation: which responses its grader is called with, of `rl_llm.rewards.ISOLATION`.
+    reward_isolation: which responses its grader gets in one call, of `rl_llm.rewards.ISOLATION`.
     **options: fields of the task's options in `TASKS`.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Sums, differences and products of two numbers: what a small model learns in minutes."""
+"""Sums, differences and products of two numbers: a small model learns them in minutes."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def arithmetic_task(options: ArithmeticOptions) -> Task:
   >>> problem.key in {p.key for p in task.held_out}, len(task.held_out)
   (False, 10)
 
-  The held-out problems are fixed by the options: the seed does not matter, and 3+8 and 8+3 are on
-  one side.
+  The options fix the held-out problems: the seed does not matter, and 3+8 and 8+3 are on the same
+  side.
   """
   low, high, operators = options.operand_min, options.operand_max, options.operators
   width = high - low + 1
@@ -127,9 +127,9 @@ def _difficulty(problem: Problem) -> str:
 def named_number(completion: str, expression: str) -> Decimal | None:
   """The one number a completion commits to; None where there is none, or two that differ.
 
-  Accepting any right number in the text rewards listing guesses, so a completion must name one
-  number: repeating the question is allowed (as asked, or swapped for + and *), and repeating the
-  answer; a second number is not.
+  Accepting any right number in the text rewards listing guesses, so a completion must name exactly
+  one. It may repeat the question (as asked, or swapped for + and *) and the answer, but may not
+  name a second number.
 
   >>> named_number("7 + 5 = 12.", "7 + 5")
   Decimal('12')

@@ -1,4 +1,4 @@
-"""Repeat a short string: what a model that starts from random weights can learn in a minute."""
+"""Repeat a short string: a model that starts from random weights learns it in a minute."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def _string(index: int, options: CopyOptions) -> str:
 def copy_task(options: CopyOptions) -> Task:
   """Prompts "abca>" whose right response is "abca" and then the end.
 
-  Training draws a length, then a string, so that short ones show up often enough to be learned
-  first; held-out strings are drawn from all alike, hence mostly long.
+  Training draws a length, then a string, so short strings come up often enough to be learned first;
+  held-out strings are drawn uniformly from all of them, so most are long.
 
   >>> task = copy_task(CopyOptions())
   >>> problem = task.sample(0, 0, 1)[0]
@@ -111,16 +111,16 @@ def copy_task(options: CopyOptions) -> Task:
 
 
 def credit(completion: str, answer: str) -> float:
-  """1 for the exact string; else below 0.6, so that a model from nothing has a slope to climb.
+  """1 for the exact string, else below 0.6: partial credit gives a new model a slope to climb.
 
       credit = 0.5 * right / longest + 0.1 * shared / longest
 
   `right` counts the places with the right character, `shared` those of the answer's places that
   hold any of its characters, `longest` is the longer of the two lengths. Random bytes hit the
   character of a place once in 256 tries, but some character of the answer more often, and learning
-  which places are right needs no order. Writing on after the answer costs, and the same whatever
-  is written: were characters of the answer worth more there than others, a model would learn to
-  write them and unlearn to end before it ever has, and with that the 1.
+  that needs no order. Writing past the end of the answer costs the same whatever is written: if the
+  answer's characters were worth more there than others, a model would learn to keep writing them,
+  would never learn to end, and would never earn the 1.
 
   >>> credit("abc", "abc"), credit("abx", "abc")
   (1.0, 0.4)

@@ -1,7 +1,7 @@
-r"""Grade-school mathematics: `gsm8k:<path>`, a file of GSM8K's own shape.
+r"""Grade-school mathematics: `gsm8k:<path>`, a file in GSM8K's own format.
 
-Its rows are `{"question": ..., "answer": ...}`, where the answer is worked out and ends in a line
-"#### 72". The file is not part of this library.
+Its rows are `{"question": ..., "answer": ...}`, where the answer is a worked solution and ends in a
+line "#### 72". The file is not part of this library.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Gsm8kOptions:
 
 
 def gsm8k_task(path: str, options: Gsm8kOptions) -> Task:
-  """Problems from a file of GSM8K's shape; drawn, split and held out as `jsonl_task` does.
+  """Problems from a file in GSM8K's format; drawn, split and held out as `jsonl_task` does.
 
   Args:
     path: the training rows, JSONL (plain or gzip) or Parquet.

@@ -1,4 +1,4 @@
-"""Problems from a file, graded by a function of one's own: `jsonl:<path>`."""
+"""Problems from a file, graded by a user's function: `jsonl:<path>`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _source(options: JsonlOptions) -> RewardSource:
 
 
 def _answer_of(options: JsonlOptions) -> Callable[[Problem, str], str | None] | None:
-  """What a completion commits to, where the grader is one of ours: another's is not known."""
+  """What a completion commits to, if the grader is one of ours; unknown for other graders."""
   if options.reward_file:
     return None
   if options.reward_function == "exact_match":
@@ -137,7 +137,7 @@ def _problem(row: dict[str, Any], options: JsonlOptions) -> Problem:
 
 
 def _unread(source: RewardSource, problems: Sequence[Problem]) -> str:
-  """The columns that go nowhere, for the note; what another's grader reads is not known."""
+  """The columns that nothing reads, for the note; what a user's grader reads is unknown."""
   if not source.own_grader:
     return ""
   names = {name for problem in problems for name in problem.columns}
@@ -154,12 +154,12 @@ def jsonl_task(
 ) -> Task:
   """Problems from the rows of a file: `{"prompt": text or messages, ...columns}`, plain or gzip.
 
-  A Parquet file with the same columns will do as well.
+  A Parquet file with the same columns works as well.
 
   All other keys of a row go to the reward function by name. Each step draws rows without repeating
   one within the step; over many steps every row comes up equally often on average. Rows are held
-  out by a hash of their prompt, so equal prompts lie on one side, and adding rows moves none. With
-  a held-out file, training rows whose prompt is in it are left out, and `note` says how many.
+  out by a hash of their prompt, so equal prompts are on the same side, and adding rows moves none.
+  With a held-out file, training rows with a prompt in it are left out, and `note` says how many.
 
   Args:
     path: the training rows.
@@ -169,8 +169,8 @@ def jsonl_task(
 
   Raises:
     DataError: a file is missing or a row broken, as `path:line: what; fix`.
-    TaskError: an option does not fit, or all rows are held out. That none is held out matters to
-      who evaluates: see `rl_llm.tasks.check_held_out`.
+    TaskError: an option does not fit, or all rows are held out. That none is held out only matters
+      to evaluation: see `rl_llm.tasks.check_held_out`.
   """
   source, missing = _source(options), "add it"
   if name == "jsonl":

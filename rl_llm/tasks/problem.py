@@ -24,7 +24,7 @@ class Problem(NamedTuple):
   Attributes:
     prompt: text, or messages `{"role", "content"}` for a chat template.
     columns: what the reward function gets besides prompt and completion, by name; JSON types only.
-    key: who this problem is: two with the same key never lie on different sides of the held-out
+    key: identifies this problem: two with the same key never lie on different sides of the held-out
       split.
   """
 
@@ -39,16 +39,16 @@ class Task:
 
   Attributes:
     name: for logs, e.g. "arithmetic".
-    sample: `sample(seed, step, count)` gives `count` training problems. It depends on its arguments
-      alone, so a resumed run meets the same problems, and asking for more does not change the first
-      ones.
+    sample: `sample(seed, step, count)` gives `count` training problems. It depends only on its
+      arguments, so a resumed run gets the same problems, and asking for more does not change the
+      first ones.
     held_out: problems for evaluation, the same for every seed, whose keys `sample` never draws.
     reward: where the reward function is, for `RewardPool`.
     max_reward: a response counts as correct if and only if its reward is at least this.
     note: one line for the log: sizes, and what was left out.
     answer_of: `answer_of(problem, completion)` is what the completion commits to, read as the
-      grader reads it: equal texts are graded alike, so responses can vote. None where it commits to
-      nothing. A task whose grader says nothing of the kind has no such function.
+      grader reads it: equal texts get the same grade, so responses can vote. None where it commits
+      to nothing. Tasks whose grader does not define this have no such function.
     difficulty: `difficulty(problem)` names a class of problems, such as "3 steps", or None.
   """
 

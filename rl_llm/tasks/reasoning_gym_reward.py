@@ -20,7 +20,7 @@ _scorer = functools.cache(get_score_answer_fn)  # It makes a whole data set to g
 
 
 def reward(prompts, completions, puzzle, entry, **columns) -> list[float]:
-  """The package's score of each completion, white space around it aside; partial below 1."""
+  """The package's score of each completion, ignoring white space around it; below 1 is partial."""
   return [
     score(completion_text(completion).strip(), name, unpack(packed))
     for completion, name, packed in zip(completions, puzzle, entry, strict=True)
@@ -28,5 +28,5 @@ def reward(prompts, completions, puzzle, entry, **columns) -> list[float]:
 
 
 def score(text: str, puzzle: str, entry: dict) -> float:
-  """The package's score of one text; 0 for a number that is none."""
+  """The package's score of one text; 0 for NaN."""
   return 0.0 if _NAN.fullmatch(text) else _scorer(puzzle)(text, entry)
