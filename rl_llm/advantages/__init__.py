@@ -3,8 +3,8 @@
 Advantages are statistics of the whole batch: compute them before it is split into microbatches or
 over devices. They enter a loss as constants.
 
-Tokens outside the mask (padding, or what a tool wrote into the row) are *skipped*: they receive 0,
-and recursions over time pass over them as if the tokens on both sides were neighbours.
+Tokens outside the mask (padding, or a tool's output in the row) are *skipped*: they receive 0, and
+recursions over time treat the tokens on both sides as neighbours.
 """
 
 from rl_llm.advantages.group import (

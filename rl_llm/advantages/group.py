@@ -41,8 +41,8 @@ def group_relative(
 
       advantage = (reward - mean of its group) / (std of its group + eps)
 
-  The other responses replace PPO's value network. One right answer among four, mean 1/4, std 1/2
-  (ddof 1):
+  The other responses replace PPO's value network. With one right answer among four, the mean is 1/4
+  and the std 1/2 (ddof 1):
 
   >>> [round(float(a), 2) for a in group_relative(jnp.array([[1, 0, 0, 0]]))[0]]
   [1.5, -0.5, -0.5, -0.5]
@@ -53,8 +53,8 @@ def group_relative(
   >>> group_relative(jnp.array([[0.1, 0.1, 0.1]])).tolist()
   [[0.0, 0.0, 0.0]]
 
-  Published systems that all say GRPO differ in `ddof` and `eps` (`rl_llm.presets`); Dr. GRPO drops
-  the division, which makes prompts that are nearly always or nearly never solved count more:
+  Published systems that are all called GRPO differ in `ddof` and `eps` (`rl_llm.presets`). Dr. GRPO
+  drops the division, which gives more weight to prompts that are nearly always or never solved:
 
   >>> group_relative(jnp.array([[1, 0, 0, 0]]), scale="none").tolist()
   [[0.75, -0.25, -0.25, -0.25]]
@@ -69,8 +69,8 @@ def group_relative(
     singleton: what a group of one gets, "zero" or "raw", its reward (verl, SkyRL).
     eps_rule: "add" divides by std + eps, "max" by max(std, eps) (Simply).
     where: None, or [P, G] bool; False marks a reward that failed. It enters no statistic, and its
-      advantage is 0. Where nan means "does not apply", as in TRL, pass `~isnan(rewards)`; a nan
-      that nobody marked stays one.
+      advantage is 0. Where nan means "does not apply", as in TRL, pass `~isnan(rewards)`; an
+      unmarked nan stays nan.
 
   Returns:
     [P, G] float32; exactly 0 in a group without spread, and by default in a group of one.
@@ -143,8 +143,8 @@ def remax(rewards, greedy_rewards, *, where=None) -> Array:
 
       advantage = R - R(greedy)
 
-  One greedy decode per prompt stands in for a value network. It is no part of the batch, so the
-  baseline depends on no sampled response. The greedy answer was half right:
+  One greedy decode per prompt stands in for a value network. It is not part of the batch, so the
+  baseline does not depend on any sampled response. The greedy answer was half right:
 
   >>> remax(jnp.array([[1.0, 0.0]]), jnp.array([0.5])).tolist()
   [[0.5, -0.5]]
@@ -180,8 +180,8 @@ def opo(rewards, lengths, *, singleton="zero", where=None) -> Array:
 
       advantage_i = R_i - sum_j n_j R_j / sum_j n_j
 
-  The baseline with the least variance weighs each reward by the squared norm of its response's
-  gradient, which grows about as its length. A right answer of 3 tokens and a wrong one of 1:
+  The baseline with the least variance weights each reward by the squared norm of its response's
+  gradient, which grows roughly with its length. A right answer of 3 tokens and a wrong one of 1:
 
   >>> opo(jnp.array([[1, 0]]), jnp.array([[3, 1]])).tolist()
   [[0.25, -0.75]]
@@ -214,13 +214,13 @@ def opo(rewards, lengths, *, singleton="zero", where=None) -> Array:
 
 
 def gpg(rewards, *, alpha="informative", singleton="zero", where=None) -> Array:
-  """GPG's advantage: the centred reward, scaled up for the responses that teach nothing.
+  """GPG's advantage: the centred reward, scaled up to make up for responses that teach nothing.
 
       advantage = alpha * (R - mean of its group)        alpha = N / (N - M)
 
   N counts the responses, and M those in groups without spread. Their gradient is 0, but a mean over
-  the batch still divides by them: the more prompts are solved, the smaller the step. Alpha undoes
-  that. One of two groups teaches, so it counts twice:
+  the batch still counts them: the more prompts are solved, the smaller the step. Alpha undoes that.
+  Here one of two groups teaches, so it counts twice:
 
   >>> gpg(jnp.array([[1.0, 0.0], [1.0, 1.0]])).tolist()
   [[1.0, -1.0], [0.0, 0.0]]
@@ -296,9 +296,9 @@ def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) ->
       advantage_i = mean over sets S of k responses of lead_i(S)
       lead_i(S)   = max of S - max of S without i where S has i, else 0
 
-  Trained for the mean reward, a policy gives up answers that are right now and then. Where k tries
-  are allowed it is the best that counts, and only a response that beats the others of its set adds
-  to it. With k = G, the default, the best of the group gets its lead over the second, all others 0:
+  Trained for the mean reward, a policy gives up answers that are only sometimes right. If k tries
+  are allowed, only the best counts, and a response adds to it only if it beats the others of its
+  set. With k = G, the default, the best of the group gets its lead over the second, all others 0:
 
   >>> [round(float(a), 3) for a in pass_at_k(jnp.array([[0.2, 0.9, 0.5]]))[0]]
   [0.0, 0.4, 0.0]
@@ -357,21 +357,22 @@ def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) ->
 
 
 def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Array:
-  """GDPO's advantage: each of several rewards is normalised by itself, then they are added.
+  """GDPO's advantage: each of several rewards is normalised separately, then they are added.
 
       A_k        = group_relative(rewards[..., k])
       total      = sum_k weights[k] * A_k
       advantages = (total - mean) / (std + eps)        over all responses of the batch
 
-  Added first, rewards (1, 0) and (0, 1) are both 1, and the group seems to have no spread; the
-  reward with the largest numbers drowns the others. Normalised first, each counts by its weight:
+  If they are added first, rewards (1, 0) and (0, 1) both become 1, and the group seems to have no
+  spread; and the reward with the largest numbers drowns out the others. If they are normalised
+  first, each counts by its weight:
 
   >>> rewards = jnp.array([[[1.0, 0.0], [0.0, 10.0]]])
   >>> [round(float(a), 3) for a in gdpo(rewards, jnp.array([2.0, 1.0]), ddof=0)[0]]
   [1.0, -1.0]
 
-  verl whitens over tokens instead, so that long responses weigh more: `masked.whiten` of these
-  advantages, broadcast to [B, T], with the mask of the tokens. TRL and NeMo do as above.
+  verl whitens over tokens instead, so long responses weigh more: `masked.whiten` of these
+  advantages, broadcast to [B, T], with the mask of the tokens. TRL and NeMo do it as above.
 
   Args:
     rewards: [P, G, K], K rewards of each of G responses to each of P prompts.
@@ -413,7 +414,7 @@ def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Arra
 
 
 def informative_groups(rewards, *, where=None) -> Array:
-  """Which prompts teach something: those whose responses did not all earn the same (DAPO).
+  """Which prompts teach something: those whose responses did not all get the same reward (DAPO).
 
   A group without spread has only advantages of 0: it costs a forward and a backward pass, and
   makes every mean over the batch smaller. Dynamic sampling drops such prompts and draws others.
@@ -423,7 +424,7 @@ def informative_groups(rewards, *, where=None) -> Array:
 
   Args:
     rewards: [P, G], G responses to each of P prompts.
-    where: None, or [P, G] bool; False marks a reward that failed, which is not looked at.
+    where: None, or [P, G] bool; False marks a reward that failed, which is ignored.
 
   Returns:
     [P] bool.
@@ -438,7 +439,7 @@ def informative_groups(rewards, *, where=None) -> Array:
   rewards, where = _groups(rewards, where)
   low = jnp.min(rewards, axis=1, where=where, initial=jnp.inf)
   high = jnp.max(rewards, axis=1, where=where, initial=-jnp.inf)
-  return ~(high <= low)  # Of a nan neither is true: such a group is not dropped in silence.
+  return ~(high <= low)  # Neither holds for nan, so such a group is not silently dropped.
 
 
 # What an experiment offers by name: those that need nothing but the rewards, the usual one first.
@@ -456,7 +457,7 @@ def _groups(rewards, where):
 
 
 def _with_singletons(advantages, rewards, where, singleton):
-  """The advantages, but the reward itself where it is alone in its group and that is asked for."""
+  """The advantages, with the reward itself for a group of one if that is asked for."""
   if singleton == "zero":
     return advantages
   alone = where & (jnp.sum(where, axis=1, keepdims=True) == 1)
@@ -466,7 +467,7 @@ def _with_singletons(advantages, rewards, where, singleton):
 def _shifted(rewards, where):
   """Rewards minus the largest of the group.
 
-  Equal rewards must give exactly 0, and their rounded mean may differ from them by one digit, which
+  Equal rewards must give exactly 0, but their rounded mean may differ from them by one digit, which
   dividing by a std near 0 would blow up. Subtracting one of them first makes all of them 0.
   """
   largest = jnp.max(rewards, axis=1, keepdims=True, where=where, initial=-jnp.inf)

@@ -23,11 +23,11 @@ from rl_llm.masked import whiten
 
 @any_mesh
 def token_rewards(outcomes, mask, *, kl=None, kl_coef=0.0) -> Array:
-  """Puts each outcome on its response's last token, and the price of the KL on every token.
+  """Puts each outcome on its response's last token, and the KL penalty on every token.
 
       rewards[b, t] = outcomes[b] * 1[t is the last token of b] - kl_coef * kl[b, t]
 
-  A reward of 1/2 at the end of two tokens, each of which costs 0.1 * 0.2:
+  A reward of 1/2 at the end of two tokens that each cost 0.1 * 0.2:
 
   >>> rewards = token_rewards(jnp.array([0.5]), jnp.array([[True, True, False]]),
   ...                         kl=jnp.full((1, 3), 0.2), kl_coef=0.1)
@@ -35,12 +35,11 @@ def token_rewards(outcomes, mask, *, kl=None, kl_coef=0.0) -> Array:
   [-0.02, 0.48, 0.0]
 
   Args:
-    outcomes: [B], one reward per response; integers are converted, a reward of 0.5 is never
-      truncated.
+    outcomes: [B], one reward per response; integers are converted, and 0.5 is never truncated.
     mask: [B, T] bool, the tokens the policy produced.
     kl: None, or [B, T] float, in nats; `kl.k1` is the right estimator here, as the reward is not
       differentiated.
-    kl_coef: how much a nat costs.
+    kl_coef: the penalty per nat.
 
   Returns:
     [B, T] float32 rewards; 0 outside the mask, and everywhere in a row without tokens.
@@ -70,11 +69,11 @@ def token_rewards(outcomes, mask, *, kl=None, kl_coef=0.0) -> Array:
 
 @any_mesh
 def discounted_returns(rewards, mask, *, discount=1.0) -> Array:
-  """The sum of the rewards still to come, at each token.
+  """The discounted sum of the rewards still to come, at each token.
 
       G_t = r_t + discount * G_{t+1}
 
-  A reward of 1 after three tokens, each step back halving it:
+  A reward of 1 at the last of three tokens is halved with each step back:
 
   >>> rewards, mask = jnp.array([[0.0, 0.0, 1.0]]), jnp.ones((1, 3), bool)
   >>> discounted_returns(rewards, mask, discount=0.5).tolist()
@@ -117,10 +116,10 @@ def gae(
       A_t     = delta_t + discount * gae_lambda * A_{t+1}
       returns = A + V
 
-  With gae_lambda 0 the advantage is the one-step surprise delta: little noise, but wrong where V
-  is. With 1 it is the return minus V: right on average, and noisy. Two tokens, values 0.4 and 0.6,
-  a reward of 1 at the end: the surprises are 0.2 and 0.4, and half of the second belongs to the
-  first:
+  With gae_lambda 0 the advantage is the one-step surprise delta: little noise, but wrong where V is
+  wrong. With 1 it is the return minus V: right on average, but noisy. Two tokens have values 0.4
+  and 0.6, and a reward of 1 at the end. The surprises are 0.2 and 0.4, and half of the second is
+  credited to the first:
 
   >>> rewards, values = jnp.array([[0.0, 1.0]]), jnp.array([[0.4, 0.6]])
   >>> advantages, returns = gae(rewards, values, jnp.ones((1, 2), bool), gae_lambda=0.5)
@@ -133,8 +132,8 @@ def gae(
     mask: [B, T] bool; tokens outside it are skipped, and t + 1 is the next one inside.
     discount: between 0 and 1.
     gae_lambda: between 0 and 1; a scalar, or [B] such as from `length_adaptive_lambda`.
-    bootstrap: None, or [B] float, the value after the last token: for responses that were cut off,
-      not ended. None is 0.
+    bootstrap: None, or [B] float, the value after the last token, for responses that were cut off
+      rather than ended. None is 0.
 
   Returns:
     advantages and returns (the value network's targets), each [B, T] float32, 0 outside the mask.
@@ -176,18 +175,18 @@ def gae(
 
 
 def length_adaptive_lambda(mask, *, alpha=0.05) -> Array:
-  """VAPO's lambda for `gae`: nearer to 1, the longer the response.
+  """VAPO's lambda for `gae`: the longer the response, the closer to 1.
 
       gae_lambda = max(0, 1 - 1 / (alpha * n))        n = tokens of the response
 
   The reward at the end reaches a token k steps before it with the factor lambda^k. With lambda 0.95
-  nothing of it is left after 1,000 tokens (0.95^1000 = 5e-23). Here every response is remembered
-  over a fixed share alpha of its length, for 1,000 tokens over 50 of them:
+  nothing of it is left after 1,000 tokens (0.95^1000 = 5e-23). Here every advantage looks ahead
+  over a fixed share alpha of the response's length, for 1,000 tokens over 50 of them:
 
   >>> round(float(length_adaptive_lambda(jnp.ones((1, 1000), bool))[0]), 3)
   0.98
 
-  VAPO uses it for the policy alone: its value network is trained on the returns of another `gae`
+  VAPO uses it only for the policy: its value network is trained on the returns of another `gae`
   with lambda 1.
 
   Args:
@@ -216,9 +215,9 @@ def reinforce_plus_plus(rewards, mask, *, discount=1.0, ddof=1, eps=1e-8) -> Arr
       G          = discounted_returns(rewards, mask)
       advantages = (G - mean(G)) / sqrt(var(G) + eps)
 
-  One response per prompt is enough: the baseline is the batch. So a prompt that is easy looks good
-  whatever was answered; `reinforce_plus_plus_baseline` first compares within the prompt. Returns of
-  1 and 0 lie half a unit, which is one standard deviation (ddof 0), from their mean:
+  One response per prompt is enough, since the batch is the baseline. So every answer to an easy
+  prompt looks good; `reinforce_plus_plus_baseline` first compares within the prompt. Returns of 1
+  and 0 lie half a unit, which is one standard deviation (ddof 0), from their mean:
 
   >>> rewards, mask = jnp.array([[1.0], [0.0]]), jnp.ones((2, 1), bool)
   >>> [round(float(a), 3) for a in reinforce_plus_plus(rewards, mask, ddof=0)[:, 0]]
@@ -256,8 +255,8 @@ def reinforce_plus_plus_baseline(
       centred    = rewards - mean of its group
       advantages = centred on each token, divided by the spread over all tokens of the batch
 
-  GRPO divides by the spread of each prompt alone, which makes prompts that are nearly always or
-  nearly never solved count more; here one divisor serves all.
+  GRPO divides by each prompt's own spread, which gives more weight to prompts that are nearly
+  always or nearly never solved; here all share one divisor.
 
   >>> advantages = reinforce_plus_plus_baseline(jnp.array([[1, 0]]), jnp.ones((2, 1), bool), ddof=0)
   >>> [round(float(a), 3) for a in advantages[:, 0]]
@@ -296,16 +295,17 @@ def reinforce_plus_plus_baseline(
 def optimal_token_baseline(
   returns, logprobs, sum_of_squares, mask, *, group_size, singleton="zero"
 ) -> Array:
-  """The baseline with the least variance at each token, from how far the gradient has moved so far.
+  """Subtracts the baseline with the least variance at each token, given the gradient so far.
 
       W_t = sum_{s <= t} (1 - 2 * p_s + sum_v p_s(v)^2)    p_s = exp(logprobs_s)
       B_t = sum_j W_jt G_jt / sum_j W_jt                   over the responses j of the prompt
       advantages = G - B
 
-  A response whose tokens were surprising has a large gradient, and its return varies the update
-  most: the baseline should be nearest to it. The squared distance of one-hot and softmax, summed up
-  to t, stands in for that norm. Of two responses the first took a token of probability 1/2 among
-  two (W 1/2), the other one it was sure of (W 0), so the baseline is the return of the first:
+  A response whose tokens were surprising has a large gradient, and its return affects the update
+  most, so the baseline should be closest to that return. The squared distance between one-hot and
+  softmax, summed up to t, stands in for the gradient's norm. Of two responses the first took a
+  token of probability 1/2 among two (W 1/2), the second a certain one (W 0), so the baseline is the
+  return of the first:
 
   >>> returns, logprobs = jnp.array([[1.0], [0.0]]), jnp.log(jnp.array([[0.5], [1.0]]))
   >>> advantages = optimal_token_baseline(
@@ -319,9 +319,8 @@ def optimal_token_baseline(
     sum_of_squares: [B, T] float, the sum of the squared probabilities of all tokens.
     mask: [B, T] bool, the tokens the policy produced.
     group_size: G, responses per prompt.
-    singleton: where one response of the group has a token at t, "zero" is the formula (its baseline
-      is its own return), "raw" keeps its return, as the end of the longest response has nothing to
-      be compared with.
+    singleton: where only one response of the group has a token at t, as at the end of the longest,
+      "zero" follows the formula (its baseline is its own return) and "raw" keeps its return.
 
   Returns:
     [B, T] float32; 0 outside the mask.
@@ -356,22 +355,22 @@ def optimal_token_baseline(
 
 
 def overlong_penalty(lengths, *, limit, cache) -> Array:
-  """DAPO's soft punishment for length, to be added to the reward.
+  """DAPO's soft penalty for length, to be added to the reward.
 
       penalty = clip((limit - cache - n) / cache, -1, 0)
 
-  A hard limit gives a sound answer that needed one token more the reward of nonsense. Here the
-  price rises over the last `cache` tokens before the limit. Limit 100, cache 20:
+  With a hard limit, a good answer that needed one more token earns no more than nonsense. Here the
+  penalty grows over the last `cache` tokens before the limit. Limit 100, cache 20:
 
   >>> overlong_penalty(jnp.array([80, 90, 100, 120]), limit=100, cache=20).tolist()
   [0.0, -0.5, -1.0, -1.0]
 
-  Lengths are in tokens and come out of the sampler: the number of characters is another unit.
+  Lengths are in tokens, as the sampler reports them, not in characters.
 
   Args:
     lengths: any shape, tokens of each response.
-    limit: the length at which the whole price is due, > 0.
-    cache: over how many tokens before it the price rises, > 0 and at most `limit`.
+    limit: the length from which the full penalty applies, > 0.
+    cache: over how many tokens before it the penalty grows, > 0 and at most `limit`.
 
   Returns:
     The shape of `lengths`, float32 between -1 and 0.
@@ -391,7 +390,7 @@ def overlong_penalty(lengths, *, limit, cache) -> Array:
 
 
 def _zeros(x):
-  """[B], a sum of nothing: it varies over the devices that x does, and needs no token."""
+  """[B] zeros, as an empty sum, so that they vary over the devices that x does."""
   return jnp.sum(x[:, :0], axis=1)
 
 

@@ -1,13 +1,13 @@
 """Log-probabilities and entropies of sampled tokens, from logits or straight from hidden states.
 
-Both are those of the *tempered* distribution, softmax(logits / temperature): the one tokens were
-drawn from. A sampler at temperature 0.7 and a trainer at 1 are two policies, and the KL between
-them is not zero even if their weights are equal; so temperature is an argument everywhere.
+Both refer to the *tempered* distribution, softmax(logits / temperature), from which tokens were
+drawn. A sampler at temperature 0.7 and a trainer at 1 are two policies, and the KL between them is
+not zero even if their weights are equal; so temperature is an argument everywhere.
 
-The misconception is that memory goes into the network. A vocabulary of 49,152 makes the logits of 8
-responses of 1,024 tokens 1.6 GB in float32, and autodiff keeps more than one such array; the
-network that made them, SmolLM2, has 0.5 GB of weights. `chunked_logprobs_and_entropy` never builds
-that array.
+A common misconception is that the network takes most of the memory. With a vocabulary of 49,152,
+the logits of 8 responses of 1,024 tokens take 1.6 GB in float32, and autodiff keeps more than one
+such array; the network that computes them, SmolLM2, has 0.5 GB of weights.
+`chunked_logprobs_and_entropy` never builds that array.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def token_logprobs(logits, tokens, *, temperature=1.0) -> Array:
 
 
 def entropy(logits, *, temperature=1.0) -> Array:
-  """Entropy of the distribution each token was drawn from.
+  """Entropy of the distribution that each token was drawn from.
 
       H = -sum_v p_v log p_v        p = softmax(logits / temperature)
 
@@ -103,15 +103,15 @@ def sequence_logprobs(
 
       sums[b] = sum_t mask[b, t] * logprobs[b, t]
 
-  A response is as likely as the product of its tokens: 1/2 and 1/4 make 1/8.
+  A response's probability is the product of its tokens' probabilities: 1/2 and 1/4 make 1/8.
 
   >>> logprobs, mask = jnp.log(jnp.array([[0.5, 0.25, 0.9]])), jnp.array([[True, True, False]])
   >>> float(jnp.exp(sequence_logprobs(logprobs, mask))[0])
   0.125
 
-  The longer answer of a pair has more terms, so a sum tells DPO the length first of all. LD-DPO
-  counts tokens past the shorter answer's length only `tail_weight` times. Here the other answer has
-  one token, and the tail of 1/4 counts half: 1/2 * sqrt(1/4)
+  The longer answer of a pair has more terms, so a sum tells DPO about length more than anything
+  else. LD-DPO counts tokens past the shorter answer's length only `tail_weight` times. Here the
+  other answer has one token, and the tail of 1/4 counts half: 1/2 * sqrt(1/4)
 
   >>> p = sequence_logprobs(logprobs, mask, tail_weight=0.5, head_length=jnp.array([1]))
   >>> float(jnp.exp(p[0]).round(3))
@@ -165,10 +165,10 @@ def chunked_logprobs_and_entropy(
       logprob = z[token] - logsumexp(z)
       entropy = logsumexp(z) - sum(softmax(z) * z)
 
-  No more logits exist at a time than `chunk_size` tokens have, forward and backward: memory grows
-  with `chunk_size * V`, not with `B * T * V`. They are those of all tokens for a share of the
-  vocabulary. The backward pass computes them once more instead of keeping them (one matrix product
-  in four), unless they are those of `chunk_size` tokens or fewer in all, with
+  At most `chunk_size * V` logits exist at a time, forward and backward, so memory grows with that
+  and not with `B * T * V`. They are those of all tokens for a block of the vocabulary. The backward
+  pass recomputes them instead of keeping them (one matrix product in four), unless there are only
+  `chunk_size` tokens or fewer in all, with
 
       d logprob / d z_v = 1[v = token] - p_v        d entropy / d z_v = -p_v (log p_v + entropy)
 
@@ -185,7 +185,7 @@ def chunked_logprobs_and_entropy(
     unembedding: [V, D] float, such as the embedding matrix as it is stored.
     tokens: [...] int, in [0, V).
     chunk_size: as many logits may exist at once as this many tokens have; any number of tokens and
-      any V work.
+      any V will do.
     temperature: of the sampler, > 0; a constant.
     softcap: Gemma's bound on the logits, > 0, or None; a constant.
 
@@ -215,7 +215,7 @@ def chunked_logprobs_and_entropy(
   constants = jax.tree.map(lambda x: jnp.asarray(x, wide), (temperature, softcap))
   blocks = max(min(-(-tokens.size // chunk_size), len(unembedding)), 1)
   hidden, unembedding = varying_alike(hidden, unembedding, tokens)
-  # Flat, so that the unembedding's gradient sums over one axis: over two, a CPU transposes.
+  # Flat, so that the unembedding's gradient sums over one axis; over two a CPU would transpose.
   flat = blockwise(
     hidden.reshape(-1, width), unembedding, tokens.reshape(-1),
     *jax.lax.stop_gradient(constants), cut_of(unembedding, blocks),
@@ -252,7 +252,7 @@ def unembed(hidden, unembedding, *, softcap=None) -> Array:
 def map_chunks(f, chunk_size, *arrays) -> Array:
   """Computes one number per token, for at most `chunk_size` tokens at a time.
 
-  Wrap `f` in `jax.checkpoint`, or what the backward pass needs of all chunks is kept.
+  Wrap `f` in `jax.checkpoint`, or everything that the backward pass needs is kept for all chunks.
 
   >>> map_chunks(lambda x: x.sum(axis=1), 2, jnp.ones((1, 3, 4))).tolist()
   [[4.0, 4.0, 4.0]]
@@ -274,7 +274,7 @@ def _split(x, shape, chunk_size):
   """[*shape, ...] -> [chunks, rows, ...], padded with zeros.
 
   Chunk i takes every `chunks`-th token: if the batch is sharded, so is each chunk, over all
-  devices, where there is a number of chunks for which it can be.
+  devices, if some number of chunks allows it.
   """
   count = math.prod(shape)
   chunks = max(-(-count // chunk_size), 1)

@@ -1,8 +1,8 @@
 """Log-probs and entropies for a block of the vocabulary at a time, forward and backward.
 
-What `rl_llm.logprobs.chunked_logprobs_and_entropy` computes once its arguments are checked. Blocks
-of the vocabulary rather than of the tokens, since each row of the unembedding's gradient is then
-complete when its block is done: nothing of the size of the unembedding is accumulated.
+`rl_llm.logprobs.chunked_logprobs_and_entropy` calls this once its arguments are checked. It works
+on blocks of the vocabulary rather than of the tokens, since each row of the unembedding's gradient
+is then complete when its block is done: nothing of the size of the unembedding is accumulated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 
 from rl_llm.checks import wide_dtype
 
-# What stands for the logit of no token: exp of it is 0, and so is 0 times it.
+# The logit of a missing token: exp of it is 0, and so is 0 times it.
 NO_LOGIT = -1e30
 
 
@@ -101,8 +101,8 @@ blockwise.defvjp(_forward, _backward)
 def varying_alike(hidden, unembedding, tokens):
   """Inside `jax.shard_map`: the two floats, varying over every axis that one of the three does.
 
-  A loop's state may not begin to vary, and the gradient of an unembedding that is the same on all
-  devices must be summed over them. Adding something that varies, a sum of nothing, does both.
+  A loop's state may not start to vary midway, and the gradient of an unembedding that is the same
+  on all devices must be summed over them. Adding an empty sum, which varies, achieves both.
   """
   if AxisType.Manual not in jax.typeof(hidden).sharding.mesh.axis_types:
     return hidden, unembedding
@@ -111,7 +111,7 @@ def varying_alike(hidden, unembedding, tokens):
 
 
 class Cut(NamedTuple):
-  """How the vocabulary is cut: into equal groups, of which a block has some rows each."""
+  """How the vocabulary is cut: into equal groups, with some rows of each in a block."""
 
   groups: int
   size: int  # of a group; groups * size is V, or more
@@ -130,11 +130,11 @@ class Cut(NamedTuple):
 
 
 def cut_of(unembedding, blocks):
-  """The cut into at least so many blocks.
+  """The cut into at least this many blocks.
 
   A sharded vocabulary must be cut so that each block lies on all its devices, or it is gathered
-  whole: the number of groups is a multiple of that of the shards. Which axes of a mesh shard it is
-  left to the compiler, but their sizes divide both V and the number of devices.
+  whole, so the number of groups is a multiple of the number of shards. The compiler decides which
+  axes of a mesh shard it, but their sizes divide both V and the number of devices.
   """
   vocabulary = len(unembedding)
   # A number of blocks that divides V needs no padded copy of the unembedding.
@@ -148,7 +148,7 @@ def cut_of(unembedding, blocks):
 
 
 def devices(x):
-  """Over how many devices the compiler may have laid `x`."""
+  """The number of devices over which the compiler may have laid out `x`."""
   mesh = jax.typeof(x).sharding.mesh
   types = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
   return math.prod(size for size, kind in types if kind == AxisType.Auto)

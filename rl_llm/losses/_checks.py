@@ -1,4 +1,4 @@
-"""What every loss over tokens does first: check, widen, select, and cut constants' gradients."""
+"""The first steps of every loss over tokens: check, widen, select, and cut constants' gradients."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rl_llm.checks import (
 def tokens(name, x, weights, mask=None) -> tuple[Array, Array, Array]:
   """Prepares the trained [B, T] argument `x`, the weights, and the mask of members.
 
-  Positions outside the mask become 0 here, before any `exp` or product: masking after it would
-  leave the gradient 0 * inf = nan.
+  Positions outside the mask become 0 here, before any `exp` or product: masking later would leave
+  the gradient 0 * inf = nan.
 
   Returns:
     `x` at least float32 and 0 outside the mask; weights likewise, without gradient; the mask.
@@ -74,7 +74,7 @@ def per_token(name, x, mask) -> Array:
 def per_row(name, x, mask) -> Array:
   """A constant for the whole batch [] or one per row [B], made [B] and 0 outside the mask.
 
-  A Python number has no width of its own, or it would make a loss float64 under x64.
+  A Python number gets no dtype of its own, since that would make a loss float64 under x64.
   """
   if jnp.shape(x) not in ((), mask.shape):
     raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be [] or [B] = {mask.shape}.")
@@ -84,7 +84,7 @@ def per_row(name, x, mask) -> Array:
 
 
 def policy_gradient(logprobs, old_logprobs, advantages, weights, mask):
-  """What a surrogate of the policy gradient begins with.
+  """Prepares the arguments of a policy-gradient surrogate.
 
   Returns:
     The trained log-probs, their log-ratio, and the constants, all 0 outside the mask; and the mask.

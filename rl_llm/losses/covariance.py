@@ -1,8 +1,8 @@
-"""Keeping entropy where it falls fastest: the few tokens that are both likely and rewarded.
+"""Preserves entropy where it falls fastest: the few tokens that are both likely and rewarded.
 
 Over one step of policy gradient, entropy changes by about minus the covariance of a token's
-log-prob and its advantage. A handful of tokens carries nearly all of that covariance; holding back
-those few keeps the policy curious, where an entropy bonus would push on every token.
+log-prob and its advantage. A handful of tokens carry nearly all of that covariance. Holding back
+those few keeps the policy exploring, whereas an entropy bonus would push on every token.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def token_covariance(logprobs, advantages, mask) -> Array:
 
       covariance = (logprobs - mean of logprobs) * (advantages - mean of advantages)
 
-  The means are those of all tokens of the batch: compute this before it is split. Two tokens of
-  log-probs -1 and -3, with advantages 1 and -1, lie 1 from both means:
+  The means are over all tokens of the batch: compute this before it is split. Two tokens with
+  log-probs -1 and -3, and advantages 1 and -1, each lie 1 from both means:
 
   >>> logprobs, advantages = jnp.array([[-1.0, -3.0]]), jnp.array([[1.0, -1.0]])
   >>> token_covariance(logprobs, advantages, jnp.ones((1, 2), bool)).tolist()
@@ -89,7 +89,7 @@ def clip_cov_mask(
     high: the greatest, at least `low`.
     clipped: None, or [B, T] bool, tokens that PPO's clip already leaves without gradient, see
       `ppo_clipped`; none are before the first update.
-    at_least: how many to select even of few tokens; verl selects at least 1.
+    at_least: how many to select even if there are few tokens; verl selects at least 1.
 
   Returns:
     [B, T] bool; fewer are selected only if there are fewer candidates.
@@ -132,7 +132,7 @@ def kl_cov_mask(covariance, mask, *, fraction=2e-3, at_least=0) -> Array:
     mask: [B, T] bool, the tokens the policy produced, of the whole batch of one optimiser step.
     fraction: of the tokens, between 0 and 1. The paper has 2e-3 for a model of 7B and 2e-4 for
       32B; verl has 2e-4.
-    at_least: how many to select even of few tokens; verl selects at least 1.
+    at_least: how many to select even if there are few tokens; verl selects at least 1.
 
   Returns:
     [B, T] bool; of equal covariances the first in the batch.
@@ -154,7 +154,7 @@ def kl_cov_mask(covariance, mask, *, fraction=2e-3, at_least=0) -> Array:
 def ppo_clipped(
   logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2
 ) -> Array:
-  """The tokens that PPO's clip leaves without gradient: already pushed as far as is allowed.
+  """The tokens that PPO's clip leaves without gradient: they were already pushed far enough.
 
       clipped = ratio > 1 + clip_high where A > 0, ratio < 1 - clip_low where A < 0
 
@@ -196,13 +196,14 @@ def ppo_clipped(
 def clip_cov_loss(
   logprobs, old_logprobs, advantages, selected, weights, *, mask=None, clip_low=0.2, clip_high=0.2
 ) -> tuple[Array, Metrics]:
-  """Clip-Cov: PPO in which the selected tokens do not push.
+  """Clip-Cov: PPO without a gradient from the selected tokens.
 
       clipped   = clip(ratio, 1 - clip_low, 1 + clip_high)
       per_token = 0 if selected else max(-ratio * A, -clipped * A)
       loss      = sum(weights * per_token)
 
-  They stay in the denominator of the weights. Two tokens that counted 1/2 each; one is selected:
+  Selected tokens still count in the denominator of the weights. Two tokens of weight 1/2, one of
+  them selected:
 
   >>> logprobs = jnp.log(jnp.array([[0.5, 0.9]]))
   >>> gradient, _ = jax.grad(clip_cov_loss, has_aux=True)(
@@ -245,7 +246,7 @@ def clip_cov_loss(
 def kl_cov_loss(
   logprobs, old_logprobs, advantages, selected, weights, *, mask=None, coef=1.0
 ) -> tuple[Array, Metrics]:
-  """KL-Cov: an unclipped surrogate in which the selected tokens pay for moving.
+  """KL-Cov: an unclipped surrogate with a penalty on the selected tokens' moves.
 
       per_token = -ratio * A + (coef * |logprobs - old_logprobs| if selected else 0)
       loss      = sum(weights * per_token)
@@ -258,7 +259,7 @@ def kl_cov_loss(
   -3.307
 
   A common misconception is that the penalty estimates a KL. Its slope is +-1 however small the
-  move, where that of an estimate fades towards 0: a selected token is held, not merely slowed.
+  move, while an estimate's slope fades towards 0: a selected token is held, not merely slowed.
 
   Args:
     logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
@@ -267,7 +268,7 @@ def kl_cov_loss(
     selected: [B, T] bool, from `kl_cov_mask` on the whole batch; a constant.
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
     mask: [B, T] bool, which tokens belong to a response. None is `weights != 0`.
-    coef: the price of a nat; verl's configuration has 0.1.
+    coef: the penalty per nat; verl's configuration has 0.1.
 
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "log_ratio_size", "selected_fraction"}:

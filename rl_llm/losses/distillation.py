@@ -1,9 +1,9 @@
 """Learning from a teacher that says how likely every token is, not only which one is right.
 
-A teacher is another language model of the same vocabulary. A student that copies the teacher's
-texts (`sft_loss`) learns one bit of chance per token and never sees what follows its own mistakes.
-Distillation on the student's own texts repairs both: the teacher's whole distribution is the
-target, at the places where the student really goes.
+A teacher is another language model with the same vocabulary. A student that copies the teacher's
+texts (`sft_loss`) sees one random token of each distribution and never what follows its own
+mistakes. Distillation on the student's own texts fixes both: the teacher's whole distribution is
+the target, at the places that the student really reaches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rl_llm.checks import (
 from rl_llm.logprobs import map_chunks, unembed
 from rl_llm.losses import _checks
 
-# What stands for log 0: small enough that exp gives 0, and 0 times it is 0, where 0 * -inf is nan.
+# Stands for log 0: small enough that exp gives 0, but 0 times it is 0, while 0 * -inf is nan.
 LOG_ZERO = -1e30
 
 
@@ -41,10 +41,9 @@ def gkd_loss(
       per_token = beta * KL(p || m) + (1 - beta) * KL(q || m)
       loss      = sum(weights * per_token)
 
-  beta is a dial between two ways of being wrong. Towards 0 the student must cover all that the
-  teacher may say; towards 1 it must say nothing the teacher would not. The divergence itself
-  vanishes at both ends; there it is replaced by what it tends to when divided by beta, or by
-  1 - beta:
+  beta is a dial between two kinds of error. Towards 0 the student must cover everything the teacher
+  may say; towards 1 it must say nothing the teacher would not. The divergence itself vanishes at
+  both ends, where its limit after division by beta, or by 1 - beta, replaces it:
 
       beta 0:  per_token = KL(p || q), forward        beta 1:  per_token = KL(q || p), reverse
 
@@ -59,9 +58,8 @@ def gkd_loss(
   >>> round(float(loss), 4), round(float(expected), 4)
   (0.2158, 0.2158)
 
-  GKD trains on texts of which a share (half, in the paper) is the student's own. Which they are is
-  decided where they are made: this term is the same for all, and no gradient flows through the
-  sampling.
+  In GKD a share of the texts (half, in the paper) is the student's own. The sampling code decides
+  which: this term is the same for all texts, and no gradient flows through the sampling.
 
   Args:
     logits: [B, T, V] float, of the student, before division by the temperature.
@@ -71,8 +69,8 @@ def gkd_loss(
     temperature: of both distributions, > 0.
 
   Returns:
-    The scalar loss, at least float32, and metrics {"divergence"}: per token, unweighted. Where one
-    side forbids what the other says and the divergence is infinite, it is about 1e30.
+    The scalar loss, at least float32, and metrics {"divergence"}: per token, unweighted. Where the
+    divergence is infinite, because one side forbids what the other says, it is about 1e30.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
@@ -110,13 +108,13 @@ def chunked_gkd_loss(
 ) -> tuple[Array, Metrics]:
   """`gkd_loss` from hidden states, without building [B, T, V].
 
-  Two models' logits are twice the memory, and autodiff keeps several arrays of that size. Here at
-  most `chunk_size` tokens have logits at a time; the backward pass computes them again.
+  Logits of two models take twice the memory, and autodiff keeps several arrays of that size. Here
+  at most `chunk_size` tokens have logits at a time; the backward pass computes them again.
 
       logits = hidden @ unembedding.T
       logits = softcap * tanh(logits / softcap)    if softcap is given
 
-  Teacher and student may have different widths, not different vocabularies:
+  Teacher and student may have different widths, but not different vocabularies:
 
   >>> hidden, teacher_hidden = jnp.ones((1, 3, 2)), jnp.ones((1, 3, 1))
   >>> unembedding, teacher_unembedding = jnp.eye(4, 2), jnp.eye(4, 1)
@@ -189,32 +187,32 @@ def chunked_gkd_loss(
 def minillm_advantages(
   logprobs, teacher_logprobs, mask, *, discount=1.0, length_normalize=False
 ) -> Array:
-  """MiniLLM's advantages: how much likelier the teacher finds what the student said from here on.
+  """MiniLLM's advantages: how much likelier the teacher finds the rest of the student's text.
 
       r_t = teacher_logprobs - logprobs
       A_t = sum_{s >= t} discount^(s - t) r_s
       A_t = that / sum_{s >= t} discount^(s - t)      with length_normalize
 
-  The student's KL to the teacher over whole texts depends on which texts it writes, so its gradient
-  is a policy gradient, and this its return: `reinforce_loss` with these advantages descends
-  KL(student || teacher). A student that says with probability 1/2, 1/2 what the teacher would say
-  with 1/4, 1/8 loses log 2 and log 4; the first token answers for both:
+  The student's KL to the teacher over whole texts depends on which texts it writes. So its gradient
+  is a policy gradient with this return: `reinforce_loss` with these advantages descends
+  KL(student || teacher). If two tokens have probabilities 1/2, 1/2 for the student and 1/4, 1/8 for
+  the teacher, they lose log 2 and log 4; the first token is charged for both:
 
   >>> student, teacher = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.125]]))
   >>> advantages = minillm_advantages(student, teacher, jnp.ones((1, 2), bool))
   >>> [round(float(a / jnp.log(2)), 3) for a in advantages[0]]
   [-3.0, -2.0]
 
-  With discount 0 each token answers for itself, which is on-policy distillation (TRL's default; the
-  paper has 1). Long answers have more terms: the paper divides by the length still to come, which
-  is no longer the exact gradient.
+  With discount 0 each token is charged only for itself, which is on-policy distillation (TRL's
+  default; the paper has 1). Long answers have more terms, so the paper divides by the remaining
+  length, which is no longer the exact gradient.
 
   Args:
     logprobs: [B, T] float, the student's log-probs of the tokens it sampled, in nats; a constant.
     teacher_logprobs: [B, T] float, the teacher's, at the same temperature; a constant.
     mask: [B, T] bool, the tokens the student produced.
     discount: between 0 and 1.
-    length_normalize: take the discounted mean of what is to come, not the sum.
+    length_normalize: take the discounted mean of the terms still to come, not the sum.
 
   Returns:
     [B, T] advantages, at least float32, without gradient; 0 outside the mask.
@@ -249,10 +247,9 @@ def on_policy_distillation_loss(
       per_token = push + sampler_coef * (logprobs - sampler_logprobs)^2
       loss      = sum(weights * per_token)
 
-  Reinforcement learning learns one number per text; here every token has its own, and no reward is
-  needed. The gradient is that of KL(student || teacher) at each token, the texts taken as given. A
-  token that the student finds twice as likely as the teacher has A = -log 2, and is pushed down by
-  it:
+  Reinforcement learning gets one number per text; here every token has its own, and no reward is
+  needed. The gradient is that of KL(student || teacher) at each token, with the texts fixed. A
+  token that the student finds twice as likely as the teacher has A = -log 2, and is pushed down:
 
   >>> student, teacher = jnp.log(jnp.array([[0.5]])), jnp.log(jnp.array([[0.25]]))
   >>> gradient, _ = jax.grad(on_policy_distillation_loss, has_aux=True)(
@@ -260,9 +257,9 @@ def on_policy_distillation_loss(
   >>> round(float(gradient[0, 0] / jnp.log(2)), 3)
   1.0
 
-  A token whose probability has already fallen by more than `max_drop` since it was sampled is not
-  pushed, whichever way; the quadratic term, small and on every token, holds the trainer near the
-  sampler. Those two are prime-rl's; `max_drop=None, sampler_coef=0` is the plain form.
+  A token whose probability has fallen by more than `max_drop` since it was sampled is not pushed in
+  either direction. The small quadratic term on every token holds the trainer near the sampler. Both
+  come from prime-rl; `max_drop=None, sampler_coef=0` is the plain form.
 
   Args:
     logprobs: [B, T] float, the student's log-probs of the tokens it sampled, in nats.
@@ -270,7 +267,7 @@ def on_policy_distillation_loss(
     teacher_logprobs: [B, T] float, the teacher's, at the same temperature; a constant.
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
     max_drop: how far a probability may have fallen, > 0, or None for no limit.
-    sampler_coef: the price of a squared nat between trainer and sampler.
+    sampler_coef: the penalty per squared nat between trainer and sampler.
 
   Returns:
     The scalar loss, at least float32, and metrics {"reverse_kl", "ratio", "dropped_fraction"}: over

@@ -1,19 +1,20 @@
 """Preference losses on pairs of answers: raise the chosen one over the rejected one.
 
-The classical way to learn from preferences fits a reward model to them and then runs reinforcement
-learning against it. These losses skip both: a policy that differs from its reference already *is* a
-reward model, whose reward for an answer is
+The classical way to learn from preferences is to fit a reward model to them and then run
+reinforcement learning against it. These losses skip both: a policy that differs from its reference
+already *is* a reward model, whose reward for an answer is
 
     reward = beta * (log policy(answer) - log reference(answer))
 
-and they fit that one to the preferences. They differ in which error of the two rewards they punish.
+and they fit that reward to the preferences. They differ in which errors of the two rewards they
+penalise.
 All take the log-probs of whole answers, [B] sums (or averages) from `logprobs.sequence_logprobs`,
 and weights [B], usually 1 / B. A pair of weight 0 is as if absent.
 
 Their metrics describe the pairs: "accuracy" is how often the chosen answer has the higher reward,
-"margin" by how much, "chosen_reward" and "rejected_reward" the rewards themselves. It is a
-misconception that the chosen answer becomes likelier: most of these losses see only the difference,
-and often both fall. Watch "chosen_reward".
+"margin" by how much, "chosen_reward" and "rejected_reward" the rewards themselves. A common
+misconception is that the chosen answer becomes likelier: most of these losses see only the
+difference, and often both answers become less likely. Watch "chosen_reward".
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def dpo_loss(
       margin = chosen reward - rejected reward
       loss   = sum(weights * -log sigmoid(margin))
 
-  A policy that still is its reference calls every pair a coin flip, log 2 = 0.693. One that doubled
-  the odds between the answers, with beta 1, says 2/3:
+  For a policy that still equals its reference every pair is a coin flip, log 2 = 0.693. One that
+  has doubled the odds between the answers, with beta 1, gives the chosen one 2/3:
 
   >>> same = jnp.log(jnp.array([0.5]))
   >>> loss, _ = dpo_loss(same, same, same, same, jnp.ones(1))
@@ -62,21 +63,21 @@ def dpo_loss(
   >>> round(float(jnp.exp(-loss)), 3)
   0.667
 
-  Labels may be wrong. `label_smoothing` e (conservative DPO) is the share of pairs thought to be
-  swapped; the loss then has its minimum at sigmoid(margin) = 1 - e, where otherwise it has none:
+  Labels may be wrong. `label_smoothing` e (conservative DPO) is the assumed share of swapped pairs;
+  the loss then has its minimum at sigmoid(margin) = 1 - e, while without it there is none:
 
       loss = sum(weights * (-(1 - e) log sigmoid(margin) - e log sigmoid(-margin)))
 
   The logarithm in the reward comes from a reverse KL between policy and reference. Another
-  `divergence` puts another function of the log-ratio c in its place (f-DPO):
+  `divergence` replaces it by another function of the log-ratio c (f-DPO):
 
       reverse_kl   c                     forward_kl   -exp(-c)
       js           log sigmoid(c)        alpha        -exp(-alpha * c) / alpha
 
-  alpha 1 is the forward KL, and alpha towards 0 the reverse one. Some systems write the last as
-  exp((a - 1) * c) / (a - 1): their a is 1 - alpha, and 0.5 is the same in both. The exponents
-  -c and -alpha * c are limited to +-20, and an answer beyond has no gradient. The limit is this
-  library's; TRL has none.
+  With alpha 1 it is the forward KL, and as alpha goes to 0 the reverse one. Some systems write the
+  last as exp((a - 1) * c) / (a - 1): their a is 1 - alpha, and 0.5 is the same in both. The
+  exponents -c and -alpha * c are limited to +-20, and an answer beyond has no gradient. The limit
+  is this library's; TRL has none.
 
   Length-normalised DPO is this function on `sequence_logprobs(..., average=True)`. RPO, which keeps
   the chosen answer likely, is a sum of two terms:
@@ -151,8 +152,8 @@ def robust_dpo_loss(
       loss     = sum(weights * per_pair)
 
   with e = `label_smoothing`, the chance that a label is swapped. Conservative DPO (`dpo_loss` with
-  `label_smoothing`) aims at a smaller margin; this one subtracts the expected harm of the flips, so
-  that noisy labels give the gradient of clean ones in expectation. Averaged over a clean and a
+  `label_smoothing`) aims at a smaller margin. This loss subtracts the expected effect of the flips,
+  so noisy labels give the gradient of clean ones in expectation. Averaged over a clean and a
   flipped label at their rates it is the clean loss: at margin 1, log(1 + 1/e) = 0.313.
 
   >>> zero, one = jnp.zeros(1), jnp.ones(1)
@@ -185,7 +186,7 @@ def robust_dpo_loss(
     chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights, beta
   )
   margin = chosen - rejected
-  # -log sigmoid(-x) = x - log sigmoid(x): the two terms partly cancel, exactly so here.
+  # -log sigmoid(-x) = x - log sigmoid(x): the two terms partly cancel, and do so exactly here.
   per_pair = -jax.nn.log_sigmoid(margin) - margin * label_smoothing / (1 - 2 * label_smoothing)
   return jnp.sum(weights * per_pair), pair_metrics(chosen, rejected, mask)
 
@@ -199,11 +200,11 @@ def hinge_dpo_loss(
   *,
   beta=0.1,
 ) -> tuple[Array, Metrics]:
-  """A hinge on DPO's margin: pairs that are far enough apart are left alone.
+  """A hinge on DPO's margin: leaves pairs alone that are far enough apart.
 
       loss = sum(weights * max(0, 1 - margin))
 
-  DPO pushes every pair apart for ever. Here a margin of 1 is enough; 0.4 is 0.6 short:
+  DPO never stops pushing a pair apart. Here a margin of 1 is enough; 0.4 is 0.6 short:
 
   >>> zero, weights = jnp.zeros(2), jnp.ones(2)
   >>> loss, _ = hinge_dpo_loss(jnp.array([4.0, 15.0]), zero, zero, zero, weights)
@@ -248,23 +249,23 @@ def ipo_loss(
   *,
   beta=0.1,
 ) -> tuple[Array, Metrics]:
-  """IPO: pull the difference of log-ratios to a target, instead of pushing it for ever.
+  """IPO: pull the difference of log-ratios to a target, instead of pushing it without end.
 
       difference = (chosen - ref chosen) - (rejected - ref rejected)          in nats
       loss       = sum(weights * (difference - 1 / (2 beta))^2)
 
   If an answer always wins in the data, DPO's best margin is infinite, whatever beta is, and the
-  reference holds nothing. The square has its minimum at 1 / (2 beta): 5 nats at 0.1. From the
-  reference, 0 nats, that is a loss of 25:
+  reference holds nothing back. The square has its minimum at 1 / (2 beta): 5 nats at beta 0.1. At
+  the reference, 0 nats, the loss is 25:
 
   >>> zero = jnp.zeros(1)
   >>> float(ipo_loss(zero, zero, zero, zero, jnp.ones(1))[0])
   25.0
 
-  Two normalisations are in use, and the caller chooses by what goes in. The paper's formula is on
-  log-probs of whole answers: sums, whose target is 5 nats per answer. Most trainers feed averages
-  (`sequence_logprobs(average=True)`), a target of 5 nats per *token*, so that long answers need not
-  change less. A beta tuned for one is wrong for the other by about the length of the answers.
+  Two normalisations are in use, and the caller chooses one by the log-probs it passes. The paper's
+  formula takes those of whole answers: sums, with a target of 5 nats per answer. Most trainers pass
+  averages (`sequence_logprobs(average=True)`), with a target of 5 nats per *token*, so long answers
+  need not change less. A beta tuned for one is wrong for the other by about the answers' length.
 
   Args:
     chosen_logprobs: [B] float, sums or averages, as in `dpo_loss`.
@@ -308,7 +309,7 @@ def exo_loss(
       q    = sigmoid(margin)                        what the policy says
       loss = sum(weights * (q log(q / (1 - e)) + (1 - q) log((1 - q) / e)))
 
-  DPO minimises KL(labels || policy), which spreads over all that the labels allow; this minimises
+  DPO minimises KL(labels || policy), which spreads over everything the labels allow. EXO minimises
   KL(policy || labels), as reinforcement learning does, which seeks one mode. The labels must allow
   both answers, so e = `label_smoothing` is above 0. At the reference q is 1/2; with e = 1/4 the KL
   from (1/2, 1/2) to (3/4, 1/4) is log(2) - log(3) / 2 = 0.144:
@@ -364,9 +365,9 @@ def nca_loss(
       loss = sum(weights * (-log sigmoid(chosen) - log sigmoid(-chosen) / 2
                             - log sigmoid(-rejected) / 2))
 
-  with the rewards `chosen` and `rejected`. DPO sees only their difference, and often lowers both
-  answers. Noise contrast judges each alone: is it from the data, or from the reference? At the
-  reference every term is a coin flip, 2 log 2 = 1.386:
+  with the rewards `chosen` and `rejected`. DPO sees only their difference, and often makes both
+  answers less likely. Noise contrast judges each separately: is it from the data, or from the
+  reference? At the reference every term is a coin flip, 2 log 2 = 1.386:
 
   >>> zero = jnp.zeros(1)
   >>> round(float(nca_loss(zero, zero, zero, zero, jnp.ones(1))[0]), 3)
@@ -421,7 +422,7 @@ def bco_loss(
   >>> round(float(bco_loss(zero, zero, zero, zero, jnp.ones(1))[0]), 3)
   1.386
 
-  The shift makes the bound on DPO's loss tight. The paper's is the running mean of all rewards, see
+  The shift tightens the bound on DPO's loss. The paper uses the running mean of all rewards, see
   `bco_shift`; pairwise trainers leave it at 0.
 
   Args:
@@ -466,10 +467,10 @@ def sppo_loss(
 
       loss = sum(weights * ((chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2))
 
-  with `chosen` and `rejected` the log-ratios to the reference, in nats. In self-play, an answer
-  that wins with probability P against the policy is to be multiplied by exp((P - 1/2) / beta); with
-  certain labels P is 1 or 0. Unlike in IPO, moving both answers down together costs. At the
-  reference, beta 1/2, both targets are 1 nat away:
+  with `chosen` and `rejected` the log-ratios to the reference, in nats. In self-play, the
+  probability of an answer that wins against the policy with probability P should grow by the factor
+  exp((P - 1/2) / beta); with certain labels P is 1 or 0. Unlike in IPO, moving both answers down
+  together is penalised. At the reference, with beta 1/2, both targets are 1 nat away:
 
   >>> zero = jnp.zeros(1)
   >>> float(sppo_loss(zero, zero, zero, zero, jnp.ones(1), beta=0.5)[0])
@@ -516,8 +517,8 @@ def apo_zero_loss(
 
       loss = sum(weights * (1 - sigmoid(chosen) + sigmoid(rejected)))
 
-  with the rewards `chosen` and `rejected`. For chosen answers that are better than what the policy
-  writes; where they are worse, use `apo_down_loss`. At the reference it is 1:
+  with the rewards `chosen` and `rejected`. Use it if the chosen answers are better than what the
+  policy writes; if they are worse, use `apo_down_loss`. At the reference it is 1:
 
   >>> zero = jnp.zeros(1)
   >>> float(apo_zero_loss(zero, zero, zero, zero, jnp.ones(1))[0])
@@ -620,7 +621,7 @@ def discopop_loss(
   >>> round(float(discopop_loss(zero, zero, zero, zero, jnp.ones(1))[0]), 3)
   0.847
 
-  It is not convex: around margin 0 it *rises* with the margin, so that a pair must be pushed over a
+  It is not convex: around margin 0 it *rises* with the margin, so a pair must be pushed over a
   small hill.
 
   Args:
@@ -630,7 +631,7 @@ def discopop_loss(
     ref_rejected_logprobs: [B] float, as in `dpo_loss`; a constant.
     weights: [B] float, how much each pair counts; a constant.
     beta: reward per nat of log-ratio, > 0.
-    temperature: how wide the change from one form to the other is, in units of reward, > 0.
+    temperature: the width of the transition between the two forms, in units of reward, > 0.
 
   Returns:
     The scalar loss, at least float32, and the metrics of `dpo_loss`. The logarithm of
@@ -667,15 +668,15 @@ def aot_loss(
   beta=0.1,
   label_smoothing=0.0,
 ) -> tuple[Array, Metrics]:
-  """AOT for pairs: the policy's margins are to be above the reference's as a distribution.
+  """AOT for pairs: raises the distribution of the policy's margins above the reference's.
 
       policy_i    = the i-th smallest of chosen - rejected          over the batch, in nats
       reference_i = the i-th smallest of ref chosen - ref rejected
       loss        = sum(weights * -log sigmoid(beta * (policy_i - reference_i)))
 
   DPO asks each pair for more than its own reference margin. Comparing quantiles asks less of any
-  one pair and more of the whole: the worst margin is to beat the reference's worst margin, and so
-  on up. Policy margins (2, 1) against (1, 2) differ by nothing once sorted, so the loss is log 2:
+  one pair and more of the whole: the worst margin should beat the reference's worst margin, and so
+  on upwards. Margins (2, 1) and (1, 2) are equal once sorted, so the loss is log 2:
 
   >>> zero = jnp.zeros(2)
   >>> loss, _ = aot_loss(jnp.array([2.0, 1.0]), zero, jnp.array([1.0, 2.0]), zero, jnp.ones(2) / 2)
@@ -730,7 +731,7 @@ def aot_unpaired_loss(
   beta=0.1,
   label_smoothing=0.0,
 ) -> tuple[Array, Metrics]:
-  """AOT without pairs: good answers' rewards are to be above bad ones' as a distribution.
+  """AOT without pairs: raises the distribution of good answers' rewards above bad ones'.
 
       chosen_i   = the i-th smallest of chosen - ref chosen          over the batch, in nats
       rejected_i = the i-th smallest of rejected - ref rejected
@@ -780,19 +781,19 @@ def aot_unpaired_loss(
 
 
 def wpo_weights(chosen_logprobs, rejected_logprobs, weights) -> Array:
-  """WPO: pairs count as much as the policy would still write them.
+  """WPO: weights pairs by how likely the policy is to write them.
 
       weights * min(1, exp(chosen_logprobs + rejected_logprobs))
 
   Preference data was written by other policies. On-policy data works better, and weighting a pair
-  by its probability imitates it. A whole answer's probability is next to nothing, so the paper
-  takes the mean per token, and measures each token against how sure the policy is there. For
+  by its probability imitates it. A whole answer's probability is close to 0, so the paper takes the
+  mean per token, and measures each token relative to how certain the policy is there. For
   log-probs `logp` [B, T, V] of the whole vocabulary and the tokens' `token_logp` [B, T]:
 
       aligned  = token_logp - logsumexp(2 * logp, axis=-1)
       argument = sequence_logprobs(aligned, mask, average=True)
 
-  so that a token drawn from an even distribution counts fully. With averages log 1/2 and log 1/4:
+  so a token drawn from a uniform distribution counts fully. With averages log 1/2 and log 1/4:
 
   >>> wpo_weights(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25])), jnp.ones(1)).tolist()
   [0.125]
@@ -821,7 +822,7 @@ def wpo_weights(chosen_logprobs, rejected_logprobs, weights) -> Array:
 
 
 def pair_metrics(chosen, rejected, mask) -> Metrics:
-  """What every loss over pairs reports, from rewards [B] and the pairs that count [B] bool."""
+  """The metrics of every loss over pairs, from rewards [B] and the pairs that count [B] bool."""
   return {
     "accuracy": _checks.metric(chosen > rejected, mask),
     "margin": _checks.metric(chosen - rejected, mask),

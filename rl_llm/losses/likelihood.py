@@ -1,4 +1,4 @@
-"""Keeping what was right likely: terms that hold or raise the likelihood of good responses."""
+"""Keeps right responses likely: terms that hold or raise the likelihood of good responses."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rl_llm.losses import _checks
 
 @any_mesh
 def action_ids_of(mask) -> Array:
-  """Numbers the actions of each row: what an agent wrote between two answers of its tools.
+  """Numbers the actions of each row: the texts of an agent between its tools' outputs.
 
   An agent's row is action, tool output, action, ...; the mask is True on the actions, so each run
-  of True is one of them:
+  of True is one action:
 
   >>> action_ids_of(jnp.array([[False, True, True, False, True]])).tolist()
   [[-1, 0, 0, -1, 1]]
@@ -48,7 +48,7 @@ def action_ids_of(mask) -> Array:
 def llds_weights(
   advantages, mask, *, normalizer="preserving", answer_mask=None, answer_weight=1.0
 ) -> Array:
-  """Weights for `llds_loss`: the mean over the tokens whose likelihood is to be preserved.
+  """Weights for `llds_loss`: the mean over the tokens whose likelihood should be preserved.
 
       weights[b, t] = mask[b, t] * (answer_weight if answer_mask[b, t] else 1) / N
 
@@ -64,8 +64,8 @@ def llds_weights(
   >>> llds_weights(jnp.array([1.0, -1.0]), mask, normalizer="all")[0].tolist()
   [0.25, 0.25, 0.25]
 
-  LLDS-MA counts the final answer differently from the steps that led to it. Its weight may be
-  raised during training, such as min(searches / 2, 1), with the mean number of valid searches:
+  LLDS-MA counts the final answer differently from the steps that led to it. The answer's weight may
+  grow during training, such as min(searches / 2, 1), with the mean number of valid searches:
 
   >>> answer = jnp.array([[False, False, True], [False, False, False]])
   >>> weights = llds_weights(jnp.array([1.0, -1.0]), mask, answer_mask=answer, answer_weight=0.5)
@@ -77,8 +77,8 @@ def llds_weights(
     mask: [B, T] bool, the tokens the policy produced.
     normalizer: what N counts, as above.
     answer_mask: None, or [B, T] bool, the tokens of the final answer.
-    answer_weight: how much each of them counts. At 0 they keep their place in `llds_loss` only if
-      the mask is passed to it.
+    answer_weight: how much each of them counts. At 0, pass the mask to `llds_loss`, or they no
+      longer belong to the response there.
 
   Returns:
     [B, T] float32; all 0 if there is nothing to preserve.
@@ -113,17 +113,17 @@ def llds_loss(
 
   A wrong response shares words with the right ones, so pushing it down pulls them down too. As they
   become unlikely their gradients grow, which lowers them further: GRPO on agents that use tools
-  collapses this way. This term holds on to whatever was not bad, and only where it fell:
+  collapses this way. This term holds up responses that were not bad, and only where they fell:
 
       lost      = old_logprobs - logprobs
       gate      = 1 if sum of lost over the token's unit > 0 else 0     not differentiated
       per_token = gate * max(0, lost)      where advantage >= 0, else 0
       loss      = sum(weights * per_token)
 
-  The unit is the action (default), the token (then the gate changes nothing), or the response: a
-  token may fall as long as the action it belongs to does not. Two actions of two tokens; the first
-  token of each fell from 1/2 to 1/4, losing log 2. In the first action the other token rose by as
-  much, so its gate is closed:
+  The unit is the action (default), the token (then the gate changes nothing), or the response. With
+  actions, a token may fall as long as its action does not. Here are two actions of two tokens; the
+  first token of each fell from 1/2 to 1/4, losing log 2. In the first action the other token rose
+  by as much, so its gate is closed:
 
   >>> old = jnp.log(jnp.array([[0.5, 0.25, 0.5, 0.5, 0.5]]))
   >>> now = jnp.log(jnp.array([[0.25, 0.5, 0.5, 0.25, 0.5]]))
@@ -135,8 +135,8 @@ def llds_loss(
   >>> round(float(loss / jnp.log(2)), 3)
   0.5
 
-  Before the first update nothing has been lost, so loss and gradient are exactly 0: the term acts
-  from the second update on one batch. The paper adds 0.2 times it to GRPO's loss.
+  Before the first update nothing has been lost, so loss and gradient are exactly 0: the term only
+  acts from the second update on the same batch. The paper adds 0.2 times it to GRPO's loss.
 
   Args:
     logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
@@ -186,8 +186,8 @@ def llds_loss(
 
   lost = old_logprobs - logprobs
   kept = mask & (advantages >= 0)
-  # What has risen is closed, not what has fallen open: a log-prob that is nan has done neither, and
-  # must be seen.
+  # Close the gate where likelihood rose, rather than open it where it fell: a nan log-prob did
+  # neither, and must be seen.
   is_open = kept & ~(over_unit(jax.lax.stop_gradient(lost)) <= 0)
   per_token = jnp.where(is_open & ~(lost <= 0), lost, 0)
   members = over_unit(mask.astype(lost.dtype))
@@ -203,14 +203,14 @@ def llds_loss(
 
 
 def positive_nll_loss(logprobs, correct, weights) -> tuple[Array, Metrics]:
-  """Negative log-likelihood of the sampled responses that were right: learning from one's own luck.
+  """Negative log-likelihood of the sampled responses that were right: learns from lucky samples.
 
       loss = -sum(weights * correct * logprobs)
 
   Right answers to a hard problem are rare and costly to find. The policy gradient uses each in
-  proportion to its advantage, this term in full, as if it were a demonstration. VAPO adds 0.1 times
-  it, averaged over the tokens of right answers. Tokens of probability 1/2 and 1/8 in a right
-  answer; the wrong one counts nothing:
+  proportion to its advantage; this term uses it in full, like a demonstration. VAPO adds 0.1 times
+  this term, averaged over the tokens of right answers. Here a right answer has tokens of
+  probability 1/2 and 1/8, and the wrong answer counts nothing:
 
   >>> from rl_llm.weighting import token_mean
   >>> logprobs = jnp.log(jnp.array([[0.5, 0.125], [0.9, 0.9]]))

@@ -1,4 +1,4 @@
-"""Policy-gradient surrogates: make good tokens likelier, by no more than the data justifies."""
+"""Policy-gradient surrogates: make good tokens likelier, but no more than the data justifies."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def reinforce_loss(logprobs, advantages, weights) -> tuple[Array, Metrics]:
 
       loss = -sum(weights * advantages * logprobs)
 
-  The gradient of this number, not the number itself, is what it is for: its expectation is minus
-  that of the expected reward, if the tokens were sampled from the policy as it is now. After an
+  Only the gradient of this number matters, not the number itself: in expectation it is minus the
+  gradient of the expected reward, if the tokens were sampled from the current policy. After an
   update they no longer are: see `ppo_loss`. The gradient with respect to each log-prob is -weight *
   advantage:
 
@@ -62,7 +62,7 @@ def ppo_loss(
 ) -> tuple[Array, Metrics]:
   """PPO's clipped surrogate objective, to minimise.
 
-  Sampling is expensive, so PPO takes several updates from one batch; once the policy has moved, a
+  Sampling is expensive, so PPO makes several updates from one batch. Once the policy has moved, a
   token sampled by the old policy counts `ratio` times. Clipping removes the gradient that would
   push a token further than the batch can justify.
 
@@ -79,7 +79,7 @@ def ppo_loss(
   -0.6
 
   A common misconception is that clipping keeps the ratio within bounds. It only stops *pushing*:
-  here the token was good and fell, so the gradient that brings it back is kept. Had it been bad
+  here the token was good and fell, so the gradient that brings it back is kept. If it had been bad
   (advantage -1), falling below 0.8 would have been far enough:
 
   >>> import jax
@@ -87,8 +87,8 @@ def ppo_loss(
   >>> round(float(gradient(now, 1.0)[0, 0]), 3), float(gradient(now, -1.0)[0, 0])
   (-0.6, 0.0)
 
-  A bad token that became much likelier has a loss without bound, ratio * |A|. Two published limits,
-  each off by default:
+  The loss of a bad token that became much likelier, ratio * |A|, has no bound. There are two
+  published limits, both off by default:
 
       dual_clip c:  per_token = min(per_token, -c * A) where A < 0
       delta d:      ratio in the unclipped term becomes min(ratio, d)
@@ -100,16 +100,16 @@ def ppo_loss(
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
     mask: [B, T] bool, which tokens belong to a response: those the metrics describe. None is
       `weights != 0`.
-    clip_low: how far below 1 the ratio may matter, > 0.
-    clip_high: how far above 1, > 0; larger than `clip_low` is DAPO's clip-higher.
+    clip_low: lower clip range, > 0: ratios below 1 - clip_low are clipped.
+    clip_high: upper clip range, > 0; larger than `clip_low` is DAPO's clip-higher.
     dual_clip: None, or the c above, > 1; 3 is usual.
-    delta: None, or the d above, > 1; beyond 1 + `clip_high`, or it also limits good tokens.
+    delta: None, or the d above, > 1; keep it above 1 + `clip_high`, or it also limits good tokens.
 
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl", "clip_low_fraction",
     "clip_high_fraction"}: over member tokens, the mean ratio, the k3 estimate of KL(old || policy),
-    and how often a limit from below or from above removed a gradient: `dual_clip`, `delta` and the
-    limit of log-ratios to +-20, beyond which a token has no gradient, are such limits too.
+    and how often a limit from below or from above removed a gradient. These limits include
+    `dual_clip`, `delta` and the bound of +-20 on log-ratios, beyond which a token has no gradient.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or a limit is out of range; the message names
@@ -134,7 +134,7 @@ def ppo_loss(
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
   per_token = jnp.maximum(-unclipped * advantages, -clipped * advantages)
   good, bad = advantages > 0, advantages < 0
-  # The clip stops what is pushed further; a token on its way back is stopped by the other limits.
+  # The clip stops tokens pushed further away; only the other limits stop one that moves back.
   stopped_low = (bad & (ratio < 1 - clip_low)) | (good & (log_ratio < -LOG_RATIO_LIMIT))
   stopped_high = (good & (ratio > 1 + clip_high)) | (bad & (log_ratio > LOG_RATIO_LIMIT))
   if delta is not None:
@@ -166,17 +166,17 @@ def grpo_loss(
 ) -> tuple[Array, Metrics]:
   """GRPO's surrogate: PPO's, with advantages that compare the responses to one prompt.
 
-  PPO learns a second network to know which reward to expect. GRPO asks the policy G times and takes
-  the mean of the group, so that every token of a response carries the same advantage. What is new
-  in GRPO lies outside this term, and is three arguments of it:
+  PPO trains a second network to predict the expected reward. GRPO asks the policy G times and takes
+  the mean of the group, so every token of a response has the same advantage. What is new in GRPO
+  lies outside this term, in three of its inputs:
 
       advantages = group_relative(rewards)     (R - mean) / std within the group
       weights    = sequence_mean(mask)         each response counts the same; DAPO: token_mean
       objective  = grpo_loss + coef * kl_loss  the KL is a term of the loss, not of the reward
 
-  Two responses to one prompt, right and wrong, before the first update: every ratio is 1, so the
-  loss is minus the mean advantage, 0. Its gradient is not: it raises one response's log-prob and
-  lowers the other's:
+  Take two responses to one prompt, one right and one wrong, before the first update. Every ratio is
+  1, so the loss is minus the mean advantage, 0. Its gradient is not 0: it raises one response's
+  log-prob and lowers the other's:
 
   >>> import jax
   >>> from rl_llm.advantages import group_relative

@@ -1,7 +1,7 @@
 """Preference losses on pairs that need no reference: half the memory, and no second forward pass.
 
-Without a reference nothing says where the policy came from, so each of these keeps its likelihoods
-up by other means: a likelihood term (CPO, ORPO) or a margin per token (SimPO).
+Without a reference nothing anchors the policy to where it started, so each of these losses keeps
+its likelihoods up by other means: a likelihood term (CPO, ORPO) or a margin per token (SimPO).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def orpo_loss(chosen_logprobs, rejected_logprobs, weights, *, beta=0.1) -> tuple
       loss     = sum(weights * (-chosen_logprobs
                                 - beta * log sigmoid(chosen log_odds - rejected log_odds)))
 
-  Fine-tuning on chosen answers makes rejected ones likelier too, as they are much alike. The second
-  term takes that back, so no stage of fine-tuning is needed before it. Probabilities 3/4 and 1/2
-  have odds 3 and 1: with beta 1, log(4/3) for the likelihood and as much for the odds:
+  Fine-tuning on chosen answers makes rejected ones likelier too, as they are similar. The second
+  term undoes that, so no fine-tuning stage is needed first. Probabilities 3/4 and 1/2 have odds 3
+  and 1: with beta 1, the likelihood term is log(4/3), and the odds term is the same:
 
   >>> chosen, rejected = jnp.log(jnp.array([0.75])), jnp.log(jnp.array([0.5]))
   >>> loss, _ = orpo_loss(chosen, rejected, jnp.ones(1), beta=1.0)
   >>> round(float(loss / jnp.log(4 / 3)), 3)
   2.0
 
-  Odds differ from probabilities only near 1, and a whole answer's probability is near 0: hence the
-  averages. Some systems feed sums, where the odds ratio is the ratio of probabilities. Log-probs
-  above -1e-6 have the odds of -1e-6, so that their gradient stays finite.
+  Odds differ from probabilities only near 1, and a whole answer's probability is near 0, hence the
+  averages. Some systems pass sums, for which the odds ratio is the ratio of probabilities.
+  Log-probs above -1e-6 get the odds of -1e-6, so that their gradient stays finite.
 
   Args:
     chosen_logprobs: [B] float, average log-probs per token of the chosen answers under the policy
@@ -72,9 +72,9 @@ def simpo_loss(
       reward = beta * average log-prob per token
       loss   = sum(weights * -log sigmoid(chosen reward - rejected reward - gamma))
 
-  Answers are written by what is likely per token, and DPO's reward is something else: an answer may
-  have the higher reward and be the less likely one. Here both are the same, and no length is
-  favoured. Probabilities e^-1 and e^-1.5 per token, with beta 2, win by exactly gamma 1: log 2.
+  Generation follows the likelihood per token, but DPO's reward does not: an answer may have the
+  higher reward and yet be less likely. Here both are the same, and no length is favoured. With
+  probabilities e^-1 and e^-1.5 per token and beta 2, the win is exactly gamma 1: log 2.
 
   >>> loss, _ = simpo_loss(jnp.array([-1.0]), jnp.array([-1.5]), jnp.ones(1))
   >>> round(float(loss), 3)
@@ -112,14 +112,14 @@ def simpo_loss(
 def cpo_loss(
   chosen_logprobs, rejected_logprobs, weights, *, beta=0.1, nll_coef=1.0
 ) -> tuple[Array, Metrics]:
-  """CPO: DPO with a uniform reference, and the likelihood of the chosen answer to hold it up.
+  """CPO: DPO with a uniform reference, plus a likelihood term that holds up the chosen answer.
 
       loss = sum(weights * (-log sigmoid(beta * (chosen_logprobs - rejected_logprobs))
                             - nll_coef * chosen_logprobs))
 
   Without a reference, lowering the rejected answer is the cheapest way to a margin; the likelihood
-  term stops the chosen one from falling along. Answers of probability 1/2 each, a coin flip and a
-  likelihood of log 2:
+  term stops the chosen one from falling with it. Two answers of probability 1/2 give log 2 for the
+  coin flip and log 2 for the likelihood:
 
   >>> half = jnp.log(jnp.array([0.5]))
   >>> loss, _ = cpo_loss(half, half, jnp.ones(1))

@@ -1,4 +1,4 @@
-"""Terms that hold a policy near its reference, keep it curious, or train its value network."""
+"""Terms that hold a policy near its reference, keep it exploring, or train its value network."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rl_llm.losses import _checks
 def kl_loss(
   logprobs, ref_logprobs, weights, *, value="k3", gradient="k2", ratio=None
 ) -> tuple[Array, Metrics]:
-  """The price of leaving the reference policy, as a term of the loss.
+  """The penalty for leaving the reference policy, as a term of the loss.
 
       loss = sum(weights * kl_penalty(logprobs, ref_logprobs, value, gradient, ratio))
 
   A policy that only chases the reward forgets what the reference knew. The value is unbiased and
   the gradient is that of KL(policy || reference); DeepSeekMath's published term is `gradient="k3"`,
-  whose gradient is the forward KL's. See `rl_llm.kl` for why they differ. A token of probability
-  1/2 where the reference has 1/4, value 1/2 + log 2 - 1, gradient log 2:
+  whose gradient is the forward KL's. See `rl_llm.kl` for why they differ. For a token of
+  probability 1/2 where the reference has 1/4, the value is 1/2 + log 2 - 1 and the gradient log 2:
 
   >>> import jax
   >>> f = jax.value_and_grad(kl_loss, has_aux=True)
@@ -92,13 +92,13 @@ def entropy_loss(entropies, weights) -> tuple[Array, Metrics]:
 
 
 def value_loss(values, old_values, returns, weights, *, clip=0.2) -> tuple[Array, Metrics]:
-  """Half the squared error of the value network, which may not run from what it said before.
+  """Half the squared error of the value network, whose moves from its old values are clipped.
 
       clipped = clip_to(values, old_values - clip, old_values + clip)
       loss    = sum(weights * max((values - returns)^2, (clipped - returns)^2) / 2)
 
-  A value that moved 0.5 towards its return 1, where 0.2 is allowed: the worse error, 0.8, counts,
-  and it is a constant, so there is no gradient left:
+  A value moved from 0 to 0.5 towards its return 1, where 0.2 is allowed. The larger error, 0.8,
+  counts, and it is a constant, so there is no gradient:
 
   >>> import jax
   >>> f = jax.value_and_grad(value_loss, has_aux=True)

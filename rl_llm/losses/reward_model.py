@@ -1,4 +1,4 @@
-"""Teaching a network to score answers, from which of two is better."""
+"""Teaches a network to score answers, given which of two is better."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from rl_llm.losses.dpo import pair_metrics
 def reward_model_loss(
   chosen_rewards, rejected_rewards, weights, *, margin=None, center_coef=0.0
 ) -> tuple[Array, Metrics]:
-  """Bradley-Terry: the better answer wins with probability sigmoid of the rewards' difference.
+  """Bradley-Terry: the better answer wins with the sigmoid of the rewards' difference.
 
       loss = sum(weights * (-log sigmoid(chosen - rejected - margin)
                             + center_coef * (chosen + rejected)^2))
 
-  People cannot say how good an answer is, but which of two is better. Rewards log 3 and 0 say that
-  the first wins three times in four:
+  People cannot say how good an answer is, but they can say which of two is better. Rewards log 3
+  and 0 mean that the first wins three times in four:
 
   >>> loss, _ = reward_model_loss(jnp.log(jnp.array([3.0])), jnp.zeros(1), jnp.ones(1))
   >>> round(float(jnp.exp(-loss)), 3)
   0.75
 
-  The differences are all that is learned: add 100 to every reward and nothing changes. Rewards then
-  drift, and those of two models cannot be compared; `center_coef` (0.01 is usual) ties their mean
-  to 0. The `margin` asks more of pairs that people called clearly different.
+  Only differences are learned: adding 100 to every reward changes nothing. So rewards drift, and
+  those of two models cannot be compared; `center_coef` (0.01 is usual) ties their mean to 0. The
+  `margin` asks for a larger difference in pairs that people called clearly different.
 
   Args:
     chosen_rewards: [B] float, of the better answers, from the network being trained.
     rejected_rewards: [B] float, of the worse answers.
     weights: [B] float, how much each pair counts, usually 1 / B; a constant.
-    margin: None, or [B] float, by how much each pair is to differ; a constant.
+    margin: None, or [B] float, by how much the rewards of each pair should differ; a constant.
     center_coef: factor of the centering term, 0 or more.
 
   Returns:

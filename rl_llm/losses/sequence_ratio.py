@@ -1,10 +1,10 @@
-"""Surrogates whose ratio belongs to the whole response, as the reward does.
+"""Surrogates with one ratio for the whole response, to match the reward.
 
 A token's ratio rests on one sample, and a long response multiplies hundreds of them. The losses
-here first take a mean or a sum of the log-ratios of a response, over the tokens of its *mask*: a
-token whose weight a correction set to 0 still belongs to the response. Pass `mask` whenever
-weights hold such factors, since without it membership is `weights != 0`. The weight of a sequence
-is the sum of its tokens' weights.
+here first take a mean or a sum of the log-ratios of a response, over the tokens of its *mask*. A
+token whose weight was set to 0 by a correction still belongs to the response, so pass `mask`
+whenever weights contain such factors; without it membership is `weights != 0`. The weight of a
+sequence is the sum of its tokens' weights.
 
 RLOO needs no function of its own: it is PPO on the summed log-probs of each response, one [B, 1]
 "token" per row. Two tokens with ratios 1.5 and 0.5 make a response of ratio 0.75:
@@ -39,15 +39,15 @@ def gspo_loss(
   """GSPO: PPO's clipped surrogate, with one ratio for the whole response.
 
   The reward judges a response, but PPO keeps or drops its tokens one by one, each on the evidence
-  of a single sample; in mixtures of experts, where one update reroutes many tokens, that noise
-  alone can end a run. GSPO takes the geometric mean of the ratios of a response and clips that:
+  of a single sample. In mixtures of experts, where one update reroutes many tokens, that noise
+  alone can ruin a run. GSPO clips the geometric mean of a response's ratios:
 
       s         = exp(mean over the mask of (logprobs - old_logprobs))
       per_token = max(-s * A, -clip(s, 1 - clip_low, 1 + clip_high) * A)
       loss      = sum(weights * per_token)
 
-  Two tokens, one twice as likely as before and one half: the response is as likely as it was, s is
-  1, and each token receives half of the gradient. PPO would have dropped the first:
+  One of two tokens is twice as likely as before, the other half as likely. The response is then as
+  likely as it was, s is 1, and each token receives half of the gradient. PPO would drop the first:
 
   >>> from rl_llm.losses.policy_gradient import ppo_loss
   >>> now, old = jnp.log(jnp.array([[0.4, 0.25]])), jnp.log(jnp.array([[0.2, 0.5]]))
@@ -59,9 +59,9 @@ def gspo_loss(
   [0.0, -0.25]
 
   A mean of log-ratios is small, hence the bounds of a few 1e-4: with PPO's 0.2, which several
-  systems leave in place, hardly a response is clipped.
+  systems leave in place, hardly any response is clipped.
 
-  With `sequence_mean` weights a response of n tokens moves each by 1/n: the paper's. With
+  With `sequence_mean` weights, as in the paper, a response of n tokens moves each by 1/n. With
   `sequence_sum` weights it moves each by 1, and the loss is LUSPO:
 
   >>> from rl_llm.weighting import sequence_mean, sequence_sum
@@ -80,8 +80,8 @@ def gspo_loss(
       sequence counts the sum of its row.
     mask: [B, T] bool, which tokens belong to a response, and so enter its mean. None is
       `weights != 0`.
-    clip_low: how far below 1 the ratio may matter, > 0.
-    clip_high: how far above 1, > 0.
+    clip_low: lower clip range, > 0: ratios below 1 - clip_low are clipped.
+    clip_high: upper clip range, > 0.
 
   Returns:
     The scalar loss, at least float32, and metrics {"sequence_ratio", "approx_kl",
@@ -120,19 +120,19 @@ def gspo_token_loss(
   clip_low=3e-4,
   clip_high=4e-4,
 ) -> tuple[Array, Metrics]:
-  """GSPO-token: GSPO's ratio, with the gradient of each token its own.
+  """GSPO-token: GSPO's ratio, with a separate gradient for each token.
 
-  In `gspo_loss` the gradient runs through the mean, so the advantages and weights of a response are
-  averaged and every token is pushed alike. When they differ from token to token (steps judged one
-  by one, a correction factor per token), each token should keep its own:
+  In `gspo_loss` the gradient flows through the mean, so the advantages and weights of a response
+  are averaged and every token gets the same push. When they differ from token to token (steps
+  judged one by one, a correction factor per token), each token should keep its own:
 
       s         = stop_gradient(exp(mean over the mask of (logprobs - old_logprobs)))
       ratio     = s * exp(logprobs - stop_gradient(logprobs))
       per_token = max(-ratio * A, -clip(ratio, 1 - clip_low, 1 + clip_high) * A)
       loss      = sum(weights * per_token)
 
-  The loss is that of `gspo_loss`; so is the gradient, where advantages and weights are constant
-  over the response. Here they are not, and only the first token was good:
+  The loss equals that of `gspo_loss`, and so does the gradient if advantages and weights are
+  constant over the response. Here they are not, and only the first token was good:
 
   >>> old, advantages, weights = jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]), jnp.ones((1, 2))
   >>> for f in (gspo_loss, gspo_token_loss):
@@ -187,8 +187,8 @@ def gmpo_loss(
   """GMPO: the geometric mean of the token ratios, each clipped before the mean is taken.
 
   GRPO's surrogate is an arithmetic mean of ratios, which one token of ratio 50 dominates. In a
-  geometric mean it counts with its logarithm, so the clip can be wide; and unlike in GSPO, one such
-  token loses its own gradient, not that of the whole response:
+  geometric mean its logarithm counts, so the clip can be wide. And unlike in GSPO, such a token
+  loses only its own gradient, not that of the whole response:
 
       x         = logprobs - old_logprobs
       c         = min(x, clip_high) where A > 0, max(x, -clip_low) elsewhere
@@ -205,9 +205,9 @@ def gmpo_loss(
   >>> [round(float(g), 3) + 0 for g in gradient[0]]
   [0.0, -0.611]
 
-  The bounds are of the *logarithm*: 0.4 allows ratios from exp(-0.4) = 0.67 to exp(0.4) = 1.49. One
-  system averages over the sequences of the local microbatch, whatever weights were asked for; here
-  weights count as in every loss, and `sequence_mean` is the paper's.
+  The bounds apply to the *logarithm*: 0.4 allows ratios from exp(-0.4) = 0.67 to exp(0.4) = 1.49.
+  One system averages over the sequences of the local microbatch, whatever weights were asked for;
+  here weights count as in every loss, and `sequence_mean` is the paper's.
 
   Args:
     logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
@@ -216,8 +216,8 @@ def gmpo_loss(
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant. A
       sequence counts the sum of its row.
     mask: [B, T] bool, as in `gspo_loss`.
-    clip_low: how far below 0 the log-ratio of a bad token may matter, in nats, > 0.
-    clip_high: how far above 0 that of a good token may, > 0.
+    clip_low: the log-ratio of a bad token is clipped below -clip_low, in nats, > 0.
+    clip_high: that of a good token is clipped above clip_high, > 0.
 
   Returns:
     The scalar loss, at least float32, and the metrics of `gspo_loss`, "sequence_ratio" being the
@@ -262,9 +262,9 @@ def vespo_loss(
 ) -> tuple[Array, Metrics]:
   """VESPO: REINFORCE, each response weighted by a soft function of its importance weight.
 
-  The importance weight of a response is the product of its token ratios. It is what the theory asks
-  for, and its variance grows with the length beyond any use. GSPO takes the n-th root, which
-  changes the question; VESPO keeps the product and lets very large and very small ones fade:
+  The importance weight of a response is the product of its token ratios. Theory asks for it, but
+  its variance grows with the length until it is useless. GSPO takes the n-th root, which changes
+  the objective; VESPO keeps the product and lets very large and very small ones fade:
 
       w         = exp(sum over the mask of (logprobs - old_logprobs))
       phi(w)    = w^k * exp(lambda * (1 - w))
@@ -272,8 +272,8 @@ def vespo_loss(
       per_token = -stop_gradient(phi(w)) * A * logprobs
       loss      = sum(weights * per_token)
 
-  phi(1) is 1. A good response that has become twice as likely counts 2^2 * exp(-3) = 0.199, one
-  that has become half as likely 0.5^2 * exp(1.5) = 1.12:
+  phi(1) is 1. A good response that has become twice as likely counts 2^2 * exp(-3) = 0.199, and one
+  that has become half as likely counts 0.5^2 * exp(1.5) = 1.12:
 
   >>> old, one = jnp.log(jnp.array([[0.4]])), jnp.ones((1, 1))
   >>> for now in (0.8, 0.2):
@@ -282,11 +282,12 @@ def vespo_loss(
   0.199
   1.12
 
-  The largest weight is at w = k / lambda: 2/3 for good responses, 3/2 for bad ones, so what moved
-  the right way counts less, what moved the wrong way more. With all four 0 it is REINFORCE.
+  The largest weight is at w = k / lambda: 2/3 for good responses, 3/2 for bad ones. So responses
+  that moved the right way count less, and those that moved the wrong way more. With all four 0 it
+  is REINFORCE.
 
-  A sampler that disagrees with the trainer belongs into w: pass its log-probs as `old_logprobs`,
-  and no importance factors in the weights.
+  If the sampler disagrees with the trainer, w should include that: pass the sampler's log-probs as
+  `old_logprobs`, and no importance factors in the weights.
 
   Args:
     logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.

@@ -21,7 +21,7 @@ def sft_loss(logprobs, weights) -> tuple[Array, Metrics]:
 
   In other words: REINFORCE in which every answer has advantage 1.
 
-  With a large vocabulary take the log-probs in chunks, so that no [B, T, V] exists:
+  With a large vocabulary, compute the log-probs in chunks, so that no [B, T, V] array exists:
 
   >>> from rl_llm.logprobs import chunked_logprobs_and_entropy
   >>> hidden, unembedding = jnp.zeros((1, 2, 4)), jnp.ones((8, 4))  # all 8 tokens equally likely

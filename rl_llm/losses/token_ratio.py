@@ -1,10 +1,10 @@
-"""Surrogates that treat each token's ratio with something else than PPO's clip.
+"""Surrogates that treat each token's ratio differently from PPO's clip.
 
-PPO's clip removes the gradient of whatever moved beyond 1 +- 0.2. Each loss here answers one
-complaint about that: it silences the rare tokens on which reasoning turns (`cispo_loss`), it is a
-cliff where a slope would do (`sapo_loss`), it measures a move by the ratio and not by how much
-probability moved (`dppo_tv_loss`, `dppo_kl_loss`), or it is no penalty at all (`dro_loss`). At
-ratio 1 all have the gradient of `reinforce_loss`.
+PPO's clip removes the gradient of any token that moved beyond 1 +- 0.2. Each loss here answers one
+complaint about the clip: it silences the rare tokens on which reasoning turns (`cispo_loss`), it is
+a cliff where a slope would do (`sapo_loss`), it measures a move by the ratio and not by how much
+probability moved (`dppo_tv_loss`, `dppo_kl_loss`), or it does not pull a token back (`dro_loss`).
+At ratio 1 all have the gradient of `reinforce_loss`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def cispo_loss(
 ) -> tuple[Array, Metrics]:
   """CISPO: REINFORCE, each token weighted by its clipped ratio.
 
-  "Wait" and "However" are rare when they first turn a chain of thought round, so their ratio soon
-  leaves PPO's bounds, and PPO then learns nothing from them. CISPO limits how much such a token
-  counts and keeps its gradient:
+  Words like "Wait" and "However" are rare when they first redirect a chain of thought, so their
+  ratio soon leaves PPO's bounds, and PPO then learns nothing from them. CISPO limits how much such
+  a token counts but keeps its gradient:
 
       per_token = -stop_gradient(clip(ratio, low, high)) * A * logprobs
       loss      = sum(weights * per_token)
 
-  A good token that rose from 0.01 to 0.08, ratio 8, counts 5 times, where PPO has no gradient:
+  A good token that rose from 0.01 to 0.08, ratio 8, counts 5 times, while PPO has no gradient:
 
   >>> from rl_llm.losses.policy_gradient import ppo_loss
   >>> now, old, one = jnp.log(jnp.array([[0.08]])), jnp.log(jnp.array([[0.01]])), jnp.ones((1, 1))
@@ -40,10 +40,10 @@ def cispo_loss(
   flows through the ratio, and a token is pushed by A * (1 + logprob): a good token of probability
   0.1 would be pushed *down*, since 1 + log 0.1 = -1.3.
 
-  The bounds are those of the ratio itself. The paper has no lower bound and does not print its
-  upper one; 5 is what ScaleRL found to work. Systems that write clip(ratio, 1 - eps_low, 1 +
-  eps_high) mean `low=1 - eps_low, high=1 + eps_high`; those with one absolute cap mean `high`. With
-  both 1 it is REINFORCE.
+  The bounds apply to the ratio itself. The paper has no lower bound and does not state its upper
+  one; ScaleRL found that 5 works. Systems that write clip(ratio, 1 - eps_low, 1 + eps_high) mean
+  `low=1 - eps_low, high=1 + eps_high`; those with one absolute cap mean `high`. With both 1 it is
+  REINFORCE.
 
   Args:
     logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
@@ -88,25 +88,25 @@ def sapo_loss(
 ) -> tuple[Array, Metrics]:
   """SAPO: PPO's clip as a slope, a sigmoid of the ratio.
 
-  Just inside PPO's clip a token counts fully, just outside not at all. SAPO lets its gradient fade
-  with the distance from ratio 1, on both sides:
+  A token counts fully just inside PPO's clip, and not at all just outside. SAPO lets the gradient
+  fade with the distance from ratio 1, on both sides:
 
       gate(ratio) = 4 / tau * sigmoid(tau * (ratio - 1))       tau = tau_positive where A > 0
       per_token   = -gate(ratio) * A                           tau = tau_negative elsewhere
       loss        = sum(weights * per_token)
 
-  The slope of the gate is 1 at ratio 1, hence the factor 4 / tau. At ratio 2 it is 4 * sigmoid(1) *
-  sigmoid(-1) = 0.786, so a good token that doubled keeps 0.786 of the gradient it would have
-  without a gate, which is its ratio; PPO would keep nothing:
+  The factor 4 / tau makes the slope of the gate 1 at ratio 1. At ratio 2 it is 4 * sigmoid(1) *
+  sigmoid(-1) = 0.786, so a good token that doubled keeps 0.786 of its gradient without a gate,
+  which is its ratio; PPO would keep nothing:
 
   >>> now, old, one = jnp.log(jnp.array([[0.4]])), jnp.log(jnp.array([[0.2]])), jnp.ones((1, 1))
   >>> gradient = jax.grad(lambda x: sapo_loss(x, old, jnp.ones(1), one)[0])(now)
   >>> round(float(gradient[0, 0]) / -2.0, 3)
   0.786
 
-  Pushing a bad token down raises all other tokens, most of them nonsense: so the gate of bad tokens
-  is a little narrower. The loss at ratio 1 is -2 / tau * A, not -A: only its gradient means
-  something.
+  Pushing a bad token down raises all other tokens, most of them nonsense, so the gate of bad tokens
+  is a little narrower. The loss at ratio 1 is -2 / tau * A, not -A: only its gradient is
+  meaningful.
 
   Args:
     logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
@@ -153,10 +153,10 @@ def dppo_tv_loss(
 ) -> tuple[Array, Metrics]:
   """DPPO with total variation: drops tokens whose *probability* moved too far, not their ratio.
 
-  A ratio says little about how much a policy changed. From 0.01 to 0.05 is a ratio of 5, but 4% of
-  the probability moved; from 0.8 to 0.955 is a ratio of 1.19, and 15.5% moved. PPO drops the first
-  and keeps the second. The divergence between "this token" and "any other", under both policies, is
-  the better measure:
+  A ratio says little about how much a policy changed. From 0.01 to 0.05 the ratio is 5, but only 4%
+  of the probability moved; from 0.8 to 0.955 it is 1.19, but 15.5% moved. PPO drops the first and
+  keeps the second. A better measure is the divergence between "this token" and "any other" under
+  both policies:
 
       moved     = exp(logprobs) - exp(old_logprobs)
       dropped   = (A > 0 and moved > threshold_high) or (A < 0 and moved < -threshold_low)
@@ -172,13 +172,13 @@ def dppo_tv_loss(
   [0.0, -1.19]
 
   The paper compares with the policy that *sampled*: pass the sampler's log-probs as `old_logprobs`,
-  and do not also multiply the weights by importance factors. The signs matter: a token on its way
-  back is kept, however far it is. For a mask that drops both ways, multiply the weights by it and
-  set both thresholds to 1.
+  and do not also multiply the weights by importance factors. The signs matter: a token that moves
+  back is kept, however far away it is. To drop tokens in both directions, multiply the weights by
+  your own mask and set both thresholds to 1.
 
-  Systems disagree on the ratio. The paper's objective has it as it is; some limit it (3 and 20 are
-  in use), in the form -A * min(ratio, cap) * logprobs with a constant ratio: that is `ratio_cap`,
-  with the same gradient.
+  Systems disagree on the ratio. The paper's objective leaves it unlimited; some limit it (3 and 20
+  are in use), in the form -A * min(ratio, cap) * logprobs with a constant ratio. That is
+  `ratio_cap`, with the same gradient.
 
   Args:
     logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
@@ -187,8 +187,8 @@ def dppo_tv_loss(
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
     mask: [B, T] bool, as in `ppo_loss`.
     threshold_low: the probability a bad token may lose, > 0.
-    threshold_high: the probability a good token may win, > 0.
-    ratio_cap: None, or how often a token may count at most, > 0; its gradient is kept.
+    threshold_high: the probability a good token may gain, > 0.
+    ratio_cap: None, or the most that a token may count, > 0; its gradient is kept.
 
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl", "clip_low_fraction",
@@ -245,8 +245,8 @@ def dppo_kl_loss(
   >>> [round(float(g), 2) + 0 for g in gradient[0]]
   [-5.0, 0.0]
 
-  Unlike the total variation, the KL of a move by 0.1 is larger near probability 0 or 1 than between
-  them. A token that became certain (q = 1) has infinite divergence, and is dropped.
+  Unlike the total variation, the KL of a move by 0.1 is larger near probability 0 or 1 than in the
+  middle. A token that became certain (q = 1) has infinite divergence, and is dropped.
 
   Args:
     logprobs: [B, T] float, log-probs of the sampled tokens under the policy being trained, in nats.
@@ -289,14 +289,14 @@ def dro_loss(
 ) -> tuple[Array, Metrics]:
   """DRO: REINFORCE with a spring to the policy that sampled, for data of any age.
 
-  A ratio repairs old samples only while it is near 1. DRO has none: it pulls each log-prob back in
-  proportion to how far it went:
+  A ratio corrects for old samples only while it is near 1. DRO has no ratio: it pulls each log-prob
+  back in proportion to its distance:
 
       per_token = -(A * logprobs - beta / 2 * (logprobs - old_logprobs)^2)
       loss      = sum(weights * per_token)
 
-  So each token has a goal, old_logprobs + A / beta, and no gradient once it is there. With
-  advantage 0.05 and beta 0.05 that is one nat up, a probability e times as large:
+  So each token has a target, old_logprobs + A / beta, and no gradient once it gets there. With
+  advantage 0.05 and beta 0.05 the target is one nat up, a probability e times as large:
 
   >>> old, one = jnp.log(jnp.array([[0.1]])), jnp.ones((1, 1))
   >>> gradient = jax.grad(lambda x: dro_loss(x, old, jnp.array([0.05]), one)[0])
@@ -312,11 +312,11 @@ def dro_loss(
     advantages: [B] or [B, T]; a constant.
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
     mask: [B, T] bool, as in `ppo_loss`.
-    beta: the stiffness of the spring, > 0, to be tuned to the scale of the advantages.
+    beta: the stiffness of the spring, > 0; tune it to the scale of the advantages.
 
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl"}, as in `ppo_loss`.
-    Log-ratios are limited to +-20 in the metrics alone.
+    Log-ratios are limited to +-20 only in the metrics.
 
   Raises:
     ValueError: shapes differ, a dtype is not float, or `beta` is not above 0; the message names the

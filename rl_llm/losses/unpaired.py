@@ -1,9 +1,9 @@
 """Preference losses on single answers, each known to be good or bad, and terms for online DPO.
 
-Most feedback is a thumb up or a thumb down on one answer; pairs are rare and expensive. The reward
-is that of `rl_llm.losses.dpo`, beta times the log-ratio to the reference. What a pair has and a
-single answer lacks is something to compare with: these losses take it as an array, computed over
-the whole batch before it is split.
+Most feedback is a thumbs up or a thumbs down on one answer; pairs are rare and expensive. The
+reward is that of `rl_llm.losses.dpo`, beta times the log-ratio to the reference. Unlike a pair, a
+single answer has nothing to compare with, so these losses take a baseline as an array, computed
+over the whole batch before it is split.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def kto_loss(
   desirable_weight=1.0,
   undesirable_weight=1.0,
 ) -> tuple[Array, Metrics]:
-  """KTO: an answer's value as people feel it, gains and losses from a reference point.
+  """KTO: an answer's value as people perceive it, as a gain or loss from a reference point.
 
       c        = response_logprobs - ref_response_logprobs
       per_row  = desirable_weight * (1 - sigmoid(beta * (c - baseline)))         good answers
                  undesirable_weight * (1 - sigmoid(beta * (baseline - c)))       bad answers
       loss     = sum(weights * per_row)
 
-  The baseline z0, from `kto_baseline`, is how far the policy has moved from its reference on any
-  answer; an answer is good for the policy if it moved further. At the reference nothing has moved,
-  and a row costs 1/2. With beta 1, a good answer whose odds tripled costs 1/4:
+  The baseline z0, from `kto_baseline`, is how far the policy has moved from its reference on
+  answers in general; an answer gains if it moved further. At the reference nothing has moved, and a
+  row costs 1/2. With beta 1, a good answer whose odds tripled costs 1/4:
 
   >>> logprobs, reference = jnp.log(jnp.array([0.3, 0.3])), jnp.log(jnp.array([0.3, 0.1]))
   >>> good, weights = jnp.array([True, True]), jnp.array([1.0, 0.0])
@@ -54,9 +54,9 @@ def kto_loss(
   >>> round(float(kto_loss(logprobs, reference, good, 0.0, 1 - weights, beta=1.0)[0]), 3)
   0.25
 
-  The sigmoid saturates: an answer far on the wrong side is taken for noise, and left alone. The
-  paper's factors should give good and bad rows the same total, within a factor of 4/3. Baseline 0
-  is APO-zero without pairs.
+  The sigmoid saturates: an answer far on the wrong side is treated as noise and left alone. The
+  paper advises factors that give good and bad rows the same total, within a factor of 4/3. With
+  baseline 0 this is APO-zero without pairs.
 
   Args:
     response_logprobs: [B] float, log-probs of the answers under the policy being trained, in nats:
@@ -101,9 +101,9 @@ def kto_baseline(response_logprobs, ref_response_logprobs, *, where=None) -> Arr
 
       z0 = max(0, mean(response_logprobs - ref_response_logprobs))
 
-  an estimate of KL(policy || reference) from *mismatched* pairs: each prompt with the answer to
-  another one, such as the next in the batch. The matching answers would measure their own reward.
-  Answers that moved by 1 and 2 nats have baseline 1.5:
+  estimates KL(policy || reference) from *mismatched* pairs: each prompt with the answer to another
+  prompt, such as the next in the batch. Matching answers would measure their own reward. Answers
+  that moved by 1 and 2 nats have baseline 1.5:
 
   >>> float(kto_baseline(jnp.array([-4.0, -6.0]), jnp.array([-5.0, -8.0])))
   1.5
@@ -140,8 +140,8 @@ def bco_unpaired_loss(
                 -log sigmoid(-reward)     bad answers
       loss    = sum(weights * per_row)
 
-  Minimising it also minimises a bound on DPO's loss, without a pair. At the reference every answer
-  is a coin flip, log 2. With beta 1, a good answer whose odds tripled is taken for good at 3/4:
+  Minimising it also minimises a bound on DPO's loss, without pairs. At the reference every answer
+  is a coin flip, log 2. With beta 1, a good answer whose odds tripled counts as good at 3/4:
 
   >>> logprobs, reference = jnp.log(jnp.array([0.3])), jnp.log(jnp.array([0.1]))
   >>> loss, _ = bco_unpaired_loss(logprobs, reference, jnp.array([True]), jnp.ones(1), beta=1.0)
@@ -184,11 +184,12 @@ def bco_unpaired_loss(
 def bco_shift(
   response_logprobs, ref_response_logprobs, desirable, *, beta=0.1, where=None
 ) -> Array:
-  """BCO's reward shift: half way between the mean rewards of good and of bad answers.
+  """BCO's reward shift: halfway between the mean rewards of good and of bad answers.
 
       shift = (mean reward of the good + mean reward of the bad) / 2
 
-  However unequal their numbers are. Good answers at 1 and 3 nats, a bad one at 0, beta 1:
+  It does not depend on how many of each kind there are. Good answers at 1 and 3 nats, a bad one at
+  0, beta 1:
 
   >>> logprobs, good = jnp.array([1.0, 3.0, 0.0]), jnp.array([True, True, False])
   >>> float(bco_shift(logprobs, jnp.zeros(3), good, beta=1.0))
@@ -227,14 +228,14 @@ def bco_shift(
 
 
 def xpo_loss(response_logprobs, weights, *, alpha=1e-5) -> tuple[Array, Metrics]:
-  """XPO's bonus for exploring: what the *reference* would write is to become less likely.
+  """XPO's bonus for exploring: makes what the *reference* would write less likely.
 
       loss = alpha * sum(weights * response_logprobs)
 
-  Online DPO only compares what the policy happens to write, so it may never meet the best answer.
-  Added to `dpo_loss`, this term is optimistic about all that the reference does not say. The
-  answers are drawn from the reference: on the policy's own, it would lower what was just learned.
-  One of probability 1/2:
+  Online DPO only compares answers that the policy happens to write, so it may never see the best
+  one. Added to `dpo_loss`, this term is optimistic about everything that the reference does not
+  say. Draw the answers from the reference: on the policy's own answers, it would lower what was
+  just learned. An answer of probability 1/2:
 
   >>> round(float(xpo_loss(jnp.log(jnp.array([0.5])), jnp.ones(1), alpha=0.1)[0]), 4)
   -0.0693
@@ -265,17 +266,17 @@ def xpo_loss(response_logprobs, weights, *, alpha=1e-5) -> tuple[Array, Metrics]
 def nash_md_loss(
   response_logprobs, ref_response_logprobs, preferences, weights, *, beta=0.1
 ) -> tuple[Array, Metrics]:
-  """Nash-MD: win against a blend of oneself and the reference, and stay close to the reference.
+  """Nash-MD: win against a mixture of policy and reference, and stay close to the reference.
 
       c    = response_logprobs - ref_response_logprobs
       loss = sum(weights * (-(preferences - 1/2) * response_logprobs + beta * c^2 / 2))
 
-  Preferences need not be transitive, so no reward may explain them; the policy that none beats more
-  than half the time always exists. It is found by playing against answers of the geometric mixture
-  of policy and reference (1/2 each is usual): `preferences` is how likely the judge finds the
-  policy's answer better. The square has the gradient of KL(policy || reference) on the policy's own
-  answers, see `rl_llm.kl`: together the gradient of a row is -(preference - 1/2 - beta * c). An
-  answer preferred with 0.9, at the reference:
+  Preferences need not be transitive, so there may be no reward that explains them. But there is
+  always a policy that no other beats more than half the time. It is found by playing against the
+  geometric mixture of policy and reference (1/2 each is usual): `preferences` is how likely the
+  judge finds the policy's answer better. The square has the gradient of KL(policy || reference) on
+  the policy's own answers, see `rl_llm.kl`, so the gradient of a row is
+  -(preference - 1/2 - beta * c). An answer preferred with 0.9, at the reference:
 
   >>> logprobs, weights = jnp.log(jnp.array([0.5])), jnp.ones(1)
   >>> gradient, _ = jax.grad(nash_md_loss, has_aux=True)(
