@@ -37,7 +37,7 @@ def plain(text: str) -> str:
 
 
 def find_numbers(text: str) -> list[Decimal | None]:
-  r"""The numbers of a text in order; None for one that no grader compares, 3/4 or 1e3.
+  r"""The numbers of a text in order; None for a form that no grader compares, such as 3/4 or 1e3.
 
   >>> find_numbers("from 5-3 to -$1,250.50, .5 and 3/4")
   [Decimal('5'), Decimal('3'), Decimal('-1250.50'), Decimal('0.5'), None]
