@@ -1,21 +1,21 @@
 """REINFORCE, PPO, DPO and GRPO on the same model, task, seeds and samples: the table, measured.
 
 Which of the four needs a reward model, what does each cost, and what does it buy? Every method gets
-the same problems and the same number of sampled responses a step; they differ in what they do with
-them. DPO makes its pairs of its own graded responses, so none of them needs data or a reward model.
+the same problems and the same number of sampled responses a step; they differ in how they use them.
+DPO makes pairs from its own graded responses, so no method needs data or a reward model.
 
   python -m experiments.compare                             three seeds, about two hours on 2 cores
   python -m experiments.compare --model=tiny --task=copy --seeds=0 --variance_batches=0
   python -m experiments.compare --methods=dpo,grpo --seeds=0
 
-Each run is `python -m experiments.<method>` with the flags that are printed. They are done one
-after another, and each resumes: rerunning the same command continues where it stopped.
+Each run is `python -m experiments.<method>` with the flags that are printed. They run one after
+another, and each resumes: rerunning the same command continues where it stopped.
 
-The variance of the gradient estimate is measured apart, at the model that training begins with: the
-gradients of independent batches, from a run whose learning rate is too small to move a weight and
-whose Adam has b1 = 0, so that its first moment *is* the gradient. Reported is trace(covariance) /
-|mean|^2, the number of batches to average before the signal is as long as the noise. PPO's value
-network is trained meanwhile, and its first batches do not count.
+The variance of the gradient estimate is measured separately, at the model that training starts
+from. A run with a learning rate too small to move a weight, and Adam's b1 = 0 so that the first
+moment *is* the gradient, gives the gradients of independent batches. The table has
+trace(covariance) / |mean|^2: how many batches to average until the signal is as large as the noise.
+PPO's value network trains meanwhile, and its first batches do not count.
 
 The table and the figure are written to the directory --workdir, and to --out if that is given. Each
 run leaves its last checkpoint there: on the real model 24 GB in all, and 26 GB more while the noise
@@ -189,7 +189,7 @@ def compare(config: Config) -> list[dict[str, Any]]:
 
   Raises `Interrupted` after a signal, or `ConfigError`: a run failed, or there is no matplotlib.
   """
-  if importlib.util.find_spec("matplotlib") is None:  # Better now than after two hours.
+  if importlib.util.find_spec("matplotlib") is None:  # Fail now rather than after two hours.
     raise ConfigError(
       "out", config.out, "used where matplotlib is installed", "pip install matplotlib"
     )

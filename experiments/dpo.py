@@ -1,20 +1,20 @@
 """DPO and its family: raise the better of two answers over the worse one, without a reward model.
 
-A policy that differs from its reference is a reward model already, with the reward
-beta * (log policy - log reference); the loss fits that one to the preferences (`--loss=`, a
-function of rl_llm.losses). Watch the chosen answers' log-probs next to the margin: most of these
-losses see the difference alone, and often both answers fall.
+A policy that differs from its reference is already a reward model, with the reward
+beta * (log policy - log reference); the loss fits that reward to the preferences (`--loss=`, a
+function of rl_llm.losses). Watch the chosen answers' log-probs as well as the margin: most of these
+losses see only the difference, and often both answers become less likely.
 
   python -m experiments.dpo                                 SmolLM2-135M learns to add, 2 CPU cores
   python -m experiments.dpo --model=tiny --task=copy        the one-minute version
   python -m experiments.dpo --data=pairs.jsonl --task=none --loss=ipo_loss --loss.beta=0.2
   python -m experiments.dpo --data=pairs.jsonl --loss=simpo_loss          needs no reference
 
-`--data=on_policy` makes the pairs as it goes: every step samples several responses to each of the
-task's problems, and the best meets the worst where the grader tells them apart. `--data=FILE` reads
-pairs from JSONL (plain or gzip) or Parquet: chosen and rejected, with a prompt or beginning with
-the same one, as text or messages. The reference is the model that training begins with. Of a file's
-pairs its log-probs are computed once, and kept on disk.
+`--data=on_policy` makes its own pairs: every step samples several responses to each of the task's
+problems, and pairs the best with the worst where the grader tells them apart. `--data=FILE` reads
+pairs from JSONL (plain or gzip) or Parquet: chosen and rejected, with a prompt column or a shared
+beginning, as text or messages. The reference is the model that training starts from. Its log-probs
+of a file's pairs are computed once and kept on disk.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 

@@ -1,8 +1,8 @@
 r"""How good a model is at a task: pass@1, pass@k and majority@k, with intervals, by difficulty.
 
 Pass@k asks whether one of k responses is right, majority@k whether the most frequent of k answers
-is. Training does not touch what it is measured with: the held-out problems of the task, graded as
-training grades. Every response is kept, so that what a figure means can be read.
+is. It measures on problems that training never touches: the task's held-out problems, graded as in
+training. Every response is kept, so that each figure can be traced to its responses.
 
   python -m experiments.evaluate                                    SmolLM2-135M adds
   python -m experiments.evaluate --model=runs/grpo-tiny-copy-seed0/model --task=copy
@@ -11,7 +11,7 @@ training grades. Every response is kept, so that what a figure means can be read
 
 In the directory: samples.jsonl, a line a response (prompt, response, reward, status, what was read
 as its answer, correct); metrics.jsonl, a line a batch; result.json, written last. Rerunning the
-same command resumes after the last batch on record; another --k only reads the record anew.
+same command resumes after the last batch on record; changing --k only reads the record again.
 
 Measured with the first command and --problems=20 --samples=4, on one core: pass@1 0.14 (95 % 0.08
 to 0.23), pass@4 0.45 (0.26 to 0.66), majority@4 0.29 (0.14 to 0.51), greedily 0.75 (0.53 to 0.89);

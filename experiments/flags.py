@@ -1,7 +1,7 @@
-"""Groups of flags that several experiments have; an experiment may change their defaults.
+"""Groups of flags that several experiments share; an experiment may change their defaults.
 
-Groups that stand in a `Config` as `inline(...)` have no prefix: `--seed`, `--task`. A group checks
-itself: `rl_llm.runs.config.check(config)` calls each group's `check` before anything is loaded.
+Groups declared in a `Config` as `inline(...)` have no prefix: `--seed`, `--task`. Each group checks
+itself: `rl_llm.runs.config.check(config)` calls its `check` before anything is loaded.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ class Updates:
     return max(1, self.prompts_per_step // self.minibatches // self.microbatch_prompts)
 
   def check(self, config: Any) -> None:
-    """Refuses sizes that do not divide, and several updates by a loss that takes every sample for
+    """Refuses sizes that do not divide, and several updates by a loss that assumes every sample is
     the policy's own."""
     prompts, count, loss = self.prompts_per_step, self.minibatches, config.loss.name
     if loss == "reinforce_loss" and self.count > 1:

@@ -1,8 +1,8 @@
 """GRPO: ask the model the same question several times, and prefer its better answers.
 
 The reward is never differentiated. It only says how far each sampled answer lies above or below the
-others to the same question; the gradient then makes what was better likelier. No value network, no
-reward model, no preference data: a grader and G answers a question.
+others to the same question; the gradient then makes the better answers likelier. It needs no value
+network, no reward model and no preference data, just a grader and G answers per question.
 
   python -m experiments.grpo                                SmolLM2-135M learns to add, 2 CPU cores
   python -m experiments.grpo --model=tiny --task=copy       the one-minute version, no extra package

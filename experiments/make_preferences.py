@@ -1,8 +1,8 @@
 """Preference pairs from a model's own answers and a grader: data for DPO and reward models.
 
 People compare answers because they cannot say how good one is. A grader can, so pairs cost nothing
-but samples: of several answers to one problem, any that was graded higher is preferred to any that
-was graded lower. A problem whose answers are all graded alike gives none.
+but samples: of several answers to one problem, any with a higher grade is preferred to any with a
+lower one. A problem whose answers all get the same grade gives none.
 
   python -m experiments.make_preferences --out=pairs.jsonl       SmolLM2-135M adds, 2 CPU cores
   python -m experiments.make_preferences --model=runs/sft-tiny-copy-seed0/model --task=copy
@@ -11,12 +11,12 @@ was graded lower. A problem whose answers are all graded alike gives none.
 Each line has the columns prompt, chosen, rejected (messages, or text where the prompt is text), as
 TRL reads them, and in addition problem (its key), chosen_reward, rejected_reward, margin (their
 difference), and the problem's own columns, such as its answer. Held-out problems never appear. Nor
-do answers that were cut off at --max_new_tokens, since whoever reads the file would take the cut
+do answers that were cut off at --max_new_tokens, since a reader of the file would mistake the cut
 for their end.
 
 In the run's directory: samples.jsonl, a line a response; metrics.jsonl, a line a batch;
-result.json. Rerunning the same command resumes after the last batch on record; another --out or
---pairs_per_problem only reads the record anew.
+result.json. Rerunning the same command resumes after the last batch on record; changing --out or
+--pairs_per_problem only reads the record again.
 
 Measured with the first command, seed 0, on 2 busy cores: 183 pairs of 32 of the 44 training sums
 in 108 s. 449 of 704 answers were cut off; a larger --max_new_tokens leaves more to pair.

@@ -1,15 +1,15 @@
 """GRPO with many settings in one program: learning rates, clips and seeds side by side.
 
-An update is a pure function of arrays, and what a sweep changes most is numbers. So N settings are
-one `vmap` away from one: each has its weights, its problems and its numbers, and all of them are
-sampled, graded and updated together. Small models have their own weights each; with --lora.rank the
-members have adapters of their own over one base, which is in memory once and is read once for all.
+An update is a pure function of arrays, and a sweep mostly changes numbers. So one `vmap` runs N
+settings: each has its weights, its problems and its numbers, and all of them are sampled, graded
+and updated together. Small models have separate weights; with --lora.rank each member has its own
+adapters over one base, which is held in memory once and read once for all.
 
   python -m launch.run --sweep=SWEEP.py --backend=population
 
-Each member leaves in its own directory what `experiments.grpo` leaves there, checkpoints aside,
+Each member writes to its own directory what `experiments.grpo` writes there, except checkpoints,
 which are the population's. Its first update is the one it would have made alone, up to rounding;
-after that rounding may lead to other samples, as it does between two kinds of machine.
+after that rounding may lead to different samples, as it does between two kinds of machine.
 """
 
 from __future__ import annotations
@@ -264,8 +264,8 @@ def train(
     workdir: the population's own directory: its checkpoints, and a record of the whole.
 
   Returns:
-    What the population's result.json holds. A member whose gradients were not finite too often
-    ends there, as it would alone: it has a record, and no result.
+    What the population's result.json holds. A member stops when its gradients were not finite too
+    often, as it would alone: it has a record, and no result.
 
   Raises:
     ConfigError: the settings differ in what must be equal, or a directory cannot be used.

@@ -1,19 +1,19 @@
 """PPO: a second network foresees the reward, and what counts is by how much a token beat it.
 
-With one reward at the end of a response, which token earned it? The value network says before each
-token how much reward is about to come; generalised advantage estimation turns the changes of its
-mind into advantages, token by token. Sampling is dear, so a step's responses serve several updates,
-and the clipped ratio keeps these from going further than the samples can tell.
+With one reward at the end of a response, which token earned it? The value network predicts before
+each token how much reward is still to come; generalised advantage estimation turns the changes of
+that prediction into advantages, token by token. Sampling is expensive, so a step's responses serve
+several updates, and the clipped ratio keeps these from going further than the samples justify.
 
   python -m experiments.ppo                                 SmolLM2-135M learns to add, 2 CPU cores
   python -m experiments.ppo --value.trunk=shared            one network with two heads
   python -m experiments.ppo --reward=model:DIR              a reward model instead of the grader
   python -m experiments.ppo --kl.coef=0.02 --kl.controller=adaptive --kl.target=0.05
 
-For a policy of N parameters, 16 N bytes (weights, Adam's two moments, a gradient), the trunk "own"
-is 16 N more, a copy that learns apart at its own rate; "shared" is one column that reads the
-policy's states. A reference (--kl.coef above 0) is 4 N more. A response that was cut off at the
-limit ends there like any other: no value stands for what might have followed, as in TRL and verl.
+A policy of N parameters takes 16 N bytes (weights, Adam's two moments, a gradient). The trunk "own"
+takes 16 N more, for a separate copy with its own learning rate; "shared" is one column that reads
+the policy's states. A reference (--kl.coef above 0) takes 4 N more. A response cut off at the limit
+ends there like any other: no value stands in for what might have followed, as in TRL and verl.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 

@@ -1,6 +1,6 @@
 """REINFORCE: make what was rewarded likelier, in proportion to how far it beat a baseline.
 
-Nothing but a grader is needed; what a reward is compared with takes away noise and not truth:
+It only needs a grader. The baseline of a reward removes noise without changing the objective:
 
   --advantage=plain              nothing: the reward itself
   moving_average                 the mean reward of the steps before, a number in the state

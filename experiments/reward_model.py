@@ -1,8 +1,8 @@
 """A reward model: a network that learns which of two answers people, or a grader, prefer.
 
 Where nothing can check an answer, somebody can still say which of two is better. Bradley-Terry
-makes numbers of that: the better answer wins with probability sigmoid(r(better) - r(worse)), and
-the network that gives r is trained until the winners of the data are likely. PPO and GRPO then
+turns that into numbers: the better answer wins with probability sigmoid(r(better) - r(worse)), and
+the network that computes r is trained until the winners in the data are likely. PPO and GRPO then
 raise r, on texts that nobody has compared.
 
   python -m experiments.make_preferences --out=pairs.jsonl       pairs without people
@@ -10,18 +10,18 @@ raise r, on texts that nobody has compared.
   python -m experiments.grpo --reward=model:WORKDIR/model        what it is for
 
 `--data=FILE` reads JSONL (plain or gzip) or Parquet with the columns chosen and rejected, and
-prompt or the same beginning in both. The network begins as the language model, with one column in
-the place of its vocabulary. Held-out pairs are of other prompts, and are scored before, during and
-after: how often the better answer has the larger reward, and whether the network is as often right
-as it is sure (calibration_error; 0 is best). It is written as a Hugging Face directory,
-WORKDIR/model, whose rewards have mean 0 over training answers.
+either prompt or the same beginning in both. The network starts as the language model, with one
+column in place of its vocabulary. Held-out pairs have other prompts, and are scored before, during
+and after training: how often the better answer has the larger reward, and whether the network is
+right as often as it is confident (calibration_error; 0 is best). It is written as a Hugging Face
+directory, WORKDIR/model, whose rewards have mean 0 over training answers.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
 Measured on 2 cores (docs/results/reward_model.md has the commands): of 256 held-out pairs of copied
-strings the judge is right about 0.91 (95 % 0.87 to 0.94), and GRPO against it goes from 0.46 to
-0.59 by the task's grader, PPO to 0.62. SmolLM2, which cannot do the sums itself, is right about
-0.82 to 0.90 of 67 held-out pairs.
+strings the judge gets 0.91 right (95 % 0.87 to 0.94), and GRPO against it goes from 0.46 to 0.59 by
+the task's grader, PPO to 0.62. SmolLM2, which cannot do the sums itself, gets 0.82 to 0.90 of 67
+held-out pairs right.
 """
 
 from __future__ import annotations

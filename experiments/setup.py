@@ -1,8 +1,8 @@
-"""What runs open before their first step, from groups of `experiments.flags`.
+"""Builds what runs need before their first step, from groups of `experiments.flags`.
 
 Functions and statics are bound here once, in NamedTuples; weights stay arguments of everything that
-computes with them. Nothing here knows an algorithm: what a step learns, and from what, is in the
-scripts, and how it is looped over in `rl_llm.training.loop`.
+computes with them. Nothing here is specific to an algorithm: the scripts say what a step learns and
+from what, and `rl_llm.training.loop` runs the steps.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def open_sampler(
   `reward` and `rows_at_once` are as for `experience.make_judge`, `slots` as for `make_generate`.
   """
   policy, tokenizer, mesh, _ = model
-  model, prompts, group = None, config.prompts, config.task  # Who opened it frees its weights.
+  model, prompts, group = None, config.prompts, config.task  # The opener frees its weights.
   generate = experience.make_generate(
     policy,
     tokenizer,

@@ -1,8 +1,8 @@
 """SFT: make given answers likelier, token by token.
 
-No sampling, no grader, no reference: whoever has right answers should begin here, and the other
-methods mostly begin where this one ends. In other words, REINFORCE on somebody else's samples, in
-which every answer has advantage 1.
+It needs no sampling, no grader and no reference. If you have right answers, start here; the other
+methods usually start where this one ends. It is REINFORCE on somebody else's samples, with
+advantage 1 for every answer.
 
   python -m experiments.sft                                 SmolLM2-135M learns to add, 2 CPU cores
   python -m experiments.sft --model=tiny --task=copy        the one-minute version
@@ -10,9 +10,9 @@ which every answer has advantage 1.
   python -m experiments.sft --data=chats.jsonl --task=none --packing=1024 --max_tokens=1024
 
 `--data=task` imitates the right answers to the training problems of --task. `--data=FILE` reads
-JSONL (plain or gzip) or Parquet with the columns prompt and completion, messages, or text; of
-messages the assistant's turns are trained on, but those of weight 0. With a task as well, the
-model is graded at it before, during and after; the loss on held-out examples is taken in any case.
+JSONL (plain or gzip) or Parquet with the columns prompt and completion, messages, or text; in
+messages the assistant's turns are trained on, except those of weight 0. A task, if there is one,
+grades the model before, during and after training; the held-out loss is always computed.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
