@@ -5,17 +5,17 @@
   python -m benchmarks.generation --tunix_cache=1024     Tunix's cache as long as its default
   python -m benchmarks.generation --peer=none        ours alone
 
-Same weights, same prompts, float32, sampling from the whole distribution at temperature 1, exactly
-as many tokens. As in `benchmarks.grpo_step` each side is a process of its own, they take turns,
-ours first, and the first turns, which compile, are not counted; before the clock starts the sides
-must agree on the prompts' ids and on how likely the model finds them. A ratio is of one turn to
-ours just before it, so what slows the whole machine down for a while divides out.
+All sides have the same weights and prompts, use float32, sample from the whole distribution at
+temperature 1, and write the same number of tokens. As in `benchmarks.grpo_step` each side is a
+process of its own; they take turns, ours first, and the first turns, which compile, do not count.
+Before the clock starts the sides must agree on the prompts' ids and on how likely the model finds
+them. A ratio compares a turn with our turn just before it, so a temporary slowdown cancels out.
 
-The floor is the least time that the exact result can take on this machine: a step, which writes one
-token of every response, takes the longer of two times. Its matrix products at the best rate that
-any side reaches on a large square product; or the bytes of the weights and of the keys and values
-seen, each read once, at the best rate at which all cores read or copy memory. A prompt is read
-once, and so are its keys and values in each step, for all its responses.
+The floor is the least time that the exact result can take on this machine. A step, which writes one
+token of every response, takes the longer of two times: that of its matrix products at the best rate
+any side reaches on a large square product, or that of reading the weights and the keys and values
+seen once each, at the best rate at which all cores read or copy memory. A prompt is read once, and
+so are its keys and values in each step, for all its responses.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rl_llm.runs.flops import forward_flops
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is generated, and how each side is told to."""
+  """What is generated, and the settings of each side."""
 
   model: str = option("smollm2", "smollm2, a Hugging Face directory, a .gguf file; tiny: ours only")
   peer: Literal["transformers", "tunix", "all", "none"] = option("all", "whom to measure against")
@@ -67,8 +67,8 @@ def floor_seconds(
 
       step t = max(FLOPs / rate, 4 (weights + 2 layers K H (P L + P G (t - 1))) / bandwidth)
 
-  The first step reads the prompts, and has no cache to read yet; step t > 1 reads the token that
-  step t - 1 has written, for which it sees the prompt and t - 1 tokens.
+  The first step reads the prompts and has no cache yet; step t > 1 reads the token that step t - 1
+  wrote, and sees the prompt and t - 1 tokens.
 
   Args:
     shape: of the model.

@@ -7,9 +7,9 @@
 Weights are random, arithmetic is in bfloat16, weights and moments are float32. Three things:
 
   update   one of GRPO, 8 responses of 1,024 tokens to each prompt of 512, 16,384 tokens at least
-           in one microbatch. Its MFU: what formulas say it must compute (`rl_llm.runs.flops`), over
-           what the GPU's maker says it can. PyTorch's is a row of prompt and response for each
-           response.
+           in one microbatch. Its MFU is the work it must do by formula (`rl_llm.runs.flops`) over
+           the GPU's peak according to its maker. PyTorch's side has a row of prompt and response
+           for each response.
   decode   a token of 64 rows, and of 256: what a rollout of 288 tokens takes longer than one of 32,
            over 256. Its bound: all weights and the keys and values of all rows read once at the
            maker's bandwidth, or the products at the peak if that takes longer.
@@ -17,10 +17,10 @@ Weights are random, arithmetic is in bfloat16, weights and moments are float32. 
            weights, the last with adapters of rank 16; layers in a loop, and computed twice. Each in
            a process of its own.
 
-Predicted means: the same programs, compiled for that GPU where none is. Memory is the compiler's
-word. Time is between two figures made of the operations and bytes that the compiler counts: the
-longer of both at the maker's rates, if everything overlaps, and their sum, if nothing does. Real
-products reach 60 to 80 % of the peak, so what is measured will lie below.
+Predicted means that the same programs are compiled for a GPU that is not there. Memory is what the
+compiler reports. Time lies between two figures from the operations and bytes that the compiler
+counts, at the maker's rates: the longer of both, if everything overlaps, and their sum, if nothing
+does. Real products reach 60 to 80 % of the peak, so measured MFU will be lower.
 
 Not run on a GPU yet. Predicted for an H100 by --predict=h100 (JAX 0.10.2):
 
@@ -422,6 +422,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  # A process takes what it needs and no more: others measure beside it.
+  # A process takes only the memory it needs: other processes measure at the same time.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   run(main, Config)

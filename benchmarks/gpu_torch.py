@@ -1,9 +1,9 @@
 """PyTorch's side of `benchmarks.gpu`, run by an interpreter that has torch and transformers.
 
 It gets a job as JSON and prints seconds as JSON. The model is transformers' of the same shape, with
-random weights. An update is what a trainer without a shared prompt does: a row of prompt and
-response for each response, float32 weights, bfloat16 arithmetic by autocast, scaled dot product
-attention, the log-probs of the response's tokens, AdamW. Decoding is `generate`.
+random weights. An update is that of a trainer without a shared prompt: a row of prompt and response
+for each response, float32 weights, bfloat16 arithmetic by autocast, scaled dot product attention,
+the log-probs of the response's tokens, AdamW. Decoding is `generate`.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@
   python -m benchmarks.grpo_step --peer=mixed                ours, and ours in bfloat16
   python -m benchmarks.grpo_step --peer=none                 ours alone
 
-A step is: sample every response, grade it, and make one optimiser update. Each side is a process of
-its own. They take turns, one step at a time, ours first; while one works the others wait, so
-whatever else the machine does meets all alike. The first steps, which compile and allocate, are
-not counted. Before the clock starts the sides must agree on the ids of the prompts and on how
+A step samples every response, grades it, and makes one optimiser update. Each side is a process of
+its own. They take turns, one step at a time, ours first; while one works the others wait, so any
+other load on the machine affects all of them equally. The first steps, which compile and allocate,
+do not count. Before the clock starts the sides must agree on the ids of the prompts and on how
 likely the model finds them; after each step, on how many tokens were written.
 
 The floor is what the step's matrix products alone would take at the best rate any side reaches
@@ -48,7 +48,7 @@ class BenchmarkError(UserError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The step, and how each side is told to take it."""
+  """The step, and the settings of each side."""
 
   model: str = option("smollm2", "smollm2, a Hugging Face directory, a .gguf file; tiny: ours only")
   peer: Literal["trl", "tunix", "mixed", "all", "none"] = option(
@@ -113,7 +113,7 @@ class Side:
     return json.loads(line)
 
   def step(self) -> dict[str, Any]:
-    """One step, from being asked to all of its results being there."""
+    """One step, from the request until all of its results are there."""
     self._process.stdin.write("step\n")
     self._process.stdin.flush()
     return self.read()
@@ -138,7 +138,7 @@ def interpreters(config: Any, peers: dict[str, str]) -> dict[str, str]:
           f"--{flag}={python}: no such interpreter; `make bench-peers` makes .venv-trl and "
           ".venv-tunix with what is measured against, --peer=none measures ours alone"
         )
-      # Not resolved: a virtual environment's interpreter is a link that knows where it stands.
+      # Not resolved: a virtual environment's interpreter is a link that depends on its location.
       found[name] = os.path.abspath(shutil.which(python))
   return found
 

@@ -3,12 +3,12 @@
   python -m benchmarks.logprobs                        2,048 tokens, Qwen's vocabulary
   python -m benchmarks.logprobs --vocabulary=49152     SmolLM2's
 
-Both forms give the value and the gradients with respect to hidden states and unembedding, compiled
-from the same loss, and take turns, so that whatever else the machine does meets both alike. They
-must agree before anything is printed. Memory is what XLA allocates besides arguments and results.
-The floor is what the three products of D x V (forward, and backward to hidden states and to the
-unembedding) would take at the rate of a large square product, measured in the same run. Blocks
-compute the forward one twice, so their floor is four thirds of it.
+Both forms compute the value and the gradients with respect to hidden states and unembedding,
+compiled from the same loss, and take turns, so that any other load on the machine affects both
+equally. They must agree before anything is printed. Memory is what XLA allocates besides arguments
+and results. The floor is the time of the three products of D x V (forward, and backward to hidden
+states and to the unembedding) at the rate of a large square product, measured in the same run.
+Blocks compute the forward product twice, so their floor is four thirds of it.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
   python -m benchmarks.memory
 
-The compiler says before anything runs how many bytes of temporaries the update needs. Here it then
-runs, and the operating system says by how much the process grew at its largest, arguments aside.
-That is the only place where both can be had without an accelerator; what it shows is whether the
-figure means what `launch.plan` takes it for, not how good a TPU's compiler's is.
+Before anything runs, the compiler says how many bytes of temporaries the update needs. Then the
+update runs, and the operating system says by how much the process grew at its peak, without the
+arguments. Only on a CPU are both available without an accelerator. The comparison shows whether the
+figure means what `launch.plan` takes it for, not how good a TPU compiler's figure is.
 
 Measured with the command above on 2 cores, x86_64, JAX 0.10.2: 32 MB of weights, 1,622 MB planned
-beside the arguments, 1,730 MB measured, 1.07 times. One run; what is more is the runtime's own.
+in addition to the arguments, 1,730 MB measured, 1.07 times. One run; the excess is the runtime's.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def measure(config: Config) -> Found:
   jax.block_until_ready(arguments)
   del lowered
   gc.collect()
-  ctypes.CDLL("libc.so.6").malloc_trim(0)  # What compiling left behind is not to be used again.
+  ctypes.CDLL("libc.so.6").malloc_trim(0)  # Memory left over from compiling must not be reused.
   before = reset_peak()
   jax.block_until_ready(compiled(*arguments))
   return Found(

@@ -4,10 +4,10 @@
   python -m benchmarks.packing --model=tiny    in a minute
 
 Lengths are drawn from an exponential distribution and cut off, as answers' lengths often look: most
-are short, a few decide how wide the rows are. `--packing` of the experiments puts as many into a
-row as fit, and no text sees another. Both sides give the gradient of the same loss, hold as many
-tokens at once, take turns, and must agree to 1e-5 (relative, L2) before anything is printed. The
-floor is what the products of the texts alone would take, without padding, at the rate of a large
+are short, and a few decide how wide the rows are. `--packing` of the experiments puts as many into
+a row as fit, and no text sees another. Both sides compute the gradient of the same loss, hold the
+same number of tokens at once, take turns, and must agree to 1e-5 (relative, L2) before anything is
+printed. The floor is the time of the texts' products alone, without padding, at the rate of a large
 square product measured in the same run.
 """
 
@@ -65,7 +65,7 @@ def make_texts(config: Config, story: Sequence[int]) -> list[Encoded]:
 
 
 def cut(batch: sft.Batch, rows: int) -> list[sft.Batch]:
-  """Parts of so many rows; rows at the end in which nothing is trained are left out."""
+  """Parts of this many rows; rows at the end in which nothing is trained are left out."""
   used = int(np.max(np.nonzero(batch.sequences.mask.any(axis=1))[0])) + 1
   return [
     jax.tree.map(lambda x, first=first: x[first : first + rows], batch)

@@ -4,9 +4,9 @@
 
 `benchmarks.grpo_step` and `benchmarks.generation` write the jobs. A side answers on standard
 output, a JSON object a line: first what it read, then, for each line on its standard input, one
-step's figures. So the sides can alternate on one machine, all loaded and warm, none running while
-another is timed. TRL and Tunix run under other interpreters, so nothing here imports JAX or this
-library except where a side alone needs it.
+step's figures. So the sides can alternate on one machine, all loaded and warm, with none running
+while another is timed. TRL and Tunix run under other interpreters, so JAX and this library are only
+imported inside the sides that need them.
 """
 
 from __future__ import annotations

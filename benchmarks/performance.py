@@ -4,9 +4,9 @@
   python -m benchmarks.performance --again=true              all, whatever there is
   python -m benchmarks.performance --only=update,packing     these, whatever there is
 
-Each is a process of its own, and what it printed is kept as soon as it has ended: an interruption
-loses one, and the same command goes on with the rest. One that ends with an error, as where a peer
-is not installed, says so in its place and is tried again next time.
+Each is a process of its own, and its output is kept as soon as it has ended: an interruption loses
+one, and the same command continues with the rest. If one ends with an error, as when a peer is not
+installed, the page says so in its place, and it is tried again next time.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
   python -m benchmarks.plan_table --limit=0  writes it from what there is
 
 Needs libtpu (pip install jax[tpu]). Each row is compiled by a process of its own and kept as soon
-as it is done, so that an interruption loses one row and the same command goes on with the rest. A
-row that is not compiled says so.
+as it is done, so an interruption loses one row and the same command continues with the rest. A row
+that is not compiled says so.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
   python -m benchmarks.population                                             8 adapters, SmolLM2
   python -m benchmarks.population --model=tiny --settings=32 --lora_rank=0    32 times all weights
 
-The settings differ in their learning rate, so all that differs between the two sides is who runs
-with whom. Both run `train` of their experiment to the end in this process, compiling everything
-anew. Settings cost alike: --alone of them are run by themselves, and their median counts for each.
+The settings differ in their learning rate, so the two sides differ only in which settings run
+together. Both run `train` of their experiment to the end in this process, and compile everything
+again. All settings cost the same, so --alone of them run alone, and their median counts for each.
 
-What one program saves depends on the machine. On a CPU it is the compilations, and what every
-operation costs beside its arithmetic, which remains. On an accelerator a decode step of few rows
-waits for weights to be read from memory, and the base is read once for all: the last lines are what
-bandwidth and arithmetic allow there, by formula, not measured.
+What one program saves depends on the machine. On a CPU it saves compilations and the overhead of
+every operation, but not the arithmetic. On an accelerator a decode step of few rows waits for
+weights to be read from memory, and the base is read once for all: the last lines are what bandwidth
+and arithmetic allow there, by formula, not measured.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def settings(config: Config) -> list[grpo.Config]:
     "responses_per_prompt": config.responses,
     "max_new_tokens": config.new_tokens,
     "lora.rank": config.lora_rank,
-    "loss.entropy_coef": 0.01,  # Or a step in which all groups agree would have no gradient.
+    "loss.entropy_coef": 0.01,  # Otherwise a step in which all groups agree would have no gradient.
     "eval.problems": config.prompts,
     "eval.samples": config.responses - 1,
     "eval.every": config.steps,

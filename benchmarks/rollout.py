@@ -4,15 +4,15 @@
   python -m benchmarks.rollout --model=tiny --runs=3        in a minute
 
 Both sides decode the same responses, drawn with the same keys, and never hold more rows at once
-than there are slots. One takes them in batches, each as long as its longest response; to the other
-all are given at once, and it fills a slot when its response has ended. They take turns, and must
+than there are slots. One takes them in batches, each as long as its longest response. The other
+gets all of them at once, and refills a slot when its response has ended. They take turns, and must
 have written the same numbers of tokens.
 
-A real model says when it has ended, which cannot be chosen. So the policy is given an end of known
-probability, 1 / mean, in place of its own: lengths are geometric, as exponential as whole tokens
-can be, and cut off at the limit. With N responses of that mean on S slots a batch lasts about
-mean * (1 + 1/2 + ... + 1/S) steps, 260 for a mean of 64 and 32 slots, and the slots take N / S *
-mean steps and the end of the last ones: the limit of the ratio is 1 + 1/2 + ... + 1/S, here 4.1.
+A real model decides when a response ends. So the policy gets an end of known probability, 1 / mean,
+in place of its own: lengths are geometric, the discrete form of exponential, and cut off at the
+limit. With N responses of that mean on S slots a batch lasts about mean * (1 + 1/2 + ... + 1/S)
+steps, 260 for a mean of 64 and 32 slots. The slots take N / S * mean steps and the end of the last
+ones, so the limit of the ratio is 1 + 1/2 + ... + 1/S, here 4.1.
 """
 
 from __future__ import annotations

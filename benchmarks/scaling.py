@@ -3,14 +3,14 @@
   python -m benchmarks.scaling                        about three minutes on 2 cores
   python -m benchmarks.scaling --widths=512,1024      fewer points
 
-One factor at a time is changed around a base point, whose values are the middle ones of the flags.
-At each point a rollout and the gradient of its responses' log-probs are compiled and timed in turns
+One factor at a time changes around a base point, whose values are the middle ones of the flags. At
+each point a rollout and the gradient of its responses' log-probs are compiled and timed in turns
 with the base's, so that growth is a ratio of neighbours in time. Weights are random, models differ
-in width alone (the count of weights grows with its square), and responses all have T tokens.
+only in width (the count of weights grows with its square), and responses all have T tokens.
 
-Beside it stands what the count of operations predicts. A factor that costs less than that fills
-idle processors: a decode step of few rows waits for weights to be read. One that costs more pays
-for something that is not a matrix product.
+Next to each figure is what the count of operations predicts. A factor that costs less fills idle
+processors: a decode step of few rows waits for weights to be read. A factor that costs more pays
+for something other than matrix products.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every side of a benchmark does: the same texts, the same reward, the same clocks.
+"""Shared by all sides of a benchmark: the same texts, the same reward, the same clocks.
 
 Nothing here imports JAX or this library: TRL and Tunix run under interpreters that have neither.
 """
@@ -47,7 +47,7 @@ def prompt_texts(encode: Callable[[str], list], *, count: int, tokens: int) -> l
 
 
 def reward(prompts: list, completions: list[str], **columns) -> list[float]:
-  """As if random, in [0, 1], and the same for the same text: advantages are not 0, time is."""
+  """A pseudo-random reward in [0, 1], fixed by the text: advantages are not 0, the time is."""
   return [zlib.crc32(completion.encode()) / 0xFFFFFFFF for completion in completions]
 
 
@@ -105,7 +105,7 @@ class Channel:
     self._out.flush()
 
   def wait(self) -> None:
-    """Until the next step is asked for; the benchmark's end is this side's end."""
+    """Waits until the next step is asked for; this side ends with the benchmark."""
     if not sys.stdin.readline():
       raise SystemExit(0)
 

@@ -129,7 +129,7 @@ def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
 
 
 def generate_ours(job: dict, channel: Channel) -> None:
-  """`rl_llm.rollout.generate`, which also tells every token's log-probability and entropy."""
+  """`rl_llm.rollout.generate`, which also returns every token's log-probability and entropy."""
   import jax
   import jax.numpy as jnp
 

@@ -33,7 +33,7 @@ def load_transformers(job: dict) -> tuple[Any, Any, list[str], dict]:
 
 
 def trl(job: dict, channel: Channel) -> None:
-  """A step of TRL's GRPOTrainer, whose loop a callback holds until a step is asked for."""
+  """A step of TRL's GRPOTrainer; a callback blocks its loop until a step is asked for."""
   import datasets
   import torch
   import transformers
@@ -106,7 +106,7 @@ def trl(job: dict, channel: Channel) -> None:
 
 
 def generate_transformers(job: dict, channel: Channel) -> None:
-  """Hugging Face's `generate` with its own defaults but for the distribution: all of it, at 1."""
+  """Hugging Face's `generate` with its own defaults, but it samples everything, at temperature 1."""
   import torch
   import transformers
 

@@ -62,7 +62,7 @@ def load_tunix(job: dict) -> tuple[Any, Any, list[str], dict]:
 
 
 def check_read(rows: Any, ids: list[list[int]], *, responses: int) -> None:
-  """Refuses rows that Tunix's sampler has made other ids of than the tokenizer, such as a BOS more.
+  """Refuses rows whose ids from Tunix's sampler differ from the tokenizer's, as by an extra BOS.
 
   Raises:
     ValueError: it has.
@@ -72,9 +72,9 @@ def check_read(rows: Any, ids: list[list[int]], *, responses: int) -> None:
 
 
 def tunix(job: dict, channel: Channel) -> None:
-  """A step of Tunix's GRPOLearner, whose loop its data holds until a step is asked for.
+  """A step of Tunix's GRPOLearner; its data source blocks its loop until a step is asked for.
 
-  Nothing else in that loop can wait; it comes back for data when the step before has ended.
+  Nothing else in that loop can wait; it asks for data again when the previous step has ended.
   """
   import numpy as np
   import optax

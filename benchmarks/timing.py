@@ -1,9 +1,9 @@
-"""What the benchmarks of two sides in one process share: turns, ratios, and how near a limit is.
+"""Shared by benchmarks of two sides in one process: turns, ratios, and how near a limit is.
 
-A machine is never equally fast for long: others use it, it grows warm. So sides take turns, a ratio
-is taken between neighbours in time, and its spread is shown beside it. And "twice as fast" can
-still be slow: so the work that a result needs at the least is counted from its shapes, and set
-against the rates that this machine reaches at their best in the same minutes.
+A machine's speed varies: others use it, and it heats up. So sides take turns, a ratio compares
+neighbours in time, and its spread is shown next to it. And "twice as fast" can still be slow, so
+the least work that a result needs is counted from its shapes, and compared with the best rates that
+this machine reaches in the same minutes.
 """
 
 from __future__ import annotations

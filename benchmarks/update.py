@@ -9,10 +9,10 @@ G times; ours reads it once and lets all responses see its keys and values
 
     tokens read:  G (L + T)  against  L + G T        2,000 against 600 for 8 x (200 + 50)
 
-and the products, but for those with the vocabulary, are in proportion. Both sides give the gradient
-of the same loss, take turns, and must agree to 1e-5 (relative, L2) before anything is printed. The
-floor is what a side's matrix products would take at the rate of a large square product, measured in
-the same run.
+and the products, except those with the vocabulary, are in proportion. Both sides compute the
+gradient of the same loss, take turns, and must agree to 1e-5 (relative, L2) before anything is
+printed. The floor is the time of a side's matrix products at the rate of a large square product,
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def plain_logprobs(params: Any, batch: ResponseBatch, *, policy: Policy) -> jax.
 
   Args:
     params: the weights.
-    batch: prompts without padding, and responses of which every token is attended.
+    batch: prompts without padding, and responses whose tokens are all attended.
     policy: the model's functions.
   """
   prompts, tokens = batch.prompts, batch.tokens
@@ -85,7 +85,7 @@ def make_sides(config: Config) -> tuple[dict[str, Any], Policy]:
   story = np.array(tokenizer.encode(STORY), np.int32)
 
   def cuts(number, tokens):
-    """[number, tokens] of the story, told again and again, each from another word on."""
+    """[number, tokens] of the repeated story, each starting at a different word."""
     return np.stack([np.resize(np.roll(story, -7 * n), tokens) for n in range(number)])
 
   everything = np.ones((rows, config.new_tokens), bool)
@@ -96,7 +96,7 @@ def make_sides(config: Config) -> tuple[dict[str, Any], Policy]:
     attended=everything,
     mask=everything,
   )
-  # Of one sign: where responses cancel one another, what is left is rounding.
+  # Of one sign: where responses cancel one another, only rounding is left.
   worth = np.random.default_rng(0).uniform(0.5, 1.5, (rows, 1)).astype(np.float32)
 
   def compiled(logprobs_of):
