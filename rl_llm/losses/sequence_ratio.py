@@ -217,7 +217,7 @@ def gmpo_loss(
       sequence counts the sum of its row.
     mask: [B, T] bool, as in `gspo_loss`.
     clip_low: the log-ratio of a bad token is clipped below -clip_low, in nats, > 0.
-    clip_high: that of a good token is clipped above clip_high, > 0.
+    clip_high: the log-ratio of a good token is clipped above clip_high, in nats, > 0.
 
   Returns:
     The scalar loss, at least float32, and the metrics of `gspo_loss`, "sequence_ratio" being the

@@ -102,7 +102,7 @@ def weight_of(name: str, message: Mapping[str, Any]) -> bool | None:
     message: may have one of `WEIGHTS`; null says nothing.
 
   Raises:
-    MessageError: another value than 1, 0, true or false, or two that differ.
+    MessageError: a value other than 1, 0, true or false, or two that differ.
   """
   given = {key: message[key] for key in WEIGHTS if message.get(key) is not None}
   for key, value in given.items():
