@@ -15,8 +15,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
   """Counts a compiled program's collectives, those in loops once per iteration.
 
-  A chip of a ring of n passes on all but its own part: what an all-gather puts out, what a
-  reduce-scatter takes in, and both for an all-reduce, which is one after the other.
+  In a ring of n, a chip sends all but its own part: of an all-gather's output, of the input of a
+  reduce-scatter, and of both for an all-reduce, which does one after the other.
 
   >>> text = '''
   ... %body (p: f32[8]) -> f32[8] {
@@ -35,8 +35,8 @@ def collectives(text: str, *, loop: int = 1) -> dict[str, tuple[int, float]]:
   >>> collectives(count + text, loop=3)
   {'all-gather': (5, 160.0), 'all-reduce': (1, 64.0)}
 
-  A TPU computes while it waits: it begins a collective in one place, passes on in others and ends
-  it in a last one. Each of them shows it, as of the same chain, and it counts once:
+  A TPU computes while it waits: it starts a collective in one place, continues it in others and
+  ends it in a last one. All of these show the collective, as one chain, and it counts once:
 
   >>> start = '%fusion (p: f32[2]) -> f32[8] {\\n %g.1 = f32[8] all-gather(%p), chain_id="7"\\n}\\n'
   >>> done = start.replace("fusion", "done").replace("g.1", "g.2")

@@ -41,7 +41,7 @@ class Progress:
     self._drawn = 0  # lines of the block
 
   def say(self, line: str) -> None:
-    """A line that stays."""
+    """Prints a line that stays."""
     self._erase()
     self._stream.write(printable(redact(line)) + "\n")
     self._stream.flush()

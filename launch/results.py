@@ -1,4 +1,4 @@
-"""What is known of a sweep's trials: a row each, and a group for each setting."""
+"""The known results of a sweep's trials: a row for each, and a group for each setting."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_known(path: Path) -> dict[str, Any]:
   """`state.read_json` of one of a trial's files.
 
   Raises:
-    RecordError: a value in it is of another kind than the launcher writes.
+    RecordError: a value in it has a type that the launcher does not write.
   """
   values = state.read_json(path)
   for key, kind in _KINDS[path.name].items():

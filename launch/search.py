@@ -119,7 +119,7 @@ class Study:
     return self.trials[trial.id]
 
   def save(self) -> None:
-    """Writes what was asked for; before any of it is started."""
+    """Writes the trials asked for, before any of them starts."""
     asked = [{"id": each.trial.id, "params": each.handle.params} for each in self._asked]
     state.write_json(self._workdir / "search.json", {"asked": asked})
 

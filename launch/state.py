@@ -113,7 +113,7 @@ def holder(lease: Path | None) -> str:
     same = isinstance(who.get("pid"), int) and _started(who["pid"]) == who.get("started")
     return "alive" if same else "nobody"
   if who.get("host") == here["host"] and who.get("boot") != here["boot"]:
-    return "nobody"  # The machine has been started anew since.
+    return "nobody"  # The machine has been restarted since.
   return "unknown" if _now(lease.parent) - lease.stat().st_mtime < LEASE else "nobody"
 
 
@@ -235,7 +235,7 @@ def last_lines(path: Path, start: int = 0, *, count: int = LINES) -> list[str]:
 
 
 def where(directory: Path, steps: int, status: Mapping[str, Any]) -> str:
-  """The word for it: done, running, failed, pruned, stopped or waiting.
+  """A trial's state in one word: done, running, failed, pruned, stopped or waiting.
 
   A stopped trial has begun and resumes with the next start of the same command; a waiting one has
   not begun, or waits for its next try.

@@ -43,7 +43,7 @@ class SweepError(UserError, ValueError):
 
 
 class Trial(NamedTuple):
-  """One run of an experiment, not yet anywhere.
+  """One run of an experiment, wherever it will run.
 
   Attributes:
     id: hash of what is computed; also the name of its directory.

@@ -40,7 +40,7 @@ _GUARD = (
 
 
 def ranks(command: Sequence[str], processes: int, *, port: int) -> list[list[str]]:
-  """The command of each process of a trial; they meet on loopback, which no other machine reaches.
+  """The command of each process of a trial; they connect on loopback, out of other machines' reach.
 
   >>> for rank in ranks(["python", "-m", "x"], 2, port=1234):
   ...   print(*rank[4:])
@@ -58,7 +58,7 @@ def ranks(command: Sequence[str], processes: int, *, port: int) -> list[list[str
 
 
 def free_port() -> int:
-  """A port of loopback that nobody listens on."""
+  """A loopback port that no process listens on."""
   with socket.socket() as found:
     found.bind(("127.0.0.1", 0))
     return found.getsockname()[1]
@@ -174,7 +174,7 @@ def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> st
   """
   over.kill()  # What its processes may have left behind.
   if not over.directory.exists():
-    return "failed"  # Somebody deleted it: nothing is left to be said, and nobody to start it for.
+    return "failed"  # Its directory was deleted: nothing to report, nothing to restart.
   newest = state.newest_lease(over.directory)
   if newest is not None and newest != over.lease:
     return "elsewhere"  # It is another launcher's now, and so is its status.
@@ -287,7 +287,7 @@ class Launcher:
       )
       self.progress.ended(over, verdict)
       if verdict == "again":
-        # By a clock that nobody sets; what is on disk is for other launchers, and later ones.
+        # By a monotonic clock; what is on disk is for other launchers, and later ones.
         wait = state.read_status(over.directory).get("wait", 0.0)
         self.next_look[over.trial.id] = time.monotonic() + wait
       else:
