@@ -161,7 +161,7 @@ def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
 
 
 def page(config: Config, text: str) -> str:
-  """The table with what it takes to read it and to get it again."""
+  """The table, with what is needed to read and to reproduce it."""
   values, defaults = configs.flatten(config), configs.flatten(Config())
   given = [n for n in values if values[n] != defaults[n] and n not in ("workdir", "out")]
   command = " ".join(["python -m experiments.compare", *configs.to_flags(config, given)])

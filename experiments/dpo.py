@@ -214,7 +214,7 @@ class Drawn(typing.NamedTuple):
 def with_constants(
   options: Loss, batch: Batch, ref_logprobs: list[np.ndarray], policy_logprobs: abc.Callable
 ) -> tuple[Batch, dict[str, typing.Any]]:
-  """The batch and the numbers of its loss, with all that is taken before the batch is split.
+  """The batch and the numbers of its loss, with all that is computed before the batch is split.
 
   `policy_logprobs()` are those of the policy, where the loss needs them beforehand.
   """
@@ -340,7 +340,7 @@ def pair_figures(
   pad_id: int,
   params: typing.Any,
 ) -> dict[str, float]:
-  """What the policy makes of held-out pairs, by its loss and by the rewards that it implies."""
+  """Figures on held-out pairs: the policy's loss, and the rewards that it implies."""
   logprobs = score(params, encoding.flat(held_out))
   batch, _ = make_batch(held_out, rows=len(held_out), pad_id=pad_id)
   batch, given = with_constants(options, batch, ref_logprobs, lambda: logprobs)

@@ -78,7 +78,7 @@ class KL(flags.RewardKL):
   )
 
   def check(self, config: Config) -> None:
-    """Refuses to control what is not there."""
+    """Refuses an adaptive controller without a KL to control."""
     if self.controller == "adaptive" and not self.coef:
       allowed = "above 0 with --kl.controller=adaptive"
       raise configs.ConfigError("kl.coef", self.coef, allowed, "try --kl.coef=0.001")

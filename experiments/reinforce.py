@@ -52,7 +52,7 @@ class Advantage:
   discount: float = configs.option(1.0, "discount factor per token", min=0, max=1)
 
   def check(self, config: Config) -> None:
-    """Refuses what leave_one_out cannot do."""
+    """Refuses settings that leave_one_out cannot handle."""
     error = functools.partial(configs.ConfigError, "advantage.name", self.name)
     if self.name == "leave_one_out" and config.updates.responses_per_prompt == 1:
       raise error("another one with --responses_per_prompt=1", "try --advantage=moving_average")

@@ -173,7 +173,7 @@ def open_mesh(
   minibatches: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """The mesh, once it is clear that the batch can be cut for it: `per_step` names the setting that
+  """The mesh, after a check that it can divide the batch: `per_step` names the setting that
   says how much a step has, `at_once` how much of it is computed at once."""
   sizes = config.mesh
   mesh = sharding.make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
@@ -211,7 +211,7 @@ def load_language_model(
 def load_model(
   config: Any, run: Run, mesh: jax.sharding.Mesh, *, reference: bool = False, without: str = ""
 ) -> Model:
-  """The model to train; `without` a part of its weights that the run has no use for."""
+  """The model to train; `without` a part of its weights that the run does not use."""
   loaded = load_language_model(config, run, mesh)
   params = {name: leaf for name, leaf in loaded.params.items() if name != without}
   weights = split_weights(config, params, reference=reference)
@@ -219,7 +219,7 @@ def load_model(
 
 
 def split_weights(config: Any, params: Any, *, reference: bool = False) -> models.Weights:
-  """What is trained of these weights, by the group `lora`, what stays, what is compared with."""
+  """Splits these weights, by the group `lora`, into the trained, the frozen and the reference."""
   lora = vars(config.model.lora)
   return models.split_weights(params, **lora, seed=config.run.seed, reference=reference)
 
@@ -393,7 +393,7 @@ def load_data(
 ) -> loading.Loaded:
   """The rows as tokens, to train on and held out; the same in all processes.
 
-  `encode` is `encoding.encode` or `encode_pair` with its settings, `limit_all` goes with it.
+  `encode` is `encoding.encode` or `encode_pair` with its settings, and `limit_all` matches it.
   """
   options = config.data
   loaded = loading.load_sequences(
@@ -430,7 +430,7 @@ def load_pairs(
 def update_once(
   update: Callable, model: Model, state: Any, batch: Any, hparams: dict[str, Any], used: int
 ) -> tuple[Any, dict[str, Any]]:
-  """One update on a batch from the host, of whose microbatches the first `used` are computed."""
+  """One update on a batch from the host; only its first `used` microbatches are computed."""
   placed = sharding.place_rows(batch, model.mesh)
   return update(state, placed, hparams, used, model.weights.frozen)
 
@@ -464,7 +464,7 @@ def learning_rate(config: Any, step: int) -> float:
 
 
 def hyperparameters(config: Any, step: int, **further: float) -> dict[str, Any]:
-  """The numbers that a step's updates are computed with: data, so none compiles anew."""
+  """The numbers that a step's updates are computed with: data, so none recompiles."""
   numbers = {"learning_rate": learning_rate(config, step), "loss": keywords.given(config.loss)}
   entropy = {"entropy_coef": config.loss.entropy_coef}
   return jax.tree.map(jnp.float32, numbers | entropy | further)
