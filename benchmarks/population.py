@@ -172,7 +172,7 @@ def decode_seconds(
 
 
 def roofline(config: Config) -> list[str]:
-  """What accelerators allow, in bfloat16, a chip a line."""
+  """What accelerators allow, in bfloat16, one chip per line."""
   model = load_model(config.model)
   weights = setup.split_weights(settings(config)[0], model.params)
   rows, context = config.prompts * config.responses, 46 + config.new_tokens // 2

@@ -132,7 +132,7 @@ class Stopwatch:
 
 
 def serve(channel: Channel, ready: dict, generate: Callable[[int], int]) -> None:
-  """Generates whenever that is asked for; `generate` is given the turn and says how many tokens."""
+  """Generates on each request; `generate` takes the turn and returns the number of tokens."""
   channel.send(ready)
   for turn in itertools.count():
     channel.wait()

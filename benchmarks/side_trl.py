@@ -106,7 +106,7 @@ def trl(job: dict, channel: Channel) -> None:
 
 
 def generate_transformers(job: dict, channel: Channel) -> None:
-  """Hugging Face's `generate` with its own defaults, but it samples everything, at temperature 1."""
+  """Hugging Face's `generate` with its own defaults, but sampling everything, at temperature 1."""
   import torch
   import transformers
 

@@ -29,7 +29,7 @@ class BenchmarkError(UserError, RuntimeError):
 
 
 class Ceilings(NamedTuple):
-  """What this machine can do at most, as measured."""
+  """The most this machine can do, as measured."""
 
   flops: float  # a second, float32
   bandwidth: float  # bytes a second, read or written
@@ -73,7 +73,7 @@ def best_seconds(work: Callable[[], Any], *, trials: int = 5) -> float:
 
 
 def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
-  """How long it took, and what came of it."""
+  """How long the call took, and its result."""
   start = time.perf_counter()
   result = work()
   return time.perf_counter() - start, result
@@ -128,7 +128,7 @@ def check_close(results: dict[str, Any], *, tolerance: float) -> None:
 
 
 def spread(values: Sequence[float], *, digits: int = 2) -> str:
-  """The median, and between what.
+  """The median, with the smallest and the largest value.
 
   >>> spread([3.0, 1.0, 2.25])
   '2.25 (1.00 to 3.00)'
