@@ -318,7 +318,8 @@ def _encode_chat(
       raise ChatTemplateError(
         f"the chat template writes the messages before messages[{turn}] otherwise than when they "
         "came last (some drop earlier reasoning), so the model would be trained on a text that it "
-        "never sees; make one conversation of each answer, or use a template that keeps history"
+        "never sees; give each answer a row of its own, with all before it as 'prompt', or use a "
+        "template that keeps history"
       )
     if not after.startswith(before):
       raise ChatTemplateError(

@@ -97,7 +97,7 @@ def _row_readers(batch) -> Iterator[Callable[[], dict[str, Any]]]:
   """One function per row: converting all at once is fast, but one bad text spoils the batch."""
   try:
     rows = batch.to_pylist()
-  except ValueError:
+  except (ValueError, OverflowError):  # OverflowError: a date beyond the year 9999.
     for index in range(batch.num_rows):
       yield lambda index=index: batch.slice(index, 1).to_pylist()[0]
   else:
@@ -110,7 +110,7 @@ def _row(read_row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return read_row()
   except UnicodeDecodeError:
     raise DataError("text that is not UTF-8; convert it") from None
-  except ValueError as error:
+  except (ValueError, OverflowError) as error:
     raise DataError(f"not usable: {error}; write it as text") from None
 
 

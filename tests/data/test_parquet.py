@@ -59,6 +59,7 @@ def test_text_that_is_not_utf8_spoils_its_row_alone(tmp_path):
   [
     ([datetime.date(2026, 1, 2)], "not JSON: Object of type date"),
     ([b"x"], "not JSON: Object of type bytes"),
+    (arrow.array([10**18], arrow.timestamp("us")), "not usable: date value out of range; write it"),
     (["x" * 5_000_000], "longer than 4194304 bytes"),
   ],
 )
