@@ -122,7 +122,7 @@ def resident(field: str) -> int:
 def main(config: Config) -> None:
   found = measure(config)
   print(
-    f"{found.weights / 1e6:.0f} MB of weights: planned {found.planned / 1e6:.0f} MB beside the "
+    f"{found.weights / 1e6:.0f} MB of weights: planned {found.planned / 1e6:.0f} MB next to the "
     f"arguments, measured {found.measured / 1e6:.0f} MB, {found.measured / found.planned:.2f} times"
   )
 

@@ -73,7 +73,7 @@ BENCHMARKS = (
   Benchmark(
     "scaling", "",
     "How the cost of a step grows with the model, the batch, the responses' length and their "
-    "number, beside what the count of operations predicts.",
+    "number, next to what the count of operations predicts.",
   ),
   Benchmark(
     "logprobs", "",

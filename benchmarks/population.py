@@ -92,9 +92,9 @@ def measure(config: Config, directory: Path) -> dict[str, list[float]]:
       train(str(workdir))
     found[f"whole {side}"].append(time.perf_counter() - start)
     rows = read(workdir / "metrics.jsonl")[1 : config.steps]
-    beside = ("time/eval", "time/checkpoint")
+    others = ("time/eval", "time/checkpoint")
     found[f"steps {side}"] += [
-      row["time/step"] - sum(row.get(name, 0.0) for name in beside) for row in rows
+      row["time/step"] - sum(row.get(name, 0.0) for name in others) for row in rows
     ]
 
   before = jax.config.jax_enable_compilation_cache

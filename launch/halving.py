@@ -34,7 +34,7 @@ class Halving:
   """Successive halving."""
 
   steps: tuple[int, ...] = option((), "steps after which settings are compared, rising; empty = no")
-  keep: int = option(3, "one setting in so many goes on", min=2)
+  keep: int = option(3, "one setting in this many continues", min=2)
   metric: str = option("eval/sampled_accuracy", "what they are compared by, after those steps")
   lowest: bool = option(False, "the lowest is best, as of a loss")
 
@@ -75,7 +75,7 @@ def with_steps(trials: Sequence[Trial], steps: int) -> list[Trial]:
   if [trial.id for trial in found] != [trial.id for trial in trials]:
     raise SweepError(
       f"--halving.steps={steps}: another number of steps makes other trials of these; "
-      "--optimizer.schedule=constant makes them go on"
+      "--optimizer.schedule=constant lets them continue"
     )
   return [new._replace(order=old.order) for new, old in zip(found, trials, strict=True)]
 
@@ -133,7 +133,7 @@ def run_rungs(
       groups = {trial.id: setting(trial) for trial in now}
       stay = survivors(signs, groups, options.keep)
       trials = [trial for trial in now if trial.id in stay]
-      print(f"{steps} steps: {len(trials)} of {len(now)} trials go on", flush=True)
+      print(f"{steps} steps: {len(trials)} of {len(now)} trials continue", flush=True)
       if not trials:
         break
   return verdicts

@@ -237,7 +237,7 @@ def main(config: Config) -> int:
     else:
       verdicts = run_all(trials)
   except Interrupted as interruption:
-    print("the same command goes on")
+    print("the same command resumes")
     return 128 + interruption.signum
   return ending(verdicts, workdir)
 

@@ -175,7 +175,7 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on(tmp_path, compiled, one_
   saved = len(records(tmp_path / "cut"))
   assert 3 <= saved < 12
   found = two("grpo", tmp_path / "cut", settings, compiled)
-  assert f"going on from the checkpoint at step {saved}" in found[0].out
+  assert f"resuming from the checkpoint at step {saved}" in found[0].out
   assert records(tmp_path / "cut") == records(tmp_path / "straight")
 
 
@@ -196,7 +196,7 @@ def test_a_run_of_which_one_was_killed_goes_on(tmp_path, compiled, killed):
   assert survivor.code not in (0, None) and seconds < 30
   processes.ended(started[killed])
   found = two("grpo", tmp_path / "cut", settings, compiled)
-  assert "going on from the checkpoint at step" in found[0].out
+  assert "resuming from the checkpoint at step" in found[0].out
   assert records(tmp_path / "cut") == records(tmp_path / "straight")
 
 

@@ -74,7 +74,7 @@ def train_all(trials: Sequence[Trial], workdir: Path) -> dict[str, str]:
   for place in places:
     if any((place / "checkpoints").glob("[0-9]*")):
       raise SweepError(
-        f"trial {place.name} has begun by itself: --only={place.name} finishes it with --backend="
+        f"trial {place.name} has begun on its own: --only={place.name} finishes it with --backend="
         "local, and the population is then made up of the others"
       )
   try:

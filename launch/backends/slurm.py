@@ -31,7 +31,7 @@ class Slurm:
 
   partition: str = option("", "empty = the site's default")
   account: str = option("", "empty = yours")
-  time: str = option("24:00:00", "limit of a job; one that reaches it is queued again and goes on")
+  time: str = option("24:00:00", "limit of a job; one that reaches it is queued again and resumes")
   nodes: int = option(1, "of each trial", min=1)
   tasks_per_node: int = option(1, "processes of each trial on a node: one per GPU", min=1)
   gpus_per_task: int = option(0, "GPUs of each process", min=0)

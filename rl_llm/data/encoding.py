@@ -145,7 +145,7 @@ def encode(
   ]
   if not turns or turns[0] == 0:
     raise TokenizerError(
-      "a conversation needs a message to answer and an answer of the assistant; text by itself is "
+      "a conversation needs a message to answer and an answer of the assistant; text alone is "
       "encoded with prompt_format='plain'"
     )
   if system_prompt is not None and messages[0]["role"] != "system":
@@ -325,7 +325,7 @@ def _encode_chat(
       raise ChatTemplateError(
         f"the chat template does not begin messages[{turn}] with the header it gives for sampling "
         "(add_generation_prompt); write into the message what the header holds, or use a template "
-        "that begins alike"
+        "that begins the same way"
       )
     behind.append(len(after))
   text = afters[-1]

@@ -274,7 +274,7 @@ def _example(row: Mapping[str, Any], format: Format) -> Example:
   for name, content in texts.items():
     _check_content(name, content)
   if len({type(content) for content in texts.values()}) > 1:
-    fix = "write them alike"
+    fix = "write them in one form"
     if format == "preference" and row["chosen"][:1] == row["rejected"][:1]:
       fix += "; or, as both answers begin with the prompt, --data_format=implicit_preference"
     listed = " and ".join(map(repr, texts))

@@ -276,7 +276,7 @@ def record_responses(
       str(workdir),
       f"another directory: it was begun with batches of {rows[0]['batch']} problems, and {parts} "
       f"devices would now take {size}",
-      "or go on with as many devices as before",
+      "or resume with as many devices as before",
     )
   if rows:
     console.say(f"{done} of {batches} batches are on record in {workdir}")
@@ -289,7 +289,7 @@ def record_responses(
         run.stop.check_together(f"batch {batch}")
       except Interrupted as interruption:
         console.say(
-          f"{interruption}: {batch} of {batches} batches are on record; the same command goes on "
+          f"{interruption}: {batch} of {batches} batches are on record; the same command resumes "
           "after them"
         )
         raise

@@ -230,7 +230,7 @@ def agree(what: str, values: Mapping[str, Any]) -> None:
       if key not in found or key not in first or found[key] != first[key]:
         raise HostsDiffer(
           f"{key} is {found.get(key, 'missing')} in {name(process)}, and "
-          f"{first.get(key, 'missing')} in {name(0)}; start all processes alike"
+          f"{first.get(key, 'missing')} in {name(0)}; start all processes with the same"
         )
 
 

@@ -33,13 +33,13 @@ def explained(text: str, known: dict[str, Any]) -> str:
   >>> known = {"process": 0, "processes": 2, "heartbeat": 10, "names": ["a", "b"]}
   >>> explained("unhealthy (stopped sending heartbeats):\\n1\\nThe tasks", known)
   'error: process 1 (b) is lost: no sign of life from it for 10 s. Start all processes again: the \
-run goes on from its last checkpoint'
+run resumes from its last checkpoint'
 
   Args:
     text: what JAX wrote.
     known: "process", "processes", "coordinator", "heartbeat", "wait"; and "names", once known.
   """
-  again = "Start all processes again: the run goes on from its last checkpoint"
+  again = "Start all processes again: the run resumes from its last checkpoint"
   lost = re.search(r"stopped sending heartbeats\):\s*((?:\d+\s+)+)", text)
   if lost:
     who = " and ".join(name(int(number), known) for number in lost[1].split())

@@ -229,7 +229,7 @@ def load_hf(
         config = dataclasses.replace(config, tie_embeddings=False)
         say(
           f"{directory}: config.json says tie_word_embeddings, but '{HEAD}' is not the embedding: "
-          "the head is read and trained by itself"
+          "the head is read and trained on its own"
         )
     return config, _read(directory, config, leaf_shapes(config), tensors, layout, say)
   except (import_safetensors().SafetensorError, OSError) as error:

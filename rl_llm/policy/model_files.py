@@ -147,7 +147,7 @@ def _shards(directory: Path) -> set[str]:
 
 # Part of a tensor's name -> what holds such tensors, and what to do instead.
 _KINDS = {
-  ".lora_": "it holds PEFT's adapters beside the weights: merge them (model.merge_and_unload()) "
+  ".lora_": "it holds PEFT's adapters next to the weights: merge them (model.merge_and_unload()) "
   "and save the model again",
   "score.": "it is a sequence classifier, such as a reward model, which rewards another model: "
   "python -m experiments.grpo --reward=model:DIR",

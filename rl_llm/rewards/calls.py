@@ -67,7 +67,7 @@ def isolated(source: RewardSource, isolation: str) -> RewardSource:
   if source.runs_text:
     allowed, why = ("auto", "sample"), f"{name} runs a response as a program"
   elif source.own_grader:
-    allowed, why = ("auto", "sample", "batch"), f"{name} grades each response by itself"
+    allowed, why = ("auto", "sample", "batch"), f"{name} grades each response on its own"
   if isolation not in allowed:
     raise RewardError(f"reward_isolation={isolation}: must be {' or '.join(allowed)}: {why}")
   return source._replace(isolation=isolation)

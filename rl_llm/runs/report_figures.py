@@ -49,7 +49,7 @@ _PLOTS = (
     "mean grade",
     (("grade_mean", "grade"),),
     "A reward model gave the reward, and the task's own grader, which nobody trained on, gave this:"
-    " where the reward goes on rising and this does not, the policy has found what the reward model"
+    " where the reward keeps rising and this does not, the policy has found what the reward model"
     " overlooks.",
   ),
   _Plot(
@@ -126,7 +126,7 @@ _PLOTS = (
     "fraction",
     (("explained_variance", "explained"),),
     "How much of the difference between returns was foreseen: 0 is no better than one number for "
-    "all, and below 0 its baseline adds noise. Where all returns are alike there is nothing to "
+    "all, and below 0 its baseline adds noise. Where all returns are equal there is nothing to "
     "explain, and no value.",
     high=1.0,
   ),

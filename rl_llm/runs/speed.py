@@ -125,10 +125,10 @@ def counted(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]],
   Args:
     rows: of metrics.jsonl.
   """
-  beside = {"time/eval", "time/checkpoint", "time/step"}
+  others = {"time/eval", "time/checkpoint", "time/step"}
   trained = [
     row for row in rows
-    if row.get("time/step") and any(key.startswith("time/") and key not in beside for key in row)
+    if row.get("time/step") and any(key.startswith("time/") and key not in others for key in row)
   ]
   steady = [
     row for row in trained

@@ -20,7 +20,7 @@ class ArithmeticOptions:
   operand_max: int = field(default=11, metadata={"help": "largest operand"})
   held_out: int = field(
     default=100,
-    metadata={"help": "at least so many problems are kept for evaluation; a+b and b+a together"},
+    metadata={"help": "problems kept for evaluation, at least; a+b and b+a together"},
   )
   question: str = field(
     default="What is {a} {op} {b}? Reply with just the number.",

@@ -138,7 +138,8 @@ def open_run(
         checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
         yield Run(workdir, console, stop, checkpoints)
         return
-      console.say(f"{workdir} is finished; a larger --steps goes on, another --workdir begins anew")
+      ways = "a larger --steps continues it, another --workdir begins anew"
+      console.say(f"{workdir} is finished; {ways}")
       if hosts.is_main():
         show_result(console, workdir, result)
       yield Run(workdir, console, stop, result=result)
@@ -179,7 +180,7 @@ def begin(
     init = jax.jit(lambda *args: init_state(*jax.tree.map(jnp.copy, args)), out_shardings=layout)
     return 0, init(*args)
   start, state, _ = run.checkpoints.restore(wanted)
-  run.console.say(f"going on from the checkpoint at step {start}")
+  run.console.say(f"resuming from the checkpoint at step {start}")
   if start > steps:
     raise ConfigError("steps", steps, f"at least {start}, which {run.workdir} has reached")
   return start, state
@@ -255,7 +256,7 @@ def train_loop(
       if step > saved:
         run.checkpoints.save(step, state)
       where = f"step {step} of {schedule.steps}"
-      run.console.say(f"{interruption}: saved at {where}; the same command goes on from it")
+      run.console.say(f"{interruption}: saved at {where}; the same command resumes from it")
       raise
   return state
 

@@ -299,7 +299,7 @@ def follow_templates_that_rewrite(said, path):
 def follow_headers(said, path):
   """Of the assistant's turn: of a template that begins those it writes otherwise."""
   other = Characters(CHATML.replace("<assistant>", "<assistant>!"))
-  cure = "write into the message what the header holds, or use a template that begins alike$"
+  cure = "write into the message what the header holds, or use a template that begins the same way$"
   advised(said, cure, encode, Demonstration("a", "b", {}), other)
   found = encode(Demonstration("a", "!b", {}), other)
   assert show(found) == "b<e>"

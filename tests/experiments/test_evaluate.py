@@ -213,7 +213,7 @@ def test_a_killed_evaluation_resumes_bit_for_bit(tmp_path, finished, files, monk
   with pytest.raises(Interrupted):
     evaluate.measure(settings(files), str(tmp_path))
   assert len(calls) == 1 and not (tmp_path / "result.json").exists()
-  assert "SIGINT: 1 of 3 batches are on record; the same command goes on" in capsys.readouterr().out
+  assert "SIGINT: 1 of 3 batches are on record; the same command resumes" in capsys.readouterr().out
   # Batch 1 got as far as its samples, and half a line of metrics.
   lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
   (tmp_path / "samples.jsonl").write_bytes(b"".join(lines[:37]) + lines[37][:30])

@@ -530,12 +530,12 @@ def interrupted(tmp_path_factory, compilation_cache):
       assert process.returncode == 128 + signum, output
       assert time.monotonic() - sent < 5
       assert re.search(
-        rf"{signum.name}: saved at step \d+ of {steps}; the same command goes on from it", output
+        rf"{signum.name}: saved at step \d+ of {steps}; the same command resumes from it", output
       )
   process = start(directory / "cut", steps, compilation_cache)
   output = process.communicate(timeout=300)[0]
   assert process.returncode == 0, output
-  assert "going on from the checkpoint at step" in output
+  assert "resuming from the checkpoint at step" in output
   return (
     directory / "cut",
     outcome(directory / "straight"),
@@ -560,7 +560,7 @@ def test_a_finished_run_says_so_refuses_other_flags_and_goes_on_with_more_steps(
   result = json.loads((workdir / "result.json").read_text())
   config = replace(grpo.Config(), recorded)
   assert helpers.main(grpo, config) == 0
-  assert f"{workdir} is finished; a larger --steps goes on" in capsys.readouterr().out
+  assert f"{workdir} is finished; a larger --steps continues it" in capsys.readouterr().out
   with pytest.raises(ConfigError, match=r"--optimizer\.learning_rate=0\.5.*another --workdir"):
     grpo.train(replace(config, {"optimizer.learning_rate": 0.5}), str(workdir))
   assert json.loads((workdir / "config.json").read_text()) == recorded

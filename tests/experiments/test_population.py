@@ -188,7 +188,7 @@ def test_a_trial_that_has_begun_by_itself_or_is_at_work_is_not_touched(tmp_path,
   ids = [trial.id for trial in plan("experiments.grpo", trials)]
   begun = tmp_path / "work" / ids[1]
   (begun / "checkpoints" / "3").mkdir(parents=True)
-  with pytest.raises(SweepError, match=f"trial {ids[1]} has begun by itself: --only={ids[1]} "):
+  with pytest.raises(SweepError, match=f"trial {ids[1]} has begun on its own: --only={ids[1]} "):
     sweep(tmp_path, trials)
   (begun / "checkpoints" / "3").rmdir()
   lease = state.take_lease(begun)

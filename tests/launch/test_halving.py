@@ -72,7 +72,7 @@ def test_the_best_half_goes_on_from_where_it_was(tmp_path):
   sweep = Sweep(tmp_path, {"optimizer.learning_rate": RATES}, {"seed": [0, 1]})
   code, said = sweep.run(BUDGETS, "--halving.keep=2", "--parallel=4")
   assert code == 0, said
-  assert "2 steps: 6 of 10 trials go on" in said and "4 steps: 4 of 6 trials go on" in said
+  assert "2 steps: 6 of 10 trials continue" in said and "4 steps: 4 of 6 trials continue" in said
   check_outcome(sweep, 2)
   wanted = {
     directory.name: list(range(expected()[rate]))
@@ -90,7 +90,7 @@ def test_a_killed_search_goes_on(tmp_path):
   flags = (BUDGETS, "--halving.keep=2", "--parallel=4")
   launcher = sweep.start(*flags)
   until = time.monotonic() + PATIENCE
-  while "2 of 3 trials go on" not in sweep.output() and time.monotonic() < until:
+  while "2 of 3 trials continue" not in sweep.output() and time.monotonic() < until:
     time.sleep(0.05)
   os.kill(launcher.pid, signal.SIGKILL)
   launcher.wait()
@@ -111,7 +111,7 @@ def test_a_failed_trial_takes_its_setting_out(tmp_path):
     + "  trials[1]['fault'] = 'raise'\n  return trials\n"
   )
   code, said = sweep.run("--halving.steps=2,4", "--halving.keep=2", "--retries=0")
-  assert code == 1 and "2 steps: 1 of 2 trials go on" in said, said
+  assert code == 1 and "2 steps: 1 of 2 trials continue" in said, said
   assert state.read_json(by_rate(sweep)[0.1][0] / "result.json")["steps"] == 4
 
 

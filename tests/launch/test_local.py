@@ -243,7 +243,7 @@ def test_ctrl_c_lets_trials_save_and_the_same_command_goes_on(tmp_path):
     sweep.events()) == 2, "two trials under way")
   launcher.send_signal(signal.SIGINT)
   assert launcher.wait(timeout=PATIENCE) == 130
-  assert "the same command goes on" in sweep.output()
+  assert "the same command resumes" in sweep.output()
   assert [lines[-1][1] for lines in sweep.events().values()] == ["stopped"] * 2
   assert {status["status"] for status in sweep.status().values()} == {"stopped"}
   assert not any(status.get("failures") for status in sweep.status().values())

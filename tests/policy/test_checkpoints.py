@@ -190,7 +190,7 @@ def test_a_tensor_under_two_names_is_refused(directory):
 @pytest.mark.parametrize(
   "name, says",
   [
-    ("model.layers.0.mlp.up_proj.lora_A.weight", "PEFT's adapters beside the weights: merge them"),
+    ("model.layers.0.mlp.up_proj.lora_A.weight", "PEFT's adapters next to the weights: merge them"),
     ("score.weight", "a sequence classifier.*--reward=model:DIR"),
     ("v_head.summary.weight", "TRL's value head"),
     ("model.layers.0.mlp.experts.weight", "use the config.json that belongs"),

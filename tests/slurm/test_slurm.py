@@ -169,9 +169,9 @@ def test_an_array_of_four_one_of_two_ranks_and_one_queued_again(cluster, tmp_pat
   for id in ids:
     assert state.is_done(workdir / id, STEPS), logs[id]
   for id in ids[:2]:
-    assert "saved at step" in logs[id] and "going on from the checkpoint at step" in logs[id]
+    assert "saved at step" in logs[id] and "resuming from the checkpoint at step" in logs[id]
   for id in ids[2:]:
-    assert "going on" not in logs[id]
+    assert "resuming" not in logs[id]
   assert "on 2 x " in logs[ids[3]], "two ranks found each other"
   assert all("on 1 x " in logs[id] for id in ids[:3])
   for job, name in ((array, "0"), (array, "1"), (array, "2"), (ranks, "0")):
