@@ -308,7 +308,7 @@ def write_gguf(path, config, params, architecture, *, per_file=0, **metadata):
     writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(config.rope_scaling.factor)
   for key, value in metadata.items():
-    writer.add_string(key, value)
+    (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
   leaves = flat(params)
   for leaf in leaf_shapes(config):
     array = leaves[leaf]

