@@ -28,7 +28,7 @@ from rl_llm.policy.attention import Kernel, find_kernel, takes
 from rl_llm.policy.configs import RopeScaling
 from rl_llm.policy.hf import _NOT_PLAIN_LORA, leaf_shapes
 from tests import advice
-from tests.policy.make_goldens import FAMILIES, adapted
+from tests.policy.make_goldens import FAMILIES
 from tests.policy.test_weights import assert_equal, edit_json, write_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -230,7 +230,7 @@ def follow_kinds_of_models(said, path):
   assert layers == ("full", "sliding", "full")
 
 
-def follow_kinds_of_gguf_files(said, path, monkeypatch):
+def follow_kinds_of_gguf_files(said, path):
   file = path / "model.gguf"
   write_gguf(file, CONFIG, weights(), "mamba")
   for architecture in names_in(refused(said, load_weights, file), "one of: "):
@@ -287,9 +287,6 @@ def follow_damaged_gguf_files(said, path):
   key, total = b"llama.block_count", len(leaf_shapes(CONFIG))
   assert len(parts) == 3
 
-  def spoil(number, content):
-    parts[number].write_bytes(content)
-
   for number, content, says in (
     (0, b"PK" + whole[0], "does not begin with GGUF.*; download it again"),
     (0, whole[0].replace(key, key[::-1]), f"'{key.decode()}' is missing; download the file again"),
@@ -336,55 +333,47 @@ def follow_directories(said, path):
 ASKED = {"rank": 2, "alpha": 4.0, "targets": "attention/(query|value)"}
 
 
-def fresh(params=None):
-  """Weights with new adapters, which say what is asked for."""
-  return policy.join(*policy.split_lora(params or weights(), jax.random.key(1), **ASKED))
-
-
 def follow_adapters(said, path):
   base, directory = path / "base", path / "adapter"
   save_hf(base, CONFIG, weights())
   message = refused(said, save_adapter, directory, weights(), base=str(base))
   assert message.endswith("make them with split_lora")
-  made = adapted(jax.tree.map(jax.numpy.asarray, weights()), **ASKED)
-  save_adapter(directory, made, base=str(base))
+  frozen, new = policy.split_lora(weights(), jax.random.key(1), **ASKED)
+  rng = np.random.default_rng(1)
+  made = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), new)
+  save_adapter(directory, policy.join(frozen, made), base=str(base))
+  load = functools.partial(load_adapter, params=policy.join(frozen, new))
 
-  def check(params=None, place=directory):
-    trained = load_adapter(place, fresh(params))
-    jax.tree.map(np.testing.assert_array_equal, policy.join(weights(), trained), _halves(made))
+  def check(**keywords):
+    jax.tree.map(np.testing.assert_array_equal, load(directory, **keywords), made)
 
-  refused(said, load_adapter, path / "adaptor", fresh())
+  assert refused(said, load, path / "adaptor").endswith("check the path")
   check()
-  wide = weights(dataclasses.replace(CONFIG, width=48))
-  message = refused(said, load_adapter, directory, fresh(wide))
-  check(load_weights(re.search(r"use the adapter's own model, (\S+)$", message)[1])[1])
+  asked = policy.split_lora(
+    weights(dataclasses.replace(CONFIG, width=48)), jax.random.key(1), **ASKED
+  )
+  message = refused(said, load_adapter, directory, policy.join(*asked))
+  _, params = load_weights(re.search(r"use the adapter's own model, (\S+)$", message)[1])
+  check(params=policy.join(*policy.split_lora(params, jax.random.key(1), **ASKED)))
   tensors, settings = directory / "adapter_model.safetensors", directory / "adapter_config.json"
   right, plain = tensors.read_bytes(), settings.read_text()
   tensors.write_bytes(right[:-8])
-  assert refused(said, load_adapter, directory, fresh()).endswith("copy it again")
+  assert refused(said, load, directory).endswith("copy it again")
   tensors.write_bytes(right)
   check()
   others = dict.fromkeys(_NOT_PLAIN_LORA, True) | {"init_lora_weights": "pissa"}
   for name, value in others.items():
     edit_json(settings, **{name: value})
-    assert refused(said, load_adapter, directory, fresh()).endswith("use plain LoRA")
+    assert refused(said, load, directory).endswith("use plain LoRA")
     edit_json(settings, **{name: True if name == "init_lora_weights" else None})
     check()
   settings.write_text(plain)
   edit(tensors, lambda found: {
     name: np.concatenate([x, x]) if "q_proj.lora_A" in name else x for name, x in found.items()
   })
-  assert refused(said, load_adapter, directory, fresh()).endswith("use an adapter of one rank")
+  assert refused(said, load, directory).endswith("use an adapter of one rank")
   tensors.write_bytes(right)
   check()
-
-
-def _halves(node):
-  """A tree without lora_scale."""
-  return {
-    name: _halves(child) if isinstance(child, dict) else child
-    for name, child in node.items() if name != "lora_scale"
-  }
 
 
 # Passes.
@@ -393,15 +382,15 @@ def _halves(node):
 def follow_shapes(said, path):
   model = policy.make_policy(CONFIG)
   hidden = jax.jit(model.hidden)
-  tokens, positions = np.arange(6).reshape(2, 3), np.tile(np.arange(3), (2, 1))
-  wanted = hidden(weights(), tokens, positions)[0]
-  assert refused(said, hidden, weights(), tokens[0], positions[0]).endswith("add the batch axis")
-  alone = hidden(weights(), tokens[0][None], positions[0][None])[0]
-  np.testing.assert_allclose(alone, wanted[:1], atol=1e-5)
-  message = refused(said, hidden, weights(), tokens, positions, None, model.init_cache(2, 2))
+  row = np.arange(5), np.arange(5)
+  assert refused(said, hidden, weights(), *row).endswith("add the batch axis")
+  rows = [x[None] for x in row]
+  plain, _ = hidden(weights(), *rows)
+  message = refused(said, hidden, weights(), *rows, None, model.init_cache(1, 4))
   batch = re.search(r"use init_cache\((\d+), length\) with length >= all tokens", message)[1]
-  cached, _ = hidden(weights(), tokens, positions, None, model.init_cache(int(batch), 3))
-  np.testing.assert_allclose(cached, wanted, atol=1e-5)
+  cached, cache = hidden(weights(), *rows, None, model.init_cache(int(batch), 5))
+  assert plain.shape == (1, 5, CONFIG.width) and cache.cursor == 5
+  np.testing.assert_allclose(cached, plain, atol=1e-5)
 
 
 def follow_kernels(said, path):
@@ -424,9 +413,11 @@ CASES = [name for name in list(globals()) if name.startswith("follow_")]
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
   """What was said in all cases, and by case what went wrong."""
-  said, failed = [], {}
+  said, failed, shapes = [], {}, functools.cache(leaf_shapes)
   for name in CASES:
     with pytest.MonkeyPatch.context() as patch:
+      for module in ("hf", "gguf"):  # Every reading asks for them, of few models.
+        patch.setattr(f"rl_llm.policy.{module}.leaf_shapes", shapes)
       further = [patch] if "monkeypatch" in inspect.signature(globals()[name]).parameters else []
       try:
         globals()[name](said, tmp_path_factory.mktemp(name), *further)
