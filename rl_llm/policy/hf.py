@@ -247,7 +247,8 @@ def read_config(directory: str | os.PathLike) -> tuple[TransformerConfig, dict[s
   if not directory.is_dir():
     raise WeightsError(f"{directory}: no such model directory; check the path")
   if (directory / _ADAPTER_CONFIG).is_file() and not (directory / "config.json").exists():
-    base = read_json(inside(directory, _ADAPTER_CONFIG, "")).get("base_model_name_or_path")
+    named = read_json(inside(directory, _ADAPTER_CONFIG, "")).get("base_model_name_or_path")
+    base = named or "which they do not name"
     raise WeightsError(
       f"{directory}: holds PEFT's adapters alone; merge them into their base model ({base}), or "
       "train on from both: python -m experiments.grpo --model=BASE --lora.adapter=DIR"
@@ -490,7 +491,7 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> Params:
         raise WeightsError(f"{where} is not there; {fix}")
       found, wanted = tensors[name].shape, node[leaf].shape
       if len(found) != 2 or found[1 - rank_axis] != wanted[1 - rank_axis]:
-        base = entries.get("base_model_name_or_path")
+        base = entries.get("base_model_name_or_path") or "which it does not name"
         raise WeightsError(
           f"{where} has shape {found}, the model's is {wanted}; use the adapter's own model, {base}"
         )

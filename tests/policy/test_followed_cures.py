@@ -41,7 +41,8 @@ CONFIG = dataclasses.replace(
   policy.tiny_config(32), width=32, n_layers=1, n_heads=2, n_kv_heads=1, mlp_width=64
 )
 INDEX, CONFIG_FILE = "model.safetensors.index.json", "config.json"
-NORM = "model.norm.weight"
+# Every reading asks for them again, and they take longer than all else in it.
+SHAPES = functools.cache(leaf_shapes)
 
 
 def refused(said, call, *arguments, **keywords):
@@ -56,7 +57,7 @@ def refused(said, call, *arguments, **keywords):
 def weights(config=CONFIG):
   """Random ones, by a model's paths; made without a compiler."""
   rng, params = np.random.default_rng(0), {}
-  for path, shape in leaf_shapes(config).items():
+  for path, shape in SHAPES(config).items():
     *parents, leaf = path.split("/")
     node = params
     for parent in parents:
@@ -86,6 +87,11 @@ def entries(**changes):
   return lambda d: edit_json(d / CONFIG_FILE, **changes)
 
 
+def shortened(directory):
+  path = min(directory.glob("*.safetensors"))
+  path.write_bytes(path.read_bytes()[:-4])
+
+
 def twice(directory):
   first, second, *_ = sorted(directory.glob("*.safetensors"))
   edit(second, lambda tensors: tensors | safetensors_numpy.load_file(first))
@@ -107,6 +113,11 @@ SPOILED = [
   (twice, "is there twice; download it again", "model-00002-of-*"),
   (lambda d: [path.unlink() for path in d.glob("*.safetensors*")],
    f"nor {INDEX} is there; download the model's safetensors", "*.safetensors*"),
+  (shortened, "damaged or truncated .*download the file again", "model-00001-of-*"),
+  (lambda d: edit_all(d, lambda t: {n: x for n, x in t.items() if "mlp" not in n}),
+   r"is missing \(3 of \d+ are\); download the model again", "*.safetensors"),
+  (lambda d: edit(min(d.glob("*.safetensors")), lambda t: t | {"model.extra": np.ones(2)}),
+   "no place .*; use the config.json that belongs to these weights", "*.safetensors"),
   (lambda d: edit_all(d, lambda t: {n: np.full_like(x, np.nan) for n, x in t.items()}),
    "NaN or infinity; download the model again", "*"),
   (lambda d: edit_all(d, lambda t: {n: np.ones(x.shape, np.int8) for n, x in t.items()}),
@@ -200,8 +211,8 @@ def follow_kinds_of_models(said, path):
   families = {entries["model_type"]: entries for entries in FAMILIES.values()}
   for family in names_in(refused(said, read, llama | {"model_type": "mamba"}), "one of: "):
     assert policy.config_to_hf(read(families[family]))["model_type"] == family
-  for name in ("attention_bias", "mlp_bias", "quantization_config"):
-    message = refused(said, read, llama | {name: {"bits": 4}})
+  for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention", "quantization_config"):
+    message = refused(said, read, llama | {name: True})
     assert message.endswith(f"'{name}' is set, which is not supported; use a model without it")
     assert read(llama | {name: None}) == read(llama)
   found = [
@@ -284,12 +295,13 @@ def follow_damaged_gguf_files(said, path):
   write_gguf(path / "small.gguf", CONFIG, weights(), "llama", per_file=5)
   parts = sorted(path.glob("small-*.gguf"))
   whole = [part.read_bytes() for part in parts]
-  key, total = b"llama.block_count", len(leaf_shapes(CONFIG))
+  key, total = b"llama.block_count", len(SHAPES(CONFIG))
   assert len(parts) == 3
 
   for number, content, says in (
     (0, b"PK" + whole[0], "does not begin with GGUF.*; download it again"),
     (0, whole[0].replace(key, key[::-1]), f"'{key.decode()}' is missing; download the file again"),
+    (2, whole[2][:-64], "truncated or damaged .*; download it again"),
     (1, whole[2], f"say that they hold {total}; download all of them again"),
     (1, None, f"{parts[1].name} is not there; download all of them into one directory"),
   ):
@@ -326,11 +338,17 @@ def follow_directories(said, path):
   assert message.endswith("pass the config these weights were made with")
   save_hf(path / "other", CONFIG, weights())
   assert_equal(load_hf(path / "other")[1], weights())
+  odd = dataclasses.replace(CONFIG, qkv_bias=True, qk_norm=True)
+  message = refused(said, save_hf, path / "odd", odd, weights(odd))
+  lost = re.search(r"would lose (\w+); change those fields to what that archi", message)[1]
+  even = dataclasses.replace(odd, **{lost: False})
+  save_hf(path / "odd", even, weights(even))
+  assert load_hf(path / "odd")[0] == even
 
 
 # Adapters.
 
-ASKED = {"rank": 2, "alpha": 4.0, "targets": "attention/(query|value)"}
+ASKED = {"rank": 2, "alpha": 4.0, "targets": "attention/query"}
 
 
 def follow_adapters(said, path):
@@ -344,17 +362,16 @@ def follow_adapters(said, path):
   save_adapter(directory, policy.join(frozen, made), base=str(base))
   load = functools.partial(load_adapter, params=policy.join(frozen, new))
 
-  def check(**keywords):
-    jax.tree.map(np.testing.assert_array_equal, load(directory, **keywords), made)
+  def check():
+    jax.tree.map(np.testing.assert_array_equal, load(directory), made)
 
   assert refused(said, load, path / "adaptor").endswith("check the path")
   check()
-  asked = policy.split_lora(
-    weights(dataclasses.replace(CONFIG, width=48)), jax.random.key(1), **ASKED
-  )
-  message = refused(said, load_adapter, directory, policy.join(*asked))
-  _, params = load_weights(re.search(r"use the adapter's own model, (\S+)$", message)[1])
-  check(params=policy.join(*policy.split_lora(params, jax.random.key(1), **ASKED)))
+  wider = jax.tree.map(lambda x: np.pad(x, [(0, 0), (0, 16)]), new)  # As of a wider model.
+  message = refused(said, load_adapter, directory, policy.join(frozen, wider))
+  own = re.search(r"; use the adapter's own model, (\S+)$", message)[1]
+  assert_equal(load_weights(own)[1], weights())
+  check()
   tensors, settings = directory / "adapter_model.safetensors", directory / "adapter_config.json"
   right, plain = tensors.read_bytes(), settings.read_text()
   tensors.write_bytes(right[:-8])
@@ -367,6 +384,9 @@ def follow_adapters(said, path):
     assert refused(said, load, directory).endswith("use plain LoRA")
     edit_json(settings, **{name: True if name == "init_lora_weights" else None})
     check()
+  edit_json(settings, base_model_name_or_path=None)
+  message = refused(said, load_adapter, directory, policy.join(frozen, wider))
+  assert message.endswith("use the adapter's own model, which it does not name")
   settings.write_text(plain)
   edit(tensors, lambda found: {
     name: np.concatenate([x, x]) if "q_proj.lora_A" in name else x for name, x in found.items()
@@ -413,11 +433,11 @@ CASES = [name for name in list(globals()) if name.startswith("follow_")]
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
   """What was said in all cases, and by case what went wrong."""
-  said, failed, shapes = [], {}, functools.cache(leaf_shapes)
+  said, failed = [], {}
   for name in CASES:
     with pytest.MonkeyPatch.context() as patch:
-      for module in ("hf", "gguf"):  # Every reading asks for them, of few models.
-        patch.setattr(f"rl_llm.policy.{module}.leaf_shapes", shapes)
+      for module in ("rl_llm.policy.hf", "rl_llm.policy.gguf", "tests.policy.test_weights"):
+        patch.setattr(f"{module}.leaf_shapes", SHAPES)
       further = [patch] if "monkeypatch" in inspect.signature(globals()[name]).parameters else []
       try:
         globals()[name](said, tmp_path_factory.mktemp(name), *further)
