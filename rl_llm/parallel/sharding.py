@@ -88,7 +88,8 @@ def make_mesh(
   if rest:
     if len(devices) % given:
       raise ShardingError(
-        f"mesh {asked}: {len(devices)} devices are not {given} times something; choose divisors"
+        f"mesh {asked}: {len(devices)} devices are not {given} times something; choose sizes whose "
+        f"product divides {len(devices)}"
       )
     sizes[rest[0]] = len(devices) // given
   elif given > len(devices):

@@ -349,7 +349,7 @@ class RewardPool:
     except TimeoutError:
       raise RewardError(
         f"reward function {self._name}: importing it took over {self._start_deadline} s; "
-        "give it less to do, or a larger start_deadline"
+        "give it less to do, or from Python a larger start_deadline"
       ) from None
     except OSError:
       reply = None

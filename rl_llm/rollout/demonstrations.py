@@ -49,8 +49,8 @@ def demonstrations(
     answer = next((problem.columns[name] for name in COLUMNS if name in problem.columns), None)
     if answer is None or isinstance(answer, list | dict) or not str(answer).strip():
       raise TaskError(
-        f"problem {problem.key!r}: no answer to learn from; give its row a column 'completion' or "
-        "'answer' with text, or choose a task that has answers"
+        f"problem {problem.key!r}: no answer to learn from; give its row text in the column "
+        "'completion' or, without that one, 'answer', or choose a task that has answers"
       )
     prompt = problem.prompt if prompt_format == "chat" else prompt_text(problem.prompt)
     examples.append(Demonstration(prompt, str(answer), problem.columns))
