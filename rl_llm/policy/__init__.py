@@ -47,7 +47,7 @@ def load_weights(
     WeightsError: the path is none of these, or the file cannot be used.
   """
   if path_or_name == "smollm2":
-    return load_gguf(demo_gguf_path(), layout=layout)
+    return load_gguf(demo_gguf_path(), layout=layout, say=say)
   path = Path(path_or_name)
   if path.is_dir():
     return load_hf(path, layout=layout, say=say)
