@@ -138,8 +138,9 @@ def open_run(
         checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
         yield Run(workdir, console, stop, checkpoints)
         return
-      ways = "a larger --steps continues it, another --workdir begins anew"
-      console.say(f"{workdir} is finished; {ways}")
+      console.say(
+        f"{workdir} is finished; a larger --steps continues it, another --workdir begins anew"
+      )
       if hosts.is_main():
         show_result(console, workdir, result)
       yield Run(workdir, console, stop, result=result)
