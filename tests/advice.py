@@ -12,10 +12,13 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 from rl_llm.runs.config import flatten
 
@@ -229,3 +232,31 @@ def unsaid(found: tuple[Text, ...], said: list[str]) -> list[str]:
     if not any(re.search(pattern, line) for line in lines):
       left.append(f"{text.where}: {text.text}")
   return left
+
+
+def follow(
+  cases: Mapping[str, Callable],
+  directory: Callable[[str], Path],
+  *,
+  prepare: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
+) -> tuple[list[str], dict[str, BaseException]]:
+  """Runs cases that provoke errors and do what they say.
+
+  Args:
+    cases: name -> (said, path) or (said, path, monkeypatch); each appends what errors say to `said`.
+    directory: (name) -> an empty directory.
+    prepare: called before each case.
+
+  Returns:
+    All that was said, and by case what went wrong.
+  """
+  said, failed = [], {}
+  for name, case in cases.items():
+    with pytest.MonkeyPatch.context() as patch:
+      prepare(patch)
+      further = [patch] if "monkeypatch" in inspect.signature(case).parameters else []
+      try:
+        case(said, directory(name), *further)
+      except (Exception, pytest.fail.Exception) as error:
+        failed[name] = error
+  return said, failed

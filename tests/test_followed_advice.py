@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 import re
 import types
@@ -551,21 +550,13 @@ def follow_sweep_files(said, path):
   assert sweep.load(str(path / "sweep.py"))
 
 
-CASES = [name for name in list(globals()) if name.startswith("follow_")]
+CASES = {name: case for name, case in list(globals().items()) if name.startswith("follow_")}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
   """What was said in all cases, and by case what went wrong."""
-  said, failed = [], {}
-  for name in CASES:
-    with pytest.MonkeyPatch.context() as patch:
-      further = [patch] if "monkeypatch" in inspect.signature(globals()[name]).parameters else []
-      try:
-        globals()[name](said, tmp_path_factory.mktemp(name), *further)
-      except (Exception, pytest.fail.Exception) as error:
-        failed[name] = error
-  return said, failed
+  return advice.follow(CASES, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -583,12 +574,7 @@ def advising():
 
 def test_every_error_that_names_a_flag_was_followed(outcomes):
   said, _ = outcomes
-  left = []
-  for text in advising():
-    pattern = ".*".join(map(re.escape, re.sub(r"\s+", " ", text.text).split(advice.HOLE)))
-    if not any(re.search(pattern, " ".join(line.split())) for line in said):
-      left.append(text)
-  left = [f"{text.where}: {text.text}" for text in left]
+  left = advice.unsaid(tuple(advising()), said)
   assert not [text for text in left if not any(part in text for part in NOT_FOLLOWED)]
   assert {part for part in NOT_FOLLOWED if any(part in text for text in left)} == set(NOT_FOLLOWED)
   assert len(NOT_FOLLOWED) <= 10

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import inspect
 import json
 import re
 import shutil
@@ -457,21 +456,13 @@ def follow_sweeps(said, path, monkeypatch):
     assert reported() == 0 and seeds() == ([0, 1] if cure == "again" else [1])
 
 
-CASES = [name for name in list(globals()) if name.startswith("follow_")]
+CASES = {name: case for name, case in list(globals().items()) if name.startswith("follow_")}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
   """What was said in all cases, and by case what went wrong."""
-  said, failed = [], {}
-  for name in CASES:
-    with pytest.MonkeyPatch.context() as patch:
-      further = [patch] if "monkeypatch" in inspect.signature(globals()[name]).parameters else []
-      try:
-        globals()[name](said, tmp_path_factory.mktemp(name), *further)
-      except (Exception, pytest.fail.Exception) as error:
-        failed[name] = error
-  return said, failed
+  return advice.follow(CASES, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("name", CASES)

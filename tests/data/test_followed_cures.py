@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import inspect
 import re
 import sys
 
@@ -365,21 +364,13 @@ def follow_files_of_tokenizers(said, path):
     assert load_tokenizer(path).eos_ids[0] == 2
 
 
-CASES = [name for name in list(globals()) if name.startswith("follow_")]
+CASES = {name: case for name, case in list(globals().items()) if name.startswith("follow_")}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
   """What was said in all cases, and by case what went wrong."""
-  said, failed = [], {}
-  for name in CASES:
-    with pytest.MonkeyPatch.context() as patch:
-      further = [patch] if "monkeypatch" in inspect.signature(globals()[name]).parameters else []
-      try:
-        globals()[name](said, tmp_path_factory.mktemp(name), *further)
-      except (Exception, pytest.fail.Exception) as error:
-        failed[name] = error
-  return said, failed
+  return advice.follow(CASES, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("name", CASES)

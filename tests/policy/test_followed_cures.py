@@ -11,7 +11,6 @@ import dataclasses
 import fnmatch
 import functools
 import importlib
-import inspect
 import re
 import shutil
 import subprocess
@@ -421,23 +420,18 @@ def follow_kernels(said, path):
       assert not takes(find_kernel(name, dtype=np.float32), query, 1024, 2, cap=cap)
 
 
-CASES = [name for name in list(globals()) if name.startswith("follow_")]
+CASES = {name: case for name, case in list(globals().items()) if name.startswith("follow_")}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
   """What was said in all cases, and by case what went wrong."""
-  said, failed = [], {}
-  for name in CASES:
-    with pytest.MonkeyPatch.context() as patch:
-      for module in ("rl_llm.policy.hf", "rl_llm.policy.gguf", "tests.policy.test_weights"):
-        patch.setattr(f"{module}.leaf_shapes", SHAPES)
-      further = [patch] if "monkeypatch" in inspect.signature(globals()[name]).parameters else []
-      try:
-        globals()[name](said, tmp_path_factory.mktemp(name), *further)
-      except (Exception, pytest.fail.Exception) as error:
-        failed[name] = error
-  return said, failed
+
+  def prepare(patch):
+    for module in ("rl_llm.policy.hf", "rl_llm.policy.gguf", "tests.policy.test_weights"):
+      patch.setattr(f"{module}.leaf_shapes", SHAPES)
+
+  return advice.follow(CASES, tmp_path_factory.mktemp, prepare=prepare)
 
 
 @pytest.mark.parametrize("name", CASES)
