@@ -243,7 +243,7 @@ def follow(
   """Runs cases that provoke errors and do what they say.
 
   Args:
-    cases: name -> (said, path) or (said, path, monkeypatch); each appends what errors say to `said`.
+    cases: name -> (said, path) or (said, path, monkeypatch); the texts of errors go to `said`.
     directory: (name) -> an empty directory.
     prepare: called before each case.
 
