@@ -201,7 +201,7 @@ def test_graders_of_this_library_share_a_process_unless_they_are_told_otherwise(
   own = RewardSource("rl_llm.rewards.graders", "exact_match", own_grader=True)
   assert own.shares_process and isolated(own, "batch").shares_process
   assert not isolated(own, "sample").shares_process and own.unit == "sample"
-  with pytest.raises(RewardError, match="must be auto or sample or batch: .* by itself"):
+  with pytest.raises(RewardError, match="must be auto or sample or batch: .* on its own"):
     isolated(own, "group")
 
 
