@@ -42,6 +42,7 @@ test-slurm: $(VENV)/test-$(VERSION)
 
 lint: $(VENV)/test-$(VERSION)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 bench: $(VENV)/run-$(VERSION) bench-peers
 	$(BIN)/python -m benchmarks.performance $(BENCH_FLAGS)

@@ -24,8 +24,13 @@ EXTRAS = {
   "cuda": ["jax[cuda12]"],
   # Developers: tests, linting.
   "dev": [
-    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "pyarrow>=18",
-    "markdown-it-py>=3", "setuptools>=75",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "pyarrow>=18",
+    "markdown-it-py>=3",
+    "setuptools>=75",
   ],
   # Regenerating the committed goldens against transformers.
   "parity": ["torch>=2.6", "transformers>=4.57", "gguf>=0.17", "sentencepiece"],

@@ -222,8 +222,10 @@ def timed_decode(config: Config, rows: int, devices: list) -> list[float]:
     step = planned(config, prompts=rows // GROUP, new_tokens=length, model=config.model, rank=0)
     lowered = lowerings(step, devices)["rollout"].lower()
     arguments, compiled = filled(lowered.args_info[0]), lowered.compile()
-    runs = [seconds_of(lambda: jax.block_until_ready(compiled(*arguments)))[0]  # noqa: B023
-            for _ in range(config.runs + 1)]
+    runs = [
+      seconds_of(lambda: jax.block_until_ready(compiled(*arguments)))[0]  # noqa: B023
+      for _ in range(config.runs + 1)
+    ]
     found.append(runs[1:])
   return [(long - short) / (LONG - SHORT) for short, long in zip(*found, strict=True)]
 
@@ -336,8 +338,9 @@ def report_decode(config: Config, devices: list, chip: Chip) -> list[str]:
 def report_memory(config: Config, chip: Chip) -> list[str]:
   lines = []
   for model, rank in MODELS:
-    flags = [f"--{name}={getattr(config, name)}" for name in ("predict", "prompt_tokens",
-                                                              "new_tokens")]
+    flags = [
+      f"--{name}={getattr(config, name)}" for name in ("predict", "prompt_tokens", "new_tokens")
+    ]
     words = [sys.executable, "-m", "benchmarks.gpu", f"--part=memory:{model}:{rank}", *flags]
     found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     how = f"rank {rank}" if rank else "all weights"
@@ -391,7 +394,9 @@ def find_gpu(config: Config) -> tuple[list, str]:
   kind = DEVICE_KINDS.get(devices[0].device_kind)
   if kind not in GPUS:
     raise ConfigError(
-      "predict", config.predict, f"one of {', '.join(GPUS)}",
+      "predict",
+      config.predict,
+      f"one of {', '.join(GPUS)}",
       f"here is no GPU that is known, but {devices[0].device_kind}",
     )
   return devices, kind

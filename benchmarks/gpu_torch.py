@@ -86,8 +86,13 @@ def decode(job: dict, device: str) -> list[float]:
       begin = clock(device)
       with torch.no_grad():
         model.generate(
-          prompts, attention_mask=seen, do_sample=True, top_k=0, min_new_tokens=length,
-          max_new_tokens=length, pad_token_id=0,
+          prompts,
+          attention_mask=seen,
+          do_sample=True,
+          top_k=0,
+          min_new_tokens=length,
+          max_new_tokens=length,
+          pad_token_id=0,
         )
       found.append(clock(device) - begin)
     by_length.append(found[1:])

@@ -201,9 +201,7 @@ def check_same(ready: dict[str, dict[str, Any]], *, prompt_tokens: int) -> None:
       )
 
 
-def table(
-  steps: dict[str, list[dict[str, float]]], *, forward: int, gflops: float
-) -> list[str]:
+def table(steps: dict[str, list[dict[str, float]]], *, forward: int, gflops: float) -> list[str]:
   """The figures as lines: seconds a step and its parts (medians), peak memory, ratio, floor.
 
   Args:

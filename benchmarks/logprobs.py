@@ -20,13 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import (
-  alternate,
-  check_close,
-  measure_ceilings,
-  ratios,
-  spread,
-)
+from benchmarks.timing import alternate, check_close, measure_ceilings, ratios, spread
 from rl_llm.logprobs import chunked_logprobs_and_entropy, entropy, token_logprobs, unembed
 from rl_llm.runs.config import option, run
 
@@ -58,8 +52,7 @@ def main(config: Config) -> int:
   weights = normal(2, config.tokens) / config.tokens
 
   def chunked(hidden, unembedding, tokens):
-    return chunked_logprobs_and_entropy(
-      hidden, unembedding, tokens, chunk_size=config.chunk_size)
+    return chunked_logprobs_and_entropy(hidden, unembedding, tokens, chunk_size=config.chunk_size)
 
   def compiled(f):
     def loss(hidden, unembedding, tokens, weights):
@@ -78,12 +71,8 @@ def main(config: Config) -> int:
     check=lambda results: check_close(results, tolerance=TOLERANCE),
   )
   ceilings = ceilings.or_better(measure_ceilings())
-  print(
-    f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32; {ceilings}"
-  )
-  memory = {
-    name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in forms.items()
-  }
+  print(f"{config.tokens} tokens, D = {config.width}, V = {config.vocabulary}, float32; {ceilings}")
+  memory = {name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in forms.items()}
   floor = 6 * config.tokens * config.width * config.vocabulary / ceilings.flops
   for name, taken in seconds.items():
     print(

@@ -74,9 +74,7 @@ def measure(config: Config) -> Found:
     mesh=SamplingMesh(1, 1, 1),
   )
   mesh = setup.open_mesh(planned, per_step={}, at_once={})
-  policy = make_policy(
-    small_model(), remat=config.remat, scan_layers=config.scan_layers, mesh=mesh
-  )
+  policy = make_policy(small_model(), remat=config.remat, scan_layers=config.scan_layers, mesh=mesh)
   lowered = programs(planned, policy, mesh)[0].lower()
   compiled = lowered.compile()
   memory = compiled.memory_analysis()

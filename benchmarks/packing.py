@@ -24,14 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.side import STORY
-from benchmarks.timing import (
-  alternate,
-  check_close,
-  distance,
-  measure_ceilings,
-  ratios,
-  spread,
-)
+from benchmarks.timing import alternate, check_close, distance, measure_ceilings, ratios, spread
 from benchmarks.update import TOLERANCE
 from experiments import sft
 from rl_llm.data.encoding import Encoded
@@ -106,9 +99,7 @@ def main(config: Config) -> int:
     f"average in rows of {config.limit}; gradients agree to {apart:.1e}; {ceilings}",
     flush=True,
   )
-  seconds = alternate(
-    {name: functools.partial(side, name) for name in parts}, runs=config.runs
-  )
+  seconds = alternate({name: functools.partial(side, name) for name in parts}, runs=config.runs)
   ceilings = ceilings.or_better(measure_ceilings())
   predicted = sum(sum(text.mask) for text in texts)
   work = text_flops(policy.config, [len(text.tokens) for text in texts], predicted=predicted)

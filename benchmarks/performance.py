@@ -38,45 +38,51 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = (
   Benchmark(
-    "grpo_step", "--peer=trl --steps=3",
+    "grpo_step",
+    "--peer=trl --steps=3",
     "A whole GRPO step, sampling, grading and update, against TRL's GRPOTrainer: same weights, "
     "same prompts, as many tokens.",
   ),
   Benchmark(
-    "grpo_step", "--peer=trl --steps=3 --remat",
+    "grpo_step",
+    "--peer=trl --steps=3 --remat",
     "The same where we compute activations again too, as TRL does unless told otherwise: less "
     "memory, and a longer update.",
   ),
+  Benchmark("grpo_step", "--peer=tunix --steps=3", "The same against Tunix's GRPO learner."),
   Benchmark(
-    "grpo_step", "--peer=tunix --steps=3", "The same against Tunix's GRPO learner.",
-  ),
-  Benchmark(
-    "grpo_step", "--peer=mixed --steps=3",
+    "grpo_step",
+    "--peer=mixed --steps=3",
     "Our own step in bfloat16 with float32 weights. A processor without bfloat16 units has to "
     "convert every number, so there this is the slower of the two.",
   ),
   Benchmark(
-    "generation", "--turns=3",
+    "generation",
+    "--turns=3",
     "Sampling alone, against Hugging Face's generate and Tunix's sampler with a cache no longer "
     "than it need be.",
   ),
   Benchmark(
-    "rollout", "",
+    "rollout",
+    "",
     "Responses of exponential length: a slot goes to the next response when its own has ended, "
     "against batches that wait for their longest.",
   ),
   Benchmark(
-    "update", "",
+    "update",
+    "",
     "The gradient of 8 responses to one prompt: the prompt read once, against a copy for each.",
   ),
   Benchmark("packing", "", "Texts of unequal length: several in a row, against a row each."),
   Benchmark(
-    "scaling", "",
+    "scaling",
+    "",
     "How the cost of a step grows with the model, the batch, the responses' length and their "
     "number, next to what the count of operations predicts.",
   ),
   Benchmark(
-    "logprobs", "",
+    "logprobs",
+    "",
     "Log-probs and entropies over a vocabulary of 151,936: in blocks of tokens, against all at "
     "once.",
   ),

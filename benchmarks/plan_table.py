@@ -113,9 +113,7 @@ def mesh(flags: str) -> str:
 def program_line(model: str, topology: str, mesh: str, program: Program, chip: Chip) -> str:
   times = program.times(chip)
   binding = max(times, key=times.get)
-  gigabytes = [
-    f"{x / 1e9:.2f}" for x in (program.arguments, program.temporaries, program.resident)
-  ]
+  gigabytes = [f"{x / 1e9:.2f}" for x in (program.arguments, program.temporaries, program.resident)]
   cells = (
     model,
     topology,

@@ -82,7 +82,11 @@ def measure(config: Config, directory: Path) -> dict[str, list[float]]:
   configs = settings(config)
   members = [directory / f"member{number}" for number in range(config.settings)]
   found: dict[str, list[float]] = {
-    "whole together": [], "steps together": [], "whole alone": [], "steps alone": [], "apart": []
+    "whole together": [],
+    "steps together": [],
+    "whole alone": [],
+    "steps alone": [],
+    "apart": [],
   }
 
   def timed(train, workdir, side):
@@ -120,9 +124,7 @@ def apart(configs: Sequence[grpo.Config], number: int, together: Path, alone: Pa
   def restored(shapes: Any, workdir: Path) -> Any:
     return Checkpointer(workdir / "checkpoints").restore(shapes, 1)[1].params
 
-  own = jax.tree.map(
-    lambda x: x[number], restored(jax.eval_shape(jax.vmap(init), all_), together)
-  )
+  own = jax.tree.map(lambda x: x[number], restored(jax.eval_shape(jax.vmap(init), all_), together))
   wanted = restored(jax.eval_shape(init, one), alone)
 
   def norm_between(a: Any, b: Any) -> float:
@@ -177,8 +179,12 @@ def roofline(config: Config) -> list[str]:
   weights = setup.split_weights(settings(config)[0], model.params)
   rows, context = config.prompts * config.responses, 46 + config.new_tokens // 2
   step = functools.partial(
-    decode_seconds, model.policy.config, shared=parameter_count(weights.frozen),
-    own=parameter_count(weights.trained), rows=rows, context=context,
+    decode_seconds,
+    model.policy.config,
+    shared=parameter_count(weights.frozen),
+    own=parameter_count(weights.trained),
+    rows=rows,
+    context=context,
   )
   lines = []
   for name in config.chips:

@@ -25,13 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import (
-  BenchmarkError,
-  alternate,
-  measure_ceilings,
-  ratios,
-  spread,
-)
+from benchmarks.timing import BenchmarkError, alternate, measure_ceilings, ratios, spread
 from rl_llm.errors import ConfigError
 from rl_llm.policy import TransformerConfig, make_policy
 from rl_llm.rollout import ResponseBatch, Rollout, generate, response_logprobs, row_keys
@@ -105,9 +99,7 @@ def points(config: Config) -> Iterator[tuple[str, Point]]:
         yield f"{name} {value}", base._replace(**{name: value})
 
 
-def point_flops(
-  point: Point, *, prompt_tokens: int, layers: int, vocabulary: int
-) -> int:
+def point_flops(point: Point, *, prompt_tokens: int, layers: int, vocabulary: int) -> int:
   """Operations of a rollout's matrix products; the gradient's are three times as many."""
   shape = shape_of(point.width, layers=layers, vocabulary=vocabulary)
   rows = point.prompts * point.responses
@@ -147,9 +139,7 @@ def make_step(point: Point, *, prompt_tokens: int, layers: int, vocabulary: int)
     rollout=lambda: jax.block_until_ready(rollout(*arguments)),
     gradient=lambda: jax.block_until_ready(gradient(params, tokens)),
     temporaries=tuple(x.memory_analysis().temp_size_in_bytes for x in (rollout, gradient)),
-    flops=point_flops(
-      point, prompt_tokens=prompt_tokens, layers=layers, vocabulary=vocabulary
-    ),
+    flops=point_flops(point, prompt_tokens=prompt_tokens, layers=layers, vocabulary=vocabulary),
   )
 
 
@@ -185,9 +175,12 @@ def main(config: Config) -> None:
     "temporaries."
   )
   columns = "{:<15} {:>6} {:>9} {:>22} {:>9} {:>22} {:>14} {:>14}"
-  print(columns.format(
-    "point", "FLOPs", "rollout s", "growth", "update s", "growth", "rollout MB", "update MB"
-  ), flush=True)
+  print(
+    columns.format(
+      "point", "FLOPs", "rollout s", "growth", "update s", "growth", "rollout MB", "update MB"
+    ),
+    flush=True,
+  )
   own: dict[str, list[float]] = {"rollout": [], "gradient": []}
   for name, point in others:
     step = make(point)

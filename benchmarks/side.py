@@ -81,8 +81,10 @@ def memory_gbytes(trials: int = 8, size: int = 2**28) -> float:
   import numpy as np
 
   workers = cores()
-  parts = [(np.ones(size // 4 // workers, np.float32), np.ones(size // 4 // workers, np.float32))
-           for _ in range(workers)]
+  parts = [
+    (np.ones(size // 4 // workers, np.float32), np.ones(size // 4 // workers, np.float32))
+    for _ in range(workers)
+  ]
   ways = {1: lambda part: np.dot(part[0], part[0]), 2: lambda part: np.copyto(part[1], part[0])}
   rates = []
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -127,7 +129,11 @@ class Stopwatch:
     seconds = time.perf_counter() - self._begin
     update = seconds - sum(self.parts.values())
     return {
-      "seconds": seconds, **self.parts, "update": update, "tokens": tokens, "peak_mb": peak_mb()
+      "seconds": seconds,
+      **self.parts,
+      "update": update,
+      "tokens": tokens,
+      "peak_mb": peak_mb(),
     }
 
 

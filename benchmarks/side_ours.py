@@ -47,13 +47,17 @@ def load_ours(
   read = logprobs.token_logprobs(policy.logits(model.params, hidden[:, :-1]), first[:, 1:])
   square, multiply = jnp.ones((job["matmul"],) * 2), jax.jit(jnp.matmul)
   fields = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_width")
-  return model, texts, {
-    "prompt_ids": ids,
-    "prompt_logprob": float(jnp.mean(read)),
-    "gflops": matmul_gflops(lambda: multiply(square, square).block_until_ready(), job["matmul"]),
-    "shape": {field: getattr(policy.config, field) for field in fields},
-    "versions": f"jax {jax.__version__}",
-  }
+  return (
+    model,
+    texts,
+    {
+      "prompt_ids": ids,
+      "prompt_logprob": float(jnp.mean(read)),
+      "gflops": matmul_gflops(lambda: multiply(square, square).block_until_ready(), job["matmul"]),
+      "shape": {field: getattr(policy.config, field) for field in fields},
+      "versions": f"jax {jax.__version__}",
+    },
+  )
 
 
 def mixed(job: dict, channel: Channel) -> None:
@@ -106,15 +110,16 @@ def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
   del loaded
   model = setup.Model(policy, tokenizer, None, Weights(None, None, None))
   sampling = setup.sampling_config(config.sampling)
-  generate = make_generate(
-    policy, tokenizer, max_new_tokens=new_tokens, say=lambda line: None
-  )
+  generate = make_generate(policy, tokenizer, max_new_tokens=new_tokens, say=lambda line: None)
   with freed_given_back(), RewardPool(task.reward) as pool:
     sampler = Sampler(task, tokenizer, None, generate, pool)
-    channel.send(ready | {
-      "note": f"{hidden.dtype} with {kept} weights, {config.updates.microbatches} microbatches, "
-      f"{'' if job['remat'] else 'no '}recomputation, graded in sandboxed processes",
-    })
+    channel.send(
+      ready
+      | {
+        "note": f"{hidden.dtype} with {kept} weights, {config.updates.microbatches} microbatches, "
+        f"{'' if job['remat'] else 'no '}recomputation, graded in sandboxed processes"
+      }
+    )
     for step in itertools.count():
       channel.wait()
       watch = Stopwatch()
@@ -140,9 +145,7 @@ def generate_ours(job: dict, channel: Channel) -> None:
   model, _, ready = load_ours(job)
   prompts = pad_prompts(ready["prompt_ids"], pad_id=model.tokenizer.pad_id)
   group = job["responses"]
-  sampling = SamplingConfig(
-    jnp.ones(job["prompts"] * group), min_new_tokens=job["new_tokens"]
-  )
+  sampling = SamplingConfig(jnp.ones(job["prompts"] * group), min_new_tokens=job["new_tokens"])
 
   def turn(number):
     rollout = generate(

@@ -25,11 +25,16 @@ def load_transformers(job: dict) -> tuple[Any, Any, list[str], dict]:
   with torch.no_grad():
     read = model(first).logits[:, :-1].log_softmax(-1).gather(-1, first[:, 1:, None])
   square = torch.ones((job["matmul"],) * 2)
-  return model, tokenizer, texts, {
-    "prompt_ids": ids,
-    "prompt_logprob": float(read.mean()),
-    "gflops": matmul_gflops(lambda: square @ square, job["matmul"]),
-  }
+  return (
+    model,
+    tokenizer,
+    texts,
+    {
+      "prompt_ids": ids,
+      "prompt_logprob": float(read.mean()),
+      "gflops": matmul_gflops(lambda: square @ square, job["matmul"]),
+    },
+  )
 
 
 def trl(job: dict, channel: Channel) -> None:
@@ -97,11 +102,14 @@ def trl(job: dict, channel: Channel) -> None:
       ),
     )
     versions = [f"{m.__name__} {m.__version__}" for m in (trl_library, transformers, torch)]
-    channel.send(ready | {
-      "versions": ", ".join(versions),
-      "note": f"batches of {batch_rows} rows x {rows // batch_rows} accumulated, "
-      f"{'' if job['trl_checkpointing'] else 'no '}recomputation, graded in its own process",
-    })
+    channel.send(
+      ready
+      | {
+        "versions": ", ".join(versions),
+        "note": f"batches of {batch_rows} rows x {rows // batch_rows} accumulated, "
+        f"{'' if job['trl_checkpointing'] else 'no '}recomputation, graded in its own process",
+      }
+    )
     trainer.train()
 
 

@@ -53,12 +53,17 @@ def load_tunix(job: dict) -> tuple[Any, Any, list[str], dict]:
   logits, _ = model(first, jnp.arange(first.shape[1])[None], None, seen)
   read = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), first[:, 1:, None], -1)
   square, multiply = jnp.ones((job["matmul"],) * 2), jax.jit(jnp.matmul)
-  return model, tokenizer, texts, {
-    "prompt_ids": ids,
-    "prompt_logprob": float(read.mean()),
-    "gflops": matmul_gflops(lambda: multiply(square, square).block_until_ready(), job["matmul"]),
-    "versions": f"tunix {importlib.metadata.version('google-tunix')}, jax {jax.__version__}",
-  }
+  return (
+    model,
+    tokenizer,
+    texts,
+    {
+      "prompt_ids": ids,
+      "prompt_logprob": float(read.mean()),
+      "gflops": matmul_gflops(lambda: multiply(square, square).block_until_ready(), job["matmul"]),
+      "versions": f"tunix {importlib.metadata.version('google-tunix')}, jax {jax.__version__}",
+    },
+  )
 
 
 def check_read(rows: Any, ids: list[list[int]], *, responses: int) -> None:
@@ -105,9 +110,7 @@ def tunix(job: dict, channel: Channel) -> None:
     actor=model,
     tokenizer=tokenizer,
     cluster_config=rl_cluster.ClusterConfig(
-      role_to_mesh=dict.fromkeys(
-        (roles.ACTOR, roles.REFERENCE, roles.ROLLOUT), tunix_mesh()
-      ),
+      role_to_mesh=dict.fromkeys((roles.ACTOR, roles.REFERENCE, roles.ROLLOUT), tunix_mesh()),
       training_config=rl_cluster.RLTrainingConfig(
         actor_optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6)),
         eval_every_n_steps=job["total_steps"] + 1,
@@ -135,19 +138,20 @@ def tunix(job: dict, channel: Channel) -> None:
     with watch("generation"):
       rollout = generate(*args, **kwargs)
     tokens += sum(map(len, rollout.tokens))
-    check_read(
-      rollout.left_padded_prompt_tokens, ready["prompt_ids"], responses=job["responses"]
-    )
+    check_read(rollout.left_padded_prompt_tokens, ready["prompt_ids"], responses=job["responses"])
     return rollout
 
   cluster.generate = timed_generate
   learner = grpo_learner.GRPOLearner(
     cluster, grpo_learner.GRPOConfig(num_generations=job["responses"], beta=0.0), graded
   )
-  channel.send(ready | {
-    "note": f"{len(prompts) // micro} microbatches, no recomputation, a cache of {cache} columns, "
-    "graded in its own process",
-  })
+  channel.send(
+    ready
+    | {
+      "note": f"{len(prompts) // micro} microbatches, no recomputation, "
+      f"a cache of {cache} columns, graded in its own process"
+    }
+  )
   learner.train(steps())
 
 

@@ -26,14 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.side import STORY
-from benchmarks.timing import (
-  alternate,
-  check_close,
-  distance,
-  measure_ceilings,
-  ratios,
-  spread,
-)
+from benchmarks.timing import alternate, check_close, distance, measure_ceilings, ratios, spread
 from rl_llm.policy import Policy
 from rl_llm.policy.load import load_model
 from rl_llm.rollout import ResponseBatch, logprobs_of_hidden, response_logprobs
@@ -134,7 +127,8 @@ def main(config: Config) -> int:
   print(
     f"{config.model}, float32: {config.prompts} x {config.responses} responses of "
     f"{config.new_tokens} tokens to prompts of {config.prompt_tokens}; gradients agree to "
-    f"{apart:.1e}; {ceilings}", flush=True,
+    f"{apart:.1e}; {ceilings}",
+    flush=True,
   )
   seconds = alternate({name: side for name, (_, side) in sides.items()}, runs=config.runs)
   ceilings = ceilings.or_better(measure_ceilings())

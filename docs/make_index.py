@@ -30,32 +30,44 @@ NEEDS = {
   "advantages": ("what one of the estimators below returns", ""),
   "reward": ("a number for each response: from a grader, or from a reward model", "grading"),
   "several responses": (
-    "G responses to each prompt, to compare with each other", "G responses a prompt"),
+    "G responses to each prompt, to compare with each other",
+    "G responses a prompt",
+  ),
   "greedy response": (
-    "the response at temperature 0, and its reward", "one more response a prompt"),
+    "the response at temperature 0, and its reward",
+    "one more response a prompt",
+  ),
   "value network": (
     "a second network, trained to expect the reward at each token",
-    "a second network's forward and backward pass"),
+    "a second network's forward and backward pass",
+  ),
   "old policy": (
-    "log-probs of the policy before this batch's updates", "a forward pass of the old policy"),
+    "log-probs of the policy before this batch's updates",
+    "a forward pass of the old policy",
+  ),
   "sampler": ("the log-probs that the sampler reported", ""),
   "reference": (
     "log-probs of a frozen policy, mostly the one training began with",
-    "a forward pass of the reference"),
+    "a forward pass of the reference",
+  ),
   "reference responses": (
-    "responses that the frozen reference writes", "sampling from the reference"),
+    "responses that the frozen reference writes",
+    "sampling from the reference",
+  ),
   "mismatched answers": (
     "each prompt with an answer to another one",
-    "passes of policy and reference over mismatched answers"),
+    "passes of policy and reference over mismatched answers",
+  ),
   "judge": ("who says which of two sampled answers is better", "judging"),
   "teacher": (
     "log-probs, or logits, of another model of the same vocabulary",
-    "a forward pass of the teacher"),
+    "a forward pass of the teacher",
+  ),
   "vocabulary": (
     "all V probabilities at each token, not only that of the sampled one",
-    "a sum over the vocabulary"),
-  "unsplit batch": (
-    "all rows at once, as they are sorted against each other", "no microbatches"),
+    "a sum over the vocabulary",
+  ),
+  "unsplit batch": ("all rows at once, as they are sorted against each other", "no microbatches"),
 }
 
 # The methods that everyone meets first, and when to use which.
@@ -63,15 +75,17 @@ FOUR = {
   "REINFORCE": "fewest parts; one update a batch. Take a baseline with it, such as RLOO's.",
   "PPO": (
     "several updates a batch; rewards on single tokens or turns, which a value network can assign "
-    "to what earned them."),
+    "to what earned them."
+  ),
   "DPO": (
     "preferences are all there is: no grader, no sampling. It learns from the answers it is given "
-    "and finds no new ones."),
+    "and finds no new ones."
+  ),
   "GRPO": (
     "a grader that can be trusted (mathematics, programs, tools) and several tries a prompt. It "
-    "learns only where the tries differ."),
+    "learns only where the tries differ."
+  ),
 }
-
 
 
 class Algorithm(NamedTuple):
@@ -95,32 +109,46 @@ ALGORITHMS = {
     Algorithm("REINFORCE", "discounted_returns() reinforce_loss()"),
     Algorithm("PPO", "token_rewards(kl=k1) gae() ppo_loss() value_loss()", "reference"),
     Algorithm(
-      "GRPO", "group_relative() sequence_mean() grpo_loss() kl_loss(gradient='k3')",
-      paper="group_relative"),
+      "GRPO",
+      "group_relative() sequence_mean() grpo_loss() kl_loss(gradient='k3')",
+      paper="group_relative",
+    ),
     Algorithm("RLOO", "leave_one_out() sequence_sum() reinforce_loss()", paper="leave_one_out"),
     Algorithm("ReMax", "remax() reinforce_loss()", paper="remax"),
     Algorithm(
-      "REINFORCE++", "token_rewards(kl=k1) reinforce_plus_plus() ppo_loss()", "reference",
-      "reinforce_plus_plus"),
+      "REINFORCE++",
+      "token_rewards(kl=k1) reinforce_plus_plus() ppo_loss()",
+      "reference",
+      "reinforce_plus_plus",
+    ),
     Algorithm(
-      "REINFORCE++-baseline", "reinforce_plus_plus_baseline() ppo_loss() kl_loss()",
-      paper="reinforce_plus_plus"),
+      "REINFORCE++-baseline",
+      "reinforce_plus_plus_baseline() ppo_loss() kl_loss()",
+      paper="reinforce_plus_plus",
+    ),
     Algorithm(
-      "Dr. GRPO", "group_relative(scale='none') constant_length() grpo_loss()",
-      paper="constant_length"),
+      "Dr. GRPO",
+      "group_relative(scale='none') constant_length() grpo_loss()",
+      paper="constant_length",
+    ),
     Algorithm(
       "DAPO",
       "overlong_penalty() informative_groups() group_relative() token_mean() "
-      "grpo_loss(clip_high=0.28)", paper="overlong_penalty"),
+      "grpo_loss(clip_high=0.28)",
+      paper="overlong_penalty",
+    ),
     Algorithm(
       "VAPO",
       "length_adaptive_lambda() gae() token_mean() ppo_loss(clip_high=0.28) value_loss() "
-      "positive_nll_loss()"),
+      "positive_nll_loss()",
+    ),
     Algorithm("GSPO", "group_relative() sequence_mean() gspo_loss()"),
     Algorithm("GSPO-token", "group_relative() sequence_mean() gspo_token_loss()"),
     Algorithm(
-      "LUSPO", "group_relative() sequence_sum() gspo_loss()",
-      paper="https://arxiv.org/abs/2602.05261"),
+      "LUSPO",
+      "group_relative() sequence_sum() gspo_loss()",
+      paper="https://arxiv.org/abs/2602.05261",
+    ),
     Algorithm("GMPO", "group_relative() sequence_mean() gmpo_loss()"),
     Algorithm("VESPO", "group_relative() vespo_loss()"),
     Algorithm("CISPO", "group_relative() token_mean() cispo_loss()"),
@@ -134,30 +162,36 @@ ALGORITHMS = {
     Algorithm("pass@k", "pass_at_k() reinforce_loss()", paper="pass_at_k"),
     Algorithm("GDPO", "gdpo() grpo_loss()", paper="gdpo"),
     Algorithm(
-      "optimal token baseline", "discounted_returns() optimal_token_baseline() reinforce_loss()",
-      paper="optimal_token_baseline"),
+      "optimal token baseline",
+      "discounted_returns() optimal_token_baseline() reinforce_loss()",
+      paper="optimal_token_baseline",
+    ),
     Algorithm("Clip-Cov", "group_relative() token_covariance() clip_cov_mask() clip_cov_loss()"),
     Algorithm("KL-Cov", "group_relative() token_covariance() kl_cov_mask() kl_cov_loss()"),
     Algorithm(
-      "entropy bonus", "group_relative() grpo_loss() entropy_loss() adaptive_entropy()",
-      paper="adaptive_entropy"),
+      "entropy bonus",
+      "group_relative() grpo_loss() entropy_loss() adaptive_entropy()",
+      paper="adaptive_entropy",
+    ),
     Algorithm(
-      "80/20 rule", "group_relative() top_entropy() grpo_loss()", "vocabulary", "top_entropy"),
+      "80/20 rule", "group_relative() top_entropy() grpo_loss()", "vocabulary", "top_entropy"
+    ),
     Algorithm(
-      "TIS, IcePop", "group_relative() truncated_importance() grpo_loss()", "sampler",
-      "truncated_importance"),
+      "TIS, IcePop",
+      "group_relative() truncated_importance() grpo_loss()",
+      "sampler",
+      "truncated_importance",
+    ),
     Algorithm("LLDS", "group_relative() grpo_loss() llds_weights() llds_loss()"),
   ],
   "Preferences": [
     Algorithm("DPO", "dpo_loss()"),
     Algorithm(
-      "conservative DPO", "dpo_loss(label_smoothing=0.1)",
-      paper="https://ericmitchell.ai/cdpo.pdf"),
+      "conservative DPO", "dpo_loss(label_smoothing=0.1)", paper="https://ericmitchell.ai/cdpo.pdf"
+    ),
     Algorithm("robust DPO", "robust_dpo_loss()"),
-    Algorithm(
-      "f-DPO", "dpo_loss(divergence='js')", paper="https://arxiv.org/abs/2309.16240"),
-    Algorithm(
-      "LD-DPO", "sequence_logprobs(tail_weight=0.5) dpo_loss()", paper="sequence_logprobs"),
+    Algorithm("f-DPO", "dpo_loss(divergence='js')", paper="https://arxiv.org/abs/2309.16240"),
+    Algorithm("LD-DPO", "sequence_logprobs(tail_weight=0.5) dpo_loss()", paper="sequence_logprobs"),
     Algorithm("WPO", "wpo_weights() dpo_loss()", paper="wpo_weights"),
     Algorithm("RPO", "dpo_loss() sft_loss()", paper="https://arxiv.org/abs/2404.19733"),
     Algorithm("IPO", "ipo_loss()"),
@@ -176,8 +210,7 @@ ALGORITHMS = {
     Algorithm("ORPO", "orpo_loss()"),
     Algorithm("SimPO", "simpo_loss()"),
     Algorithm("CPO", "cpo_loss()"),
-    Algorithm(
-      "online DPO", "dpo_loss()", "samples, judge", "https://arxiv.org/abs/2402.04792"),
+    Algorithm("online DPO", "dpo_loss()", "samples, judge", "https://arxiv.org/abs/2402.04792"),
     Algorithm("XPO", "dpo_loss() xpo_loss()", "samples, judge"),
     Algorithm("Nash-MD", "nash_md_loss()"),
     Algorithm("reward model", "reward_model_loss()"),
@@ -192,6 +225,7 @@ ALGORITHMS = {
 
 COLUMNS = ("reward", "value network", "reference", "several responses")
 
+
 def needs(function):
   """The words of a function's `Needs:` line."""
   found = re.search(r"^Needs: (.*)\.$", inspect.getdoc(function), flags=re.MULTILINE)
@@ -200,7 +234,8 @@ def needs(function):
   words = found[1].split(", ")
   if words != ordered(words):
     raise ValueError(
-      f"{function.__name__} needs {words}; the known of them in order are {ordered(words)}.")
+      f"{function.__name__} needs {words}; the known of them in order are {ordered(words)}."
+    )
   return words
 
 

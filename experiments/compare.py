@@ -57,6 +57,7 @@ METHODS = {
   "grpo": ("GRPO", "no", "policy", "policy F + B; none where a group agrees"),
 }
 
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """What is compared."""
@@ -95,17 +96,21 @@ def variance_settings(config: Config, method: str) -> dict[str, Any]:
   """The same for gradients of independent batches at the parameters that training begins with."""
   steps = config.variance_batches + (config.variance_warmup if method == "ppo" else 0)
   whole = {"minibatches": 1} if method == "ppo" else {}  # One update a step, of the whole batch.
-  return settings(config, method, 1000) | whole | {
-    "steps": steps,
-    "optimizer.learning_rate": 1e-30,
-    "optimizer.b1": 0,
-    "optimizer.max_grad_norm": 0,
-    "checkpoint.every": 1,
-    "checkpoint.keep": config.variance_batches,
-    "eval.every": steps,
-    "eval.problems": 1,
-    "eval.samples": 1,
-  }
+  return (
+    settings(config, method, 1000)
+    | whole
+    | {
+      "steps": steps,
+      "optimizer.learning_rate": 1e-30,
+      "optimizer.b1": 0,
+      "optimizer.max_grad_norm": 0,
+      "checkpoint.every": 1,
+      "checkpoint.keep": config.variance_batches,
+      "eval.every": steps,
+      "eval.problems": 1,
+      "eval.samples": 1,
+    }
+  )
 
 
 def do(method: str, given: dict[str, Any], workdir: Path, stop: signals.StopSignals) -> None:
@@ -138,16 +143,18 @@ def measure(config: Config, method: str) -> dict[str, Any]:
     memory = (root / f"{method}-seed{seed}" / "peak_memory.txt").read_text().split()
     points = curves.curve(rows, responses=config.prompts_per_step * config.responses_per_prompt)
     trained = [row for row in rows if "time/rollout" in row][1:]  # The first compiles.
-    runs.append({
-      "seed": seed,
-      "points": points,
-      "tokens_to_target": curves.tokens_to(points, config.target),
-      "phases": {
-        name: statistics.median(row.get(f"time/{name}", 0.0) for row in trained)
-        for name in curves.phases(trained)
-      },
-      "peak_gib": max(map(int, memory)) / 2**20,
-    })
+    runs.append(
+      {
+        "seed": seed,
+        "points": points,
+        "tokens_to_target": curves.tokens_to(points, config.target),
+        "phases": {
+          name: statistics.median(row.get(f"time/{name}", 0.0) for row in trained)
+          for name in curves.phases(trained)
+        },
+        "peak_gib": max(map(int, memory)) / 2**20,
+      }
+    )
   noise = root / f"{method}-variance" / "noise.json"
   measured = json.loads(noise.read_text()) if config.variance_batches > 1 else None
   return {"method": method, "runs": runs, "noise": measured}

@@ -51,21 +51,17 @@ from rl_llm.training import update as updates
 PER_TOKEN = ("ipo_loss", "simpo_loss", "orpo_loss")
 REWARDS = ("margin", "chosen_reward", "rejected_reward")
 
+Shift = typing.Literal["batch"] | None
+Summed = typing.Literal["auto", "sum", "mean"]
 Loss = keywords.keyword_group(
   "loss",
   "The preference loss, and its keywords; none = the default of the loss.",
   losses.PREFERENCE_LOSSES,
   shape=(1,),
   further={
-    "shift": (typing.Literal["batch"] | None, configs.option(
-      None, "BCO: the reward of an answer neither good nor bad; batch = between the means of both"
-    )),
-    "logprobs": (typing.Literal["auto", "sum", "mean"], configs.option(
-      "auto", "over an answer; auto = mean for ipo_loss, simpo_loss and orpo_loss, else sum"
-    )),
-    "sft_coef": (float, configs.option(
-      0.0, "factor of the chosen answers' likelihood per token, added to any loss (RPO)", min=0
-    )),
+    "shift": (Shift, configs.option(None, "BCO: reward at 0; batch = midway between both means")),
+    "logprobs": (Summed, configs.option("auto", "over an answer; auto = mean in IPO, SimPO, ORPO")),
+    "sft_coef": (float, configs.option(0.0, "RPO: factor of the chosen answers' NLL", min=0)),
   },
 )
 
@@ -82,7 +78,8 @@ class Config:
   prompts: flags.Prompts = configs.inline(flags.Prompts())
   held_out_examples: int = configs.option(256, "held-out pairs to evaluate on; 0 = all", min=0)
   reference_cache: str = configs.option(
-    "", "where the reference's log-probs are kept, by a hash of weights and pairs; empty = workdir",
+    "",
+    "where the reference's log-probs are kept, by a hash of weights and pairs; empty = workdir",
     volatile=True,
   )
   responses_per_prompt: int = configs.option(8, "G, responses a problem, on policy", min=2)

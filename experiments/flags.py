@@ -55,8 +55,10 @@ class Distributed:
     100, "seconds without a sign of life after which a process is lost, and the others end", min=1
   )
   wait: int = option(
-    600, "seconds that processes wait for one that is late, at most: at the start, at a step, for "
-    "grades, at a checkpoint", min=1
+    600,
+    "seconds that processes wait for one that is late, at most: at the start, at a step, for "
+    "grades, at a checkpoint",
+    min=1,
   )
 
   def joined(self) -> dict[str, Any] | None:
@@ -83,8 +85,10 @@ class Record:
   )
   seed: int = option(0, "random seed; also of the tiny model's weights", min=0)
   compile_cache: str = option(
-    "auto", "directory that keeps compiled programs for later runs; auto = in your own cache "
-    "directory, none = nowhere", volatile=True
+    "auto",
+    "directory that keeps compiled programs for later runs; auto = in your own cache "
+    "directory, none = nowhere",
+    volatile=True,
   )
   distributed: Distributed = Distributed()
 
@@ -94,13 +98,18 @@ class Run(Record):
   """The run: how long, where, and what it leaves."""
 
   steps: int = option(
-    24, "batches, each followed by its updates", min=1,
+    24,
+    "batches, each followed by its updates",
+    min=1,
     # A falling learning rate depends on where it is to end.
     volatile=lambda config: config.optimizer.schedule == "constant",
   )
   profile: int = option(
-    0, "steps to trace with jax.profiler, from the second of this start on, since the first "
-    "compiles; written to WORKDIR/profile; 0 = none", min=0, volatile=True
+    0,
+    "steps to trace with jax.profiler, from the second of this start on, since the first "
+    "compiles; written to WORKDIR/profile; 0 = none",
+    min=0,
+    volatile=True,
   )
   checkpoint: Checkpoint = Checkpoint()
 
@@ -110,8 +119,10 @@ class ExportedRun(Run):
   """A run, and the model that it leaves."""
 
   export: bool = option(
-    False, "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
-    "the adapters alone too, WORKDIR/adapter", volatile=True
+    False,
+    "write the trained model as a Hugging Face directory, WORKDIR/model; with --lora.rank "
+    "the adapters alone too, WORKDIR/adapter",
+    volatile=True,
   )
 
 
@@ -157,8 +168,9 @@ class Lora:
   alpha: float = option(32.0, "the change is multiplied by alpha / rank", above=0)
   targets: str = option("attention|mlp", "pattern found in the paths of the weights to adapt")
   adapter: str = option(
-    "", "begin with the adapters of this directory, such as a run's WORKDIR/adapter or one that "
-    "PEFT wrote, of this rank, alpha and targets; empty = new ones"
+    "",
+    "begin with the adapters of this directory, such as a run's WORKDIR/adapter or one that "
+    "PEFT wrote, of this rank, alpha and targets; empty = new ones",
   )
 
 
@@ -173,8 +185,9 @@ class Weights:
     "float32", "dtype of the arithmetic; weights, their gradients' sum and log-probs stay float32"
   )
   matmul_precision: Literal["auto", "default", "high", "highest"] = option(
-    "auto", "float32 products: highest = float32, default = what the device does fastest, TF32 "
-    "on a GPU and bfloat16 on a TPU, high = between them; auto = highest with --dtype=float32"
+    "auto",
+    "float32 products: highest = float32, default = what the device does fastest, TF32 "
+    "on a GPU and bfloat16 on a TPU, high = between them; auto = highest with --dtype=float32",
   )
 
 
@@ -205,8 +218,9 @@ class SamplingMesh(MeshSizes):
   """How the devices share the work; -1 = the devices that the other axes leave, one axis only."""
 
   gather: Literal["step", "token"] = option(
-    "step", "when sampling gathers the matrices that fsdp cuts: all at once, if a device can hold "
-    "them (divided by tensor), or at every token, which takes longer"
+    "step",
+    "when sampling gathers the matrices that fsdp cuts: all at once, if a device can hold "
+    "them (divided by tensor), or at every token, which takes longer",
   )
 
 
@@ -251,8 +265,9 @@ class Layout:
   """How a conversation becomes tokens."""
 
   prompt_format: Literal["auto", "chat", "plain"] = option(
-    "auto", "chat = the model's own chat template, plain = bare text; auto = chat if it has one, "
-    "and plain for a file of bare texts"
+    "auto",
+    "chat = the model's own chat template, plain = bare text; auto = chat if it has one, "
+    "and plain for a file of bare texts",
   )
   system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
 
@@ -335,8 +350,10 @@ class Updates:
   epochs: int = option(1, "passes over a step's responses", min=1)
   minibatches: int = option(1, "optimiser updates a pass; divides prompts_per_step", min=1)
   microbatch_prompts: int = option(
-    2, "problems whose responses' activations are held at once; divides prompts_per_step / "
-    "minibatches, or is more than that", min=1
+    2,
+    "problems whose responses' activations are held at once; divides prompts_per_step / "
+    "minibatches, or is more than that",
+    min=1,
   )
 
   @property
@@ -377,8 +394,10 @@ class Data:
 
   data: str = option("", "a file of examples, JSONL (plain or gzip) or Parquet; see above")
   data_format: str = option(
-    "auto", "of the rows of --data, where the columns alone leave a choice: those of other formats "
-    "are then your own", choices=("auto", *COLUMNS)
+    "auto",
+    "of the rows of --data, where the columns alone leave a choice: those of other formats "
+    "are then your own",
+    choices=("auto", *COLUMNS),
   )
   data_errors: Literal["strict", "lenient"] = option(
     "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
@@ -416,7 +435,8 @@ class Pairs:
     16, "pairs an update; on policy, the problems of which each gives at most one pair", min=1
   )
   microbatch_pairs: int = option(
-    4, "pairs whose activations are held at once; divides pairs_per_step, or is more than that",
+    4,
+    "pairs whose activations are held at once; divides pairs_per_step, or is more than that",
     min=1,
   )
 
@@ -444,8 +464,9 @@ class Weighting:
   name: Literal[WEIGHTINGS] = option("token_mean", "a function of rl_llm.weighting")
   length: int = option(0, "the length that constant_length divides by; 0 = max_new_tokens", min=0)
   truncated: Literal["keep", "zero", "drop"] = option(
-    "keep", "responses cut off at the limit: zero = weight 0, but in the denominator like any "
-    "other; drop = the mean is over the others alone"
+    "keep",
+    "responses cut off at the limit: zero = weight 0, but in the denominator like any "
+    "other; drop = the mean is over the others alone",
   )
   drop_truncated: bool = option(False, "the old name of --weighting.truncated=zero")
 

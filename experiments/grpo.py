@@ -145,9 +145,7 @@ def learn(
   batch = minibatches.place_responses(experience, model.mesh)
   with clock("logprobs"):
     old, ref = config.updates.count > 1, config.kl.coef > 0
-    batch = minibatches.with_logprobs(
-      batch, programs, weights, state.params, old=old, ref=ref
-    )
+    batch = minibatches.with_logprobs(batch, programs, weights, state.params, old=old, ref=ref)
   if config.advantage.name == "maxrl" and np.any(scores.rewards[scores.ok] < 0):
     least, instead = scores.rewards[scores.ok].min(), "try --advantage=group_relative"
     raise configs.ConfigError("advantage", "maxrl", f"another, for a reward of {least}", instead)
@@ -159,9 +157,7 @@ def learn(
     for part in setup.minibatches(
       config, programs, batch, step, matters=informative, only=policy_term_only(config)
     ):
-      state, found = programs.update(
-        state, part.batch, hparams, part.microbatches, weights.frozen
-      )
+      state, found = programs.update(state, part.batch, hparams, part.microbatches, weights.frozen)
       totals = metrics.add_metrics(totals, found)
       trained.append(part.problems)
   work = setup.step_work(model, experience, trained)

@@ -43,8 +43,15 @@ from rl_llm.training.update import make_update
 
 # What is data, or is done on the host before the program begins: paths, or beginnings of them.
 MAY_DIFFER = (
-  "workdir", "seed", "preset", "optimizer.learning_rate", "optimizer.warmup_steps", "kl.coef",
-  "loss.", "advantage.", "weighting.",
+  "workdir",
+  "seed",
+  "preset",
+  "optimizer.learning_rate",
+  "optimizer.warmup_steps",
+  "kl.coef",
+  "loss.",
+  "advantage.",
+  "weighting.",
 )
 
 
@@ -136,9 +143,7 @@ def sample(
   """Each member's experience of the step; all sample together."""
   prompts, group = of.config.updates.prompts_per_step, of.config.updates.responses_per_prompt
   seeds, task = [member.run.seed for member in of.members], sampler.task
-  drawn = [
-    experience.draw_problems(task, seed, step, prompts, sampler.encode) for seed in seeds
-  ]
+  drawn = [experience.draw_problems(task, seed, step, prompts, sampler.encode) for seed in seeds]
   found = experience.answer(
     sampler,
     state.params,
@@ -274,13 +279,16 @@ def train(
   check(members)
   config = members[0]
   how = setup.precision(config.model)
-  with jax.default_matmul_precision(how), loop.open_run(
-    Record(tuple(directory.name for directory in directories)),
-    workdir,
-    steps=config.run.steps,
-    checkpoints_kept=config.run.checkpoint.keep,
-    export=config.run.export,
-  ) as run:
+  with (
+    jax.default_matmul_precision(how),
+    loop.open_run(
+      Record(tuple(directory.name for directory in directories)),
+      workdir,
+      steps=config.run.steps,
+      checkpoints_kept=config.run.checkpoint.keep,
+      export=config.run.export,
+    ) as run,
+  ):
     return run.result or _train(members, directories, run)
 
 

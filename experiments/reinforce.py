@@ -39,15 +39,15 @@ from rl_llm.runs import keywords, metrics
 from rl_llm.training import loop, minibatches
 from rl_llm.training.train_state import TrainState, init_state
 
+REINFORCE_PLUS_PLUS = "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+BASELINES = Literal["plain", "moving_average", "leave_one_out", *REINFORCE_PLUS_PLUS]
+
 
 @dataclasses.dataclass(frozen=True)
 class Advantage:
   """What a reward is compared with."""
 
-  name: Literal[
-    "plain", "moving_average", "leave_one_out", "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-  ] = configs.option("leave_one_out", "the baseline; see above")
+  name: BASELINES = configs.option("leave_one_out", "the baseline; see above")
   decay: float = configs.option(0.9, "what moving_average keeps a step", min=0, below=1)
   discount: float = configs.option(1.0, "discount factor per token", min=0, max=1)
 

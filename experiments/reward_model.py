@@ -121,11 +121,7 @@ def make_loss(config: Config, trunk: policy.Policy):
     else:
       rewards = reward_model.sequence_rewards(params, *sequences, policy=trunk)
     loss, found = losses.reward_model_loss(
-      rewards[0::2],
-      rewards[1::2],
-      weights,
-      margin=batch.margin,
-      center_coef=config.center_coef,
+      rewards[0::2], rewards[1::2], weights, margin=batch.margin, center_coef=config.center_coef
     )
     return loss, jax.lax.stop_gradient(found)
 

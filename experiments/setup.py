@@ -338,9 +338,7 @@ def open_problems(
 
 
 @contextlib.contextmanager
-def open_sampling(
-  config: Any, run: Run, *, reference: bool
-) -> Iterator[tuple[Model, Problems]]:
+def open_sampling(config: Any, run: Run, *, reference: bool) -> Iterator[tuple[Model, Problems]]:
   """Model and problems of a run whose every step samples; `reference` as for `split_weights`."""
   size, slots = config.updates, config.sampling.slots
   prompts, part, group = size.prompts_per_step, size.microbatch_prompts, size.responses_per_prompt

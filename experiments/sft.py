@@ -60,7 +60,8 @@ class Config:
   )
   examples_per_step: int = configs.option(16, "B, examples an update", min=1)
   microbatch_rows: int = configs.option(
-    4, "rows whose activations are held at once; divides examples_per_step, or is more than that",
+    4,
+    "rows whose activations are held at once; divides examples_per_step, or is more than that",
     min=1,
   )
   weighting: typing.Literal["token_mean", "sequence_mean", "sequence_sum"] = configs.option(

@@ -34,19 +34,39 @@ class Die(NamedTuple):
 # As their drivers say (openxla.org: xla/backends/gpu/target_config/specs).
 DIES = {
   "a100": Die(
-    "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167_936, 41_943_040, 1.41, 85_100_068_864,
+    "NVIDIA A100-SXM4-80GB",
+    (8, 0),
+    108,
+    64,
+    167_936,
+    41_943_040,
+    1.41,
+    85_100_068_864,
     2_039_040_000_000,
   ),
   "h100": Die(
-    "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233_472, 52_428_800, 1.98, 84_942_979_072,
+    "NVIDIA H100 80GB HBM3",
+    (9, 0),
+    132,
+    128,
+    233_472,
+    52_428_800,
+    1.98,
+    84_942_979_072,
     3_352_320_000_000,
   ),
   "h200": Die(
-    "NVIDIA H200", (9, 0), 132, 128, 233_472, 52_428_800, 1.98, 151_397_597_184,
-    4_800_000_000_000,
+    "NVIDIA H200", (9, 0), 132, 128, 233_472, 52_428_800, 1.98, 151_397_597_184, 4_800_000_000_000
   ),
   "b200": Die(
-    "NVIDIA B200", (10, 0), 148, 128, 233_472, 132_644_864, 1.965, 191_514_411_008,
+    "NVIDIA B200",
+    (10, 0),
+    148,
+    128,
+    233_472,
+    132_644_864,
+    1.965,
+    191_514_411_008,
     7_672_320_000_000,
   ),
 }
@@ -65,7 +85,8 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
   by_shape, by_number = re.fullmatch(r"\d+(x\d+)*", shape), re.fullmatch(r"\d+", shape)
   if not (kind in TPUS and by_shape or kind in ("cpu", *GPUS) and by_number):
     raise ConfigError(
-      "topology", topology,
+      "topology",
+      topology,
       f"one of {', '.join(TPUS)} with a shape, as in v5e:4x4, or of cpu, {', '.join(GPUS)} with a "
       "number, as in h100:8",
     )
@@ -138,7 +159,8 @@ def find_devices(topology: str, *, num_slices: int = 1) -> list:
       raise ConfigError("topology", topology, f"fewer than {GPUS_A_BOX} GPUs or a multiple of it")
     each = GPUS_A_BOX if boxes else rest
     settings = {
-      "topology": f"{num_slices}x{boxes or 1}x{each}", "target_config": target_config(DIES[kind])
+      "topology": f"{num_slices}x{boxes or 1}x{each}",
+      "target_config": target_config(DIES[kind]),
     }
   else:
     # No metadata server says what machine this is: do not ask for one, nor log that. And allow
@@ -152,7 +174,9 @@ def find_devices(topology: str, *, num_slices: int = 1) -> list:
     found = topologies.get_topology_desc(platform=platform, **settings)
   except Exception as error:  # Whatever the plugin says of it.
     raise ConfigError(
-      "topology", topology, "one that there is a compiler for",
+      "topology",
+      topology,
+      "one that there is a compiler for",
       f"pip install '{installed}', and check the shape ({str(error).splitlines()[0]:.80})",
     ) from None
   return list(found.devices)

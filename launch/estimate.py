@@ -121,7 +121,8 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
       "rollout",
       1,
       gathered if once else weights,
-      2 * rows * columns * token + 2 * size * layer / sizes.tensor
+      2 * rows * columns * token
+      + 2 * size * layer / sizes.tensor
       + 2 * 4 * rows * shape.vocab_size / sizes.tensor,
       weights + moments if once else moments,
       {

@@ -120,7 +120,8 @@ def check(config: Config) -> None:
   update = config.prompts_per_step // minibatches
   if config.prompts_per_step % minibatches or update % min(config.microbatch_prompts, update):
     raise ConfigError(
-      "microbatch_prompts", config.microbatch_prompts,
+      "microbatch_prompts",
+      config.microbatch_prompts,
       f"a divisor of prompts_per_step / minibatches ({config.prompts_per_step} / {minibatches})",
     )
 
@@ -186,8 +187,16 @@ def too_large(lowering: Lowering, said: str, seconds: float) -> Program:
   found = re.search(r"temporaries \((\d+(?:\.\d+)?)([KMGT])\)", said)
   needed = float(found[1]) * 2 ** (10 * "_KMGT".index(found[2])) if found else math.inf
   return Program(
-    lowering.name, 0.0, needed, 0.0, {}, lowering.flops, lowering.moved, seconds,
-    lowering.resident, lowering.calls,
+    lowering.name,
+    0.0,
+    needed,
+    0.0,
+    {},
+    lowering.flops,
+    lowering.moved,
+    seconds,
+    lowering.resident,
+    lowering.calls,
   )
 
 
@@ -229,17 +238,18 @@ def search(config: Config, chip: Chip) -> list[tuple[Config, list[Program]]]:
   verb = "compiling" if has_compiler(config.topology) else "showing"
   print(
     f"{tried} meshes and microbatches, {len(trials)} fit by formula; {verb} the best {len(chosen)}",
-    file=sys.stderr, flush=True,
+    file=sys.stderr,
+    flush=True,
   )
   if not chosen:
     raise ConfigError(
-      "topology", config.topology, "a larger slice: by formula no mesh and no microbatch fits",
+      "topology",
+      config.topology,
+      "a larger slice: by formula no mesh and no microbatch fits",
       "or try --lora.rank=16, fewer --responses_per_prompt, a smaller --max_new_tokens",
     )
   found = [(trial, plan(trial)) for trial in chosen]
-  return sorted(
-    found, key=lambda pair: (not fits(pair[1], chip), step_seconds(pair[1], chip))
-  )
+  return sorted(found, key=lambda pair: (not fits(pair[1], chip), step_seconds(pair[1], chip)))
 
 
 def fits(found: Sequence[Program], chip: Chip | None) -> bool:
@@ -325,7 +335,8 @@ def flags(config: Config) -> str:
       parts = dataclasses.asdict(default)
       said += [
         f"--{field.name}.{name}={part}"
-        for name, part in dataclasses.asdict(value).items() if part != parts[name]
+        for name, part in dataclasses.asdict(value).items()
+        if part != parts[name]
       ]
     else:
       said.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")

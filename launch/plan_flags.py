@@ -18,9 +18,7 @@ class Config:
   topology: str = option("v5e:16x16", "chips and how they lie: v5e:16x16, v5p:2x2x4, h100:8, cpu:8")
   num_slices: int = option(1, "such slices, joined by the data center's network", min=1)
   experiment: Literal["grpo", "reinforce", "ppo", "dpo"] = option("grpo", "whose programs")
-  model: str = option(
-    "qwen2.5-7b", f"{', '.join(MODELS)}, tiny, or a directory with a config.json"
-  )
+  model: str = option("qwen2.5-7b", f"{', '.join(MODELS)}, tiny, or a directory with a config.json")
   vocab_size: int = option(0, "another vocabulary than the model's; 0 = its own", min=0)
   prompts_per_step: int = option(256, "P, problems a step; of dpo, pairs", min=1)
   responses_per_prompt: int = option(8, "G, responses a problem", min=2)

@@ -18,8 +18,13 @@ __all__ = ["Progress", "duration"]
 
 # Metrics that show how a run is doing; the first one in its record counts.
 FIGURES = (
-  "eval/sampled_accuracy", "eval/greedy_accuracy", "eval/pair_accuracy", "reward_mean",
-  "eval/token_loss", "eval/pair_loss", "loss",
+  "eval/sampled_accuracy",
+  "eval/greedy_accuracy",
+  "eval/pair_accuracy",
+  "reward_mean",
+  "eval/token_loss",
+  "eval/pair_loss",
+  "loss",
 )
 
 
@@ -62,15 +67,15 @@ class Progress:
     seconds = duration(time.monotonic() - start.began)
     status = state.read_status(start.directory)
     if verdict == "failed" and not start.directory.exists():
-      self.say(f"{start.trial.id} failed after {seconds}: its directory was deleted while it ran; "
-               "the same command begins it anew")
+      self.say(
+        f"{start.trial.id} failed after {seconds}: its directory was deleted while it ran; "
+        "the same command begins it anew"
+      )
       return
     if verdict not in ("failed", "again"):
       self.say(f"{start.trial.id} {verdict} after {seconds}{self._figure(start.directory)}")
       return
-    then = "no more retries" if verdict == "failed" else (
-      f"next try in {duration(status['wait'])}"
-    )
+    then = "no more retries" if verdict == "failed" else (f"next try in {duration(status['wait'])}")
     self.say(f"{start.trial.id} failed after {seconds}: {status['reason']}; {then}. Last lines:")
     for line in status["lines"][-5:]:
       self.say(f"  | {line}")

@@ -95,8 +95,16 @@ def as_csv(rows: Sequence[Row], metric: str) -> str:
   writer.writerow(["trial", *paths, metric, "status", "step", "steps", "seconds", "error"])
   for row in rows:
     writer.writerow(
-      [row.id, *(row.config.get(path) for path in paths), row.value, row.status, row.step,
-       row.steps, row.seconds, "\n".join(row.error)]
+      [
+        row.id,
+        *(row.config.get(path) for path in paths),
+        row.value,
+        row.status,
+        row.step,
+        row.steps,
+        row.seconds,
+        "\n".join(row.error),
+      ]
     )
   return text.getvalue()
 
@@ -148,7 +156,9 @@ def main(config: Config) -> int:
   except OSError as error:
     field = "figure" if error.filename == config.figure else "workdir"
     raise ConfigError(
-      field, getattr(config, field), "where files can be read and written",
+      field,
+      getattr(config, field),
+      "where files can be read and written",
       f"{error.filename}: {error.strerror}",
     ) from None
   print(f"curves: {workdir / 'report.html'}")

@@ -47,7 +47,8 @@ def multiples(groups: Sequence[Group], metric: str) -> str:
       f"<title>seed {html.escape(shown(row.config.get('seed')))}</title></polyline>"
       + "".join(
         '<circle class="f{}" cx="{}" cy="{}" r="2"/>'.format(i % 8, *place(*point).split(","))
-        for point in row.curve if len(row.curve) <= 40
+        for point in row.curve
+        if len(row.curve) <= 40
       )
       for i, row in enumerate(group.rows)
     )
@@ -185,8 +186,12 @@ def draw(paths: Sequence[str], groups: Sequence[Group], metric: str, path: str) 
     ticks = sorted({values for line in lines for values, _ in line}, key=_keys)
     for line in lines:
       axis.plot(
-        [ticks.index(values) for values, _ in line], [mean for _, mean in line],
-        color="0.6", linewidth=1, marker="o", markersize=3,
+        [ticks.index(values) for values, _ in line],
+        [mean for _, mean in line],
+        color="0.6",
+        linewidth=1,
+        marker="o",
+        markersize=3,
       )
     means = [
       statistics.fmean([mean for line in lines for values, mean in line if values == tick])
@@ -214,11 +219,16 @@ def trials_table(rows: Sequence[Row], metric: str) -> str:
     names = ("report.html", "samples.jsonl", "metrics.jsonl", "stdout.log")
     links = " ".join(
       f'<a href="{row.id}/{name}">{name.partition(".")[0]}</a>'
-      for name in names if (row.directory / name).exists()
+      for name in names
+      if (row.directory / name).exists()
     )
     cells = [
-      row.id, *(shown(row.config.get(path)) for path in paths), number(row.value), row.status,
-      f"{number(row.step)}/{row.steps}", duration(row.seconds),
+      row.id,
+      *(shown(row.config.get(path)) for path in paths),
+      number(row.value),
+      row.status,
+      f"{number(row.step)}/{row.steps}",
+      duration(row.seconds),
     ]
     lines.append(
       "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + f"<td>{links}</td></tr>"
@@ -251,6 +261,7 @@ def as_html(
     f"<header><h1>{html.escape(name)}</h1><p>{len(rows)} trials: {html.escape(said)}</p></header>"
     + "".join(
       f'<section><h2>{title}</h2><div class="{kind}">{content}</div></section>'
-      for title, content, kind in sections if content
+      for title, content, kind in sections
+      if content
     ),
   )

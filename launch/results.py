@@ -19,9 +19,36 @@ from rl_llm.runs.report_page import finite
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond them 1.96 is near enough.
 _T = (
-  12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
-  2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048,
-  2.045, 2.042,
+  12.706,
+  4.303,
+  3.182,
+  2.776,
+  2.571,
+  2.447,
+  2.365,
+  2.306,
+  2.262,
+  2.228,
+  2.201,
+  2.179,
+  2.160,
+  2.145,
+  2.131,
+  2.120,
+  2.110,
+  2.101,
+  2.093,
+  2.086,
+  2.080,
+  2.074,
+  2.069,
+  2.064,
+  2.060,
+  2.056,
+  2.052,
+  2.048,
+  2.045,
+  2.042,
 )
 
 
@@ -52,8 +79,13 @@ class Group(NamedTuple):
 # What is read of a trial's files.
 _KINDS = {
   "trial.json": {"id": str, "order": int, "steps": int, "config": dict},
-  "status.json": {"status": str, "seconds": (int, float), "failures": int, "reason": str,
-                  "lines": list},
+  "status.json": {
+    "status": str,
+    "seconds": (int, float),
+    "failures": int,
+    "reason": str,
+    "lines": list,
+  },
   "result.json": {"steps": int, "after": dict},
 }
 
@@ -84,8 +116,10 @@ def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:
     raise ConfigError("workdir", workdir, "a directory in which launch.run has run a sweep")
   for trial in found:
     if "id" not in trial:
-      raise RecordError(f"{trial['path']}: broken; the launch.run command that began the sweep "
-                        "writes it anew, or move the trial's directory away")
+      raise RecordError(
+        f"{trial['path']}: broken; the launch.run command that began the sweep "
+        "writes it anew, or move the trial's directory away"
+      )
   found.sort(key=lambda trial: (trial.get("order", 0), trial["id"]))
   records = {}
   for trial in found:
@@ -103,7 +137,8 @@ def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:
     word = state.where(directory, steps, status)
     curve = [
       (row["step"], value)
-      for row in records[trial["id"]] if (value := finite(row.get(metric))) is not None
+      for row in records[trial["id"]]
+      if (value := finite(row.get(metric))) is not None
     ]
     result = finite(after.get(metric))
     failed = [status.get("reason", ""), *map(str, status.get("lines", []))]
@@ -147,9 +182,7 @@ def grouped(rows: Sequence[Row], metric: str) -> tuple[list[str], list[Group]]:
   groups = []
   for members in by_settings.values():
     mean, half = interval([row.value for row in members if row.value is not None])
-    groups.append(
-      Group({path: members[0].config.get(path) for path in paths}, members, mean, half)
-    )
+    groups.append(Group({path: members[0].config.get(path) for path in paths}, members, mean, half))
   sign = 1 if metric.endswith("loss") else -1
   groups.sort(key=lambda group: (group.mean is None, sign * (group.mean or 0.0)))
   return paths, groups

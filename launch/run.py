@@ -75,9 +75,13 @@ _HERE = ("devices", "devices_per_trial", "parallel", "processes", "prefix")
 _WAITS = ("halving.steps", "search.trials")
 # A population's members begin together, in this process.
 _STARTS = ("retries", "backoff", "time_limit", "grace", "python", *_WAITS)
-NO_EFFECT = {"local": ("execute",), "population": ("execute", *_HERE, *_STARTS),
-             "slurm": (*_HERE, *_WAITS), "tpu": _HERE,
-             "gke": (*_HERE, "backoff", "time_limit", *_WAITS)}
+NO_EFFECT = {
+  "local": ("execute",),
+  "population": ("execute", *_HERE, *_STARTS),
+  "slurm": (*_HERE, *_WAITS),
+  "tpu": _HERE,
+  "gke": (*_HERE, "backoff", "time_limit", *_WAITS),
+}
 
 
 def check(config: Config) -> None:

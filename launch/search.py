@@ -50,8 +50,10 @@ class Search:
   lowest: bool = option(False, "the lowest is best, as of a loss")
   seed: int = option(0, "of what it draws", min=0)
   prune_from: int = option(
-    0, "step from which a trial is ended if it is below the median of the finished ones, five at "
-    "least, as they were at its step; 0 = none is", min=0
+    0,
+    "step from which a trial is ended if it is below the median of the finished ones, five at "
+    "least, as they were at its step; 0 = none is",
+    min=0,
   )
 
 
@@ -95,8 +97,11 @@ class Study:
       found = self._ask(known["params"])
       if found.id != known["id"]:
         raise ConfigError(
-          "sweep", path, f"the file that {workdir} was begun with: of {known['params']} it now "
-          "makes another trial", "another --workdir begins anew"
+          "sweep",
+          path,
+          f"the file that {workdir} was begun with: of {known['params']} it now "
+          "makes another trial",
+          "another --workdir begins anew",
         )
     if not self._asked:
       self._ask()
@@ -184,8 +189,10 @@ class Study:
     with locked(self._workdir / ".search.lock") as alone:
       if not alone:
         raise ConfigError(
-          "workdir", self._workdir, "of a search that no other launcher leads",
-          "a search has one; --parallel runs more trials at once"
+          "workdir",
+          self._workdir,
+          "of a search that no other launcher leads",
+          "a search has one; --parallel runs more trials at once",
         )
       self.save()
       pruned = {id: "pruned" for id in self.trials if self._was_pruned(id)}

@@ -51,8 +51,13 @@ def describe(trial: Trial, command: str, directory: Path) -> None:
   try:
     directory.mkdir(parents=True, exist_ok=True)
     known = {
-      "id": trial.id, "order": trial.order, "experiment": trial.experiment, "steps": trial.steps,
-      "command": command, "settings": trial.settings, "config": trial.config,
+      "id": trial.id,
+      "order": trial.order,
+      "experiment": trial.experiment,
+      "steps": trial.steps,
+      "command": command,
+      "settings": trial.settings,
+      "config": trial.config,
     }
     if read_json(directory / "trial.json") != json.loads(redact(json.dumps(known))):
       write_json(directory / "trial.json", known)
@@ -145,7 +150,9 @@ def take_lease(directory: Path) -> Path | None:
     return None
   except OSError as error:
     raise ConfigError(
-      "workdir", directory.parent, "on a file system with hard links, such as a local disk or NFS",
+      "workdir",
+      directory.parent,
+      "on a file system with hard links, such as a local disk or NFS",
       error.strerror or "",
     ) from None
   finally:
@@ -171,8 +178,15 @@ def release_lease(lease: Path) -> None:
 
 
 _KINDS = {
-  "status": str, "slot": str, "reason": str, "failures": int, "seconds": (int, float),
-  "ended": (int, float), "next_try": (int, float), "wait": (int, float), "lines": list,
+  "status": str,
+  "slot": str,
+  "reason": str,
+  "failures": int,
+  "seconds": (int, float),
+  "ended": (int, float),
+  "next_try": (int, float),
+  "wait": (int, float),
+  "lines": list,
 }
 
 

@@ -115,7 +115,8 @@ def zipped(*mappings: Mapping[str, Sequence[Any]], **axes: Sequence[Any]) -> lis
   """
   columns = [
     [{key: value} for value in _values(key, axis)]
-    for mapping in (*mappings, axes) for key, axis in mapping.items()
+    for mapping in (*mappings, axes)
+    for key, axis in mapping.items()
   ]
   if len({len(column) for column in columns}) > 1:
     sizes = ", ".join(f"{next(iter(c[0]), '') if c else 'one'} has {len(c)}" for c in columns)
@@ -141,9 +142,7 @@ def fixed(*mappings: Mapping[str, Any], **settings: Any) -> list[Settings]:
   return [_merged((*mappings, settings))]
 
 
-def random(
-  count: int, seed: int, *mappings: Mapping[str, Any], **axes: Any
-) -> list[Settings]:
+def random(count: int, seed: int, *mappings: Mapping[str, Any], **axes: Any) -> list[Settings]:
   """Independent draws; each axis is a distribution of this module or a list to choose from.
 
   A larger `count` adds draws and keeps the first ones, and an axis gives the same draws whatever
@@ -163,9 +162,7 @@ def random(
   for key, axis in _merged((*mappings, axes)).items():
     draws = random_lib.Random(f"{seed}/{key}")  # A text is hashed the same everywhere.
     values = None if callable(axis) else _values(key, axis)
-    columns.append(
-      [{key: draws.choice(values) if values else axis(draws)} for _ in range(count)]
-    )
+    columns.append([{key: draws.choice(values) if values else axis(draws)} for _ in range(count)])
   return [_merged(column[i] for column in columns) for i in range(count)]
 
 
@@ -173,9 +170,7 @@ def log_uniform(low: float, high: float) -> Callable[[random_lib.Random], float]
   """Uniform in the logarithm, 4 digits: every factor of ten is as likely as every other."""
   if not 0 < low <= high:
     raise SweepError(f"log_uniform({low}, {high}): must be 0 < low <= high")
-  return lambda draws: _rounded(
-    math.exp(draws.uniform(math.log(low), math.log(high))), low, high
-  )
+  return lambda draws: _rounded(math.exp(draws.uniform(math.log(low), math.log(high))), low, high)
 
 
 def uniform(low: float, high: float) -> Callable[[random_lib.Random], float]:
@@ -312,9 +307,7 @@ def make_trial(module: ModuleType, experiment: str, settings: Mapping[str, Any])
   """One dictionary as a trial."""
   if "workdir" in settings:
     raise ConfigError("workdir", settings["workdir"], "left to the launcher", "leave it out")
-  config, given = resolve(
-    module.Config, settings, overrides=getattr(module, "overrides", None)
-  )
+  config, given = resolve(module.Config, settings, overrides=getattr(module, "overrides", None))
   getattr(module, "check", configs.check)(config)
   ignored = {*configs.volatile(config), "workdir"}
   values = flatten(config)
@@ -341,8 +334,9 @@ def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
   """
   paths = dict.fromkeys(itertools.chain.from_iterable(configs))
   return [
-    path for path in paths if path != "workdir"
-    and any(config.get(path) != configs[0].get(path) for config in configs)
+    path
+    for path in paths
+    if path != "workdir" and any(config.get(path) != configs[0].get(path) for config in configs)
   ]
 
 

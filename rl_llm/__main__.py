@@ -1,7 +1,7 @@
 """`python -m rl_llm`: what there is to run, and the reports of runs.
 
-  python -m rl_llm                   the commands
-  python -m rl_llm report RUN ...    rewrites RUN/report.html, also while the run is in progress
+python -m rl_llm                   the commands
+python -m rl_llm report RUN ...    rewrites RUN/report.html, also while the run is in progress
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def overview() -> str:
 
 def main(arguments: Sequence[str]) -> int:
   """Runs the command line; returns the exit code."""
-  parser = argparse.ArgumentParser(prog="python -m rl_llm", description=overview(),
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog="python -m rl_llm",
+    description=overview(),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("--version", action="version", version=rl_llm.__version__)
   subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
   report = subparsers.add_parser("report", help="write RUN/report.html anew")

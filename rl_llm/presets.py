@@ -129,14 +129,20 @@ def _recipes() -> dict[str, Recipe]:
     "openrlhf": Recipe(advantage | {"eps": 1e-9}, token_mean, clip, no_kl, bonus),
     "nemo": Recipe(
       advantage | {"scale": "leave_one_out", "baseline": "leave_one_out"},
-      token_mean, clip, {"coef": 0.01, "value": "k3", "gradient": "k2"}, bonus,
+      token_mean,
+      clip,
+      {"coef": 0.01, "value": "k3", "gradient": "k2"},
+      bonus,
     ),
     "tunix": Recipe(
       advantage, sequence_mean, clip, {"coef": 0.04, "value": "k1", "gradient": "k1"}, bonus
     ),
     "simply": Recipe(
       advantage | {"ddof": 0, "eps": 1e-5, "eps_rule": "max"},
-      token_mean, clip, no_kl | {"coef": 0.001}, bonus,
+      token_mean,
+      clip,
+      no_kl | {"coef": 0.001},
+      bonus,
     ),
     "skyrl": Recipe(
       raw, token_mean, clip, no_kl | {"coef": 0.001, "weighting": "sequence_mean"}, bonus

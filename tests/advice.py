@@ -211,14 +211,16 @@ def is_flag(name: str, flags: frozenset[str]) -> bool:
 _CURE = re.compile(
   r"(?:[;:.]|, or)\s*(?:\w+ )?(?:add|apply|ask|check|choose|convert|copy|cut|download|drop|free"
   r"|give|hold|install|leave|load|lower|make|name|pass|pick|pip|put|raise|remove|rename|restore"
-  r"|resume|run|see|set|split|start|stop|take|try|use|wait|write)\b", re.IGNORECASE,
+  r"|resume|run|see|set|split|start|stop|take|try|use|wait|write)\b",
+  re.IGNORECASE,
 )
 
 
 def cures() -> tuple[Text, ...]:
   """The texts of errors that say what to do and name no flag."""
   return tuple(
-    text for text in texts()
+    text
+    for text in texts()
     if text.raised and len(text.text) > 30 and _CURE.search(text.text) and not flags_in(text.text)
   )
 

@@ -32,9 +32,7 @@ def ids_of(tokenizer, messages, generation):
 
 
 def text_of(tokenizer, messages, generation):
-  return tokenizer.apply_chat_template(
-    messages, add_generation_prompt=generation, tokenize=False
-  )
+  return tokenizer.apply_chat_template(messages, add_generation_prompt=generation, tokenize=False)
 
 
 def plain_ids(tokenizer, text, bos=False):
@@ -62,7 +60,8 @@ def chat(tokenizer, messages, end):
   ended = tokenizer.convert_ids_to_tokens(end)
   kept = all(
     after.startswith(text_of(tokenizer, messages[: k + 1], False).rpartition(ended)[0])
-    for k, message in enumerate(messages) if message["role"] == "assistant"
+    for k, message in enumerate(messages)
+    if message["role"] == "assistant"
   )
   return {
     "prompt": prompt, "row": row, "spans": spans if kept else spans[-1:], "kept": int(kept),

@@ -40,11 +40,7 @@ def start(arguments, *, devices=1, **environment) -> subprocess.Popen:
     [sys.executable, *map(str, arguments)],
     cwd=ROOT,
     env=inherited
-    | {
-      "PYTHONPATH": str(ROOT),
-      "JAX_PLATFORMS": "cpu",
-      "JAX_NUM_CPU_DEVICES": str(devices),
-    }
+    | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

@@ -13,12 +13,14 @@ from rl_llm import advantages as adv
 from rl_llm.advantages.group import GROUP_ADVANTAGES
 from rl_llm.runs.keywords import settings
 
-MASK = np.array([
-  [True, True, True, True, True],
-  [True, True, False, False, True],  # a tool wrote the middle
-  [True, False, False, False, False],
-  [False, False, False, False, False],
-])
+MASK = np.array(
+  [
+    [True, True, True, True, True],
+    [True, True, False, False, True],  # a tool wrote the middle
+    [True, False, False, False, False],
+    [False, False, False, False, False],
+  ]
+)
 RNG = np.random.default_rng(0)
 REWARDS, VALUES = RNG.normal(size=(2, *MASK.shape))
 GROUPS = np.array([[1.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0], [3.0, -1.0, 2.0, 7.0]])
@@ -63,15 +65,17 @@ def gae_loop(rewards, values, discount, lam, end):
   following = np.append(values[1:], end)
   delta = rewards + discount * following - values
   n = len(rewards)
-  return np.array([
-    sum((discount * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)])
+  return np.array(
+    [sum((discount * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
+  )
 
 
 @pytest.mark.parametrize("discount, lam", [(1.0, 0.95), (0.9, 0.5), (0.9, 0.0), (0.9, 1.0)])
 @pytest.mark.parametrize("bootstrap", [None, np.array([0.3, -0.2, 0.8, 5.0])])
 def test_gae_matches_the_sum_of_deltas_and_skips_masked_tokens(discount, lam, bootstrap):
   got, returns = adv.gae(
-    REWARDS, VALUES, MASK, discount=discount, gae_lambda=lam, bootstrap=bootstrap)
+    REWARDS, VALUES, MASK, discount=discount, gae_lambda=lam, bootstrap=bootstrap
+  )
   expected = np.zeros(MASK.shape)
   for b in range(4):
     m = MASK[b]
@@ -95,9 +99,13 @@ def test_gae_with_lambda_one_is_return_minus_value_and_zero_is_the_td_error():
 def test_recursions_ignore_garbage_outside_the_mask():
   dirty = np.where(MASK, REWARDS, np.nan)
   np.testing.assert_array_equal(
-    adv.discounted_returns(dirty, MASK), adv.discounted_returns(REWARDS, MASK))
-  for got, clean in zip(adv.gae(dirty, np.where(MASK, VALUES, np.inf), MASK),
-                        adv.gae(REWARDS, VALUES, MASK), strict=True):
+    adv.discounted_returns(dirty, MASK), adv.discounted_returns(REWARDS, MASK)
+  )
+  for got, clean in zip(
+    adv.gae(dirty, np.where(MASK, VALUES, np.inf), MASK),
+    adv.gae(REWARDS, VALUES, MASK),
+    strict=True,
+  ):
     np.testing.assert_array_equal(got, clean)
 
 
@@ -131,11 +139,27 @@ def test_group_relative_matches_the_loop(scale, baseline, ddof, eps):
   failed[1] = [True, True, True, False]  # one answer left: a singleton
   singleton, rule = ("raw", "max") if eps == 0.8 else ("zero", "add")
   for where in (None, ~failed):
-    expected = group_loop(GROUPS, scale, ddof, eps, baseline,
-                          np.ones_like(failed) if where is None else where, singleton, rule)
+    expected = group_loop(
+      GROUPS,
+      scale,
+      ddof,
+      eps,
+      baseline,
+      np.ones_like(failed) if where is None else where,
+      singleton,
+      rule,
+    )
     rewards = GROUPS if where is None else np.where(where, GROUPS, np.nan)
-    got = adv.group_relative(rewards, scale=scale, ddof=ddof, eps=eps, baseline=baseline,
-                             singleton=singleton, eps_rule=rule, where=where)
+    got = adv.group_relative(
+      rewards,
+      scale=scale,
+      ddof=ddof,
+      eps=eps,
+      baseline=baseline,
+      singleton=singleton,
+      eps_rule=rule,
+      where=where,
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -145,8 +169,11 @@ def test_an_outlier_among_equals_is_not_divided(reward):
   rewards = np.full((5, 17), reward, np.float32)
   rewards[:, 0] = 1
   sizes = np.arange(17) < np.array([[4], [6], [7], [12], [17]])
-  got = jax.jit(lambda x, where: adv.group_relative(
-    x, scale="leave_one_out", baseline="leave_one_out", eps=1e-9, where=where))(rewards, sizes)
+  got = jax.jit(
+    lambda x, where: adv.group_relative(
+      x, scale="leave_one_out", baseline="leave_one_out", eps=1e-9, where=where
+    )
+  )(rewards, sizes)
   np.testing.assert_allclose(got[:, 0], 1 - reward, rtol=1e-5)
 
 
@@ -186,8 +213,10 @@ def test_leave_one_out_is_the_centred_reward_times_g_over_g_minus_one():
 
 WHERE = np.array([[True, True, False, True], [True] * 4, [False, True, True, True]])
 # An eager call would compile operation by operation.
-GDPO = jax.jit(lambda rewards, where, scale: adv.gdpo(
-  rewards, np.array([2.0, 0.5]), scale=scale, where=where), static_argnames="scale")
+GDPO = jax.jit(
+  lambda rewards, where, scale: adv.gdpo(rewards, np.array([2.0, 0.5]), scale=scale, where=where),
+  static_argnames="scale",
+)
 OTB = jax.jit(adv.optimal_token_baseline, static_argnames=("group_size", "singleton"))
 
 
@@ -221,7 +250,11 @@ def test_reinforce_plus_plus_baseline_counts_tokens_not_responses():
     valid = np.ones((2, 2), bool) if ok is None else ok
     tokens = [
       (p * 2 + g, rewards[p, g] - rewards[p][valid[p]].mean())
-      for p in range(2) for g in range(2) if valid[p, g] for _ in range(MASK[p * 2 + g].sum())]
+      for p in range(2)
+      for g in range(2)
+      if valid[p, g]
+      for _ in range(MASK[p * 2 + g].sum())
+    ]
     values = np.array([value for _, value in tokens])
     expected = np.zeros(4)
     for b, value in tokens:
@@ -260,10 +293,16 @@ def test_opo_gpg_maxrl_and_remax_match_their_formulas():
 
 def test_equal_and_empty_groups_are_exactly_zero_everywhere():
   equal, nothing = np.full((3, 4), 0.1, np.float32), np.zeros((3, 4), bool)
-  for f in (adv.group_relative, adv.leave_one_out, adv.gpg, adv.maxrl, adv.pass_at_k,
-            lambda x, where=None: adv.pass_at_k(x, k=3, scale="std", where=where),
-            lambda x, where=None: adv.opo(x, np.arange(12).reshape(3, 4), where=where),
-            lambda x, where: GDPO(np.stack([x, x], 2), np.stack([where, where], 2), scale="std")):
+  for f in (
+    adv.group_relative,
+    adv.leave_one_out,
+    adv.gpg,
+    adv.maxrl,
+    adv.pass_at_k,
+    lambda x, where=None: adv.pass_at_k(x, k=3, scale="std", where=where),
+    lambda x, where=None: adv.opo(x, np.arange(12).reshape(3, 4), where=where),
+    lambda x, where: GDPO(np.stack([x, x], 2), np.stack([where, where], 2), scale="std"),
+  ):
     assert not np.any(f(equal, where=WHERE))  # three equal numbers: their mean is rounded
     assert not np.any(f(np.full((3, 4), np.nan), where=nothing))
 
@@ -289,8 +328,9 @@ def test_pass_at_k_is_the_mean_loss_of_the_best_over_all_sets(k):
     got = adv.pass_at_k(np.where(where, GROUPS, np.nan), k=k, where=where)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
   std = GROUPS.std(axis=1, ddof=1, keepdims=True) + 1e-6
-  np.testing.assert_allclose(adv.pass_at_k(GROUPS, k=k, scale="std"),
-                             adv.pass_at_k(GROUPS, k=k) / std, rtol=1e-5)
+  np.testing.assert_allclose(
+    adv.pass_at_k(GROUPS, k=k, scale="std"), adv.pass_at_k(GROUPS, k=k) / std, rtol=1e-5
+  )
 
 
 def test_pass_at_k_is_unbiased_for_the_gradient_of_the_best_of_k():
@@ -301,8 +341,11 @@ def test_pass_at_k_is_unbiased_for_the_gradient_of_the_best_of_k():
   groups = np.array(list(itertools.product(range(3), repeat=3)))
   advantages = np.asarray(jax.jit(lambda x: adv.pass_at_k(x, k=2))(reward[groups]))
   got = np.einsum("n,ng,ngd->d", p[groups].prod(1), advantages, scores[groups])
-  exact = sum(p[a] * p[b] * max(reward[a], reward[b]) * (scores[a] + scores[b])
-              for a in range(3) for b in range(3))
+  exact = sum(
+    p[a] * p[b] * max(reward[a], reward[b]) * (scores[a] + scores[b])
+    for a in range(3)
+    for b in range(3)
+  )
   np.testing.assert_allclose(got, exact, atol=1e-6)
 
 
@@ -314,7 +357,8 @@ def test_gdpo_normalises_each_reward_then_the_sum(scale):
   for where in (np.ones((3, 4, 2), bool), applies):
     total = sum(
       w * group_loop(rewards[..., k], scale, 1, 1e-6, "mean", where[..., k])
-      for k, w in enumerate([2.0, 0.5]))
+      for k, w in enumerate([2.0, 0.5])
+    )
     valid = where.any(axis=2)
     expected = (total - total[valid].mean()) / (total[valid].std(ddof=1) + 1e-6)
     got = GDPO(np.where(where, rewards, np.nan), where, scale=scale)
@@ -335,8 +379,13 @@ def test_the_optimal_token_baseline_matches_the_loop(singleton):
       baseline = 0
     expected[b, t] = returns[b, t] - baseline
   got = OTB(
-    np.where(MASK, returns, np.nan), np.where(MASK, np.log(p), np.inf), squares, MASK,
-    group_size=2, singleton=singleton)
+    np.where(MASK, returns, np.nan),
+    np.where(MASK, np.log(p), np.inf),
+    squares,
+    MASK,
+    group_size=2,
+    singleton=singleton,
+  )
   np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -362,43 +411,50 @@ def test_informative_groups_are_those_with_a_gradient():
 
 def test_all_of_it_compiles():
   for f in (
-    lambda: adv.gae(REWARDS, VALUES, MASK), lambda: adv.discounted_returns(REWARDS, MASK),
+    lambda: adv.gae(REWARDS, VALUES, MASK),
+    lambda: adv.discounted_returns(REWARDS, MASK),
     lambda: adv.group_relative(GROUPS, scale="leave_one_out", singleton="raw"),
-    lambda: adv.token_rewards(np.ones(4), MASK), lambda: adv.gpg(GROUPS),
+    lambda: adv.token_rewards(np.ones(4), MASK),
+    lambda: adv.gpg(GROUPS),
   ):
     for jitted, plain in zip(jax.tree.leaves(jax.jit(f)()), jax.tree.leaves(f()), strict=True):
       np.testing.assert_allclose(jitted, plain, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: adv.token_rewards(np.ones(3), MASK), r"outcomes has shape \(3,\).*\(4,\)"),
-  (lambda: adv.token_rewards(np.ones(4), MASK, kl=np.ones(4)), "kl has shape"),
-  (lambda: adv.discounted_returns(REWARDS[:1], MASK), "rewards has shape"),
-  (lambda: adv.gae(REWARDS, VALUES[:, :1], MASK), "values has shape"),
-  (lambda: adv.gae(REWARDS, VALUES, MASK, bootstrap=np.ones(2)), "bootstrap has shape"),
-  (lambda: adv.gae(REWARDS, VALUES, MASK * 1.0), "mask has dtype float"),
-  (lambda: adv.group_relative(np.ones(4)), r"rewards has shape \(4,\).*reshape"),
-  (lambda: adv.group_relative(GROUPS, scale="Std"), "scale is 'Std'.*'batch'"),
-  (lambda: adv.group_relative(GROUPS, eps=0), "eps is 0"),
-  (lambda: adv.group_relative(GROUPS, baseline="loo"), "baseline is 'loo'"),
-  (lambda: adv.group_relative(GROUPS, where=np.ones((1, 4), bool)), "where has shape"),
-  (lambda: adv.group_relative(GROUPS, singleton="one"), "singleton is 'one'"),
-  (lambda: adv.group_relative(GROUPS, eps_rule="min"), "eps_rule is 'min'"),
-  (lambda: adv.gae(REWARDS, VALUES, MASK, gae_lambda=np.ones(3)), "gae_lambda has shape"),
-  (lambda: adv.length_adaptive_lambda(MASK, alpha=0), "alpha is 0"),
-  (lambda: adv.reinforce_plus_plus(REWARDS, MASK, eps=0), "eps is 0"),
-  (lambda: adv.reinforce_plus_plus_baseline(GROUPS, MASK), "mask has shape.*12 rows"),
-  (lambda: adv.remax(GROUPS, np.ones(4)), r"greedy_rewards has shape \(4,\).*\(3,\)"),
-  (lambda: adv.opo(GROUPS, np.ones(4)), "lengths has shape"),
-  (lambda: adv.gpg(GROUPS, alpha="all"), "alpha is 'all'"),
-  (lambda: adv.maxrl(GROUPS, eps=0), "eps is 0"),
-  (lambda: adv.pass_at_k(GROUPS, k=5), "k is 5.*between 2 and 4"),
-  (lambda: adv.gdpo(GROUPS, np.ones(4)), "rewards has shape.*P, G, K"),
-  (lambda: adv.gdpo(GROUPS[..., None], np.ones(2)), "weights has shape"),
-  (lambda: adv.optimal_token_baseline(REWARDS, VALUES, VALUES, MASK, group_size=3),
-   "group_size is 3.*rows of mask, 4"),
-  (lambda: adv.overlong_penalty(np.ones(2), limit=4, cache=5), "cache is 5"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: adv.token_rewards(np.ones(3), MASK), r"outcomes has shape \(3,\).*\(4,\)"),
+    (lambda: adv.token_rewards(np.ones(4), MASK, kl=np.ones(4)), "kl has shape"),
+    (lambda: adv.discounted_returns(REWARDS[:1], MASK), "rewards has shape"),
+    (lambda: adv.gae(REWARDS, VALUES[:, :1], MASK), "values has shape"),
+    (lambda: adv.gae(REWARDS, VALUES, MASK, bootstrap=np.ones(2)), "bootstrap has shape"),
+    (lambda: adv.gae(REWARDS, VALUES, MASK * 1.0), "mask has dtype float"),
+    (lambda: adv.group_relative(np.ones(4)), r"rewards has shape \(4,\).*reshape"),
+    (lambda: adv.group_relative(GROUPS, scale="Std"), "scale is 'Std'.*'batch'"),
+    (lambda: adv.group_relative(GROUPS, eps=0), "eps is 0"),
+    (lambda: adv.group_relative(GROUPS, baseline="loo"), "baseline is 'loo'"),
+    (lambda: adv.group_relative(GROUPS, where=np.ones((1, 4), bool)), "where has shape"),
+    (lambda: adv.group_relative(GROUPS, singleton="one"), "singleton is 'one'"),
+    (lambda: adv.group_relative(GROUPS, eps_rule="min"), "eps_rule is 'min'"),
+    (lambda: adv.gae(REWARDS, VALUES, MASK, gae_lambda=np.ones(3)), "gae_lambda has shape"),
+    (lambda: adv.length_adaptive_lambda(MASK, alpha=0), "alpha is 0"),
+    (lambda: adv.reinforce_plus_plus(REWARDS, MASK, eps=0), "eps is 0"),
+    (lambda: adv.reinforce_plus_plus_baseline(GROUPS, MASK), "mask has shape.*12 rows"),
+    (lambda: adv.remax(GROUPS, np.ones(4)), r"greedy_rewards has shape \(4,\).*\(3,\)"),
+    (lambda: adv.opo(GROUPS, np.ones(4)), "lengths has shape"),
+    (lambda: adv.gpg(GROUPS, alpha="all"), "alpha is 'all'"),
+    (lambda: adv.maxrl(GROUPS, eps=0), "eps is 0"),
+    (lambda: adv.pass_at_k(GROUPS, k=5), "k is 5.*between 2 and 4"),
+    (lambda: adv.gdpo(GROUPS, np.ones(4)), "rewards has shape.*P, G, K"),
+    (lambda: adv.gdpo(GROUPS[..., None], np.ones(2)), "weights has shape"),
+    (
+      lambda: adv.optimal_token_baseline(REWARDS, VALUES, VALUES, MASK, group_size=3),
+      "group_size is 3.*rows of mask, 4",
+    ),
+    (lambda: adv.overlong_penalty(np.ones(2), limit=4, cache=5), "cache is 5"),
+  ],
+)
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
     call()
@@ -448,12 +504,16 @@ def test_maxrl_has_no_value_where_a_reward_is_below_zero():
   assert np.isnan(got[1]).all() and not np.any(got[2])
 
 
-@pytest.mark.parametrize("f, alone", [
-  (lambda r, **k: adv.gpg(r, alpha="nonzero", **k), 1.5),  # Times alpha = 3 / 2.
-  (lambda r, **k: adv.gpg(r, **k), 1.5),
-  (lambda r, **k: adv.opo(r, np.ones_like(r), **k), 1.0),
-  (lambda r, **k: adv.group_relative(r, **k), 1.0),
-], ids=["gpg nonzero", "gpg", "opo", "group_relative"])
+@pytest.mark.parametrize(
+  "f, alone",
+  [
+    (lambda r, **k: adv.gpg(r, alpha="nonzero", **k), 1.5),  # Times alpha = 3 / 2.
+    (lambda r, **k: adv.gpg(r, **k), 1.5),
+    (lambda r, **k: adv.opo(r, np.ones_like(r), **k), 1.0),
+    (lambda r, **k: adv.group_relative(r, **k), 1.0),
+  ],
+  ids=["gpg nonzero", "gpg", "opo", "group_relative"],
+)
 def test_a_lone_response_keeps_its_reward_where_asked(f, alone):
   """verl takes a mean of 0 for a group of one."""
   rewards = np.array([[1.0, 0.0], [1.0, 0.5]])

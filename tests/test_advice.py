@@ -17,9 +17,27 @@ from tests import advice
 
 # Flags of absl and of other programs, which the sources call or explain.
 FOREIGN = {
-  "help", "helpfull", "flagfile", "no-deps", "signal", "worker", "command", "project", "zone",
-  "mount", "accelerator-type", "runtime-version", "node-id", "format", "spot", "recurse", "force",
-  "quiet", "cpus-per-task", "ntasks", "requeue",
+  "help",
+  "helpfull",
+  "flagfile",
+  "no-deps",
+  "signal",
+  "worker",
+  "command",
+  "project",
+  "zone",
+  "mount",
+  "accelerator-type",
+  "runtime-version",
+  "node-id",
+  "format",
+  "spot",
+  "recurse",
+  "force",
+  "quiet",
+  "cpus-per-task",
+  "ntasks",
+  "requeue",
   "name",  # as in "write every setting as --name=value"
 }
 # Texts that a command leads to and never shows, by (command, where): why.
@@ -29,8 +47,10 @@ NEVER_SHOWN = {
   ("experiments.reward_model", "experiments.flags.Data"): "it asks for --data before",
   ("experiments.evaluate", "experiments.setup.load_task"): "it has no group eval, and asks itself",
   ("experiments.make_preferences", "experiments.setup.load_task"): "it has no group eval",
-  ("experiments.dpo", "rl_llm.rollout.experience.make_judge"):
-    "without --reward it is the task's grader",
+  (
+    "experiments.dpo",
+    "rl_llm.rollout.experience.make_judge",
+  ): "without --reward it is the task's grader",
   ("experiments.sft", "rl_llm.rollout.experience.make_judge"): "as above",
   ("experiments.evaluate", "rl_llm.rollout.experience.make_judge"): "as above",
   ("experiments.make_preferences", "rl_llm.rollout.experience.make_judge"): "as above",
@@ -162,6 +182,8 @@ def test_who_may_show_what():
   """One command's own check, what all share, and what only those with files of examples read."""
   assert "experiments.sft" not in shown_by(("experiments.ppo", "KL"))
   assert set(shown_by(("rl_llm.data.formats", "recognise"))) == {
-    "experiments.dpo", "experiments.reward_model", "experiments.sft"
+    "experiments.dpo",
+    "experiments.reward_model",
+    "experiments.sft",
   }
   assert "experiments.make_preferences" in shown_by(("rl_llm.data.prompts", "limit_length"))

@@ -91,8 +91,15 @@ def test_a_sampler_that_reads_other_ids_is_refused():
 @pytest.mark.parametrize("peer", ["none", "mixed"] if FULL else ["mixed"])
 def test_one_step_of_the_tiny_model_runs_end_to_end(peer):
   config = Config(
-    model="tiny", peer=peer, prompts=2, responses=4, prompt_tokens=9, new_tokens=3, steps=1,
-    warmup=1, microbatch_prompts=1,
+    model="tiny",
+    peer=peer,
+    prompts=2,
+    responses=4,
+    prompt_tokens=9,
+    new_tokens=3,
+    steps=1,
+    warmup=1,
+    microbatch_prompts=1,
   )
   out = io.StringIO()
   with contextlib.redirect_stdout(out):

@@ -59,14 +59,15 @@ class State:
 def make_state(seed=0):
   key = jax.random.key(seed)
   params = {
-      "layers": [{"kernel": jax.random.normal(jax.random.key(i), (4, 6))} for i in range(2)],
-      "embed.weight": jax.random.normal(key, (5, 4), jnp.bfloat16),
-      "empty": {},
-      "none": jnp.zeros((0, 3)),
+    "layers": [{"kernel": jax.random.normal(jax.random.key(i), (4, 6))} for i in range(2)],
+    "embed.weight": jax.random.normal(key, (5, 4), jnp.bfloat16),
+    "empty": {},
+    "none": jnp.zeros((0, 3)),
   }
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-  return State(jnp.int32(seed), params, optimizer.init(params), key,
-               Controller(jnp.float32(0.1), jnp.int8(3)))
+  return State(
+    jnp.int32(seed), params, optimizer.init(params), key, Controller(jnp.float32(0.1), jnp.int8(3))
+  )
 
 
 def bits(x):
@@ -104,8 +105,12 @@ W = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
 
 
 def run_python(code, *, devices=1, timeout=120, prefix=(), arguments=()):
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT),
-                     XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+  environment = dict(
+    os.environ,
+    JAX_PLATFORMS="cpu",
+    PYTHONPATH=str(ROOT),
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+  )
   command = [*prefix, sys.executable, "-c", textwrap.dedent(code), *arguments]
   return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -168,7 +173,8 @@ def test_restores_onto_other_devices(tmp_path):
   """F5: 1 device to 4 and back."""
   value = np.arange(32, dtype=np.float32).reshape(8, 4)
   Checkpointer(tmp_path).save(1, {"w": jnp.asarray(value), "key": jax.random.key(5)})
-  done = run_python(f"""
+  done = run_python(
+    f"""
       import jax, jax.numpy as jnp, numpy as np
       from jax.sharding import AxisType, NamedSharding, PartitionSpec
       from rl_llm.runs.checkpoint import Checkpointer
@@ -182,11 +188,15 @@ def test_restores_onto_other_devices(tmp_path):
       assert (np.asarray(state["w"]) == np.arange(32).reshape(8, 4)).all()
       assert (jax.random.key_data(state["key"]) == jax.random.key_data(jax.random.key(5))).all()
       Checkpointer({str(tmp_path)!r}).save(2, state)
-  """, devices=4)
+  """,
+    devices=4,
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   assert done.stdout == "" and done.stderr == ""
-  wanted = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32),
-            "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype)}
+  wanted = {
+    "w": jax.ShapeDtypeStruct((8, 4), jnp.float32),
+    "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype),
+  }
   step, state, _ = Checkpointer(tmp_path).restore(wanted)
   assert step == 2 and (np.asarray(state["w"]) == value).all()
 
@@ -238,12 +248,15 @@ def test_nonfinite_state_is_refused(tmp_path):
     assert checkpointer.latest() == 1
 
 
-@pytest.mark.parametrize("state, error, message", [
+@pytest.mark.parametrize(
+  "state, error, message",
+  [
     ({"w": 1.0}, TypeError, "state leaf w is a float.*jnp.asarray"),
     ({"w": np.ones(3)}, TypeError, "state leaf w is a ndarray"),
     ({"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}, CheckpointError, "stored as one; rename"),
     ({"a/b": jnp.ones(2), "a": jnp.zeros(2)}, CheckpointError, "inside the other; rename"),
-])
+  ],
+)
 def test_states_that_would_not_come_back_are_refused(tmp_path, state, error, message):
   with pytest.raises(error, match=message):
     Checkpointer(tmp_path).save(1, state)
@@ -374,12 +387,15 @@ def wrong(kind):
   return tree
 
 
-@pytest.mark.parametrize("kind, count, line", [
+@pytest.mark.parametrize(
+  "kind, count, line",
+  [
     ("shape", 30, "layer_00/kernel: shape (2, 3) in the checkpoint, (3, 2) asked for"),
     ("dtype", 30, "layer_00/kernel: dtype float32 in the checkpoint, bfloat16 asked for"),
     ("missing", 30, "layer_00/bias: in the state asked for, not in the checkpoint"),
     ("extra", 29, "layer_01/kernel: in the checkpoint, not in the state asked for"),
-])
+  ],
+)
 def test_another_model_is_refused_with_the_leaves_that_differ(tmp_path, capfd, kind, count, line):
   checkpointer = Checkpointer(tmp_path)
   checkpointer.save(1, {f"layer_{i:02}": {"kernel": jnp.ones((2, 3))} for i in range(30)})
@@ -396,8 +412,11 @@ def test_another_model_is_refused_with_the_leaves_that_differ(tmp_path, capfd, k
 def test_no_dtype_is_converted(tmp_path):
   checkpointer = Checkpointer(tmp_path)
   checkpointer.save(1, {"w": jnp.ones(3), "n": jnp.int32(300), "key": jax.random.key(0)})
-  want = {"w": jax.ShapeDtypeStruct((3,), jnp.bfloat16), "n": jax.ShapeDtypeStruct((), jnp.int16),
-          "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype)}
+  want = {
+    "w": jax.ShapeDtypeStruct((3,), jnp.bfloat16),
+    "n": jax.ShapeDtypeStruct((), jnp.int16),
+    "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype),
+  }
   with pytest.raises(CheckpointError, match="2 leaves differ"):
     checkpointer.restore(want)
 
@@ -416,9 +435,14 @@ def test_containers_may_change_names_may_not(tmp_path):
 
 
 def golden_state():
-  return {"params": {"kernel": jnp.arange(6, dtype=jnp.float32).reshape(2, 3) / 8,
-                     "scale": jnp.array([0.5, 2.0], jnp.bfloat16)},
-          "key": jax.random.key(42), "step": jnp.int32(3)}
+  return {
+    "params": {
+      "kernel": jnp.arange(6, dtype=jnp.float32).reshape(2, 3) / 8,
+      "scale": jnp.array([0.5, 2.0], jnp.bfloat16),
+    },
+    "key": jax.random.key(42),
+    "step": jnp.int32(3),
+  }
 
 
 def write_golden():
@@ -517,8 +541,10 @@ def test_sigkill_inside_a_save_loses_nothing_finished(tmp_path):
   cut = int(done.stdout.split()[-1])
   assert cut > 0  # some kills did fall inside a save
   checkpointer = Checkpointer(tmp_path / "run")
-  wanted = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32),
-            "b": jax.ShapeDtypeStruct((), jnp.int32)}
+  wanted = {
+    "w": jax.ShapeDtypeStruct((256, 256), jnp.float32),
+    "b": jax.ShapeDtypeStruct((), jnp.int32),
+  }
   step, state, _ = checkpointer.restore(wanted)
   assert (state["w"] == step).all()
 
@@ -570,8 +596,11 @@ def test_full_and_read_only_disks_leave_the_earlier_steps(tmp_path):
 def test_a_vanished_directory_is_named(two_steps):
   checkpointer = Checkpointer(two_steps)
   shutil.rmtree(two_steps)
-  for call in (lambda: checkpointer.save(3, {"w": jnp.ones(3)}), checkpointer.latest,
-               lambda: checkpointer.restore(W)):
+  for call in (
+    lambda: checkpointer.save(3, {"w": jnp.ones(3)}),
+    checkpointer.latest,
+    lambda: checkpointer.restore(W),
+  ):
     with pytest.raises(CheckpointError, match=f"{two_steps}.*moved or deleted"):
       call()
   assert not two_steps.exists()
@@ -579,6 +608,7 @@ def test_a_vanished_directory_is_named(two_steps):
 
 def test_a_save_that_waited_for_a_lost_process_names_it(tmp_path, monkeypatch):
   """Orbax says that a barrier was not met; whoever ends the run must say whose death it was."""
+
   def save(*_, **__):
     raise TimeoutError("Timeout waiting at a barrier")
 
@@ -607,6 +637,7 @@ def test_an_interrupted_save_leaves_nothing_and_can_be_repeated(two_steps, monke
 
 def test_saving_again_and_again_does_not_grow(tmp_path):
   """F14. A leak of one state per save would add 16 times 16 MB."""
+
   def resident():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()

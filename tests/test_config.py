@@ -521,9 +521,7 @@ class Run:
   """How long, and where."""
 
   seed: int = option(0, "of all that is drawn", min=0)
-  steps: int = option(
-    24, "updates", min=1, volatile=lambda config: config.schedule == "constant"
-  )
+  steps: int = option(24, "updates", min=1, volatile=lambda config: config.schedule == "constant")
   place: Place = Place()
   layout: Layout = config_lib.inline(Layout(system="Hi."))
 
@@ -549,9 +547,17 @@ CHECKED = []
 
 def test_an_inline_group_has_flags_without_a_prefix_and_defaults_of_its_own_here():
   assert config_lib.flatten(Grouped()) == {
-    "seed": 0, "steps": 8, "place.workdir": "", "place.keep": 1, "system": "Hi.",
-    "schedule": "constant", "warmup": 0, "log": True,
-    "loss.clip_high": 0.2, "loss.kind": "grpo", "loss.normalize": True,
+    "seed": 0,
+    "steps": 8,
+    "place.workdir": "",
+    "place.keep": 1,
+    "system": "Hi.",
+    "schedule": "constant",
+    "warmup": 0,
+    "log": True,
+    "loss.clip_high": 0.2,
+    "loss.kind": "grpo",
+    "loss.normalize": True,
   }
   found = build("--steps=5", "--system=none", "--place.keep=3", config_class=Grouped)
   assert found == Grouped(Run(steps=5, place=Place(keep=3), layout=Layout(None)))

@@ -128,8 +128,7 @@ def test_model_text_is_shown_literally_and_acts_on_nothing(text, terminal):
 
 @settings(max_examples=60, deadline=None)
 @given(
-  text=st.text(st.characters(exclude_categories=()), max_size=400),
-  prompt=st.text(max_size=100),
+  text=st.text(st.characters(exclude_categories=()), max_size=400), prompt=st.text(max_size=100)
 )
 def test_no_text_makes_a_table_wider_than_80_columns(text, prompt):
   rows = [sample(response=text, prompt=prompt), sample(reward=None, status="timed out")]

@@ -18,9 +18,11 @@ def clip(x, low, high):
 
 def history(step, state, observed=OBSERVED):
   """All states of a run, through one compiled scan."""
+
   def body(state, x):
     state = step(state, x)
     return state, state
+
   return jax.jit(lambda s, x: jax.lax.scan(body, s, x)[1])(state, jnp.array(observed))
 
 
@@ -40,8 +42,9 @@ def test_adaptive_entropy_applies_the_coefficient_of_this_step_where_it_is_low(l
     applied = coef if entropy <= 0.2 else 0.0
     coef = clip(coef + 0.005 if entropy < 0.2 else coef - 0.005, low, high)
     expected.append((coef, applied))
-  got = history(lambda s, x: c.adaptive_entropy(s, x, low=low, high=high),
-                c.init_adaptive_entropy(0.01))
+  got = history(
+    lambda s, x: c.adaptive_entropy(s, x, low=low, high=high), c.init_adaptive_entropy(0.01)
+  )
   np.testing.assert_allclose(np.stack(got, axis=1), expected, rtol=1e-5, atol=1e-8)
 
 
@@ -50,8 +53,9 @@ def test_the_lagged_one_applies_the_new_coefficient_in_the_next_step():
   for entropy in OBSERVED:
     coef = clip(coef + 0.005 if entropy <= 0.2 else coef - 0.005, 0.0, 0.02)
     expected.append((coef, coef if entropy <= 0.2 else 0.0))
-  got = history(lambda s, x: c.adaptive_entropy_lagged(s, x, high=0.02),
-                c.init_adaptive_entropy(0.01))
+  got = history(
+    lambda s, x: c.adaptive_entropy_lagged(s, x, high=0.02), c.init_adaptive_entropy(0.01)
+  )
   np.testing.assert_allclose(np.stack(got, axis=1), expected, rtol=1e-5, atol=1e-8)
 
 
@@ -72,11 +76,17 @@ def test_adaptive_clip_moves_the_upper_bound_and_stays_inside():
     expected.append(extra)
   # 0.3 is not the same number in float32 as in float64; ask at the float32 target.
   observed = np.float32([0.5, 0.6] + 3 * OBSERVED)
-  got = history(lambda s, x: c.adaptive_clip(s, x, target=np.float32(0.3), high=1.0),
-                c.init_adaptive_clip(), observed)
+  got = history(
+    lambda s, x: c.adaptive_clip(s, x, target=np.float32(0.3), high=1.0),
+    c.init_adaptive_clip(),
+    observed,
+  )
   np.testing.assert_allclose(got.extra, expected, atol=1e-6)
-  np.testing.assert_allclose(c.clip_high(c.AdaptiveClip(got.extra), clip_low=0.6),
-                             1 / 0.4 + np.array(expected) - 1, rtol=1e-6)
+  np.testing.assert_allclose(
+    c.clip_high(c.AdaptiveClip(got.extra), clip_low=0.6),
+    1 / 0.4 + np.array(expected) - 1,
+    rtol=1e-6,
+  )
 
 
 def test_without_extra_the_clip_is_symmetric_in_log_ratio():
@@ -86,6 +96,7 @@ def test_without_extra_the_clip_is_symmetric_in_log_ratio():
 
 def test_each_holds_what_it_controls_at_its_target():
   """Simulated plants: a KL that falls with its coefficient, entropies that rise with theirs."""
+
   def kl_of(coef):
     return 0.02 / coef  # target 0.1 at coef 0.2
 
@@ -115,30 +126,41 @@ def test_each_holds_what_it_controls_at_its_target():
 def test_states_vmap_over_settings_and_do_not_recompile():
   targets = jnp.array([0.1, 0.2, 0.4])
   states = jax.vmap(lambda _: c.init_adaptive_entropy(0.01))(targets)
-  step = jax.jit(jax.vmap(
-    lambda s, target, x: c.adaptive_entropy(s, x, target=target), in_axes=(0, 0, None)))
+  step = jax.jit(
+    jax.vmap(lambda s, target, x: c.adaptive_entropy(s, x, target=target), in_axes=(0, 0, None))
+  )
   for entropy in (0.15, 0.3):
     states = step(states, targets, entropy)
   assert step._cache_size() == 1
   np.testing.assert_allclose(states.coef, [0.0, 0.01, 0.02], atol=1e-7)
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: c.init_adaptive_kl(0.0), "coef is 0.0"),
-  (lambda: c.adaptive_kl(c.init_adaptive_kl(1.0), 1.0, target=0, samples=1), "target is 0"),
-  (lambda: c.adaptive_kl(c.init_adaptive_kl(1.0), 1.0, target=1, samples=1, horizon=0),
-   "horizon is 0"),
-  (lambda: c.adaptive_kl(c.init_adaptive_kl(1.0), 1.0, target=1, samples=1, limit=-1),
-   "limit is -1"),
-  (lambda: c.init_adaptive_entropy(-0.1), "coef is -0.1"),
-  (lambda: c.adaptive_entropy(c.init_adaptive_entropy(), 0.1, delta=0), "delta is 0"),
-  (lambda: c.adaptive_entropy_lagged(c.init_adaptive_entropy(), 0.1, low=2.0), "high is 1.0.*2.0"),
-  (lambda: c.init_adaptive_clip(-1.0), "extra is -1.0"),
-  (lambda: c.adaptive_clip(c.init_adaptive_clip(), 0.1, delta=0), "delta is 0"),
-  (lambda: c.adaptive_clip(c.init_adaptive_clip(), 0.1, high=0), "high is 0"),
-  (lambda: c.clip_high(c.init_adaptive_clip(), clip_low=1.5), "clip_low is 1.5"),
-  (lambda: c.clip_high(c.init_adaptive_clip(), clip_low=1.0), "1 - clip_low is 0.0"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: c.init_adaptive_kl(0.0), "coef is 0.0"),
+    (lambda: c.adaptive_kl(c.init_adaptive_kl(1.0), 1.0, target=0, samples=1), "target is 0"),
+    (
+      lambda: c.adaptive_kl(c.init_adaptive_kl(1.0), 1.0, target=1, samples=1, horizon=0),
+      "horizon is 0",
+    ),
+    (
+      lambda: c.adaptive_kl(c.init_adaptive_kl(1.0), 1.0, target=1, samples=1, limit=-1),
+      "limit is -1",
+    ),
+    (lambda: c.init_adaptive_entropy(-0.1), "coef is -0.1"),
+    (lambda: c.adaptive_entropy(c.init_adaptive_entropy(), 0.1, delta=0), "delta is 0"),
+    (
+      lambda: c.adaptive_entropy_lagged(c.init_adaptive_entropy(), 0.1, low=2.0),
+      "high is 1.0.*2.0",
+    ),
+    (lambda: c.init_adaptive_clip(-1.0), "extra is -1.0"),
+    (lambda: c.adaptive_clip(c.init_adaptive_clip(), 0.1, delta=0), "delta is 0"),
+    (lambda: c.adaptive_clip(c.init_adaptive_clip(), 0.1, high=0), "high is 0"),
+    (lambda: c.clip_high(c.init_adaptive_clip(), clip_low=1.5), "clip_low is 1.5"),
+    (lambda: c.clip_high(c.init_adaptive_clip(), clip_low=1.0), "1 - clip_low is 0.0"),
+  ],
+)
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -18,7 +18,12 @@ GUIDES = [README, ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*
 PAGES = [*GUIDES, *sorted((ROOT / "docs" / "results").glob("*.md"))]
 # Flags of other programs (pip) and of absl itself, and the mistake that launch/README.md shows.
 FOREIGN_FLAGS = {
-  "no-deps", "help", "flagfile", "optimizer.learningrate", "num_generations", "report_to"
+  "no-deps",
+  "help",
+  "flagfile",
+  "optimizer.learningrate",
+  "num_generations",
+  "report_to",
 }
 
 
@@ -53,8 +58,9 @@ def unknown_flags(text):
     for directory in ("experiments", "launch", "benchmarks")
     for path in (ROOT / directory).glob("*.py")
   }
-  experiments = {stem: flags_of(module) for stem, module in modules.items()
-                 if hasattr(module, "Config")}
+  experiments = {
+    stem: flags_of(module) for stem, module in modules.items() if hasattr(module, "Config")
+  }
   anyones = set().union(*experiments.values())
   unknown = []
   for line in re.sub(r" \\\n *", " ", text).splitlines():  # A command that a \ breaks is one line.
@@ -154,7 +160,8 @@ def test_the_example_of_own_data(tmp_path, monkeypatch):
   right = problem.prompt[:3][::-1]
   with RewardPool(task.reward, workers=1) as pool:
     results = pool.score(
-      [problem.prompt] * 3, [right, right + "x", right[::-1]], [problem.columns] * 3)
+      [problem.prompt] * 3, [right, right + "x", right[::-1]], [problem.columns] * 3
+    )
   # All three places; three of four; only the middle one when all three letters differ.
   assert [result.value for result in results] == [1.0, 3 / 4, 1 / 3]
 

@@ -20,8 +20,10 @@ NEEDS = {
 
 PACKAGES = (rl_llm, launch, experiments, benchmarks)
 MODULES = ["rl_llm"] + [
-  module.name for package in PACKAGES
-  for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+  module.name
+  for package in PACKAGES
+  for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -24,8 +24,7 @@ def test_on_eight_devices():
   found = subprocess.run(
     [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", DIRECTORY],
     cwd=DIRECTORY.parents[1],
-    env=os.environ
-    | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": PATIENCE},
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": PATIENCE},
     capture_output=True,
     text=True,
   )

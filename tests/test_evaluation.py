@@ -74,9 +74,7 @@ def test_pass_at_k_is_right_where_binomials_overflow():
 def test_majority_at_k_is_the_mean_over_all_subsets(samples):
   correct, answers = voters(np.random.default_rng(samples), 25, samples)
   for k in range(1, samples + 1):
-    wanted = [
-      float(majority_by_enumeration(*row, k)) for row in zip(correct, answers, strict=True)
-    ]
+    wanted = [float(majority_by_enumeration(*row, k)) for row in zip(correct, answers, strict=True)]
     np.testing.assert_allclose(majority_at_k(correct, answers, k=k), wanted, rtol=0, atol=1e-12)
 
 
@@ -168,14 +166,16 @@ def rows_of(statuses, answers=None):
   rows = []
   for index, status in enumerate(statuses):
     right = {"right": True, "wrong": False, "not_applicable": None}.get(status, False)
-    rows.append({
-      "status": "ok" if status in ("right", "wrong") else status,
-      "correct": right,
-      "sample": index % 3,
-      "greedy": index % 3 == 2,
-      "answer": answers[index] if answers else None,
-      "difficulty": None,
-    })
+    rows.append(
+      {
+        "status": "ok" if status in ("right", "wrong") else status,
+        "correct": right,
+        "sample": index % 3,
+        "greedy": index % 3 == 2,
+        "answer": answers[index] if answers else None,
+        "difficulty": None,
+      }
+    )
   return rows
 
 
@@ -232,8 +232,24 @@ def test_estimates_over_opinions_are_those_of_the_responses_that_have_one():
 # What a response commits to, and how hard its problem is.
 
 NUMBERS = [
-  "12", "7 + 5 = 12.", "It is 12.0", "11 or 12", "12 or 12", "13", "-12", "", "no idea", " 12\n",
-  "0012", "#### 12", "#### 1,2", "\\boxed{12.00}", "1" * 40 + "2", "1" * 40 + "3", "-0", "0",
+  "12",
+  "7 + 5 = 12.",
+  "It is 12.0",
+  "11 or 12",
+  "12 or 12",
+  "13",
+  "-12",
+  "",
+  "no idea",
+  " 12\n",
+  "0012",
+  "#### 12",
+  "#### 1,2",
+  "\\boxed{12.00}",
+  "1" * 40 + "2",
+  "1" * 40 + "3",
+  "-0",
+  "0",
 ]
 
 
@@ -248,9 +264,7 @@ def tasks(tmp_path):
   yield load_task("copy", held_out=10), copy_text.reward
   yield load_task(f"gsm8k:{here}", **rows), graders.gsm8k
   for function in graders.FUNCTIONS:
-    yield (
-      load_task(f"jsonl:{here}", **rows, reward_function=function), getattr(graders, function)
-    )
+    yield (load_task(f"jsonl:{here}", **rows, reward_function=function), getattr(graders, function))
 
 
 def test_votes_and_grades_read_responses_alike(tmp_path):

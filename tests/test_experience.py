@@ -176,9 +176,7 @@ def test_grades_and_rows_belong_to_their_problems():
   assert {(row["advantage"], row["split"]) for row in rows} == {(None, "train")}
   # What is trained on may be another's opinion than the grader's.
   judged = as_scores([RewardResult(r, "ok") for r in (3.0, -1.0, 2.0, 0.0)], group_size=2)
-  other = sample_rows(
-    problems, texts, rollout, judged, split="eval", max_reward=0.5, grades=scores
-  )
+  other = sample_rows(problems, texts, rollout, judged, split="eval", max_reward=0.5, grades=scores)
   assert [row["reward"] for row in other] == [3.0, -1.0, 2.0, 0.0]
   assert [row["status"] for row in other] == ["ok", "ok", "raised", "ok"]
   assert [row["correct"] for row in other] == [True, True, False, True]
@@ -213,10 +211,17 @@ def test_a_part_is_graded_once_the_next_is_under_way():
   )
   assert events == [
     "sample 10",
-    "sample 11", "check", "grade w",
-    "sample 12", "check", "grade x",
-    "sample 13", "check", "grade y",
-    "check", "grade z",
+    "sample 11",
+    "check",
+    "grade w",
+    "sample 12",
+    "check",
+    "grade x",
+    "sample 13",
+    "check",
+    "grade y",
+    "check",
+    "grade z",
     "check",
   ]
   assert experience.texts == said
@@ -313,7 +318,13 @@ def test_a_batch_has_the_responses_as_a_loss_reads_them():
   assert (batch.sampler_logprobs[batch.attended] == -1.5).all()
   given = {name for name, value in batch._asdict().items() if value is not None}
   assert given == {
-    "prompts", "prompt_lengths", "tokens", "attended", "mask", "sampler_logprobs", "truncated"
+    "prompts",
+    "prompt_lengths",
+    "tokens",
+    "attended",
+    "mask",
+    "sampler_logprobs",
+    "truncated",
   }
 
 

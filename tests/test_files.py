@@ -19,8 +19,7 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
 def test_a_lock_keeps_another_process_out_until_it_is_let_go(tmp_path):
   path = tmp_path / ".lock"
   other = (
-    "import sys\nfrom rl_llm.files import locked\n"
-    "with locked(sys.argv[1]) as alone: print(alone)"
+    "import sys\nfrom rl_llm.files import locked\nwith locked(sys.argv[1]) as alone: print(alone)"
   )
 
   def elsewhere():

@@ -20,9 +20,7 @@ from rl_llm.runs.flops import (
 SHAPE = TransformerConfig(
   vocab_size=11, width=8, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, mlp_width=10
 )
-SLIDING = dataclasses.replace(
-  SHAPE, sliding_window=3, layer_types=("sliding", "full", "sliding")
-)
+SLIDING = dataclasses.replace(SHAPE, sliding_window=3, layer_types=("sliding", "full", "sliding"))
 
 
 def slow_read(shape, column):
@@ -80,7 +78,12 @@ def test_whole_texts_are_read_to_their_last_token(shape):
 
 def test_a_whole_pod_does_not_overflow():
   large = TransformerConfig(
-    vocab_size=2**17, width=2**13, n_layers=2**7, n_heads=2**6, n_kv_heads=2**3, head_dim=2**7,
+    vocab_size=2**17,
+    width=2**13,
+    n_layers=2**7,
+    n_heads=2**6,
+    n_kv_heads=2**3,
+    head_dim=2**7,
     mlp_width=2**15,
   )
   one = forward_flops(large, [2**13], [2**13] * 8)

@@ -63,8 +63,10 @@ NOT_FOLLOWED = {
 }
 # Where texts with flags are pages, scripts and names, and no errors.
 NO_ERRORS = {
-  ("rl_llm.runs.report_page", "_PAGE"), ("rl_llm.runs.run_directory", "started_with"),
-  ("experiments.compare", "METHODS"), ("launch.backends.slurm", "lines"),
+  ("rl_llm.runs.report_page", "_PAGE"),
+  ("rl_llm.runs.run_directory", "started_with"),
+  ("experiments.compare", "METHODS"),
+  ("launch.backends.slurm", "lines"),
   ("launch.backends.tpu", "lines"),
 }
 
@@ -100,14 +102,20 @@ def write(path, *rows):
 # Settings that a script refuses, and what else to set; None: what the error itself says to.
 SETTINGS = [
   (grpo, {"microbatch_prompts": 3}, None),
-  (grpo, {"optimizer.schedule": "linear", "optimizer.warmup_steps": 24},
-   {"optimizer.warmup_steps": 23}),
+  (
+    grpo,
+    {"optimizer.schedule": "linear", "optimizer.warmup_steps": 24},
+    {"optimizer.warmup_steps": 23},
+  ),
   (grpo, {"loss": "reinforce_loss", "epochs": 2}, None),
   (grpo, {"sampling.top_k": 5}, {"sampling.allow_truncated": True}),
   (grpo, {"sampling.top_p": 0.5}, {"sampling.allow_truncated": True}),
   (grpo, {"loss": "reinforce_loss", "loss.clip_low": 0.1}, {"loss.clip_low": None}),
-  (grpo, {"weighting.drop_truncated": True, "weighting.truncated": "drop"},
-   {"weighting.drop_truncated": False}),
+  (
+    grpo,
+    {"weighting.drop_truncated": True, "weighting.truncated": "drop"},
+    {"weighting.drop_truncated": False},
+  ),
   (grpo, {"distributed.processes": 2}, {"distributed.processes": 0}),
   (reinforce, {"responses_per_prompt": 1}, None),
   (reinforce, {"advantage.discount": 0.9}, None),
@@ -257,11 +265,9 @@ def follow_lengths(said, path):
     leaf = {leaf.path: leaf for leaf in _leaves(module.Config)}["overlong_prompt"]
     for overlong in set(leaf.choices) - {"error"}:
       limit(limit=2, overlong=overlong)
-  rows = ({"prompt": f"{n:02}", "completion": "b" * (9 * (n == 3))+ "a"} for n in range(12))
+  rows = ({"prompt": f"{n:02}", "completion": "b" * (9 * (n == 3)) + "a"} for n in range(12))
   file = write(path / "rows.jsonl", *rows)
-  encode = functools.partial(
-    encoding.encode, tokenizer=ByteTokenizer(), prompt_format="plain"
-  )
+  encode = functools.partial(encoding.encode, tokenizer=ByteTokenizer(), prompt_format="plain")
 
   def load(limit, overlong):
     dataset = loading.read_examples(file, formats=["prompt_completion"])

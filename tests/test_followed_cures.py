@@ -201,9 +201,7 @@ def follow_keys(said, path):
 
   def sampled(keys):
     call = functools.partial(generate, sampling=SamplingConfig(), policy=tiny, **how)
-    return jax.eval_shape(
-      call, params, np.ones((2, 5), np.int32), np.array([5, 4], np.int32), keys
-    )
+    return jax.eval_shape(call, params, np.ones((2, 5), np.int32), np.array([5, 4], np.int32), keys)
 
   message = refused(said, sampled, row_keys(jax.random.key(0), 2, 1))
   count, *sizes = re.search(r"pass (\d+), from row_keys\(key, (\d+), (\d+)\)", message).groups()

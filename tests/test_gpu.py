@@ -19,9 +19,7 @@ from rl_llm.policy import TransformerConfig
 from rl_llm.runs.chips import GPUS, Chip
 from rl_llm.training.train_state import parameter_count
 
-SMALL = Config(
-  model="tiny", prompt_tokens=6, new_tokens=4, microbatch_tokens=50, rows=(8,), runs=2
-)
+SMALL = Config(model="tiny", prompt_tokens=6, new_tokens=4, microbatch_tokens=50, rows=(8,), runs=2)
 # Width 2, one head of size 4 for keys and two for queries, an MLP of width 5, 7 tokens.
 SHAPE = TransformerConfig(
   vocab_size=7, width=2, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, mlp_width=5
@@ -74,8 +72,9 @@ def test_the_compiler_counts_at_least_what_the_formula_does(short):
 def test_memory_is_that_of_the_larger_program(short):
   largest = gpu.predicted_memory(SMALL, "tiny", 0, jax.devices())
   adapters = gpu.predicted_memory(SMALL, "tiny", 2, jax.devices())
-  count = parameter_count(jax.eval_shape(gpu.make_policy(find_model("tiny")).init,
-                                         jax.random.key(0)))
+  count = parameter_count(
+    jax.eval_shape(gpu.make_policy(find_model("tiny")).init, jax.random.key(0))
+  )
   assert largest > 4 * 4 * count > 0  # Weights, two moments, a gradient.
   assert adapters < largest
 

@@ -131,11 +131,15 @@ except sharding.ShardingError as error:
 @pytest.mark.parametrize(
   ("program", "message"),
   [
-    ('hosts.agree("the settings", {"--steps": 5, "--seed": me})',
-     ("--seed is 1 in process 1 (", "0 in process 0 (")),
-    ("from rl_llm.rollout.experience import agree_on_data\n"
-     "agree_on_data([[1, 2], [3]][:: 1 - 2 * me])",
-     ("the order of the data is ", " in process 1 (")),
+    (
+      'hosts.agree("the settings", {"--steps": 5, "--seed": me})',
+      ("--seed is 1 in process 1 (", "0 in process 0 ("),
+    ),
+    (
+      "from rl_llm.rollout.experience import agree_on_data\n"
+      "agree_on_data([[1, 2], [3]][:: 1 - 2 * me])",
+      ("the order of the data is ", " in process 1 ("),
+    ),
   ],
   ids=["settings", "data"],
 )

@@ -6,7 +6,9 @@ import re
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "importing.md"
 PROGRAMS = re.findall(
   r"^```python\n# (\w+\.py)\n(.*?)^```\n\n^```\n(.*?)^```",
-  PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+  PAGE.read_text(encoding="utf-8"),
+  flags=re.MULTILINE | re.DOTALL,
+)
 
 
 def test_every_program_has_its_output():

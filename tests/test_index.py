@@ -26,9 +26,15 @@ def test_the_page_is_up_to_date():
   assert INDEX["filled"](text) == text, "run `make docs`"
 
 
-@pytest.mark.parametrize("name", [
-  name for module in (losses, advantages) for name in module.__all__
-  if callable(getattr(module, name))])
+@pytest.mark.parametrize(
+  "name",
+  [
+    name
+    for module in (losses, advantages)
+    for name in module.__all__
+    if callable(getattr(module, name))
+  ],
+)
 def test_every_public_function_has_an_entry(name):
   _, _, entry = INDEX["functions"]().partition(f"#### `{name}`\n")
   entry = entry.partition("\n#### ")[0]

@@ -87,7 +87,9 @@ def refused(group, config=None):
 def test_keywords_that_are_no_arrays_are_settings_of_the_type_of_their_default():
   assert settings(near) == {"low": (float, 0.2), "high": (float, None), "steps": (int, 2)}
   assert settings(far) == {
-    "low": (float, 0.5), "kind": (Literal["a", "b"], "a"), "sure": (bool, False)
+    "low": (float, 0.5),
+    "kind": (Literal["a", "b"], "a"),
+    "sure": (bool, False),
   }
   assert settings(plain) == {}
 
@@ -137,7 +139,8 @@ def test_settings_of_no_function_may_be_added():
 
 def test_what_was_given_goes_to_the_function_and_the_rest_is_its_own():
   assert given(Group()) == {} and given(Group("far", low=0.0, sure=False)) == {
-    "low": 0.0, "sure": False
+    "low": 0.0,
+    "sure": False,
   }
   assert given(Group("plain", low=0.3)) == {}
   one = np.ones((1, 1))

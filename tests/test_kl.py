@@ -53,11 +53,7 @@ def test_k3_is_never_negative_and_zero_at_equality():
   assert np.isfinite(kl.k3(jnp.array([-1e4]), jnp.zeros(1))).all()
 
 
-GRADIENTS = {
-  "k1": lambda logits: jnp.zeros(()),
-  "k2": reverse_kl,
-  "k3": forward_kl,
-}
+GRADIENTS = {"k1": lambda logits: jnp.zeros(()), "k2": reverse_kl, "k3": forward_kl}
 
 
 @pytest.mark.parametrize("value, gradient", list(itertools.product(GRADIENTS, repeat=2)))
@@ -93,13 +89,16 @@ def test_bfloat16_is_computed_in_float32():
   assert kl.k3(half, half).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: kl.k1(POLICY, REFERENCE[:2]), r"ref_logprobs has shape \(2,\).*logprobs, \(4,\)"),
-  (lambda: kl.k2(np.arange(4), REFERENCE), "logprobs has dtype int"),
-  (lambda: kl.kl_penalty(POLICY, REFERENCE, value="k4"), "value is 'k4'.*'k3'"),
-  (lambda: kl.kl_penalty(POLICY, REFERENCE, gradient="k3+"), "gradient is 'k3\\+'"),
-  (lambda: kl.kl_penalty(POLICY, REFERENCE, ratio=jnp.ones(1)), "ratio has shape"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: kl.k1(POLICY, REFERENCE[:2]), r"ref_logprobs has shape \(2,\).*logprobs, \(4,\)"),
+    (lambda: kl.k2(np.arange(4), REFERENCE), "logprobs has dtype int"),
+    (lambda: kl.kl_penalty(POLICY, REFERENCE, value="k4"), "value is 'k4'.*'k3'"),
+    (lambda: kl.kl_penalty(POLICY, REFERENCE, gradient="k3+"), "gradient is 'k3\\+'"),
+    (lambda: kl.kl_penalty(POLICY, REFERENCE, ratio=jnp.ones(1)), "ratio has shape"),
+  ],
+)
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -87,36 +87,48 @@ def test_a_lower_layer_never_imports_a_higher_one(path):
 
 
 @pytest.mark.parametrize(
-  "path", sources("rl_llm", "launch"), ids=lambda path: str(path.relative_to(ROOT)))
+  "path", sources("rl_llm", "launch"), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_nothing_loaded_is_run(path):
   assert not list(unsafe(ast.parse(path.read_text())))
 
 
-@pytest.mark.parametrize("name, source, found", [
-  ("masked", "from rl_llm import weighting", False),
-  ("masked", "from rl_llm.policy import make_policy", True),
-  ("losses", "import jax.numpy\nfrom rl_llm.masked import whiten\nimport functools", False),
-  ("losses", "def f():\n  import optax", True),
-  ("training", "import optax", False),
-  ("training", "from flax import linen", True),
-  ("policy", "from flax import linen", False),
-  ("rewards", "from rl_llm.rollout import generate", True),
-  ("runs", "from rl_llm.rewards import pool", False),
-  ("runs", "import experiments.grpo", True),
-  ("parallel", "from rl_llm.errors import UserError", False),
-  ("errors", "from rl_llm.runs import config", True),
-  ("evaluation", "from rl_llm.training import loop", True),
-  ("training", "from rl_llm import evaluation", False),
-])
+@pytest.mark.parametrize(
+  "name, source, found",
+  [
+    ("masked", "from rl_llm import weighting", False),
+    ("masked", "from rl_llm.policy import make_policy", True),
+    ("losses", "import jax.numpy\nfrom rl_llm.masked import whiten\nimport functools", False),
+    ("losses", "def f():\n  import optax", True),
+    ("training", "import optax", False),
+    ("training", "from flax import linen", True),
+    ("policy", "from flax import linen", False),
+    ("rewards", "from rl_llm.rollout import generate", True),
+    ("runs", "from rl_llm.rewards import pool", False),
+    ("runs", "import experiments.grpo", True),
+    ("parallel", "from rl_llm.errors import UserError", False),
+    ("errors", "from rl_llm.runs import config", True),
+    ("evaluation", "from rl_llm.training import loop", True),
+    ("training", "from rl_llm import evaluation", False),
+  ],
+)
 def test_the_layer_rule_itself(name, source, found):
   assert bool(list(wrong_imports(name, ast.parse(source)))) == found
 
 
-@pytest.mark.parametrize("source, found", [
-  ("import pickle", True), ("eval(x)", True), ("exec(x)", True), ("from dill import loads", True),
-  ("np.load(f, allow_pickle=True)", True), ("np.load(f, allow_pickle=False)", False),
-  ("loader.exec_module(m)", False), ("model.eval()", False),
-])
+@pytest.mark.parametrize(
+  "source, found",
+  [
+    ("import pickle", True),
+    ("eval(x)", True),
+    ("exec(x)", True),
+    ("from dill import loads", True),
+    ("np.load(f, allow_pickle=True)", True),
+    ("np.load(f, allow_pickle=False)", False),
+    ("loader.exec_module(m)", False),
+    ("model.eval()", False),
+  ],
+)
 def test_the_safety_rule_itself(source, found):
   assert bool(list(unsafe(ast.parse(source)))) == found
 
@@ -130,6 +142,7 @@ def test_importing_the_losses_loads_arrays_alone():
   )
   done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
 
 def test_every_entry_has_a_row():
   entries = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}

@@ -31,8 +31,10 @@ def dense(hidden, unembedding, tokens, temperature=1.0, softcap=None):
   logits = jnp.einsum("...d,vd->...v", hidden, unembedding, preferred_element_type=jnp.float32)
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
-  return (lp.token_logprobs(logits, tokens, temperature=temperature),
-          lp.entropy(logits, temperature=temperature))
+  return (
+    lp.token_logprobs(logits, tokens, temperature=temperature),
+    lp.entropy(logits, temperature=temperature),
+  )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -81,12 +83,16 @@ def value_and_gradients(f, hidden, unembedding):
 def test_chunked_equals_dense_in_value_and_both_gradients(temperature, softcap):
   kwargs = {"temperature": temperature, "softcap": softcap}
   expected = value_and_gradients(
-    lambda h, w: dense(h, w, TOKENS, **kwargs), jnp.asarray(HIDDEN), jnp.asarray(UNEMBEDDING))
+    lambda h, w: dense(h, w, TOKENS, **kwargs), jnp.asarray(HIDDEN), jnp.asarray(UNEMBEDDING)
+  )
   for chunk_size in (1, 4, 64):  # of the 10 tokens: 10 chunks; 3 with 2 tokens of padding; 1
     got = value_and_gradients(
       lambda h, w, n=chunk_size: lp.chunked_logprobs_and_entropy(
-        h, w, TOKENS, chunk_size=n, **kwargs),
-      jnp.asarray(HIDDEN), jnp.asarray(UNEMBEDDING))
+        h, w, TOKENS, chunk_size=n, **kwargs
+      ),
+      jnp.asarray(HIDDEN),
+      jnp.asarray(UNEMBEDDING),
+    )
     for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(left, right, rtol=2e-5, atol=2e-6)
 
@@ -99,7 +105,8 @@ def test_chunked_gradient_matches_finite_differences_in_float64():
 
   def chunked(hidden, unembedding):
     logprobs, entropies = lp.chunked_logprobs_and_entropy(
-      hidden, unembedding, TOKENS, chunk_size=4, temperature=0.7, softcap=2.0)
+      hidden, unembedding, TOKENS, chunk_size=4, temperature=0.7, softcap=2.0
+    )
     return jnp.sum(logprobs + 0.5 * entropies)
 
   gradients = jax.jit(jax.grad(chunked, (0, 1)))(HIDDEN, UNEMBEDDING)
@@ -150,9 +157,12 @@ print("equal")
 def test_chunked_forms_are_the_same_under_sharding_of_batch_and_vocabulary():
   """On four devices, so in a process that was started with them."""
   environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "JAX_PLATFORMS": "cpu",
+  }
   done = subprocess.run(
-    [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
+    [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
+  )
   assert done.returncode == 0 and done.stdout == "equal\n", done.stderr
 
 
@@ -176,8 +186,7 @@ def test_chunked_memory_is_a_fraction_of_the_dense():
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, unembedding).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  chunked = temporaries(
-    lambda h, w: lp.chunked_logprobs_and_entropy(h, w, tokens, chunk_size=16))
+  chunked = temporaries(lambda h, w: lp.chunked_logprobs_and_entropy(h, w, tokens, chunk_size=16))
   assert chunked < temporaries(lambda h, w: dense(h, w, tokens)) / 8
   assert chunked < unembedding.nbytes
 
@@ -188,7 +197,8 @@ def test_chunked_accepts_bfloat16_and_accumulates_in_float32():
     f = functools.partial(lp.chunked_logprobs_and_entropy, tokens=TOKENS, chunk_size=3)
     (value, aux), (of_h, of_w) = value_and_gradients(f, hidden, w)
     (exact_value, _), (exact_h, exact_w) = value_and_gradients(
-      lambda h, w: dense(h, w, TOKENS), hidden.astype(jnp.float32), w.astype(jnp.float32))
+      lambda h, w: dense(h, w, TOKENS), hidden.astype(jnp.float32), w.astype(jnp.float32)
+    )
     assert aux[0].dtype == jnp.float32 and of_h.dtype == hidden.dtype and of_w.dtype == w.dtype
     np.testing.assert_allclose(value, exact_value, rtol=1e-5)
     half_ulp = 2.0**-8  # the gradient itself is rounded to bfloat16 once
@@ -199,7 +209,8 @@ def test_chunked_accepts_bfloat16_and_accumulates_in_float32():
 def test_chunked_takes_traced_settings_any_rank_and_no_tokens():
   def f(temperature, softcap):
     return lp.chunked_logprobs_and_entropy(
-      HIDDEN, UNEMBEDDING, TOKENS, chunk_size=4, temperature=temperature, softcap=softcap)
+      HIDDEN, UNEMBEDDING, TOKENS, chunk_size=4, temperature=temperature, softcap=softcap
+    )
 
   for got, expected in zip(jax.jit(f)(0.7, 3), f(0.7, 3), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
@@ -214,15 +225,19 @@ def test_chunked_survives_huge_logits():
   hidden = jnp.asarray(HIDDEN) * 1e4
   (_, values), gradients = value_and_gradients(
     lambda h, w: lp.chunked_logprobs_and_entropy(h, w, TOKENS, chunk_size=4),
-    hidden, jnp.asarray(UNEMBEDDING))
+    hidden,
+    jnp.asarray(UNEMBEDDING),
+  )
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((values, gradients)))
 
 
 def test_chunked_never_builds_the_logits():
   tokens, width, vocabulary = 512, 4, 2048
-  shapes = (jax.ShapeDtypeStruct((tokens, width), jnp.float32),
-            jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
-            jax.ShapeDtypeStruct((tokens,), jnp.int32))
+  shapes = (
+    jax.ShapeDtypeStruct((tokens, width), jnp.float32),
+    jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
+    jax.ShapeDtypeStruct((tokens,), jnp.int32),
+  )
 
   def temporaries(f):
     scalar = lambda h, w, t: sum(x.sum() for x in f(h, w, t))  # noqa: E731
@@ -253,19 +268,27 @@ def test_tokens_past_the_head_count_tail_weight_times():
 chunked = functools.partial(lp.chunked_logprobs_and_entropy, chunk_size=4)
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: lp.token_logprobs(HIDDEN, TOKENS[:1]), r"tokens has shape \(1, 5\); .* \(2, 5\)"),
-  (lambda: lp.token_logprobs(HIDDEN, TOKENS * 1.0), "tokens has dtype float"),
-  (lambda: lp.token_logprobs(HIDDEN, TOKENS, temperature=0.0), "temperature is 0.0.*above 0"),
-  (lambda: lp.entropy(TOKENS), "logits has dtype int"),
-  (lambda: lp.sequence_logprobs(HIDDEN[0], HIDDEN[0] < 0, tail_weight=0.5), "without head_length"),
-  (lambda: lp.sequence_logprobs(HIDDEN[0], HIDDEN[0] < 0, head_length=TOKENS[0, :2]),
-   r"head_length has shape .2,.*\[B\] = \(5,\)"),
-  (lambda: chunked(HIDDEN, UNEMBEDDING.T, TOKENS), "unembedding has shape .6, 11.*transpose"),
-  (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS[:1]), "tokens has shape"),
-  (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS, softcap=-1), "softcap is -1"),
-  (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS, chunk_size=0), "chunk_size is 0"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: lp.token_logprobs(HIDDEN, TOKENS[:1]), r"tokens has shape \(1, 5\); .* \(2, 5\)"),
+    (lambda: lp.token_logprobs(HIDDEN, TOKENS * 1.0), "tokens has dtype float"),
+    (lambda: lp.token_logprobs(HIDDEN, TOKENS, temperature=0.0), "temperature is 0.0.*above 0"),
+    (lambda: lp.entropy(TOKENS), "logits has dtype int"),
+    (
+      lambda: lp.sequence_logprobs(HIDDEN[0], HIDDEN[0] < 0, tail_weight=0.5),
+      "without head_length",
+    ),
+    (
+      lambda: lp.sequence_logprobs(HIDDEN[0], HIDDEN[0] < 0, head_length=TOKENS[0, :2]),
+      r"head_length has shape .2,.*\[B\] = \(5,\)",
+    ),
+    (lambda: chunked(HIDDEN, UNEMBEDDING.T, TOKENS), "unembedding has shape .6, 11.*transpose"),
+    (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS[:1]), "tokens has shape"),
+    (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS, softcap=-1), "softcap is -1"),
+    (lambda: chunked(HIDDEN, UNEMBEDDING, TOKENS, chunk_size=0), "chunk_size is 0"),
+  ],
+)
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
     call()

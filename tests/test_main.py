@@ -20,7 +20,8 @@ def test_every_command_is_listed(capsys):
   wanted = {
     f"{package}.{path.stem}"
     for package in ("experiments", "launch", "benchmarks")
-    for path in (ROOT / package).glob("*.py") if '__name__ == "__main__"' in path.read_text()
+    for path in (ROOT / package).glob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
   }
   assert listed == wanted and {"experiments.grpo", "launch.run"} <= listed
   lines = [line for line in said.splitlines() if line.startswith("  python")]

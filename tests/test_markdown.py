@@ -67,8 +67,11 @@ def long_lines(text):
   That is everything in a ```console fence except its commands, which follow a `$`.
   """
   return [
-    i for block in blocks(text) for i, line in block.lines.items()
-    if len(line) > COLUMNS and (block.info != "console" or line.startswith("$ "))]
+    i
+    for block in blocks(text)
+    for i, line in block.lines.items()
+    if len(line) > COLUMNS and (block.info != "console" or line.startswith("$ "))
+  ]
 
 
 def shell_faults(text):
@@ -113,8 +116,10 @@ def broken_links(path):
     parts = urllib.parse.urlsplit(address)
     target = path.parent / urllib.parse.unquote(parts.path) if parts.path else path
     if not parts.scheme and (
-        not target.exists()
-        or parts.fragment and parts.fragment not in anchors(target.read_text(encoding="utf-8"))):
+      not target.exists()
+      or parts.fragment
+      and parts.fragment not in anchors(target.read_text(encoding="utf-8"))
+    ):
       broken.append(address)
   return broken
 
@@ -195,7 +200,8 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
   page = tmp_path / "a.md"
   page.write_text(
     "# A\n[1](#a) [2](#b) [3](b.md) ![4](c.svg) [5](b.md#what-it-says-twice-2) [6](b.md#a)\n"
-    "[7](https://example.com/c.md#x) `[8](d.md)` [9][] <https://example.com>\n\n[9]: e.md\n")
+    "[7](https://example.com/c.md#x) `[8](d.md)` [9][] <https://example.com>\n\n[9]: e.md\n"
+  )
   assert broken_links(page) == ["#b", "c.svg", "b.md#a", "e.md"]
 
 

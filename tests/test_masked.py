@@ -26,10 +26,15 @@ def test_variance_divides_by_the_count_less_ddof():
 
 
 @pytest.mark.parametrize("garbage", [np.inf, -np.inf, np.nan, 1e30])
-@pytest.mark.parametrize("f", [
-  masked.masked_sum, masked.masked_mean, masked.masked_var,
-  lambda x, mask: masked.whiten(x, mask)[0, 0],
-])
+@pytest.mark.parametrize(
+  "f",
+  [
+    masked.masked_sum,
+    masked.masked_mean,
+    masked.masked_var,
+    lambda x, mask: masked.whiten(x, mask)[0, 0],
+  ],
+)
 def test_garbage_under_the_mask_reaches_neither_value_nor_gradient(f, garbage):
   clean, dirty = np.where(MASK, X, 0), np.where(MASK, X, garbage)
   np.testing.assert_array_equal(f(clean, MASK), f(dirty, MASK))

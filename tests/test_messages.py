@@ -90,7 +90,8 @@ WRITTEN = (
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]], ids=type)
 @pytest.mark.parametrize(
-  "call", [called(ARGUMENTS), called(json.dumps(ARGUMENTS)), called(ARGUMENTS, None)],
+  "call",
+  [called(ARGUMENTS), called(json.dumps(ARGUMENTS)), called(ARGUMENTS, None)],
   ids=["object", "text", "null"],
 )
 def test_tools_and_calls_are_written_once_in_whatever_form_they_come(tmp_path, tools, call):
@@ -115,9 +116,7 @@ def test_prompts_of_a_task_are_asked_with_their_tools(tmp_path):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   task = load_task(f"jsonl:{path}", reward_function="gsm8k", held_out_fraction=0.0)
   problems = sorted(task.sample(0, 0, 3), key=lambda p: len(str(p.columns)), reverse=True)
-  drawn = experience.encode_problems(
-    problems, TOOLED, prompt_format="chat", max_prompt_tokens=999
-  )
+  drawn = experience.encode_problems(problems, TOOLED, prompt_format="chat", max_prompt_tokens=999)
   schema = f"<tool>{json.dumps(TOOL)}</tool>"
   assert [TOOLED.decode(prompt) for prompt in drawn.prompts] == [
     f"{schema}<user>Weather in Oslo?~\n<assistant>",
@@ -187,8 +186,14 @@ def test_what_a_template_never_reads_is_refused_with_its_line(tmp_path, row, sai
   path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
   dataset = read_examples(str(path), formats=["messages", "prompt_completion"])
   load = functools.partial(
-    load_sequences, str(path), dataset, encode=functools.partial(encode, tokenizer=Simple()),
-    limit_all=limit_sequences, limit=999, overlong="error", held_out_fraction=0.0,
+    load_sequences,
+    str(path),
+    dataset,
+    encode=functools.partial(encode, tokenizer=Simple()),
+    limit_all=limit_sequences,
+    limit=999,
+    overlong="error",
+    held_out_fraction=0.0,
   )
   with pytest.raises(DataError, match=f"rows.jsonl:2: the chat template never reads|{said}"):
     load()

@@ -205,12 +205,14 @@ def test_finalize_divides_the_sums_by_the_counts(parts):
 
 
 def test_finalize_divides_arrays_and_leaves_alone_what_is_no_pair():
-  found = metrics_lib.finalize({
-    "leaves": (jnp.array([0.0, 3.0]), jnp.float32(2)),
-    "none": (np.zeros(2), 0),
-    "rate": 0.5,
-    "text": "as it is",
-  })
+  found = metrics_lib.finalize(
+    {
+      "leaves": (jnp.array([0.0, 3.0]), jnp.float32(2)),
+      "none": (np.zeros(2), 0),
+      "rate": 0.5,
+      "text": "as it is",
+    }
+  )
   assert found.pop("leaves").tolist() == [0.0, 1.5]
   assert found == {"none": None, "rate": 0.5, "text": "as it is"}
   whole = metrics_lib.finalize({"a": (np.float32(1), 2)})["a"]

@@ -10,8 +10,13 @@ from rl_llm.training.minibatches import all_weights, make_programs
 MASK = np.array([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
 ROWS = np.zeros(MASK.shape, np.int32)
 BATCH = ResponseBatch(
-  np.zeros((2, 2), np.int32), np.array([1, 2]), ROWS, MASK, MASK,
-  truncated=np.array([False, False, True, False]))
+  np.zeros((2, 2), np.int32),
+  np.array([1, 2]),
+  ROWS,
+  MASK,
+  MASK,
+  truncated=np.array([False, False, True, False]),
+)
 
 
 def test_the_weights_of_the_kl_are_those_of_the_loss_unless_named():
@@ -21,8 +26,7 @@ def test_the_weights_of_the_kl_are_those_of_the_loss_unless_named():
 
 
 def test_a_kl_term_may_have_weights_of_its_own():
-  found = all_weights(
-    BATCH, name="token_mean", length=8, kl_name="sequence_mean", truncated="zero")
+  found = all_weights(BATCH, name="token_mean", length=8, kl_name="sequence_mean", truncated="zero")
   kept = np.where(BATCH.truncated[:, None], 0, 1)
   np.testing.assert_array_equal(found["weights"], weighting.token_mean(MASK) * kept)
   np.testing.assert_array_equal(found["kl_weights"], weighting.sequence_mean(MASK) * kept)

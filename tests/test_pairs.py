@@ -53,9 +53,9 @@ def model():
 def alone(model, pairs):
   """The log-probs of each answer by itself, in the order of the rows."""
   policy, params = model
-  score = jax.jit(functools.partial(
-    teacher_forced_logprobs, policy=policy, temperature=TEMPERATURE
-  ))
+  score = jax.jit(
+    functools.partial(teacher_forced_logprobs, policy=policy, temperature=TEMPERATURE)
+  )
   found = []
   for answer in flat(pairs):
     arrays = answer.tokens, answer.mask, np.arange(len(answer.tokens)), [1] * len(answer.tokens)

@@ -8,8 +8,19 @@ import pytest
 
 from rl_llm import advantages, kl, losses, presets, weighting
 
-NAMES = ("grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "openrlhf", "nemo", "tunix", "simply",
-         "skyrl")
+NAMES = (
+  "grpo",
+  "dr_grpo",
+  "dapo",
+  "trl",
+  "verl",
+  "nexrl",
+  "openrlhf",
+  "nemo",
+  "tunix",
+  "simply",
+  "skyrl",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,8 +77,18 @@ def k3(d):
   return np.exp(-d) + d - 1
 
 
-def paper(low, high, advantage, aggregate, dual=None, beta=0.0, kl=k3, rewards=REWARDS,
-          aggregate_kl=None, entropy=0.0):
+def paper(
+  low,
+  high,
+  advantage,
+  aggregate,
+  dual=None,
+  beta=0.0,
+  kl=k3,
+  rewards=REWARDS,
+  aggregate_kl=None,
+  entropy=0.0,
+):
   """The objective as its source writes it, in loops over responses and tokens."""
   rows, penalties, size = [], [], rewards.shape[1]
   for b in range(4):
@@ -93,32 +114,56 @@ def by_sequence(rows):
   return np.mean([row.mean() for row in rows])
 
 
-@pytest.mark.parametrize("name, expected", [
-  ("grpo", lambda: paper(0.2, 0.2, mean_and_std, by_sequence, beta=0.04)),
-  ("dr_grpo", lambda: paper(0.2, 0.2, lambda r, group: r - group.mean(),
-                            lambda rows: np.mean([r.sum() / 8 for r in rows]))),
-  ("dapo", lambda: paper(0.2, 0.28, mean_and_std, by_token)),
-  ("trl", lambda: paper(
-    0.2, 0.2, lambda r, group: (r - group.mean()) / (group.std(ddof=1) + 1e-4), by_token)),
-  ("verl", lambda: paper(0.2, 0.2, mean_and_std, by_token, dual=3.0)),
-  ("nexrl", lambda: paper(0.2, 0.2, mean_and_std, by_token, entropy=1e-4)),
-  ("openrlhf", lambda: paper(
-    0.2, 0.2, lambda r, group: (r - group.mean()) / (group.std(ddof=1) + 1e-9), by_token)),
-  ("tunix", lambda: paper(0.2, 0.2, mean_and_std, by_sequence, beta=0.04, kl=k1)),
-  ("simply", lambda: paper(
-    0.2, 0.2, lambda r, group: (r - group.mean()) / max(group.std(), 1e-5), by_token,
-    beta=0.001)),
-  ("skyrl", lambda: paper(
-    0.2, 0.2, mean_and_std, by_token, beta=0.001, aggregate_kl=by_sequence)),
-])
+@pytest.mark.parametrize(
+  "name, expected",
+  [
+    ("grpo", lambda: paper(0.2, 0.2, mean_and_std, by_sequence, beta=0.04)),
+    (
+      "dr_grpo",
+      lambda: paper(
+        0.2,
+        0.2,
+        lambda r, group: r - group.mean(),
+        lambda rows: np.mean([r.sum() / 8 for r in rows]),
+      ),
+    ),
+    ("dapo", lambda: paper(0.2, 0.28, mean_and_std, by_token)),
+    (
+      "trl",
+      lambda: paper(
+        0.2, 0.2, lambda r, group: (r - group.mean()) / (group.std(ddof=1) + 1e-4), by_token
+      ),
+    ),
+    ("verl", lambda: paper(0.2, 0.2, mean_and_std, by_token, dual=3.0)),
+    ("nexrl", lambda: paper(0.2, 0.2, mean_and_std, by_token, entropy=1e-4)),
+    (
+      "openrlhf",
+      lambda: paper(
+        0.2, 0.2, lambda r, group: (r - group.mean()) / (group.std(ddof=1) + 1e-9), by_token
+      ),
+    ),
+    ("tunix", lambda: paper(0.2, 0.2, mean_and_std, by_sequence, beta=0.04, kl=k1)),
+    (
+      "simply",
+      lambda: paper(
+        0.2, 0.2, lambda r, group: (r - group.mean()) / max(group.std(), 1e-5), by_token, beta=0.001
+      ),
+    ),
+    (
+      "skyrl",
+      lambda: paper(0.2, 0.2, mean_and_std, by_token, beta=0.001, aggregate_kl=by_sequence),
+    ),
+  ],
+)
 def test_a_recipe_is_the_objective_its_source_writes(name, expected):
   extra = {"length": 8} if name == "dr_grpo" else {}
   got = objective(name, LOGPROBS, OLD, REF, REWARDS, MASK, **extra)
   np.testing.assert_allclose(got, expected(), rtol=3e-6)
 
 
-@pytest.mark.parametrize("rewards", [np.array([[1.0, 0.0, 0.3, 0.9]]), REWARDS,
-                                     np.array([[1.0, 0.0, 0.0, 0.0]])])
+@pytest.mark.parametrize(
+  "rewards", [np.array([[1.0, 0.0, 0.3, 0.9]]), REWARDS, np.array([[1.0, 0.0, 0.0, 0.0]])]
+)
 def test_nemo_compares_with_the_others_alone(rewards):
   def advantage(r, group):
     others = np.delete(group, np.flatnonzero(group == r)[0])
@@ -130,10 +175,14 @@ def test_nemo_compares_with_the_others_alone(rewards):
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name, terms", [
-  ("skyrl", {"beta": 0.001, "aggregate_kl": by_sequence}), ("verl", {"dual": 3.0}),
-  ("nexrl", {"entropy": 1e-4}),
-])
+@pytest.mark.parametrize(
+  "name, terms",
+  [
+    ("skyrl", {"beta": 0.001, "aggregate_kl": by_sequence}),
+    ("verl", {"dual": 3.0}),
+    ("nexrl", {"entropy": 1e-4}),
+  ],
+)
 def test_a_lone_response_is_trained_on_its_raw_reward(name, terms):
   rewards = np.array([[1.0], [0.0], [0.3], [0.9]])
   got = objective(name, LOGPROBS, OLD, REF, rewards, MASK)
@@ -164,26 +213,29 @@ def test_openrlhf_has_the_kl_in_the_reward():
   for b, t in np.argwhere(MASK):
     group = REWARDS[b // 2]
     outcome = (group[b % 2] - group.mean()) / (group.std(ddof=1) + 1e-9)
-    expected[b, t] = outcome - 0.01 * sum(
-      OLD[b, s] - REF[b, s] for s in range(t, MASK[b].sum()))
+    expected[b, t] = outcome - 0.01 * sum(OLD[b, s] - REF[b, s] for s in range(t, MASK[b].sum()))
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
   assert recipe.kl["coef"] == 0
 
 
-@pytest.mark.parametrize("name, slope", [
-  ("grpo", lambda d: 0.04 * (1 - np.exp(-d))),
-  ("nemo", lambda d: 0.01 * d),  # of exp(x - sg(x)) * k3: k3 + 1 - exp(-d)
-  ("tunix", lambda d: 0.04 * np.ones_like(d)),
-  ("skyrl", lambda d: 0.001 * (1 - np.exp(-d))),
-])
+@pytest.mark.parametrize(
+  "name, slope",
+  [
+    ("grpo", lambda d: 0.04 * (1 - np.exp(-d))),
+    ("nemo", lambda d: 0.01 * d),  # of exp(x - sg(x)) * k3: k3 + 1 - exp(-d)
+    ("tunix", lambda d: 0.04 * np.ones_like(d)),
+    ("skyrl", lambda d: 0.001 * (1 - np.exp(-d))),
+  ],
+)
 def test_the_gradient_of_the_kl_term(name, slope):
   recipe = presets.grpo(name)
   made_by = getattr(weighting, recipe.kl.get("weighting", recipe.weighting["name"]))
   weights = np.asarray(made_by(MASK))
   estimators = {k: v for k, v in recipe.kl.items() if k in ("value", "gradient")}
   gradient = jax.grad(lambda x: losses.kl_loss(x, REF, weights, **estimators)[0])(LOGPROBS)
-  np.testing.assert_allclose(recipe.kl["coef"] * gradient, weights * slope(LOGPROBS - REF),
-                             rtol=1e-5, atol=1e-9)
+  np.testing.assert_allclose(
+    recipe.kl["coef"] * gradient, weights * slope(LOGPROBS - REF), rtol=1e-5, atol=1e-9
+  )
 
 
 def test_every_recipe_says_how_it_differs_and_where_it_was_read():

@@ -114,12 +114,17 @@ def test_the_key_changes_with_all_that_decides_the_numbers(setting):
     key(sequences=sequences[::-1]),
     key(sequences=sequences[:-1]),
     # The same ids in a row, cut elsewhere.
-    key(sequences=[Encoded(tokens[:-1], mask[:-1], prompt_length),
-                   Encoded([tokens[-1], *sequences[1].tokens], [mask[-1], *sequences[1].mask], 1),
-                   *sequences[2:]]),
+    key(
+      sequences=[
+        Encoded(tokens[:-1], mask[:-1], prompt_length),
+        Encoded([tokens[-1], *sequences[1].tokens], [mask[-1], *sequences[1].mask], 1),
+        *sequences[2:],
+      ]
+    ),
     key(temperature=1.0),
-    key(policy=dataclasses.replace(policy, config=dataclasses.replace(policy.config,
-                                                                      rope_theta=5e5))),
+    key(
+      policy=dataclasses.replace(policy, config=dataclasses.replace(policy.config, rope_theta=5e5))
+    ),
     key(policy=dataclasses.replace(bfloat16, config=policy.config)),
   ]
   assert len(set(keys)) == len(keys) and all(len(each) == 64 for each in keys)
@@ -130,9 +135,17 @@ def test_the_key_changes_with_all_that_decides_the_numbers(setting):
 def test_fingerprints_tell_names_shapes_and_dtypes_apart():
   zeros = np.zeros(4, np.float32)
   trees = [
-    {"a": zeros}, {"b": zeros}, {"a": zeros[:3]}, {"a": zeros.reshape(2, 2)}, {"a": {"a": zeros}},
-    {"a": zeros.astype(np.int32)}, {"a": jnp.zeros(8, jnp.bfloat16)}, {"a": zeros, "b": zeros},
-    {"a": np.float32(0)}, {"a": -zeros}, {},
+    {"a": zeros},
+    {"b": zeros},
+    {"a": zeros[:3]},
+    {"a": zeros.reshape(2, 2)},
+    {"a": {"a": zeros}},
+    {"a": zeros.astype(np.int32)},
+    {"a": jnp.zeros(8, jnp.bfloat16)},
+    {"a": zeros, "b": zeros},
+    {"a": np.float32(0)},
+    {"a": -zeros},
+    {},
   ]
   assert len({fingerprint(tree) for tree in trees}) == len(trees)
   matrix = np.arange(6.0).reshape(2, 3)

@@ -241,7 +241,10 @@ def test_prefill_draws_first_tokens_from_the_last_column_of_each_prompt(tiny, sl
   tokens, lengths = left_pad(PROMPTS, 6)
   temperatures = np.array([0.0, 0.7, 1.3] * 3)
   made = jax.jit(prefill, static_argnames="decoding")(
-    params, tokens, lengths, requests_for(lengths, temperatures),
+    params,
+    tokens,
+    lengths,
+    requests_for(lengths, temperatures),
     decoding=Decoding(policy, GROUP, STEPS, EOS, slots),
   )
   np.testing.assert_array_equal(made.cache.segment_ids, np.where(tokens == PAD, -1, 0))
@@ -272,7 +275,10 @@ def test_a_decode_step_reads_as_a_teacher_forced_pass_and_writes_live_rows_only(
     column = columns + (step - back) % STEPS
     position = np.array([[len(PROMPTS[2]) + 2 - back], [0]])
     _, cache = policy.hidden(
-      params, np.array([[token], [0]]), position, np.array([[0], [-1]]),
+      params,
+      np.array([[token], [0]]),
+      position,
+      np.array([[0], [-1]]),
       cache._replace(cursor=jnp.int32(column)),
     )
   decoding = Decoding(policy, GROUP, STEPS, EOS, 2)

@@ -121,13 +121,16 @@ def test_a_start_that_recorded_no_step_binds_nobody(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["prompt"] == "hi"
 
 
-@pytest.mark.parametrize("error, recorded, before, stays", [
-  (ConfigError("x", 1, "2"), False, False, False),
-  (ConfigError("x", 1, "2"), True, False, True),  # A step is on record.
-  (ConfigError("x", 1, "2"), False, True, True),  # It was there already.
-  (ZeroDivisionError(), False, False, True),  # A fault of ours: somebody may want to look.
-  (KeyboardInterrupt(), False, False, True),
-])
+@pytest.mark.parametrize(
+  "error, recorded, before, stays",
+  [
+    (ConfigError("x", 1, "2"), False, False, False),
+    (ConfigError("x", 1, "2"), True, False, True),  # A step is on record.
+    (ConfigError("x", 1, "2"), False, True, True),  # It was there already.
+    (ZeroDivisionError(), False, False, True),  # A fault of ours: somebody may want to look.
+    (KeyboardInterrupt(), False, False, True),
+  ],
+)
 def test_a_start_that_failed_leaves_no_directory(tmp_path, error, recorded, before, stays):
   workdir = tmp_path / "runs" / "one"
   if before:

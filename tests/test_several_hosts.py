@@ -63,12 +63,7 @@ def begin_two(experiment, workdir, settings, environment, *, each=({}, {}), **fu
   port = processes.free_port()
   return [
     processes.start(
-      command(
-        experiment,
-        workdir,
-        settings | each[me],
-        processes.flags(me, port=port, **further),
-      ),
+      command(experiment, workdir, settings | each[me], processes.flags(me, port=port, **further)),
       devices=4,
       **environment,
     )
@@ -144,9 +139,7 @@ def test_two_processes_are_one_with_as_many_devices(tmp_path, compiled):
 
 def test_other_settings_are_refused_at_the_start_of_all(tmp_path, compiled):
   for setting, ours in (("seed", 1), ("optimizer.learning_rate", 0.5)):
-    found = two(
-      "grpo", tmp_path / setting, SAMPLING, compiled, code=2, each=({}, {setting: ours})
-    )
+    found = two("grpo", tmp_path / setting, SAMPLING, compiled, code=2, each=({}, {setting: ours}))
     for process in found:
       (line,) = process.errors
       assert f"--{setting} is {ours} in process 1 (" in line, line
@@ -251,6 +244,6 @@ def test_evaluations_and_preferences_are_those_of_one_process(tmp_path, compiled
       assert len({process.code for process in found}) == 1, found
     one, other = (records(tmp_path / f"{experiment} {x}", "samples.jsonl") for x in (False, True))
     assert one == other
-    assert largest_gap(
-      *(records(tmp_path / f"{experiment} {x}") for x in (True, False))
-    )[0] < math.inf
+    assert (
+      largest_gap(*(records(tmp_path / f"{experiment} {x}") for x in (True, False)))[0] < math.inf
+    )

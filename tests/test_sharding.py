@@ -35,7 +35,8 @@ def test_an_axis_may_be_part_of_a_side_of_a_slice():
   """16 x 16 chips as 64 x 4: four that share a matrix lie in one line, with no other between."""
   chips = [
     Device(16 * y + x, 0, platform="tpu", device_kind="TPU v6 lite", coords=(x, y, 0))
-    for y in range(16) for x in range(16)
+    for y in range(16)
+    for x in range(16)
   ]
   grid = sharding.make_mesh(data=1, fsdp=64, tensor=4, devices=chips).devices
   assert grid.shape == (1, 64, 4) and len(set(grid.ravel())) == 256

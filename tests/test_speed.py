@@ -36,14 +36,31 @@ def test_a_row_has_the_rates_of_its_phases():
   }
 
 
-@pytest.mark.parametrize("times, work, peak, missing", [
-  ({"time/rollout": 2.0, "time/update": 3.0}, WORK, None, ("mfu", "peak_flops", "peak_measured")),
-  ({"time/update": 3.0}, WORK._replace(generated_tokens=0, rollout_flops=0), Peak(1.0, True),
-   ("generated_tokens_per_second", "rollout_flops_per_second")),
-  ({"time/rollout": 2.0, "time/update": 3.0}, WORK._replace(trained_tokens=0, update_flops=0),
-   Peak(1.0, True),
-   ("trained_tokens_per_second", "update_flops_per_second", "mfu", "peak_flops", "peak_measured")),
-], ids=["unknown device", "no rollout", "nothing to learn"])
+@pytest.mark.parametrize(
+  "times, work, peak, missing",
+  [
+    ({"time/rollout": 2.0, "time/update": 3.0}, WORK, None, ("mfu", "peak_flops", "peak_measured")),
+    (
+      {"time/update": 3.0},
+      WORK._replace(generated_tokens=0, rollout_flops=0),
+      Peak(1.0, True),
+      ("generated_tokens_per_second", "rollout_flops_per_second"),
+    ),
+    (
+      {"time/rollout": 2.0, "time/update": 3.0},
+      WORK._replace(trained_tokens=0, update_flops=0),
+      Peak(1.0, True),
+      (
+        "trained_tokens_per_second",
+        "update_flops_per_second",
+        "mfu",
+        "peak_flops",
+        "peak_measured",
+      ),
+    ),
+  ],
+  ids=["unknown device", "no rollout", "nothing to learn"],
+)
 def test_what_cannot_be_said_is_absent_and_not_0(times, work, peak, missing):
   every = set(speed_metrics({"time/rollout": 1.0, "time/update": 1.0}, WORK, Peak(1.0, True)))
   assert every - set(speed_metrics(times, work, peak)) == {f"speed/{key}" for key in missing}
@@ -96,7 +113,9 @@ def test_no_steps_no_table(rows):
 
 def test_phases_stand_in_the_order_of_a_step_and_unknown_ones_last():
   assert phases_of([row(0, zip=1.0, update=1.0, step=3.0), row(1, rollout=1.0)]) == [
-    "rollout", "update", "zip"
+    "rollout",
+    "update",
+    "zip",
   ]
 
 
@@ -107,8 +126,10 @@ def test_idle_is_never_less_than_nothing():
 def test_rates_of_a_run_are_its_work_by_its_seconds():
   """As if the counted steps were one: the sums of their work by the sums of their seconds."""
   works = [WORK, Work(10, 500, 90, 70_000)]
-  times = [{"time/rollout": 2.0, "time/update": 4.0, "time/step": 7.0},
-           {"time/rollout": 0.5, "time/update": 1.0, "time/step": 1.5}]
+  times = [
+    {"time/rollout": 2.0, "time/update": 4.0, "time/step": 7.0},
+    {"time/rollout": 0.5, "time/update": 1.0, "time/step": 1.5},
+  ]
   peak = Peak(50_000.0, measured=False)
   rows = [t | speed_metrics(t, w, peak) for t, w in zip(times, works, strict=True)]
   whole = {"time/rollout": 2.5, "time/update": 5.0}
@@ -120,11 +141,16 @@ def test_rates_of_a_run_are_its_work_by_its_seconds():
 
 
 def test_a_person_reads_the_rates_and_what_they_are():
-  found = rates([{"time/update": 2.0, "time/rollout": 1.0, "time/step": 3.0} | speed_metrics(
-    {"time/update": 2.0, "time/rollout": 1.0},
-    Work(1234, 5 * 10**12, 500, 6 * 10**14),
-    Peak(989e12, measured=False),
-  )])
+  found = rates(
+    [
+      {"time/update": 2.0, "time/rollout": 1.0, "time/step": 3.0}
+      | speed_metrics(
+        {"time/update": 2.0, "time/rollout": 1.0},
+        Work(1234, 5 * 10**12, 500, 6 * 10**14),
+        Peak(989e12, measured=False),
+      )
+    ]
+  )
   assert rate_lines(found) == [
     "rollout: 1234 tokens/s generated, 5 TFLOP/s",
     "update: 250 tokens/s trained, 300 TFLOP/s",

@@ -80,10 +80,18 @@ def test_operations_of_a_point_are_those_of_every_product():
 
 
 def test_scaling_runs_and_prints_a_line_a_point(capsys):
-  scaling.main(scaling.Config(
-    widths=(128,), prompts=(1, 2, 2), new_tokens=(2,), responses=(2,), prompt_tokens=4, layers=1,
-    vocabulary=16, runs=1,
-  ))
+  scaling.main(
+    scaling.Config(
+      widths=(128,),
+      prompts=(1, 2, 2),
+      new_tokens=(2,),
+      responses=(2,),
+      prompt_tokens=4,
+      layers=1,
+      vocabulary=16,
+      runs=1,
+    )
+  )
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith("base: 1 layers of width 128")
   assert [line.split()[0] for line in lines[3:]] == ["prompts", "base", "The"]

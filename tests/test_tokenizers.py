@@ -485,9 +485,7 @@ def test_hf_tokens_that_only_the_config_lists_are_tokens(directory):
   think = {"content": USER_DEFINED, "special": True, "normalized": False}
   listed = {str(len(TOKENS)): new, str(TOKENS.index(USER_DEFINED)): think}
   put(
-    directory,
-    "tokenizer_config.json",
-    {"eos_token": "<|im_end|>", "added_tokens_decoder": listed},
+    directory, "tokenizer_config.json", {"eos_token": "<|im_end|>", "added_tokens_decoder": listed}
   )
   tokenizer = from_hf(directory)
   assert tokenizer.encode("a<|new|><think>") == [TOKENS.index("a"), len(TOKENS), len(TOKENS) - 1]

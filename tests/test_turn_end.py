@@ -45,7 +45,8 @@ TEMPLATES = {
     "<|eot_id|>",
   ),
   "zephyr": (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}", "</s>"
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}",
+    "</s>",
   ),
   "gemma": (
     "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
@@ -65,7 +66,8 @@ TEMPLATES = {
   ),
   # DeepSeek's coder: line breaks first, and they are a token of their own.
   "breaks first": (
-    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n<|EOT|>\n{% endfor %}", "<|EOT|>"
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n<|EOT|>\n{% endfor %}",
+    "<|EOT|>",
   ),
 }
 SPECIAL = [

@@ -113,9 +113,7 @@ def test_adamw_takes_the_steps_its_formula_gives():
       gradient = gradient * min(1.0, 0.5 / norm)
       mean[name] = 0.9 * mean[name] + 0.1 * gradient
       square[name] = 0.95 * square[name] + 0.05 * gradient**2
-      direction = (mean[name] / (1 - 0.9**step)) / (
-        np.sqrt(square[name] / (1 - 0.95**step)) + 1e-8
-      )
+      direction = (mean[name] / (1 - 0.9**step)) / (np.sqrt(square[name] / (1 - 0.95**step)) + 1e-8)
       decay = 0.1 * expected[name] if name == "m" else 0.0
       expected[name] = expected[name] - 0.01 * (direction + decay)
   for name in expected:

@@ -9,12 +9,14 @@ from rl_llm import weighting
 from rl_llm.rollout import ResponseBatch
 from rl_llm.training.minibatches import token_weights
 
-MASK = np.array([
-  [True, True, True, False],
-  [True, False, False, False],
-  [False, True, True, False],
-  [True, True, True, True],
-])
+MASK = np.array(
+  [
+    [True, True, True, False],
+    [True, False, False, False],
+    [False, True, True, False],
+    [True, True, True, True],
+  ]
+)
 LOSS = np.random.default_rng(0).normal(size=MASK.shape)
 WEIGHTINGS = {
   "token_mean": weighting.token_mean,
@@ -41,7 +43,7 @@ def slow(name, loss, mask):
   if name == "length_power":
     powers = [len(row) ** 0.3 for row in full]
     return sum(w * row.mean() for w, row in zip(powers, full, strict=True)) / sum(powers)
-  groups = [np.concatenate(rows[b:b + 2]) for b in range(0, len(rows), 2)]
+  groups = [np.concatenate(rows[b : b + 2]) for b in range(0, len(rows), 2)]
   return np.mean([group.mean() for group in groups if len(group)])
 
 
@@ -66,10 +68,14 @@ def test_an_empty_mask_gives_zeros(name):
   assert (np.asarray(WEIGHTINGS[name](np.zeros((4, 3), bool))) == 0).all()
 
 
-@pytest.mark.parametrize("f, rate", [
-  (weighting.sequence_mean, 1), (weighting.sequence_sum, 2),
-  (lambda mask, **k: weighting.constant_length(mask, length=4, **k), 0.5),
-])
+@pytest.mark.parametrize(
+  "f, rate",
+  [
+    (weighting.sequence_mean, 1),
+    (weighting.sequence_sum, 2),
+    (lambda mask, **k: weighting.constant_length(mask, length=4, **k), 0.5),
+  ],
+)
 def test_count_empty_counts_the_rows_without_tokens(f, rate):
   mask = np.array([[True, True], [False, False]])
   assert np.sum(f(mask)) == rate and np.sum(f(mask, count_empty=True)) == rate / 2
@@ -93,8 +99,11 @@ def importance_loop(old, sampler, mask, level, low, high, mode):
     d = (old - sampler)[b][mask[b]]
     for t in range(mask.shape[1]):
       if mask[b, t]:
-        w = {"token": np.exp((old - sampler)[b, t]), "sequence": np.exp(d.sum()),
-             "geometric": np.exp(d.sum() / max(len(d), 1))}[level]
+        w = {
+          "token": np.exp((old - sampler)[b, t]),
+          "sequence": np.exp(d.sum()),
+          "geometric": np.exp(d.sum() / max(len(d), 1)),
+        }[level]
         inside = low <= w <= high
         out[b, t] = {"truncate": min(max(w, low), high), "mask": w * inside, "reject": inside}[mode]
   return out
@@ -106,7 +115,8 @@ def test_truncated_importance_matches_the_loop(level, mode):
   rng = np.random.default_rng(1)
   old, sampler = 0.4 * rng.normal(size=(2, *MASK.shape))
   got = weighting.truncated_importance(
-    old, sampler, MASK, level=level, low=0.5, high=1.5, mode=mode)
+    old, sampler, MASK, level=level, low=0.5, high=1.5, mode=mode
+  )
   expected = importance_loop(old, sampler, MASK, level, 0.5, 1.5, mode)
   assert np.count_nonzero(expected) > 0
   np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -115,8 +125,11 @@ def test_truncated_importance_matches_the_loop(level, mode):
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 @pytest.mark.parametrize("mode", ["truncate", "mask", "reject"])
 def test_truncated_importance_is_finite_at_extremes(level, mode):
-  f = jax.jit(lambda old, mask: weighting.truncated_importance(
-    old, jnp.zeros_like(old), mask, level=level, mode=mode))
+  f = jax.jit(
+    lambda old, mask: weighting.truncated_importance(
+      old, jnp.zeros_like(old), mask, level=level, mode=mode
+    )
+  )
   for extreme in (1e4, -1e4, np.inf, -np.inf):
     old = np.zeros(MASK.shape, np.float32)
     old[0] = extreme
@@ -144,7 +157,7 @@ def test_an_entropy_that_is_nan_leaves_no_quantile():
 
 
 def test_a_rejected_sequence_is_silent_whatever_its_unclamped_token_weights():
-  """"seq-mask-tis": 1[lo <= exp(mean log w) <= hi] times w itself; exp(200) is inf in float32."""
+  """ "seq-mask-tis": 1[lo <= exp(mean log w) <= hi] times w itself; exp(200) is inf in float32."""
   old, sampler = 0.4 * np.random.default_rng(3).normal(size=(2, *MASK.shape))
   old[0] = 200
   bounds = {"low": 0.8, "high": 1.5}
@@ -164,10 +177,12 @@ def test_bounds_on_minus_log_w_are_mirrored(lo, hi):
   k1 = -np.log(w)
   expected = (np.log(lo) <= k1) & (k1 <= np.log(hi))
   got = weighting.truncated_importance(
-    np.log(w), np.zeros_like(w), np.ones_like(w, bool), low=1 / hi, high=1 / lo, mode="reject")
+    np.log(w), np.zeros_like(w), np.ones_like(w, bool), low=1 / hi, high=1 / lo, mode="reject"
+  )
   np.testing.assert_array_equal(got, expected)
   plain = weighting.truncated_importance(
-    np.log(w), np.zeros_like(w), np.ones_like(w, bool), low=lo, high=hi, mode="reject")
+    np.log(w), np.zeros_like(w), np.ones_like(w, bool), low=lo, high=hi, mode="reject"
+  )
   assert np.array_equal(got, plain) == (lo * hi == 1)
 
 
@@ -244,18 +259,33 @@ def test_off_policy_mask_drops_bad_and_stale_rows_alone():
   assert not np.any(got[:, 2])
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: weighting.token_mean(np.ones((2, 2))), "mask has dtype float64|mask has dtype float32"),
-  (lambda: weighting.token_mean(np.ones(2, bool)), r"mask has shape \(2,\).*\[B, T\]"),
-  (lambda: weighting.constant_length(MASK, length=0), "length is 0"),
-  (lambda: weighting.prompt_mean(MASK, group_size=3), "group_size is 3.*rows of mask, 4"),
-  (lambda: weighting.truncated_importance(LOSS, LOSS[:1], MASK), "sampler_logprobs has shape"),
-  (lambda: weighting.truncated_importance(LOSS, LOSS, MASK, mode="clip"), "mode is 'clip'.*'mask'"),
-  (lambda: weighting.truncated_importance(LOSS, LOSS, MASK, low=3.0), "high is 2.0.*above 3.0"),
-  (lambda: weighting.drop_truncated(MASK, np.ones(3, bool)), r"truncated has shape \(3,\).*\(4,\)"),
-  (lambda: weighting.top_entropy(LOSS, MASK, fraction=20), "fraction is 20"),
-  (lambda: weighting.off_policy_mask(LOSS, LOSS, LOSS, MASK, threshold=0), "advantages has shape"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (
+      lambda: weighting.token_mean(np.ones((2, 2))),
+      "mask has dtype float64|mask has dtype float32",
+    ),
+    (lambda: weighting.token_mean(np.ones(2, bool)), r"mask has shape \(2,\).*\[B, T\]"),
+    (lambda: weighting.constant_length(MASK, length=0), "length is 0"),
+    (lambda: weighting.prompt_mean(MASK, group_size=3), "group_size is 3.*rows of mask, 4"),
+    (lambda: weighting.truncated_importance(LOSS, LOSS[:1], MASK), "sampler_logprobs has shape"),
+    (
+      lambda: weighting.truncated_importance(LOSS, LOSS, MASK, mode="clip"),
+      "mode is 'clip'.*'mask'",
+    ),
+    (lambda: weighting.truncated_importance(LOSS, LOSS, MASK, low=3.0), "high is 2.0.*above 3.0"),
+    (
+      lambda: weighting.drop_truncated(MASK, np.ones(3, bool)),
+      r"truncated has shape \(3,\).*\(4,\)",
+    ),
+    (lambda: weighting.top_entropy(LOSS, MASK, fraction=20), "fraction is 20"),
+    (
+      lambda: weighting.off_policy_mask(LOSS, LOSS, LOSS, MASK, threshold=0),
+      "advantages has shape",
+    ),
+  ],
+)
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -102,5 +102,6 @@ def test_an_editable_install_finds_the_experiments_from_anywhere(clone, tmp_path
   code = "import experiments, launch, rl_llm; print(experiments.__file__, rl_llm.__file__)"
   said = run(python, code, tmp_path / "empty")
   assert re.findall(r"\S+", said.stdout) == [
-    str(clone / "experiments" / "__init__.py"), str(clone / "rl_llm" / "__init__.py")
+    str(clone / "experiments" / "__init__.py"),
+    str(clone / "rl_llm" / "__init__.py"),
   ], said.stderr

@@ -227,15 +227,19 @@ def _byte_level(family):
 
   backend = Tokenizer(models.BPE())
   if family == "gpt-2":
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-      pre_tokenizers.Digits(individual_digits=True),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+      ]
+    )
   else:
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-      pre_tokenizers.Split(Regex(QWEN if family == "qwen" else LLAMA3), "isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Split(Regex(QWEN if family == "qwen" else LLAMA3), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+      ]
+    )
   if family == "qwen":
     backend.normalizer = normalizers.NFC()
   alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -249,9 +253,9 @@ def _byte_level(family):
   flags = QWEN_TOKENS if family != "llama 3" else dict.fromkeys(LLAMA3_TOKENS, True)
   if family == "gpt-2":
     flags = dict(list(QWEN_TOKENS.items())[:3])
-  backend.add_tokens([
-    AddedToken(text, normalized=False, special=special) for text, special in flags.items()
-  ])
+  backend.add_tokens(
+    [AddedToken(text, normalized=False, special=special) for text, special in flags.items()]
+  )
   backend.post_processor = byte_level
   if family == "llama 3":
     spec = json.loads(backend.to_str())
@@ -278,9 +282,9 @@ def _sentencepiece(family):
   )
 
   trained = Tokenizer(models.BPE())
-  trained.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Metaspace()
-  ])
+  trained.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Metaspace()]
+  )
   trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, show_progress=False))
   spec = json.loads(trained.to_str())["model"]
   gemma = family.startswith("gemma")
@@ -297,14 +301,14 @@ def _sentencepiece(family):
   pieces += sorted(spec["vocab"], key=spec["vocab"].get)
   vocabulary = {text: i for i, text in enumerate(dict.fromkeys(pieces))}
   merges = [tuple(pair) for pair in spec["merges"]]
-  backend = Tokenizer(models.BPE(
-    vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
-  ))
+  backend = Tokenizer(
+    models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+  )
   decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
   if family in ("llama 2", "phi 3"):
-    backend.normalizer = normalizers.Sequence([
-      normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
-    ])
+    backend.normalizer = normalizers.Sequence(
+      [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
   elif family == "mistral":
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
   else:
@@ -314,10 +318,12 @@ def _sentencepiece(family):
   if not gemma:
     decoder.append(decoders.Strip(" ", 1, 0))
   backend.decoder = decoders.Sequence(decoder)
-  backend.add_tokens([
-    AddedToken(text, normalized=False, special=special, rstrip=text in taking)
-    for text, special in flags.items()
-  ])
+  backend.add_tokens(
+    [
+      AddedToken(text, normalized=False, special=special, rstrip=text in taking)
+      for text, special in flags.items()
+    ]
+  )
   bos = "<bos>" if gemma else "<s>"
   backend.post_processor = processors.TemplateProcessing(
     single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
@@ -347,17 +353,27 @@ def write_mistral(directory: pathlib.Path) -> None:
     for text, score, kind in pieces if kind == 1
     for cut in range(1, len(text)) if text[:cut] in vocabulary and text[cut:] in vocabulary
   ]  # fmt: skip
-  backend = Tokenizer(models.BPE(
-    vocabulary, [(left, right) for *_, left, right in sorted(merges)], unk_token="<unk>",
-    fuse_unk=True, byte_fallback=True,
-  ))
+  backend = Tokenizer(
+    models.BPE(
+      vocabulary,
+      [(left, right) for *_, left, right in sorted(merges)],
+      unk_token="<unk>",
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
   backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-  backend.decoder = decoders.Sequence([
-    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
-  ])
-  backend.add_tokens([
-    AddedToken(text, normalized=False, special=True) for text, _, kind in pieces if kind in (2, 3)
-  ])
+  backend.decoder = decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  )
+  backend.add_tokens(
+    [AddedToken(text, normalized=False, special=True) for text, _, kind in pieces if kind in (2, 3)]
+  )
   backend.post_processor = processors.TemplateProcessing(
     single="<s> $A", special_tokens=[("<s>", 1)]
   )

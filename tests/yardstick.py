@@ -215,8 +215,13 @@ def cells(data: Path) -> list[Cell]:
   judged = {"reward": f"model:{data / 'reward_model'}"}
   add("grpo-reward_model", judged, **how)
 
-  for name in ("plain", "moving_average", "leave_one_out", "reinforce_plus_plus",
-               "reinforce_plus_plus_baseline"):
+  for name in (
+    "plain",
+    "moving_average",
+    "leave_one_out",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+  ):
     discount = {} if name == "leave_one_out" else {"advantage.discount": 0.9}
     add(
       f"reinforce-{name}" if name != "plain" else "reinforce-without_baseline",
@@ -224,9 +229,7 @@ def cells(data: Path) -> list[Cell]:
       base=ragged,
       groups=name == "reinforce_plus_plus_baseline",
     )
-  add(
-    "reinforce-moving_average_resume", {"advantage": "moving_average"}, base=ragged, resumed=True
-  )
+  add("reinforce-moving_average_resume", {"advantage": "moving_average"}, base=ragged, resumed=True)
   add("reinforce-processes", of_two, base=ragged, devices=2, processes=2)
 
   adaptive = {"kl.coef": 0.1, "kl.controller": "adaptive", "kl.horizon": 20, "kl.target": 0.01}
@@ -325,9 +328,7 @@ def cells(data: Path) -> list[Cell]:
 
   for name, devices in (("weights", 1), ("adapters", 1), ("devices", 2)):
     settings = {"sweep": data / f"{name}.py", "backend": "population"}
-    found.append(
-      Cell(f"population-{name}", "launch.run", settings, devices=devices, groups=True)
-    )
+    found.append(Cell(f"population-{name}", "launch.run", settings, devices=devices, groups=True))
 
   asked = {name: ragged[name] for name in ragged if name.startswith(("jsonl", "task", "prompt_f"))}
   asked |= {"model": data / "ragged", "max_new_tokens": 8, "reward_deadline": 60}
@@ -452,14 +453,18 @@ class Tree(NamedTuple):
 def environment(tree: Tree, out: Path, *, devices: int) -> dict[str, str]:
   """Compiled as users compile, and equal programs once."""
   names = "PATH HOME TMPDIR LANG GLIBC_TUNABLES".split()
-  return {name: os.environ[name] for name in names if name in os.environ} | {
-    "PYTHONPATH": str(tree.path),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-  } | ({"XLA_FLAGS": PATIENCE} if devices > 1 else {})
+  return (
+    {name: os.environ[name] for name in names if name in os.environ}
+    | {
+      "PYTHONPATH": str(tree.path),
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": str(devices),
+      "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    | ({"XLA_FLAGS": PATIENCE} if devices > 1 else {})
+  )
 
 
 def check_tree(tree: Tree, out: Path) -> None:
@@ -637,6 +642,7 @@ def left_by(workdir: Path, out: Path) -> Left:
 
 def rows_of(path: Path, aliases: Mapping[str, str]) -> list[dict[str, Any]]:
   """A file's rows, without what depends on the clock, on places, or on how processes met."""
+
   def aliased(value: Any) -> Any:
     if isinstance(value, str):
       for text, alias in aliases.items():
@@ -649,15 +655,20 @@ def rows_of(path: Path, aliases: Mapping[str, str]) -> list[dict[str, Any]]:
     return value
 
   if path.suffix == ".jsonl":
-    rows = without_timings(read(path)) if path.name != "pairs.jsonl" else [
-      json.loads(line) for line in path.read_text().splitlines()
-    ]
+    rows = (
+      without_timings(read(path))
+      if path.name != "pairs.jsonl"
+      else [json.loads(line) for line in path.read_text().splitlines()]
+    )
   else:
     rows = [json.loads(path.read_text())]
   volatile = ("distributed.", "workdir")
   return [
-    {key: aliased(value) for key, value in row.items()
-     if key != "seconds" and not (path.name == "config.json" and key.startswith(volatile))}
+    {
+      key: aliased(value)
+      for key, value in row.items()
+      if key != "seconds" and not (path.name == "config.json" and key.startswith(volatile))
+    }
     for row in rows
   ]
 
@@ -726,10 +737,9 @@ def shown(value: Any) -> str:
 
 def added_keys(old: Left, new: Left) -> set[str]:
   """Keys that only the new record has, with their file."""
+
   def keys(left: Left) -> set[str]:
-    return {
-      f"{name}: {key}" for name, rows in left.rows.items() for row in rows for key in row
-    }
+    return {f"{name}: {key}" for name, rows in left.rows.items() for row in rows for key in row}
 
   return keys(new) - keys(old)
 

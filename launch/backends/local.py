@@ -282,9 +282,7 @@ class Launcher:
     for over in [r for r in self.running if watch(r, time_limit=time_limit, grace=limits.grace)]:
       self.running.remove(over)
       self.free.append(over.slot)
-      verdict = conclude(
-        over, retries=limits.retries, backoff=limits.backoff, stopping=stopping
-      )
+      verdict = conclude(over, retries=limits.retries, backoff=limits.backoff, stopping=stopping)
       self.progress.ended(over, verdict)
       if verdict == "again":
         # By a monotonic clock; what is on disk is for other launchers, and later ones.

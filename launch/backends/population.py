@@ -67,9 +67,7 @@ def train_all(trials: Sequence[Trial], workdir: Path) -> dict[str, str]:
   if not members:
     return verdicts
   grpo, population = map(importlib.import_module, (EXPERIMENT, "experiments.population"))
-  configs = [
-    resolve(grpo.Config, trial.settings, overrides=grpo.overrides)[0] for trial in members
-  ]
+  configs = [resolve(grpo.Config, trial.settings, overrides=grpo.overrides)[0] for trial in members]
   places = [workdir / trial.id for trial in members]
   for place in places:
     if any((place / "checkpoints").glob("[0-9]*")):

@@ -72,9 +72,15 @@ def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[
     "signal": "TERM@60" if options.pack == 1 else "INT@60",
   }
   launcher = [
-    python, "-m", "launch.run", f"--sweep={workdir / 'sweep.py'}", f"--workdir={workdir}",
-    f"--retries={config.retries}", f"--backoff={config.backoff}",
-    f"--time_limit={config.time_limit}", f"--grace={config.grace}",
+    python,
+    "-m",
+    "launch.run",
+    f"--sweep={workdir / 'sweep.py'}",
+    f"--workdir={workdir}",
+    f"--retries={config.retries}",
+    f"--backoff={config.backoff}",
+    f"--time_limit={config.time_limit}",
+    f"--grace={config.grace}",
   ]
   # srun does not ask sbatch how many cores a task has.
   cores = f"--cpus-per-task={options.cpus_per_task * options.pack}"

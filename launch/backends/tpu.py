@@ -58,9 +58,22 @@ def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[
   text.append("# 2. copy this directory to their hosts, and install it")
   for name in names:
     there = f"{name}:{options.directory}"
-    text.append(shlex.join(
-      ["gcloud", "compute", "tpus", "tpu-vm", "scp", "--recurse", ".", there, "--worker=all", *end]
-    ))
+    text.append(
+      shlex.join(
+        [
+          "gcloud",
+          "compute",
+          "tpus",
+          "tpu-vm",
+          "scp",
+          "--recurse",
+          ".",
+          there,
+          "--worker=all",
+          *end,
+        ]
+      )
+    )
     text.append(shlex.join(ssh(options, name, install)))
   text.append(f"# 3. {len(trials)} trials; --execute runs each on the next slice that is free")
   for number, trial in enumerate(trials):
@@ -90,7 +103,14 @@ def command(options: Tpu, name: str, trial: Trial, workdir: Path, python: str) -
 
 def ssh(options: Tpu, name: str, text: str) -> list[str]:
   return [
-    "gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *place(options), "--worker=all",
+    "gcloud",
+    "compute",
+    "tpus",
+    "tpu-vm",
+    "ssh",
+    name,
+    *place(options),
+    "--worker=all",
     f"--command={text}",
   ]
 

@@ -340,11 +340,16 @@ def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) ->
   # i is the best of S and j the second best. Of S's other k - 2, all come from the `rank` responses
   # below j, so j is second in comb(rank, k - 2) of the comb(n, k) sets. Row n: n valid rewards.
   tries = [min(n, k or group) for n in range(group + 1)]
-  share = jnp.array([
-    [math.comb(rank, t - 2) / math.comb(n, t) if 2 <= t and rank < n else 0.0
-     for rank in range(group)]
-    for n, t in enumerate(tries)
-  ], rewards.dtype)
+  share = jnp.array(
+    [
+      [
+        math.comb(rank, t - 2) / math.comb(n, t) if 2 <= t and rank < n else 0.0
+        for rank in range(group)
+      ]
+      for n, t in enumerate(tries)
+    ],
+    rewards.dtype,
+  )
   rank = jnp.argsort(jnp.argsort(jnp.where(where, rewards, jnp.inf), axis=1), axis=1)
   second = jnp.take_along_axis(share[jnp.sum(where, axis=1)], rank, axis=1)
   clean = jnp.where(where, rewards, 0)
@@ -404,7 +409,8 @@ def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Arra
   check_same_shape("where", where, "rewards", rewards)
   each = jax.vmap(
     lambda x, valid: group_relative(x, scale=scale, ddof=ddof, eps=eps, where=valid),
-    in_axes=2, out_axes=2,
+    in_axes=2,
+    out_axes=2,
   )(rewards, where)
   # On a TPU the default precision of a product is bfloat16.
   total = jnp.matmul(each, at_least_float32(weights), precision=jax.lax.Precision.HIGHEST)

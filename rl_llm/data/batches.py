@@ -76,16 +76,21 @@ def batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> np.nd
     ValueError: an argument is too small.
   """
   for name, value, least in (
-    ("count", count, 1), ("batch_size", batch_size, 1), ("seed", seed, 0), ("step", step, 0)
+    ("count", count, 1),
+    ("batch_size", batch_size, 1),
+    ("seed", seed, 0),
+    ("step", step, 0),
   ):
     if value < least:
       raise ValueError(f"{name}={value}: must be {least} or more")
   first = step * batch_size
   epochs = range(first // count, (first + batch_size - 1) // count + 1)
-  row = np.concatenate([
-    np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(count)
-    for epoch in epochs
-  ])
+  row = np.concatenate(
+    [
+      np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(count)
+      for epoch in epochs
+    ]
+  )
   return row[first - epochs[0] * count :][:batch_size]
 
 

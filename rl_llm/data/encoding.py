@@ -259,9 +259,7 @@ def _cut_start(sequence: Encoded, count: int) -> Encoded:
 
 
 def _cut_end(sequence: Encoded, limit: int) -> Encoded:
-  return Encoded(
-    sequence.tokens[:limit], sequence.mask[:limit], min(sequence.prompt_length, limit)
-  )
+  return Encoded(sequence.tokens[:limit], sequence.mask[:limit], min(sequence.prompt_length, limit))
 
 
 def _messages(content: Content, role: str) -> list[Message]:

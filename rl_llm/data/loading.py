@@ -158,7 +158,8 @@ def load_sequences(
   if counts["overlong"]:
     note += f"; {counts['overlong']} over {limit} tokens, {counts['dropped']} of them dropped"
   for kind, side, wanted in (
-    ("train on", training, True), ("evaluate on", held_out, held_out_fraction > 0)
+    ("train on", training, True),
+    ("evaluate on", held_out, held_out_fraction > 0),
   ):
     if wanted and not side:
       raise DataError(

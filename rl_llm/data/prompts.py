@@ -44,9 +44,7 @@ def bucket(length: int, *, minimum: int = 8) -> int:
   return width
 
 
-def pad_prompts(
-  prompts: Sequence[Sequence[int]], *, pad_id: int, columns: int = 0
-) -> PromptBatch:
+def pad_prompts(prompts: Sequence[Sequence[int]], *, pad_id: int, columns: int = 0) -> PromptBatch:
   """Left-pads to the bucket of the longest, so that every response begins in the same column.
 
   >>> batch = pad_prompts([[5, 6], [7]], pad_id=0)

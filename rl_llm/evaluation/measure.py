@@ -372,8 +372,7 @@ def summarize(
     "seconds": sum(row["time/step"] for row in batches),
     "all": figures(np.ones(len(levels), bool)),
     "by_difficulty": {
-      level: figures(levels == level)
-      for level in sorted(set(levels) - {None}, key=natural_order)
+      level: figures(levels == level) for level in sorted(set(levels) - {None}, key=natural_order)
     },
   }
 

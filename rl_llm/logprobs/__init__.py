@@ -96,9 +96,7 @@ def entropy(logits, *, temperature=1.0) -> Array:
 
 
 @any_mesh
-def sequence_logprobs(
-  logprobs, mask, *, average=False, tail_weight=1.0, head_length=None
-) -> Array:
+def sequence_logprobs(logprobs, mask, *, average=False, tail_weight=1.0, head_length=None) -> Array:
   """Log-prob of each response: the sum over its tokens, or their mean.
 
       sums[b] = sum_t mask[b, t] * logprobs[b, t]
@@ -217,8 +215,11 @@ def chunked_logprobs_and_entropy(
   hidden, unembedding = varying_alike(hidden, unembedding, tokens)
   # Flat, so that the unembedding's gradient sums over one axis; over two a CPU would transpose.
   flat = blockwise(
-    hidden.reshape(-1, width), unembedding, tokens.reshape(-1),
-    *jax.lax.stop_gradient(constants), cut_of(unembedding, blocks),
+    hidden.reshape(-1, width),
+    unembedding,
+    tokens.reshape(-1),
+    *jax.lax.stop_gradient(constants),
+    cut_of(unembedding, blocks),
   )
   return jax.tree.map(lambda x: x.reshape(tokens.shape), flat)
 
@@ -282,14 +283,14 @@ def _split(x, shape, chunk_size):
   if shards > 1:
     chunks = next((n for n in range(chunks, 4 * chunks) if count % (n * shards) == 0), chunks)
   rows = -(-count // chunks)
-  x = x.reshape(count, *x.shape[len(shape):])
+  x = x.reshape(count, *x.shape[len(shape) :])
   x = jnp.pad(x, ((0, rows * chunks - count), *((0, 0) for _ in x.shape[1:])))
   return x.reshape(rows, chunks, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _join(x, shape):
   """Undoes `_split`."""
-  return x.swapaxes(0, 1).reshape(-1)[:math.prod(shape)].reshape(shape)
+  return x.swapaxes(0, 1).reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def _log_softmax(logits, temperature):

@@ -35,8 +35,7 @@ def _forward(hidden, unembedding, tokens, temperature, softcap, cut):
 
   def block(carry, i):
     peak, total, mean, chosen = carry
-    z, row = _block_logits(
-      i, hidden, folded, tokens, temperature, softcap, cut, len(unembedding))
+    z, row = _block_logits(i, hidden, folded, tokens, temperature, softcap, cut, len(unembedding))
     # One block is small enough to keep: the backward pass asks for it.
     kept = z if cut.blocks == 1 else None
     new_peak = jnp.maximum(peak, jnp.max(z, axis=-1))
@@ -54,8 +53,7 @@ def _forward(hidden, unembedding, tokens, temperature, softcap, cut):
   peak, total, mean, chosen = carry
   log_total = jnp.log(total)
   logprobs, entropies = chosen - peak - log_total, log_total - mean / total
-  residuals = (
-    hidden, unembedding, tokens, temperature, softcap, entropies, peak + log_total, kept)
+  residuals = (hidden, unembedding, tokens, temperature, softcap, entropies, peak + log_total, kept)
   return (logprobs, entropies), residuals
 
 
@@ -69,8 +67,7 @@ def _backward(cut, residuals, cotangents):
     of_hidden, of_unembedding = carry
     i, z = index_and_logits
     if z is None:
-      z, _ = _block_logits(
-        i, hidden, folded, tokens, temperature, softcap, cut, len(unembedding))
+      z, _ = _block_logits(i, hidden, folded, tokens, temperature, softcap, cut, len(unembedding))
     rows, row = _block_rows(i, folded, tokens, cut)
     slope = 1 / temperature
     if softcap is not None:
@@ -85,12 +82,13 @@ def _backward(cut, residuals, cotangents):
     of_hidden += matmul(of_z, rows, contract=((tokens.ndim,), (0,)))
     of_rows = of_rows.reshape(cut.groups, cut.rows, -1)
     of_unembedding = jax.lax.dynamic_update_slice_in_dim(
-      of_unembedding, of_rows, cut.start(i), axis=1)
+      of_unembedding, of_rows, cut.start(i), axis=1
+    )
     return (of_hidden, of_unembedding), None
 
   start = jnp.zeros_like(hidden, temperature.dtype), jnp.zeros_like(folded)
   (of_hidden, of_unembedding), _ = jax.lax.scan(block, start, (cut.indices(), kept))
-  of_unembedding = of_unembedding.reshape(-1, hidden.shape[-1])[:len(unembedding)]
+  of_unembedding = of_unembedding.reshape(-1, hidden.shape[-1])[: len(unembedding)]
   constants = jax.tree.map(jnp.zeros_like, (temperature, softcap))
   return of_hidden.astype(hidden.dtype), of_unembedding, None, *constants
 

@@ -151,9 +151,7 @@ def kl_cov_mask(covariance, mask, *, fraction=2e-3, at_least=0) -> Array:
   return _largest(at_least_float32(covariance), mask, _share(fraction, mask, at_least))
 
 
-def ppo_clipped(
-  logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2
-) -> Array:
+def ppo_clipped(logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2) -> Array:
   """The tokens that PPO's clip leaves without gradient: they were already pushed far enough.
 
       clipped = ratio > 1 + clip_high where A > 0, ratio < 1 - clip_low where A < 0
@@ -237,8 +235,13 @@ def clip_cov_loss(
   _, weights, mask = _checks.tokens("logprobs", logprobs, weights, mask)
   selected = _selected(selected, like, mask)
   loss, metrics = ppo_loss(
-    logprobs, old_logprobs, advantages, jnp.where(selected, 0, weights),
-    mask=mask, clip_low=clip_low, clip_high=clip_high,
+    logprobs,
+    old_logprobs,
+    advantages,
+    jnp.where(selected, 0, weights),
+    mask=mask,
+    clip_low=clip_low,
+    clip_high=clip_high,
   )
   return loss, metrics | {"selected_fraction": _checks.metric(selected, mask)}
 

@@ -27,14 +27,7 @@ from rl_llm.losses import _checks
 
 
 def gspo_loss(
-  logprobs,
-  old_logprobs,
-  advantages,
-  weights,
-  *,
-  mask=None,
-  clip_low=3e-4,
-  clip_high=4e-4,
+  logprobs, old_logprobs, advantages, weights, *, mask=None, clip_low=3e-4, clip_high=4e-4
 ) -> tuple[Array, Metrics]:
   """GSPO: PPO's clipped surrogate, with one ratio for the whole response.
 
@@ -111,14 +104,7 @@ def gspo_loss(
 
 
 def gspo_token_loss(
-  logprobs,
-  old_logprobs,
-  advantages,
-  weights,
-  *,
-  mask=None,
-  clip_low=3e-4,
-  clip_high=4e-4,
+  logprobs, old_logprobs, advantages, weights, *, mask=None, clip_low=3e-4, clip_high=4e-4
 ) -> tuple[Array, Metrics]:
   """GSPO-token: GSPO's ratio, with a separate gradient for each token.
 
@@ -175,14 +161,7 @@ def gspo_token_loss(
 
 
 def gmpo_loss(
-  logprobs,
-  old_logprobs,
-  advantages,
-  weights,
-  *,
-  mask=None,
-  clip_low=0.4,
-  clip_high=0.4,
+  logprobs, old_logprobs, advantages, weights, *, mask=None, clip_low=0.4, clip_high=0.4
 ) -> tuple[Array, Metrics]:
   """GMPO: the geometric mean of the token ratios, each clipped before the mean is taken.
 

@@ -380,7 +380,4 @@ def _binary_kl(logprobs, old_logprobs):
 
 
 def _metrics(ratio, mask):
-  return {
-    "ratio": _checks.metric(ratio, mask),
-    "approx_kl": _checks.approx_kl(ratio, mask),
-  }
+  return {"ratio": _checks.metric(ratio, mask), "approx_kl": _checks.approx_kl(ratio, mask)}

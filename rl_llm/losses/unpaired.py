@@ -312,10 +312,7 @@ def nash_md_loss(
   preferences = _checks.constant("preferences", preferences, name, like, mask)
   log_ratio = logprobs - reference
   per_row = -(preferences - 0.5) * logprobs + beta * jnp.square(log_ratio) / 2
-  metrics = {
-    "preference": _checks.metric(preferences, mask),
-    "kl": _checks.metric(log_ratio, mask),
-  }
+  metrics = {"preference": _checks.metric(preferences, mask), "kl": _checks.metric(log_ratio, mask)}
   return jnp.sum(weights * per_row), metrics
 
 

@@ -116,8 +116,6 @@ def attend(
   return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-
-
 class AttentionError(UserError, ValueError):
   """A requested kernel is not available here, or cannot do what is asked of it."""
 
@@ -175,12 +173,7 @@ def find_kernel(attention: AttentionName, *, dtype: Any, mesh: Mesh | None = Non
 
 
 def takes(
-  kernel: Kernel | None,
-  query: chex.Array,
-  n_keys: int,
-  n_kv_heads: int,
-  *,
-  cap: float | None,
+  kernel: Kernel | None, query: chex.Array, n_keys: int, n_kv_heads: int, *, cap: float | None
 ) -> bool:
   """Whether this pass uses the kernel; decided from shapes alone, while a program is traced.
 

@@ -46,7 +46,12 @@ _ADAPTER = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 # PEFT's entries that make a different function of the same tensors.
 _NOT_PLAIN_LORA = (
-  "use_rslora", "use_dora", "use_qalora", "alpha_pattern", "fan_in_fan_out", "layer_replication",
+  "use_rslora",
+  "use_dora",
+  "use_qalora",
+  "alpha_pattern",
+  "fan_in_fan_out",
+  "layer_replication",
   "alora_invocation_tokens",
 )
 

@@ -113,6 +113,7 @@ def run_layers(
       jnp.array(flags),
       jax.tree.map(lambda *leaves: jnp.stack(leaves), *others),
     )
+
     # Inside a loop nothing can be merged with the forward pass, so no barrier is needed.
     def one(x, parts, same=same):
       return layer(x, (*parts, common), same)

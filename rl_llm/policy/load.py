@@ -63,12 +63,7 @@ def load_model(
       the weights cannot be cut as the mesh asks; AttentionError: there is no such kernel here.
   """
   make = functools.partial(
-    make_policy,
-    dtype=dtype,
-    remat=remat,
-    scan_layers=scan_layers,
-    attention=attention,
-    mesh=mesh,
+    make_policy, dtype=dtype, remat=remat, scan_layers=scan_layers, attention=attention, mesh=mesh
   )
   if name == "tiny":
     tokenizer = ByteTokenizer()
@@ -133,9 +128,7 @@ def split_weights(
   try:
     frozen, trained = split_lora(params, key, rank=rank, alpha=alpha, targets=targets)
   except (ValueError, re.error) as error:
-    raise ConfigError(
-      "lora.targets", targets, "a pattern of weights' paths", str(error)
-    ) from None
+    raise ConfigError("lora.targets", targets, "a pattern of weights' paths", str(error)) from None
   if adapter:
     trained = load_adapter(adapter, join(frozen, trained))
     params = join(frozen, trained)

@@ -312,9 +312,7 @@ def _check_pass(
     )
 
 
-def _embed(
-  setup: Setup, params: Params, tokens: chex.Array, segment_ids: chex.Array
-) -> chex.Array:
+def _embed(setup: Setup, params: Params, tokens: chex.Array, segment_ids: chex.Array) -> chex.Array:
   # The id of padding does not matter unless it is beyond the table: that would give NaN.
   tokens = jnp.where(segment_ids < 0, 0, tokens)
   x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(setup.dtype)
@@ -342,9 +340,7 @@ def _by_rows(setup: Setup, x: chex.Array) -> chex.Array:
   return constrain_rows(x, setup.mesh)
 
 
-def _layout(
-  setup: Setup, rows: int, tokens: int
-) -> Callable[[Params, jax.sharding.Mesh], Params]:
+def _layout(setup: Setup, rows: int, tokens: int) -> Callable[[Params, jax.sharding.Mesh], Params]:
   """The layout of matrices for this batch: sending few tokens is faster than sending a matrix."""
   shards, many = setup.row_shards, tokens >= setup.config.width
   return copy_to_rows if shards > 1 and many and rows % shards == 0 else constrain
@@ -647,8 +643,15 @@ def _look(
   cap = config.attn_softcap
   if takes(kernel, query, *keys.shape[1:3], cap=cap):
     return fused_attend(
-      query, keys, values, sight, kernel=kernel, first_column=first_column,
-      window=config.sliding_window, scale=config.attention_scale, cap=cap,
+      query,
+      keys,
+      values,
+      sight,
+      kernel=kernel,
+      first_column=first_column,
+      window=config.sliding_window,
+      scale=config.attention_scale,
+      cap=cap,
     )
   keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
   return _rematerialized_attend(query, keys, values, sight.mask, config=config)

@@ -118,9 +118,7 @@ def make_calls(
       protocol.write_frame(frame.extend, request)
     except (TypeError, ValueError) as error:
       where = f"sample {first}" if responses == 1 else f"the call from sample {first} on"
-      raise ValueError(
-        f"{where}: its prompt or columns are not of JSON types: {error}"
-      ) from None
+      raise ValueError(f"{where}: its prompt or columns are not of JSON types: {error}") from None
     calls.append(Call(len(request["prompts"]), bytes(frame)))
   return calls
 

@@ -137,9 +137,7 @@ def _result(value: Any) -> RewardResult:
   return RewardResult(value, "ok")
 
 
-def _logged(
-  reply: dict, count: int
-) -> tuple[list[dict[str, Any] | None], dict[str, float] | None]:
+def _logged(reply: dict, count: int) -> tuple[list[dict[str, Any] | None], dict[str, float] | None]:
   """What the function logged: by response, and for the whole call."""
   columns, metrics = reply.get("extra", {}), reply.get("metrics", {})
   fits = isinstance(columns, dict) and all(
@@ -148,11 +146,11 @@ def _logged(
     and all(value is None or isinstance(value, bool | int | float | str) for value in values)
     for values in columns.values()
   )
-  if not fits or not isinstance(metrics, dict) or not all(
-    isinstance(value, float) and math.isfinite(value) for value in metrics.values()
+  if (
+    not fits
+    or not isinstance(metrics, dict)
+    or not all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
   ):
     raise ValueError("the worker sent something else than log_extra and log_metric take")
-  extras = [
-    {name: values[row] for name, values in columns.items()} or None for row in range(count)
-  ]
+  extras = [{name: values[row] for name, values in columns.items()} or None for row in range(count)]
   return extras, metrics or None

@@ -172,7 +172,6 @@ def work(
   layers.append("limits")
   write_frame(connection.sendall, {"layers": layers})
 
-
   def apart(request: dict) -> dict:
     return grade_in_child(grade, request, connection.fileno(), alone, processes)
 

@@ -469,13 +469,7 @@ def make_experience(
   return found._replace(
     metrics=experience_metrics(found, max_reward=max_reward),
     samples=sample_rows(
-      drawn.problems,
-      texts,
-      rollout,
-      scores,
-      split="train",
-      max_reward=max_reward,
-      grades=grades,
+      drawn.problems, texts, rollout, scores, split="train", max_reward=max_reward, grades=grades
     ),
   )
 
@@ -497,9 +491,7 @@ def response_batch(experience: Experience) -> ResponseBatch:
   )
 
 
-def sampled_pairs(
-  experience: Experience, chosen: Sequence[tuple[int, int, int]]
-) -> list[Pair]:
+def sampled_pairs(experience: Experience, chosen: Sequence[tuple[int, int, int]]) -> list[Pair]:
   """Pairs of responses, each after its prompt, with the sampled tokens: no text is re-encoded.
 
   Args:
@@ -587,13 +579,7 @@ def logged_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
 
 
 def minibatches(
-  seed: int,
-  step: int,
-  *,
-  prompts: int,
-  epochs: int,
-  count: int,
-  matters: np.ndarray | None = None,
+  seed: int, step: int, *, prompts: int, epochs: int, count: int, matters: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:
   """The problems of each update, with `count` updates per epoch; every epoch reshuffles them.
 
@@ -667,8 +653,7 @@ def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
 def response_ids(rollout: Rollout) -> list[list[int]]:
   """The responses' tokens as they were sampled, including the token that ended them."""
   return [
-    tokens[:length].tolist()
-    for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)
+    tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)
   ]
 
 

@@ -238,11 +238,7 @@ def decode_step(
   cache = state.cache._replace(cursor=columns + state.step % max_new_tokens)
   position = requests.prompt_lengths[state.row] + state.length - 1
   hidden, cache = decoding.policy.hidden(
-    params,
-    state.last[:, None],
-    position[:, None],
-    jnp.zeros((decoding.slots, 1), jnp.int32),
-    cache,
+    params, state.last[:, None], position[:, None], jnp.zeros((decoding.slots, 1), jnp.int32), cache
   )
   drawn = _draw(params, hidden[:, 0], state.row, state.length, requests, decoding=decoding)
   ended = _ends(drawn.token, decoding)
@@ -398,7 +394,12 @@ def _decode_all(
 @functools.partial(
   jax.jit,
   static_argnames=(
-    "policy", "responses_per_prompt", "max_new_tokens", "eos_ids", "pad_id", "slots"
+    "policy",
+    "responses_per_prompt",
+    "max_new_tokens",
+    "eos_ids",
+    "pad_id",
+    "slots",
   ),
 )
 def generate(

@@ -100,18 +100,20 @@ def pair_up(
     candidates = [(a, b) for a in rewards for b in rewards if rewards[a] > rewards[b]]
     counts["problems_without_spread"] += not candidates
     rng = np.random.default_rng(np.random.SeedSequence([seed, hashed(problem.key)]))
-    for place in rng.permutation(len(candidates))[: pairs_per_problem]:
+    for place in rng.permutation(len(candidates))[:pairs_per_problem]:
       better, worse = candidates[place]
-      rows.append({
-        "prompt": prompt,
-        "chosen": answer(prompt, better),
-        "rejected": answer(prompt, worse),
-        **problem.columns,
-        "problem": problem.key,
-        "chosen_reward": rewards[better],
-        "rejected_reward": rewards[worse],
-        "margin": rewards[better] - rewards[worse],
-      })
+      rows.append(
+        {
+          "prompt": prompt,
+          "chosen": answer(prompt, better),
+          "rejected": answer(prompt, worse),
+          **problem.columns,
+          "problem": problem.key,
+          "chosen_reward": rewards[better],
+          "rejected_reward": rewards[worse],
+          "margin": rewards[better] - rewards[worse],
+        }
+      )
   return rows, counts
 
 

@@ -317,13 +317,17 @@ def save_reward_model(
   # Gemma3ForSequenceClassification reads images too.
   architecture = architecture.replace("Gemma3For", "Gemma3TextFor")
   pad_id = _padding(tokenizer)
-  entries = language_model | token_ids(tokenizer) | {
-    "architectures": [architecture.replace("ForCausalLM", _CLASSIFIER)],
-    "id2label": {"0": "LABEL_0"},
-    "label2id": {"LABEL_0": 0},
-    "pad_token_id": pad_id,
-    "reward_center": float(center),
-  }
+  entries = (
+    language_model
+    | token_ids(tokenizer)
+    | {
+      "architectures": [architecture.replace("ForCausalLM", _CLASSIFIER)],
+      "id2label": {"0": "LABEL_0"},
+      "label2id": {"LABEL_0": 0},
+      "pad_token_id": pad_id,
+      "reward_center": float(center),
+    }
+  )
   params = params | {"head": {"weight": head["weight"]}}
   write_directory(
     directory, config, entries, _leaf_shapes(config), params, max_shard_bytes=max_shard_bytes

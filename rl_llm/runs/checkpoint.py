@@ -83,8 +83,9 @@ class Checkpointer:
       raise ValueError(f"keep is {keep}; it must be at least 1, for the newest checkpoint")
     if "://" in str(directory):
       raise CheckpointError(
-          f"directory is {directory}; a file system path is needed: mount the bucket (gcsfuse, "
-          "s3fs) and give the path of the mount")
+        f"directory is {directory}; a file system path is needed: mount the bucket (gcsfuse, "
+        "s3fs) and give the path of the mount"
+      )
     self.directory = Path(directory).absolute()
     self.keep = keep
     self._reported: set[int] = set()  # damaged steps, so that each is reported once
@@ -93,8 +94,9 @@ class Checkpointer:
       self.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise CheckpointError(
-          f"cannot make the checkpoint directory {self.directory}: {error.strerror}. "
-          "Give a writable path") from None
+        f"cannot make the checkpoint directory {self.directory}: {error.strerror}. "
+        "Give a writable path"
+      ) from None
 
   def __enter__(self) -> Checkpointer:
     return self
@@ -126,16 +128,19 @@ class Checkpointer:
     leaves = _named_leaves(_of_all_processes(state))
     for name, leaf in leaves.items():
       if not isinstance(leaf, jax.Array):
-        raise TypeError(f"state leaf {name} is a {type(leaf).__name__}; make it a jax array "
-                        "(jnp.asarray) or put it in `extra`")
+        raise TypeError(
+          f"state leaf {name} is a {type(leaf).__name__}; make it a jax array "
+          "(jnp.asarray) or put it in `extra`"
+        )
     extra = _checked_extra(extra)
     _refuse_nonfinite(step, leaves)
     final, aside = self.directory / str(step), self.directory / f"{_SAVING}{step}"
     taken = hosts.is_main() and step in self._steps() and bool(self._sound(step))
     if hosts.share(f"the checkpoint of step {step}", taken):
       raise CheckpointError(
-          f"{final} holds a sound checkpoint already; save under another number, or move that "
-          "directory away first")
+        f"{final} holds a sound checkpoint already; save under another number, or move that "
+        "directory away first"
+      )
     first = hosts.is_main()
     try:
       if first:
@@ -165,8 +170,9 @@ class Checkpointer:
         raise hosts.HostLost(hosts.lost(error)) from None
       if isinstance(error, Exception):
         raise CheckpointError(
-            f"step {step} could not be saved in {self.directory}: {_brief(error)}. Earlier "
-            f"checkpoints are untouched. {_save_hint(self.directory, error)}") from None
+          f"step {step} could not be saved in {self.directory}: {_brief(error)}. Earlier "
+          f"checkpoints are untouched. {_save_hint(self.directory, error)}"
+        ) from None
       raise
     if first:
       try:
@@ -187,8 +193,9 @@ class Checkpointer:
     found = self._newest()
     if found is None and self._reported:
       raise CheckpointError(
-          f"no checkpoint in {self.directory} verifies (damaged: {sorted(self._reported)}); "
-          "restore one from a backup, or delete the run's directory to begin anew")
+        f"no checkpoint in {self.directory} verifies (damaged: {sorted(self._reported)}); "
+        "restore one from a backup, or delete the run's directory to begin anew"
+      )
     return None if found is None else found["step"]
 
   def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
@@ -214,19 +221,21 @@ class Checkpointer:
       manifest = self._newest()
       if manifest is None:
         raise CheckpointError(
-            f"no sound checkpoint in {self.directory}; start from scratch, or check the path")
+          f"no sound checkpoint in {self.directory}; start from scratch, or check the path"
+        )
     else:
       manifest = _verified(self.directory / str(step), step)
     wanted = _named_leaves(abstract_state)
     _compare_trees(self.directory / str(manifest["step"]), manifest["leaves"], wanted)
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
-        for name, leaf in wanted.items()
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
+      for name, leaf in wanted.items()
     }
     stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
     arrays = {
-        name: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-        for name, leaf in wanted.items() if not leaf.size
+      name: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+      for name, leaf in wanted.items()
+      if not leaf.size
     }
     path = self.directory / str(manifest["step"]) / _STATE
     if stored:
@@ -235,8 +244,9 @@ class Checkpointer:
           arrays |= _named_leaves(ocp.load(path, _nested(stored)))
       except Exception as error:
         raise CheckpointError(
-            f"{path} verifies but could not be read: {_brief(error)}. Check the memory, and that "
-            "the shardings of abstract_state divide the shapes") from None
+          f"{path} verifies but could not be read: {_brief(error)}. Check the memory, and that "
+          "the shardings of abstract_state divide the shapes"
+        ) from None
     ordered = [arrays[name] for name in wanted]
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), ordered)
     return manifest["step"], state, manifest["extra"]
@@ -247,13 +257,18 @@ class Checkpointer:
       entries = list(os.scandir(self.directory))
     except OSError as error:
       raise CheckpointError(
-          f"cannot read the checkpoint directory {self.directory}: {error.strerror}. "
-          "Was it moved or deleted?") from None
+        f"cannot read the checkpoint directory {self.directory}: {error.strerror}. "
+        "Was it moved or deleted?"
+      ) from None
     return sorted(
-        int(entry.name) for entry in entries
-        if entry.name.isascii() and entry.name.isdigit() and str(int(entry.name)) == entry.name
-        and entry.is_dir(follow_symlinks=False)
-        and any(os.path.lexists(os.path.join(entry.path, name)) for name in (_MANIFEST, _STATE)))
+      int(entry.name)
+      for entry in entries
+      if entry.name.isascii()
+      and entry.name.isdigit()
+      and str(int(entry.name)) == entry.name
+      and entry.is_dir(follow_symlinks=False)
+      and any(os.path.lexists(os.path.join(entry.path, name)) for name in (_MANIFEST, _STATE))
+    )
 
   def _sound(self, step: int) -> dict | None:
     """The step's manifest if the step verifies, else None; reports a damaged step once."""
@@ -278,7 +293,7 @@ class Checkpointer:
   def _prune(self, step: int) -> None:
     """Deletes all but the newest `keep` up to `step`; a step known to be damaged is not kept."""
     older = [s for s in self._steps() if s < step]
-    kept = sorted(set(older) - self._reported, reverse=True)[:self.keep - 1]
+    kept = sorted(set(older) - self._reported, reverse=True)[: self.keep - 1]
     for old in older:
       if old not in kept:  # renamed first: a deletion cut short must not look like damage
         os.rename(self.directory / str(old), self.directory / f"{_DELETING}{old}")
@@ -311,6 +326,7 @@ def first_moments(directory: Path, count: int) -> list[np.ndarray]:
 
 # Trees
 
+
 def _named_leaves(tree: Any) -> dict[str, Any]:
   """{"params/layer_0/kernel": leaf}, in the tree's order, whatever the container types."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -325,14 +341,17 @@ def _refuse_clashes(names: list[str]) -> None:
   for name in names:
     dotted = name.replace("/", ".")
     if dotted in seen:
-      raise CheckpointError(f"state leaves {seen[dotted]!r} and {name!r} would be stored as one; "
-                            "rename one of the keys")
+      raise CheckpointError(
+        f"state leaves {seen[dotted]!r} and {name!r} would be stored as one; rename one of the keys"
+      )
     seen[dotted] = name
   for name in names:  # {"a/b": x, "a": y}: a leaf cannot also be a folder of leaves
     parents = {name[:i] for i, character in enumerate(name) if character == "/"}
     for parent in parents.intersection(names):
-      raise CheckpointError(f"state leaves {parent!r} and {name!r} would be stored one inside the "
-                            "other; rename one of the keys")
+      raise CheckpointError(
+        f"state leaves {parent!r} and {name!r} would be stored one inside the "
+        "other; rename one of the keys"
+      )
 
 
 def _nested(leaves: dict[str, Any]) -> dict:
@@ -363,7 +382,8 @@ def _compare_trees(path: Path, saved: list[list], wanted: dict[str, Any]) -> Non
       structure.append(f"{name}: in the state asked for, not in the checkpoint")
     elif have[name][1] != want[name][1]:
       structure.append(
-          f"{name}: shape {have[name][1]} in the checkpoint, {want[name][1]} asked for")
+        f"{name}: shape {have[name][1]} in the checkpoint, {want[name][1]} asked for"
+      )
     elif have[name][0] != want[name][0]:
       dtypes.append(f"{name}: dtype {have[name][0]} in the checkpoint, {want[name][0]} asked for")
   differences = structure + dtypes
@@ -371,11 +391,16 @@ def _compare_trees(path: Path, saved: list[list], wanted: dict[str, Any]) -> Non
     lines = differences[:_MAX_LISTED]
     if len(differences) > len(lines):
       lines.append(f"and {len(differences) - len(lines)} more")
-    fix = ("use the model and optimiser settings it was saved with" if structure else
-           "use the dtypes it was saved with")
+    fix = (
+      "use the model and optimiser settings it was saved with"
+      if structure
+      else "use the dtypes it was saved with"
+    )
     listed = "\n  ".join(lines)
-    raise CheckpointError(f"{path} does not fit the state asked for; {len(differences)} leaves "
-                          f"differ:\n  {listed}\nFix: {fix}")
+    raise CheckpointError(
+      f"{path} does not fit the state asked for; {len(differences)} leaves "
+      f"differ:\n  {listed}\nFix: {fix}"
+    )
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
@@ -400,11 +425,13 @@ def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
   if bad:
     listed = ", ".join(bad[:_MAX_LISTED])
     raise CheckpointError(
-        f"step {step} is not saved: {len(bad)} of {len(leaves)} leaves hold NaN or infinity, first "
-        f"{listed}. Resume from the last checkpoint with a lower learning rate")
+      f"step {step} is not saved: {len(bad)} of {len(leaves)} leaves hold NaN or infinity, first "
+      f"{listed}. Resume from the last checkpoint with a lower learning rate"
+    )
 
 
 # Files
+
 
 def _remove(directory: Path) -> None:
   """Removes what a failed save left; Orbax's threads may still be writing after it raised."""
@@ -420,7 +447,7 @@ def _checked_extra(extra: dict | None) -> dict:
     return json.loads(json.dumps({} if extra is None else extra, allow_nan=False))
   except (TypeError, ValueError) as error:
     raise TypeError(
-        f"extra must hold what JSON can (dict, list, str, finite number, bool, None): {error}"
+      f"extra must hold what JSON can (dict, list, str, finite number, bool, None): {error}"
     ) from None
 
 
@@ -440,11 +467,11 @@ def _write_manifest(path: Path, step: int, leaves: dict[str, Any], extra: dict) 
   for item in [*files, *directories]:
     _sync(item)
   body = {
-      "format_version": FORMAT_VERSION,
-      "step": step,
-      "extra": extra,
-      "leaves": _describe(leaves),
-      "files": dict(zip((str(f.relative_to(path)) for f in files), _hashes(files), strict=True)),
+    "format_version": FORMAT_VERSION,
+    "step": step,
+    "extra": extra,
+    "leaves": _describe(leaves),
+    "files": dict(zip((str(f.relative_to(path)) for f in files), _hashes(files), strict=True)),
   }
   (path / _MANIFEST).write_text(_manifest_text(body))
   _sync(path / _MANIFEST)
@@ -454,8 +481,9 @@ def _write_manifest(path: Path, step: int, leaves: dict[str, Any], extra: dict) 
 def _verified(path: Path, step: int) -> dict:
   """The manifest of a step if all files match it; else raises _DamagedError naming the file."""
   if not path.is_dir():
-    raise CheckpointError(f"no checkpoint {path}; give a step that is there, or none for the "
-                          "newest")
+    raise CheckpointError(
+      f"no checkpoint {path}; give a step that is there, or none for the newest"
+    )
   instruction = "Restore the files from a copy, or delete the step's directory"
   try:
     text = (path / _MANIFEST).read_bytes().decode()
@@ -465,22 +493,26 @@ def _verified(path: Path, step: int) -> dict:
     manifest = json.loads(text)
     if manifest["format_version"] > FORMAT_VERSION:
       raise CheckpointError(
-          f"{path} has format {manifest['format_version']}, this rl_llm reads up to "
-          f"{FORMAT_VERSION}: upgrade rl_llm to open it")
+        f"{path} has format {manifest['format_version']}, this rl_llm reads up to "
+        f"{FORMAT_VERSION}: upgrade rl_llm to open it"
+      )
     if manifest["step"] != step:
       raise _DamagedError(f"{path} holds step {manifest['step']}: rename it back")
     files = [path / name for name in manifest["files"]]
     for file, (size, _) in zip(files, manifest["files"].values(), strict=True):
       if file.stat().st_size != size:
         raise _DamagedError(
-            f"{file} has {file.stat().st_size} bytes, {size} were written. {instruction}")
+          f"{file} has {file.stat().st_size} bytes, {size} were written. {instruction}"
+        )
     for file, found, written in zip(files, _hashes(files), manifest["files"].values(), strict=True):
       if found != written:
         raise _DamagedError(
-            f"{file} has changed since it was written (SHA-256 differs). {instruction}")
+          f"{file} has changed since it was written (SHA-256 differs). {instruction}"
+        )
   except OSError as error:
     raise _DamagedError(
-        f"{error.filename or path} cannot be read: {error.strerror}. {instruction}") from None
+      f"{error.filename or path} cannot be read: {error.strerror}. {instruction}"
+    ) from None
   except UnicodeDecodeError:
     raise _DamagedError(f"{path / _MANIFEST} is not text. {instruction}") from None
   return manifest
@@ -488,6 +520,7 @@ def _verified(path: Path, step: int) -> dict:
 
 def _hashes(files: list[Path]) -> list[list]:
   """[bytes, SHA-256] of each file, in threads: hashing releases the interpreter lock."""
+
   def one(file: Path) -> list:
     with open(file, "rb") as stream:
       return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
@@ -506,6 +539,7 @@ def _sync(path: Path) -> None:
 
 
 # Orbax
+
 
 def _orbax_context() -> ocp.Context:
   context = ocp.Context()

@@ -53,6 +53,7 @@ _METADATA = frozenset({"help", "min", "above", "max", "below", "choices", "volat
 _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 _PLURALS = {int: "integers", float: "finite numbers", str: "texts"}
 
+
 def check_divides(name: str, whole: int, part: int, of: str) -> None:
   """Refuses a microbatch that does not divide its whole, unless it is larger than the whole."""
   if whole > part and whole % part:
@@ -198,8 +199,16 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
     raise unsupported
   bounds = {name: metadata[name] for name in ("min", "above", "max", "below") if name in metadata}
   leaf = _Leaf(
-    path, hint, is_tuple, optional, choices, bounds, metadata["help"], default,
-    _summary(config_class), metadata.get("volatile", getattr(config_class, "VOLATILE", False)),
+    path,
+    hint,
+    is_tuple,
+    optional,
+    choices,
+    bounds,
+    metadata["help"],
+    default,
+    _summary(config_class),
+    metadata.get("volatile", getattr(config_class, "VOLATILE", False)),
   )
   _check(leaf, default)
   return leaf
@@ -635,6 +644,7 @@ def _fail(error: object) -> NoReturn:
   sys.stdout.flush()
   sys.stderr.write(f"error: {one_line(redact(str(error)))}\n")
   sys.exit(2)
+
 
 class _HelpFlag(flags.BooleanFlag):
   """absl's --help shows one module's flags and exits with 1; ours shows the config and exits 0."""

@@ -368,8 +368,9 @@ def _time_figure(phases: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> st
     own = [finite(row.get(f"time/{name}")) or 0.0 for name in phases]
     return [*own, max(0.0, step_seconds(row) - sum(own))]
 
-  stacks = [[sum(part) / len(rows_) for part in zip(*map(seconds_of, rows_), strict=True)]
-            for rows_ in bins]
+  stacks = [
+    [sum(part) / len(rows_) for part in zip(*map(seconds_of, rows_), strict=True)] for rows_ in bins
+  ]
   phases = [*phases, "idle"]
   axes = _axes([row["step"] for row in rows], [sum(stack) for stack in stacks], low=0.0)
   axes = axes._replace(x_low=axes.x_low - 0.5, x_high=axes.x_high + 0.5)

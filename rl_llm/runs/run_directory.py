@@ -86,7 +86,8 @@ def started_with(config: Any, *, volatile: Iterable[str]) -> dict[str, Any]:
   """
   values = {f"--{path}": value for path, value in flatten(config).items() if path not in volatile}
   files = {
-    f"the file of --{path}": value for path, value in _hashes(config).items()
+    f"the file of --{path}": value
+    for path, value in _hashes(config).items()
     if path not in volatile
   }
   code = hosts.code_hash(Path(inspect.getfile(type(config))).parent)
@@ -219,11 +220,7 @@ def _hashes(config: Any) -> dict[str, str]:
 
 
 def _refuse_other_files(
-  workdir: Path,
-  known: dict[str, str],
-  hashes: dict[str, str],
-  config: Any,
-  volatile: Iterable[str],
+  workdir: Path, known: dict[str, str], hashes: dict[str, str], config: Any, volatile: Iterable[str]
 ) -> None:
   for name in sorted(known.keys() & hashes.keys() - set(volatile)):
     if known[name] != hashes[name]:

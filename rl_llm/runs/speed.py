@@ -127,11 +127,13 @@ def counted(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]],
   """
   others = {"time/eval", "time/checkpoint", "time/step"}
   trained = [
-    row for row in rows
+    row
+    for row in rows
     if row.get("time/step") and any(key.startswith("time/") and key not in others for key in row)
   ]
   steady = [
-    row for row in trained
+    row
+    for row in trained
     if row.get("speed/compile_seconds", 0.0) <= _PART_OF_COMPILING * row["time/step"]
   ]
   return (steady, False) if steady else (trained, True)

@@ -19,8 +19,7 @@ class ArithmeticOptions:
   operand_min: int = field(default=0, metadata={"help": "smallest operand"})
   operand_max: int = field(default=11, metadata={"help": "largest operand"})
   held_out: int = field(
-    default=100,
-    metadata={"help": "problems kept for evaluation, at least; a+b and b+a together"},
+    default=100, metadata={"help": "problems kept for evaluation, at least; a+b and b+a together"}
   )
   question: str = field(
     default="What is {a} {op} {b}? Reply with just the number.",

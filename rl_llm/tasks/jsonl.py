@@ -21,9 +21,7 @@ from rl_llm.text.messages import (
 # Of a row's columns, by our own graders and by `rl_llm.rollout.demonstrations`.
 READ_BY_GRADERS = ("answer", "completion")
 # What a reward function is given in addition to a row's columns.
-ARGUMENTS = (
-  "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"
-)
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)

@@ -429,11 +429,7 @@ def _compile(template: str):
   def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     # Jinja's own filter escapes HTML characters, which the models were not trained on.
     return json.dumps(
-      value,
-      ensure_ascii=ensure_ascii,
-      indent=indent,
-      separators=separators,
-      sort_keys=sort_keys,
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

@@ -19,7 +19,7 @@ from rl_llm.text.tokenizers import Tokenizer, TokenizerError
 
 
 def resolve_format(prompt_format: str, tokenizer: Tokenizer) -> str:
-  """"chat" or "plain": "auto" is the model's chat layout, if it has a template."""
+  """ "chat" or "plain": "auto" is the model's chat layout, if it has a template."""
   if prompt_format != "auto":
     return prompt_format
   return "chat" if tokenizer.chat_template else "plain"

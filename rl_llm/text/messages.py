@@ -49,9 +49,7 @@ def check_messages(name: str, messages: Any, *, trained: bool) -> None:
     raise MessageError(f"{name!r} has no message; write one or remove the row")
   for message in messages:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-      raise MessageError(
-        f"{name!r} holds a message without a role; write role and content as text"
-      )
+      raise MessageError(f"{name!r} holds a message without a role; write role and content as text")
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
     if message.get("function_call"):
       raise MessageError(f"{name!r} holds a function_call; write it into a list, tool_calls")

@@ -298,10 +298,12 @@ def _add_listed(backend: Any, path: pathlib.Path, config: dict[str, Any]) -> Non
   added = _import_tokenizers().AddedToken
   try:
     entries = sorted((int(number), entry) for number, entry in listed.items())
-    backend.add_tokens([
-      added(entry["content"], **{name: entry[name] for name in _FLAGS if name in entry})
-      for _, entry in entries
-    ])
+    backend.add_tokens(
+      [
+        added(entry["content"], **{name: entry[name] for name in _FLAGS if name in entry})
+        for _, entry in entries
+      ]
+    )
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise TokenizerError(f"{path}: added_tokens_decoder cannot be read: {error!r}") from None
   for number, entry in entries:
@@ -650,10 +652,7 @@ def _gguf_metadata(path: str | pathlib.Path) -> dict[str, Any]:
   SmolLM2's header: 3 s against 0.1 s.
   """
   try:
-    with (
-      open(path, "rb") as file,
-      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
       return _GGUFHeader(data).read()
   except OSError as error:
     raise TokenizerError(f"{path}: {error.strerror or error}") from None

@@ -90,9 +90,7 @@ def pair_logprobs(
   Returns:
     [2 R, T] float32, nats, 0 outside the mask; row 2 i is chosen, row 2 i + 1 rejected.
   """
-  score = functools.partial(
-    teacher_forced_logprobs, params, policy=policy, temperature=temperature
-  )
+  score = functools.partial(teacher_forced_logprobs, params, policy=policy, temperature=temperature)
   if batch.packed is None:
     return score(*batch.sequences)[0]
   packed, rows, starts, lengths = batch.packed

@@ -150,9 +150,7 @@ def score(params: Any, batch: SequenceBatch, temperature: Any, *, policy: Any) -
   return teacher_forced_logprobs(params, *batch, policy=policy, temperature=temperature)[0]
 
 
-def cache_key(
-  params: Any, sequences: Sequence[Encoded], *, policy: Any, temperature: float
-) -> str:
+def cache_key(params: Any, sequences: Sequence[Encoded], *, policy: Any, temperature: float) -> str:
   """The SHA-256 of everything that determines the log-probs.
 
   That is the weights, the model's shape and arithmetic, the temperature, and the tokens and masks
@@ -166,13 +164,15 @@ def cache_key(
   """
   dtype = jax.eval_shape(lambda: policy.init_cache(1, 1)).keys[0].dtype
   settings = f"{FORMAT_VERSION} {float(temperature)!r} {dtype} {policy.config!r}"
-  return fingerprint({
-    "settings": np.frombuffer(settings.encode(), np.uint8),
-    "weights": params,
-    "lengths": np.array([len(sequence.tokens) for sequence in sequences], np.int64),
-    "tokens": np.array([i for sequence in sequences for i in sequence.tokens], np.int64),
-    "mask": np.array([m for sequence in sequences for m in sequence.mask], bool),
-  })
+  return fingerprint(
+    {
+      "settings": np.frombuffer(settings.encode(), np.uint8),
+      "weights": params,
+      "lengths": np.array([len(sequence.tokens) for sequence in sequences], np.int64),
+      "tokens": np.array([i for sequence in sequences for i in sequence.tokens], np.int64),
+      "mask": np.array([m for sequence in sequences for m in sequence.mask], bool),
+    }
+  )
 
 
 def cached_logprobs(

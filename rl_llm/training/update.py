@@ -116,6 +116,7 @@ def make_update(
   """
   if microbatches < 1:
     raise ValueError(f"microbatches: {microbatches}; allowed: 1 or more")
+
   def trained_loss(params, frozen, batch, hparams):
     return loss_fn(join(frozen, params), batch, hparams)
 
@@ -136,9 +137,7 @@ def make_update(
       parts = constrain_rows(parts, mesh, axis=1)
 
     def add(index, total):
-      part = jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), parts
-      )
+      part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), parts)
       return jax.tree.map(jnp.add, total, value_and_grad(params, frozen, part, hparams))
 
     first = jax.tree.map(lambda x: x[0], parts)

@@ -113,7 +113,8 @@ def test_values_move_with_their_tokens():
     position = batch.positions[row, column]
     first = column - position
     [index] = [  # The one that stands there, with all of its tokens.
-      n for n, one in enumerate(given)
+      n
+      for n, one in enumerate(given)
       if batch.tokens[row, first : first + len(one.tokens)].tolist() == one.tokens
     ]
     assert moved[row, column] == values[index, position]
@@ -182,8 +183,11 @@ def test_each_share_is_packed_on_its_own(count):
     assert not seen[row, place].any()
     seen[row, place] = True
   assert not found.packed.mask[~seen].any() and (found.packed.segment_ids[~seen] == -1).all()
-  needed = [len(pack(part, length=10, pad_id=0).tokens)
-            for part in (sequences[:4], sequences[4:8], sequences[8:]) if part]
+  needed = [
+    len(pack(part, length=10, pad_id=0).tokens)
+    for part in (sequences[:4], sequences[4:8], sequences[8:])
+    if part
+  ]
   assert height >= max(needed) and (height == 1 or height < 2 * max(needed))
 
 

@@ -146,8 +146,9 @@ def test_plain_text(add_bos):
   tokenizer = Characters(None, add_bos)
   encoded = encode(Demonstration("2+2=", "4", {}), tokenizer, prompt_format="plain")
   [prompt] = format_prompts(["2+2="], tokenizer, prompt_format="plain")
-  assert encoded == Encoded(prompt + [ord("4"), END], [False] * len(prompt) + [True] * 2,
-                            len(prompt))
+  assert encoded == Encoded(
+    prompt + [ord("4"), END], [False] * len(prompt) + [True] * 2, len(prompt)
+  )
   text = encode(Demonstration("", "abc", {}), tokenizer, prompt_format="plain")
   assert len(text.tokens) == 4 + add_bos and text.prompt_length == 0
   assert text.mask == [False] + [True] * (3 + add_bos)  # Nothing predicts the first token.

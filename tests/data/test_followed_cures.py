@@ -55,27 +55,47 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 OTHER_WAYS = [
   ({"messages": Q + GOOD + [user("")]}, "or remove it$", {"messages": Q + GOOD}),
   ({"messages": Q + [assistant(" ")] + GOOD}, "or remove it$", {"messages": Q + GOOD}),
-  ({"messages": Q + [GOOD[0] | {"weight": 2}] + Q + GOOD}, r"write .* or 0 \(not\)$",
-   {"messages": Q + [GOOD[0] | {"weight": 0}] + Q + GOOD}),
-  ({"prompt": [Q[0], GOOD[0] | {"train": True}, Q[0]], "completion": GOOD}, "remove the weight, or",
-   {"prompt": [Q[0], GOOD[0], Q[0]]}),
-  ({"messages": Q + [GOOD[0] | {"tool_calls": ["add"]}]}, 'write {"type": "function", "function": ',
-   {"messages": Q + [GOOD[0] | {"tool_calls": [CALL]}]}),
-  ({"messages": Q + [GOOD[0] | {"tool_calls": [{"name": "add", "arguments": "2"}]}]},
-   "no object, .*; write one$",
-   {"messages": Q + [GOOD[0] | {"tool_calls": [{"name": "add", "arguments": {"a": 2}}]}]}),
-  ({"prompt": [{"content": "hi"}], "completion": GOOD}, "write role and content as text$",
-   {"prompt": [user("hi")]}),
+  (
+    {"messages": Q + [GOOD[0] | {"weight": 2}] + Q + GOOD},
+    r"write .* or 0 \(not\)$",
+    {"messages": Q + [GOOD[0] | {"weight": 0}] + Q + GOOD},
+  ),
+  (
+    {"prompt": [Q[0], GOOD[0] | {"train": True}, Q[0]], "completion": GOOD},
+    "remove the weight, or",
+    {"prompt": [Q[0], GOOD[0], Q[0]]},
+  ),
+  (
+    {"messages": Q + [GOOD[0] | {"tool_calls": ["add"]}]},
+    'write {"type": "function", "function": ',
+    {"messages": Q + [GOOD[0] | {"tool_calls": [CALL]}]},
+  ),
+  (
+    {"messages": Q + [GOOD[0] | {"tool_calls": [{"name": "add", "arguments": "2"}]}]},
+    "no object, .*; write one$",
+    {"messages": Q + [GOOD[0] | {"tool_calls": [{"name": "add", "arguments": {"a": 2}}]}]},
+  ),
+  (
+    {"prompt": [{"content": "hi"}], "completion": GOOD},
+    "write role and content as text$",
+    {"prompt": [user("hi")]},
+  ),
   (PC | {"tools": [3]}, "no list of JSON schemas, .*; write one, or", {"tools": [{"name": "add"}]}),
-  (PC | {"chat_template_kwargs": "x"}, 'write one such as {"enable_thinking": false}$',
-   {"chat_template_kwargs": {"enable_thinking": False}}),
+  (
+    PC | {"chat_template_kwargs": "x"},
+    'write one such as {"enable_thinking": false}$',
+    {"chat_template_kwargs": {"enable_thinking": False}},
+  ),
   ({"prompt": 3, "completion": GOOD}, "or a list of messages$", {"prompt": Q}),
   ({"messages": "hi"}, "write a list of messages, or", {"messages": Q + GOOD}),
   ({"text": Q}, "write text, or", {"text": "hi"}),
   ({"prompt": Q, "chosen": GOOD, "rejected": [MARKED]}, "remove the weight$", {"rejected": BAD}),
   ({"chosen": GOOD, "rejected": BAD}, "add the column 'prompt'$", {"prompt": Q}),
-  ({"question": "2+2?", "answer": "4"}, "rename or",
-   {"question": LEFT_OUT, "answer": LEFT_OUT, "prompt": "2+2?", "completion": "4"}),
+  (
+    {"question": "2+2?", "answer": "4"},
+    "rename or",
+    {"question": LEFT_OUT, "answer": LEFT_OUT, "prompt": "2+2?", "completion": "4"},
+  ),
   ({"chosen": "4"}, r"add some \(", {"prompt": "2+2?", "rejected": "5"}),
 ]
 
@@ -234,7 +254,8 @@ def follow_sequences(said, path):
   empty, wrong = Encoded([], [], 0), Encoded([5, 6], [True, True], 0)
   row = functools.partial(pack, length=3, pad_id=0)
   for call in (
-    row, functools.partial(sequence_batch, pad_id=0),
+    row,
+    functools.partial(sequence_batch, pad_id=0),
     functools.partial(packed_batch, length=3, pad_id=0, rows=1),
   ):
     for given, cure, mended in (

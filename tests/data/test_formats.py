@@ -31,9 +31,7 @@ MORE = {"level": 1, "tags": ["a", None]}
 
 # format -> (row as text, row as messages, example of the first, example of the second)
 FORMATS = {
-  "prompt_only": (
-    {"prompt": "2+2?"}, {"prompt": Q}, Prompt("2+2?", MORE), Prompt(Q, MORE),
-  ),
+  "prompt_only": ({"prompt": "2+2?"}, {"prompt": Q}, Prompt("2+2?", MORE), Prompt(Q, MORE)),
   "prompt_completion": (
     {"prompt": "2+2?", "completion": "4"},
     {"prompt": Q, "completion": GOOD},
@@ -58,10 +56,18 @@ FORMATS = {
     Unpaired("2+2?", "5", False, MORE),
     Unpaired(Q, GOOD, True, MORE),
   ),
-  "text": ({"text": "2+2=4"}, {"text": "6*7"}, Demonstration("", "2+2=4", MORE),
-           Demonstration("", "6*7", MORE)),
-  "messages": ({"messages": Q + GOOD}, {"messages": Q + BAD}, Demonstration([], Q + GOOD, MORE),
-               Demonstration([], Q + BAD, MORE)),
+  "text": (
+    {"text": "2+2=4"},
+    {"text": "6*7"},
+    Demonstration("", "2+2=4", MORE),
+    Demonstration("", "6*7", MORE),
+  ),
+  "messages": (
+    {"messages": Q + GOOD},
+    {"messages": Q + BAD},
+    Demonstration([], Q + GOOD, MORE),
+    Demonstration([], Q + BAD, MORE),
+  ),
 }
 
 
@@ -155,63 +161,132 @@ MARKED, ADD = GOOD[0] | {"weight": 0}, {"name": "add", "arguments": "2"}
 PC = {"prompt": "a", "completion": "b"}
 # A row, what is said of it, and what changes in it when that is done.
 BROKEN = [
-  ({"prompt": Q, "completion": [assistant("")]}, "'completion' holds an empty message of 'assist",
-   {"completion": GOOD}),
-  ({"messages": [user(""), *GOOD]}, "'messages' holds an empty message of 'user'",
-   {"messages": Q + GOOD}),
-  ({"prompt": Q, "chosen": GOOD, "rejected": [BLANK]}, "'rejected' holds an empty message",
-   {"rejected": BAD}),
-  ({"prompt": Q + GOOD, "completion": GOOD}, "'prompt' ends with the assistant's message",
-   {"prompt": Q}),
-  ({"prompt": Q + GOOD, "chosen": GOOD, "rejected": BAD}, "'prompt' ends with the assistant's",
-   {"prompt": Q}),
-  ({"messages": Q + [MARKED]}, "no answer of the assistant that is trained on",
-   {"messages": Q + [MARKED] + Q + GOOD}),
-  ({"messages": Q + [GOOD[0] | {"weight": 0.5}]}, "weight=0.5; write 1",
-   {"messages": Q + [GOOD[0] | {"weight": 1}]}),
-  ({"messages": Q + [GOOD[0] | {"weight": 1, "train": False}]}, "weight=1 and train=False, which",
-   {"messages": Q + [GOOD[0] | {"weight": 1}]}),
-  ({"messages": [Q[0] | {"loss_mask": 1}, *GOOD]}, "gives a message of 'user' a weight",
-   {"messages": [Q[0] | {"loss_mask": 0}, *GOOD]}),
+  (
+    {"prompt": Q, "completion": [assistant("")]},
+    "'completion' holds an empty message of 'assist",
+    {"completion": GOOD},
+  ),
+  (
+    {"messages": [user(""), *GOOD]},
+    "'messages' holds an empty message of 'user'",
+    {"messages": Q + GOOD},
+  ),
+  (
+    {"prompt": Q, "chosen": GOOD, "rejected": [BLANK]},
+    "'rejected' holds an empty message",
+    {"rejected": BAD},
+  ),
+  (
+    {"prompt": Q + GOOD, "completion": GOOD},
+    "'prompt' ends with the assistant's message",
+    {"prompt": Q},
+  ),
+  (
+    {"prompt": Q + GOOD, "chosen": GOOD, "rejected": BAD},
+    "'prompt' ends with the assistant's",
+    {"prompt": Q},
+  ),
+  (
+    {"messages": Q + [MARKED]},
+    "no answer of the assistant that is trained on",
+    {"messages": Q + [MARKED] + Q + GOOD},
+  ),
+  (
+    {"messages": Q + [GOOD[0] | {"weight": 0.5}]},
+    "weight=0.5; write 1",
+    {"messages": Q + [GOOD[0] | {"weight": 1}]},
+  ),
+  (
+    {"messages": Q + [GOOD[0] | {"weight": 1, "train": False}]},
+    "weight=1 and train=False, which",
+    {"messages": Q + [GOOD[0] | {"weight": 1}]},
+  ),
+  (
+    {"messages": [Q[0] | {"loss_mask": 1}, *GOOD]},
+    "gives a message of 'user' a weight",
+    {"messages": [Q[0] | {"loss_mask": 0}, *GOOD]},
+  ),
   ({"prompt": Q, "chosen": [MARKED], "rejected": BAD}, "compared whole; remove", {"chosen": GOOD}),
-  ({"prompt": [Q[0], GOOD[0] | {"train": True}, Q[0]], "completion": GOOD}, "not trained on",
-   {"prompt": Q, "completion": [GOOD[0] | {"train": True}, Q[0], *GOOD]}),
-  ({"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {}}]}]}, "a call without the name",
-   {"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {"name": "add"}}]}]}),
-  ({"messages": Q + [CALL | {"tool_calls": [ADD]}]}, "no object",
-   {"messages": Q + [CALL | {"tool_calls": [ADD | {"arguments": '{"a": 2}'}]}]}),
-  ({"messages": Q + [assistant("4") | {"function_call": {"name": "add"}}]}, "a function_call; wri",
-   {"messages": Q + [assistant("4") | {"tool_calls": [{"name": "add"}]}]}),
+  (
+    {"prompt": [Q[0], GOOD[0] | {"train": True}, Q[0]], "completion": GOOD},
+    "not trained on",
+    {"prompt": Q, "completion": [GOOD[0] | {"train": True}, Q[0], *GOOD]},
+  ),
+  (
+    {"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {}}]}]},
+    "a call without the name",
+    {"messages": Q + [GOOD[0] | {"tool_calls": [{"function": {"name": "add"}}]}]},
+  ),
+  (
+    {"messages": Q + [CALL | {"tool_calls": [ADD]}]},
+    "no object",
+    {"messages": Q + [CALL | {"tool_calls": [ADD | {"arguments": '{"a": 2}'}]}]},
+  ),
+  (
+    {"messages": Q + [assistant("4") | {"function_call": {"name": "add"}}]},
+    "a function_call; wri",
+    {"messages": Q + [assistant("4") | {"tool_calls": [{"name": "add"}]}]},
+  ),
   (PC | {"tools": "hammer"}, "'tools' is no list of JSON schemas", {"tools": '[{"name": "add"}]'}),
   (PC | {"tools": "hammer"}, "or rename the column", {"tools": LEFT_OUT, "my_tools": "hammer"}),
-  (PC | {"chat_template_kwargs": '{"depth": 1e400}'}, "'chat_template_kwargs' is no object",
-   {"chat_template_kwargs": '{"depth": 1e4}'}),
-  (PC | {"chat_template_kwargs": [1]}, "'chat_template_kwargs' is no",
-   {"chat_template_kwargs": {"enable_thinking": False}}),
+  (
+    PC | {"chat_template_kwargs": '{"depth": 1e400}'},
+    "'chat_template_kwargs' is no object",
+    {"chat_template_kwargs": '{"depth": 1e4}'},
+  ),
+  (
+    PC | {"chat_template_kwargs": [1]},
+    "'chat_template_kwargs' is no",
+    {"chat_template_kwargs": {"enable_thinking": False}},
+  ),
   (PC | {"chat_template_kwargs": {"tools": []}}, "sets tools, which", {"chat_template_kwargs": {}}),
   (PC | {"prompt": None}, "'prompt' is null", PC),
   (PC | {"prompt": 3}, "'prompt' is of type int", PC),
   (PC | {"prompt": " "}, "'prompt' is empty", PC),
   ({"prompt": [], "completion": GOOD}, "'prompt' has no message", {"prompt": Q}),
-  ({"prompt": ["hi"], "completion": GOOD}, "'prompt' holds a message without a role",
-   {"prompt": [user("hi")]}),
-  ({"prompt": [{"role": "user"}], "completion": GOOD}, "'prompt' holds a message without content",
-   {"prompt": Q}),
-  ({"prompt": Q, "completion": "4"}, "'prompt' and 'completion' are neither all text nor all mess",
-   {"completion": GOOD}),
-  ({"prompt": Q, "completion": Q}, "'completion' begins with the message of 'user'",
-   {"completion": GOOD}),
+  (
+    {"prompt": ["hi"], "completion": GOOD},
+    "'prompt' holds a message without a role",
+    {"prompt": [user("hi")]},
+  ),
+  (
+    {"prompt": [{"role": "user"}], "completion": GOOD},
+    "'prompt' holds a message without content",
+    {"prompt": Q},
+  ),
+  (
+    {"prompt": Q, "completion": "4"},
+    "'prompt' and 'completion' are neither all text nor all mess",
+    {"completion": GOOD},
+  ),
+  (
+    {"prompt": Q, "completion": Q},
+    "'completion' begins with the message of 'user'",
+    {"completion": GOOD},
+  ),
   (PC | {"label": 2}, "'label' is 2; write true or false", {"label": True}),
   (PC | {"label": "good"}, "'label' is 'good'; write true or false", {"label": 1}),
   ({"chosen": "4", "rejected": "5"}, "share no prompt", {"prompt": "2+2?"}),
-  ({"chosen": "2+2? 4", "rejected": "2+2? 4"}, "the same, or one is the beginning",
-   {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}),
-  ({"chosen": "2+2? 4", "rejected": "2+2? 4."}, "the same, or one is the beginning",
-   {"prompt": "2+2?", "chosen": " 4", "rejected": " 4."}),
-  ({"chosen": Q + GOOD, "rejected": Q}, "the same, or one is the beginning",
-   {"prompt": Q, "chosen": GOOD, "rejected": BAD}),
-  ({"chosen": Q + [user("a")], "rejected": Q + [user("b")]}, "'chosen' begins with the message of",
-   {"chosen": Q + GOOD, "rejected": Q + BAD}),
+  (
+    {"chosen": "2+2? 4", "rejected": "2+2? 4"},
+    "the same, or one is the beginning",
+    {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"},
+  ),
+  (
+    {"chosen": "2+2? 4", "rejected": "2+2? 4."},
+    "the same, or one is the beginning",
+    {"prompt": "2+2?", "chosen": " 4", "rejected": " 4."},
+  ),
+  (
+    {"chosen": Q + GOOD, "rejected": Q},
+    "the same, or one is the beginning",
+    {"prompt": Q, "chosen": GOOD, "rejected": BAD},
+  ),
+  (
+    {"chosen": Q + [user("a")], "rejected": Q + [user("b")]},
+    "'chosen' begins with the message of",
+    {"chosen": Q + GOOD, "rejected": Q + BAD},
+  ),
   ({"prompt": Q + GOOD}, "'prompt' ends with the assistant's message", {"prompt": Q}),
   ({"messages": "hi"}, "'messages' is text", {"messages": LEFT_OUT, "text": "hi"}),
   ({"messages": Q}, "'messages' has no answer of the assistant", {"messages": Q + GOOD}),
@@ -260,8 +335,15 @@ def test_what_is_accepted_beside_text(tmp_path):
     {"messages": [{"role": "system", "content": ""}, *Q, *GOOD]},
     {"messages": [*Q, GOOD[0] | {"weight": 0}, *Q, GOOD[0] | {"loss_mask": 1}]},
     {"messages": [Q[0] | {"weight": 0}, GOOD[0] | {"train": True, "weight": None}]},
-    {"messages": [*Q, CALL | {"tool_calls": [{"name": "add", "arguments": '{"a": 2}'}]},
-                  {"role": "tool", "content": ""}, *GOOD], "tools": '[{"name": "add"}]'},
+    {
+      "messages": [
+        *Q,
+        CALL | {"tool_calls": [{"name": "add", "arguments": '{"a": 2}'}]},
+        {"role": "tool", "content": ""},
+        *GOOD,
+      ],
+      "tools": '[{"name": "add"}]',
+    },
     {"messages": [*Q, assistant("") | {"reasoning_content": "Two and two."}], "tools": []},
   ]
   found = read_dataset(jsonl(tmp_path / "rows.jsonl", rows))
@@ -272,7 +354,9 @@ def test_labels_may_be_numbers(tmp_path):
   rows = [{"prompt": f"q{n}", "completion": "yo", "label": n % 2} for n in range(3)]
   found = read_dataset(jsonl(tmp_path / "kto.jsonl", rows))
   assert [(type(e), e.label) for e in found.examples] == [
-    (Unpaired, False), (Unpaired, True), (Unpaired, False)
+    (Unpaired, False),
+    (Unpaired, True),
+    (Unpaired, False),
   ]
 
 
@@ -297,8 +381,10 @@ TALK = [user("Hi."), assistant("Yes?"), user("2+2?")]
     ({"prompt": PROMPT, "chosen": " 4", "rejected": " 5"}, Preference(TALK, GOOD, BAD, {})),
     ({"prompt": PROMPT + " ", "completion": "4\n"}, Demonstration(TALK, GOOD, {})),
     ({"prompt": PROMPT}, Prompt(TALK, {})),
-    ({"prompt": PROMPT.removesuffix("\n\nAssistant:"), "completion": "\n\nAssistant: 4"},
-     Demonstration(TALK, GOOD, {})),
+    (
+      {"prompt": PROMPT.removesuffix("\n\nAssistant:"), "completion": "\n\nAssistant: 4"},
+      Demonstration(TALK, GOOD, {}),
+    ),
     ({"text": PROMPT + " 4"}, Demonstration([], TALK + GOOD, {})),
   ],
 )

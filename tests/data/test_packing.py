@@ -79,8 +79,7 @@ def test_logprobs_are_those_of_rows_of_their_own():
   size = packed.lengths - 1
   own = unpack(values[4:], np.arange(5), np.zeros(5, int), size, width=8)
   found, seen = (
-    unpack(part, packed.rows, packed.starts, size, width=8)
-    for part in (values[:2], values[2:4])
+    unpack(part, packed.rows, packed.starts, size, width=8) for part in (values[:2], values[2:4])
   )
   np.testing.assert_allclose(found, own, rtol=0, atol=1e-5)
   assert np.abs(seen - own)[1].max() > 1e-4  # A test of the test: the second sees the first.

@@ -38,9 +38,7 @@ def of_update(sizes, *, scan_layers) -> dict[str, float]:
     return policy_loss(logprobs, batch)
 
   init = functools.partial(init_state, optimizer=optax.identity())
-  state = sharding.placed_shapes(
-    jax.eval_shape(lambda: init(policy.init(jax.random.key(0)))), mesh
-  )
+  state = sharding.placed_shapes(jax.eval_shape(lambda: init(policy.init(jax.random.key(0)))), mesh)
   rows = sharding.row_sharding(mesh)
   batch = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), ragged_batch()
@@ -56,15 +54,15 @@ def matrix_bytes() -> tuple[int, int]:
   shapes = jax.eval_shape(make_policy(CONFIG).init, jax.random.key(0))
   layers = sum(
     4 * math.prod(leaf.shape)
-    for name, layer in shapes.items() if name.startswith("layers")
-    for leaf in jax.tree.leaves(layer) if leaf.ndim == 2
+    for name, layer in shapes.items()
+    if name.startswith("layers")
+    for leaf in jax.tree.leaves(layer)
+    if leaf.ndim == 2
   )
   return layers, 4 * math.prod(shapes["embed"]["embedding"].shape)
 
 
-@pytest.mark.parametrize(
-  ("sizes", "scan_layers"), [((1, 8, 1), False), ((2, 4, 1), True)], ids=str
-)
+@pytest.mark.parametrize(("sizes", "scan_layers"), [((1, 8, 1), False), ((2, 4, 1), True)], ids=str)
 def test_weights_are_gathered_twice_and_their_gradient_is_added_up_once(sizes, scan_layers):
   """For each microbatch: forward and again; and once for prompts and responses.
 
@@ -100,10 +98,22 @@ def test_a_rollout_gathers_a_layer_at_each_token_instead_of_holding_the_model(ca
   params = sharding.placed_shapes(jax.eval_shape(policy.init, jax.random.key(0)), mesh)
   prompts = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=rows)
   lengths = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=rows)
-  text = generate.lower(
-    params, prompts, lengths, row_keys(jax.random.key(0), 8, 2), SamplingConfig(),
-    policy=policy, responses_per_prompt=2, max_new_tokens=4, eos_ids=(), pad_id=0,
-  ).compile().as_text()
+  text = (
+    generate.lower(
+      params,
+      prompts,
+      lengths,
+      row_keys(jax.random.key(0), 8, 2),
+      SamplingConfig(),
+      policy=policy,
+      responses_per_prompt=2,
+      max_new_tokens=4,
+      eos_ids=(),
+      pad_id=0,
+    )
+    .compile()
+    .as_text()
+  )
   steps = 100  # As if the loop ran so often.
   layer = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(params["layers_1"]) if x.ndim == 2)
   assert collectives(text, loop=steps)["all-gather"][1] > steps * (config.n_layers - 1) * layer
@@ -114,8 +124,14 @@ def test_a_plan_gathers_weights_before_the_rollout_that_holds_them():
     return sum(moved for _, moved in program.collectives.values())
 
   config = plan.Config(
-    topology="cpu:8", model="tiny", prompts_per_step=8, responses_per_prompt=2,
-    microbatch_prompts=8, prompt_tokens=8, max_new_tokens=6, dtype="float32",
+    topology="cpu:8",
+    model="tiny",
+    prompts_per_step=8,
+    responses_per_prompt=2,
+    microbatch_prompts=8,
+    prompt_tokens=8,
+    max_new_tokens=6,
+    dtype="float32",
     mesh=SamplingMesh(1, 8, 1),
   )
   once = {program.name: program for program in plan.plan(config)}

@@ -97,8 +97,7 @@ def test_in_shard_map_each_device_computes_what_it_would_alone():
   """The same rows on all, so that one device has the answer for each; a shared array's gradient
   is added up over them."""
   few = arrays_of(lambda key, x: x[: len(x) // 8] if has_rows(key, x) else x)
-  many = arrays_of(
-    lambda key, x: np.concatenate([x[: len(x) // 8]] * 8) if has_rows(key, x) else x)
+  many = arrays_of(lambda key, x: np.concatenate([x[: len(x) // 8]] * 8) if has_rows(key, x) else x)
 
   def everywhere(arrays):
     return {
@@ -129,10 +128,15 @@ def test_smaller_chunks_take_less_memory_where_the_vocabulary_is_sharded(vocabul
       found = chunked_logprobs_and_entropy(hidden, unembedding, tokens, chunk_size=chunk_size)
       return jnp.sum(sum(found))
 
-    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(
-      placed((8, 1024, 16), P("data")), placed((vocabulary, 16), P("tensor")),
-      placed((8, 1024), P("data"), jnp.int32),
-    ).compile()
+    compiled = (
+      jax.jit(jax.grad(loss, (0, 1)))
+      .lower(
+        placed((8, 1024, 16), P("data")),
+        placed((vocabulary, 16), P("tensor")),
+        placed((8, 1024), P("data"), jnp.int32),
+      )
+      .compile()
+    )
     assert "all-gather" not in compiled.as_text()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -146,8 +150,11 @@ def test_smaller_chunks_take_less_memory_where_the_vocabulary_is_sharded(vocabul
 @pytest.mark.parametrize("tokens, chunk_size", [(125, 256), (125, 100), (150, 64)])
 def test_chunks_of_sharded_tokens_stay_where_they_are(tokens, chunk_size):
   """1,000 tokens in 4 chunks would be 250 rows, which eight devices cannot share."""
-  place = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
-    shape, jnp.float32, sharding=NamedSharding(DATA(), P("data") if shape[1:] else P()))
+
+  def place(*shape):
+    sharding = NamedSharding(DATA(), P("data") if shape[1:] else P())
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
   unembedding = jnp.ones((64, 4))
 
   def loss(hidden, teacher_hidden, weights):

@@ -16,7 +16,9 @@ MEMBERS, ONE = 8, 5
 
 
 def test_a_members_first_update_is_that_of_its_run_on_one_device(
-  tmp_path, files, monkeypatch  # noqa: F811
+  tmp_path,
+  files,  # noqa: F811  The imported fixture.
+  monkeypatch,
 ):
   found = []
   begin = loop.begin

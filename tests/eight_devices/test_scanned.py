@@ -76,7 +76,8 @@ def test_each_device_holds_as_many_logits_as_one_would(monkeypatch):
   """512 tokens' on one device are 4,096 on eight that share the rows, 2,048 on four."""
   seen = []
   monkeypatch.setattr(
-    rollout, "chunked_logprobs_and_entropy",
+    rollout,
+    "chunked_logprobs_and_entropy",
     lambda hidden, table, tokens, *, chunk_size, **_: seen.append(chunk_size) or (tokens, tokens),
   )
   hidden, tokens = jnp.ones((8, 1, 64)), jnp.ones((8, 1))

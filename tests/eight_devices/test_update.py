@@ -84,16 +84,16 @@ def steps(sizes, *, count, rate, microbatches=1, optimizer=make_optimizer()):  #
     state, metrics = update(state, batch, hparams)
   assert update._cache_size() == 1
   if mesh is not None:
-    same = jax.tree.map(
-      lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
     assert all(jax.tree.leaves(same)), same
   return state, metrics
 
 
 def change(state):
   """What became of the parameters, as one vector."""
-  leaves = jax.tree.leaves(jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old,
-                                        state.params, params()))
+  leaves = jax.tree.leaves(
+    jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, state.params, params())
+  )
   return np.concatenate([leaf.ravel() for leaf in leaves])
 
 
@@ -143,8 +143,11 @@ def test_each_device_holds_its_slice_and_no_more():
   """Under fsdp=8 a matrix and its moments lie in eighths; norms are whole."""
   state, _ = steps((1, 8, 1), count=3, rate=1e-5)
   layer = state.params["layers_0"]
-  moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-             if "up" in jax.tree_util.keystr(path)]
+  moments = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    if "up" in jax.tree_util.keystr(path)
+  ]
   assert len(moments) == 2 * POLICY.config.n_layers
   for leaf in (layer["mlp"]["up"]["weight"], layer["mlp"]["down"]["weight"], *moments):
     assert {8 * shard.data.size for shard in leaf.addressable_shards} == {leaf.size}
@@ -157,8 +160,13 @@ def test_a_rollout_says_what_one_device_says(sizes, slots):
   mesh, batch = mesh_of(sizes), ragged_batch()
   keys = row_keys(jax.random.key(3), PROMPTS, GROUP)
   arguments = batch.prompts, batch.prompt_lengths, keys
-  settings = {"policy": POLICY, "responses_per_prompt": GROUP, "max_new_tokens": STEPS,
-              "eos_ids": (1, 2), "pad_id": 0}
+  settings = {
+    "policy": POLICY,
+    "responses_per_prompt": GROUP,
+    "max_new_tokens": STEPS,
+    "eos_ids": (1, 2),
+    "pad_id": 0,
+  }
   sampling = SamplingConfig(jnp.full(PROMPTS * GROUP, 0.7))
   wanted = generate(params(), *arguments, sampling, **settings)
   placed = sharding.place_rows((*arguments, sampling), mesh)
@@ -197,8 +205,11 @@ def test_a_rollout_on_gathered_weights_says_what_one_device_says(sizes):
   compiled = generate.lower(
     jax.tree.map(lambda x: x.astype(jnp.float32), gathered),
     *sharding.place_rows((*prompts[:2], keys, sampling), whole),
-    policy=policy.over(whole), responses_per_prompt=GROUP, max_new_tokens=STEPS,
-    eos_ids=(1, 2), pad_id=0,
+    policy=policy.over(whole),
+    responses_per_prompt=GROUP,
+    max_new_tokens=STEPS,
+    eos_ids=(1, 2),
+    pad_id=0,
   ).compile()
   if sizes[2] == 1:
     # Tokens and their log-probs, a few bytes a row; less than the smallest matrix.

@@ -39,5 +39,6 @@ def test_no_more_is_read_than_the_devices_hold_and_nothing_twice():
   for path in ("embed/embedding", "layers_0/mlp/down/weight"):
     assert numbers[path] == 4 * [tensors[path].size // 4]
   assert numbers["final_norm/scale"] == [CONFIG.width]
-  np.testing.assert_array_equal(params["embed"]["embedding"],
-                                tensors["embed/embedding"].astype(np.float32))
+  np.testing.assert_array_equal(
+    params["embed"]["embedding"], tensors["embed/embedding"].astype(np.float32)
+  )

@@ -121,9 +121,7 @@ def outcome(workdir) -> Outcome:
   workdir = Path(workdir)
   newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
   manifest = json.loads((newest / "manifest.json").read_text())
-  abstract = {
-    path: jax.ShapeDtypeStruct(shape, dtype) for path, dtype, shape in manifest["leaves"]
-  }
+  abstract = {path: jax.ShapeDtypeStruct(shape, dtype) for path, dtype, shape in manifest["leaves"]}
   state = Checkpointer(workdir / "checkpoints").restore(abstract)[1]
   return Outcome(
     without_timings(read(workdir / "metrics.jsonl")),

@@ -73,7 +73,8 @@ CASES = {
     ["--loss.clip_low=0.1", "left out with --loss=cispo_loss", "low, high"],
   ),
   "a number that the loss refuses": (
-    ["--loss.clip_high=-0.2"], ["--loss.clip_high=-0.2", "above 0"]
+    ["--loss.clip_high=-0.2"],
+    ["--loss.clip_high=-0.2", "above 0"],
   ),
   "another advantage's keyword": (
     ["--advantage=maxrl", "--advantage.scale=none"],
@@ -105,10 +106,7 @@ CASES = {
     ["--optimizer.warmup_steps=24", "less than steps (24)"],
   ),
   "unknown task": (["--model=tiny", "--task=aritmetic"], ["aritmetic", "arithmetic"]),
-  "task option": (
-    [*TINY, "--copy.max_length=0"],
-    ["copy.max_length=0", "at least min_length=3"],
-  ),
+  "task option": ([*TINY, "--copy.max_length=0"], ["copy.max_length=0", "at least min_length=3"]),
   "a kernel that is not here": (
     [*TINY, "--attention=cudnn"],
     ["attention: cudnn is for gpu, here is cpu; auto takes what there is"],

@@ -72,20 +72,41 @@ def saved(directory, step):
 
 
 ROWS = [
-  {"step": 0, "eval/sampled_accuracy": 0.2, "eval/sampled_low": 0.1, "eval/sampled_high": 0.3,
-   "response_length_mean": 5.0, "time/rollout": 2.0, "time/update": 4.0, "time/eval": 50.0,
-   "time/step": 56.0},
-  {"step": 1, "response_length_mean": 7.0, "time/rollout": 1.0, "time/update": 3.0,
-   "time/checkpoint": 9.0, "time/step": 13.0},
-  {"step": 2, "eval/sampled_accuracy": 0.9, "eval/sampled_low": 0.8, "eval/sampled_high": 1.0,
-   "time/eval": 50.0, "time/step": 50.0},
+  {
+    "step": 0,
+    "eval/sampled_accuracy": 0.2,
+    "eval/sampled_low": 0.1,
+    "eval/sampled_high": 0.3,
+    "response_length_mean": 5.0,
+    "time/rollout": 2.0,
+    "time/update": 4.0,
+    "time/eval": 50.0,
+    "time/step": 56.0,
+  },
+  {
+    "step": 1,
+    "response_length_mean": 7.0,
+    "time/rollout": 1.0,
+    "time/update": 3.0,
+    "time/checkpoint": 9.0,
+    "time/step": 13.0,
+  },
+  {
+    "step": 2,
+    "eval/sampled_accuracy": 0.9,
+    "eval/sampled_low": 0.8,
+    "eval/sampled_high": 1.0,
+    "time/eval": 50.0,
+    "time/step": 50.0,
+  },
 ]
 
 
 def test_the_curve_counts_what_was_sampled_and_what_trained():
   points = curves.curve(ROWS, responses=10)
   assert [(p["tokens"], p["seconds"], p["accuracy"]) for p in points] == [
-    (0, 0, 0.2), (10 * (5 + 7), 2 + 4 + 1 + 3, 0.9)
+    (0, 0, 0.2),
+    (10 * (5 + 7), 2 + 4 + 1 + 3, 0.9),
   ]
   # 0.8 lies 6/7 of the way from 0.2 to 0.9.
   assert curves.tokens_to(points, 0.8) == pytest.approx(120 * 6 / 7)
@@ -116,15 +137,21 @@ def test_the_table_has_a_column_a_method_and_a_row_a_seed(tmp_path):
 def test_a_signal_reaches_the_run_once_and_is_passed_on(tmp_path, monkeypatch):
   """The run is a script that takes a while to stop, in the place of Python."""
   script, python = tmp_path / "run.sh", sys.executable
-  script.write_text('#!/bin/sh\ntrap "echo stopped >> $0.log; exit 143" TERM\ntouch $0.ready\n'
-                    "while :; do sleep 0.1; done\n")
+  script.write_text(
+    '#!/bin/sh\ntrap "echo stopped >> $0.log; exit 143" TERM\ntouch $0.ready\n'
+    "while :; do sleep 0.1; done\n"
+  )
   script.chmod(0o755)
   monkeypatch.setattr(sys, "executable", str(script))
   with StopSignals() as stop:
     interrupter = subprocess.Popen(
-      [python, "-c",
-       "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
-       f"os.kill({os.getpid()}, {int(signal.SIGINT)})", f"{script}.ready"]
+      [
+        python,
+        "-c",
+        "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
+        f"os.kill({os.getpid()}, {int(signal.SIGINT)})",
+        f"{script}.ready",
+      ]
     )
     with pytest.raises(Interrupted):
       compare.do("grpo", {}, tmp_path, stop)

@@ -7,18 +7,32 @@ import sys
 from tests.experiments.helpers import equal, outcome
 
 COMMAND = [
-  "--model=tiny", "--task=copy", "--prompts_per_step=4", "--responses_per_prompt=4",
-  "--microbatch_prompts=4", "--eval.problems=2", "--eval.samples=1", "--eval.every=2",
+  "--model=tiny",
+  "--task=copy",
+  "--prompts_per_step=4",
+  "--responses_per_prompt=4",
+  "--microbatch_prompts=4",
+  "--eval.problems=2",
+  "--eval.samples=1",
+  "--eval.every=2",
 ]
 
 
 def run(workdir, steps, cache):
   names = ("JAX_COMPILATION_CACHE_DIR",)
   done = subprocess.run(
-    [sys.executable, "-m", "experiments.grpo", *COMMAND, f"--workdir={workdir}",
-     f"--steps={steps}", f"--compile_cache={cache}"],
+    [
+      sys.executable,
+      "-m",
+      "experiments.grpo",
+      *COMMAND,
+      f"--workdir={workdir}",
+      f"--steps={steps}",
+      f"--compile_cache={cache}",
+    ],
     env={name: value for name, value in os.environ.items() if name not in names},
-    capture_output=True, text=True,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 0, done.stderr
 

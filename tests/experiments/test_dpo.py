@@ -77,16 +77,16 @@ def log_odds(p):
 FORMULAS = {
   "dpo_loss": lambda c, r, pc, pr: -log_sigmoid(0.1 * (c - r)),
   "robust_dpo_loss": lambda c, r, pc, pr: (
-    -0.9 * log_sigmoid(0.1 * (c - r)) + 0.1 * log_sigmoid(-0.1 * (c - r))
-  ) / 0.8,
+    (-0.9 * log_sigmoid(0.1 * (c - r)) + 0.1 * log_sigmoid(-0.1 * (c - r))) / 0.8
+  ),
   "hinge_dpo_loss": lambda c, r, pc, pr: max(0, 1 - 0.1 * (c - r)),
   "ipo_loss": lambda c, r, pc, pr: (c - r - 5) ** 2,
   "exo_loss": lambda c, r, pc, pr: sum(
     q * (math.log(q) - math.log(label))
     for q, label in ((sigmoid(0.1 * (c - r)), 0.999), (sigmoid(0.1 * (r - c)), 0.001))
   ),
-  "nca_loss": lambda c, r, pc, pr: -log_sigmoid(0.1 * c) - 0.5 * (
-    log_sigmoid(-0.1 * c) + log_sigmoid(-0.1 * r)
+  "nca_loss": lambda c, r, pc, pr: (
+    -log_sigmoid(0.1 * c) - 0.5 * (log_sigmoid(-0.1 * c) + log_sigmoid(-0.1 * r))
   ),
   "bco_loss": lambda c, r, pc, pr: -log_sigmoid(0.1 * c) - log_sigmoid(-0.1 * r),
   "sppo_loss": lambda c, r, pc, pr: (c - 5) ** 2 + (r + 5) ** 2,
@@ -108,7 +108,9 @@ def test_the_formulas_are_of_all_losses_that_can_be_chosen():
   names = set(get_type_hints(dpo.Loss)["name"].__args__)
   assert names == {*FORMULAS, "aot_loss"}
   assert {name for name in names if not dpo.needs_reference(dpo.Loss(name=name))} == {
-    "simpo_loss", "cpo_loss", "orpo_loss"
+    "simpo_loss",
+    "cpo_loss",
+    "orpo_loss",
   }
 
 
@@ -163,10 +165,14 @@ def test_each_loss_sees_the_right_answers_on_the_right_side(name, monkeypatch):
 def test_the_objective_is_the_formula_from_the_logits_on(small):
   """Through the model, with the likelihood of the chosen answers (RPO)."""
   pairs = [
-    Pair(Encoded([97, 98, 99, 258], [False, False, True, True], 2),
-         Encoded([97, 98, 258], [False, False, True], 2)),
-    Pair(Encoded([120, 122, 258], [False, True, True], 1),
-         Encoded([120, 104, 105, 106, 258], [False, True, True, True, True], 1)),
+    Pair(
+      Encoded([97, 98, 99, 258], [False, False, True, True], 2),
+      Encoded([97, 98, 258], [False, False, True], 2),
+    ),
+    Pair(
+      Encoded([120, 122, 258], [False, True, True], 1),
+      Encoded([120, 104, 105, 106, 258], [False, True, True, True, True], 1),
+    ),
   ]
   params, reference = (small.init(jax.random.key(seed)) for seed in (0, 1))
   params["embed"] = jax.tree.map(lambda x: 3 * x, params["embed"])
@@ -327,8 +333,12 @@ def test_conversations_and_pairs_that_begin_alike(tmp_path, small):
   start = "\n\nHuman: {n}?\n\nAssistant: ".format
   rows = {
     "messages": [
-      {"prompt": [{"role": "user", "content": f"{n}?"}],
-       "chosen": talk("4")[1:], "rejected": talk("5" * n)[1:]} for n in range(1, 25)
+      {
+        "prompt": [{"role": "user", "content": f"{n}?"}],
+        "chosen": talk("4")[1:],
+        "rejected": talk("5" * n)[1:],
+      }
+      for n in range(1, 25)
     ],
     "implicit": [{"chosen": f"{n}+0= {n}", "rejected": f"{n}+0= x"} for n in range(1, 25)],
     "transcripts": [
@@ -406,11 +416,13 @@ def test_where_all_grades_are_equal_nothing_is_learned(tmp_path, small, files):
 def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
   base = online(files)
   weights = [run(dpo, tmp_path / "base", base).params]
-  for number, changes in enumerate((
-    {"responses_per_prompt": 3},
-    {"sampling.temperature": 0.7},
-    {"overlong_prompt": "truncate_left", "max_prompt_tokens": 12},
-  )):
+  for number, changes in enumerate(
+    (
+      {"responses_per_prompt": 3},
+      {"sampling.temperature": 0.7},
+      {"overlong_prompt": "truncate_left", "max_prompt_tokens": 12},
+    )
+  ):
     weights.append(run(dpo, tmp_path / str(number), base | changes).params)
     assert not any(equal(earlier, weights[-1]) for earlier in weights[:-1]), changes
 
@@ -424,14 +436,21 @@ def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
     ({"data": "on_policy"}, r"--data=on_policy: must be a file where there is no task"),
     ({"held_out_fraction": 0.0}, r"--held_out_fraction=0: must be above 0, where nothing else"),
     ({"microbatch_pairs": 3}, r"--microbatch_pairs=3: must be a divisor.*--microbatch_pairs=2"),
-    ({"loss.gamma": 1.0}, r"--loss\.gamma=1\.0: must be left out with --loss=dpo_loss; which has "
-     "beta, label_smoothing, divergence, alpha"),
+    (
+      {"loss.gamma": 1.0},
+      r"--loss\.gamma=1\.0: must be left out with --loss=dpo_loss; which has "
+      "beta, label_smoothing, divergence, alpha",
+    ),
     ({"loss.shift": "batch"}, r"--loss\.shift=batch: must be left out with --loss=dpo_loss"),
     ({"loss.alpha": 0.5}, r"--loss\.alpha=0\.5: must be left out without .*divergence=alpha"),
-    ({"loss.name": "robust_dpo_loss", "loss.label_smoothing": 0.6},
-     r"--loss\.label_smoothing=0\.6: must be between 0 and 0\.4"),
-    ({"loss.name": "aot_loss", "microbatch_pairs": 2},
-     r"--microbatch_pairs=2: must be at least pairs_per_step \(4\) with --loss=aot_loss"),
+    (
+      {"loss.name": "robust_dpo_loss", "loss.label_smoothing": 0.6},
+      r"--loss\.label_smoothing=0\.6: must be between 0 and 0\.4",
+    ),
+    (
+      {"loss.name": "aot_loss", "microbatch_pairs": 2},
+      r"--microbatch_pairs=2: must be at least pairs_per_step \(4\) with --loss=aot_loss",
+    ),
     ({"sampling.top_k": 3}, r"--sampling\.top_k=3"),
   ],
 )
@@ -460,7 +479,9 @@ def test_a_run_is_named_after_its_file_or_its_task(experiment, changes, name, mo
 
 # Asked to stop, it saves; killed, it falls back to the last checkpoint.
 STOPS = [
-  (1, Interrupted(signal.SIGINT)), (4, RuntimeError("killed")), (5, Interrupted(signal.SIGTERM))
+  (1, Interrupted(signal.SIGINT)),
+  (4, RuntimeError("killed")),
+  (5, Interrupted(signal.SIGTERM)),
 ]
 
 

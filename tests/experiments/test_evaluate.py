@@ -254,7 +254,11 @@ def test_what_changes_no_response_may_change_from_one_call_to_the_next():
   assert own - of_machines == {"workdir", "k", "reward_workers", "compile_cache"}
   pairs = volatile(make_preferences.Config())
   assert pairs - of_machines == {
-    "workdir", "out", "pairs_per_problem", "reward_workers", "compile_cache"
+    "workdir",
+    "out",
+    "pairs_per_problem",
+    "reward_workers",
+    "compile_cache",
   }
 
 
@@ -284,9 +288,7 @@ def test_every_flag_of_the_sampler_changes_the_responses(tmp_path, finished, fil
   rows = read(finished / "samples.jsonl")
   base = {(row["problem"], row["sample"]): row["response"] for row in rows}
   seen = [base]
-  changed = (
-    {"seed": 1}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3}, {"dtype": "bfloat16"},
-  )
+  changed = ({"seed": 1}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3}, {"dtype": "bfloat16"})
   for number, changes in enumerate(changed):
     found = responses(str(number), **changes)
     assert found.keys() == base.keys() and found not in seen, changes

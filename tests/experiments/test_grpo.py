@@ -35,12 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 
 # Two updates a step, and so large that ratios leave their clip range.
-BUSY = {
-  "epochs": 2,
-  "kl.coef": 0.1,
-  "loss.entropy_coef": 0.01,
-  "optimizer.learning_rate": 0.03,
-}
+BUSY = {"epochs": 2, "kl.coef": 0.1, "loss.entropy_coef": 0.01, "optimizer.learning_rate": 0.03}
 
 
 run = functools.partial(helpers.run, grpo)
@@ -154,8 +149,7 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
 def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, files):
   base = settings(files) | {"jsonl.reward_function": "lonely", "responses_per_prompt": 2}
   runs = {
-    kind: run(tmp_path / kind, base | {"advantage.singleton": kind})
-    for kind in ("zero", "raw")
+    kind: run(tmp_path / kind, base | {"advantage.singleton": kind}) for kind in ("zero", "raw")
   }
   advantages = {
     kind: {row["advantage"] for row in found.samples if row["split"] == "train"}
@@ -165,10 +159,13 @@ def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, 
   assert not equal(runs["zero"].params, runs["raw"].params)
 
 
-@pytest.mark.parametrize("name, formula", [
-  ("leave_one_out", lambda reward, mean: (reward - mean) * 4 / 3),
-  ("maxrl", lambda reward, mean: (reward - mean) / (mean + 1e-6)),
-])
+@pytest.mark.parametrize(
+  "name, formula",
+  [
+    ("leave_one_out", lambda reward, mean: (reward - mean) * 4 / 3),
+    ("maxrl", lambda reward, mean: (reward - mean) / (mean + 1e-6)),
+  ],
+)
 def test_advantages_chosen_by_name_are_those_of_their_formula(
   tmp_path, small, files, name, formula
 ):
@@ -182,17 +179,20 @@ def test_advantages_chosen_by_name_are_those_of_their_formula(
   np.testing.assert_allclose(advantages, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes, message", [
-  ({"loss.name": "reinforce_loss", "epochs": 2}, "--loss.name=reinforce_loss.*--loss=ppo_loss"),
-  (
-    {"advantage.name": "maxrl", "advantage.scale": "none"},
-    "--advantage.scale=none: must be left out with --advantage=maxrl; which has eps$",
-  ),
-  (
-    {"advantage.name": "leave_one_out", "advantage.eps": 1e-4},
-    "--advantage.eps=0.0001: must be left out with --advantage=leave_one_out; .*no keywords",
-  ),
-])
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"loss.name": "reinforce_loss", "epochs": 2}, "--loss.name=reinforce_loss.*--loss=ppo_loss"),
+    (
+      {"advantage.name": "maxrl", "advantage.scale": "none"},
+      "--advantage.scale=none: must be left out with --advantage=maxrl; which has eps$",
+    ),
+    (
+      {"advantage.name": "leave_one_out", "advantage.eps": 1e-4},
+      "--advantage.eps=0.0001: must be left out with --advantage=leave_one_out; .*no keywords",
+    ),
+  ],
+)
 def test_settings_that_do_not_fit_together_are_refused(changes, message):
   with pytest.raises(ConfigError, match=message):
     grpo.check(replace(grpo.Config(), changes))
@@ -383,9 +383,9 @@ def compiled_in(records):
   return [match[1] for match in found if match]
 
 
-@pytest.mark.parametrize("experiment, loss", [
-  (grpo, "make_loss"), (ppo, "make_loss"), (ppo, "make_value_loss")
-])
+@pytest.mark.parametrize(
+  "experiment, loss", [(grpo, "make_loss"), (ppo, "make_loss"), (ppo, "make_value_loss")]
+)
 def test_the_update_itself_says_which_leaf_was_not_finite(
   tmp_path, small, files, monkeypatch, caplog, experiment, loss
 ):
@@ -536,12 +536,7 @@ def interrupted(tmp_path_factory, compilation_cache):
   output = process.communicate(timeout=300)[0]
   assert process.returncode == 0, output
   assert "resuming from the checkpoint at step" in output
-  return (
-    directory / "cut",
-    outcome(directory / "straight"),
-    outcome(directory / "cut"),
-    steps,
-  )
+  return (directory / "cut", outcome(directory / "straight"), outcome(directory / "cut"), steps)
 
 
 def test_interrupted_runs_end_as_an_uninterrupted_one(interrupted):

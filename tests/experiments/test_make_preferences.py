@@ -43,9 +43,7 @@ def task(files):
 
 
 def make(workdir, changes):
-  return make_preferences.make(
-    replace(make_preferences.Config(), CHANGES | changes), str(workdir)
-  )
+  return make_preferences.make(replace(make_preferences.Config(), CHANGES | changes), str(workdir))
 
 
 def pairs(workdir):
@@ -112,7 +110,12 @@ def test_the_file_is_one_that_dpo_reads(made):
   assert dataset.format == "preference"
   assert [example.prompt for example in dataset.examples] == [r["prompt"] for r in pairs(workdir)]
   assert set(dataset.examples[0].columns) == {
-    "answer", "level", "problem", "chosen_reward", "rejected_reward", "margin"
+    "answer",
+    "level",
+    "problem",
+    "chosen_reward",
+    "rejected_reward",
+    "margin",
   }
 
 
@@ -188,8 +191,10 @@ def test_an_interrupted_run_resumes_and_ends_the_same(made, tmp_path, small, tas
     assert {row["step"] for row in read(tmp_path / "cut" / "samples.jsonl")} == {0, 1}
   resumed = make(tmp_path / "cut", changes)
   assert out.read_bytes() == (straight / "pairs.jsonl").read_bytes()
-  records = [(without_timings(read(w / "metrics.jsonl")), read(w / "samples.jsonl"))
-             for w in (straight, tmp_path / "cut")]
+  records = [
+    (without_timings(read(w / "metrics.jsonl")), read(w / "samples.jsonl"))
+    for w in (straight, tmp_path / "cut")
+  ]
   assert records[0] == records[1]
   timed = {"seconds", "out"}
   assert {k: v for k, v in resumed.items() if k not in timed} == {
@@ -227,9 +232,12 @@ def test_flags_that_change_what_is_sampled(tmp_path, small, task):
 
 def test_failed_grades_are_no_answers(tmp_path, small, task):
   changes = task | {"jsonl.reward_function": "lonely"}
-  with pytest.raises(DataError, match=r"none of 6 problems has a better and a worse answer.*"
-                                      r"0 failed grades, [1-9]\d* no opinion, .*"
-                                      r"6 problems without spread.*--samples"):
+  with pytest.raises(
+    DataError,
+    match=r"none of 6 problems has a better and a worse answer.*"
+    r"0 failed grades, [1-9]\d* no opinion, .*"
+    r"6 problems without spread.*--samples",
+  ):
     make(tmp_path / "run", changes)
   rows = read(tmp_path / "run" / "samples.jsonl")
   assert {row["reward"] for row in rows} == {None, 1.0}
@@ -255,6 +263,9 @@ def test_weights_that_changed_are_refused(tmp_path, small, task, monkeypatch):
 
 def test_text_that_no_file_can_hold_is_left_out():
   assert [preferences.readable(text) for text in ("a", " \n", "a\0", "\ud800")] == [
-    True, False, False, False
+    True,
+    False,
+    False,
+    False,
   ]
   assert np.all([preferences.readable(text) for text in ("é", "\x1b[31m", " 4")])

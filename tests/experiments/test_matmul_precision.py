@@ -11,15 +11,18 @@ from rl_llm.runs.config import replace
 from tests.experiments import helpers
 
 
-@pytest.mark.parametrize("asked, dtype, platform, found", [
-  ("auto", "float32", "cpu", None),
-  ("auto", "float32", "gpu", "highest"),
-  ("auto", "float32", "tpu", "highest"),
-  ("auto", "bfloat16", "gpu", None),
-  ("default", "float32", "gpu", "default"),
-  ("high", "float32", "tpu", "high"),
-  ("highest", "float32", "cpu", "highest"),
-])
+@pytest.mark.parametrize(
+  "asked, dtype, platform, found",
+  [
+    ("auto", "float32", "cpu", None),
+    ("auto", "float32", "gpu", "highest"),
+    ("auto", "float32", "tpu", "highest"),
+    ("auto", "bfloat16", "gpu", None),
+    ("default", "float32", "gpu", "default"),
+    ("high", "float32", "tpu", "high"),
+    ("highest", "float32", "cpu", "highest"),
+  ],
+)
 def test_what_auto_means(asked, dtype, platform, found):
   options = flags.Weights(matmul_precision=asked, dtype=dtype)
   assert setup.precision(options, platform) == found
@@ -54,6 +57,7 @@ def test_a_run_multiplies_as_it_was_told(tmp_path, small, monkeypatch):
     def watched(*args, **kwargs):
       seen.append(jax.config.jax_default_matmul_precision)
       return original(*args, **kwargs)
+
     return watched
 
   names = ("sample", "learn", "evaluate")

@@ -68,14 +68,23 @@ def test_loss_and_gradient_are_those_of_a_row_each(small):
 @pytest.mark.parametrize("experiment", [dpo, reward_model], ids=["dpo", "reward_model"])
 def test_a_run_is_the_same(experiment, data, small, tmp_path):
   changes = {
-    "model": "tiny", "data": data, "prompt_format": "plain", "steps": 3, "pairs_per_step": 8,
-    "microbatch_pairs": 4, "held_out_fraction": 0.3, "max_tokens": 32, "eval.every": 3,
+    "model": "tiny",
+    "data": data,
+    "prompt_format": "plain",
+    "steps": 3,
+    "pairs_per_step": 8,
+    "microbatch_pairs": 4,
+    "held_out_fraction": 0.3,
+    "max_tokens": 32,
+    "eval.every": 3,
     "optimizer.learning_rate": 0.01,
   } | ({"task": "none"} if experiment is dpo else {})
   plain = run(experiment, tmp_path / "plain", changes).metrics
   packed = run(experiment, tmp_path / "packed", changes | {"packing": 48}).metrics
-  padding = [(a.pop("padding_fraction"), b.pop("padding_fraction"))
-             for a, b in zip(plain[:-1], packed[:-1], strict=True)]
+  padding = [
+    (a.pop("padding_fraction"), b.pop("padding_fraction"))
+    for a, b in zip(plain[:-1], packed[:-1], strict=True)
+  ]
   assert all(b < a for a, b in padding), padding
   if experiment is dpo:  # Against itself every margin is 0, and rounding says who is right.
     for rows in (plain, packed):

@@ -50,8 +50,10 @@ def sweep(path, trials, **flags):
 def records(path, ids):
   """What the members said and what became of them, timings aside."""
   return [
-    (without_timings(read(path / "work" / id / "metrics.jsonl")),
-     read(path / "work" / id / "samples.jsonl"))
+    (
+      without_timings(read(path / "work" / id / "metrics.jsonl")),
+      read(path / "work" / id / "samples.jsonl"),
+    )
     for id in ids
   ]
 
@@ -132,9 +134,9 @@ def test_a_kill_changes_nothing_and_what_is_done_is_left(tmp_path, small, files,
   assert written == ids[:1] and not state.is_done(cut / "work" / ids[1], 4)
   assert sweep(cut, trials)[0] == 0
   assert records(cut, ids) == records(tmp_path / "straight", ids)
-  assert helpers.equal(*(
-    helpers.outcome(population_of(path)).state for path in (cut, tmp_path / "straight")
-  ))
+  assert helpers.equal(
+    *(helpers.outcome(population_of(path)).state for path in (cut, tmp_path / "straight"))
+  )
 
   # All done: nothing is computed again, and the table shows them as it shows other trials.
   monkeypatch.setattr("rl_llm.policy.load.load_model", None)
@@ -157,27 +159,33 @@ def test_a_member_that_diverges_fails_alone(tmp_path, small, files):
   assert status["status"] == "failed" and "not finite" in status["reason"]
 
 
-@pytest.mark.parametrize("changes, message", [
-  ({"responses_per_prompt": 8}, "--responses_per_prompt=8: must be 4, as in the first member"),
-  ({"optimizer.b1": 0.5}, "--optimizer.b1=0.5: must be 0.9, as in the first"),
-  ({"sampling.temperature": 0.7}, "--sampling.temperature=0.7: must be 1.0, as"),
-  ({"loss.name": "ppo_loss"}, "--loss.name=ppo_loss: must be grpo_loss, as"),
-  ({"loss.clip_high": None}, "--loss.clip_high=none: must be 0.1, as"),
-  ({"steps": 2}, "--steps=2: must be 1, as"),
-])
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"responses_per_prompt": 8}, "--responses_per_prompt=8: must be 4, as in the first member"),
+    ({"optimizer.b1": 0.5}, "--optimizer.b1=0.5: must be 0.9, as in the first"),
+    ({"sampling.temperature": 0.7}, "--sampling.temperature=0.7: must be 1.0, as"),
+    ({"loss.name": "ppo_loss"}, "--loss.name=ppo_loss: must be grpo_loss, as"),
+    ({"loss.clip_high": None}, "--loss.clip_high=none: must be 0.1, as"),
+    ({"steps": 2}, "--steps=2: must be 1, as"),
+  ],
+)
 def test_settings_that_change_the_program_are_refused(tmp_path, files, changes, message):
   trials = members(files)
   with pytest.raises(SweepError, match=message):
     sweep(tmp_path, [*trials[:2], trials[2] | changes])
 
 
-@pytest.mark.parametrize("changes, message", [
-  ({"sampling.slots": 4}, "--sampling.slots=4: must be 0 in a population"),
-  ({"reward_isolation": "batch"}, "--reward_isolation=batch: must be auto, sample or group in a"),
-  ({"sampling.parts": 2}, "--sampling.parts=2: must be 1 in a population"),
-  ({"mesh.fsdp": 2}, "--mesh.fsdp=2: must be 1 in a population"),
-  ({"lora.rank": 2}, "--seed=1: must be 0 for all, with --model=tiny and --lora.rank"),
-])
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"sampling.slots": 4}, "--sampling.slots=4: must be 0 in a population"),
+    ({"reward_isolation": "batch"}, "--reward_isolation=batch: must be auto, sample or group in a"),
+    ({"sampling.parts": 2}, "--sampling.parts=2: must be 1 in a population"),
+    ({"mesh.fsdp": 2}, "--mesh.fsdp=2: must be 1 in a population"),
+    ({"lora.rank": 2}, "--seed=1: must be 0 for all, with --model=tiny and --lora.rank"),
+  ],
+)
 def test_settings_that_no_population_can_have_are_refused(tmp_path, files, changes, message):
   with pytest.raises(SweepError, match=message):
     sweep(tmp_path, members(files, **TWICE | changes))

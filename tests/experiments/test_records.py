@@ -29,8 +29,11 @@ WRITING = "RL_LLM_WRITE_RECORDS"  # A variable of the environment: write the gol
 # Keys that came after the goldens, by file.
 ADDED = {
   "metrics.jsonl": {
-    "rewards_unreadable", "timed_out_fraction",
-    "eval/no_opinion", "eval/timed_out_fraction", "eval/unreadable",
+    "rewards_unreadable",
+    "timed_out_fraction",
+    "eval/no_opinion",
+    "eval/timed_out_fraction",
+    "eval/unreadable",
   },
   "samples.jsonl": set(),
 }
@@ -60,11 +63,13 @@ RUNS = {
   "grpo": lambda files, data: (grpo, sampling(files, epochs=2)),
   "grpo, adapters": lambda files, data: (grpo, sampling(files, **{"lora.rank": 2, "kl.coef": 0})),
   "reinforce": lambda files, data: (
-    reinforce, sampling(files, **{"advantage.name": "moving_average"})
+    reinforce,
+    sampling(files, **{"advantage.name": "moving_average"}),
   ),
   "ppo": lambda files, data: (ppo, sampling(files, **{"kl.controller": "adaptive"})),
   "ppo, shared trunk": lambda files, data: (
-    ppo, sampling(files, minibatches=1, **{"value.trunk": "shared"})
+    ppo,
+    sampling(files, minibatches=1, **{"value.trunk": "shared"}),
   ),
   "dpo": lambda files, data: (
     dpo,
@@ -84,7 +89,8 @@ RUNS = {
     ),
   ),
   "reward_model": lambda files, data: (
-    reward_model, on_file(data / "pairs.jsonl", pairs_per_step=4, microbatch_pairs=2)
+    reward_model,
+    on_file(data / "pairs.jsonl", pairs_per_step=4, microbatch_pairs=2),
   ),
 }
 

@@ -86,14 +86,22 @@ CASES = {
   "ppo": lambda files, data: (ppo, sampling(files, **{"kl.controller": "adaptive"})),
   "sft": lambda files, data: (
     sft,
-    on_data(data / "demonstrations.jsonl", task="none", packing=16, max_tokens=16,
-            examples_per_step=4, microbatch_rows=2),
+    on_data(
+      data / "demonstrations.jsonl",
+      task="none",
+      packing=16,
+      max_tokens=16,
+      examples_per_step=4,
+      microbatch_rows=2,
+    ),
   ),
   "reward_model": lambda files, data: (
-    reward_model, on_data(data / "pairs.jsonl", pairs_per_step=4, microbatch_pairs=2)
+    reward_model,
+    on_data(data / "pairs.jsonl", pairs_per_step=4, microbatch_pairs=2),
   ),
   "dpo": lambda files, data: (
-    dpo, on_data(data / "pairs.jsonl", task="none", pairs_per_step=4, microbatch_pairs=2)
+    dpo,
+    on_data(data / "pairs.jsonl", task="none", pairs_per_step=4, microbatch_pairs=2),
   ),
 }
 

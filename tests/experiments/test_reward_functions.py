@@ -45,9 +45,7 @@ def rewards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory):
   path = tmp_path_factory.mktemp("conversations") / "rows.jsonl"
-  rows = [
-    {"prompt": [{"role": "user", "content": chr(97 + n) * 3}], "name": n} for n in range(12)
-  ]
+  rows = [{"prompt": [{"role": "user", "content": chr(97 + n) * 3}], "name": n} for n in range(12)]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return {"task": f"jsonl:{path}", "prompt_format": "chat"}
 
@@ -58,9 +56,9 @@ def test_a_function_that_compares_within_a_group_gives_what_it_gives_in_trl(
   changes = {"jsonl.reward_file": rewards, "jsonl.reward_function": "compares", "steps": 1}
   sizes = {"auto": 4, "batch": 16, "sample": 1}
   for isolation, size in sizes.items():
-    found = run(grpo, tmp_path / isolation, settings(files) | changes | {
-      "reward_isolation": isolation
-    })
+    found = run(
+      grpo, tmp_path / isolation, settings(files) | changes | {"reward_isolation": isolation}
+    )
     rows = [row for row in found.samples if row["split"] == "train"]
     lengths = np.array([len(row["response"]) for row in rows]).reshape(-1, size)
     wanted = lengths > lengths.mean(axis=1, keepdims=True)
@@ -83,8 +81,11 @@ def test_what_a_function_is_told_and_what_it_tells(tmp_path, small, files, rewar
   assert statuses == {"ok", "not_applicable"}
   for row in found.metrics:
     if "reward_mean" in row:
-      names = [ord(s["prompt"][0]) - 97 for s in found.samples
-               if s["split"] == "train" and s["step"] == row["step"]]
+      names = [
+        ord(s["prompt"][0]) - 97
+        for s in found.samples
+        if s["split"] == "train" and s["step"] == row["step"]
+      ]
       assert row["reward/name"] == pytest.approx(np.mean(names))
       assert row["reward_mean"] == row["accuracy"] == 1.0
       assert row["rewards_not_applicable"] > 0 and row["timed_out_fraction"] == 0.0

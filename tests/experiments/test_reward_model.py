@@ -190,8 +190,10 @@ def test_settings_that_do_not_fit_together_are_refused(tmp_path, data, changes, 
   [
     ([{"prompt": "a", "completion": "b"}], {}, "pairs.jsonl: rows of the format prompt_completion"),
     (
-      [{"prompt": "a", "chosen": "b", "rejected": "c", "m": 1},
-       {"prompt": "d", "chosen": "b", "rejected": "c"}],
+      [
+        {"prompt": "a", "chosen": "b", "rejected": "c", "m": 1},
+        {"prompt": "d", "chosen": "b", "rejected": "c"},
+      ],
       {"margin_column": "m"},
       "pairs.jsonl:2: margin_column='m' is missing; must be a number in every row",
     ),

@@ -275,8 +275,10 @@ def test_a_broken_row_stops_with_its_line_or_is_dropped_and_counted(tmp_path, sm
 
 
 def test_too_long_rows_stop_with_their_line_or_are_counted(tmp_path, small, data):
-  lengths = [len(json.loads(line)["prompt"]) + len(json.loads(line)["completion"]) + 1
-             for line in data.read_text().splitlines()]
+  lengths = [
+    len(json.loads(line)["prompt"]) + len(json.loads(line)["completion"]) + 1
+    for line in data.read_text().splitlines()
+  ]
   limit = sorted(lengths)[-3] - 1
   first = next(n for n, length in enumerate(lengths, 1) if length > limit)
   with pytest.raises(DataError, match=rf"rows\.jsonl:\d+: {lengths[first - 1]} tokens.*overlong"):
@@ -298,8 +300,12 @@ def test_rows_of_another_kind_and_answers_that_do_not_exist(tmp_path, small, fil
   pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
   with pytest.raises(DataError, match=r"pairs\.jsonl: rows of the format preference, .*completion"):
     run(sft, tmp_path / "run", settings(pairs))
-  changes = {"data": "task", "task": f"jsonl:{files / 'rows.jsonl'}",
-             "jsonl.reward_file": str(files / "reward.py"), "jsonl.reward_function": "fraction"}
+  changes = {
+    "data": "task",
+    "task": f"jsonl:{files / 'rows.jsonl'}",
+    "jsonl.reward_file": str(files / "reward.py"),
+    "jsonl.reward_function": "fraction",
+  }
   with pytest.raises(TaskError, match="no answer to learn from"):
     run(sft, tmp_path / "run", settings(tmp_path) | changes)
 
@@ -346,13 +352,16 @@ def stopped(monkeypatch, experiment, workdir, changes, stops):
 
 # Asked to stop, it saves; killed, it falls back to the last checkpoint.
 STOPS = [
-  (1, Interrupted(signal.SIGINT)), (4, RuntimeError("killed")), (5, Interrupted(signal.SIGTERM))
+  (1, Interrupted(signal.SIGINT)),
+  (4, RuntimeError("killed")),
+  (5, Interrupted(signal.SIGTERM)),
 ]
 
 
 def test_a_run_stopped_three_times_ends_as_one_that_was_not(tmp_path, small, data, monkeypatch):
   changes = settings(data, steps=7, packing=24, microbatch_rows=2) | {
-    "checkpoint.every": 3, "eval.every": 3
+    "checkpoint.every": 3,
+    "eval.every": 3,
   }
   straight = run(sft, tmp_path / "straight", changes)
   cut = stopped(monkeypatch, sft, tmp_path / "cut", changes, STOPS)

@@ -63,12 +63,16 @@ def trunk(shape, found):
   return trunk_flops(shape, [p for p, _, _ in found], np.concatenate([x for _, _, x in found]))
 
 
-@pytest.mark.parametrize("experiment, changes", [
-  (grpo, {"loss.entropy_coef": 0.1, "epochs": 2, "minibatches": 2}),
-  (reinforce, {"loss.entropy_coef": 0.1}),
-  (ppo, {"value.trunk": "own"}),
-  (ppo, {"value.trunk": "shared"}),
-], ids=["grpo", "reinforce", "ppo own", "ppo shared"])
+@pytest.mark.parametrize(
+  "experiment, changes",
+  [
+    (grpo, {"loss.entropy_coef": 0.1, "epochs": 2, "minibatches": 2}),
+    (reinforce, {"loss.entropy_coef": 0.1}),
+    (ppo, {"value.trunk": "own"}),
+    (ppo, {"value.trunk": "shared"}),
+  ],
+  ids=["grpo", "reinforce", "ppo own", "ppo shared"],
+)
 def test_all_responses_are_sampled_once_and_trained_on_in_each_epoch(
   tmp_path, small, files, experiment, changes
 ):
@@ -77,12 +81,14 @@ def test_all_responses_are_sampled_once_and_trained_on_in_each_epoch(
   assert len(found) == 4
   tokens, once = sum(sum(lengths) for _, _, lengths in found), forward(small.config, found)
   tower = trunk(small.config, found) if changes.get("value.trunk") == "own" else 0
-  assert work(row) == pytest.approx({
-    "generated_tokens": tokens,
-    "rollout_flops": once,
-    "trained_tokens": epochs * tokens,
-    "update_flops": 3 * epochs * (once + tower),
-  })
+  assert work(row) == pytest.approx(
+    {
+      "generated_tokens": tokens,
+      "rollout_flops": once,
+      "trained_tokens": epochs * tokens,
+      "update_flops": 3 * epochs * (once + tower),
+    }
+  )
   assert row["speed/mfu"] * row["speed/peak_flops"] == pytest.approx(
     row["speed/update_flops_per_second"]
   )
@@ -122,9 +128,7 @@ def given(experiment, tmp_path):
     answers = {"completion": "c" * 5}
   rows = [{"prompt": f"{chr(97 + n)}??"} | answers for n in range(20)]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  found = {
-    "model": "tiny", "data": str(path), "prompt_format": "plain", "held_out_fraction": 0.2
-  }
+  found = {"model": "tiny", "data": str(path), "prompt_format": "plain", "held_out_fraction": 0.2}
   if experiment is sft:
     return found | {"task": "none", "examples_per_step": 8, "microbatch_rows": 4}
   found |= {"pairs_per_step": 4, "microbatch_pairs": 2}
@@ -139,11 +143,13 @@ def test_whole_texts_are_read_once_and_their_answers_trained_on(
   config = given(experiment, tmp_path) | changes | {"max_tokens": 16}
   row, _ = first_step(experiment, tmp_path / "run", config)
   predicted = 0 if experiment is reward_model else 8 * 6
-  assert work(row) == pytest.approx({
-    "trained_tokens": 8 * 6,
-    "update_flops": (2 if "lora.rank" in changes else 3)
-    * text_flops(small.config, [3 + 6] * 8, predicted=predicted),
-  })
+  assert work(row) == pytest.approx(
+    {
+      "trained_tokens": 8 * 6,
+      "update_flops": (2 if "lora.rank" in changes else 3)
+      * text_flops(small.config, [3 + 6] * 8, predicted=predicted),
+    }
+  )
 
 
 def test_pairs_of_the_models_own_answers_are_sampled_first(tmp_path, small, files):
@@ -161,12 +167,14 @@ def test_pairs_of_the_models_own_answers_are_sampled_first(tmp_path, small, file
   ]
   trained = sum(length for _, length in chosen)
   assert len(chosen) == 2 * row["pairs"] > 0
-  assert work(row) == pytest.approx({
-    "generated_tokens": sum(sum(lengths) for _, _, lengths in found),
-    "rollout_flops": forward(small.config, found),
-    "trained_tokens": trained,
-    "update_flops": 3 * text_flops(small.config, [p + n for p, n in chosen], predicted=trained),
-  })
+  assert work(row) == pytest.approx(
+    {
+      "generated_tokens": sum(sum(lengths) for _, _, lengths in found),
+      "rollout_flops": forward(small.config, found),
+      "trained_tokens": trained,
+      "update_flops": 3 * text_flops(small.config, [p + n for p, n in chosen], predicted=trained),
+    }
+  )
 
 
 # Four updates in each of two steps, with all that is compared with.
@@ -179,9 +187,7 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize("name", SAMPLING)
-def test_the_tokens_of_a_rollout_go_to_the_devices_once_a_step(
-  tmp_path, small, files, capfd, name
-):
+def test_the_tokens_of_a_rollout_go_to_the_devices_once_a_step(tmp_path, small, files, capfd, name):
   """Every transfer, asked for or implied by a call, leaves a line that says what it moves."""
   experiment, changes = SAMPLING[name]
   with jax.transfer_guard_host_to_device("log_explicit"):

@@ -39,11 +39,19 @@ def trials():
 
 def test_a_job_array(trials):
   config = make(
-    backend="slurm", slurm__partition="gpu", slurm__nodes=2, slurm__tasks_per_node=8,
-    slurm__gpus_per_task=1, slurm__at_once=4, slurm__setup="module load cuda", time_limit=3600,
+    backend="slurm",
+    slurm__partition="gpu",
+    slurm__nodes=2,
+    slurm__tasks_per_node=8,
+    slurm__gpus_per_task=1,
+    slurm__at_once=4,
+    slurm__setup="module load cuda",
+    time_limit=3600,
   )
   a, b, c = (trial.id for trial in trials)
-  assert "\n".join(slurm.lines(config, WORKDIR, trials, "/venv/bin/python")) == f"""#!/bin/bash
+  assert (
+    "\n".join(slurm.lines(config, WORKDIR, trials, "/venv/bin/python"))
+    == f"""#!/bin/bash
 #SBATCH --job-name=Learning_Rates
 #SBATCH --array=0-2%4
 #SBATCH --partition=gpu
@@ -69,6 +77,7 @@ case "$code$cancelled" in 130 | 143)
   [ "${{SLURM_RESTART_COUNT:-0}}" -ge 20 ] || scontrol requeue "$SLURM_JOB_ID"
 esac
 exit "$code\""""
+  )
 
 
 def test_several_trials_share_a_job(trials):
@@ -80,9 +89,7 @@ def test_several_trials_share_a_job(trials):
   assert "--parallel=2 --devices_per_trial=1 --only" in launcher and "--prefix" not in launcher
   assert "#SBATCH --signal=INT@60" in script
   with pytest.raises(ConfigError, match="--slurm.pack=2: must be 1 where a trial has several"):
-    slurm.lines(
-      make(backend="slurm", slurm__pack=2, slurm__nodes=2), WORKDIR, trials, "python"
-    )
+    slurm.lines(make(backend="slurm", slurm__pack=2, slurm__nodes=2), WORKDIR, trials, "python")
 
 
 def test_the_array_script_runs_its_trials_and_queues_again_what_was_stopped(tmp_path):
@@ -105,7 +112,10 @@ def test_the_array_script_runs_its_trials_and_queues_again_what_was_stopped(tmp_
   (tools / "sbatch").chmod(0o755)
   environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
   done = subprocess.run(
-    [*common, "--backend=slurm", "--execute"], cwd=ROOT, env=environment, capture_output=True,
+    [*common, "--backend=slurm", "--execute"],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
     text=True,
   )
   assert done.returncode == 0, done.stderr
@@ -115,21 +125,30 @@ def test_the_array_script_runs_its_trials_and_queues_again_what_was_stopped(tmp_
   assert not (tmp_path / "asked").exists()
 
   (tools / "srun").write_text("#!/bin/sh\nexit 143\n")  # Stopped a minute before the limit.
-  code = subprocess.run(["bash", str(workdir / "slurm.sh")], cwd=ROOT, capture_output=True,
-                        env=environment | {"SLURM_ARRAY_TASK_ID": "0"}).returncode
+  code = subprocess.run(
+    ["bash", str(workdir / "slurm.sh")],
+    cwd=ROOT,
+    capture_output=True,
+    env=environment | {"SLURM_ARRAY_TASK_ID": "0"},
+  ).returncode
   assert code == 143 and (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
 def test_tpu_slices(trials):
   config = make(
-    backend="tpu", tpu__name="sweep", tpu__slices=2, tpu__type="v6e-16", tpu__zone="us-east5-b",
+    backend="tpu",
+    tpu__name="sweep",
+    tpu__slices=2,
+    tpu__type="v6e-16",
+    tpu__zone="us-east5-b",
     tpu__project="p",
   )
   text = tpu.lines(config, WORKDIR, trials, "python3")
   end = "--zone=us-east5-b --project=p"
   assert [line for line in text if "create" in line] == [
     f"gcloud compute tpus queued-resources create sweep-{i} --node-id=sweep-{i} "
-    f"--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot {end}" for i in range(2)
+    f"--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot {end}"
+    for i in range(2)
   ]
   runs = [line for line in text if "tests.launch.standin" in line]
   assert runs[1] == (
@@ -162,10 +181,23 @@ def test_slices_are_driven_from_here(tmp_path):
     f"def sweep():\n  return [dict(seed=s, journal='{tmp_path}/journal') for s in range(3)]\n"
   )
   done = subprocess.run(
-    [sys.executable, "-m", "launch.run", f"--sweep={spec}", f"--workdir={workdir}", "--execute",
-     "--backend=tpu", "--tpu.name=s", "--tpu.zone=z", "--tpu.slices=2", f"--tpu.directory={ROOT}",
-     f"--python={sys.executable}"],
-    cwd=ROOT, env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}, capture_output=True,
+    [
+      sys.executable,
+      "-m",
+      "launch.run",
+      f"--sweep={spec}",
+      f"--workdir={workdir}",
+      "--execute",
+      "--backend=tpu",
+      "--tpu.name=s",
+      "--tpu.zone=z",
+      "--tpu.slices=2",
+      f"--tpu.directory={ROOT}",
+      f"--python={sys.executable}",
+    ],
+    cwd=ROOT,
+    env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"},
+    capture_output=True,
     text=True,
   )
   assert done.returncode == 0, done.stdout + done.stderr
@@ -199,28 +231,51 @@ def test_a_slice_of_two_hosts_trains_one_model(tmp_path):
   (tools / "gcloud").write_text(GCLOUD.format(python=sys.executable, port=processes.free_port()))
   (tools / "gcloud").chmod(0o755)
   settings = {
-    "model": "tiny", "task": "copy", "steps": 3, "prompts_per_step": 16, "microbatch_prompts": 16,
-    "eval.problems": 16, "eval.samples": 1, "eval.every": 2,
+    "model": "tiny",
+    "task": "copy",
+    "steps": 3,
+    "prompts_per_step": 16,
+    "microbatch_prompts": 16,
+    "eval.problems": 16,
+    "eval.samples": 1,
+    "eval.every": 2,
   }
   spec, workdir = tmp_path / "spec.py", tmp_path / "work"
   spec.write_text(f"EXPERIMENT = 'experiments.grpo'\ndef sweep():\n  return [{settings!r}]\n")
   environment = os.environ | {
-    "PATH": f"{tools}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu",
+    "PATH": f"{tools}:{os.environ['PATH']}",
+    "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   }
   done = subprocess.run(
-    [sys.executable, "-m", "launch.run", f"--sweep={spec}", f"--workdir={workdir}", "--execute",
-     "--backend=tpu", "--tpu.name=s", "--tpu.zone=z", f"--tpu.directory={ROOT}",
-     f"--python={sys.executable}"],
-    cwd=ROOT, env=environment, capture_output=True, text=True,
+    [
+      sys.executable,
+      "-m",
+      "launch.run",
+      f"--sweep={spec}",
+      f"--workdir={workdir}",
+      "--execute",
+      "--backend=tpu",
+      "--tpu.name=s",
+      "--tpu.zone=z",
+      f"--tpu.directory={ROOT}",
+      f"--python={sys.executable}",
+    ],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 0, done.stdout + done.stderr
   [trial] = plan("experiments.grpo", [settings])
   assert "on 2 x cpu" in (workdir / trial.id / "stdout.log").read_text()
 
   alone = subprocess.run(
-    trial.command(tmp_path / "alone"), cwd=ROOT, env=environment | {"JAX_NUM_CPU_DEVICES": "2"},
-    capture_output=True, text=True,
+    trial.command(tmp_path / "alone"),
+    cwd=ROOT,
+    env=environment | {"JAX_NUM_CPU_DEVICES": "2"},
+    capture_output=True,
+    text=True,
   )
   assert alone.returncode == 0, alone.stderr
   ours, theirs = (
@@ -248,8 +303,13 @@ def test_what_a_tpu_cannot_do(trials, changes, says):
 
 def test_gke_jobs(trials):
   config = make(
-    backend="gke", gke__cluster="c", gke__location="us-east5", gke__image="image:1",
-    gke__compute_type="v6e-16", gke__slices=2, gke__extra="--mount 'a b'",
+    backend="gke",
+    gke__cluster="c",
+    gke__location="us-east5",
+    gke__image="image:1",
+    gke__compute_type="v6e-16",
+    gke__slices=2,
+    gke__extra="--mount 'a b'",
   )
   text = gke.lines(config, WORKDIR, trials, "python3")
   assert text[0] == (
@@ -269,8 +329,16 @@ def test_gke_jobs(trials):
 def test_several_processes_of_a_trial_meet_on_loopback():
   assert local.ranks(["python", "-m", "x"], 1, port=5) == [["python", "-m", "x"]]
   assert local.ranks(["python", "-m", "x"], 2, port=5) == [
-    ["python", "-m", "x", "--distributed", "--distributed.coordinator=127.0.0.1:5",
-     "--distributed.processes=2", f"--distributed.process_id={i}"] for i in range(2)
+    [
+      "python",
+      "-m",
+      "x",
+      "--distributed",
+      "--distributed.coordinator=127.0.0.1:5",
+      "--distributed.processes=2",
+      f"--distributed.process_id={i}",
+    ]
+    for i in range(2)
   ]
 
 

@@ -76,7 +76,8 @@ def test_the_best_half_goes_on_from_where_it_was(tmp_path):
   check_outcome(sweep, 2)
   wanted = {
     directory.name: list(range(expected()[rate]))
-    for rate, directories in by_rate(sweep).items() for directory in directories
+    for rate, directories in by_rate(sweep).items()
+    for directory in directories
   }
   assert steps_of(sweep) == wanted  # Each step once: nothing was begun anew.
   code, said = sweep.run(BUDGETS, "--halving.keep=2")
@@ -107,8 +108,7 @@ def test_a_failed_trial_takes_its_setting_out(tmp_path):
   sweep = Sweep(tmp_path, {"optimizer.learning_rate": [0.1, 0.9]})
   spec = (sweep.path / "spec.py").read_text()
   (sweep.path / "spec.py").write_text(
-    spec.replace("  return ", "  trials = ")
-    + "  trials[1]['fault'] = 'raise'\n  return trials\n"
+    spec.replace("  return ", "  trials = ") + "  trials[1]['fault'] = 'raise'\n  return trials\n"
   )
   code, said = sweep.run("--halving.steps=2,4", "--halving.keep=2", "--retries=0")
   assert code == 1 and "2 steps: 1 of 2 trials continue" in said, said

@@ -47,8 +47,12 @@ class Sweep:
 
   def start(self, *flags):
     command = [
-      sys.executable, "-m", "launch.run", f"--sweep={self.path / 'spec.py'}",
-      f"--workdir={self.workdir}", *flags,
+      sys.executable,
+      "-m",
+      "launch.run",
+      f"--sweep={self.path / 'spec.py'}",
+      f"--workdir={self.workdir}",
+      *flags,
     ]
     with open(self.path / "output", "a") as log:
       return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -76,14 +80,14 @@ class Sweep:
 
   def status(self):
     """id -> status.json."""
-    return {
-      path.parent.name: state.read_json(path) for path in self.workdir.glob("*/status.json")
-    }
+    return {path.parent.name: state.read_json(path) for path in self.workdir.glob("*/status.json")}
 
   def table(self):
     """report.csv."""
     done = subprocess.run(
-      [sys.executable, "-m", "launch.report", str(self.workdir)], cwd=ROOT, capture_output=True,
+      [sys.executable, "-m", "launch.report", str(self.workdir)],
+      cwd=ROOT,
+      capture_output=True,
       text=True,
     )
     assert done.returncode == 0, done.stderr
@@ -123,8 +127,13 @@ def check_done_once(sweep, count, steps):
 
 
 def test_a_launcher_killed_ten_times_does_each_trial_exactly_once(tmp_path):
-  sweep = Sweep(tmp_path, {"seed": range(3)}, {"optimizer.learning_rate": [0.1, 0.2, 0.3, 0.4]},
-                steps=5, seconds=0.02)
+  sweep = Sweep(
+    tmp_path,
+    {"seed": range(3)},
+    {"optimizer.learning_rate": [0.1, 0.2, 0.3, 0.4]},
+    steps=5,
+    seconds=0.02,
+  )
   draws = random.Random(0)
   for _ in range(10):
     launcher = sweep.start("--parallel=3")
@@ -155,16 +164,19 @@ def test_two_launchers_at_once_never_run_a_trial_twice(tmp_path):
     check_done_once(sweep, 3, 1)
     for trial, lines in sweep.events().items():
       assert [event for _, event, _ in lines] == ["begin", "step", "done"], trial
-    holders = {json.loads(path.read_text())["pid"]
-               for path in sweep.workdir.glob("*/leases/000001")}
+    holders = {
+      json.loads(path.read_text())["pid"] for path in sweep.workdir.glob("*/leases/000001")
+    }
     both += len(holders) == 2
   assert both == 5, "the two hardly ever met, so that nothing was tested"
 
 
 def by_fault(sweep):
   """fault -> the trial's directory."""
-  return {json.loads(path.read_text())["settings"]["fault"]: path.parent
-          for path in sweep.workdir.glob("*/trial.json")}
+  return {
+    json.loads(path.read_text())["settings"]["fault"]: path.parent
+    for path in sweep.workdir.glob("*/trial.json")
+  }
 
 
 def begins(sweep, directory):
@@ -239,8 +251,10 @@ def test_a_failure_is_remembered_by_the_next_launcher(tmp_path):
 def test_ctrl_c_lets_trials_save_and_the_same_command_goes_on(tmp_path):
   sweep = Sweep(tmp_path, {"seed": [0, 1]}, steps=50, seconds=0.05)
   launcher = sweep.start("--parallel=2")
-  wait_for(lambda: all(len(lines) > 2 for lines in sweep.events().values()) and len(
-    sweep.events()) == 2, "two trials under way")
+  wait_for(
+    lambda: all(len(lines) > 2 for lines in sweep.events().values()) and len(sweep.events()) == 2,
+    "two trials under way",
+  )
   launcher.send_signal(signal.SIGINT)
   assert launcher.wait(timeout=PATIENCE) == 130
   assert "the same command resumes" in sweep.output()
@@ -349,9 +363,17 @@ def test_devices_are_found_without_a_library(monkeypatch):
 @pytest.mark.skipif(not FULL, reason="about half an hour; RL_LLM_FULL=1")
 def test_twelve_real_trials_and_ten_kills(tmp_path):
   sweep = Sweep(
-    tmp_path, {"seed": [0, 1]}, {"optimizer.learning_rate": [1e-3, 3e-3, 1e-2]},
-    {"loss.clip_high": [0.2, 0.3]}, experiment="experiments.grpo", model="tiny", task="copy",
-    epochs=2, steps=24, prompts_per_step=16, microbatch_prompts=16,
+    tmp_path,
+    {"seed": [0, 1]},
+    {"optimizer.learning_rate": [1e-3, 3e-3, 1e-2]},
+    {"loss.clip_high": [0.2, 0.3]},
+    experiment="experiments.grpo",
+    model="tiny",
+    task="copy",
+    epochs=2,
+    steps=24,
+    prompts_per_step=16,
+    microbatch_prompts=16,
     **{"checkpoint.every": 4, "eval.every": 12, "eval.samples": 1},
   )
   flags = ("--parallel=2",)
@@ -360,17 +382,26 @@ def test_twelve_real_trials_and_ten_kills(tmp_path):
     return sum(path.read_bytes().count(b"\n") for path in sweep.workdir.glob("*/metrics.jsonl"))
 
   straight = Sweep(
-    tmp_path / "straight", {"seed": [0]}, {"optimizer.learning_rate": [1e-3]},
-    {"loss.clip_high": [0.2]}, experiment="experiments.grpo", model="tiny", task="copy",
-    epochs=2, steps=24, prompts_per_step=16, microbatch_prompts=16,
+    tmp_path / "straight",
+    {"seed": [0]},
+    {"optimizer.learning_rate": [1e-3]},
+    {"loss.clip_high": [0.2]},
+    experiment="experiments.grpo",
+    model="tiny",
+    task="copy",
+    epochs=2,
+    steps=24,
+    prompts_per_step=16,
+    microbatch_prompts=16,
     **{"checkpoint.every": 4, "eval.every": 12, "eval.samples": 1},
   )
   draws = random.Random(0)
   for _ in range(10):
     launcher = sweep.start(*flags)
     goal = rows() + draws.randint(1, 16)
-    wait_for(lambda goal=goal, launcher=launcher: rows() >= goal or launcher.poll() is not None,
-             "progress")
+    wait_for(
+      lambda goal=goal, launcher=launcher: rows() >= goal or launcher.poll() is not None, "progress"
+    )
     assert launcher.poll() is None, sweep.output()
     launcher.kill()
     launcher.wait()
@@ -423,7 +454,10 @@ def test_a_trial_whose_leases_are_deleted_is_tried_again(tmp_path, monkeypatch):
         shutil.rmtree(directory / "leases")
 
   verdicts = local.drive(
-    [trial], tmp_path, slots=[slots.Slot("cpu", {})], commands=commands,
+    [trial],
+    tmp_path,
+    slots=[slots.Slot("cpu", {})],
+    commands=commands,
     limits=local.Limits(retries=1, backoff=0.5, time_limit=0, grace=5),
     progress=Deletes({trial.id: "it"}, stream=io.StringIO()),
   )
@@ -443,9 +477,7 @@ def test_a_status_that_somebody_wrote_is_read_for_what_it_is_worth(tmp_path):
     assert code == 0 and "Traceback" not in output, output
 
 
-@given(
-  failed=st.floats(0, 1e10), wait=st.floats(0, 3600), moved=st.floats(-1e6, 1e6)
-)
+@given(failed=st.floats(0, 1e10), wait=st.floats(0, 3600), moved=st.floats(-1e6, 1e6))
 def test_no_clock_makes_a_wait_longer_than_it_was(failed, wait, moved):
   status = {"failures": 1, "ended": failed, "next_try": failed + wait, "wait": wait}
   left = state.wait_left(status, failed + moved)

@@ -55,8 +55,15 @@ def by_name(config):
 
 @pytest.mark.parametrize(
   ("name", "billions"),
-  [("qwen2.5-0.5b", 0.494), ("qwen2.5-1.5b", 1.54), ("qwen2.5-7b", 7.62), ("qwen2.5-32b", 32.8),
-   ("qwen2.5-72b", 72.7), ("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.6)],
+  [
+    ("qwen2.5-0.5b", 0.494),
+    ("qwen2.5-1.5b", 1.54),
+    ("qwen2.5-7b", 7.62),
+    ("qwen2.5-32b", 32.8),
+    ("qwen2.5-72b", 72.7),
+    ("llama-3.1-8b", 8.03),
+    ("llama-3.1-70b", 70.6),
+  ],
 )  # As their model cards count them.
 def test_models_have_as_many_parameters_as_they_say(name, billions):
   assert estimate.count_parameters(MODELS[name])[0] / 1e9 == pytest.approx(billions, rel=0.005)
@@ -207,11 +214,19 @@ def test_tokens_a_second_follow_from_the_bounds_and_the_assumption():
 
 
 def test_the_command_of_a_plan_gives_the_plan():
-  config = dataclasses.replace(SMALL, remat=False, mesh=SamplingMesh(2, 4, 1), lora=Lora(rank=3),
-                               minibatches=1)
+  config = dataclasses.replace(
+    SMALL, remat=False, mesh=SamplingMesh(2, 4, 1), lora=Lora(rank=3), minibatches=1
+  )
   command = plan.flags(config)
-  for said in ("--topology=cpu:1", "--remat=false", "--mesh.data=2", "--mesh.fsdp=4",
-               "--lora.rank=3", "--prompt_tokens=8", "--minibatches=1"):
+  for said in (
+    "--topology=cpu:1",
+    "--remat=false",
+    "--mesh.data=2",
+    "--mesh.fsdp=4",
+    "--lora.rank=3",
+    "--prompt_tokens=8",
+    "--minibatches=1",
+  ):
     assert said in command.split()
   assert plan.flags(plan.Config()) == "python -m launch.plan"
 
@@ -250,8 +265,9 @@ def test_a_person_is_told_in_one_line():
 
 # By formula, and the search.
 
-POD = dataclasses.replace(plan.Config(), topology="h100:8", prompts_per_step=64,
-                          microbatch_prompts=8, model="qwen2.5-1.5b")
+POD = dataclasses.replace(
+  plan.Config(), topology="h100:8", prompts_per_step=64, microbatch_prompts=8, model="qwen2.5-1.5b"
+)
 
 
 @pytest.fixture
@@ -288,8 +304,14 @@ def test_gpus_are_compiled_for_where_there_is_a_compiler(tmp_path):
   def programs(attention):
     path = tmp_path / attention
     flags = [
-      "--topology=h100:2", "--model=tiny", "--prompts_per_step=4", "--responses_per_prompt=2",
-      "--microbatch_prompts=2", "--max_new_tokens=512", "--mesh.fsdp=2", f"--json={path}",
+      "--topology=h100:2",
+      "--model=tiny",
+      "--prompts_per_step=4",
+      "--responses_per_prompt=2",
+      "--microbatch_prompts=2",
+      "--max_new_tokens=512",
+      "--mesh.fsdp=2",
+      f"--json={path}",
       f"--attention={attention}",
     ]
     subprocess.run([sys.executable, "-m", "launch.plan", *flags], check=True)

@@ -25,8 +25,10 @@ def trial(workdir, number, *, steps=4, reached=None, value=None, status=None, **
     {"id": directory.name, "order": number, "steps": steps, "config": config},
   )
   reached = steps if reached is None else reached
-  rows = [{"step": step, "eval/sampled_accuracy": value * step / steps, "time/step": 1.0}
-          for step in range(reached + 1 if value is not None else 0)]
+  rows = [
+    {"step": step, "eval/sampled_accuracy": value * step / steps, "time/step": 1.0}
+    for step in range(reached + 1 if value is not None else 0)
+  ]
   if rows:
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   if value is not None and reached == steps:
@@ -45,7 +47,9 @@ def sweep(tmp_path):
     trial(workdir, number, value=value, seed=seed, rate=rate)
   lines = ["<script>alert(1)</script>", "RuntimeError: |"]
   trial(
-    workdir, 5, rate=1e-2,
+    workdir,
+    5,
+    rate=1e-2,
     status={"status": "failed", "failures": 3, "reason": "exit code 1", "lines": lines},
   )
   trial(workdir, 6, rate=1e-2, seed=1, value=0.4, reached=2)

@@ -86,6 +86,7 @@ def search(tmp_path, value, **options):
 @pytest.mark.parametrize("lowest", [False, True])
 def test_it_asks_for_what_optuna_would_ask_for(tmp_path, lowest):
   """The same as a loop without files, failures and all; and it finds the peak."""
+
   def value(rate):
     return None if rate > 0.9 else -square(rate) if lowest else square(rate)
 
@@ -194,8 +195,11 @@ def test_a_search_that_prunes_killed_in_the_middle(tmp_path):
   flags = ("--search.trials=7", "--search.prune_from=2", "--parallel=2")
 
   def bad():
-    found = [path for path in sweep.workdir.glob("*/trial.json")
-             if json.loads(path.read_text())["settings"]["optimizer.learning_rate"] == 0.01]
+    found = [
+      path
+      for path in sweep.workdir.glob("*/trial.json")
+      if json.loads(path.read_text())["settings"]["optimizer.learning_rate"] == 0.01
+    ]
     return found[0].parent if found else tmp_path
 
   launcher = sweep.start(*flags)

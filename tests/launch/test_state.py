@@ -132,8 +132,12 @@ def test_the_last_lease_counts_beyond_any_number_of_digits(tmp_path):
 def test_only_a_result_of_all_steps_proves_that_a_trial_is_done(tmp_path):
   assert not state.is_done(tmp_path, 4)
   for text, done in (
-    ('{"steps": 4}', True), ('{"steps": 9}', True), ('{"steps": 3}', False), ('{"ste', False),
-    ("[]", False), ('{"accuracy": 1}', True),
+    ('{"steps": 4}', True),
+    ('{"steps": 9}', True),
+    ('{"steps": 3}', False),
+    ('{"ste', False),
+    ("[]", False),
+    ('{"accuracy": 1}', True),
   ):
     (tmp_path / "result.json").write_text(text)
     assert state.is_done(tmp_path, 4) is done, text

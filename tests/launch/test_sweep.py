@@ -152,8 +152,14 @@ def test_another_experiment_is_another_trial_and_a_changed_default_too(monkeypat
   fields = {f.name: f for f in dataclasses.fields(standin.Config)}
   changed = dataclasses.make_dataclass(
     "Config",
-    [(name, f.type, dataclasses.field(default=5 if name == "fault_at" else f.default,
-                                      metadata=f.metadata)) for name, f in fields.items()],
+    [
+      (
+        name,
+        f.type,
+        dataclasses.field(default=5 if name == "fault_at" else f.default, metadata=f.metadata),
+      )
+      for name, f in fields.items()
+    ],
     frozen=True,
   )
   changed.__module__ = standin.__name__  # Where the names in its types are looked up.
@@ -163,9 +169,7 @@ def test_another_experiment_is_another_trial_and_a_changed_default_too(monkeypat
 
 def test_of_equal_trials_the_one_with_most_steps_counts():
   trials = plan(STANDIN, [{"steps": 2}, {"seed": 1}, {"steps": 9}, {"steps": 3}])
-  assert [(trial.steps, trial.flags) for trial in trials] == [
-    (9, ["--steps=9"]), (4, ["--seed=1"]),
-  ]
+  assert [(trial.steps, trial.flags) for trial in trials] == [(9, ["--steps=9"]), (4, ["--seed=1"])]
 
 
 def test_the_command_is_an_ordinary_one(tmp_path):
@@ -173,8 +177,14 @@ def test_the_command_is_an_ordinary_one(tmp_path):
   (trial,) = plan(STANDIN, [settings])
   command = trial.command(tmp_path, python="python")
   assert command == [
-    "python", "-m", STANDIN, "--loss.name=square", "--loss.clip=none", "--seed=3",
-    "--journal=a file", f"--workdir={tmp_path / trial.id}",
+    "python",
+    "-m",
+    STANDIN,
+    "--loss.name=square",
+    "--loss.clip=none",
+    "--seed=3",
+    "--journal=a file",
+    f"--workdir={tmp_path / trial.id}",
   ]
   # Pasted into a shell, it runs what the trial says it is.
   line = shlex.join(trial.command(tmp_path)).replace("'--journal=a file'", "--journal=/dev/null")
@@ -182,7 +192,8 @@ def test_the_command_is_an_ordinary_one(tmp_path):
   recorded = json.loads((tmp_path / trial.id / "config.json").read_text())
   ignored = ("workdir", "journal")
   assert {k: v for k, v in recorded.items() if k not in ignored} == {
-    k: v for k, v in trial.config.items() if k not in ignored}
+    k: v for k, v in trial.config.items() if k not in ignored
+  }
 
 
 def spec(tmp_path, body, experiment=f'EXPERIMENT = "{STANDIN}"'):
@@ -194,11 +205,15 @@ def spec(tmp_path, body, experiment=f'EXPERIMENT = "{STANDIN}"'):
 @pytest.mark.parametrize(
   ("body", "says"),
   [
-    ("yield {}; yield {'optimizer.learningrate': 1.0}",
-     "trial 2: --optimizer.learningrate=1.0: must be a field of Config; "
-     "did you mean optimizer.learning_rate?"),
-    ("yield {'optimizer.learning_rate': -1.0}",
-     "trial 1: --optimizer.learning_rate=-1.0: must be a finite number > 0"),
+    (
+      "yield {}; yield {'optimizer.learningrate': 1.0}",
+      "trial 2: --optimizer.learningrate=1.0: must be a field of Config; "
+      "did you mean optimizer.learning_rate?",
+    ),
+    (
+      "yield {'optimizer.learning_rate': -1.0}",
+      "trial 1: --optimizer.learning_rate=-1.0: must be a finite number > 0",
+    ),
     ("yield {'optimizer.learning_rate': float('nan')}", "trial 1: --optimizer.learning_rate=nan"),
     ("yield {'optimizer.learning_rate': '0.1'}", "must be a finite number > 0"),
     ("yield {'seed': True}", "--seed=True: must be an integer"),
@@ -262,11 +277,14 @@ def test_the_sweeps_that_come_with_it(path):
   assert sys.modules.get("sweep_file") is None
 
 
-@pytest.mark.parametrize("text, said", [
-  ("EXPERIMENT = 'x'\ndef sweep(:\n  return []\n", r"bad\.py:2: invalid syntax"),
-  ("EXPERIMENT = 'x'\nimport nowhere\n", r"bad\.py:2: ModuleNotFoundError: No module named"),
-  ("EXPERIMENT = 'x'\ndef sweep():\n  return [1 / 0]\n", r"bad\.py:3: ZeroDivisionError: "),
-])
+@pytest.mark.parametrize(
+  "text, said",
+  [
+    ("EXPERIMENT = 'x'\ndef sweep(:\n  return []\n", r"bad\.py:2: invalid syntax"),
+    ("EXPERIMENT = 'x'\nimport nowhere\n", r"bad\.py:2: ModuleNotFoundError: No module named"),
+    ("EXPERIMENT = 'x'\ndef sweep():\n  return [1 / 0]\n", r"bad\.py:3: ZeroDivisionError: "),
+  ],
+)
 def test_a_broken_file_is_one_line_that_says_where(tmp_path, text, said):
   path = tmp_path / "bad.py"
   path.write_text(text)

@@ -18,18 +18,28 @@ import numpy as np
 from rl_llm import losses, weighting
 
 SHAPE = (4, 6)
-MASK = np.array([
-  [True, True, True, True, False, False],
-  [True, False, False, True, True, True],
-  [False, True, False, False, False, False],
-  [True, True, True, True, True, True],
-])
+MASK = np.array(
+  [
+    [True, True, True, True, False, False],
+    [True, False, False, True, True, True],
+    [False, True, False, False, False, False],
+    [True, True, True, True, True, True],
+  ]
+)
 ROW_MASK = np.array([True, True, False, True])
 
 # Positional arguments through which the gradient flows; all others are constants.
 TRAINED = {
-  "logprobs", "entropies", "values", "logits", "hidden", "chosen_logprobs", "rejected_logprobs",
-  "response_logprobs", "chosen_rewards", "rejected_rewards",
+  "logprobs",
+  "entropies",
+  "values",
+  "logits",
+  "hidden",
+  "chosen_logprobs",
+  "rejected_logprobs",
+  "response_logprobs",
+  "chosen_rewards",
+  "rejected_rewards",
 }
 # Constants that may be of any number type, and those that may be one number for all rows.
 ANY_NUMBER = {"advantages"}
@@ -97,8 +107,13 @@ SETTINGS = {
 }
 # Metrics over some of the members, such as the desirable rows only.
 OVER_A_PART = {
-  "desirable_reward", "undesirable_reward", "positive_nll", "gate_open", "log_ratio_positive",
-  "log_ratio_negative", "logprob_positive",
+  "desirable_reward",
+  "undesirable_reward",
+  "positive_nll",
+  "gate_open",
+  "log_ratio_positive",
+  "log_ratio_negative",
+  "logprob_positive",
 }
 # Metrics over responses: their count is that of the rows with a member, not of the members.
 PER_RESPONSE = {"sequence_ratio"}
@@ -107,7 +122,10 @@ CONSISTENT = {
   "kl_loss": {"gradient": "k3"},
   "cispo_loss": {"low": 1.0, "high": 1.0},
   "vespo_loss": {
-    "k_positive": 0.0, "lambda_positive": 0.0, "k_negative": 0.0, "lambda_negative": 0.0,
+    "k_positive": 0.0,
+    "lambda_positive": 0.0,
+    "k_negative": 0.0,
+    "lambda_negative": 0.0,
   },
 }
 
@@ -122,8 +140,15 @@ def chunked_gkd_loss(hidden, teacher_hidden, weights, *, beta=0.5, temperature=1
   """With its unembeddings, which have no axis of rows: test_distillation has their gradient."""
   student, teacher = np.random.default_rng(1).normal(size=(2, 3, 2)).astype(np.float32)
   return losses.chunked_gkd_loss(
-    hidden, student, teacher_hidden, teacher, weights,
-    beta=beta, temperature=temperature, chunk_size=5)
+    hidden,
+    student,
+    teacher_hidden,
+    teacher,
+    weights,
+    beta=beta,
+    temperature=temperature,
+    chunk_size=5,
+  )
 
 
 PUBLIC["chunked_gkd_loss"] = chunked_gkd_loss
@@ -221,10 +246,12 @@ def check_jit_changes_nothing(name):
 
 def check_padding_and_empty_rows_change_nothing(name):
   arrays = arguments(name)
-  pad = lambda x, value: np.pad(  # noqa: E731
-    x, ((1, 1), (2, 1), (0, 0))[:x.ndim], constant_values=value)
+
+  def pad(x, value):
+    return np.pad(x, ((1, 1), (2, 1), (0, 0))[: x.ndim], constant_values=value)
+
   mask = pad(members(arrays), False)
-  inside = (slice(1, -1), slice(2, -1))[:mask.ndim]
+  inside = (slice(1, -1), slice(2, -1))[: mask.ndim]
   padded = {key: pad(x, 0.5 if is_float(x) else 1) for key, x in arrays.items()}
   padded["weights"] = weights(mask)
   loss, metrics, gradients = run(name, arrays)
@@ -273,7 +300,7 @@ def check_all_masked_is_zero(name):
 def check_garbage_outside_the_mask_is_not_seen(name):
   arrays = arguments(name)
   mask = members(arrays)
-  exposed = [k for k, x in arrays.items() if x.shape[:mask.ndim] == mask.shape and is_float(x)]
+  exposed = [k for k, x in arrays.items() if x.shape[: mask.ndim] == mask.shape and is_float(x)]
   exposed.remove("weights")
   clean = run(name, arrays)
   for garbage in (1e4, -1e4, np.inf, -np.inf, np.nan):
@@ -306,14 +333,17 @@ def check_bfloat16_is_computed_in_float32(name):
   assert loss.dtype == jnp.float32
   close(loss, exact)
   rounded = {k: v.astype(jnp.bfloat16) for k, v in trained(exact_gradients).items()}
-  close(jax.tree.map(lambda x: x.astype(jnp.float32), trained(gradients)),
-        jax.tree.map(lambda x: x.astype(jnp.float32), rounded), rtol=2**-7)
+  close(
+    jax.tree.map(lambda x: x.astype(jnp.float32), trained(gradients)),
+    jax.tree.map(lambda x: x.astype(jnp.float32), rounded),
+    rtol=2**-7,
+  )
 
 
 def check_wrong_arguments_are_named(name):
   arrays = arguments(name)
   mask = members(arrays)
-  first = next(k for k in arrays if arrays[k].shape[:mask.ndim] == mask.shape)
+  first = next(k for k in arrays if arrays[k].shape[: mask.ndim] == mask.shape)
   for key, x in arrays.items():
     for wrong in (x[:1], x[..., None], np.float32(1.0)):
       if key in MAY_BE_SCALAR and wrong.ndim == 0:

@@ -21,7 +21,14 @@ from rl_llm import controllers, logprobs
 from tests.losses import battery
 
 MODULES = (
-  "losses", "advantages", "advantages.group", "kl", "weighting", "logprobs", "controllers", "masked"
+  "losses",
+  "advantages",
+  "advantages.group",
+  "kl",
+  "weighting",
+  "logprobs",
+  "controllers",
+  "masked",
 )
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 ROWS, GROUP, T, V, D, K = 16, 2, 6, 24, 2, 3  # Two rows on each of eight devices.
@@ -94,19 +101,44 @@ ARRAYS = {name: of_rows(make) for name, make in battery.ARRAYS.items()} | {
 }
 # Settings that have no default, or that are tried besides it.
 REQUIRED = {
-  "chunk_size": 5, "group_size": GROUP, "fraction": 0.5, "power": 0.5, "length": 9, "limit": 6,
-  "cache": 3, "target": 0.1, "samples": 4, "threshold": 0.1,
+  "chunk_size": 5,
+  "group_size": GROUP,
+  "fraction": 0.5,
+  "power": 0.5,
+  "length": 9,
+  "limit": 6,
+  "cache": 3,
+  "target": 0.1,
+  "samples": 4,
+  "threshold": 0.1,
 }
 CHOICES = {
-  "dual_clip": [3.0], "delta": [4.0], "ratio_cap": [1.5], "softcap": [2.0], "k": [2],
-  "softcaps": [(2.0, None)], "chunk_size": [48, 1000], "clip": [None], "max_drop": [None],
+  "dual_clip": [3.0],
+  "delta": [4.0],
+  "ratio_cap": [1.5],
+  "softcap": [2.0],
+  "k": [2],
+  "softcaps": [(2.0, None)],
+  "chunk_size": [48, 1000],
+  "clip": [None],
+  "max_drop": [None],
   "axis": [1],
-  "scale": ["batch", "leave_one_out", "none"], "pass_at_k.scale": ["std"],
-  "baseline": ["leave_one_out"], "singleton": ["raw"], "eps_rule": ["max"],
-  "divergence": ["forward_kl", "js", "alpha"], "gpg.alpha": ["nonzero"],
-  "truncated_importance.level": ["sequence", "geometric"], "llds_loss.level": ["token", "response"],
-  "mode": ["mask", "reject"], "normalizer": ["all"], "value": ["k1", "k2"],
-  "gradient": ["k1", "k3"], "count_empty": [True], "average": [True], "length_normalize": [True],
+  "scale": ["batch", "leave_one_out", "none"],
+  "pass_at_k.scale": ["std"],
+  "baseline": ["leave_one_out"],
+  "singleton": ["raw"],
+  "eps_rule": ["max"],
+  "divergence": ["forward_kl", "js", "alpha"],
+  "gpg.alpha": ["nonzero"],
+  "truncated_importance.level": ["sequence", "geometric"],
+  "llds_loss.level": ["token", "response"],
+  "mode": ["mask", "reject"],
+  "normalizer": ["all"],
+  "value": ["k1", "k2"],
+  "gradient": ["k1", "k3"],
+  "count_empty": [True],
+  "average": [True],
+  "length_normalize": [True],
   "shift_mean": [False],
 }
 # Settings that a choice of another one needs.
@@ -114,10 +146,9 @@ MAY_BE_ARRAY = {"shift", "gae_lambda"}
 TOGETHER = {"head_length": {"tail_weight": 0.5}, "answer_mask": {"answer_weight": 0.5}}
 
 
-
-
 def adaptive(step, state, fields):
   """A controller's step as a function of the arrays in its state."""
+
   def call(*, coef, **others):
     return step(state(*[jnp.asarray(coef, jnp.float32)] * fields), **others)
 
@@ -129,11 +160,14 @@ def adaptive(step, state, fields):
 ADAPTED = {
   "map_chunks": (
     lambda hidden: logprobs.map_chunks(lambda x: jnp.sum(jnp.float32(x), axis=-1), 5, hidden),
-    ["hidden"], []),
+    ["hidden"],
+    [],
+  ),
   "adaptive_kl": adaptive(controllers.adaptive_kl, controllers.AdaptiveKL, 1),
   "adaptive_entropy": adaptive(controllers.adaptive_entropy, controllers.AdaptiveEntropy, 2),
   "adaptive_entropy_lagged": adaptive(
-    controllers.adaptive_entropy_lagged, controllers.AdaptiveEntropy, 2),
+    controllers.adaptive_entropy_lagged, controllers.AdaptiveEntropy, 2
+  ),
   "adaptive_clip": adaptive(controllers.adaptive_clip, controllers.AdaptiveClip, 1),
   "clip_high": adaptive(controllers.clip_high, controllers.AdaptiveClip, 1),
 }
@@ -144,8 +178,11 @@ def public():
   found = {}
   for name in MODULES:
     module = importlib.import_module(f"rl_llm.{name}")
-    own = [key for key, value in vars(module).items()
-           if inspect.isfunction(value) and value.__module__ == module.__name__]
+    own = [
+      key
+      for key, value in vars(module).items()
+      if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
     for key in getattr(module, "__all__", None) or own:
       if inspect.isfunction(getattr(module, key)) and not key.startswith("_"):
         found[key] = getattr(module, key)
@@ -199,6 +236,7 @@ def split(arrays):
 
 def with_gradients(case):
   """floats, others -> the outputs, and gradients of every float; each entry counts differently."""
+
   def outputs(floats, others):
     found = case.function(**floats, **others)
     total = jnp.float32(0)

@@ -54,15 +54,16 @@ def test_kl_cov_takes_exactly_the_largest(fraction):
 def test_clip_cov_draws_exactly_the_share_from_the_band():
   clipped = RNG.uniform(size=SHAPE) < 0.3
   f = jax.jit(losses.clip_cov_mask)
-  draws = np.stack([
-    f(jax.random.key(i), COVARIANCE, MASK, fraction=0.05, clipped=clipped) for i in range(200)
-  ])
+  draws = np.stack(
+    [f(jax.random.key(i), COVARIANCE, MASK, fraction=0.05, clipped=clipped) for i in range(200)]
+  )
   candidates = MASK & ~clipped & (COVARIANCE >= 1) & (COVARIANCE <= 5)
   count = int(np.floor(0.05 * MASK.sum()))
   assert 1 < count < candidates.sum()
   assert np.all(draws.sum((1, 2)) == count) and not np.any(draws & ~candidates)
-  assert np.array_equal(draws[0], f(jax.random.key(0), COVARIANCE, MASK, fraction=0.05,
-                                    clipped=clipped))
+  assert np.array_equal(
+    draws[0], f(jax.random.key(0), COVARIANCE, MASK, fraction=0.05, clipped=clipped)
+  )
   # Every candidate is as likely: 200 draws of a share p scatter by sqrt(200 p (1 - p)).
   share = count / candidates.sum()
   assert np.abs(draws.sum(0)[candidates] - 200 * share).max() < 4.5 * np.sqrt(200 * share)
@@ -75,8 +76,11 @@ def test_a_band_with_too_few_is_taken_whole():
 
 def test_shares_are_rounded_down_as_in_the_decimals_they_are_written_in():
   ones = jnp.ones((1, 1000), bool)
-  f = jax.jit(lambda fraction, n: losses.kl_cov_mask(
-    jnp.ones(ones.shape), ones & (jnp.arange(1000) < n), fraction=fraction).sum())
+  f = jax.jit(
+    lambda fraction, n: losses.kl_cov_mask(
+      jnp.ones(ones.shape), ones & (jnp.arange(1000) < n), fraction=fraction
+    ).sum()
+  )
   for percent in (1, 13, 21, 29, 39):
     for n in (10, 99, 300, 900):
       assert f(percent / 100, n) == percent * n // 100, (percent, n)
@@ -138,17 +142,24 @@ def test_kl_cov_matches_the_loop(coef):
   assert np.isclose(loss, default, rtol=1e-6) == (coef == 1.0)
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: losses.kl_cov_mask(COVARIANCE, MASK, fraction=2), "fraction is 2.*between 0 and 1"),
-  (lambda: losses.kl_cov_mask(COVARIANCE[:1], MASK), "covariance has shape"),
-  (lambda: losses.clip_cov_mask(jax.random.key(0), COVARIANCE, MASK, clipped=MASK * 1.0),
-   "clipped has dtype"),
-  (lambda: losses.token_covariance(LOGPROBS, ADVANTAGES, WEIGHTS), "mask has dtype"),
-  (lambda: losses.token_covariance(LOGPROBS, ADVANTAGES[:2], MASK), "advantages has shape"),
-  (lambda: losses.ppo_clipped(LOGPROBS, OLD, ADVANTAGES, MASK, clip_low=0), "clip_low is 0"),
-  (lambda: losses.clip_cov_loss(LOGPROBS, OLD, ADVANTAGES, NONE, WEIGHTS, clip_high=0),
-   "clip_high is 0"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: losses.kl_cov_mask(COVARIANCE, MASK, fraction=2), "fraction is 2.*between 0 and 1"),
+    (lambda: losses.kl_cov_mask(COVARIANCE[:1], MASK), "covariance has shape"),
+    (
+      lambda: losses.clip_cov_mask(jax.random.key(0), COVARIANCE, MASK, clipped=MASK * 1.0),
+      "clipped has dtype",
+    ),
+    (lambda: losses.token_covariance(LOGPROBS, ADVANTAGES, WEIGHTS), "mask has dtype"),
+    (lambda: losses.token_covariance(LOGPROBS, ADVANTAGES[:2], MASK), "advantages has shape"),
+    (lambda: losses.ppo_clipped(LOGPROBS, OLD, ADVANTAGES, MASK, clip_low=0), "clip_low is 0"),
+    (
+      lambda: losses.clip_cov_loss(LOGPROBS, OLD, ADVANTAGES, NONE, WEIGHTS, clip_high=0),
+      "clip_high is 0",
+    ),
+  ],
+)
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
     call()

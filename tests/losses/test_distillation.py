@@ -54,7 +54,8 @@ def test_the_ends_are_what_the_middle_tends_to():
   for end, near, scale in [(0.0, 1e-6, 1e-6), (1.0, 1 - 1e-6, 1e-6)]:
     expected = gkd_loop(LOGITS, TEACHER_LOGITS, end, 1.0)
     np.testing.assert_allclose(
-      gkd_loop(LOGITS, TEACHER_LOGITS, near, 1.0) / scale, expected, rtol=1e-3)
+      gkd_loop(LOGITS, TEACHER_LOGITS, near, 1.0) / scale, expected, rtol=1e-3
+    )
 
 
 def test_gradients_at_the_ends_are_the_known_ones():
@@ -65,8 +66,9 @@ def test_gradients_at_the_ends_are_the_known_ones():
     q, p = softmax(np.float64(LOGITS[b, t])), softmax(np.float64(TEACHER_LOGITS[b, t]))
     w = WEIGHTS[b, t]
     np.testing.assert_allclose(forward[b, t], w * (q - p), rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(reverse[b, t], w * q * (np.log(q / p) - kl(q, p)), rtol=1e-4,
-                               atol=1e-7)
+    np.testing.assert_allclose(
+      reverse[b, t], w * q * (np.log(q / p) - kl(q, p)), rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -111,8 +113,15 @@ def test_chunked_gkd_equals_dense_in_value_and_gradients(beta, temperature, soft
 
   def chunked(hidden, unembedding, chunk_size):
     return losses.chunked_gkd_loss(
-      hidden, unembedding, TEACHER_HIDDEN, TEACHER_UNEMBEDDING, WEIGHTS,
-      chunk_size=chunk_size, softcaps=(softcap, None), **settings)
+      hidden,
+      unembedding,
+      TEACHER_HIDDEN,
+      TEACHER_UNEMBEDDING,
+      WEIGHTS,
+      chunk_size=chunk_size,
+      softcaps=(softcap, None),
+      **settings,
+    )
 
   both = lambda f: jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))  # noqa: E731
   expected = both(dense)(HIDDEN, UNEMBEDDING)
@@ -124,8 +133,15 @@ def test_chunked_gkd_equals_dense_in_value_and_gradients(beta, temperature, soft
 
 def test_chunked_gkd_caps_the_teacher_and_gives_it_no_gradient():
   def loss(teacher_hidden, teacher_unembedding):
-    return losses.chunked_gkd_loss(HIDDEN, UNEMBEDDING, teacher_hidden, teacher_unembedding,
-                                   WEIGHTS, softcaps=(None, 1.5), chunk_size=4)[0]
+    return losses.chunked_gkd_loss(
+      HIDDEN,
+      UNEMBEDDING,
+      teacher_hidden,
+      teacher_unembedding,
+      WEIGHTS,
+      softcaps=(None, 1.5),
+      chunk_size=4,
+    )[0]
 
   value, gradients = jax.value_and_grad(loss, (0, 1))(TEACHER_HIDDEN, TEACHER_UNEMBEDDING)
   expected = gkd_loop(LOGITS, 1.5 * np.tanh(TEACHER_LOGITS / 1.5), 0.5, 1.0)
@@ -143,8 +159,9 @@ def test_chunked_gkd_never_holds_all_logits():
     return compiled.memory_analysis().temp_size_in_bytes
 
   dense = bytes_needed(lambda h, u: losses.gkd_loss(h @ u.T, 2 * h @ u.T, weights)[0])
-  chunked = bytes_needed(lambda h, u: losses.chunked_gkd_loss(
-    h, u, 2 * h, unembedding, weights, chunk_size=4)[0])
+  chunked = bytes_needed(
+    lambda h, u: losses.chunked_gkd_loss(h, u, 2 * h, unembedding, weights, chunk_size=4)[0]
+  )
   assert dense > 64 * 5000 * 4 and chunked < dense / 6
 
 
@@ -159,8 +176,10 @@ def text_logprobs(params):
 
 
 def random_params():
-  return {"first": RNG.normal(size=3).astype(np.float32),
-          "second": RNG.normal(size=(3, 3)).astype(np.float32)}
+  return {
+    "first": RNG.normal(size=3).astype(np.float32),
+    "second": RNG.normal(size=(3, 3)).astype(np.float32),
+  }
 
 
 def test_minillm_descends_the_reverse_kl_of_whole_texts():
@@ -192,7 +211,8 @@ def test_minillm_matches_the_loop(discount, length_normalize):
   student, teacher = np.log(RNG.uniform(0.1, 0.9, size=(2, *mask.shape)))
   garbage = np.where(mask, student, np.nan)
   got = losses.minillm_advantages(
-    garbage, teacher, mask, discount=discount, length_normalize=length_normalize)
+    garbage, teacher, mask, discount=discount, length_normalize=length_normalize
+  )
   expected = np.zeros(mask.shape)
   for b in range(len(mask)):
     tokens = np.flatnonzero(mask[b])
@@ -206,14 +226,15 @@ def test_minillm_matches_the_loop(discount, length_normalize):
 MU, TEACHER = np.log(RNG.uniform(0.1, 0.9, size=(2, B, T)))
 LOGPROBS = np.minimum(MU + RNG.normal(scale=0.7, size=(B, T)), -0.01)
 OPD = jax.jit(
-  jax.value_and_grad(losses.on_policy_distillation_loss, has_aux=True),
-  static_argnames="max_drop")
+  jax.value_and_grad(losses.on_policy_distillation_loss, has_aux=True), static_argnames="max_drop"
+)
 
 
 @pytest.mark.parametrize("max_drop, coef", [(0.2, 1e-3), (None, 0.5), (0.05, 0.0)])
 def test_on_policy_distillation_matches_the_loop(max_drop, coef):
   (loss, metrics), gradient = OPD(
-    LOGPROBS, MU, TEACHER, WEIGHTS, max_drop=max_drop, sampler_coef=coef)
+    LOGPROBS, MU, TEACHER, WEIGHTS, max_drop=max_drop, sampler_coef=coef
+  )
   total, slope, drops = 0.0, np.zeros((B, T)), 0
   for b, t in np.argwhere(MASK):
     l, mu, a = LOGPROBS[b, t], MU[b, t], TEACHER[b, t] - LOGPROBS[b, t]  # noqa: E741
@@ -239,28 +260,42 @@ def test_before_the_first_update_it_is_the_gradient_of_the_reverse_kl():
   np.testing.assert_allclose(gradient, kl_gradient, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("call", [
-  lambda **k: losses.gkd_loss(LOGITS, TEACHER_LOGITS, WEIGHTS, **k),
-  lambda **k: losses.chunked_gkd_loss(
-    HIDDEN, UNEMBEDDING, TEACHER_HIDDEN, TEACHER_UNEMBEDDING, WEIGHTS, **k),
-], ids=["gkd", "chunked"])
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda **k: losses.gkd_loss(LOGITS, TEACHER_LOGITS, WEIGHTS, **k),
+    lambda **k: losses.chunked_gkd_loss(
+      HIDDEN, UNEMBEDDING, TEACHER_HIDDEN, TEACHER_UNEMBEDDING, WEIGHTS, **k
+    ),
+  ],
+  ids=["gkd", "chunked"],
+)
 def test_bad_settings_are_named(call):
   for key, value in [("beta", 1.5), ("temperature", 0)]:
     with pytest.raises(ValueError, match=f"{key} is {value}"):
       call(**{key: value})
 
 
-@pytest.mark.parametrize("wrong, message", [
-  ({"unembedding": UNEMBEDDING.T}, "unembedding has shape.*D = 4 as in hidden: transpose"),
-  ({"teacher_unembedding": UNEMBEDDING}, "teacher_unembedding has shape.*D = 3 as in teacher_h"),
-  ({"teacher_unembedding": TEACHER_UNEMBEDDING[:5]}, "teacher_unembedding.*V = 7 rows"),
-  ({"unembedding": UNEMBEDDING.astype(int)}, "unembedding has dtype int"),
-  ({"teacher_hidden": TEACHER_HIDDEN[:1]}, "teacher_hidden has shape"),
-  ({"chunk_size": 0}, "chunk_size is 0"), ({"softcaps": (0, None)}, r"softcaps\[0\] is 0"),
-  ({"softcaps": (None, -1)}, r"softcaps\[1\] is -1"),
-])
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"unembedding": UNEMBEDDING.T}, "unembedding has shape.*D = 4 as in hidden: transpose"),
+    ({"teacher_unembedding": UNEMBEDDING}, "teacher_unembedding has shape.*D = 3 as in teacher_h"),
+    ({"teacher_unembedding": TEACHER_UNEMBEDDING[:5]}, "teacher_unembedding.*V = 7 rows"),
+    ({"unembedding": UNEMBEDDING.astype(int)}, "unembedding has dtype int"),
+    ({"teacher_hidden": TEACHER_HIDDEN[:1]}, "teacher_hidden has shape"),
+    ({"chunk_size": 0}, "chunk_size is 0"),
+    ({"softcaps": (0, None)}, r"softcaps\[0\] is 0"),
+    ({"softcaps": (None, -1)}, r"softcaps\[1\] is -1"),
+  ],
+)
 def test_wrong_unembeddings_are_named(wrong, message):
-  good = {"hidden": HIDDEN, "unembedding": UNEMBEDDING, "teacher_hidden": TEACHER_HIDDEN,
-          "teacher_unembedding": TEACHER_UNEMBEDDING, "weights": WEIGHTS}
+  good = {
+    "hidden": HIDDEN,
+    "unembedding": UNEMBEDDING,
+    "teacher_hidden": TEACHER_HIDDEN,
+    "teacher_unembedding": TEACHER_UNEMBEDDING,
+    "weights": WEIGHTS,
+  }
   with pytest.raises(ValueError, match=message):
     losses.chunked_gkd_loss(**good | wrong)

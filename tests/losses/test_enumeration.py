@@ -37,8 +37,9 @@ N = np.array([len(y) for y in RESPONSES])
 MASK = np.arange(LENGTH) < N[:, None]
 # Each beginning has logits of its own, so the policy can be any distribution over responses.
 CONTEXTS = sorted({y[:t] for y in RESPONSES for t in range(len(y))}, key=lambda c: (len(c), c))
-CONTEXT = np.array([[CONTEXTS.index(y[:t]) if t < len(y) else 0 for t in range(LENGTH)]
-                    for y in RESPONSES])
+CONTEXT = np.array(
+  [[CONTEXTS.index(y[:t]) if t < len(y) else 0 for t in range(LENGTH)] for y in RESPONSES]
+)
 TOKEN = np.array([[*y, *[0] * (LENGTH - len(y))] for y in RESPONSES])
 REWARD = np.array([(y.count(0) == 1) + 0.5 * (y[-1] == END) for y in RESPONSES])
 
@@ -55,9 +56,17 @@ ENTROPIES = np.where(MASK, ENTROPY[CONTEXT], 0)
 # What a value network might say of each context, and of the one after each token: the reward, there
 # where the response ends.
 WRONG_VALUE = RNG.uniform(size=len(CONTEXTS))
-NEXT_VALUE = np.array([[
-  REWARD[RESPONSES.index((*c, v))] if (*c, v) in RESPONSES else WRONG_VALUE[CONTEXTS.index((*c, v))]
-  for v in range(VOCABULARY)] for c in CONTEXTS])
+NEXT_VALUE = np.array(
+  [
+    [
+      REWARD[RESPONSES.index((*c, v))]
+      if (*c, v) in RESPONSES
+      else WRONG_VALUE[CONTEXTS.index((*c, v))]
+      for v in range(VOCABULARY)
+    ]
+    for c in CONTEXTS
+  ]
+)
 
 # The chain rule by hand: [15, T, contexts, V], derivatives by the logits z of a token's context,
 #   d log p(token) / d z_v = 1[v = token] - p_v        d entropy / d z_v = -p_v (log p_v + entropy)
@@ -92,7 +101,8 @@ def expectations(logits):
     "entropy": -p @ tokens.sum(1),
     "kl, contexts fixed": contexts_fixed(jnp.sum(jnp.exp(logp) * (logp - REFERENCE), 1)),
     "forward kl, contexts fixed": contexts_fixed(
-      jnp.sum(np.exp(REFERENCE) * (REFERENCE - logp), 1)),
+      jnp.sum(np.exp(REFERENCE) * (REFERENCE - logp), 1)
+    ),
     "entropy, contexts fixed": contexts_fixed(-jnp.sum(jnp.exp(logp) * logp, 1)),
   }
 
@@ -108,10 +118,19 @@ def exact():
 
 def true_values():
   """[15, T]: the reward still expected before each token is chosen."""
-  return np.array([[
-    PROBABILITY @ np.where([z[:t] == y[:t] for z in RESPONSES], REWARD, 0)
-    / sum(PROBABILITY[j] for j, z in enumerate(RESPONSES) if z[:t] == y[:t]) if t < len(y) else 0
-    for t in range(LENGTH)] for y in RESPONSES])
+  return np.array(
+    [
+      [
+        PROBABILITY
+        @ np.where([z[:t] == y[:t] for z in RESPONSES], REWARD, 0)
+        / sum(PROBABILITY[j] for j, z in enumerate(RESPONSES) if z[:t] == y[:t])
+        if t < len(y)
+        else 0
+        for t in range(LENGTH)
+      ]
+      for y in RESPONSES
+    ]
+  )
 
 
 def sampled(loss, group=GROUP, trained=LOGPROBS, slopes=SCORES):
@@ -150,6 +169,7 @@ def gae_of(values, gae_lambda):
   def advantage(y):
     rewards = advantages.token_rewards(take(REWARD, y), take(MASK, y))
     return advantages.gae(rewards, take(values, y), take(MASK, y), gae_lambda=gae_lambda)[0]
+
   return advantage
 
 
@@ -162,8 +182,15 @@ def kl_as_reward(y):
 def kl_term(gradient, value="k3", ratio=False):
   def loss(x, y):
     ratios = jnp.exp(x - take(LOGPROBS, y)) if ratio else None
-    return losses.kl_loss(x, take(REF_LOGPROBS, y), weighting.sequence_sum(take(MASK, y)),
-                          value=value, gradient=gradient, ratio=ratios)
+    return losses.kl_loss(
+      x,
+      take(REF_LOGPROBS, y),
+      weighting.sequence_sum(take(MASK, y)),
+      value=value,
+      gradient=gradient,
+      ratio=ratios,
+    )
+
   return loss
 
 
@@ -188,40 +215,103 @@ WRONG_VALUES = np.where(MASK, WRONG_VALUE[CONTEXT], 0)
 J = exact()[0]["reward"]
 ROWS = [
   ("REINFORCE", reinforce(lambda y: take(REWARD, y)), "reward", "yes", [(-1, "reward")]),
-  ("REINFORCE, constant baseline 0.7", reinforce(lambda y: take(REWARD, y) - 0.7),
-   "reward", "yes", [(-1, "reward")]),
+  (
+    "REINFORCE, constant baseline 0.7",
+    reinforce(lambda y: take(REWARD, y) - 0.7),
+    "reward",
+    "yes",
+    [(-1, "reward")],
+  ),
   ("leave-one-out baseline (RLOO)", reinforce(RLOO), "reward", "yes", [(-1, "reward")]),
   ("PPO at ratio 1, the same baseline", ppo, "reward", "yes", [(-1, "reward")]),
-  ("group mean as baseline (Dr. GRPO)", reinforce(CENTRED),
-   "reward", "half of it: (G - 1) / G", [(-1 / 2, "reward")]),
-  ("group mean and std (GRPO)", reinforce(SCALED),
-   "reward", "no: that of winning against itself", [(-1 / math.sqrt(2), "wins - losses")]),
-  ("length-weighted mean as baseline (OPO)", reinforce(opo),
-   "reward", "no: that of a share of the lead", [(-1, "share of lead")]),
-  ("pass@k with k = 2", reinforce(of_group(advantages.pass_at_k)),
-   "best of two", "half of it: 1 / G", [(-1 / 2, "best of two")]),
-  ("RLOO, `constant_length` 3", reinforce(RLOO, THIRD),
-   "reward", "a third of it", [(-1 / 3, "reward")]),
-  ("REINFORCE, `sequence_mean`", reinforce(lambda y: take(REWARD, y), weighting.sequence_mean),
-   "reward", "no: E[R / n]", [(-1, "reward / length")]),
-  ("RLOO, `sequence_mean`", reinforce(RLOO, weighting.sequence_mean),
-   "reward", "no: E[R / n] - E[R] E[1 / n]", [(-1, "reward / length"), (J, "1 / length")]),
-  ("RLOO, `token_mean`", reinforce(RLOO, weighting.token_mean),
-   "reward", "no: that of the lead per token", [(-1, "lead / tokens")]),
-  ("GAE, lambda 1, wrong values", reinforce(gae_of(WRONG_VALUES, 1.0)),
-   "reward", "yes", [(-1, "reward")]),
-  ("GAE, lambda 0, wrong values", reinforce(gae_of(WRONG_VALUES, 0.0)),
-   "reward", "no: that of the next value", [(-1, "next value, contexts fixed")]),
-  ("GAE, lambda 0, true values", reinforce(gae_of(VALUES, 0.0)),
-   "reward", "yes", [(-1, "reward")]),
+  (
+    "group mean as baseline (Dr. GRPO)",
+    reinforce(CENTRED),
+    "reward",
+    "half of it: (G - 1) / G",
+    [(-1 / 2, "reward")],
+  ),
+  (
+    "group mean and std (GRPO)",
+    reinforce(SCALED),
+    "reward",
+    "no: that of winning against itself",
+    [(-1 / math.sqrt(2), "wins - losses")],
+  ),
+  (
+    "length-weighted mean as baseline (OPO)",
+    reinforce(opo),
+    "reward",
+    "no: that of a share of the lead",
+    [(-1, "share of lead")],
+  ),
+  (
+    "pass@k with k = 2",
+    reinforce(of_group(advantages.pass_at_k)),
+    "best of two",
+    "half of it: 1 / G",
+    [(-1 / 2, "best of two")],
+  ),
+  (
+    "RLOO, `constant_length` 3",
+    reinforce(RLOO, THIRD),
+    "reward",
+    "a third of it",
+    [(-1 / 3, "reward")],
+  ),
+  (
+    "REINFORCE, `sequence_mean`",
+    reinforce(lambda y: take(REWARD, y), weighting.sequence_mean),
+    "reward",
+    "no: E[R / n]",
+    [(-1, "reward / length")],
+  ),
+  (
+    "RLOO, `sequence_mean`",
+    reinforce(RLOO, weighting.sequence_mean),
+    "reward",
+    "no: E[R / n] - E[R] E[1 / n]",
+    [(-1, "reward / length"), (J, "1 / length")],
+  ),
+  (
+    "RLOO, `token_mean`",
+    reinforce(RLOO, weighting.token_mean),
+    "reward",
+    "no: that of the lead per token",
+    [(-1, "lead / tokens")],
+  ),
+  (
+    "GAE, lambda 1, wrong values",
+    reinforce(gae_of(WRONG_VALUES, 1.0)),
+    "reward",
+    "yes",
+    [(-1, "reward")],
+  ),
+  (
+    "GAE, lambda 0, wrong values",
+    reinforce(gae_of(WRONG_VALUES, 0.0)),
+    "reward",
+    "no: that of the next value",
+    [(-1, "next value, contexts fixed")],
+  ),
+  ("GAE, lambda 0, true values", reinforce(gae_of(VALUES, 0.0)), "reward", "yes", [(-1, "reward")]),
   ("k1 in the reward", reinforce(kl_as_reward), "kl", "yes", [(1, "kl")]),
   ("`kl_loss`, gradient k1", kl_term("k1"), "kl", "no: zero", []),
-  ("`kl_loss`, gradient k2", kl_term("k2"),
-   "kl", "contexts fixed", [(1, "kl, contexts fixed")]),
-  ("`kl_loss`, gradient k3", kl_term("k3"),
-   "kl", "no: forward KL, contexts fixed", [(1, "forward kl, contexts fixed")]),
-  ("`kl_loss`, ratio * k3", kl_term("k3", ratio=True),
-   "kl", "contexts fixed", [(1, "kl, contexts fixed")]),
+  ("`kl_loss`, gradient k2", kl_term("k2"), "kl", "contexts fixed", [(1, "kl, contexts fixed")]),
+  (
+    "`kl_loss`, gradient k3",
+    kl_term("k3"),
+    "kl",
+    "no: forward KL, contexts fixed",
+    [(1, "forward kl, contexts fixed")],
+  ),
+  (
+    "`kl_loss`, ratio * k3",
+    kl_term("k3", ratio=True),
+    "kl",
+    "contexts fixed",
+    [(1, "kl, contexts fixed")],
+  ),
   ("`entropy_loss`", entropy_term, "entropy", "contexts fixed", [(-1, "entropy, contexts fixed")]),
 ]
 
@@ -254,8 +344,10 @@ def angle(mean, of):
 
 
 def estimator_table():
-  lines = ["| estimator | gradient of | is its mean that? | bias | angle | variance | noise |",
-           "|---|---|---|---|---|---|---|"]
+  lines = [
+    "| estimator | gradient of | is its mean that? | bias | angle | variance | noise |",
+    "|---|---|---|---|---|---|---|",
+  ]
   for name, _, of, verdict, terms in ROWS:
     mean, variance = measured(name)
     turned = f"{angle(mean, of):.0f}°" if terms else "none"
@@ -286,8 +378,11 @@ def test_the_world_is_complete():
   np.testing.assert_allclose(exact()[0]["reward"], VALUES[0, 0])  # the value of the empty context
 
 
-@pytest.mark.parametrize("name, of, verdict, terms", [
-  (name, of, verdict, terms) for name, _, of, verdict, terms in ROWS], ids=[r[0] for r in ROWS])
+@pytest.mark.parametrize(
+  "name, of, verdict, terms",
+  [(name, of, verdict, terms) for name, _, of, verdict, terms in ROWS],
+  ids=[r[0] for r in ROWS],
+)
 def test_the_mean_is_what_was_derived(name, of, verdict, terms):
   mean, _ = measured(name)
   np.testing.assert_allclose(mean, target(terms), atol=TOLERANCE)
@@ -324,7 +419,8 @@ def test_which_variance_is_smaller():
   variance = {name: measured(name)[1] for name, *_ in ROWS}
   assert variance["leave-one-out baseline (RLOO)"] < variance["REINFORCE"]
   assert variance["PPO at ratio 1, the same baseline"] == pytest.approx(
-    variance["leave-one-out baseline (RLOO)"])
+    variance["leave-one-out baseline (RLOO)"]
+  )
   assert variance["GAE, lambda 0, true values"] < variance["GAE, lambda 1, wrong values"]
   assert variance["k1 in the reward"] > variance["`kl_loss`, gradient k2"]
   assert variance["`kl_loss`, gradient k1"] > 0  # noise alone

@@ -12,7 +12,8 @@ from rl_llm.runs.keywords import settings
 
 POLICY = ["logprobs", "old_logprobs", "advantages", "weights"]
 CHOSEN, REFERENCE = (
-  ["chosen_logprobs", "rejected_logprobs"], ["ref_chosen_logprobs", "ref_rejected_logprobs"]
+  ["chosen_logprobs", "rejected_logprobs"],
+  ["ref_chosen_logprobs", "ref_rejected_logprobs"],
 )
 
 
@@ -20,7 +21,8 @@ def parameters(function):
   """Its positional parameters and its keywords, by name."""
   found = inspect.signature(function).parameters.values()
   assert {p.kind for p in found} <= {
-    inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
   }
   positional = {p.name: p for p in found if p.kind is p.POSITIONAL_OR_KEYWORD}
   assert all(p.default is p.empty for p in positional.values())

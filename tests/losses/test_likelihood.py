@@ -8,23 +8,29 @@ import pytest
 from rl_llm import losses, weighting
 
 RNG = np.random.default_rng(0)
-MASK = np.array([
-  [True, True, False, True, True, True],
-  [False, True, True, False, True, False],
-  [True, True, True, True, False, False],
-  [False, False, False, False, False, False],
-])
-ACTIONS = np.array([
-  [0, 0, -1, 1, 1, 1], [-1, 0, 0, -1, 1, -1], [0, 0, 0, 0, -1, -1], [-1, -1, -1, -1, -1, -1],
-])
+MASK = np.array(
+  [
+    [True, True, False, True, True, True],
+    [False, True, True, False, True, False],
+    [True, True, True, True, False, False],
+    [False, False, False, False, False, False],
+  ]
+)
+ACTIONS = np.array(
+  [[0, 0, -1, 1, 1, 1], [-1, 0, 0, -1, 1, -1], [0, 0, 0, 0, -1, -1], [-1, -1, -1, -1, -1, -1]]
+)
 SHAPE = MASK.shape
 OLD = np.log(RNG.uniform(0.1, 0.9, SHAPE))
 # By hand, so that every level opens other gates: row 0 falls as a whole, its first action does not;
 # in row 2 the first token falls and nothing else.
-LOGPROBS = OLD + np.array([
-  [-0.5, 0.8, 9.0, -0.6, 0.1, -0.2], [0.0, -0.7, 0.3, 0.0, -0.4, 0.0],
-  [-0.3, 0.5, 0.1, 0.2, 0.0, 0.0], [0.0] * 6,
-])
+LOGPROBS = OLD + np.array(
+  [
+    [-0.5, 0.8, 9.0, -0.6, 0.1, -0.2],
+    [0.0, -0.7, 0.3, 0.0, -0.4, 0.0],
+    [-0.3, 0.5, 0.1, 0.2, 0.0, 0.0],
+    [0.0] * 6,
+  ]
+)
 ADVANTAGES = np.array([1.5, -0.7, 0.0, 2.0])
 ANSWER = np.array([[False] * 4 + [True] * 2] * 4)
 LLDS = jax.jit(jax.value_and_grad(losses.llds_loss, has_aux=True), static_argnames="level")
@@ -66,8 +72,11 @@ def llds_weights_loop(normalizer, answer_weight):
 @pytest.mark.parametrize("normalizer", ["preserving", "all"])
 @pytest.mark.parametrize("level", ["action", "token", "response"])
 def test_llds_matches_the_loop(level, normalizer):
-  weights = np.asarray(losses.llds_weights(
-    ADVANTAGES, MASK, normalizer=normalizer, answer_mask=ANSWER, answer_weight=0.5))
+  weights = np.asarray(
+    losses.llds_weights(
+      ADVANTAGES, MASK, normalizer=normalizer, answer_mask=ANSWER, answer_weight=0.5
+    )
+  )
   np.testing.assert_allclose(weights, llds_weights_loop(normalizer, 0.5), rtol=1e-6)
   (loss, metrics), gradient = LLDS(LOGPROBS, OLD, ADVANTAGES, weights, level=level)
   total, slope, gates = llds_loop(level, weights)
@@ -102,8 +111,11 @@ def test_the_diagnostics_are_those_of_each_sign():
   weights = np.asarray(losses.llds_weights(ADVANTAGES, MASK))
   (_, metrics), _ = LLDS(LOGPROBS, OLD, ADVANTAGES, weights)
   moved = LOGPROBS - OLD
-  for name, x, row in [("log_ratio_positive", moved, 0), ("log_ratio_negative", moved, 1),
-                       ("logprob_positive", LOGPROBS, 0)]:
+  for name, x, row in [
+    ("log_ratio_positive", moved, 0),
+    ("log_ratio_negative", moved, 1),
+    ("logprob_positive", LOGPROBS, 0),
+  ]:
     expected = x[row][MASK[row]].sum(), MASK[row].sum()
     np.testing.assert_allclose(metrics[name], expected, rtol=1e-5, err_msg=name)
 
@@ -136,17 +148,22 @@ def test_positive_nll_is_sft_on_the_right_answers():
   assert not np.any(gradient[1]) and np.any(gradient[0])
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: losses.llds_loss(OLD, OLD, ADVANTAGES, OLD, level="turn"), "level is 'turn'.*'token'"),
-  (lambda: losses.llds_loss(OLD, OLD, ADVANTAGES, OLD, action_ids=OLD), "action_ids has dtype"),
-  (lambda: losses.llds_loss(OLD, OLD, ADVANTAGES, OLD, action_ids=np.ones(3, int)),
-   "action_ids has shape"),
-  (lambda: losses.llds_weights(ADVANTAGES, MASK, normalizer="none"), "normalizer is 'none'"),
-  (lambda: losses.llds_weights(ADVANTAGES, MASK * 1.0), "mask has dtype"),
-  (lambda: losses.llds_weights(ADVANTAGES[:1], MASK), "advantages has shape"),
-  (lambda: losses.llds_weights(ADVANTAGES, MASK, answer_mask=MASK[:1]), "answer_mask has shape"),
-  (lambda: losses.action_ids_of(jnp.ones(3, bool)), "mask has shape"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: losses.llds_loss(OLD, OLD, ADVANTAGES, OLD, level="turn"), "level is 'turn'.*'token'"),
+    (lambda: losses.llds_loss(OLD, OLD, ADVANTAGES, OLD, action_ids=OLD), "action_ids has dtype"),
+    (
+      lambda: losses.llds_loss(OLD, OLD, ADVANTAGES, OLD, action_ids=np.ones(3, int)),
+      "action_ids has shape",
+    ),
+    (lambda: losses.llds_weights(ADVANTAGES, MASK, normalizer="none"), "normalizer is 'none'"),
+    (lambda: losses.llds_weights(ADVANTAGES, MASK * 1.0), "mask has dtype"),
+    (lambda: losses.llds_weights(ADVANTAGES[:1], MASK), "advantages has shape"),
+    (lambda: losses.llds_weights(ADVANTAGES, MASK, answer_mask=MASK[:1]), "answer_mask has shape"),
+    (lambda: losses.action_ids_of(jnp.ones(3, bool)), "mask has shape"),
+  ],
+)
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -22,8 +22,9 @@ EXCEPTIONS = {
   "llds_loss, llds_weights: a nan in the advantages": "only their sign is read, and nan has none",
   "off_policy_mask: a nan in its log-probs or advantages": "it says whom to drop and keeps what it "
   "cannot judge; the loss of that row is nan",
-  "unembed, chunked_gkd_loss, chunked_logprobs_and_entropy: products at the default precision":
-  "the sampler's logits are made so, and the trainer's must be the same",
+  "unembed, chunked_gkd_loss, chunked_logprobs_and_entropy: products at the default precision": (
+    "the sampler's logits are made so, and the trainer's must be the same"
+  ),
 }
 HIDES_NAN = {
   "llds_loss": {"advantages"},
@@ -185,11 +186,20 @@ def test_a_number_outside_the_range_that_is_stated_is_refused(name):
 
 def test_ranges_are_read_from_the_docstrings():
   """Or the test above would pass by finding none."""
-  stated = {(name, key) for name in modes.PUBLIC for key, text in described(name).items()
-            if key in modes.keywords(name) and outside(text)}
+  stated = {
+    (name, key)
+    for name in modes.PUBLIC
+    for key, text in described(name).items()
+    if key in modes.keywords(name) and outside(text)
+  }
   assert len(stated) > 90
-  for name, key in (("discounted_returns", "discount"), ("gae", "gae_lambda"), ("whiten", "eps"),
-                    ("grpo_loss", "dual_clip"), ("adaptive_kl", "samples")):
+  for name, key in (
+    ("discounted_returns", "discount"),
+    ("gae", "gae_lambda"),
+    ("whiten", "eps"),
+    ("grpo_loss", "dual_clip"),
+    ("adaptive_kl", "samples"),
+  ):
     assert (name, key) in stated
 
 
@@ -205,9 +215,14 @@ def test_every_limit_of_a_log_ratio_is_said(monkeypatch):
   for module in (kl, weighting, _checks, policy_gradient):
     monkeypatch.setattr(module, "LOG_RATIO_LIMIT", 1.0)
   changed = jax.jit(lambda far: program(far))(far)
-  limited = {name for name in far if any(
-    not np.array_equal(x, y, equal_nan=battery.is_float(x))
-    for x, y in zip(*map(jax.tree.leaves, (usual[name], changed[name])), strict=True))}
+  limited = {
+    name
+    for name in far
+    if any(
+      not np.array_equal(x, y, equal_nan=battery.is_float(x))
+      for x, y in zip(*map(jax.tree.leaves, (usual[name], changed[name])), strict=True)
+    )
+  }
   assert len(limited) > 15
   for name in limited:
     assert re.search(r"\+-20|exp\(20\)", inspect.getdoc(modes.PUBLIC[name])), name

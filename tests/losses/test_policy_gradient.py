@@ -37,14 +37,16 @@ def ppo_loop(advantages, low, high, dual, delta):
   return total
 
 
-@pytest.mark.parametrize("low, high, dual, delta", [
-  (0.2, 0.2, None, None), (0.1, 0.4, None, None), (0.2, 0.2, 1.3, None), (0.2, 0.2, None, 1.4),
-])
+@pytest.mark.parametrize(
+  "low, high, dual, delta",
+  [(0.2, 0.2, None, None), (0.1, 0.4, None, None), (0.2, 0.2, 1.3, None), (0.2, 0.2, None, 1.4)],
+)
 @pytest.mark.parametrize("f", [PPO, GRPO], ids=["ppo", "grpo"])
 def test_ppo_and_grpo_match_the_loop(f, low, high, dual, delta):
   for advantages in (ADVANTAGES, ADVANTAGES[:, 0]):
-    (got, _), _ = f(LOGPROBS, OLD, advantages, WEIGHTS,
-                    clip_low=low, clip_high=high, dual_clip=dual, delta=delta)
+    (got, _), _ = f(
+      LOGPROBS, OLD, advantages, WEIGHTS, clip_low=low, clip_high=high, dual_clip=dual, delta=delta
+    )
     full = np.broadcast_to(advantages if advantages.ndim == 2 else advantages[:, None], SHAPE)
     np.testing.assert_allclose(got, ppo_loop(full, low, high, dual, delta), rtol=1e-5)
     if dual or delta:  # the limit is reached in this data, or the row would prove nothing
@@ -80,17 +82,26 @@ CLIP_TABLE = [
 def test_clip_table(advantage, ratio, value, gradient, limit):
   old = np.full((1, 1), np.log(0.1))
   (loss, metrics), slope = PPO(
-    old + np.log(ratio), old, np.array([advantage]), np.ones((1, 1)), **limit)
+    old + np.log(ratio), old, np.array([advantage]), np.ones((1, 1)), **limit
+  )
   np.testing.assert_allclose(loss, value, rtol=1e-5)
   np.testing.assert_allclose(slope[0, 0], gradient, rtol=1e-5)
   assert metrics["clip_low_fraction"] == (float(gradient == 0 and ratio < 0.8), 1)
   assert metrics["clip_high_fraction"] == (float(gradient == 0 and ratio > 1.2), 1)
 
 
-@pytest.mark.parametrize("limit, bad", [
-  ({}, 1), ({"dual_clip": 3.0}, 3), ({"delta": 4.0}, 2), ({"delta": 1.1}, 5),
-  ({"dual_clip": 2.0, "delta": 4.0}, 4), ({"dual_clip": 5.0, "delta": 4.0}, 2),
-], ids=str)
+@pytest.mark.parametrize(
+  "limit, bad",
+  [
+    ({}, 1),
+    ({"dual_clip": 3.0}, 3),
+    ({"delta": 4.0}, 2),
+    ({"delta": 1.1}, 5),
+    ({"dual_clip": 2.0, "delta": 4.0}, 4),
+    ({"dual_clip": 5.0, "delta": 4.0}, 2),
+  ],
+  ids=str,
+)
 def test_the_clip_fractions_count_every_token_without_a_gradient(limit, bad):
   """Whatever stopped it: the clip, the dual clip, delta, or the limit of log-ratios."""
   log_ratios = np.log([1e-10, 0.5, 0.9, 1.05, 1.15, 1.5, 2.5, 3.5, 6.0, 1e10])
@@ -188,10 +199,10 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(name, baseline):
   assert_gradient_is(loss, scale=-1.0)
 
 
-@pytest.mark.parametrize("estimator, scale", [
-  (leave_one_out, 1.0),
-  (lambda rewards: group_relative(rewards, scale="none"), 0.5),
-])
+@pytest.mark.parametrize(
+  "estimator, scale",
+  [(leave_one_out, 1.0), (lambda rewards: group_relative(rewards, scale="none"), 0.5)],
+)
 def test_group_baselines_are_unbiased_up_to_their_known_factor(estimator, scale):
   """All 81 groups of two responses: RLOO is exact, the group mean shrinks by (G - 1) / G."""
   pairs = np.array(list(itertools.product(range(9), repeat=2)))
@@ -202,17 +213,23 @@ def test_group_baselines_are_unbiased_up_to_their_known_factor(estimator, scale)
   def loss(params):
     logprobs = response_logprobs(params)[pairs].reshape(-1, 2)
     return losses.grpo_loss(
-      logprobs, jax.lax.stop_gradient(logprobs), advantages.reshape(-1), weights)[0]
+      logprobs, jax.lax.stop_gradient(logprobs), advantages.reshape(-1), weights
+    )[0]
 
   assert_gradient_is(loss, scale=-scale)
 
 
-@pytest.mark.parametrize("kwargs, message", [
-  ({"clip_low": 0.0}, "clip_low is 0.0.*above 0"), ({"clip_high": -1}, "clip_high is -1"),
-  ({"dual_clip": 0.5}, "dual_clip is 0.5.*above 1"), ({"delta": 1.0}, "delta is 1.0.*above 1"),
-  ({"mask": np.ones(SHAPE)}, "mask has dtype float"),
-  ({"mask": np.ones((1, 5), bool)}, "mask has shape"),
-])
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
+    ({"clip_low": 0.0}, "clip_low is 0.0.*above 0"),
+    ({"clip_high": -1}, "clip_high is -1"),
+    ({"dual_clip": 0.5}, "dual_clip is 0.5.*above 1"),
+    ({"delta": 1.0}, "delta is 1.0.*above 1"),
+    ({"mask": np.ones(SHAPE)}, "mask has dtype float"),
+    ({"mask": np.ones((1, 5), bool)}, "mask has shape"),
+  ],
+)
 @pytest.mark.parametrize("loss", [losses.ppo_loss, losses.grpo_loss])
 def test_bad_settings_are_named(loss, kwargs, message):
   with pytest.raises(ValueError, match=message):

@@ -26,8 +26,10 @@ def orpo(c, r, beta=0.25):
 FORMULAS = {
   losses.orpo_loss: ({"beta": 0.25}, orpo),
   losses.simpo_loss: ({"beta": 2.5, "gamma": 1.4}, lambda c, r: -log(sigma(2.5 * (c - r) - 1.4))),
-  losses.cpo_loss: ({"beta": 0.2, "nll_coef": 0.5},
-                    lambda c, r: -log(sigma(0.2 * (c - r))) - 0.5 * c),
+  losses.cpo_loss: (
+    {"beta": 0.2, "nll_coef": 0.5},
+    lambda c, r: -log(sigma(0.2 * (c - r))) - 0.5 * c,
+  ),
 }
 
 
@@ -46,7 +48,8 @@ def test_losses_match_their_formulas(f):
 def test_simpo_is_the_form_with_gamma_over_beta():
   difference, beta, ratio = 0.3, 2.0, 0.5
   loss, _ = losses.simpo_loss(
-    np.array([-1.0]), np.array([-1.0 - difference]), np.ones(1), beta=beta, gamma=ratio * beta)
+    np.array([-1.0]), np.array([-1.0 - difference]), np.ones(1), beta=beta, gamma=ratio * beta
+  )
   np.testing.assert_allclose(loss, -log(sigma(beta * (difference - ratio))), rtol=1e-6)
 
 
@@ -60,7 +63,8 @@ def test_cpo_without_reference_is_dpo_with_a_uniform_one():
   uniform = np.full(5, -7.0)
   dpo = losses.dpo_loss(CHOSEN, REJECTED, uniform, uniform, WEIGHTS)[0]
   np.testing.assert_allclose(
-    losses.cpo_loss(CHOSEN, REJECTED, WEIGHTS, nll_coef=0.0)[0], dpo, rtol=1e-6)
+    losses.cpo_loss(CHOSEN, REJECTED, WEIGHTS, nll_coef=0.0)[0], dpo, rtol=1e-6
+  )
 
 
 def test_orpo_is_exact_next_to_probability_one_and_finite_beyond():
@@ -75,12 +79,15 @@ def test_orpo_is_exact_next_to_probability_one_and_finite_beyond():
       assert np.isfinite(gradient(jnp.array([c]), jnp.array([r]))).all(), (c, r)
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: losses.orpo_loss(CHOSEN, REJECTED, WEIGHTS, beta=0.0), "beta is 0.0"),
-  (lambda: losses.simpo_loss(CHOSEN, REJECTED, WEIGHTS, gamma=-1.0), "gamma is -1.0"),
-  (lambda: losses.cpo_loss(CHOSEN, REJECTED, WEIGHTS, nll_coef=-1.0), "nll_coef is -1.0"),
-  (lambda: losses.cpo_loss(CHOSEN, REJECTED[:2], WEIGHTS), "rejected_logprobs has shape"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: losses.orpo_loss(CHOSEN, REJECTED, WEIGHTS, beta=0.0), "beta is 0.0"),
+    (lambda: losses.simpo_loss(CHOSEN, REJECTED, WEIGHTS, gamma=-1.0), "gamma is -1.0"),
+    (lambda: losses.cpo_loss(CHOSEN, REJECTED, WEIGHTS, nll_coef=-1.0), "nll_coef is -1.0"),
+    (lambda: losses.cpo_loss(CHOSEN, REJECTED[:2], WEIGHTS), "rejected_logprobs has shape"),
+  ],
+)
 def test_bad_arguments_are_named(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -18,7 +18,8 @@ D = LOGPROBS - REF
 VALUE = {"k1": D, "k2": D**2 / 2, "k3": np.exp(-D) + D - 1}
 SLOPE = {"k1": np.ones(SHAPE), "k2": D, "k3": 1 - np.exp(-D)}
 KL = jax.jit(
-  jax.value_and_grad(losses.kl_loss, has_aux=True), static_argnames=("value", "gradient"))
+  jax.value_and_grad(losses.kl_loss, has_aux=True), static_argnames=("value", "gradient")
+)
 
 
 @pytest.mark.parametrize("gradient", ["k1", "k2", "k3"])

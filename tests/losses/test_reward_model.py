@@ -38,10 +38,14 @@ def test_without_centering_only_differences_count():
   assert centred > loss + 100
 
 
-@pytest.mark.parametrize("settings, message", [
-  ({"margin": 0.5}, "margin has shape"), ({"margin": np.ones(4, int)}, "margin has dtype int"),
-  ({"center_coef": -1.0}, "center_coef is -1.0"),
-])
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"margin": 0.5}, "margin has shape"),
+    ({"margin": np.ones(4, int)}, "margin has dtype int"),
+    ({"center_coef": -1.0}, "center_coef is -1.0"),
+  ],
+)
 def test_bad_arguments_are_named(settings, message):
   with pytest.raises(ValueError, match=message):
     losses.reward_model_loss(CHOSEN, REJECTED, WEIGHTS, **settings)

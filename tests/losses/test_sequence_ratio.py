@@ -68,21 +68,32 @@ def vespo(tokens, k_positive=2.0, lambda_positive=3.0, k_negative=3.0, lambda_ne
 def loop(name, logprobs=LOGPROBS, advantages=ADVANTAGES, weights=WEIGHTS, **settings):
   value, gradient = 0.0, np.zeros(SHAPE)
   for b in np.flatnonzero(MASK.any(axis=1)):
-    tokens = [(advantages[b, t], logprobs[b, t] - OLD[b, t], logprobs[b, t], weights[b, t])
-              for t in np.flatnonzero(MASK[b])]
+    tokens = [
+      (advantages[b, t], logprobs[b, t] - OLD[b, t], logprobs[b, t], weights[b, t])
+      for t in np.flatnonzero(MASK[b])
+    ]
     one, slopes = globals()[name](tokens, **settings)
     value += one
     gradient[b, MASK[b]] = slopes
   return value, gradient
 
 
-@pytest.mark.parametrize("name, settings", [
-  ("gspo", {}), ("gspo", {"clip_low": 0.05, "clip_high": 0.3}),
-  ("gspo_token", {}), ("gspo_token", {"clip_low": 0.05, "clip_high": 0.3}),
-  ("gmpo", {}), ("gmpo", {"clip_low": 0.1, "clip_high": 0.7}),
-  ("vespo", {}), ("vespo", {"k_positive": 1.0, "lambda_positive": 1.5, "k_negative": 0.5,
-                            "lambda_negative": 0.7}),
-])
+@pytest.mark.parametrize(
+  "name, settings",
+  [
+    ("gspo", {}),
+    ("gspo", {"clip_low": 0.05, "clip_high": 0.3}),
+    ("gspo_token", {}),
+    ("gspo_token", {"clip_low": 0.05, "clip_high": 0.3}),
+    ("gmpo", {}),
+    ("gmpo", {"clip_low": 0.1, "clip_high": 0.7}),
+    ("vespo", {}),
+    (
+      "vespo",
+      {"k_positive": 1.0, "lambda_positive": 1.5, "k_negative": 0.5, "lambda_negative": 0.7},
+    ),
+  ],
+)
 def test_value_and_gradient_match_the_loop(name, settings):
   (loss, _), gradient = F[name](LOGPROBS, OLD, ADVANTAGES, WEIGHTS, mask=MASK, **settings)
   value, slopes = loop(name, **settings)
@@ -235,15 +246,18 @@ def test_metrics_match_their_formulas():
       np.testing.assert_allclose(metrics[key], expected[key], rtol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("name, settings, message", [
-  ("gspo", {"clip_low": 0.0}, "clip_low is 0.0.*above 0"),
-  ("gspo_token", {"clip_high": -1}, "clip_high is -1"),
-  ("gmpo", {"clip_high": 0}, "clip_high is 0"),
-  ("vespo", {"k_positive": -1}, "k_positive is -1.*between 0"),
-  ("vespo", {"lambda_negative": -0.5}, "lambda_negative is -0.5"),
-  ("gmpo", {"mask": np.ones(SHAPE)}, "mask has dtype float"),
-  ("gspo", {"mask": np.ones((1, 5), bool)}, "mask has shape"),
-])
+@pytest.mark.parametrize(
+  "name, settings, message",
+  [
+    ("gspo", {"clip_low": 0.0}, "clip_low is 0.0.*above 0"),
+    ("gspo_token", {"clip_high": -1}, "clip_high is -1"),
+    ("gmpo", {"clip_high": 0}, "clip_high is 0"),
+    ("vespo", {"k_positive": -1}, "k_positive is -1.*between 0"),
+    ("vespo", {"lambda_negative": -0.5}, "lambda_negative is -0.5"),
+    ("gmpo", {"mask": np.ones(SHAPE)}, "mask has dtype float"),
+    ("gspo", {"mask": np.ones((1, 5), bool)}, "mask has shape"),
+  ],
+)
 def test_bad_settings_are_named(name, settings, message):
   with pytest.raises(ValueError, match=message):
     getattr(losses, f"{name}_loss")(LOGPROBS, OLD, ADVANTAGES, WEIGHTS, **settings)

@@ -11,7 +11,8 @@ MASK = np.array([[True, True, False], [True, False, False]])
 
 def test_sft_loss_is_the_mean_negative_log_likelihood():
   (loss, metrics), gradient = jax.value_and_grad(losses.sft_loss, has_aux=True)(
-    LOGPROBS, weighting.token_mean(MASK))
+    LOGPROBS, weighting.token_mean(MASK)
+  )
   np.testing.assert_allclose(loss, -np.log(0.5 * 0.25 * 0.1) / 3, rtol=1e-6)
   np.testing.assert_allclose(gradient, np.where(MASK, -1 / 3, 0), rtol=1e-6)
   np.testing.assert_allclose(metrics["nll"][0], -np.log(0.5 * 0.25 * 0.1), rtol=1e-6)

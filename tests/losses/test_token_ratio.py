@@ -61,13 +61,21 @@ def dro(a, now, old, beta=0.05):
   return -(a * now - beta / 2 * (now - old) ** 2), -(a - beta * (now - old))
 
 
-@pytest.mark.parametrize("name, settings", [
-  ("cispo", {}), ("cispo", {"low": 0.8, "high": 1.28}),
-  ("sapo", {}), ("sapo", {"tau_positive": 0.5, "tau_negative": 2.0}),
-  ("dppo_tv", {}), ("dppo_tv", {"threshold_low": 0.05, "threshold_high": 0.3, "ratio_cap": 1.2}),
-  ("dppo_kl", {}), ("dppo_kl", {"threshold_low": 0.3, "threshold_high": 0.01, "ratio_cap": 1.2}),
-  ("dro", {}), ("dro", {"beta": 1.5}),
-])
+@pytest.mark.parametrize(
+  "name, settings",
+  [
+    ("cispo", {}),
+    ("cispo", {"low": 0.8, "high": 1.28}),
+    ("sapo", {}),
+    ("sapo", {"tau_positive": 0.5, "tau_negative": 2.0}),
+    ("dppo_tv", {}),
+    ("dppo_tv", {"threshold_low": 0.05, "threshold_high": 0.3, "ratio_cap": 1.2}),
+    ("dppo_kl", {}),
+    ("dppo_kl", {"threshold_low": 0.3, "threshold_high": 0.01, "ratio_cap": 1.2}),
+    ("dro", {}),
+    ("dro", {"beta": 1.5}),
+  ],
+)
 def test_value_and_gradient_match_the_loop(name, settings):
   (loss, metrics), gradient = F[name](LOGPROBS, OLD, ADVANTAGES, WEIGHTS, mask=MASK, **settings)
   value, slopes = 0.0, np.zeros(SHAPE)
@@ -80,7 +88,8 @@ def test_value_and_gradient_match_the_loop(name, settings):
   ratio = np.exp(LOGPROBS - OLD)[MASK]
   np.testing.assert_allclose(metrics["ratio"], (ratio.sum(), MASK.sum()), rtol=1e-5)
   np.testing.assert_allclose(
-    metrics["approx_kl"], (np.sum(ratio - 1 - np.log(ratio)), MASK.sum()), rtol=1e-5)
+    metrics["approx_kl"], (np.sum(ratio - 1 - np.log(ratio)), MASK.sum()), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize("name", [*NAMES, "ppo"])
@@ -93,20 +102,41 @@ def test_at_ratio_one_the_gradient_is_that_of_reinforce(name):
 # Each token: A, old and new probability, and its gradient with weight 1.
 TABLES = {
   # A * clip(ratio, 0.5, 2) whatever the sign and the side: no token is ever dropped.
-  "cispo": ({"low": 0.5, "high": 2.0}, [
-    (+1, 0.4, 0.1, -0.5), (+1, 0.4, 0.44, -1.1), (+1, 0.1, 0.4, -2.0),
-    (-1, 0.4, 0.1, +0.5), (-1, 0.4, 0.44, +1.1), (-1, 0.1, 0.4, +2.0),
-  ]),
+  "cispo": (
+    {"low": 0.5, "high": 2.0},
+    [
+      (+1, 0.4, 0.1, -0.5),
+      (+1, 0.4, 0.44, -1.1),
+      (+1, 0.1, 0.4, -2.0),
+      (-1, 0.4, 0.1, +0.5),
+      (-1, 0.4, 0.44, +1.1),
+      (-1, 0.1, 0.4, +2.0),
+    ],
+  ),
   # Dropped: the good token that won more than 0.15 and the bad one that lost more.
-  "dppo_tv": ({}, [
-    (+1, 0.50, 0.25, -0.5), (+1, 0.01, 0.05, -5.0), (+1, 0.50, 0.70, 0.0),
-    (-1, 0.50, 0.25, 0.0), (-1, 0.05, 0.01, +0.2), (-1, 0.50, 0.70, +1.4),
-  ]),
+  "dppo_tv": (
+    {},
+    [
+      (+1, 0.50, 0.25, -0.5),
+      (+1, 0.01, 0.05, -5.0),
+      (+1, 0.50, 0.70, 0.0),
+      (-1, 0.50, 0.25, 0.0),
+      (-1, 0.05, 0.01, +0.2),
+      (-1, 0.50, 0.70, +1.4),
+    ],
+  ),
   # KL from 0.5 to 0.25 is log 2 / 2 + log(2/3) / 2 = 0.144, to 0.7 0.087; 0.01 to 0.05 is 0.025.
-  "dppo_kl": ({}, [
-    (+1, 0.50, 0.25, -0.5), (+1, 0.01, 0.05, -5.0), (+1, 0.50, 0.70, 0.0),
-    (-1, 0.50, 0.25, 0.0), (-1, 0.05, 0.01, +0.2), (-1, 0.50, 0.70, +1.4),
-  ]),
+  "dppo_kl": (
+    {},
+    [
+      (+1, 0.50, 0.25, -0.5),
+      (+1, 0.01, 0.05, -5.0),
+      (+1, 0.50, 0.70, 0.0),
+      (-1, 0.50, 0.25, 0.0),
+      (-1, 0.05, 0.01, +0.2),
+      (-1, 0.50, 0.70, +1.4),
+    ],
+  ),
 }
 
 
@@ -128,8 +158,9 @@ def test_binary_kl_is_of_new_from_old():
   kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
   now, old, a = (np.full(SHAPE, x) for x in (math.log(q), math.log(p), 1.0))
   for threshold, kept in ((kl + 1e-4, True), (kl - 1e-4, False)):
-    _, gradient = F["dppo_kl"](now, old, a, WEIGHTS, mask=MASK, threshold_low=0.1,
-                               threshold_high=threshold, ratio_cap=10.0)
+    _, gradient = F["dppo_kl"](
+      now, old, a, WEIGHTS, mask=MASK, threshold_low=0.1, threshold_high=threshold, ratio_cap=10.0
+    )
     np.testing.assert_allclose(gradient, -q / p * WEIGHTS * kept, rtol=1e-5)
 
 
@@ -161,8 +192,16 @@ def test_conventions_of_cispo():
 def test_a_mask_in_both_directions_is_a_factor_of_the_weights():
   """The symmetric rule "drop if |pi - mu| > 0.1, plus a squared log-ratio" composes."""
   keep = np.abs(np.exp(LOGPROBS) - np.exp(OLD)) <= 0.1
-  (policy, _), _ = F["dppo_tv"](LOGPROBS, OLD, ADVANTAGES, WEIGHTS * keep, mask=MASK,
-                                threshold_low=1.0, threshold_high=1.0, ratio_cap=1e9)
+  (policy, _), _ = F["dppo_tv"](
+    LOGPROBS,
+    OLD,
+    ADVANTAGES,
+    WEIGHTS * keep,
+    mask=MASK,
+    threshold_low=1.0,
+    threshold_high=1.0,
+    ratio_cap=1e9,
+  )
   spring, _ = losses.kl_loss(LOGPROBS, OLD, WEIGHTS, value="k2", gradient="k2")
   expected = 0.0
   for b, t in np.argwhere(MASK):
@@ -183,17 +222,20 @@ def test_a_zero_factor_silences_a_token_and_leaves_it_a_member(name):
   assert metrics["ratio"][1] == MASK.sum() > np.sum(WEIGHTS * keep != 0)
 
 
-@pytest.mark.parametrize("name, settings, message", [
-  ("cispo", {"low": -0.1}, "low is -0.1.*between 0"),
-  ("cispo", {"low": 0.5, "high": 0.4}, "high is 0.4.*between 0.5"),
-  ("sapo", {"tau_positive": 0}, "tau_positive is 0.*above 0"),
-  ("sapo", {"tau_negative": -1.0}, "tau_negative is -1.0"),
-  ("dppo_tv", {"threshold_low": 0.0}, "threshold_low is 0.0"),
-  ("dppo_kl", {"threshold_high": -0.1}, "threshold_high is -0.1"),
-  ("dppo_kl", {"ratio_cap": 0}, "ratio_cap is 0"),
-  ("dro", {"beta": 0.0}, "beta is 0.0"),
-  ("sapo", {"mask": np.ones(SHAPE)}, "mask has dtype float"),
-])
+@pytest.mark.parametrize(
+  "name, settings, message",
+  [
+    ("cispo", {"low": -0.1}, "low is -0.1.*between 0"),
+    ("cispo", {"low": 0.5, "high": 0.4}, "high is 0.4.*between 0.5"),
+    ("sapo", {"tau_positive": 0}, "tau_positive is 0.*above 0"),
+    ("sapo", {"tau_negative": -1.0}, "tau_negative is -1.0"),
+    ("dppo_tv", {"threshold_low": 0.0}, "threshold_low is 0.0"),
+    ("dppo_kl", {"threshold_high": -0.1}, "threshold_high is -0.1"),
+    ("dppo_kl", {"ratio_cap": 0}, "ratio_cap is 0"),
+    ("dro", {"beta": 0.0}, "beta is 0.0"),
+    ("sapo", {"mask": np.ones(SHAPE)}, "mask has dtype float"),
+  ],
+)
 def test_bad_settings_are_named(name, settings, message):
   with pytest.raises(ValueError, match=message):
     getattr(losses, f"{name}_loss")(LOGPROBS, OLD, ADVANTAGES, WEIGHTS, **settings)

@@ -25,12 +25,20 @@ def sigma(x):
 def test_kto_matches_the_loop(baseline):
   expected = 0.0
   for c, good, weight in zip(LOGPROBS - REF, GOOD, WEIGHTS, strict=True):
-    value = LIKED * (1 - sigma(BETA * (c - Z0))) if good else (
-      DISLIKED * (1 - sigma(BETA * (Z0 - c))))
+    value = (
+      LIKED * (1 - sigma(BETA * (c - Z0))) if good else (DISLIKED * (1 - sigma(BETA * (Z0 - c))))
+    )
     expected += weight * value
   loss, metrics = jax.jit(losses.kto_loss)(
-    LOGPROBS, REF, GOOD, baseline, WEIGHTS, beta=BETA, desirable_weight=LIKED,
-    undesirable_weight=DISLIKED)
+    LOGPROBS,
+    REF,
+    GOOD,
+    baseline,
+    WEIGHTS,
+    beta=BETA,
+    desirable_weight=LIKED,
+    undesirable_weight=DISLIKED,
+  )
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   reward = BETA * (LOGPROBS - REF)
   np.testing.assert_allclose(metrics["desirable_reward"], (reward[[0, 5]].sum(), 2), rtol=1e-5)
@@ -59,11 +67,19 @@ def test_bco_matches_the_loop_and_the_paired_form():
   f = jax.jit(losses.bco_unpaired_loss)
   expected = sum(
     weight * -log(sigma(BETA * c - shift) if good else sigma(shift - BETA * c))
-    for c, good, weight in zip(LOGPROBS - REF, GOOD, WEIGHTS, strict=True))
+    for c, good, weight in zip(LOGPROBS - REF, GOOD, WEIGHTS, strict=True)
+  )
   got, _ = f(LOGPROBS, REF, GOOD, WEIGHTS, beta=BETA, shift=shift)
   np.testing.assert_allclose(got, expected, rtol=1e-5)
-  paired, _ = losses.bco_loss(LOGPROBS[GOOD], LOGPROBS[~GOOD], REF[GOOD], REF[~GOOD],
-                              np.full(3, 1 / 3), beta=BETA, shift=shift)
+  paired, _ = losses.bco_loss(
+    LOGPROBS[GOOD],
+    LOGPROBS[~GOOD],
+    REF[GOOD],
+    REF[~GOOD],
+    np.full(3, 1 / 3),
+    beta=BETA,
+    shift=shift,
+  )
   single, _ = f(LOGPROBS, REF, GOOD, np.full(6, 1 / 3), beta=BETA, shift=shift)
   np.testing.assert_allclose(single, paired, rtol=1e-5)
 
@@ -78,7 +94,8 @@ def test_bco_shift_is_half_way_between_the_means_of_the_kinds():
 
 def test_xpo_pushes_down_what_the_reference_sampled():
   (loss, metrics), gradient = jax.value_and_grad(losses.xpo_loss, has_aux=True)(
-    LOGPROBS, WEIGHTS, alpha=0.01)
+    LOGPROBS, WEIGHTS, alpha=0.01
+  )
   np.testing.assert_allclose(loss, 0.01 * WEIGHTS @ LOGPROBS, rtol=1e-6)
   np.testing.assert_allclose(gradient, 0.01 * WEIGHTS, rtol=1e-6)
   assert metrics["reference_logprob"][1] == 5
@@ -92,21 +109,28 @@ def test_nash_md_has_the_gradient_of_its_game():
   c = LOGPROBS - REF
   np.testing.assert_allclose(gradient, -WEIGHTS * (wins - 0.5 - BETA * c), atol=1e-6)
   np.testing.assert_allclose(
-    loss, WEIGHTS @ (-(wins - 0.5) * LOGPROBS + BETA / 2 * c**2), rtol=1e-5)
+    loss, WEIGHTS @ (-(wins - 0.5) * LOGPROBS + BETA / 2 * c**2), rtol=1e-5
+  )
   np.testing.assert_allclose(metrics["kl"], (c[WEIGHTS != 0].sum(), 5), rtol=1e-5)
   _, at_solution = f(REF + (wins - 0.5) / BETA, REF, wins, WEIGHTS, beta=BETA)
   np.testing.assert_allclose(at_solution, 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: losses.kto_loss(LOGPROBS, REF, GOOD, Z0, WEIGHTS, beta=0.0), "beta is 0.0"),
-  (lambda: losses.kto_loss(LOGPROBS, REF, GOOD, Z0, WEIGHTS, desirable_weight=0), "desirable_we"),
-  (lambda: losses.kto_loss(LOGPROBS, REF, GOOD, np.zeros(2), WEIGHTS), r"baseline has shape \(2,"),
-  (lambda: losses.kto_baseline(LOGPROBS, REF[:2]), "ref_response_logprobs has shape"),
-  (lambda: losses.kto_baseline(LOGPROBS, REF, where=WEIGHTS), "where has dtype float"),
-  (lambda: losses.bco_shift(LOGPROBS, REF, WEIGHTS), "desirable has dtype float"),
-  (lambda: losses.xpo_loss(LOGPROBS, WEIGHTS, alpha=0.0), "alpha is 0.0"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: losses.kto_loss(LOGPROBS, REF, GOOD, Z0, WEIGHTS, beta=0.0), "beta is 0.0"),
+    (lambda: losses.kto_loss(LOGPROBS, REF, GOOD, Z0, WEIGHTS, desirable_weight=0), "desirable_we"),
+    (
+      lambda: losses.kto_loss(LOGPROBS, REF, GOOD, np.zeros(2), WEIGHTS),
+      r"baseline has shape \(2,",
+    ),
+    (lambda: losses.kto_baseline(LOGPROBS, REF[:2]), "ref_response_logprobs has shape"),
+    (lambda: losses.kto_baseline(LOGPROBS, REF, where=WEIGHTS), "where has dtype float"),
+    (lambda: losses.bco_shift(LOGPROBS, REF, WEIGHTS), "desirable has dtype float"),
+    (lambda: losses.xpo_loss(LOGPROBS, WEIGHTS, alpha=0.0), "alpha is 0.0"),
+  ],
+)
 def test_bad_arguments_are_named(call, message):
   with pytest.raises(ValueError, match=message):
     call()

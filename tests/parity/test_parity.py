@@ -70,15 +70,17 @@ def differences(i):
   return found
 
 
-@pytest.mark.parametrize("i", range(len(CASES)), ids=[
-  f"{case.system}-{case.golden}-{case.name}" for case in CASES])
+@pytest.mark.parametrize(
+  "i", range(len(CASES)), ids=[f"{case.system}-{case.golden}-{case.name}" for case in CASES]
+)
 def test_equal(i):
   assert max(differences(i).values()) <= TOLERANCE
 
 
 def test_no_golden_is_forgotten():
-  compared = {(c.system, f"{c.golden}/{part}") for c in CASES
-              for part in ("value", *(c.trained or ())[:1])}
+  compared = {
+    (c.system, f"{c.golden}/{part}") for c in CASES for part in ("value", *(c.trained or ())[:1])
+  }
   assert compared == {(system, key) for system, all_of in GOLDENS.items() for key in all_of}
 
 
@@ -93,7 +95,8 @@ def grpo(weights):
 def test_trl_counts_rows_without_tokens():
   """Our sequence mean leaves the empty row out; TRL divides by all 6 rows instead of 5."""
   np.testing.assert_allclose(
-    grpo(weighting.sequence_mean(x.MASK)), GOLDENS["trl"]["grpo/value"] * 6 / 5, rtol=1e-5)
+    grpo(weighting.sequence_mean(x.MASK)), GOLDENS["trl"]["grpo/value"] * 6 / 5, rtol=1e-5
+  )
 
 
 def test_verl_gives_a_lone_response_its_raw_reward():
@@ -114,16 +117,19 @@ def test_verl_forgets_how_gmpo_and_sapo_should_be_averaged():
 def test_verl_clip_ratio_alone_does_nothing():
   goldens = GOLDENS["verl"]
   assert goldens["ppo clip_ratio 0.01/value"] == goldens["ppo token_mean/value"]
-  tight, _ = losses.ppo_loss(x.LOGPROBS, x.OLD, x.ADVANTAGES, weighting.token_mean(x.MASK),
-                             clip_low=0.01, clip_high=0.01)
+  tight, _ = losses.ppo_loss(
+    x.LOGPROBS, x.OLD, x.ADVANTAGES, weighting.token_mean(x.MASK), clip_low=0.01, clip_high=0.01
+  )
   assert abs(tight - goldens["ppo clip_ratio 0.01/value"]) > 0.01
 
 
 def test_verl_rejection_bounds_are_mirrored():
   """Told to keep w within [0.8, 1.6], it keeps 1 / w within them."""
+
   def kept(low, high):
-    return np.asarray(weighting.truncated_importance(
-      x.OLD, x.SAMPLER, x.MASK, mode="reject", low=low, high=high))
+    return np.asarray(
+      weighting.truncated_importance(x.OLD, x.SAMPLER, x.MASK, mode="reject", low=low, high=high)
+    )
 
   theirs = GOLDENS["verl"]["rejection token/value"]
   assert np.array_equal(kept(1 / 1.6, 1 / 0.8), theirs)
@@ -158,8 +164,10 @@ def table():
 
 def test_the_page_shows_every_row():
   """All but the differences themselves, which another machine's float32 may change."""
-  without = lambda text: [line.split("|")[1:4] for line in text.splitlines()  # noqa: E731
-                          if line.startswith("| ")]
+
+  def without(text):
+    return [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")]
+
   assert without(table()) == without(PAGE.read_text(encoding="utf-8"))
 
 

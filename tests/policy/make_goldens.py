@@ -217,9 +217,8 @@ def adapted(params, *, rank: int, alpha: float, targets: str = "attention|mlp"):
 
   from rl_llm.policy import join, split_lora
 
-  frozen, trained = split_lora(
-    params, jax.random.key(0), rank=rank, alpha=alpha, targets=targets
-  )
+  frozen, trained = split_lora(params, jax.random.key(0), rank=rank, alpha=alpha, targets=targets)
+
   def shake(x):
     return x + 0.1 * jax.random.normal(jax.random.key(x.shape[0]), x.shape)
 
@@ -251,9 +250,9 @@ def export(directory: Path) -> None:
 
   def save_logits(path, config, params):
     policy = make_policy(config)
-    logits_of = jax.jit(lambda params: policy.logits(
-      params, policy.hidden(params, tokens, positions)[0]
-    ))
+    logits_of = jax.jit(
+      lambda params: policy.logits(params, policy.hidden(params, tokens, positions)[0])
+    )
     np.save(path, np.asarray(logits_of(params)))
 
   for name, (config, params) in models.items():

@@ -35,8 +35,10 @@ def split(seed=1, **changes):
 
 
 def paths(tree):
-  return [jax.tree_util.keystr(path, simple=True, separator="/")
-          for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  return [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]
 
 
 @pytest.fixture
@@ -67,16 +69,19 @@ def test_names_shapes_and_config_are_those_of_peft(saved):
     for half, shape in (("A", (3, 64)), ("B", (out, 3)))
   }
   assert {name: leaf.shape for name, leaf in found.items()} == shapes
-  assert config_of(saved).items() >= {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": "models/base",
-    "r": 3,
-    "lora_alpha": 6,
-    "target_modules": ["q_proj", "v_proj"],
-    "bias": "none",
-    "fan_in_fan_out": False,
-  }.items()
+  assert (
+    config_of(saved).items()
+    >= {
+      "peft_type": "LORA",
+      "task_type": "CAUSAL_LM",
+      "base_model_name_or_path": "models/base",
+      "r": 3,
+      "lora_alpha": 6,
+      "target_modules": ["q_proj", "v_proj"],
+      "bias": "none",
+      "fan_in_fan_out": False,
+    }.items()
+  )
 
 
 def test_what_was_saved_comes_back_bit_for_bit(saved):
@@ -102,7 +107,8 @@ def test_matrices_of_some_layers_are_named_in_full(tmp_path):
   asked = ASKED | {"targets": "layers_1/attention/query|up"}
   save_adapter(tmp_path / "adapter", adapted(PARAMS, **asked), base="")
   assert config_of(tmp_path / "adapter")["target_modules"] == [
-    "model.layers.1.self_attn.q_proj", "up_proj"
+    "model.layers.1.self_attn.q_proj",
+    "up_proj",
   ]
 
 
@@ -118,11 +124,16 @@ def test_half_precision_becomes_float32(saved):
 @pytest.mark.parametrize(
   ("asked", "message"),
   [
-    ({"rank": 8}, "leaf 'layers_0/attention/query/lora_a' has rank 3, the rank asked for is 8; ask"
-     " for those that it has: --lora.rank=3 --lora.alpha=6 "
-     "--lora.targets='attention/query|attention/value'"),
-    ({"alpha": 9.0}, "leaf 'layers_0/attention/query/lora_a' has alpha 6, the alpha asked for is 9;"
-     " ask"),
+    (
+      {"rank": 8},
+      "leaf 'layers_0/attention/query/lora_a' has rank 3, the rank asked for is 8; ask"
+      " for those that it has: --lora.rank=3 --lora.alpha=6 "
+      "--lora.targets='attention/query|attention/value'",
+    ),
+    (
+      {"alpha": 9.0},
+      "leaf 'layers_0/attention/query/lora_a' has alpha 6, the alpha asked for is 9; ask",
+    ),
     ({"targets": "attention"}, "leaf 'layers_0/attention/key/lora_a' is not there; ask for"),
     ({"targets": "query"}, "layers.0.self_attn.v_proj.lora_A.weight' was not asked for; ask"),
   ],

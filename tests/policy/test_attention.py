@@ -70,8 +70,13 @@ def test_splash_attention_is_attention_by_hand(window, cap, first_column):
   seen = seen_by(query_segments, key_segments, first_column, window)
   sight = Sight(jnp.array(seen)[:, None], query_segments, key_segments, window is not None)
   out = fused_attend(
-    *(jnp.float32(x) for x in (query, keys, values)), sight, kernel=SPLASH,
-    first_column=first_column, window=window, scale=0.3, cap=cap,
+    *(jnp.float32(x) for x in (query, keys, values)),
+    sight,
+    kernel=SPLASH,
+    first_column=first_column,
+    window=window,
+    scale=0.3,
+    cap=cap,
   )
   wanted = by_hand(query, keys, values, seen, 0.3, cap)
   used = query_segments != -1

@@ -110,15 +110,27 @@ SPOILED = [
   (lambda d: edit_json(d / INDEX, weight_map=[]), "table of names; download it again", INDEX),
   (lambda d: (d / INDEX).unlink(), f"and no {INDEX}, .*; download it too", INDEX),
   (twice, "is there twice; download it again", "model-00002-of-*"),
-  (lambda d: [path.unlink() for path in d.glob("*.safetensors*")],
-   f"nor {INDEX} is there; download the model's safetensors", "*.safetensors*"),
+  (
+    lambda d: [path.unlink() for path in d.glob("*.safetensors*")],
+    f"nor {INDEX} is there; download the model's safetensors",
+    "*.safetensors*",
+  ),
   (shortened, "damaged or truncated .*download the file again", "model-00001-of-*"),
-  (lambda d: edit_all(d, lambda t: {n: x for n, x in t.items() if "mlp" not in n}),
-   r"is missing \(3 of \d+ are\); download the model again", "*.safetensors"),
-  (lambda d: edit_all(d, lambda t: {n: np.full_like(x, np.nan) for n, x in t.items()}),
-   "NaN or infinity; download the model again", "*"),
-  (lambda d: edit_all(d, lambda t: {n: np.ones(x.shape, np.int8) for n, x in t.items()}),
-   "is I8, .*; use unquantised weights", "*.safetensors"),
+  (
+    lambda d: edit_all(d, lambda t: {n: x for n, x in t.items() if "mlp" not in n}),
+    r"is missing \(3 of \d+ are\); download the model again",
+    "*.safetensors",
+  ),
+  (
+    lambda d: edit_all(d, lambda t: {n: np.full_like(x, np.nan) for n, x in t.items()}),
+    "NaN or infinity; download the model again",
+    "*",
+  ),
+  (
+    lambda d: edit_all(d, lambda t: {n: np.ones(x.shape, np.int8) for n, x in t.items()}),
+    "is I8, .*; use unquantised weights",
+    "*.safetensors",
+  ),
 ]
 
 
@@ -218,7 +230,9 @@ def follow_kinds_of_models(said, path):
   ]
   assert found == ["silu", "gelu_tanh"]
   scalings = {
-    "default": {}, "linear": {"factor": 2.0}, "llama3": llama["rope_scaling"] | {"factor": 2.0}
+    "default": {},
+    "linear": {"factor": 2.0},
+    "llama3": llama["rope_scaling"] | {"factor": 2.0},
   }
   message = refused(said, read, llama | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
   for kind in names_in(message, "with "):
@@ -384,9 +398,12 @@ def follow_adapters(said, path):
   message = refused(said, load_adapter, directory, policy.join(frozen, wider))
   assert message.endswith("use the adapter's own model, which it does not name")
   settings.write_text(plain)
-  edit(tensors, lambda found: {
-    name: np.concatenate([x, x]) if "q_proj.lora_A" in name else x for name, x in found.items()
-  })
+  edit(
+    tensors,
+    lambda found: {
+      name: np.concatenate([x, x]) if "q_proj.lora_A" in name else x for name, x in found.items()
+    },
+  )
   assert refused(said, load, directory).endswith("use an adapter of one rank")
   tensors.write_bytes(right)
   check()

@@ -73,17 +73,21 @@ def test_the_gradient_is_that_of_the_merged_model():
     dw = of_merged[path[0]][path[1]][path[2]]["weight"]
     old, new = (tree[path[0]][path[1]][path[2]] for tree in (trained, state.params))
     for leaf, wanted in (
-      ("lora_a", 2 * old["lora_b"].T @ dw), ("lora_b", 2 * dw @ old["lora_a"].T)
+      ("lora_a", 2 * old["lora_b"].T @ dw),
+      ("lora_b", 2 * dw @ old["lora_a"].T),
     ):
       np.testing.assert_allclose(old[leaf] - new[leaf], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_targets_choose_and_sizes_are_those_of_the_ranks():
   _, trained = split(targets="layers_1/attention/(query|value)$", rank=2)
-  paths = [jax.tree_util.keystr(p, simple=True, separator="/")
-           for p, _ in jax.tree_util.tree_leaves_with_path(trained)]
-  assert paths == [f"layers_1/attention/{name}/lora_{leaf}"
-                   for name in ("query", "value") for leaf in "ab"]
+  paths = [
+    jax.tree_util.keystr(p, simple=True, separator="/")
+    for p, _ in jax.tree_util.tree_leaves_with_path(trained)
+  ]
+  assert paths == [
+    f"layers_1/attention/{name}/lora_{leaf}" for name in ("query", "value") for leaf in "ab"
+  ]
   width, heads, kv = POLICY.config.width, 64, POLICY.config.n_kv_heads * POLICY.config.head_dim
   assert parameter_count(trained) == 2 * (width + heads) + 2 * (width + kv)
   frozen, everything = split()
@@ -94,7 +98,7 @@ def test_draws_differ_by_matrix_and_are_bounded():
   _, trained = split(rank=8)
   first, second = (trained[f"layers_{i}"]["mlp"]["up"]["lora_a"] for i in (0, 1))
   assert not np.allclose(first, second)
-  bound = POLICY.config.width ** -0.5
+  bound = POLICY.config.width**-0.5
   assert 0.9 * bound < np.max(np.abs(first)) <= bound
 
 

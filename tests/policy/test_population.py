@@ -36,9 +36,16 @@ def roll(params, policy, first, last):
   lengths = rng.integers(1, 5, MEMBERS * PROMPTS).astype(np.int32)[rows]
   keys = row_keys(jax.random.key(7), MEMBERS * PROMPTS, GROUP)
   rollout = generate(
-    params, prompts, lengths, keys[first * PROMPTS * GROUP : last * PROMPTS * GROUP],
-    SamplingConfig(0.7), policy=policy, responses_per_prompt=GROUP, max_new_tokens=STEPS,
-    eos_ids=(3, 4, 5, 6), pad_id=0,
+    params,
+    prompts,
+    lengths,
+    keys[first * PROMPTS * GROUP : last * PROMPTS * GROUP],
+    SamplingConfig(0.7),
+    policy=policy,
+    responses_per_prompt=GROUP,
+    max_new_tokens=STEPS,
+    eos_ids=(3, 4, 5, 6),
+    pad_id=0,
   )
   return prompts, lengths, rollout
 

@@ -224,9 +224,7 @@ def test_padding_changes_nothing(model, left, right):
   tokens, length = family_tokens()[0], N_TOKENS - 5
   plain, _ = hidden(params, *rows_of((tokens, np.arange(N_TOKENS), 0)))
   row = rows_of(
-    (np.full(left, 9), 0, -1),
-    (tokens[:length], np.arange(length), 0),
-    (np.full(right, 9), 0, -1),
+    (np.full(left, 9), 0, -1), (tokens[:length], np.arange(length), 0), (np.full(right, 9), 0, -1)
   )
   padded, _ = hidden(params, *row)
   assert np.isfinite(padded).all()

@@ -340,8 +340,8 @@ def test_a_group_of_many_that_logs_much_gets_through(path):
     ('{"values": [0.5], "extra": 3}', "invalid"),
     ('{"values": [0.5], "metrics": {"x": "1"}}', "invalid"),
     ('{"raised": {"a": 1}}', "raised"),
-    ('[1.0]', "died"),
-    ('{}', "invalid"),
+    ("[1.0]", "died"),
+    ("{}", "invalid"),
   ],
 )
 def test_a_forged_answer_has_the_status_of_a_failure(path, reply, status):

@@ -28,8 +28,15 @@ pytestmark = pytest.mark.skipif(
 )
 STEPS = 60
 TRAINING = {
-  "model": "tiny", "task": "copy", "steps": STEPS, "prompts_per_step": 8, "microbatch_prompts": 8,
-  "checkpoint.every": 10, "eval.every": 30, "eval.problems": 16, "eval.samples": 1,
+  "model": "tiny",
+  "task": "copy",
+  "steps": STEPS,
+  "prompts_per_step": 8,
+  "microbatch_prompts": 8,
+  "checkpoint.every": 10,
+  "eval.every": 30,
+  "eval.problems": 16,
+  "eval.samples": 1,
 }
 FOUR = [TRAINING | {"seed": seed} for seed in range(4)]
 
@@ -117,8 +124,16 @@ class Cluster:
   def submit(self, workdir, spec, *flags):
     """The array job's number."""
     said = self(
-      sys.executable, "-m", "launch.run", f"--sweep={spec}", f"--workdir={workdir}",
-      "--backend=slurm", "--execute", "--slurm.cpus_per_task=1", "--retries=0", *flags,
+      sys.executable,
+      "-m",
+      "launch.run",
+      f"--sweep={spec}",
+      f"--workdir={workdir}",
+      "--backend=slurm",
+      "--execute",
+      "--slurm.cpus_per_task=1",
+      "--retries=0",
+      *flags,
     )
     return int(said.split()[-1])
 
@@ -180,7 +195,10 @@ def test_an_array_of_four_one_of_two_ranks_and_one_queued_again(cluster, tmp_pat
   straight = tmp_path / "straight"
   trial = plan("experiments.grpo", FOUR)[0]
   done = subprocess.run(
-    trial.command(straight), cwd=processes.ROOT, env=cluster.environment, capture_output=True,
+    trial.command(straight),
+    cwd=processes.ROOT,
+    env=cluster.environment,
+    capture_output=True,
     text=True,
   )
   assert done.returncode == 0, done.stderr
@@ -195,7 +213,8 @@ def counted(directory):
 
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster, tmp_path):
   spec, [id] = write_sweep(
-    tmp_path, "tests.launch.standin",
+    tmp_path,
+    "tests.launch.standin",
     [{"steps": 100_000, "seconds": 0.05, "journal": str(tmp_path / "journal")}],
   )
   array = cluster.submit(tmp_path / "work", spec)
@@ -209,9 +228,12 @@ def test_a_cancelled_job_saves_and_does_not_come_back(cluster, tmp_path):
 
 def test_several_trials_in_a_job_are_asked_by_their_launcher(cluster, tmp_path):
   spec, ids = write_sweep(
-    tmp_path, "tests.launch.standin",
-    [{"steps": 200, "seconds": 0.05, "journal": str(tmp_path / "journal"), "seed": seed}
-     for seed in range(2)],
+    tmp_path,
+    "tests.launch.standin",
+    [
+      {"steps": 200, "seconds": 0.05, "journal": str(tmp_path / "journal"), "seed": seed}
+      for seed in range(2)
+    ],
   )
   array = cluster.submit(tmp_path / "work", spec, "--slurm.pack=2")
   directories = [tmp_path / "work" / id for id in ids]
@@ -227,7 +249,8 @@ def test_several_trials_in_a_job_are_asked_by_their_launcher(cluster, tmp_path):
 
 def test_a_trial_over_its_time_limit_saves_first(cluster, tmp_path):
   spec, [id] = write_sweep(
-    tmp_path, "tests.launch.standin",
+    tmp_path,
+    "tests.launch.standin",
     [{"steps": 100_000, "seconds": 0.05, "journal": str(tmp_path / "journal")}],
   )
   cluster.submit(tmp_path / "work", spec, "--time_limit=30")

@@ -125,11 +125,7 @@ def test_own_reward_file(tmp_path, spec):
     "  return [None if n == 3 else n / 200 for n in level]\n"
   )
   task = load(spec, held_out_fraction=0.0) and load_task(
-    spec,
-    prompt_column="question",
-    reward_file=str(path),
-    reward_function="level",
-    max_reward=0.5,
+    spec, prompt_column="question", reward_file=str(path), reward_function="level", max_reward=0.5
   )
   assert task.max_reward == 0.5
   problems = sorted(task.sample(0, 0, 100), key=lambda p: p.columns["level"])

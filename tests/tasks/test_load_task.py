@@ -37,7 +37,11 @@ def test_unknown_option_names_the_nearest():
 
 def test_the_forms_of_names_are_read_off_the_table():
   assert tasks.FORMS == (
-    "arithmetic", "copy", "reasoning_gym:<name>", "jsonl:<path>", "gsm8k:<path>"
+    "arithmetic",
+    "copy",
+    "reasoning_gym:<name>",
+    "jsonl:<path>",
+    "gsm8k:<path>",
   )
 
 
