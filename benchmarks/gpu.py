@@ -251,7 +251,7 @@ def decode_cost(config: Config, rows: int, devices: list) -> Cost:
     ),
     params,
   )
-  lowered = jax.jit(decode, donate_argnums=1).lower(*sharding.placed_shapes(shapes, mesh))
+  lowered = jax.jit(decode, donate_argnums=1).lower(*sharding.sharded_shapes(shapes, mesh))
   counted = cost(lowered.compile())
   # The compiler counts the whole table of embeddings for the one row of it that each token reads.
   table = 2 * policy.config.vocab_size * policy.config.width

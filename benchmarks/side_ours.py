@@ -78,9 +78,10 @@ def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
   from experiments import grpo, setup
   from rl_llm.policy.load import Weights
   from rl_llm.rewards import RewardPool, RewardSource
-  from rl_llm.rollout.experience import Drawn, Sampler, answer, make_generate, step_keys
+  from rl_llm.rollout.collect import Sampler, answer, make_generate, step_keys
+  from rl_llm.rollout.drawing import Drawn
   from rl_llm.runs.config import replace
-  from rl_llm.runs.memory import freed_given_back
+  from rl_llm.runs.heap import trimmed
   from rl_llm.tasks import Problem, Task
   from rl_llm.training.train_state import init_state
 
@@ -111,7 +112,7 @@ def ours(job: dict, channel: Channel, *, dtype: str = "float32") -> None:
   model = setup.Model(policy, tokenizer, None, Weights(None, None, None))
   sampling = setup.sampling_config(config.sampling)
   generate = make_generate(policy, tokenizer, max_new_tokens=new_tokens, say=lambda line: None)
-  with freed_given_back(), RewardPool(task.reward) as pool:
+  with trimmed(), RewardPool(task.reward) as pool:
     sampler = Sampler(task, tokenizer, None, generate, pool)
     channel.send(
       ready

@@ -38,7 +38,7 @@ from experiments import flags, setup
 from rl_llm import evaluation, losses
 from rl_llm.data import batches, encoding, loading
 from rl_llm.logprobs import sequence_logprobs
-from rl_llm.rollout import experience as experiences
+from rl_llm.rollout import collect
 from rl_llm.runs import config as configs
 from rl_llm.runs import keywords, metrics
 from rl_llm.training import loop
@@ -284,7 +284,7 @@ def on_policy(
     signs[p, best], signs[p, worst] = 1, -1
   shown = zip(experience.samples, signs.reshape(-1), strict=True)
   samples = [line | {"advantage": float(sign)} for line, sign in shown]
-  pairs, ref_logprobs = experiences.sampled_pairs(experience, chosen), []
+  pairs, ref_logprobs = collect.sampled_pairs(experience, chosen), []
   if model.weights.reference is not None:
     with clock("logprobs"):
       ref_logprobs = score(model.weights.reference, encoding.flat(pairs))

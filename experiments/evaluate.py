@@ -123,7 +123,7 @@ def measure(config: Config, workdir: str) -> dict[str, Any]:
       result |= evaluation.summarize(samples, batches, ks=ks, votes=votes)
       run_directory.write_result(run.workdir, result)
       evaluation.show_result(run, result)
-    return hosts.share("the end of the run", result)
+    return hosts.broadcast("the end of the run", result)
 
 
 def choose_problems(config: Config, task: tasks.Task) -> Sequence[tasks.Problem]:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from experiments import flags, setup
 from rl_llm.errors import ConfigError
 from rl_llm.parallel import hosts
-from rl_llm.rollout import experience, preferences
+from rl_llm.rollout import drawing, preferences
 from rl_llm.runs import config as configs
 from rl_llm.runs import metrics, run_directory
 from rl_llm.runs.config import option
@@ -94,11 +94,11 @@ def make(config: Config, workdir: str) -> dict[str, Any]:
       describe=lambda problem, sample, line: {"split": "train"},
     )
     result = write_pairs(config, run, drawn, prompt_format) if hosts.is_main() else None
-    return hosts.share("the end of the run", result)
+    return hosts.broadcast("the end of the run", result)
 
 
 def write_pairs(
-  config: Config, run: run_directory.Run, drawn: experience.Drawn, prompt_format: str
+  config: Config, run: run_directory.Run, drawn: drawing.Drawn, prompt_format: str
 ) -> dict[str, Any]:
   """Pairs the recorded responses up and writes the file; gives what result.json holds."""
   samples, batches = (

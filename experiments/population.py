@@ -30,8 +30,8 @@ from experiments import flags, grpo, setup
 from rl_llm import evaluation
 from rl_llm.parallel import sharding
 from rl_llm.policy import Policy, join
-from rl_llm.rollout import CHUNK_SIZE, Rollout, experience, take_prompts
-from rl_llm.rollout.experience import Sampler, response_batch
+from rl_llm.rollout import CHUNK_SIZE, Rollout, collect, drawing, take_prompts
+from rl_llm.rollout.collect import Sampler, response_batch
 from rl_llm.runs import config as configs
 from rl_llm.runs import metrics
 from rl_llm.runs.flops import Work
@@ -113,7 +113,7 @@ class Population(NamedTuple):
 
   def failed(self, state: TrainState) -> np.ndarray:
     """[N] which members cannot continue."""
-    return sharding.fetch(state.skipped_in_a_row) >= self.config.optimizer.max_skipped
+    return sharding.gather_to_host(state.skipped_in_a_row) >= self.config.optimizer.max_skipped
 
 
 def load_members(
@@ -133,60 +133,60 @@ def load_members(
     params = setup.load_language_model(member, run, None).params if drawn else model.params
     weights = setup.split_weights(member, params)
     own.append(weights.trained)
-  frozen = sharding.everywhere(weights.frozen, mesh)
-  return model._replace(params=None), frozen, sharding.place_rows(population.stacked(own), mesh)
+  frozen = sharding.replicate(weights.frozen, mesh)
+  return model._replace(params=None), frozen, sharding.shard_rows(population.stacked(own), mesh)
 
 
 def sample(
   of: Population, sampler: Sampler, state: TrainState, step: int, clock: metrics.PhaseClock
-) -> list[experience.Experience]:
+) -> list[collect.Experience]:
   """Each member's experience of the step; all sample together."""
   prompts, group = of.config.updates.prompts_per_step, of.config.updates.responses_per_prompt
   seeds, task = [member.run.seed for member in of.members], sampler.task
-  drawn = [experience.draw_problems(task, seed, step, prompts, sampler.encode) for seed in seeds]
-  found = experience.answer(
+  drawn = [drawing.draw_problems(task, seed, step, prompts, sampler.encode) for seed in seeds]
+  found = collect.answer(
     sampler,
     state.params,
-    experience.Drawn(*(sum(parts[1:], parts[0]) for parts in zip(*drawn, strict=True))),
-    jnp.concatenate([experience.step_keys(seed, step, prompts, group) for seed in seeds]),
+    drawing.Drawn(*(sum(parts[1:], parts[0]) for parts in zip(*drawn, strict=True))),
+    jnp.concatenate([collect.step_keys(seed, step, prompts, group) for seed in seeds]),
     clock,
     responses=group,
     sampling=setup.sampling_config(of.config.sampling),
     step=step,
   )
-  return experience.split_experience(found, drawn, max_reward=task.max_reward)
+  return collect.split_experience(found, drawn, max_reward=task.max_reward)
 
 
 def learn(
   of: Population,
   programs: population.Programs,
   state: TrainState,
-  each: Sequence[experience.Experience],
+  each: Sequence[collect.Experience],
   step: int,
   clock: metrics.PhaseClock,
 ) -> tuple[TrainState, loop.Learned]:
   """One step's updates of all members: for each of them, what GRPO does alone."""
   over, size, mesh = of.failed(state), of.config.updates, of.mesh
-  worths = [
+  member_advantages = [
     np.asarray(grpo.group_advantages(member.advantage, own.scores.rewards, own.scores.ok))
     for member, own in zip(of.members, each, strict=True)
   ]
   # Without a finite gradient a member's weights stay, and so does what the state says of it.
   spoiled = np.where(over, np.float32(np.nan), np.float32(0))
   hosts = [
-    response_batch(own)._replace(advantages=worth.reshape(-1) + spoil)
-    for own, worth, spoil in zip(each, worths, spoiled, strict=True)
+    response_batch(own)._replace(advantages=advantages.reshape(-1) + spoil)
+    for own, advantages, spoil in zip(each, member_advantages, spoiled, strict=True)
   ]
-  batch = sharding.place_rows(population.stacked(hosts), mesh)
+  batch = sharding.shard_rows(population.stacked(hosts), mesh)
   with clock("logprobs"):
     old = programs.logprobs(of.frozen, state.params, batch) if size.count > 1 else None
     ref = None if of.reference is None else programs.logprobs(of.frozen, of.reference, batch)
     batch = jax.block_until_ready(batch._replace(old_logprobs=old, ref_logprobs=ref))
   numbers = [setup.hyperparameters(own, step, kl_coef=own.kl.coef) for own in of.members]
-  hparams = sharding.place_rows(population.stacked(jax.device_get(numbers)), mesh)
+  hparams = sharding.shard_rows(population.stacked(jax.device_get(numbers)), mesh)
   orders = [
-    setup.order(member, step, matters=np.any(worth != 0, axis=1))
-    for member, worth in zip(of.members, worths, strict=True)
+    setup.order(member, step, matters=np.any(advantages != 0, axis=1))
+    for member, advantages in zip(of.members, member_advantages, strict=True)
   ]
   totals, trained = {}, [[] for _ in of.members]
   with clock("update"):
@@ -201,8 +201,8 @@ def learn(
         for member, own, problems in zip(of.members, hosts, chosen, strict=True)
       ]
       weights = jax.tree.map(lambda *rows: np.stack(rows), *weights)
-      minibatch = programs.take(batch, sharding.place_rows(chosen, mesh))._replace(
-        **sharding.place_rows(weights, mesh), truncated=None
+      minibatch = programs.take(batch, sharding.shard_rows(chosen, mesh))._replace(
+        **sharding.shard_rows(weights, mesh), truncated=None
       )
       needed = -(-max([int(over.any()), *used]) // size.microbatch_prompts)
       state, found = programs.update(state, minibatch, hparams, needed, of.frozen)
@@ -213,7 +213,7 @@ def learn(
   works = [setup.step_work(model, *pair) for pair in zip(each, trained, strict=True)]
   work = Work(*(sum(parts) for parts in zip(*works, strict=True)))  # Of all at once.
   # Of each member: `member_step` takes them apart.
-  return state, loop.Learned({"totals": totals, "over": over}, worths, work)
+  return state, loop.Learned({"totals": totals, "over": over}, member_advantages, work)
 
 
 def make_record(
@@ -228,7 +228,7 @@ def make_record(
     over = step.learned.metrics["over"] if step.learned else of.failed(step.state)
     means = []
     if step.learned:
-      skipped = sharding.fetch((step.state.skipped, step.state.skipped_in_a_row))
+      skipped = sharding.gather_to_host((step.state.skipped, step.state.skipped_in_a_row))
       failed, params, step = of.failed(step.state), step.state.params, step._replace(state=skipped)
     for number, (rows_file, lines_file) in enumerate(writers):
       rate = setup.learning_rate(of.members[number], step.number)
@@ -355,7 +355,7 @@ def _train(
 
   def generate(own, prompts, keys, sampling, group) -> Rollout:
     announce(f"compiling the rollout: {len(prompts.tokens)} prompts x {group} responses")
-    batch = sharding.place_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh)
+    batch = sharding.shard_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh)
     return programs.generate(frozen, own, *batch, group)
 
   alone, rows = setup.Model(policy, tokenizer, None, None), size.microbatch_prompts

@@ -26,7 +26,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import load as models
 from rl_llm.rewards import RewardPool
-from rl_llm.rollout import ResponseBatch, experience
+from rl_llm.rollout import ResponseBatch, collect, drawing, judge
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, compile_cache, keywords
 from rl_llm.runs.config import volatile
@@ -53,10 +53,10 @@ class Problems(NamedTuple):
   """Where a run's experience comes from, and what it is evaluated on."""
 
   # (the model's weights, step, clock) -> the step's Experience; may be interrupted
-  sample: Callable[[Any, int, PhaseClock], experience.Experience]
+  sample: Callable[[Any, int, PhaseClock], collect.Experience]
   # (the model's weights, step) -> Evaluation on the held-out problems; may be interrupted
   evaluate: Callable[[Any, int], evaluation.Evaluation]
-  held_out: experience.Drawn
+  held_out: drawing.Drawn
   prompt_format: str  # as laid out: "chat" or "plain"
 
 
@@ -257,14 +257,14 @@ def open_sampler(
   slots: int = 0,
   reward: str = "task",
   rows_at_once: int = 0,
-) -> Iterator[experience.Sampler]:
+) -> Iterator[collect.Sampler]:
   """The sampler of a task, with its graders' processes, which end with the block.
 
-  `reward` and `rows_at_once` are as for `experience.make_judge`, `slots` as for `make_generate`.
+  `reward` and `rows_at_once` are as for `judge.make_judge`, `slots` as for `make_generate`.
   """
   policy, tokenizer, mesh, _ = model
   model, prompts, group = None, config.prompts, config.task  # The opener frees its weights.
-  generate = experience.make_generate(
+  generate = collect.make_generate(
     policy,
     tokenizer,
     max_new_tokens=prompts.max_new_tokens,
@@ -273,25 +273,25 @@ def open_sampler(
     mesh=mesh,
     gather=config.mesh.gather,
   )
-  encode = experience.make_encode(
+  encode = drawing.make_encode(
     tokenizer,
     prompt_format=prompts.layout.prompt_format,
     system_prompt=prompts.layout.system_prompt,
     max_prompt_tokens=prompts.max_prompt_tokens,
     overlong=prompts.overlong_prompt,
   )
-  judge = experience.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
+  judged = judge.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
   workers, deadline = group.reward_workers, group.reward_deadline
   with RewardPool(task.reward, workers=workers, deadline=deadline) as pool:
-    further, steps = (pool, judge, mesh, run.stop.check), getattr(config.run, "steps", 1)
-    yield experience.Sampler(task, tokenizer, encode, generate, *further, steps)
+    further, steps = (pool, judged, mesh, run.stop.check), getattr(config.run, "steps", 1)
+    yield collect.Sampler(task, tokenizer, encode, generate, *further, steps)
 
 
-def held_out_problems(config: Any, sampler: experience.Sampler) -> experience.Drawn:
+def held_out_problems(config: Any, sampler: collect.Sampler) -> drawing.Drawn:
   """What the run is evaluated on; nothing in a run without evaluation."""
   if not config.eval.every:
-    return experience.Drawn([], [], 0)
-  return experience.held_out_problems(sampler.task, sampler.encode, limit=config.eval.problems)
+    return drawing.Drawn([], [], 0)
+  return drawing.held_out_problems(sampler.task, sampler.encode, limit=config.eval.problems)
 
 
 @contextlib.contextmanager
@@ -319,15 +319,15 @@ def open_problems(
   with open_sampler(config, run, model, task, **further) as sampler:
     held_out = held_out_problems(config, sampler)
     if responses:  # Draw step 0's problems now, so that bad data fails before anything compiles.
-      drawn = experience.draw_problems(task, seed, 0, prompts, sampler.encode)
-      experience.agree_on_data(drawn.prompts)
+      drawn = drawing.draw_problems(task, seed, 0, prompts, sampler.encode)
+      drawing.assert_same_data(drawn.prompts)
     if held_out.overlong:
       run.console.say(f"{held_out.overlong} held-out prompts are over --max_prompt_tokens")
 
-    def sample(params: Any, step: int, clock: PhaseClock) -> experience.Experience:
+    def sample(params: Any, step: int, clock: PhaseClock) -> collect.Experience:
       sampling, parts = sampling_config(config.sampling), config.sampling.parts
       sizes = {"prompts": prompts, "responses": responses, "parts": parts}
-      return experience.collect(sampler, params, seed, step, clock, sampling=sampling, **sizes)
+      return collect.collect(sampler, params, seed, step, clock, sampling=sampling, **sizes)
 
     def evaluate(params: Any, step: int) -> evaluation.Evaluation:
       run.console.say(f"evaluating on {len(held_out.problems)} held-out problems")
@@ -406,7 +406,7 @@ def load_data(
     check=run.stop.check,
   )
   sequences = encoding.flat(loaded.training + loaded.held_out)
-  experience.agree_on_data(sequence.tokens for sequence in sequences)
+  drawing.assert_same_data(sequence.tokens for sequence in sequences)
   longest = max(len(sequence.tokens) for sequence in sequences)
   if beyond := model.policy.config.length_note(longest):
     run.console.say(beyond)
@@ -429,7 +429,7 @@ def update_once(
   update: Callable, model: Model, state: Any, batch: Any, hparams: dict[str, Any], used: int
 ) -> tuple[Any, dict[str, Any]]:
   """One update on a batch from the host; only its first `used` microbatches are computed."""
-  placed = sharding.place_rows(batch, model.mesh)
+  placed = sharding.shard_rows(batch, model.mesh)
   return update(state, placed, hparams, used, model.weights.frozen)
 
 
@@ -499,10 +499,10 @@ def make_programs(
 def order(
   config: Any, step: int, *, matters: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:
-  """The problems of each of a step's updates, as `experience.minibatches` shares them out."""
+  """The problems of each of a step's updates, as `minibatches.problem_order` shares them out."""
   size, seed = config.updates, config.run.seed
   counts = {"prompts": size.prompts_per_step, "epochs": size.epochs, "count": size.minibatches}
-  return experience.minibatches(seed, step, **counts, matters=matters)
+  return minibatches.problem_order(seed, step, **counts, matters=matters)
 
 
 def minibatches(
@@ -529,7 +529,7 @@ def minibatches(
 
 
 def step_work(
-  model: Model, found: experience.Experience, trained: Sequence[np.ndarray], *, towers: int = 0
+  model: Model, found: collect.Experience, trained: Sequence[np.ndarray], *, towers: int = 0
 ) -> Work:
   """What a step sampled and trained on; `trained`: the problems of each of its updates."""
   shape, adapters = model.policy.config, model.weights.frozen is not None
@@ -557,7 +557,7 @@ def record_responses(
   *,
   temperatures: Sequence[float],
   describe: Callable[[tasks.Problem, int, dict[str, Any]], dict[str, Any]],
-) -> tuple[experience.Drawn, str]:
+) -> tuple[drawing.Drawn, str]:
   """Writes the responses that are not on record yet, as `evaluation.record_responses` does: one of
   each temperature to each problem. Gives the problems that fit, and their prompt format."""
   options, size = config.responses, config.responses.prompts_per_batch

@@ -37,7 +37,7 @@ import numpy as np
 from experiments import flags, setup
 from rl_llm import evaluation, losses, weighting
 from rl_llm.data import batches, encoding
-from rl_llm.rollout import demonstrations, experience
+from rl_llm.rollout import demonstrations, drawing
 from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
 from rl_llm.runs import config as configs
 from rl_llm.training import loop
@@ -190,7 +190,7 @@ def open_source(
       return answers(task.sample(seed, step, size))
 
     held_out = answers(task.held_out[kept])
-    experience.agree_on_data(sequence.tokens for sequence in draw(0))
+    drawing.assert_same_data(sequence.tokens for sequence in draw(0))
     return Source(draw, held_out, f"right answers to {task.name}: {task.note}", {})
   loaded = setup.load_data(config, run, model, dataset, encode, encoding.limit_sequences)
 

@@ -178,7 +178,7 @@ class Programs:
     return self.rows(jax.eval_shape(take, self.batch, chosen))
 
   def placed(self, make: Callable[..., Any], *arguments) -> Any:
-    return sharding.placed_shapes(jax.eval_shape(make, *arguments), self.mesh)
+    return sharding.sharded_shapes(jax.eval_shape(make, *arguments), self.mesh)
 
   def rows(self, shapes, mesh: jax.sharding.Mesh | None = None):
     """Shapes of a batch, whose rows lie over the mesh."""
@@ -217,7 +217,7 @@ class Programs:
       gather = self.call("gather", gather_weights, params, **whole)
       yield gather._replace(flops=0.0, moved=self.gathered(params))
       gathered = jax.eval_shape(functools.partial(gather_weights, **whole), params)
-      params = sharding.placed_shapes(gathered, mesh)
+      params = sharding.sharded_shapes(gathered, mesh)
     rows, steps = self.batch.tokens.shape
     sizes = config.prompts_per_step, config.responses_per_prompt
     keys = jax.eval_shape(lambda: row_keys(jax.random.key(0), *sizes))

@@ -49,11 +49,11 @@ NEVER_SHOWN = {
   ("experiments.make_preferences", "experiments.setup.load_task"): "it has no group eval",
   (
     "experiments.dpo",
-    "rl_llm.rollout.experience.make_judge",
+    "rl_llm.rollout.judge.make_judge",
   ): "without --reward it is the task's grader",
-  ("experiments.sft", "rl_llm.rollout.experience.make_judge"): "as above",
-  ("experiments.evaluate", "rl_llm.rollout.experience.make_judge"): "as above",
-  ("experiments.make_preferences", "rl_llm.rollout.experience.make_judge"): "as above",
+  ("experiments.sft", "rl_llm.rollout.judge.make_judge"): "as above",
+  ("experiments.evaluate", "rl_llm.rollout.judge.make_judge"): "as above",
+  ("experiments.make_preferences", "rl_llm.rollout.judge.make_judge"): "as above",
 }
 
 

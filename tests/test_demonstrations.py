@@ -9,7 +9,7 @@ import pytest
 from rl_llm.data import DataError
 from rl_llm.data.encoding import encode
 from rl_llm.rollout.demonstrations import demonstrations, encode_answers
-from rl_llm.rollout.experience import encode_problems
+from rl_llm.rollout.drawing import encode_problems
 from rl_llm.tasks import Problem, TaskError, load_task
 from rl_llm.text.tokenizers import ByteTokenizer
 from tests.tasks.test_gsm8k import SAMPLE

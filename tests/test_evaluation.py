@@ -21,7 +21,8 @@ from rl_llm.evaluation import (
 )
 from rl_llm.rewards import RewardPool, RewardSource, graders
 from rl_llm.rollout import STOP_EOS, Rollout
-from rl_llm.rollout.experience import Drawn, Sampler, make_encode
+from rl_llm.rollout.collect import Sampler
+from rl_llm.rollout.drawing import Drawn, make_encode
 from rl_llm.runs.metrics import proportion_interval
 from rl_llm.tasks import arithmetic, copy_text, load_task
 from rl_llm.tasks.problem import number_text

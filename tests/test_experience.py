@@ -12,31 +12,26 @@ from rl_llm.data.prompts import PromptTooLong
 from rl_llm.policy.load import load_model
 from rl_llm.rewards import RewardResult, RewardSource
 from rl_llm.rollout import STOP_EOS, STOP_LENGTH, Rollout
-from rl_llm.rollout.experience import (
-  Drawn,
+from rl_llm.rollout.collect import (
   Sampler,
   answer,
-  as_scores,
   collect,
-  draw_problems,
-  encode_problems,
   make_generate,
-  minibatches,
-  prompt_text,
   response_batch,
   response_ids,
   response_texts,
-  sample_rows,
   sampled_pairs,
-  score,
   split_experience,
   step_keys,
   trim,
 )
+from rl_llm.rollout.drawing import Drawn, draw_problems, encode_problems, prompt_text
+from rl_llm.rollout.grading import as_scores, sample_rows, score
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem, Task
 from rl_llm.text.tokenizers import ByteTokenizer, TokenizerError
+from rl_llm.training.minibatches import problem_order
 
 
 def problem(text, **columns):
@@ -152,8 +147,8 @@ def test_grades_and_rows_belong_to_their_problems():
   problems, pool = [problem("p", n=1), problem("q", n=2)], Pool()
   texts = ["a", "bb", "!", "cc"]
   rollout = make_rollout(texts, 3)
-  sampler = make_sampler(None, pool, steps=9)
-  scores = score(sampler, problems, texts, response_ids(rollout), group_size=2, step=4)
+  ids = response_ids(rollout)
+  scores = score(pool, problems, texts, ids, group_size=2, step=4, steps=9)
   assert pool.told == {"group_size": 2, "step": 4, "steps": 9}
   assert pool.ids == [[97, 258], [98, 98, 258], [33, 258], [99, 99, 258]]
   assert pool.seen == [
@@ -396,25 +391,25 @@ def test_what_is_sampled_does_not_depend_on_the_number_of_parts():
 
 
 def test_every_epoch_deals_all_problems_out_anew():
-  parts = [chosen for chosen, _ in minibatches(0, 5, prompts=12, epochs=2, count=3)]
+  parts = [chosen for chosen, _ in problem_order(0, 5, prompts=12, epochs=2, count=3)]
   assert [len(chosen) for chosen in parts] == [4] * 6
   first, second = np.concatenate(parts[:3]), np.concatenate(parts[3:])
   assert sorted(first) == sorted(second) == list(range(12))
   assert first.tolist() != second.tolist() != list(range(12))
-  again = [chosen for chosen, _ in minibatches(0, 5, prompts=12, epochs=2, count=3)]
+  again = [chosen for chosen, _ in problem_order(0, 5, prompts=12, epochs=2, count=3)]
   np.testing.assert_array_equal(parts, again)
   for seed, step in ((1, 5), (0, 6)):
-    other = [chosen for chosen, _ in minibatches(seed, step, prompts=12, epochs=1, count=3)]
+    other = [chosen for chosen, _ in problem_order(seed, step, prompts=12, epochs=1, count=3)]
     assert not np.array_equal(parts[:3], other)
 
 
 def test_problems_that_matter_come_first_and_are_counted():
   """In the order in which they were dealt, and to the same updates as without."""
   matters = np.arange(12) % 3 == 0
-  plain = [chosen for chosen, _ in minibatches(0, 5, prompts=12, epochs=2, count=3)]
-  found = list(minibatches(0, 5, prompts=12, epochs=2, count=3, matters=matters))
+  plain = [chosen for chosen, _ in problem_order(0, 5, prompts=12, epochs=2, count=3)]
+  found = list(problem_order(0, 5, prompts=12, epochs=2, count=3, matters=matters))
   assert len({used for _, used in found}) > 1  # Or the test shows little.
   for dealt, (chosen, used) in zip(plain, found, strict=True):
     assert chosen.tolist() == [*dealt[matters[dealt]], *dealt[~matters[dealt]]]
     assert used == matters[dealt].sum()
-  assert [used for _, used in minibatches(0, 5, prompts=12, epochs=1, count=3)] == [4, 4, 4]
+  assert [used for _, used in problem_order(0, 5, prompts=12, epochs=1, count=3)] == [4, 4, 4]

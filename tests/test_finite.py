@@ -18,7 +18,9 @@ from rl_llm.policy import make_policy, normal_head, tiny_config, with_head
 from rl_llm.policy.load import LanguageModel
 from rl_llm.rewards import RewardError
 from rl_llm.rollout import ResponseBatch, Rollout, generate, response_logprobs, row_keys
-from rl_llm.rollout.experience import Drawn, Sampler, answer, make_generate, make_judge
+from rl_llm.rollout.collect import Sampler, answer, make_generate
+from rl_llm.rollout.drawing import Drawn
+from rl_llm.rollout.judge import make_judge
 from rl_llm.rollout.reward_model import response_rewards, score_pairs
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
@@ -188,7 +190,7 @@ def test_a_reward_model_says_which_of_its_weights_and_which_id(params, monkeypat
 
   def judge(params):
     model = LanguageModel(POLICY, params, Byteish())
-    monkeypatch.setattr("rl_llm.rollout.experience.load_reward_model", lambda directory: model)
+    monkeypatch.setattr("rl_llm.rollout.judge.load_reward_model", lambda directory: model)
     return make_judge("model:some/directory", Byteish(), rows_per_batch=6)
 
   assert np.isfinite(judge(judged)(prompts, rollout)).all()

@@ -37,7 +37,7 @@ from rl_llm.errors import UserError
 from rl_llm.parallel import sharding
 from rl_llm.policy import hf, load, model_files
 from rl_llm.rewards import RewardPool, RewardSource
-from rl_llm.rollout import demonstrations, experience, preferences
+from rl_llm.rollout import collect, demonstrations, drawing, preferences
 from rl_llm.runs import config as configs
 from rl_llm.runs import finite, metrics, run_directory
 from rl_llm.runs.config import _leaves, _parse, replace
@@ -292,18 +292,18 @@ def follow_lengths_of_prompts(said, path):
 
   def encoder(limit, overlong):
     how = {"prompt_format": "plain", "max_prompt_tokens": limit, "overlong": overlong}
-    return functools.partial(experience.encode_problems, tokenizer=ByteTokenizer(), **how)
+    return functools.partial(drawing.encode_problems, tokenizer=ByteTokenizer(), **how)
 
   for find in (
-    lambda encode: experience.held_out_problems(task, encode),
-    lambda encode: experience.draw_problems(task, 0, 0, 4, encode),
+    lambda encode: drawing.held_out_problems(task, encode),
+    lambda encode: drawing.draw_problems(task, 0, 0, 4, encode),
   ):
     message = refused(said, find, encoder(3, "drop"))
     assert "raise it, or choose --overlong_prompt=truncate_left" in message
     find(encoder(8, "drop"))
     find(encoder(3, "truncate_left"))
   drawn = encoder(3, "drop")(task.held_out)
-  sampler = experience.Sampler(task, None, encoder(3, "drop"), None, None)
+  sampler = collect.Sampler(task, None, encoder(3, "drop"), None, None)
   record = functools.partial(evaluation.record_responses, None, sampler, None)
   how = {"seed": 0, "prompts_per_batch": 4, "describe": None}
   message = refused(said, record, drawn, None, **how)
@@ -381,7 +381,7 @@ def follow_answers_that_cannot_be_paired(said, path):
   config, problem = make_preferences.Config(), tasks.Problem("q", {}, "q")
   lines = []
   run = types.SimpleNamespace(workdir=path, console=types.SimpleNamespace(say=lines.append))
-  drawn = experience.Drawn([problem], [[1]], 0)
+  drawn = drawing.Drawn([problem], [[1]], 0)
   row = {"step": 0, "time/step": 1.0, "stop_reason": "eos", "status": "ok"}
   write(path / "metrics.jsonl", row)
   write(path / "samples.jsonl", row | {"response": "a", "reward": 1.0})

@@ -69,9 +69,9 @@ def follow_several_processes(said, path, monkeypatch):
   """Two processes' values, as `exchange` brings them together."""
   given = [{"--seed": 3}, {"--seed": 4}]
   monkeypatch.setattr(hosts, "exchange", lambda what, value: [value, given[1]])
-  refused(said, hosts.agree, "settings", given[0])
+  refused(said, hosts.assert_equal, "settings", given[0])
   given[1] = given[0]
-  hosts.agree("settings", given[0])
+  hosts.assert_equal("settings", given[0])
 
 
 def follow_meshes(said, path, monkeypatch):
@@ -119,10 +119,10 @@ def follow_what_is_cut(said, path, monkeypatch):
     assert parts(divisor) == (4, 6 // divisor)
   monkeypatch.setattr(sharding, "_put", lambda x, placed: placed.shard_shape(x.shape))
   four = AbstractMesh((2, 2, 1), sharding.AXES)
-  message = refused(said, sharding.place_rows, {"x": np.zeros((6, 3))}, four)
+  message = refused(said, sharding.shard_rows, {"x": np.zeros((6, 3))}, four)
   times = int(re.search(r"choose a multiple of (\d+)", message)[1])
   for n in (1, 2):
-    assert sharding.place_rows({"x": np.zeros((n * times, 3))}, four) == {"x": (n, 3)}
+    assert sharding.shard_rows({"x": np.zeros((n * times, 3))}, four) == {"x": (n, 3)}
 
 
 def follow_reward_files(said, path):

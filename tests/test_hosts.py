@@ -51,34 +51,34 @@ def ends(body, **settings):
 
 def test_one_process_is_as_if_there_were_no_others():
   assert (hosts.count(), hosts.index(), hosts.is_main()) == (1, 0, True)
-  assert hosts.exchange("a test", value := {"a": (1, 2)})[0] is value
-  assert hosts.share("a test", value) is value
+  assert hosts.all_gather("a test", value := {"a": (1, 2)})[0] is value
+  assert hosts.broadcast("a test", value) is value
   hosts.barrier("a test")
-  hosts.agree("a test", {"seed": 0})
+  hosts.assert_equal("a test", {"seed": 0})
 
 
 def test_what_is_exchanged_is_seen_by_all_and_the_first_alone_speaks():
   found = ends(
     """
 print("hello from", me)
-assert hosts.exchange("a", [me, "x" * me]) == [[0, ""], [1, "x"]]
-assert hosts.exchange("a", -me) == [0, -1]  # The same name again.
-assert hosts.share("b", me + 7) == 7
-hosts.agree("c", {"--seed": 3})
+assert hosts.all_gather("a", [me, "x" * me]) == [[0, ""], [1, "x"]]
+assert hosts.all_gather("a", -me) == [0, -1]  # The same name again.
+assert hosts.broadcast("b", me + 7) == 7
+hosts.assert_equal("c", {"--seed": 3})
 mesh = sharding.make_mesh()
 assert mesh.size == 4
 assert sharding.row_owners(mesh, 8).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 rows = np.arange(24.0).reshape(8, 3)
 keys = jax.random.split(jax.random.key(3), 8)
-placed, placed_keys, scalar = sharding.place_rows((rows, keys, np.float32(2)), mesh)
+placed, placed_keys, scalar = sharding.shard_rows((rows, keys, np.float32(2)), mesh)
 assert not placed.is_fully_addressable
 mine = sorted(shard.index[0].start for shard in placed.addressable_shards)
 assert mine == [4 * me, 4 * me + 2], mine
 double = jax.jit(lambda x, s: {"rows": s * x, "sum": x.sum()})(placed, scalar)
-back = sharding.fetch({**double, "number": 5})
+back = sharding.gather_to_host({**double, "number": 5})
 np.testing.assert_array_equal(back["rows"], 2 * rows)
 assert back["sum"] == rows.sum() and back["number"] == 5
-data = sharding.fetch(jax.random.key_data(placed_keys))
+data = sharding.gather_to_host(jax.random.key_data(placed_keys))
 np.testing.assert_array_equal(data, jax.random.key_data(keys))
 """,
     devices=2,
@@ -93,7 +93,7 @@ def test_each_grades_the_rows_that_its_devices_hold():
   """Rows that tensor parallelism lays on both are graded by one; all get all rewards."""
   found = ends(
     """
-from rl_llm.rollout.experience import Sampler, owners_of, score
+from rl_llm.rollout.grading import owners_of, score
 from rl_llm.rewards import RewardResult
 from rl_llm.tasks import Problem
 seen = []
@@ -110,8 +110,7 @@ for sizes, mine in ((dict(data=4), slice(4 * me, 4 * me + 4)),
                     (dict(data=1, tensor=4), slice(0, 8 - 8 * me))):
   seen.clear()
   owners = owners_of(sharding.make_mesh(**sizes), 8)
-  sampler = Sampler(None, None, None, None, Pool())
-  scores = score(sampler, problems, texts, [*range(8)], group_size=2, owners=owners)
+  scores = score(Pool(), problems, texts, [*range(8)], group_size=2, owners=owners)
   assert seen == texts[mine], (sizes, seen)
   assert scores.rewards.tolist() == [[0, 1/8], [2/8, 3/8], [4/8, 5/8], [6/8, 7/8]]
   assert scores.ok.tolist() == [[False, True]] + [[True, True]] * 3
@@ -132,12 +131,12 @@ except sharding.ShardingError as error:
   ("program", "message"),
   [
     (
-      'hosts.agree("the settings", {"--steps": 5, "--seed": me})',
+      'hosts.assert_equal("the settings", {"--steps": 5, "--seed": me})',
       ("--seed is 1 in process 1 (", "0 in process 0 ("),
     ),
     (
-      "from rl_llm.rollout.experience import agree_on_data\n"
-      "agree_on_data([[1, 2], [3]][:: 1 - 2 * me])",
+      "from rl_llm.rollout.drawing import assert_same_data\n"
+      "assert_same_data([[1, 2], [3]][:: 1 - 2 * me])",
       ("the order of the data is ", " in process 1 ("),
     ),
   ],
@@ -184,7 +183,7 @@ def test_an_error_of_one_ends_all_and_is_told_by_all():
     """
 if me == 1:
   raise ConfigError("data", "no.jsonl", "a file")
-jax.jit(lambda x: x.sum())(sharding.place_rows(np.ones(2), sharding.make_mesh()))
+jax.jit(lambda x: x.sum())(sharding.shard_rows(np.ones(2), sharding.make_mesh()))
 hosts.barrier("the test")
 """
   )
@@ -200,7 +199,7 @@ def test_the_death_of_one_ends_the_other_which_names_it(killed):
   started = begin(
     """
 mesh = sharding.make_mesh()
-rows = sharding.place_rows(np.ones(2), mesh)
+rows = sharding.shard_rows(np.ones(2), mesh)
 total = jax.jit(lambda x: x.sum())
 for step in range(10**6):
   total(rows).block_until_ready()
@@ -258,7 +257,7 @@ def test_slurm_says_who_belongs_together():
 import sys
 from rl_llm.parallel import hosts
 hosts.initialize(heartbeat=20, wait=300)
-sys.stderr.write(f"{hosts.exchange('a test', hosts.index())} of {hosts.count()}\\n")
+sys.stderr.write(f"{hosts.all_gather('a test', hosts.index())} of {hosts.count()}\\n")
 """
   started = [
     processes.start(
@@ -357,6 +356,6 @@ child.stdin.close(); child.wait()
 
 def test_fetch_gives_what_it_was_given():
   tree = {"a": jax.numpy.arange(3), "b": np.ones(2), "c": None, "d": 1.5}
-  found = sharding.fetch(tree)
+  found = sharding.gather_to_host(tree)
   assert isinstance(found["a"], np.ndarray) and found["a"].tolist() == [0, 1, 2]
   assert found["c"] is None and found["d"] == 1.5

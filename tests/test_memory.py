@@ -9,12 +9,12 @@ import sys
 import jax
 import pytest
 
-from rl_llm.runs import memory
+from rl_llm.runs import heap
 
 # A block at the top of the heap stays, so that what lies below it is kept for what may come.
 KEEP = """
 import ctypes
-from rl_llm.runs.memory import give_back_freed
+from rl_llm.runs.heap import trim
 
 def resident():
   pages = int(open("/proc/self/statm").read().split()[1])
@@ -30,7 +30,7 @@ full = resident()
 for block in blocks[:-1]:
   libc.free(block)
 freed = resident()
-give_back_freed()
+trim()
 print(full - freed, freed - resident())
 """
 
@@ -45,15 +45,15 @@ def test_what_glibc_keeps_is_given_back():
 
 def test_it_is_at_the_beginning_and_after_each_long_compilation(monkeypatch):
   given = []
-  monkeypatch.setattr(memory, "give_back_freed", lambda: given.append(1))
-  with memory.freed_given_back():
+  monkeypatch.setattr(heap, "trim", lambda: given.append(1))
+  with heap.trimmed():
     assert len(given) == 1
-    jax.monitoring.record_event_duration_secs(memory.COMPILED, 0.2)
+    jax.monitoring.record_event_duration_secs(heap.COMPILED, 0.2)
     jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", 3.0)
     assert len(given) == 1
-    jax.monitoring.record_event_duration_secs(memory.COMPILED, 3.0)
+    jax.monitoring.record_event_duration_secs(heap.COMPILED, 3.0)
     assert len(given) == 2
-  jax.monitoring.record_event_duration_secs(memory.COMPILED, 3.0)
+  jax.monitoring.record_event_duration_secs(heap.COMPILED, 3.0)
   assert len(given) == 2
 
 
@@ -67,4 +67,4 @@ def test_compiling_is_such_an_event():
   jax.monitoring.register_event_duration_secs_listener(listen)
   jax.jit(lambda x: x * 17 + 3).lower(1.0).compile()
   jax.monitoring.unregister_event_duration_listener(listen)
-  assert memory.COMPILED in seen
+  assert heap.COMPILED in seen

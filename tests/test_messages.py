@@ -15,7 +15,7 @@ pytest.importorskip("jinja2")
 from rl_llm.data import DataError, read_dataset
 from rl_llm.data.encoding import encode, encode_pair, limit_pairs, limit_sequences
 from rl_llm.data.loading import load_sequences, read_examples
-from rl_llm.rollout import experience
+from rl_llm.rollout import drawing
 from rl_llm.tasks import load_task
 from rl_llm.text.conversations import format_prompts
 from rl_llm.text.messages import MessageError
@@ -116,19 +116,19 @@ def test_prompts_of_a_task_are_asked_with_their_tools(tmp_path):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   task = load_task(f"jsonl:{path}", reward_function="gsm8k", held_out_fraction=0.0)
   problems = sorted(task.sample(0, 0, 3), key=lambda p: len(str(p.columns)), reverse=True)
-  drawn = experience.encode_problems(problems, TOOLED, prompt_format="chat", max_prompt_tokens=999)
+  drawn = drawing.encode_problems(problems, TOOLED, prompt_format="chat", max_prompt_tokens=999)
   schema = f"<tool>{json.dumps(TOOL)}</tool>"
   assert [TOOLED.decode(prompt) for prompt in drawn.prompts] == [
     f"{schema}<user>Weather in Oslo?~\n<assistant>",
     f'{schema}<user>q~\n<assistant>!get_weather{{"city": "Oslo"}}~\n<tool>3 degrees~\n<assistant>',
     "<user>no tools~\n<assistant>",
   ]
-  assert experience.prompt_text(problems[1].prompt).splitlines()[0] == "q"
+  assert drawing.prompt_text(problems[1].prompt).splitlines()[0] == "q"
   with pytest.raises(TokenizerError, match="plain has no place for 'tools'.*prompt_format=chat"):
-    experience.encode_problems(problems[:1], TOOLED, prompt_format="plain", max_prompt_tokens=999)
+    drawing.encode_problems(problems[:1], TOOLED, prompt_format="plain", max_prompt_tokens=999)
   with pytest.raises(TokenizerError, match="plain has no place for 'tool_calls'"):
     plain = [problems[1]._replace(columns={})]
-    experience.encode_problems(plain, TOOLED, prompt_format="plain", max_prompt_tokens=999)
+    drawing.encode_problems(plain, TOOLED, prompt_format="plain", max_prompt_tokens=999)
 
 
 def test_preferences_have_their_tools_in_both_answers(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from rl_llm.data import Demonstration
 from rl_llm.data.encoding import encode
 from rl_llm.policy import make_policy, save_hf, tiny_config
-from rl_llm.rollout.experience import make_encode
+from rl_llm.rollout.drawing import make_encode
 from rl_llm.text.chat_template import ChatTemplateError
 from rl_llm.text.tokenizers import (
   ByteTokenizer,

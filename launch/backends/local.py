@@ -25,8 +25,10 @@ from rl_llm.errors import redact
 from rl_llm.files import locked
 from rl_llm.runs.signals import Interrupted, StopSignals
 
-POLL = 0.1  # seconds between two looks at the processes
-LOOK = 3.0  # seconds between two looks at what another launcher has, or what may be hopeless
+POLL = 0.1  # seconds between two checks of the processes
+CHECK_SECONDS = (
+  3.0  # seconds between two looks at what another launcher has, or what may be hopeless
+)
 HOPELESS = "hopeless"  # why a search ended a trial
 
 # Runs as a process of its own for a moment and then becomes the trial: whatever kills the launcher
@@ -208,37 +210,39 @@ def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> st
 # --- all trials ----------------------------------------------------------------------------------
 
 
-class Sight(NamedTuple):
-  """What a look at a trial's directory found: what to do, and when to look again."""
+class Standing(NamedTuple):
+  """What a trial's directory says to do, and when to check it again."""
 
   verdict: str  # "go", "done", "failed", "elsewhere", or "wait"
   seconds: float = 0.0
 
 
-def standing(trial: Trial, directory: Path, *, retries: int) -> Sight:
+def standing(trial: Trial, directory: Path, *, retries: int) -> Standing:
   """Whether the trial needs anything done, by this launcher or another."""
   if state.is_done(directory, trial.steps):
-    return Sight("done")
+    return Standing("done")
   status = state.read_status(directory)
   if status.get("failures", 0) > retries:
-    return Sight("failed")
+    return Standing("failed")
   left = state.wait_left(status, time.time())
-  return Sight("wait", left) if left > 0 else Sight("go")
+  return Standing("wait", left) if left > 0 else Standing("go")
 
 
-def look(trial: Trial, directory: Path, heartbeats: dict[Path, float], *, retries: int) -> Sight:
+def check(
+  trial: Trial, directory: Path, heartbeats: dict[Path, float], *, retries: int
+) -> Standing:
   """Whether we may start a trial, as far as this can be known without its lease."""
   if not directory.exists():
-    return Sight("failed")
-  sight = standing(trial, directory, retries=retries)
+    return Standing("failed")
+  found = standing(trial, directory, retries=retries)
   lease = state.newest_lease(directory)
   held = state.holder(lease)
-  if sight.verdict == "done" or held == "nobody":
-    return sight
+  if found.verdict == "done" or held == "nobody":
+    return found
   # Of a launcher on another machine we know that it lives once we have seen a sign of life.
   beat = lease.stat().st_mtime
   alive = held == "alive" or heartbeats.setdefault(lease, beat) != beat
-  return Sight("elsewhere" if alive else "wait", LOOK)
+  return Standing("elsewhere" if alive else "wait", CHECK_SECONDS)
 
 
 class Limits(NamedTuple):
@@ -264,13 +268,13 @@ class Launcher:
   running: list[Start] = dataclasses.field(default_factory=list)
   settled: dict[str, str] = dataclasses.field(default_factory=dict)  # id -> verdict
   elsewhere: set[str] = dataclasses.field(default_factory=set)  # ids that another launcher runs
-  next_look: dict[str, float] = dataclasses.field(default_factory=dict)  # id -> monotonic time
+  next_check: dict[str, float] = dataclasses.field(default_factory=dict)  # id -> monotonic time
   heartbeats: dict[Path, float] = dataclasses.field(default_factory=dict)  # lease -> its first
   waits: dict[str, float] = dataclasses.field(default_factory=dict)  # id -> seconds, after a lease
 
   def add(self, trials: Sequence[Trial]) -> None:
     self.trials += trials
-    self.next_look |= dict.fromkeys((trial.id for trial in trials), 0.0)
+    self.next_check |= dict.fromkeys((trial.id for trial in trials), 0.0)
 
   def open_ids(self) -> list[str]:
     """The trials that are not settled."""
@@ -287,13 +291,13 @@ class Launcher:
       if verdict == "again":
         # By a monotonic clock; what is on disk is for other launchers, and later ones.
         wait = state.read_status(over.directory).get("wait", 0.0)
-        self.next_look[over.trial.id] = time.monotonic() + wait
+        self.next_check[over.trial.id] = time.monotonic() + wait
       else:
         self.settled[over.trial.id] = verdict
 
   def end_hopeless(self, hopeless: Callable[[Trial], bool]) -> None:
     for each in self.running:
-      if each.kill_at is None and time.monotonic() - each.judged > LOOK:
+      if each.kill_at is None and time.monotonic() - each.judged > CHECK_SECONDS:
         each.judged = time.monotonic()
         if hopeless(each.trial):
           each.cause = HOPELESS
@@ -302,12 +306,12 @@ class Launcher:
   def begin_more(self, more: Callable[[Mapping[str, str]], list[Trial]]) -> None:
     """Starts trials while a slot is free; asks for more of them if none waits for it."""
     begun = {each.trial.id for each in self.running} | self.settled.keys() | self.elsewhere
-    if self.free and begun.issuperset(self.next_look):
+    if self.free and begun.issuperset(self.next_check):
       self.add(more(self.settled))
     for trial in self.trials:
-      due = trial.id not in self.settled and self.next_look[trial.id] <= time.monotonic()
+      due = trial.id not in self.settled and self.next_check[trial.id] <= time.monotonic()
       if self.free and due:
-        self.next_look[trial.id] = time.monotonic() + self.begin(trial)
+        self.next_check[trial.id] = time.monotonic() + self.begin(trial)
 
   def begin(self, trial: Trial) -> float:
     """Starts the trial in a free slot; else seconds until it can be tried again."""
@@ -317,25 +321,25 @@ class Launcher:
     except FileNotFoundError:
       if directory.exists():
         raise
-      return 0.2  # Deleted this moment: the next look says so.
+      return 0.2  # Deleted this moment: the next check says so.
 
   def _begin(self, trial: Trial, directory: Path) -> float:
     retries = self.limits.retries
-    sight = look(trial, directory, self.heartbeats, retries=retries)
+    found = check(trial, directory, self.heartbeats, retries=retries)
     self.elsewhere.discard(trial.id)
-    if sight.verdict in ("done", "failed"):
-      self.settled[trial.id] = sight.verdict
-      self.progress.found(trial, directory, sight.verdict)
-    elif sight.verdict == "elsewhere":
+    if found.verdict in ("done", "failed"):
+      self.settled[trial.id] = found.verdict
+      self.progress.found(trial, directory, found.verdict)
+    elif found.verdict == "elsewhere":
       self.elsewhere.add(trial.id)
-    elif sight.verdict == "go" and (lease := state.take_lease(directory)) is not None:
-      # Between our look and our lease another launcher may have come and gone; and a process may
+    elif found.verdict == "go" and (lease := state.take_lease(directory)) is not None:
+      # Between our check and our lease another launcher may have come and gone; and a process may
       # train there without one, started by hand or not quite dead yet.
       with locked(directory / ".lock") as alone:
         pass
       if not alone or standing(trial, directory, retries=retries).verdict != "go":
         state.release_lease(lease)
-        wait = min(2 * self.waits.get(trial.id, 0.1), 30.0)  # Each look costs a lease.
+        wait = min(2 * self.waits.get(trial.id, 0.1), 30.0)  # Each check costs a lease.
         self.waits[trial.id] = wait
         return wait
       slot = self.free[0]
@@ -345,7 +349,7 @@ class Launcher:
       self.free.remove(slot)
       self.progress.started(self.running[-1])
       return float("inf")
-    return max(sight.seconds, 0.2)
+    return max(found.seconds, 0.2)
 
   def stop_all(self, received: int) -> None:
     """Asks every trial to save and end, and waits for it."""

@@ -19,18 +19,9 @@ from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import row_shards
 from rl_llm.rewards import FAILED
 from rl_llm.rollout import Rollout, row_keys
-from rl_llm.rollout.experience import (
-  Drawn,
-  Sampler,
-  agree_on_data,
-  checked,
-  owners_of,
-  response_ids,
-  response_texts,
-  sample_rows,
-  score,
-  trim,
-)
+from rl_llm.rollout.collect import Sampler, checked, response_ids, response_texts, trim
+from rl_llm.rollout.drawing import Drawn, assert_same_data
+from rl_llm.rollout.grading import owners_of, sample_rows, score
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.checkpoint import fingerprint
 from rl_llm.runs.metrics import MetricsWriter, PhaseClock, proportion_interval, read
@@ -201,8 +192,8 @@ def graded_responses(
   rollout = Rollout(*(x[: len(problems) * group_size] for x in rollout))
   texts = response_texts(rollout, sampler.tokenizer)
   owners = owners_of(sampler.mesh, len(keys))[: len(texts)]
-  how = {"group_size": group_size, "owners": owners, "step": step}
-  scores = score(sampler, problems, texts, response_ids(rollout), **how)
+  how = {"group_size": group_size, "owners": owners, "step": step, "steps": sampler.steps}
+  scores = score(sampler.pool, problems, texts, response_ids(rollout), **how)
   max_reward = sampler.task.max_reward
   return sample_rows(problems, texts, rollout, scores, split="eval", max_reward=max_reward)
 
@@ -247,7 +238,7 @@ def record_responses(
       f"all {drawn.overlong} prompts are over --max_prompt_tokens={limit}; raise it, or choose "
       "another --overlong_prompt"
     )
-  agree_on_data(drawn.prompts)
+  assert_same_data(drawn.prompts)
   # One shape: problems are divided evenly, and every batch is as wide as the longest prompt.
   workdir, console, temperatures = run.workdir, run.console, np.asarray(sampling.temperature)
   count, group = len(drawn.problems), len(temperatures)
@@ -262,7 +253,7 @@ def record_responses(
   weights = fingerprint(params)[:16]
   recorded = workdir / "metrics.jsonl"
   rows = read(recorded) if hosts.is_main() and recorded.exists() else []
-  rows = hosts.share("the record", rows)
+  rows = hosts.broadcast("the record", rows)
   done = len(rows)
   if rows and rows[0]["weights"] != weights:
     raise ConfigError(

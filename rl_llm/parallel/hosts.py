@@ -155,7 +155,7 @@ def initialize(
     listener.join()
 
   atexit.register(stop_listening)  # Runs before JAX disconnects, which was registered earlier.
-  _here.names = tuple(exchange("the start", socket.gethostname()))
+  _here.names = tuple(all_gather("the start", socket.gethostname()))
   os.write(2, (stderr_filter.NAMES + json.dumps(_here.names) + "\n").encode())
 
 
@@ -176,7 +176,7 @@ def barrier(what: str) -> None:
     raise HostLost(_why(what, str(error))) from None
 
 
-def exchange(what: str, value: Any) -> list[Any]:
+def all_gather(what: str, value: Any) -> list[Any]:
   """Every process's value, by process; also a barrier.
 
   It uses the network of the hosts, not that of the devices. Use it for small values, and where a
@@ -204,17 +204,17 @@ def exchange(what: str, value: Any) -> list[Any]:
   return [found[process] for process in range(count())]
 
 
-def share(what: str, value: Any) -> Any:
+def broadcast(what: str, value: Any) -> Any:
   """The first process's value in every process.
 
   Args:
     what: as for `barrier`.
     value: what JSON can hold; the other processes' values are ignored.
   """
-  return exchange(what, value if is_main() else None)[0]
+  return all_gather(what, value if is_main() else None)[0]
 
 
-def agree(what: str, values: Mapping[str, Any]) -> None:
+def assert_equal(what: str, values: Mapping[str, Any]) -> None:
   """Checks that all processes have the same values, as the processes of one run must.
 
   Args:
@@ -224,7 +224,7 @@ def agree(what: str, values: Mapping[str, Any]) -> None:
   Raises:
     HostsDiffer: values differ. Every process raises it; the message names a process and its value.
   """
-  first, *others = exchange(what, dict(values))
+  first, *others = all_gather(what, dict(values))
   for process, found in enumerate(others, 1):
     for key in [*first, *(key for key in found if key not in first)]:
       if key not in found or key not in first or found[key] != first[key]:

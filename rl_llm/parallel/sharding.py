@@ -12,7 +12,7 @@ The layouts of the weights and of the batch determine all others; rows lie over 
 together. The results are those of one device, up to the order of sums.
 
 The devices may belong to several processes. All processes have the whole array on the host; each
-gives its own devices their part, and `fetch` brings back the whole.
+gives its own devices their part, and `gather_to_host` brings back the whole.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def tree_shardings(tree: Any, mesh: Mesh, *, rules: Sequence[tuple[str, P]] = RU
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def placed_shapes(shapes: Any, mesh: Mesh) -> Any:
+def sharded_shapes(shapes: Any, mesh: Mesh) -> Any:
   """Shapes with the layout of `tree_shardings`, to restore a checkpoint into, or to compile a
   program for without an array."""
   return jax.tree.map(
@@ -293,12 +293,12 @@ def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
   return jax.lax.with_sharding_constraint(tree, _layout(mesh, P(*[None] * axis, ROWS)))
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
+def shard(tree: Any, mesh: Mesh) -> Any:
   """Puts weights or a state on their devices, laid out by `tree_shardings`."""
   return jax.tree.map(_put, tree, tree_shardings(tree, mesh))
 
 
-def place_rows(tree: Any, mesh: Mesh | None) -> Any:
+def shard_rows(tree: Any, mesh: Mesh | None) -> Any:
   """Puts a batch on the devices: the first axis of every array is cut over `data` and `fsdp`.
 
   Args:
@@ -340,7 +340,7 @@ def row_owners(mesh: Mesh, rows: int) -> np.ndarray:
   return owners
 
 
-def fetch(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
   """Device arrays as whole NumPy arrays in every process; all processes must call it together.
 
   Args:
@@ -356,7 +356,7 @@ def fetch(tree: Any) -> Any:
   return jax.device_get(jax.tree.unflatten(treedef, leaves))
 
 
-def everywhere(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Any, mesh: Mesh) -> Any:
   """Arrays that are the same in every process, whole on every device of the mesh."""
   return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, P())), tree)
 

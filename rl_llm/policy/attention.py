@@ -120,7 +120,7 @@ class AttentionError(UserError, ValueError):
   """A requested kernel is not available here, or cannot do what is asked of it."""
 
 
-class Sight(NamedTuple):
+class Visible(NamedTuple):
   """What the queries of a layer may see: a mask, and the arrays from which it is made."""
 
   mask: chex.Array  # [B, 1, T, S] bool
@@ -213,7 +213,7 @@ def fused_attend(
   query: chex.Array,
   keys: chex.Array,
   values: chex.Array,
-  sight: Sight,
+  visible: Visible,
   *,
   kernel: Kernel,
   first_column: int,
@@ -233,7 +233,7 @@ def fused_attend(
     query: [B, T, N, H] float.
     keys: [B, S, K, H] float.
     values: [B, S, K, H] float.
-    sight: what each query may see.
+    visible: what each query may see.
     kernel: from `find_kernel`.
     first_column: the key column that holds the first query's own key.
     window: of the sliding layers; None where there are none.
@@ -244,17 +244,17 @@ def fused_attend(
     [B, T, N, H].
   """
   if kernel.name == "cudnn":
-    return _cudnn(query, keys, values, sight.mask, scale=scale)
+    return _cudnn(query, keys, values, visible.mask, scale=scale)
 
   def attend_within(window: int | None):
     return functools.partial(
       _splash, kernel=kernel, first_column=first_column, window=window, scale=scale, cap=cap
     )
 
-  arrays = (query, keys, values, (sight.query_segments, sight.key_segments))
-  if isinstance(sight.is_sliding, bool):
-    return attend_within(window if sight.is_sliding else None)(*arrays)
-  return jax.lax.cond(sight.is_sliding, attend_within(window), attend_within(None), *arrays)
+  arrays = (query, keys, values, (visible.query_segments, visible.key_segments))
+  if isinstance(visible.is_sliding, bool):
+    return attend_within(window if visible.is_sliding else None)(*arrays)
+  return jax.lax.cond(visible.is_sliding, attend_within(window), attend_within(None), *arrays)
 
 
 def _cudnn(query, keys, values, mask, *, scale: float) -> chex.Array:
@@ -327,7 +327,7 @@ def _splash_part(
   more_queries, more_keys = -length % LANES, -keys.shape[1] % LANES
   n_queries, n_keys = length + more_queries, keys.shape[1] + more_keys
 
-  def lay(x: chex.Array, more: int) -> chex.Array:
+  def pad(x: chex.Array, more: int) -> chex.Array:
     x = jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, -head_dim % LANES)))
     return x.transpose(0, 2, 1, 3)
 
@@ -358,7 +358,7 @@ def _splash_part(
     kv=jnp.pad(key_segments, ((0, 0), (0, more_keys)), constant_values=-1),
   )
   out = jax.vmap(attend_row)(
-    lay(scaled, more_queries), lay(keys, more_keys), lay(values, more_keys), segments
+    pad(scaled, more_queries), pad(keys, more_keys), pad(values, more_keys), segments
   )
   out = out.transpose(0, 2, 1, 3)[:, :length, :, :head_dim].astype(query.dtype)
   mixed = jnp.any(key_segments == 0, axis=1) & jnp.any(key_segments > 0, axis=1)

@@ -42,7 +42,7 @@ def run_layers(
   remat: bool,
   dtype: Any,
   mesh: Mesh | None = None,
-  lay: Callable[[Any, Mesh], Any] = constrain,
+  layout: Callable[[Any, Mesh], Any] = constrain,
 ) -> tuple[Any, list[Any]]:
   """Runs x through all layers; returns it with the output of each.
 
@@ -69,7 +69,7 @@ def run_layers(
       Norms' scales, which are used in float32, stay as they are.
     mesh: the devices over which the weights lie; each stacks its own slices and gets its own
       slices of the gradient. None where there is one.
-    lay: how a layer's matrices lie over the mesh when x meets them, from
+    layout: how a layer's matrices lie over the mesh when x meets them, from
       `rl_llm.parallel.sharding`: `copy_to_rows` where x's rows can be divided over the devices.
       Where x is small compared with a matrix, as when few rows decode, `constrain` lets the
       compiler send x instead.
@@ -83,7 +83,7 @@ def run_layers(
   def layer(x, parts, same):
     slices, flag, other, common = parts
     if mesh is not None:
-      slices = lay(cast_weights(slices, dtype), mesh)
+      slices = layout(cast_weights(slices, dtype), mesh)
     return body(x, slices, flag if same is None else same, other, common)
 
   # Traces, differentiates and transposes identical layers once: otherwise tracing takes as long as

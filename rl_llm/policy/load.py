@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.errors import ConfigError
-from rl_llm.parallel.sharding import place, tree_shardings
+from rl_llm.parallel.sharding import shard, tree_shardings
 from rl_llm.policy import (
   Policy,
   join,
@@ -70,7 +70,7 @@ def load_model(
     config = tiny_config(tokenizer.vocab_size)
     policy = make(config)
     params = jax.jit(policy.init)(jax.random.key(seed))
-    return LanguageModel(policy, params if mesh is None else place(params, mesh), tokenizer)
+    return LanguageModel(policy, params if mesh is None else shard(params, mesh), tokenizer)
   layout = None if mesh is None else functools.partial(tree_shardings, mesh=mesh)
   config, params = load_weights(name, layout=layout, say=say)
   tokenizer = fit_embedding(load_tokenizer(name), config.vocab_size)

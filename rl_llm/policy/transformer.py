@@ -22,7 +22,7 @@ from rl_llm.parallel.sharding import constrain, constrain_rows, copy_to_rows, ro
 from rl_llm.policy.attention import (
   AttentionName,
   Kernel,
-  Sight,
+  Visible,
   attend,
   attention_mask,
   find_kernel,
@@ -218,7 +218,7 @@ def hidden(
     remat=setup.remat,
     dtype=setup.dtype,
     mesh=setup.mesh,
-    lay=_layout(setup, len(tokens), tokens.size),
+    layout=_layout(setup, len(tokens), tokens.size),
   )
   x = _final_norm(setup, params, x)
   if cache is None:
@@ -256,7 +256,7 @@ def shared_hidden(
     remat=setup.remat,
     dtype=setup.dtype,
     mesh=setup.mesh,
-    lay=_layout(setup, len(tokens), tokens.size + more.size),
+    layout=_layout(setup, len(tokens), tokens.size + more.size),
   )
   return fork.part(_final_norm(setup, params, xy))
 
@@ -359,18 +359,18 @@ def _cached_layer(
 ) -> tuple[chex.Array, Any]:
   """A layer of `hidden`, as `run_layers` calls it; its output is the layer's new cache."""
   geometry, cursor = common
-  rope, sight = geometry.of(is_sliding)
-  look = functools.partial(_look, config=setup.config, kernel=setup.kernel)
+  rope, visible = geometry.of(is_sliding)
+  attend_layer = functools.partial(_attend, config=setup.config, kernel=setup.kernel)
 
   def mix(query: chex.Array, key: chex.Array, value: chex.Array) -> tuple[chex.Array, Any]:
     if cached is None:
-      return look(query, key, value, sight), None
+      return attend_layer(query, key, value, visible), None
     keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
     keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
     values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
     if keys.shape[-1] == query.shape[1]:  # Nothing was read before.
-      return look(query, key, value, sight), (keys, values)
-    out = _rematerialized_attend(query, keys, values, sight.mask, config=setup.config)
+      return attend_layer(query, key, value, visible), (keys, values)
+    out = _rematerialized_attend(query, keys, values, visible.mask, config=setup.config)
     return out, (keys, values)
 
   return _apply_block(setup, x, weights, rope, mix)
@@ -413,14 +413,14 @@ def _forked_layer(
   setup: Setup, fork: Fork, xy: chex.Array, weights: Params, is_sliding: Any, _: Any, common: Any
 ) -> tuple[chex.Array, Any]:
   """A layer of `shared_hidden`, as `run_layers` calls it."""
-  (rope, sight), (more_rope, more_sight) = (geometry.of(is_sliding) for geometry in common)
-  look = functools.partial(_look, config=setup.config, kernel=setup.kernel)
+  (rope, visible), (more_rope, more_visible) = (geometry.of(is_sliding) for geometry in common)
+  attend_layer = functools.partial(_attend, config=setup.config, kernel=setup.kernel)
 
   def mix(*joined: chex.Array) -> tuple[chex.Array, None]:
     (query, more_query), (key, more_key), (value, more_value) = map(fork.part, joined)
     keys, values = fork.with_prompts(key, more_key), fork.with_prompts(value, more_value)
-    out = look(query, key, value, sight)
-    more = look(more_query, keys, values, more_sight, first_column=fork.columns)
+    out = attend_layer(query, key, value, visible)
+    more = attend_layer(more_query, keys, values, more_visible, first_column=fork.columns)
     return fork.join(out, more), None
 
   return _apply_block(setup, xy, weights, jax.tree.map(fork.join, rope, more_rope), mix)
@@ -487,14 +487,14 @@ class Geometry(NamedTuple):
   sliding: tuple[tuple[chex.Array, chex.Array], chex.Array]
   segments: tuple[chex.Array, chex.Array]  # of the queries and of the keys
 
-  def of(self, is_sliding: bool | chex.Array) -> tuple[tuple[chex.Array, chex.Array], Sight]:
+  def of(self, is_sliding: bool | chex.Array) -> tuple[tuple[chex.Array, chex.Array], Visible]:
     """The geometry for a layer: by its kind, or selected by data in a loop over both kinds."""
     if isinstance(is_sliding, bool):
       rope, mask = self.sliding if is_sliding else self.full
     else:
       choose = functools.partial(jnp.where, is_sliding)
       rope, mask = jax.tree.map(choose, self.sliding, self.full)
-    return rope, Sight(mask, *self.segments, is_sliding)
+    return rope, Visible(mask, *self.segments, is_sliding)
 
 
 def make_geometry(
@@ -628,11 +628,11 @@ def _rematerialized_attend(query, keys, values, mask, *, config: TransformerConf
   return rematerialized(lambda qkv, mask: plain(*qkv, mask))((query, keys, values), mask)
 
 
-def _look(
+def _attend(
   query: chex.Array,
   keys: chex.Array,
   values: chex.Array,
-  sight: Sight,
+  visible: Visible,
   *,
   config: TransformerConfig,
   kernel: Kernel | None,
@@ -646,7 +646,7 @@ def _look(
       query,
       keys,
       values,
-      sight,
+      visible,
       kernel=kernel,
       first_column=first_column,
       window=config.sliding_window,
@@ -654,7 +654,7 @@ def _look(
       cap=cap,
     )
   keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
-  return _rematerialized_attend(query, keys, values, sight.mask, config=config)
+  return _rematerialized_attend(query, keys, values, visible.mask, config=config)
 
 
 # (query [B, T, N, H], key [B, T, K, H], value [B, T, K, H]) -> (out [B, T, N, H], what is kept)
@@ -748,10 +748,10 @@ class Transformer(nn.Module):
       Table(config, name="unembed")()
     x = jnp.take(Table(config, name="embed")(), tokens, axis=0).astype(self.dtype)
     zeros = jnp.zeros_like(tokens)
-    rope, sight = make_geometry(config, zeros, zeros, zeros, zeros).of(False)
+    rope, visible = make_geometry(config, zeros, zeros, zeros, zeros).of(False)
 
     def mix(*made: chex.Array) -> tuple[chex.Array, None]:
-      return _look(*made, sight, config=config, kernel=None), None
+      return _attend(*made, visible, config=config, kernel=None), None
 
     for layer in range(config.n_layers):
       x, _ = Block(config, self.dtype, name=f"layers_{layer}")(x, rope, mix)

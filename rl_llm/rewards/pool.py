@@ -143,7 +143,7 @@ class RewardPool:
   that hang takes about one deadline, not four.
 
   Where the kernel allows (Linux; no root needed) a worker has no network, no other processes in
-  sight, a 16 MB directory in memory of its own, and no files to read but Python, system libraries
+  visible, a 16 MB directory in memory of its own, and no files to read but Python, system libraries
   and the directory of the reward file: `active_layers` says which hold. What the function prints is
   dropped; its environment is empty.
 

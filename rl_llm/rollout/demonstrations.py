@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from rl_llm.data import DataError, Demonstration
 from rl_llm.data.encoding import Encoded, Overlong, PromptFormat, limit_sequences
-from rl_llm.rollout.experience import prompt_text
+from rl_llm.rollout.drawing import prompt_text
 from rl_llm.tasks import Problem, TaskError
 
 COLUMNS = ("completion", "answer")

@@ -13,7 +13,7 @@ from rl_llm.data import DataError
 from rl_llm.data.held_out import hashed
 from rl_llm.data.jsonl import check_text
 from rl_llm.files import write_atomically
-from rl_llm.rollout.experience import prompt_text
+from rl_llm.rollout.drawing import prompt_text
 from rl_llm.tasks import Problem, Task
 
 # The columns of a line in addition to the problem's own.

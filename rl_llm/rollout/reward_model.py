@@ -20,7 +20,7 @@ import numpy as np
 from rl_llm.data.batches import PackedShares, pair_batch
 from rl_llm.data.encoding import Pair
 from rl_llm.data.packing import unpack
-from rl_llm.parallel.sharding import fetch, place_rows
+from rl_llm.parallel.sharding import gather_to_host, shard_rows
 from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf, make_policy
 from rl_llm.policy.hf import leaf_shapes, read_config, read_weights, write_directory
 from rl_llm.policy.load import LanguageModel
@@ -166,8 +166,8 @@ def score_responses(
   rewards = []
   for start in range(0, n_prompts, size):
     part = take_prompts(batch, np.arange(start, start + size) % n_prompts)
-    found = _jitted_rewards(params, place_rows(part, mesh), policy=policy)
-    rewards.append(np.asarray(fetch(found)))
+    found = _jitted_rewards(params, shard_rows(part, mesh), policy=policy)
+    rewards.append(np.asarray(gather_to_host(found)))
   return np.concatenate(rewards)[:rows]
 
 
@@ -207,8 +207,8 @@ def score_pairs(
     check()
     chosen = order[first : first + pairs_per_batch]
     batch = pair_batch([pairs[i] for i in chosen], pad_id=pad_id, rows=2 * pairs_per_batch)
-    found = _jitted_sequence_rewards(params, *place_rows(batch, mesh), policy=policy)
-    rewards[chosen] = fetch(found).reshape(-1, 2)[: len(chosen)]
+    found = _jitted_sequence_rewards(params, *shard_rows(batch, mesh), policy=policy)
+    rewards[chosen] = gather_to_host(found).reshape(-1, 2)[: len(chosen)]
     check_finite(rewards[chosen], params, what="the rewards of pairs")
   return rewards
 

@@ -35,7 +35,7 @@ from orbax.checkpoint import v1 as ocp
 
 from rl_llm.errors import UserError
 from rl_llm.parallel import hosts
-from rl_llm.parallel.sharding import everywhere, fetch, make_mesh
+from rl_llm.parallel.sharding import gather_to_host, make_mesh, replicate
 
 FORMAT_VERSION = 1
 
@@ -136,7 +136,7 @@ class Checkpointer:
     _refuse_nonfinite(step, leaves)
     final, aside = self.directory / str(step), self.directory / f"{_SAVING}{step}"
     taken = hosts.is_main() and step in self._steps() and bool(self._sound(step))
-    if hosts.share(f"the checkpoint of step {step}", taken):
+    if hosts.broadcast(f"the checkpoint of step {step}", taken):
       raise CheckpointError(
         f"{final} holds a sound checkpoint already; save under another number, or move that "
         "directory away first"
@@ -286,7 +286,7 @@ class Checkpointer:
     if hosts.is_main():
       sound = (self._sound(step) for step in reversed(self._steps()))
       found = next((manifest for manifest in sound if manifest is not None), None)
-    found, reported = hosts.share("the newest checkpoint", [found, sorted(self._reported)])
+    found, reported = hosts.broadcast("the newest checkpoint", [found, sorted(self._reported)])
     self._reported = set(reported)
     return found
 
@@ -420,7 +420,7 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
 
 def _refuse_nonfinite(step: int, leaves: dict[str, jax.Array]) -> None:
   floats = [name for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-  finite = fetch(_all_finite([leaves[name] for name in floats]))
+  finite = gather_to_host(_all_finite([leaves[name] for name in floats]))
   bad = [name for name, good in zip(floats, finite, strict=True) if not good]
   if bad:
     listed = ", ".join(bad[:_MAX_LISTED])
@@ -557,7 +557,7 @@ def _of_all_processes(state: Any) -> Any:
     return state
   mesh = make_mesh()
   return jax.tree.map(
-    lambda x: everywhere(x, mesh) if isinstance(x, jax.Array) and x.is_fully_addressable else x,
+    lambda x: replicate(x, mesh) if isinstance(x, jax.Array) and x.is_fully_addressable else x,
     state,
   )
 
@@ -595,7 +595,7 @@ def fingerprint(tree: Any) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    array = np.asarray(fetch(leaf))
+    array = np.asarray(gather_to_host(leaf))
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
   return digest.hexdigest()

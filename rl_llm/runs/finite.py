@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.errors import UserError
-from rl_llm.parallel.sharding import fetch
+from rl_llm.parallel.sharding import gather_to_host
 
 _LISTED = 3
 
@@ -71,7 +71,7 @@ def nonfinite_weights(params: Any) -> list[str]:
     params: a pytree of arrays, on whatever devices.
   """
   found = jax.tree_util.tree_leaves_with_path(params)
-  finite = fetch(_all_finite([leaf for _, leaf in found]))
+  finite = gather_to_host(_all_finite([leaf for _, leaf in found]))
   return [
     jax.tree_util.keystr(path, simple=True, separator="/")
     for (path, _), good in zip(found, finite, strict=True)

@@ -59,7 +59,7 @@ def opened(
   """
   volatile = set(volatile)
   if hosts.count() > 1:
-    hosts.agree("the settings", started_with(config, volatile=volatile))
+    hosts.assert_equal("the settings", started_with(config, volatile=volatile))
   with contextlib.ExitStack() as stack:
     result, new = None, not workdir.exists()
     if hosts.is_main():
@@ -67,7 +67,7 @@ def opened(
       if not stack.enter_context(locked(workdir / ".lock")):
         raise ConfigError("workdir", str(workdir), f"a directory that no other process {doing}")
     if hosts.count() > 1:
-      result = hosts.share("the run's directory", result)
+      result = hosts.broadcast("the run's directory", result)
       _refuse_own_directories(workdir)
     try:
       yield result
@@ -98,7 +98,7 @@ def started_with(config: Any, *, volatile: Iterable[str]) -> dict[str, Any]:
 def _refuse_own_directories(workdir: Path) -> None:
   """Refuses directories of the same name on separate file systems of the hosts."""
   seal = workdir / ".shared"
-  mark = hosts.share("the mark in the run's directory", uuid.uuid4().hex)
+  mark = hosts.broadcast("the mark in the run's directory", uuid.uuid4().hex)
   if hosts.is_main():
     write_atomically(seal, mark.encode())
   hosts.barrier("the mark in the run's directory is written")
@@ -107,7 +107,7 @@ def _refuse_own_directories(workdir: Path) -> None:
     if time.monotonic() > deadline:
       break
     time.sleep(0.1)
-  found = hosts.exchange("the mark in the run's directory is read", bool(seen))
+  found = hosts.all_gather("the mark in the run's directory is read", bool(seen))
   if hosts.is_main():
     seal.unlink()
   if not all(found):

@@ -69,7 +69,7 @@ class StopSignals:
       HostLost: as for `rl_llm.parallel.hosts.barrier`.
     """
     self.check()
-    received = hosts.exchange(what, self._received)
+    received = hosts.all_gather(what, self._received)
     for signum in received:
       if signum is not None:
         raise Interrupted(signum)

@@ -24,7 +24,7 @@ import numpy as np
 from rl_llm.errors import ConfigError, UserError
 from rl_llm.evaluation import Evaluation
 from rl_llm.parallel import hosts
-from rl_llm.parallel.sharding import fetch, placed_shapes
+from rl_llm.parallel.sharding import gather_to_host, sharded_shapes
 from rl_llm.policy import TransformerConfig, merge_lora, save_adapter, save_hf
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.rollout.reward_model import save_reward_model
@@ -33,7 +33,7 @@ from rl_llm.runs.chips import Peak
 from rl_llm.runs.config import volatile
 from rl_llm.runs.console import Console, number
 from rl_llm.runs.flops import Work
-from rl_llm.runs.memory import freed_given_back
+from rl_llm.runs.heap import trimmed
 from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, read
 from rl_llm.runs.profiling import StepTracer, compile_clock
 from rl_llm.runs.report import before_after, write_report
@@ -133,7 +133,7 @@ def open_run(
   workdir = Path(workdir)
   with StopSignals() as stop, open_console(steps) as console:
     with opened(workdir, config, volatile=volatile(config), doing="trains in") as result:
-      exported = hosts.share("the exported model", (workdir / "model").exists())
+      exported = hosts.broadcast("the exported model", (workdir / "model").exists())
       if result is None or result["steps"] < steps or (export and not exported):
         checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
         yield Run(workdir, console, stop, checkpoints)
@@ -158,7 +158,7 @@ def begin(
   *args: Any,
   steps: int,
   mesh: jax.sharding.Mesh,
-  lay_out: Callable[[Any, jax.sharding.Mesh], Any] = placed_shapes,
+  lay_out: Callable[[Any, jax.sharding.Mesh], Any] = sharded_shapes,
 ) -> tuple[int, Any]:
   """The step to start or resume at, and the state before it: the last checkpoint's, or the first.
 
@@ -223,7 +223,7 @@ def train_loop(
     Diverged: `record` returned a reason.
   """
   saved = start
-  with compile_clock() as compiled, freed_given_back(), _tracer(run, start, schedule) as trace:
+  with compile_clock() as compiled, trimmed(), _tracer(run, start, schedule) as trace:
     try:
       for step in range(start, schedule.steps + 1):
         with trace(step):
@@ -246,7 +246,7 @@ def train_loop(
           run.stop.check()  # The last chance to stop: `learn` donates the state.
           state, learned = learn(state, experience, step, done.clock)
           with done.clock("update"):
-            learned = learned._replace(metrics=finalize(fetch(dict(learned.metrics))))
+            learned = learned._replace(metrics=finalize(gather_to_host(dict(learned.metrics))))
           compile_seconds = compiled() - before
           failure = record(
             Step(step, done.clock, done.evaluation, state, experience, learned, compile_seconds)
@@ -327,9 +327,9 @@ def step_rows(step: Step) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if advantages is None:
       lines += step.experience.samples
     else:
-      worths = np.asarray(advantages).reshape(-1)
-      for line, worth in zip(step.experience.samples, worths, strict=True):
-        lines.append(line | {"advantage": float(worth)})
+      advantages = np.asarray(advantages).reshape(-1)
+      for line, advantage in zip(step.experience.samples, advantages, strict=True):
+        lines.append(line | {"advantage": float(advantage)})
   return row, lines
 
 
@@ -395,7 +395,7 @@ def finish(run: Run) -> dict[str, Any]:
     result = summary(read(run.workdir / "metrics.jsonl"))
     write_result(run.workdir, result)
     show_result(run.console, run.workdir, result)
-  return hosts.share("the end of the run", result)
+  return hosts.broadcast("the end of the run", result)
 
 
 def export_model(
@@ -452,7 +452,7 @@ def on_main(params: Any) -> Any:
     return params
 
   def bring(leaf):
-    whole = fetch(leaf)
+    whole = gather_to_host(leaf)
     return whole if hosts.is_main() else None
 
   return jax.tree.map(bring, params)

@@ -21,7 +21,7 @@ from rl_llm.parallel import sharding
 from rl_llm.policy import Policy
 from rl_llm.policy.load import Weights
 from rl_llm.rollout import ResponseBatch, response_logprobs, take_prompts
-from rl_llm.rollout.experience import Experience, response_batch
+from rl_llm.rollout.collect import Experience, response_batch
 from rl_llm.runs.flops import Work, response_work, update_passes
 
 Truncated = Literal["keep", "zero", "drop"]
@@ -68,7 +68,7 @@ def make_programs(
 
 def place_responses(experience: Experience, mesh: jax.sharding.Mesh | None) -> ResponseBatch:
   """Puts the experience on the devices as losses read it; its tokens are sent only here."""
-  return sharding.place_rows(response_batch(experience), mesh)
+  return sharding.shard_rows(response_batch(experience), mesh)
 
 
 def all_weights(
@@ -153,7 +153,7 @@ def minibatches(
   Args:
     take: from `Programs`.
     batch: the whole batch, on the devices.
-    order: from `rl_llm.rollout.experience.minibatches`: the problems of each update, those that
+    order: from `rl_llm.training.minibatches.problem_order`: the problems of each update, those that
       matter first, and how many of them do.
     microbatch_prompts: problems per microbatch.
     only: whether the loss has no other term, so that problems that do not matter can be left out.
@@ -183,7 +183,7 @@ def reward_kl(batch: ResponseBatch, *, value: str) -> tuple[jax.Array, dict[str,
 
 def per_response(batch: ResponseBatch, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
   """The means [P, G] of advantages per token, and [P] which problems have one that is not 0."""
-  means, any_of = sharding.fetch(_per_response(batch.advantages, batch.mask))
+  means, any_of = sharding.gather_to_host(_per_response(batch.advantages, batch.mask))
   return means.reshape(shape), np.any(any_of.reshape(shape), axis=1)
 
 
@@ -234,3 +234,29 @@ def without_spread(informative: np.ndarray, ok: np.ndarray) -> float | None:
   """
   graded = ok.any(axis=1)
   return float(np.mean(~informative[graded])) if graded.any() else None
+
+
+def problem_order(
+  seed: int, step: int, *, prompts: int, epochs: int, count: int, matters: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+  """The problems of each update, with `count` updates per epoch; every epoch reshuffles them.
+
+  >>> [(chosen.size, used) for chosen, used in problem_order(0, 0, prompts=6, epochs=1, count=3)]
+  [(2, 2), (2, 2), (2, 2)]
+
+  Args:
+    seed: of the run.
+    step: of the run.
+    prompts: P.
+    epochs: passes over all problems.
+    count: updates in each pass; divides P.
+    matters: [P] bool, False = its responses add nothing to the loss; None: all matter.
+
+  Yields:
+    The chosen problems, those that matter first, and how many of them matter.
+  """
+  for epoch in range(epochs):
+    rng = np.random.default_rng(np.random.SeedSequence([seed, step, epoch]))
+    for chosen in np.split(rng.permutation(prompts), count):
+      used = np.ones(len(chosen), bool) if matters is None else matters[chosen]
+      yield chosen[np.argsort(~used, kind="stable")], int(np.count_nonzero(used))

@@ -22,8 +22,8 @@ from rl_llm import evaluation, rollout
 from rl_llm.data.prompts import PromptBatch
 from rl_llm.parallel import sharding
 from rl_llm.policy import Policy, join, population_policy
-from rl_llm.rollout import ResponseBatch, Rollout, experience
-from rl_llm.rollout.experience import Generate, Sampler
+from rl_llm.rollout import ResponseBatch, Rollout, drawing
+from rl_llm.rollout.collect import Generate, Sampler
 from rl_llm.runs import metrics
 from rl_llm.text.tokenizers import Tokenizer
 from rl_llm.training import loop, minibatches
@@ -131,7 +131,8 @@ def in_turns(sample: Generate, count: int) -> list[Generate]:
         tiled = PromptBatch(*(np.concatenate([x] * count) for x in prompts))
         temperature = jnp.tile(sampling.temperature, count)
         sampling = dataclasses.replace(sampling, temperature=temperature)
-        said.append(sharding.fetch(sample(tiled, jnp.concatenate([keys] * count), sampling, group)))
+        sampled = sample(tiled, jnp.concatenate([keys] * count), sampling, group)
+        said.append(sharding.gather_to_host(sampled))
       size = len(keys)
       return Rollout(*(x[number * size : (number + 1) * size] for x in said[call]))
 
@@ -160,7 +161,7 @@ class Evaluations(NamedTuple):
 
 def evaluate(
   sampler: Sampler,
-  held_out: experience.Drawn,
+  held_out: drawing.Drawn,
   say: Callable[[str], None],
   state: TrainState,
   step: int,
@@ -207,12 +208,12 @@ def member_step(step: loop.Step, number: int, *, learning_rate: float) -> loop.S
   """
   found, learned = step.evaluation, None
   if step.learned:
-    worth, totals = step.learned.advantages[number], step.learned.metrics["totals"]
+    advantages, totals = step.learned.advantages[number], step.learned.metrics["totals"]
     figures = metrics.finalize({k: (v[0][number], v[1][number]) for k, v in totals.items()})
     ok = step.experience[number].scores.ok
-    figures["frac_zero_std"] = minibatches.without_spread(np.any(worth != 0, axis=1), ok)
+    figures["frac_zero_std"] = minibatches.without_spread(np.any(advantages != 0, axis=1), ok)
     figures["learning_rate"] = learning_rate
-    learned = loop.Learned(figures, worth)
+    learned = loop.Learned(figures, advantages)
   return step._replace(
     evaluation=found and found.members[number],
     experience=step.learned and step.experience[number],

@@ -27,7 +27,7 @@ from rl_llm.data.encoding import Encoded
 from rl_llm.errors import ConfigError
 from rl_llm.files import write_atomically
 from rl_llm.parallel import hosts
-from rl_llm.parallel.sharding import fetch, place_rows
+from rl_llm.parallel.sharding import gather_to_host, shard_rows
 from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
 from rl_llm.runs.checkpoint import fingerprint
 from rl_llm.runs.finite import check_finite
@@ -132,8 +132,8 @@ def compute_logprobs(
     batch = sequence_batch(
       [sequences[index] for index in chosen], pad_id=pad_id, rows=rows_per_batch
     )
-    found_rows = score(params, place_rows(batch, mesh), temperature, policy=policy)
-    logprobs = np.asarray(fetch(found_rows), np.float32)
+    found_rows = score(params, shard_rows(batch, mesh), temperature, policy=policy)
+    logprobs = np.asarray(gather_to_host(found_rows), np.float32)
     check_finite(logprobs, params, what="the log-probs of given texts")
     for index, row in zip(chosen, logprobs, strict=False):
       found[index] = row[: len(sequences[index].tokens)].copy()
@@ -212,7 +212,7 @@ def cached_logprobs(
       pass
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
       logging.warning("%s is computed again: %s", path, error)
-  if hosts.share("the log-probs of the reference", found is not None):
+  if hosts.broadcast("the log-probs of the reference", found is not None):
     return _read(path.read_bytes(), key) if found is None else found
   found = compute()
   if hosts.is_main():

@@ -38,7 +38,9 @@ def of_update(sizes, *, scan_layers) -> dict[str, float]:
     return policy_loss(logprobs, batch)
 
   init = functools.partial(init_state, optimizer=optax.identity())
-  state = sharding.placed_shapes(jax.eval_shape(lambda: init(policy.init(jax.random.key(0)))), mesh)
+  state = sharding.sharded_shapes(
+    jax.eval_shape(lambda: init(policy.init(jax.random.key(0)))), mesh
+  )
   rows = sharding.row_sharding(mesh)
   batch = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), ragged_batch()
@@ -95,7 +97,7 @@ def test_a_rollout_gathers_a_layer_at_each_token_instead_of_holding_the_model(ca
   mesh = mesh_of((1, 8, 1))
   policy = make_policy(config, mesh=mesh)
   rows = sharding.row_sharding(mesh)
-  params = sharding.placed_shapes(jax.eval_shape(policy.init, jax.random.key(0)), mesh)
+  params = sharding.sharded_shapes(jax.eval_shape(policy.init, jax.random.key(0)), mesh)
   prompts = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=rows)
   lengths = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=rows)
   text = (

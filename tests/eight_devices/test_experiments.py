@@ -42,7 +42,7 @@ def small(monkeypatch):
   def load(name, *, seed, mesh, **_):
     assert seed == 0
     params = first_params()
-    return LanguageModel(POLICY, params if mesh is None else sharding.place(params, mesh), Padded())
+    return LanguageModel(POLICY, params if mesh is None else sharding.shard(params, mesh), Padded())
 
   monkeypatch.setattr("rl_llm.policy.load.load_model", load)
 
@@ -123,11 +123,11 @@ def test_a_state_is_the_same_bits_on_any_number_of_devices(tmp_path):
   params = first_params()
   shapes = jax.eval_shape(lambda: params)
   saved = Checkpointer(tmp_path, keep=10)
-  saved.save(0, sharding.place(params, sharding.make_mesh(data=1)))
+  saved.save(0, sharding.shard(params, sharding.make_mesh(data=1)))
   for step, sizes in enumerate([(1, 2, 1), (1, 2, 2), (2, 2, 2), (1, 1, 8), (1, 1, 1)]):
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
     layout = sharding.tree_shardings(shapes, mesh)
-    wanted = sharding.placed_shapes(shapes, mesh)
+    wanted = sharding.sharded_shapes(shapes, mesh)
     _, state, _ = saved.restore(wanted, step)
     for leaf, sharding_of_leaf in zip(*map(jax.tree.leaves, (state, layout)), strict=True):
       assert leaf.sharding.is_equivalent_to(sharding_of_leaf, leaf.ndim)

@@ -41,7 +41,7 @@ def update_on(mesh, *, scan_layers):
   state = init_state(params(), DESCENT["optimizer"])
   batch = ragged_batch()
   if mesh is not None:
-    state, batch = sharding.place(state, mesh), sharding.place_rows(batch, mesh)
+    state, batch = sharding.shard(state, mesh), sharding.shard_rows(batch, mesh)
   update = make_update(loss_fn, optax.identity(), microbatches=2, mesh=mesh)
   return update, (state, batch, {"learning_rate": jnp.float32(1.0)})
 

@@ -18,7 +18,7 @@ from rl_llm.data.prompts import PromptBatch
 from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import ResponseBatch, gather_weights, generate, response_logprobs, row_keys
-from rl_llm.rollout.experience import make_generate
+from rl_llm.rollout.collect import make_generate
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.training.train_state import init_state
 from rl_llm.training.update import make_optimizer, make_update
@@ -76,7 +76,7 @@ def steps(sizes, *, count, rate, microbatches=1, optimizer=make_optimizer()):  #
   state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params())
   batch = ragged_batch()
   if mesh is not None:
-    state, batch = sharding.place(state, mesh), sharding.place_rows(batch, mesh)
+    state, batch = sharding.shard(state, mesh), sharding.shard_rows(batch, mesh)
   update = make_update(loss_fn, optimizer, microbatches=microbatches, mesh=mesh)
   before = jax.tree.map(lambda x: x.sharding, state)
   hparams = {"learning_rate": jnp.float32(rate)}
@@ -132,9 +132,9 @@ def test_the_work_is_shared(sizes):
   flops = []
   for mesh in (mesh_of((1, 1, 1)), mesh_of(sizes)):
     optimizer = optax.identity()
-    state = sharding.place(init_state(params(), optimizer), mesh)
+    state = sharding.shard(init_state(params(), optimizer), mesh)
     update = make_update(loss_fn, optimizer, mesh=mesh)
-    arguments = state, sharding.place_rows(ragged_batch(), mesh), {"learning_rate": 1.0}
+    arguments = state, sharding.shard_rows(ragged_batch(), mesh), {"learning_rate": 1.0}
     flops.append(update.lower(*arguments).compile().cost_analysis()["flops"])
   assert flops[1] < 0.2 * flops[0], flops
 
@@ -169,8 +169,8 @@ def test_a_rollout_says_what_one_device_says(sizes, slots):
   }
   sampling = SamplingConfig(jnp.full(PROMPTS * GROUP, 0.7))
   wanted = generate(params(), *arguments, sampling, **settings)
-  placed = sharding.place_rows((*arguments, sampling), mesh)
-  found = generate(sharding.place(params(), mesh), *placed, **settings, slots=slots)
+  placed = sharding.shard_rows((*arguments, sampling), mesh)
+  found = generate(sharding.shard(params(), mesh), *placed, **settings, slots=slots)
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
   np.testing.assert_array_equal(found.stop_reason, wanted.stop_reason)
   np.testing.assert_allclose(found.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
@@ -188,7 +188,7 @@ def test_a_rollout_on_gathered_weights_says_what_one_device_says(sizes):
   alone = make_generate(POLICY, tokenizer, **settings)
   wanted = alone(params(), prompts, keys, sampling, GROUP)
   policy = make_policy(POLICY.config, mesh=mesh)
-  placed = sharding.place(params(), mesh)
+  placed = sharding.shard(params(), mesh)
   found = make_generate(policy, tokenizer, **settings, mesh=mesh)(
     placed, prompts, keys, sampling, GROUP
   )
@@ -204,7 +204,7 @@ def test_a_rollout_on_gathered_weights_says_what_one_device_says(sizes):
     assert {shard.data.size * sizes[2] for shard in leaf.addressable_shards} == {leaf.size}
   compiled = generate.lower(
     jax.tree.map(lambda x: x.astype(jnp.float32), gathered),
-    *sharding.place_rows((*prompts[:2], keys, sampling), whole),
+    *sharding.shard_rows((*prompts[:2], keys, sampling), whole),
     policy=policy.over(whole),
     responses_per_prompt=GROUP,
     max_new_tokens=STEPS,
@@ -241,7 +241,7 @@ def test_what_cannot_be_cut_is_named():
   ):
     sharding.tree_shardings({"embed": {"embedding": shape}}, mesh_of((1, 1, 8)))
   with pytest.raises(sharding.ShardingError, match=r"tokens: 12 rows cannot be cut into 8 parts"):
-    sharding.place_rows({"tokens": np.zeros((12, 3))}, mesh_of((4, 2, 1)))
+    sharding.shard_rows({"tokens": np.zeros((12, 3))}, mesh_of((4, 2, 1)))
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (2, 1, 4)], ids=str)
@@ -258,7 +258,7 @@ def test_each_device_gives_its_own_rows_and_heads_to_the_kernel(sizes):
 
   mesh = mesh_of(sizes)
   kernel = make_policy(POLICY.config, attention="splash", mesh=mesh)
-  placed = sharding.place(params(), mesh), sharding.place_rows(batch, mesh)
+  placed = sharding.shard(params(), mesh), sharding.shard_rows(batch, mesh)
   loss, found = gradient(kernel, *placed)
   wanted_loss, wanted = gradient(POLICY, params(), batch)
   np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)

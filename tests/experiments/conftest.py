@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from rl_llm.parallel.sharding import place
+from rl_llm.parallel.sharding import shard
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import LanguageModel, load_model
 from rl_llm.text.tokenizers import ByteTokenizer
@@ -61,7 +61,7 @@ def small(monkeypatch):
     params = init(jax.random.key(seed))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
     found = make_policy(config, dtype=dtype)
-    return LanguageModel(found, params if mesh is None else place(params, mesh), Chatty())
+    return LanguageModel(found, params if mesh is None else shard(params, mesh), Chatty())
 
   monkeypatch.setattr("rl_llm.policy.load.load_model", load)
   return policy

@@ -24,10 +24,11 @@ from rl_llm.data.prompts import bucket
 from rl_llm.errors import ConfigError
 from rl_llm.files import locked
 from rl_llm.rewards import RewardError
-from rl_llm.rollout import experience, generate
+from rl_llm.rollout import generate
 from rl_llm.runs.config import flatten, replace
 from rl_llm.runs.metrics import read, without_timings
 from rl_llm.training.loop import Diverged
+from rl_llm.training.minibatches import problem_order
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, outcome, settings
 
@@ -314,7 +315,7 @@ def test_failed_grades_are_masked_out_and_counted(tmp_path, small, files, monkey
   assert [row["status"] for row in rows] == [statuses.get(kind, "ok") for kind in kinds]
   trained = [row["length"] if row["status"] == "ok" else 0 for row in rows]
   matters = np.any(np.array([row["advantage"] for row in rows]).reshape(4, 4) != 0, axis=1)
-  order, _ = next(experience.minibatches(0, 0, prompts=4, epochs=1, count=1, matters=matters))
+  order, _ = next(problem_order(0, 0, prompts=4, epochs=1, count=1, matters=matters))
   wanted = np.array(trained).reshape(4, 4)[order].reshape(-1)
   (batch,) = batches
   np.testing.assert_array_equal(batch.mask.sum(axis=1), wanted)

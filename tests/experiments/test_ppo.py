@@ -478,7 +478,7 @@ def test_a_reward_that_cannot_be_used_is_refused_before_a_rollout(
     save_hf(tmp_path / "policy", config, params)
   if "{judge}" in reward:
     vocabularies = iter([{"a": 0}, {"b": 0}])
-    name = "rl_llm.rollout.experience._vocabulary"
+    name = "rl_llm.rollout.judge._vocabulary"
     monkeypatch.setattr(name, lambda tokenizer: next(vocabularies))
   reward = reward.format(policy=tmp_path / "policy", judge=judge_directory)
   changes = settings(files) | {"reward": reward}

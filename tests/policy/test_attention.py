@@ -12,7 +12,7 @@ import pytest
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.attention import (
   Kernel,
-  Sight,
+  Visible,
   attention_mask,
   find_kernel,
   fused_attend,
@@ -68,10 +68,10 @@ def test_splash_attention_is_attention_by_hand(window, cap, first_column):
   key_segments[1, 12:-3] = 2  # and two sequences in a row.
   query_segments = key_segments[:, first_column:]
   seen = seen_by(query_segments, key_segments, first_column, window)
-  sight = Sight(jnp.array(seen)[:, None], query_segments, key_segments, window is not None)
+  visible = Visible(jnp.array(seen)[:, None], query_segments, key_segments, window is not None)
   out = fused_attend(
     *(jnp.float32(x) for x in (query, keys, values)),
-    sight,
+    visible,
     kernel=SPLASH,
     first_column=first_column,
     window=window,

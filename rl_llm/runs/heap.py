@@ -12,7 +12,7 @@ import jax
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def give_back_freed() -> None:
+def trim() -> None:
   """Returns freed memory to the system; does nothing if the C library is not glibc.
 
   glibc keeps freed memory for later allocations. After half a gigabyte of arrays is replaced, or a
@@ -26,7 +26,7 @@ def give_back_freed() -> None:
 
 
 @contextmanager
-def freed_given_back() -> Iterator[None]:
+def trimmed() -> Iterator[None]:
   """Returns freed memory when the block begins, and in it after each compilation of over a second.
 
   With SmolLM2 on a CPU that is 0.3 GB of initial weights, which the training state has copied, and
@@ -36,9 +36,9 @@ def freed_given_back() -> Iterator[None]:
 
   def listen(event: str, seconds: float, **_: object) -> None:
     if event == COMPILED and seconds > 1:
-      give_back_freed()
+      trim()
 
-  give_back_freed()
+  trim()
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     yield
