@@ -54,7 +54,7 @@ from launch.programs import Lowering, Programs, programs, settings_of
 from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import Policy, TransformerConfig, make_policy
-from rl_llm.policy.layers import cast_weights
+from rl_llm.policy.layer_stack import cast_weights
 from rl_llm.rollout.sampling import SamplingConfig, sample
 from rl_llm.runs.chips import DEVICE_KINDS, GPUS, Chip
 from rl_llm.runs.config import option, run

@@ -19,11 +19,13 @@ from rl_llm.policy.configs import (
   tiny_config,
 )
 from rl_llm.policy.gguf import demo_gguf_path, load_gguf
-from rl_llm.policy.hf import Layout, load_adapter, load_hf, save_adapter, save_hf
+from rl_llm.policy.hf import Layout, load_hf, save_hf
 from rl_llm.policy.lora import join, merge_lora, split_lora
+from rl_llm.policy.modules import Params
+from rl_llm.policy.peft import load_adapter, save_adapter
 from rl_llm.policy.population import PopulationPolicy, population_policy
 from rl_llm.policy.scalar_head import apply_head, normal_head, with_head, zero_head
-from rl_llm.policy.transformer import Cache, Params, Policy, make_policy
+from rl_llm.policy.transformer import Cache, Policy, make_policy
 
 
 def load_weights(

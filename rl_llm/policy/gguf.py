@@ -15,7 +15,8 @@ import numpy as np
 
 from rl_llm.policy.configs import RopeScaling, TransformerConfig, WeightsError
 from rl_llm.policy.hf import Layout, assemble, leaf_shapes
-from rl_llm.policy.transformer import Params, rope_frequencies
+from rl_llm.policy.modules import Params
+from rl_llm.policy.positions import rope_frequencies
 from rl_llm.text.gguf_parts import part_paths
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -23,7 +24,7 @@ _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 # The file does not say which: the number of layers tells them apart.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
   "attention/query": "attn_q",
   "attention/key": "attn_k",
   "attention/value": "attn_v",
@@ -53,7 +54,7 @@ def gguf_name(path: str) -> str:
   match = re.fullmatch(r"layers_(\d+)/(.+)", module)
   if not match:
     return f"{_TOP_NAMES[module]}.{suffix}"
-  return f"blk.{match[1]}.{_LAYER_NAMES[match[2]]}.{suffix}"
+  return f"blk.{match[1]}.{LAYER_NAMES[match[2]]}.{suffix}"
 
 
 def undo_rope_permutation(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -3,14 +3,10 @@ or sharded), and PEFT's directories that hold only adapters."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-import re
-import shutil
-import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.policy.configs import TransformerConfig, WeightsError, config_from_hf, config_to_hf
+from rl_llm.policy.hf_names import hf_name
 from rl_llm.policy.model_files import (
-  DTYPES,
+  ADAPTER_CONFIG,
   EMBEDDING,
   HEAD,
   INDEX,
@@ -33,70 +30,17 @@ from rl_llm.policy.model_files import (
   damaged,
   import_safetensors,
   inside,
+  new_directory,
   open_tensors,
   read_json,
   what_holds,
 )
-from rl_llm.policy.transformer import Params, make_policy, rope_frequencies
+from rl_llm.policy.modules import Params
+from rl_llm.policy.positions import rope_frequencies
+from rl_llm.policy.transformer import make_policy
 
 # Shapes of all leaves, nested -> a sharding for each.
 Layout = Callable[[Any], Any]
-
-_ADAPTER = "adapter_model.safetensors"
-_ADAPTER_CONFIG = "adapter_config.json"
-# PEFT's entries that make a different function of the same tensors.
-_NOT_PLAIN_LORA = (
-  "use_rslora",
-  "use_dora",
-  "use_qalora",
-  "alpha_pattern",
-  "fan_in_fan_out",
-  "layer_replication",
-  "alora_invocation_tokens",
-)
-
-# Our path inside a layer -> theirs. Gemma, which norms after attention too, uses the name
-# post_attention_layernorm for that; elsewhere it is the norm before the MLP.
-_LAYER_NAMES = {
-  "attention/query": "self_attn.q_proj",
-  "attention/key": "self_attn.k_proj",
-  "attention/value": "self_attn.v_proj",
-  "attention/output": "self_attn.o_proj",
-  "attention/query_norm": "self_attn.q_norm",
-  "attention/key_norm": "self_attn.k_norm",
-  "mlp/gate": "mlp.gate_proj",
-  "mlp/up": "mlp.up_proj",
-  "mlp/down": "mlp.down_proj",
-  "attention_norm": "input_layernorm",
-}
-_PRE_NORM_NAMES = {"mlp_norm": "post_attention_layernorm"}
-_POST_NORM_NAMES = {
-  "attention_post_norm": "post_attention_layernorm",
-  "mlp_norm": "pre_feedforward_layernorm",
-  "mlp_post_norm": "post_feedforward_layernorm",
-}
-_TOP_NAMES = {
-  "embed": "model.embed_tokens",
-  "final_norm": "model.norm",
-  "unembed": "lm_head",
-  "head": "score",  # Of a sequence classifier.
-}
-
-
-def hf_name(config: TransformerConfig, path: str) -> str:
-  """Hugging Face's name of the leaf at `path`.
-
-  >>> from rl_llm.policy.configs import tiny_config
-  >>> hf_name(tiny_config(32), "layers_1/attention/query/weight")
-  'model.layers.1.self_attn.q_proj.weight'
-  """
-  module, leaf = path.rsplit("/", 1)
-  suffix = "bias" if leaf == "bias" else "weight"
-  match = re.fullmatch(r"layers_(\d+)/(.+)", module)
-  if not match:
-    return f"{_TOP_NAMES[module]}.{suffix}"
-  norms = _POST_NORM_NAMES if config.post_norms else _PRE_NORM_NAMES
-  return f"model.layers.{match[1]}.{(_LAYER_NAMES | norms)[match[2]]}.{suffix}"
 
 
 def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -251,8 +195,8 @@ def read_config(directory: str | os.PathLike) -> tuple[TransformerConfig, dict[s
   directory = Path(directory)
   if not directory.is_dir():
     raise WeightsError(f"{directory}: no such model directory; check the path")
-  if (directory / _ADAPTER_CONFIG).is_file() and not (directory / "config.json").exists():
-    named = read_json(inside(directory, _ADAPTER_CONFIG, "")).get("base_model_name_or_path")
+  if (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").exists():
+    named = read_json(inside(directory, ADAPTER_CONFIG, "")).get("base_model_name_or_path")
     base = named or "which they do not name"
     raise WeightsError(
       f"{directory}: holds PEFT's adapters alone; merge them into their base model ({base}), or "
@@ -404,7 +348,7 @@ def write_directory(
     shards[-1].append(path)
     size += nbytes
 
-  with _new_directory(directory) as partial:
+  with new_directory(directory) as partial:
     weight_map = {}
     for number, paths in enumerate(shards, start=1):
       sharded = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -418,232 +362,6 @@ def write_directory(
       index = {"metadata": {"total_size": total}, "weight_map": weight_map}
       (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (partial / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
-
-
-def save_adapter(directory: str | os.PathLike, params: Params, *, base: str) -> None:
-  """Writes only a model's adapters, float32, as PEFT does: `PeftModel.from_pretrained` and servers
-  that take LoRA adapters read them. The write is atomic, like `save_hf`'s.
-
-  Args:
-    directory: must not exist yet, or be empty.
-    params: from `rl_llm.policy.join`, adapters of one rank and one alpha; only these are written.
-    base: the name or path of the model that they belong to, which adapter_config.json repeats.
-
-  Raises:
-    WeightsError: the directory holds something, or there are no adapters.
-  """
-  import_safetensors()
-  from safetensors.numpy import save_file
-
-  adapters = _adapters(params)
-  if not adapters:
-    raise WeightsError("params: no adapters among these weights; make them with split_lora")
-  ranks = {len(node["lora_a"]) for node in adapters.values()}
-  scales = {float(node["lora_scale"]) for node in adapters.values()}
-  if len(ranks) > 1 or len(scales) > 1:
-    raise WeightsError(f"params: adapters of ranks {ranks}, scales {scales}; must be one of each")
-  [rank], [scale] = ranks, scales
-  alpha = _alpha(scale, rank)
-  entries = {
-    "base_model_name_or_path": base,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-    "lora_dropout": 0.0,
-    "peft_type": "LORA",
-    "r": rank,
-    "target_modules": _target_modules(params, list(adapters)),
-    "task_type": "CAUSAL_LM",
-  }
-  tensors = {
-    adapter_name(f"{path}/{leaf}"): np.ascontiguousarray(node[leaf], np.float32)
-    for path, node in adapters.items()
-    for leaf in ("lora_a", "lora_b")
-  }
-  with _new_directory(directory) as partial:
-    save_file(tensors, partial / _ADAPTER, metadata={"format": "pt"})
-    (partial / _ADAPTER_CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
-
-
-def load_adapter(directory: str | os.PathLike, params: Params) -> Params:
-  """Reads adapters that `save_adapter` or PEFT wrote, if they match those asked for.
-
-  Args:
-    directory: holds adapter_config.json and adapter_model.safetensors.
-    params: from `rl_llm.policy.join`: its adapters, such as fresh ones from `split_lora`, determine
-      the matrices, the rank and the alpha asked for; their values are not used.
-
-  Returns:
-    The lora_a and lora_b of the directory, float32: what `split_lora` gives as `trained`.
-
-  Raises:
-    WeightsError: a file is missing, damaged or outside the directory, or not of plain LoRA; or the
-      adapters have another rank, alpha or shape, or belong to other matrices.
-  """
-  directory = Path(directory)
-  entries, tensors = _read_adapter(directory)
-  asked = _adapters(params)
-  fix = _to_ask_for(entries, tensors, sum(name.startswith("layers_") for name in params))
-  trained: Params = {}
-  for path, node in asked.items():
-    place = trained
-    for parent in path.split("/"):
-      place = place.setdefault(parent, {})
-    for leaf, rank_axis in (("lora_a", 0), ("lora_b", 1)):
-      where, name = f"{directory}: leaf '{path}/{leaf}'", adapter_name(f"{path}/{leaf}")
-      if name not in tensors:
-        raise WeightsError(f"{where} is not there; {fix}")
-      found, wanted = tensors[name].shape, node[leaf].shape
-      if len(found) != 2 or found[1 - rank_axis] != wanted[1 - rank_axis]:
-        base = entries.get("base_model_name_or_path") or "which it does not name"
-        raise WeightsError(
-          f"{where} has shape {found}, the model's is {wanted}; use the adapter's own model, {base}"
-        )
-      if found[rank_axis] != entries["r"]:
-        raise WeightsError(
-          f"{where} has rank {found[rank_axis]}, and {_ADAPTER_CONFIG} says 'r' is {entries['r']}; "
-          "use an adapter of one rank"
-        )
-      if found != wanted:
-        raise WeightsError(
-          f"{where} has rank {found[rank_axis]}, the rank asked for is {wanted[rank_axis]}; {fix}"
-        )
-      array = np.asarray(tensors.pop(name), np.float32)
-      check_numbers(array, where)
-      place[leaf] = jnp.array(array)
-    scale, rank = float(node["lora_scale"]), len(node["lora_a"])
-    if np.float32(entries["lora_alpha"] / rank) != np.float32(scale):
-      raise WeightsError(
-        f"{directory}: leaf '{path}/lora_a' has alpha {entries['lora_alpha']:g}, the alpha asked "
-        f"for is {_alpha(scale, rank):g}; {fix}"
-      )
-  if tensors:
-    raise WeightsError(f"{directory}: tensor '{min(tensors)}' was not asked for; {fix}")
-  return trained
-
-
-def _read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The entries of adapter_config.json, checked to be plain LoRA's, and all tensors."""
-  safetensors = import_safetensors()
-  if not directory.is_dir():
-    raise WeightsError(f"{directory}: no such adapter directory; check the path")
-  path = inside(directory, _ADAPTER_CONFIG, "is missing; give a directory as PEFT writes it")
-  entries = read_json(path)
-  if entries.get("peft_type") != "LORA":
-    raise WeightsError(f"{path}: peft_type is {entries.get('peft_type')!r}; must be 'LORA'")
-  other = {name: entries[name] for name in _NOT_PLAIN_LORA if entries.get(name)}
-  # All but these change the model's own weights too.
-  if entries.get("init_lora_weights") not in (None, True, False, "gaussian"):
-    other["init_lora_weights"] = entries["init_lora_weights"]
-  for name, value in other.items():
-    raise WeightsError(f"{path}: '{name}' is {value!r}, which is not supported; use plain LoRA")
-  for name, kinds in (("r", int), ("lora_alpha", int | float)):
-    value = entries.get(name)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-      raise WeightsError(f"{path}: '{name}' is {value!r}; must be a number")
-  path = inside(directory, _ADAPTER, "is missing (pickled adapter_model.bin is never read)")
-  try:
-    with safetensors.safe_open(path, framework="numpy") as handle:
-      for name in handle.keys():
-        dtype = handle.get_slice(name).get_dtype()
-        if dtype not in DTYPES:
-          raise WeightsError(f"{path}: tensor '{name}' is {dtype}, not one of {', '.join(DTYPES)}")
-      return entries, {name: handle.get_tensor(name) for name in handle.keys()}
-  except (safetensors.SafetensorError, OSError) as error:
-    raise WeightsError(f"{path}: damaged or truncated ({error}); copy it again") from error
-
-
-def adapter_name(path: str) -> str:
-  """PEFT's name of the adapter's leaf at `path`.
-
-  >>> adapter_name("layers_1/attention/query/lora_a")
-  'base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight'
-  """
-  module, leaf = path.rsplit("/", 1)
-  half = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
-  return f"base_model.model.{_adapted_module(module)}.{half}.weight"
-
-
-def _adapted_module(path: str) -> str:
-  """Hugging Face's name of a matrix that `split_lora` adapts; norms alone depend on the family."""
-  match = re.fullmatch(r"layers_(\d+)/(.+)", path)
-  if not match or match[2] not in _LAYER_NAMES:
-    raise WeightsError(f"params: leaf '{path}' is no matrix of a layer, as PEFT's adapters are")
-  return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
-
-
-def _adapters(params: Params, path: str = "") -> dict[str, Params]:
-  """{path: node} of every matrix that has an adapter."""
-  if "lora_a" in params:
-    return {path: params}
-  found = {}
-  for name, child in params.items():
-    if isinstance(child, dict):
-      found |= _adapters(child, f"{path}/{name}" if path else name)
-  return found
-
-
-def _target_modules(params: Params, paths: list[str]) -> list[str]:
-  """PEFT's `target_modules`: the last part of a matrix's name where all layers have it, the full
-  name where only some do."""
-  layers = sum(name.startswith("layers_") for name in params)
-  names = [_adapted_module(path) for path in paths]
-  ends = [name.rsplit(".", 1)[1] for name in names]
-  return sorted(
-    {end if ends.count(end) == layers else name for name, end in zip(names, ends, strict=True)}
-  )
-
-
-def _alpha(scale: float, rank: int) -> float:
-  """The shortest number that is the scale, as float32, when it is divided by the rank.
-
-  >>> _alpha(float(np.float32(0.1 / 3)), 3)
-  0.1
-  """
-  rounded = (float(f"{scale * rank:.{digits}g}") for digits in range(1, 17))
-  return next(alpha for alpha in rounded if np.float32(alpha / rank) == np.float32(scale))
-
-
-def _to_ask_for(entries: dict[str, Any], tensors: dict[str, Any], layers: int) -> str:
-  """For an error, the settings that would match an adapter: they name its matrices, some of which
-  may be in only some of the model's layers (PEFT's layers_to_transform)."""
-  ours = {theirs: path for path, theirs in _LAYER_NAMES.items()}
-  having: dict[str, set[int]] = {}
-  for name in sorted(tensors):
-    match = re.fullmatch(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_[AB]\.weight", name)
-    if not match or match[2] not in ours:
-      return f"'{name}' is no matrix of a layer: use an adapter of such matrices alone"
-    having.setdefault(ours[match[2]], set()).add(int(match[1]))
-  targets = []
-  for some in sorted(set(map(frozenset, having.values())), key=sorted):
-    ends = "|".join(sorted(end for end, found in having.items() if found == some))
-    numbers = "|".join(map(str, sorted(some)))
-    targets.append(ends if len(some) == layers else f"layers_({numbers})/({ends})")
-  rank, alpha = entries["r"], entries["lora_alpha"]
-  found = f"--lora.rank={rank} --lora.alpha={alpha:g} --lora.targets='{'|'.join(targets)}'"
-  return f"ask for those that it has: {found}"
-
-
-@contextlib.contextmanager
-def _new_directory(directory: str | os.PathLike) -> Iterator[Path]:
-  """A temporary directory next to `directory`, which replaces it when the body is done.
-
-  Raises:
-    WeightsError: the directory holds something.
-  """
-  directory = Path(directory)
-  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise WeightsError(f"{directory}: already exists; give a new directory, or remove this one")
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-  try:
-    os.chmod(partial, 0o755)
-    yield partial
-    os.replace(partial, directory)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
 
 
 def _leaves(tree: Params) -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rl_llm.policy.transformer import Params
+from rl_llm.policy.modules import Params
 
 
 def split_lora(

@@ -6,9 +6,13 @@ more than a language model. Whatever is renamed or left out is reported, and not
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Callable, Collection, Iterable
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +22,7 @@ from rl_llm.policy.configs import WeightsError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's.
 DTYPES = ("F32", "F16", "BF16", "F64")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -220,3 +225,24 @@ def import_safetensors() -> Any:
       "Hugging Face weights need the package safetensors: pip install 'rl_llm[hf]'"
     ) from error
   return safetensors
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
+  """A temporary directory next to `directory`, which replaces it when the body is done.
+
+  Raises:
+    WeightsError: the directory holds something.
+  """
+  directory = Path(directory)
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise WeightsError(f"{directory}: already exists; give a new directory, or remove this one")
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+  try:
+    os.chmod(partial, 0o755)
+    yield partial
+    os.replace(partial, directory)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise

@@ -16,7 +16,8 @@ import chex
 import jax
 
 from rl_llm.policy.lora import join
-from rl_llm.policy.transformer import Cache, Params, Policy
+from rl_llm.policy.modules import Params
+from rl_llm.policy.transformer import Cache, Policy
 
 # (what all members share, or None; what each has, with the members along a new first axis)
 Population = tuple[Params | None, Params]

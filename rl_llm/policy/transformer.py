@@ -2,7 +2,7 @@
 
 Weights are a plain nested dict, one subtree a layer, so that paths read like
 `layers_3/attention/query/weight`. How the layers are run, one after another or as a loop over their
-stack, is decided in `rl_llm.policy.layers` and changes nothing in this tree.
+stack, is decided in `rl_llm.policy.layer_stack` and changes nothing in this tree.
 """
 
 from __future__ import annotations
@@ -13,30 +13,25 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rl_llm.parallel.sharding import constrain, constrain_rows, copy_to_rows, row_shards
-from rl_llm.policy.attention import (
-  AttentionName,
-  Kernel,
-  Visible,
-  attend,
-  attention_mask,
-  find_kernel,
-  fused_attend,
-  softcap,
-  takes,
+from rl_llm.policy.attention import AttentionName, Kernel, find_kernel, softcap
+from rl_llm.policy.configs import TransformerConfig
+from rl_llm.policy.layer_stack import Layer, run_layers
+from rl_llm.policy.modules import (
+  Block,
+  Mix,
+  Params,
+  RMSNorm,
+  Transformer,
+  masked_attention,
+  rematerialized_attention,
+  times_transposed,
 )
-from rl_llm.policy.configs import RopeScaling, TransformerConfig
-from rl_llm.policy.layers import Layer, rematerialized, run_layers
-
-Params = dict[str, Any]
-
-# Up to this many rows a CPU multiplies faster with the matrix first: see `times_transposed`.
-FEW_ROWS = 128
+from rl_llm.policy.positions import make_geometry
+from rl_llm.policy.shared_prefix import Fork
 
 
 class Cache(NamedTuple):
@@ -360,7 +355,7 @@ def _cached_layer(
   """A layer of `hidden`, as `run_layers` calls it; its output is the layer's new cache."""
   geometry, cursor = common
   rope, visible = geometry.of(is_sliding)
-  attend_layer = functools.partial(_attend, config=setup.config, kernel=setup.kernel)
+  attend_layer = functools.partial(masked_attention, config=setup.config, kernel=setup.kernel)
 
   def mix(query: chex.Array, key: chex.Array, value: chex.Array) -> tuple[chex.Array, Any]:
     if cached is None:
@@ -370,43 +365,10 @@ def _cached_layer(
     values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
     if keys.shape[-1] == query.shape[1]:  # Nothing was read before.
       return attend_layer(query, key, value, visible), (keys, values)
-    out = _rematerialized_attend(query, keys, values, visible.mask, config=setup.config)
+    out = rematerialized_attention(query, keys, values, visible.mask, config=setup.config)
     return out, (keys, values)
 
   return _apply_block(setup, x, weights, rope, mix)
-
-
-class Fork(NamedTuple):
-  """Combines prompts [P, L, ...] and what follows them [B, T, ...], B = P * G, into one array.
-
-  Everything but attention works token by token. So both lie in one array, [P, L + G * T, ...], each
-  prompt with what follows it, and one product with each matrix covers both.
-
-  >>> fork = Fork(prompts=1, columns=2, rows=2, steps=1)
-  >>> both = fork.join(jnp.array([[5, 6]]), jnp.array([[7], [8]]))
-  >>> both.tolist(), [x.tolist() for x in fork.part(both)]
-  ([[5, 6, 7, 8]], [[[5, 6]], [[7], [8]]])
-  >>> fork.with_prompts(jnp.array([[5, 6]]), jnp.array([[7], [8]])).tolist()
-  [[5, 6, 7], [5, 6, 8]]
-  """
-
-  prompts: int  # P
-  columns: int  # L
-  rows: int  # B
-  steps: int  # T
-
-  def with_prompts(self, x: chex.Array, y: chex.Array) -> chex.Array:
-    """[P, L, ...] and [B, T, ...] as [B, L + T, ...]: each row behind a copy of its prompt."""
-    return jnp.concatenate([jnp.repeat(x, self.rows // self.prompts, axis=0), y], axis=1)
-
-  def join(self, x: chex.Array, y: chex.Array) -> chex.Array:
-    """[P, L, ...] and [B, T, ...] as [P, L + G * T, ...]."""
-    return jnp.concatenate([x, y.reshape(self.prompts, -1, *y.shape[2:])], axis=1)
-
-  def part(self, xy: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """The way back."""
-    prompts, following = xy[:, : self.columns], xy[:, self.columns :]
-    return prompts, following.reshape(self.rows, self.steps, *xy.shape[2:])
 
 
 def _forked_layer(
@@ -414,7 +376,7 @@ def _forked_layer(
 ) -> tuple[chex.Array, Any]:
   """A layer of `shared_hidden`, as `run_layers` calls it."""
   (rope, visible), (more_rope, more_visible) = (geometry.of(is_sliding) for geometry in common)
-  attend_layer = functools.partial(_attend, config=setup.config, kernel=setup.kernel)
+  attend_layer = functools.partial(masked_attention, config=setup.config, kernel=setup.kernel)
 
   def mix(*joined: chex.Array) -> tuple[chex.Array, None]:
     (query, more_query), (key, more_key), (value, more_value) = map(fork.part, joined)
@@ -424,335 +386,3 @@ def _forked_layer(
     return fork.join(out, more), None
 
   return _apply_block(setup, xy, weights, jax.tree.map(fork.join, rope, more_rope), mix)
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-  """Radians per position of each rotated pair: theta^(-2i / head_dim), slowed down as `scaling`
-  says.
-
-  >>> rope_frequencies(4, 10_000.0).tolist()
-  [1.0, 0.01]
-  >>> rope_frequencies(4, 10_000.0, RopeScaling("linear", 2.0)).tolist()
-  [0.5, 0.005]
-
-  Args:
-    head_dim: H, floats per head.
-    theta: base of the wavelengths.
-    scaling: None for none.
-
-  Returns:
-    [H / 2] float64.
-  """
-  frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-  if scaling is None:
-    return frequencies
-  if scaling.kind == "linear":
-    return frequencies / scaling.factor
-  # Decided by how many full turns a pair makes within the original context: few -> slowed, many ->
-  # kept.
-  turns = scaling.original_max_position * frequencies / (2 * np.pi)
-  span = scaling.high_freq_factor - scaling.low_freq_factor
-  keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-  return frequencies * (keep + (1.0 - keep) / scaling.factor)
-
-
-def apply_rope(x: chex.Array, cos: chex.Array, sin: chex.Array) -> chex.Array:
-  """Rotates pair (i, i + H / 2) of every head by its angle, in float32.
-
-  A quarter turn takes (1, 0) to (0, 1):
-
-  >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
-  >>> apply_rope(x, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))).tolist()
-  [[[[0.0, 1.0]]]]
-
-  Args:
-    x: [B, T, heads, H] float.
-    cos: [B, T, H / 2] float32, of the angles position * frequency.
-    sin: [B, T, H / 2] float32.
-
-  Returns:
-    [B, T, heads, H] in x's dtype.
-  """
-  halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-  cos, sin = cos[:, :, None, None, :], jnp.stack([-sin, sin], axis=-2)[:, :, None]
-  # Swapped, not split and joined: one fused loop, where a CPU takes several for a concatenation.
-  rotated = halves * cos + halves[..., ::-1, :] * sin
-  return rotated.reshape(x.shape).astype(x.dtype)
-
-
-class Geometry(NamedTuple):
-  """Where a pass's tokens stand and what they see: ((cos, sin), mask), in each kind of layer."""
-
-  full: tuple[tuple[chex.Array, chex.Array], chex.Array]
-  sliding: tuple[tuple[chex.Array, chex.Array], chex.Array]
-  segments: tuple[chex.Array, chex.Array]  # of the queries and of the keys
-
-  def of(self, is_sliding: bool | chex.Array) -> tuple[tuple[chex.Array, chex.Array], Visible]:
-    """The geometry for a layer: by its kind, or selected by data in a loop over both kinds."""
-    if isinstance(is_sliding, bool):
-      rope, mask = self.sliding if is_sliding else self.full
-    else:
-      choose = functools.partial(jnp.where, is_sliding)
-      rope, mask = jax.tree.map(choose, self.sliding, self.full)
-    return rope, Visible(mask, *self.segments, is_sliding)
-
-
-def make_geometry(
-  config: TransformerConfig,
-  query_segments: chex.Array,
-  key_segments: chex.Array,
-  query_positions: chex.Array,
-  key_positions: chex.Array,
-  first_column: chex.Array | int = 0,
-) -> Geometry:
-  """Angles and masks of a pass. The arguments are those of `attention_mask`."""
-
-  def mask(window: int | None) -> chex.Array:
-    return attention_mask(
-      query_segments, key_segments, query_positions, key_positions, first_column, window
-    )
-
-  def rope(theta: float, scaling: RopeScaling | None) -> tuple[chex.Array, chex.Array]:
-    frequencies = jnp.asarray(rope_frequencies(config.head_dim, theta, scaling), jnp.float32)
-    angles = query_positions[:, :, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-  full = rope(config.rope_theta, config.rope_scaling), mask(None)
-  if "sliding" not in config.layer_types:
-    return Geometry(full, full, (query_segments, key_segments))
-  local = config.rope_local_theta
-  sliding = rope(local, None) if local else full[0], mask(config.sliding_window)
-  return Geometry(full, sliding, (query_segments, key_segments))
-
-
-class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + eps) * scale, in float32; Gemma's scale is stored less 1."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x: chex.Array) -> chex.Array:
-    plus_one = self.config.norm_plus_one
-    initializer = nn.initializers.zeros if plus_one else nn.initializers.ones
-
-    def normalize(x: chex.Array, scale: chex.Array) -> chex.Array:
-      wide, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
-      mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-      normed = wide * jax.lax.rsqrt(mean_square + self.config.rms_eps)
-      return (normed * (1.0 + scale if plus_one else scale)).astype(x.dtype)
-
-    scale = self.param("scale", initializer, (x.shape[-1],))
-    return rematerialized(normalize)(_flat(x), scale).reshape(x.shape)
-
-
-def _flat(x: chex.Array) -> chex.Array:
-  """[B, T, D] as [B * T, D]: a weight's gradient then sums over one axis, and a CPU need not
-  transpose activations for it, nor sum with one core where B is 1."""
-  return x.reshape(-1, x.shape[-1])
-
-
-def times_transposed(x: chex.Array, weight: chex.Array, *, dtype: Any = None) -> chex.Array:
-  """x @ weight.T. Decoding multiplies few rows with a large matrix, and a CPU's library repacks the
-  second operand at every product: with the matrix first it packs the few rows instead, and 32 rows
-  take two thirds of the time.
-
-  >>> times_transposed(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0], [5.0, 6.0]])).tolist()
-  [[11.0, 17.0]]
-
-  Args:
-    x: [N, D] float.
-    weight: [F, D] float.
-    dtype: of the sums and the result; None for x's.
-
-  Returns:
-    [N, F].
-  """
-
-  def rows_first(x: chex.Array, weight: chex.Array) -> chex.Array:
-    return jnp.einsum("nd,fd->nf", x, weight, preferred_element_type=dtype)
-
-  def matrix_first(x: chex.Array, weight: chex.Array) -> chex.Array:
-    product = jnp.einsum("fd,nd->fn", weight, x, preferred_element_type=dtype)
-    # Without the barrier the compiler merges both into one product again, rows first.
-    return jax.lax.optimization_barrier(product).T
-
-  if len(x) > FEW_ROWS:
-    return rows_first(x, weight)
-  return jax.lax.platform_dependent(x, weight, cpu=matrix_first, default=rows_first)
-
-
-def _product(x: chex.Array, weight: chex.Array) -> chex.Array:
-  """x @ weight.T; with copies of the weight (`sharding.copy_to_rows`), each part of the rows with
-  its own."""
-  if weight.ndim == 2:
-    return times_transposed(x, weight)
-  parts = x.reshape(len(weight), -1, x.shape[-1])
-  return jnp.einsum("ptd,pfd->ptf", parts, weight).reshape(*x.shape[:-1], -1)
-
-
-class Linear(nn.Module):
-  """x @ weight.T + bias. `weight` is [out, in], as Hugging Face stores it and unlike `nn.Dense`:
-  decoding a few rows on a CPU takes a tenth less time than with [in, out]. Adapters next to it
-  (`rl_llm.policy.lora`) are added."""
-
-  features: int
-  use_bias: bool
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Any, before: Callable[[Any], chex.Array] | None = None) -> chex.Array:
-    """Applies to `before(x)`, which the backward pass recomputes instead of keeping; None: to x."""
-    if self.is_initializing():
-      x, before = x if before is None else before(x), None
-      shape = x.shape[-1], self.features
-      self.param("weight", lambda key: nn.initializers.lecun_normal()(key, shape).T)
-      if self.use_bias:
-        self.param("bias", nn.initializers.zeros, (self.features,))
-    weights = {name: w.astype(self.dtype) for name, w in self.variables["params"].items()}
-
-    def multiply(x: Any, weights: Params) -> chex.Array:
-      x = (x if before is None else before(x)).astype(self.dtype)
-      y = _product(x, weights["weight"])
-      if "lora_a" in weights:
-        narrow = jnp.einsum("...d,rd->...r", x, weights["lora_a"])
-        y = y + weights["lora_scale"] * jnp.einsum("...r,fr->...f", narrow, weights["lora_b"])
-      return y + weights["bias"] if self.use_bias else y
-
-    return multiply(x, weights) if before is None else rematerialized(multiply)(x, weights)
-
-
-def _rematerialized_attend(query, keys, values, mask, *, config: TransformerConfig) -> chex.Array:
-  """Plain attention, over a cache's layout. Scores and their softmax take queries times keys times
-  heads numbers and are cheap to recompute, so they are not kept for the backward pass."""
-  plain = functools.partial(attend, scale=config.attention_scale, cap=config.attn_softcap)
-  return rematerialized(lambda qkv, mask: plain(*qkv, mask))((query, keys, values), mask)
-
-
-def _attend(
-  query: chex.Array,
-  keys: chex.Array,
-  values: chex.Array,
-  visible: Visible,
-  *,
-  config: TransformerConfig,
-  kernel: Kernel | None,
-  first_column: int = 0,
-) -> chex.Array:
-  """What queries [B, T, N, H] take from keys and values [B, S, K, H], by the kernel if there is one
-  for it."""
-  cap = config.attn_softcap
-  if takes(kernel, query, *keys.shape[1:3], cap=cap):
-    return fused_attend(
-      query,
-      keys,
-      values,
-      visible,
-      kernel=kernel,
-      first_column=first_column,
-      window=config.sliding_window,
-      scale=config.attention_scale,
-      cap=cap,
-    )
-  keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
-  return _rematerialized_attend(query, keys, values, visible.mask, config=config)
-
-
-# (query [B, T, N, H], key [B, T, K, H], value [B, T, K, H]) -> (out [B, T, N, H], what is kept)
-Mix = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
-
-
-class Attention(nn.Module):
-  config: TransformerConfig
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: chex.Array, rope: Any, mix: Mix) -> tuple[chex.Array, Any]:
-    """x [B, T, D], rope (cos, sin); `mix` decides what sees what, the rest works token by token."""
-    config = self.config
-    flat = _flat(x)
-
-    def project(name: str, heads: int) -> chex.Array:
-      linear = Linear(heads * config.head_dim, config.qkv_bias, self.dtype, name=name)
-      return linear(flat).reshape(*x.shape[:2], heads, config.head_dim)
-
-    query = project("query", config.n_heads)
-    key = project("key", config.n_kv_heads)
-    value = project("value", config.n_kv_heads)
-    if config.qk_norm:
-      query = RMSNorm(config, name="query_norm")(query)
-      key = RMSNorm(config, name="key_norm")(key)
-    out, kept = mix(apply_rope(query, *rope), apply_rope(key, *rope), value)
-    linear = Linear(config.width, False, self.dtype, name="output")
-    return linear(out.reshape(*flat.shape[:1], -1)).reshape(x.shape), kept
-
-
-class MLP(nn.Module):
-  config: TransformerConfig
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x):
-    linear = functools.partial(Linear, use_bias=False, dtype=self.dtype)
-    silu = self.config.activation == "silu"
-
-    def gated(halves: tuple[chex.Array, chex.Array]) -> chex.Array:
-      gate, up = halves
-      return (nn.silu(gate) if silu else nn.gelu(gate, approximate=True)) * up
-
-    flat = _flat(x)
-    halves = tuple(linear(self.config.mlp_width, name=name)(flat) for name in ("gate", "up"))
-    return linear(self.config.width, name="down")(halves, before=gated).reshape(x.shape)
-
-
-class Block(nn.Module):
-  config: TransformerConfig
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: chex.Array, rope: Any, mix: Mix) -> tuple[chex.Array, Any]:
-    config = self.config
-
-    def post(name: str, y: chex.Array) -> chex.Array:
-      return RMSNorm(config, name=name)(y) if config.post_norms else y
-
-    y, kept = Attention(config, self.dtype, name="attention")(
-      RMSNorm(config, name="attention_norm")(x), rope, mix
-    )
-    x = x + post("attention_post_norm", y)
-    y = MLP(config, self.dtype, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
-    return x + post("mlp_post_norm", y), kept
-
-
-class Table(nn.Module):
-  """A [V, D] matrix, one row a token."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self) -> chex.Array:
-    shape = (self.config.vocab_size, self.config.width)
-    return self.param("embedding", nn.initializers.normal(0.02), shape)
-
-
-class Transformer(nn.Module):
-  """All weights by name, for `init`; a pass runs `Block`s of them, as `make_policy` says."""
-
-  config: TransformerConfig
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, tokens):
-    config = self.config
-    # Only `unembed` reads it; a trunk whose head is another (a reward model's) need not have it.
-    if not config.tie_embeddings:
-      Table(config, name="unembed")()
-    x = jnp.take(Table(config, name="embed")(), tokens, axis=0).astype(self.dtype)
-    zeros = jnp.zeros_like(tokens)
-    rope, visible = make_geometry(config, zeros, zeros, zeros, zeros).of(False)
-
-    def mix(*made: chex.Array) -> tuple[chex.Array, None]:
-      return _attend(*made, visible, config=config, kernel=None), None
-
-    for layer in range(config.n_layers):
-      x, _ = Block(config, self.dtype, name=f"layers_{layer}")(x, rope, mix)
-    return RMSNorm(config, name="final_norm")(x)

@@ -1,26 +1,30 @@
 """From prompts to responses that are sampled, scored and graded, before anything is learned."""
 
-from rl_llm.rollout.generation import (
-  CHUNK_SIZE,
-  STOP_EOS,
-  STOP_LENGTH,
+from rl_llm.rollout.decoding import (
   DecodeState,
   Decoding,
   Prefilled,
   Requests,
-  ResponseBatch,
-  Rollout,
   admit,
   decode_step,
   first_state,
-  gather_weights,
-  generate,
-  logprobs_of_hidden,
   prefill,
   prompt_layout,
+)
+from rl_llm.rollout.generation import (
+  STOP_EOS,
+  STOP_LENGTH,
+  Rollout,
+  gather_weights,
+  generate,
+  row_keys,
+)
+from rl_llm.rollout.scoring import (
+  CHUNK_SIZE,
+  ResponseBatch,
+  logprobs_of_hidden,
   response_hidden,
   response_logprobs,
-  row_keys,
   take_prompts,
 )
 

@@ -17,17 +17,11 @@ from rl_llm.parallel.sharding import gather_to_host, shard_rows, whole_along_fsd
 from rl_llm.policy import Policy
 from rl_llm.rewards import RewardPool, RewardResult, failure_share
 from rl_llm.rollout.drawing import Drawn, draw_problems
-from rl_llm.rollout.generation import (
-  STOP_LENGTH,
-  ResponseBatch,
-  Rollout,
-  gather_weights,
-  generate,
-  row_keys,
-)
+from rl_llm.rollout.generation import STOP_LENGTH, Rollout, gather_weights, generate, row_keys
 from rl_llm.rollout.grading import Scores, as_scores, grade, logged_metrics, owners_of, sample_rows
 from rl_llm.rollout.judge import Judge
 from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.rollout.scoring import ResponseBatch
 from rl_llm.runs.finite import check_finite
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem, Task

@@ -11,8 +11,9 @@ from rl_llm.data.prompts import PromptBatch
 from rl_llm.errors import ConfigError
 from rl_llm.parallel.sharding import shard
 from rl_llm.rewards import RewardError
-from rl_llm.rollout.generation import ResponseBatch, Rollout
+from rl_llm.rollout.generation import Rollout
 from rl_llm.rollout.reward_model import load_reward_model, score_responses
+from rl_llm.rollout.scoring import ResponseBatch
 from rl_llm.runs.finite import cause_in
 from rl_llm.text.tokenizers import ModelTokenizer, Tokenizer
 

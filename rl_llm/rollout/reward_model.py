@@ -25,7 +25,7 @@ from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf,
 from rl_llm.policy.hf import leaf_shapes, read_config, read_weights, write_directory
 from rl_llm.policy.load import LanguageModel
 from rl_llm.policy.scalar_head import apply_head
-from rl_llm.rollout.generation import ResponseBatch, response_hidden, take_prompts
+from rl_llm.rollout.scoring import ResponseBatch, response_hidden, take_prompts
 from rl_llm.runs.finite import check_finite
 from rl_llm.runs.metrics import proportion_interval
 from rl_llm.text.tokenizers import (

@@ -200,7 +200,8 @@ def make_smollm2_goldens(gguf: Path) -> None:
 def family_model(family: str):
   """(config, params) of a family, made from the formula."""
   from rl_llm.policy.configs import config_from_hf
-  from rl_llm.policy.hf import assemble, hf_name, leaf_shapes
+  from rl_llm.policy.hf import assemble, leaf_shapes
+  from rl_llm.policy.hf_names import hf_name
 
   config = config_from_hf(FAMILIES[family])
   shapes = {hf_name(config, path): shape for path, shape in leaf_shapes(config).items()}

@@ -25,9 +25,10 @@ from rl_llm.policy import (
   split_lora,
   tiny_config,
 )
-from rl_llm.policy.hf import hf_name, leaf_shapes
+from rl_llm.policy.hf import leaf_shapes
+from rl_llm.policy.hf_names import hf_name
 from rl_llm.policy.model_files import plain_name
-from rl_llm.policy.transformer import rope_frequencies
+from rl_llm.policy.positions import rope_frequencies
 from rl_llm.text.tokenizers import TokenizerError, from_gguf
 from tests.policy.make_goldens import FAMILIES, family_model
 from tests.policy.test_weights import assert_equal, edit_json, flat, write_gguf

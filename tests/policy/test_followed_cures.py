@@ -25,7 +25,8 @@ from rl_llm.parallel.sharding import AXES
 from rl_llm.policy import config_from_hf, load_adapter, load_hf, load_weights, save_adapter, save_hf
 from rl_llm.policy.attention import Kernel, find_kernel, takes
 from rl_llm.policy.configs import RopeScaling
-from rl_llm.policy.hf import _NOT_PLAIN_LORA, leaf_shapes
+from rl_llm.policy.hf import leaf_shapes
+from rl_llm.policy.peft import _NOT_PLAIN_LORA
 from tests import advice
 from tests.policy.make_goldens import FAMILIES
 from tests.policy.test_weights import assert_equal, edit_json, write_gguf

@@ -12,7 +12,8 @@ import pytest
 
 from rl_llm.policy import RopeScaling, TransformerConfig, make_policy, tiny_config
 from rl_llm.policy.attention import attend, attention_mask
-from rl_llm.policy.transformer import FEW_ROWS, apply_rope, rope_frequencies, times_transposed
+from rl_llm.policy.modules import FEW_ROWS, times_transposed
+from rl_llm.policy.positions import apply_rope, rope_frequencies
 from tests.policy.make_goldens import N_TOKENS, family_model, family_tokens
 
 # Between them: both attention paths, full and sliding layers, soft caps, QK norm, local RoPE.

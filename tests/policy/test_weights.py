@@ -27,7 +27,7 @@ from rl_llm.policy import (
 )
 from rl_llm.policy.gguf import gguf_name
 from rl_llm.policy.hf import leaf_shapes
-from rl_llm.policy.transformer import rope_frequencies
+from rl_llm.policy.positions import rope_frequencies
 from tests.policy.make_goldens import FAMILIES, family_model
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_llm.policy import join, make_policy, split_lora
-from rl_llm.policy.layers import Layer, run_layers
+from rl_llm.policy.layer_stack import Layer, run_layers
 from rl_llm.rollout import ResponseBatch, response_hidden
 from tests.policy.make_goldens import family_model, family_tokens
 
