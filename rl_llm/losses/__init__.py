@@ -21,6 +21,7 @@ hosts. An objective is their sum, written out by the caller:
 Importing this package loads jax, numpy and chex, and nothing else.
 """
 
+from rl_llm.losses.anchored import apo_down_loss, apo_zero_loss, bco_loss, nca_loss, sppo_loss
 from rl_llm.losses.covariance import (
   clip_cov_loss,
   clip_cov_mask,
@@ -35,24 +36,10 @@ from rl_llm.losses.distillation import (
   minillm_advantages,
   on_policy_distillation_loss,
 )
-from rl_llm.losses.dpo import (
-  BATCH_COUPLED,
-  aot_loss,
-  aot_unpaired_loss,
-  apo_down_loss,
-  apo_zero_loss,
-  bco_loss,
-  discopop_loss,
-  dpo_loss,
-  exo_loss,
-  hinge_dpo_loss,
-  ipo_loss,
-  nca_loss,
-  robust_dpo_loss,
-  sppo_loss,
-  wpo_weights,
-)
+from rl_llm.losses.dpo import dpo_loss, hinge_dpo_loss, robust_dpo_loss, wpo_weights
 from rl_llm.losses.likelihood import action_ids_of, llds_loss, llds_weights, positive_nll_loss
+from rl_llm.losses.margin import discopop_loss, exo_loss, ipo_loss
+from rl_llm.losses.optimal_transport import BATCH_COUPLED, aot_loss, aot_unpaired_loss
 from rl_llm.losses.policy_gradient import grpo_loss, ppo_loss, reinforce_loss
 from rl_llm.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from rl_llm.losses.regularization import entropy_loss, kl_loss, value_loss

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rl_llm.checks import Array, Metrics, check_above, check_between
 from rl_llm.losses import _checks
-from rl_llm.losses.dpo import pair_metrics
+from rl_llm.losses._pairs import pair_metrics
 
 # The odds of a probability of 1 are infinite; above this log-prob (p = 0.999999) ORPO's stay put.
 LOGPROB_LIMIT = -1e-6

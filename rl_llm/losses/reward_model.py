@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rl_llm.checks import Array, Metrics, check_between
 from rl_llm.losses import _checks
-from rl_llm.losses.dpo import pair_metrics
+from rl_llm.losses._pairs import pair_metrics
 
 
 def reward_model_loss(
