@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_llm import kl, weighting
+from rl_llm import kl
 from rl_llm.losses import _checks, policy_gradient
+from rl_llm.weighting import factors
 from tests.losses import battery, modes
 
 every = pytest.mark.parametrize("name", modes.PUBLIC)
@@ -212,7 +213,7 @@ def test_every_limit_of_a_log_ratio_is_said(monkeypatch):
       far[name] = {key: 40 * x if "logprobs" in key else x for key, x in arrays.items()}
   program = lambda far: {name: modes.cases(name)[0].function(**far[name]) for name in far}  # noqa: E731
   usual = jax.jit(program)(far)
-  for module in (kl, weighting, _checks, policy_gradient):
+  for module in (kl, factors, _checks, policy_gradient):
     monkeypatch.setattr(module, "LOG_RATIO_LIMIT", 1.0)
   changed = jax.jit(lambda far: program(far))(far)
   limited = {
