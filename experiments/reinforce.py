@@ -182,13 +182,11 @@ def learn(
   clock: metrics.PhaseClock,
 ) -> tuple[State, loop.Learned]:
   """One step's updates: what REINFORCE does with graded samples."""
-  scores, weights = experience.scores, model.weights
+  scores, weights, policy = experience.scores, model.weights, state.policy
   batch = minibatches.place_responses(experience, model.mesh)
   with clock("logprobs"):
     old, ref = config.updates.count > 1, config.kl.coef > 0
-    batch = minibatches.with_logprobs(
-      batch, programs, weights, state.policy.params, old=old, ref=ref
-    )
+    batch = minibatches.with_logprobs(batch, programs, weights, policy.params, old=old, ref=ref)
   baseline = float(state.baseline / state.weight) if state.weight else 0.0
   kl, totals = minibatches.reward_kl(batch, value=config.kl.value)
   per_token = token_advantages(
@@ -196,7 +194,7 @@ def learn(
   )
   batch = batch._replace(advantages=per_token)
   advantages, informative = minibatches.per_response(batch, scores.rewards.shape)
-  hparams, policy, trained = setup.hyperparameters(config, step), state.policy, []
+  hparams, trained = setup.hyperparameters(config, step), []
   with clock("update"):
     for part in setup.minibatches(
       config, programs, batch, step, matters=informative, only=policy_term_only(config)

@@ -502,7 +502,7 @@ def order(
   """The problems of each of a step's updates, as `minibatches.problem_order` shares them out."""
   size, seed = config.updates, config.run.seed
   counts = {"prompts": size.prompts_per_step, "epochs": size.epochs, "count": size.minibatches}
-  return minibatches.problem_order(seed, step, **counts, matters=matters)
+  return responses.problem_order(seed, step, **counts, matters=matters)
 
 
 def minibatches(
