@@ -182,7 +182,8 @@ def learn(
   clock: metrics.PhaseClock,
 ) -> tuple[State, loop.Learned]:
   """One step's updates: what REINFORCE does with graded samples."""
-  scores, weights, policy = experience.scores, model.weights, state.policy
+  scores, weights = experience.scores, model.weights
+  policy, trained = state.policy, []
   batch = minibatches.place_responses(experience, model.mesh)
   with clock("logprobs"):
     old, ref = config.updates.count > 1, config.kl.coef > 0
@@ -194,7 +195,7 @@ def learn(
   )
   batch = batch._replace(advantages=per_token)
   advantages, informative = minibatches.per_response(batch, scores.rewards.shape)
-  hparams, trained = setup.hyperparameters(config, step), []
+  hparams = setup.hyperparameters(config, step)
   with clock("update"):
     for part in setup.minibatches(
       config, programs, batch, step, matters=informative, only=policy_term_only(config)
