@@ -1,5 +1,6 @@
 # make run    SmolLM2-135M learns to add by GRPO: sets up .venv, trains, writes runs/grpo-smollm2-arithmetic-seed0/
-# make test   the test suite;  make test-full adds the long trials;  make lint
+# make test   the quick tests, minutes;  make test-slow  the slow ones: whole trainings, several processes, eight devices
+# make test-full  both, and the long trials (about an hour);  make lint
 # make test-slurm  an array of trials on a real Slurm, which it installs (Debian) and starts on this machine alone
 # make bench  all benchmarks, docs/results/performance.md; TRL and Tunix get virtual environments of their own
 # make bench-peers  only these environments: .venv-trl (about 1.5 GB) and .venv-tunix (about 1 GB)
@@ -21,14 +22,17 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-full test-slurm lint bench bench-peers compare parity docs clean
+.PHONY: run test test-slow test-full test-slurm lint bench bench-peers compare parity docs clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
 	@$(BIN)/python -m experiments.grpo $(RUN_FLAGS)
 
 test: $(VENV)/test-$(VERSION)
-	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder -q tests
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder -q -m "not slow" tests
+
+test-slow: $(VENV)/test-$(VERSION)
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -q -m slow tests
 
 test-full: $(VENV)/test-$(VERSION)
 	RL_LLM_FULL=1 $(BIN)/python -m pytest -q tests

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DIRECTORY = Path(__file__).parent / "eight_devices"
 # Eight threads that wait for each other on two busy cores: XLA takes 40 s of it for a deadlock.
 PATIENCE = (
@@ -20,6 +22,7 @@ PATIENCE = (
 )
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
   found = subprocess.run(
     [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", DIRECTORY],

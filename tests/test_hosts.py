@@ -168,6 +168,7 @@ def test_a_run_compares_settings_files_and_code(tmp_path):
   assert not {"--workdir", "--distributed.process_id", "--mesh.data"} & found.keys()
 
 
+@pytest.mark.slow
 def test_who_is_late_is_named():
   found = ends("hosts._here.wait = 5\ntime.sleep(30 * me)\nhosts.barrier('the test')")
   assert [process.code for process in found] == [1, 1], found
@@ -176,6 +177,7 @@ def test_who_is_late_is_named():
     assert "process 1 (" in line and "late: not at 'the test' within 5 s" in line
 
 
+@pytest.mark.slow
 def test_an_error_of_one_ends_all_and_is_told_by_all():
   """Long before any bound: the others hear of it."""
   started = time.monotonic()
@@ -194,6 +196,7 @@ hosts.barrier("the test")
 
 
 @pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.slow
 def test_the_death_of_one_ends_the_other_which_names_it(killed):
   """While it waits for a computation of both."""
   started = begin(
@@ -224,6 +227,7 @@ for step in range(10**6):
   assert seconds < 60  # The bound, JAX's way of counting it, and a machine that is busy.
 
 
+@pytest.mark.slow
 def test_a_process_that_never_comes_is_waited_for_no_longer_than_allowed():
   at = time.monotonic()
   program = PROGRAM.format(body="  pass", heartbeat=10, wait=4)

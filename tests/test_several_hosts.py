@@ -13,6 +13,7 @@ from rl_llm.runs.metrics import read, without_timings
 from tests import processes
 from tests.experiments.helpers import FULL, write_examples
 
+pytestmark = pytest.mark.slow
 COMMON = {"model": "tiny", "steps": 5, "eval.every": 4, "checkpoint.every": 2}
 SAMPLING = {
   "task": "copy",

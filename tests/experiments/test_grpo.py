@@ -540,6 +540,7 @@ def interrupted(tmp_path_factory, compilation_cache):
   return (directory / "cut", outcome(directory / "straight"), outcome(directory / "cut"), steps)
 
 
+@pytest.mark.slow
 def test_interrupted_runs_end_as_an_uninterrupted_one(interrupted):
   _, straight, cut, steps = interrupted
   assert [row["step"] for row in straight.metrics] == list(range(steps + 1))
@@ -548,6 +549,7 @@ def test_interrupted_runs_end_as_an_uninterrupted_one(interrupted):
   assert equal(cut.params, straight.params)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_refuses_other_flags_and_goes_on_with_more_steps(
   interrupted, tmp_path, capsys
 ):
@@ -571,6 +573,7 @@ def test_a_finished_run_says_so_refuses_other_flags_and_goes_on_with_more_steps(
 
 @pytest.mark.skipif(not FULL, reason="minutes of training: RL_LLM_FULL=1")
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.slow
 def test_the_tiny_model_learns_to_copy(tmp_path, seed):
   changes = {"model": "tiny", "task": "copy", "seed": seed} | grpo.TINY
   result = grpo.train(replace(grpo.Config(), changes), str(tmp_path))

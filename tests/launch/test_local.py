@@ -126,6 +126,7 @@ def check_done_once(sweep, count, steps):
     assert state.is_done(sweep.workdir / trial, steps)
 
 
+@pytest.mark.slow
 def test_a_launcher_killed_ten_times_does_each_trial_exactly_once(tmp_path):
   sweep = Sweep(
     tmp_path,
@@ -152,6 +153,7 @@ def test_a_launcher_killed_ten_times_does_each_trial_exactly_once(tmp_path):
   assert sweep.run("--parallel=3")[0] == 0 and sweep.lines() == lines, "done is done"
 
 
+@pytest.mark.slow
 def test_two_launchers_at_once_never_run_a_trial_twice(tmp_path):
   """Until they have met in five sweeps."""
   both = 0
@@ -213,6 +215,7 @@ def test_what_fails_is_tried_again_and_then_told_with_its_last_lines(tmp_path):
   assert "a larger --retries tries again" in output
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended_also_if_it_ignores_being_asked(tmp_path):
   for limit in (3, 20, 120):  # A busy machine takes longer to come to the point at which it hangs.
     sweep = Sweep(tmp_path / str(limit), {"fault": ["hang", "deaf"]}, steps=3)
@@ -361,6 +364,7 @@ def test_devices_are_found_without_a_library(monkeypatch):
 
 
 @pytest.mark.skipif(not FULL, reason="about half an hour; RL_LLM_FULL=1")
+@pytest.mark.slow
 def test_twelve_real_trials_and_ten_kills(tmp_path):
   sweep = Sweep(
     tmp_path,
