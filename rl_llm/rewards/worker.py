@@ -36,9 +36,9 @@ if __name__ == "__main__":  # run as a file, where no package is importable yet
     spec.loader.exec_module(module)
     return module
 
-  grading, sandbox = _beside("grading"), _beside("sandbox")
+  grading, sandbox, seccomp = _beside("grading"), _beside("sandbox"), _beside("seccomp")
 else:
-  from rl_llm.rewards import grading, sandbox
+  from rl_llm.rewards import grading, sandbox, seccomp
 
 COMMAND = struct.Struct(">cQ")  # b"S" (start, with a socket) or b"E" (end), and the worker's number
 
@@ -164,6 +164,8 @@ def work(
   devices = ["/dev/null", "/dev/zero", "/dev/urandom"]
   if sandbox.only_files(config["readable"] + devices[1:], [directory, devices[0]]):
     layers.append("files")
+  if seccomp.refuse_calls(metadata=True):
+    layers.append("system calls")
   # Since Linux 5.14 processes are counted per user namespace; before, all of the user's are.
   release = re.match(r"(\d+)\.(\d+)", os.uname().release)
   counted_apart = "user" in layers and tuple(map(int, release.groups())) >= (5, 14)
