@@ -14,8 +14,9 @@ from rl_llm.advantages.group import GROUP_ADVANTAGES
 from rl_llm.data.formats import COLUMNS
 from rl_llm.errors import ConfigError
 from rl_llm.policy.attention import AttentionName
+from rl_llm.rollout import shaping
 from rl_llm.runs.config import check_divides, inline, option
-from rl_llm.runs.keywords import keyword_group
+from rl_llm.runs.keywords import arrays, keyword_group
 from rl_llm.tasks import FORMS, TASKS, task_family
 
 ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
@@ -252,12 +253,41 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
+class Overlong:
+  """DAPO's soft penalty for length, added to the rewards that are trained on."""
+
+  cache: int = option(
+    0, "tokens before the limit over which the penalty grows from 0 to 1; 0 = no penalty", min=0
+  )
+  limit: int = option(
+    0, "tokens from which a response has the full penalty; 0 = max_new_tokens", min=0
+  )
+  coef: float = option(1.0, "what the penalty is multiplied by, in units of reward", above=0)
+
+  def check(self, config: Any) -> None:
+    """Refuses a penalty that begins before the first token."""
+    limit = self.limit or config.prompts.max_new_tokens
+    if self.cache > limit:
+      raise ConfigError("overlong.cache", self.cache, f"at most the limit ({limit} tokens)")
+    for name in ("limit", "coef"):
+      if not self.cache and getattr(self, name) != getattr(Overlong(), name):
+        allowed = "left out without --overlong.cache"
+        raise ConfigError(f"overlong.{name}", getattr(self, name), allowed)
+
+  def penalty(self, config: Any) -> shaping.Overlong | None:
+    """The penalty, with its limit in tokens; None if there is none."""
+    limit = self.limit or config.prompts.max_new_tokens
+    return shaping.Overlong(limit, self.cache, self.coef) if self.cache else None
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardedTask(Task):
   """What is asked, and what answers are worth in training."""
 
   reward: str = option(
     "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
   )
+  overlong: Overlong = Overlong()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -504,12 +534,19 @@ PolicyLoss = keyword_group(
   further={"entropy_coef": (float, option(0.0, "reward for entropy, per nat; of any surrogate"))},
 )
 
+
+def _of_groups(config: Any, name: str) -> tuple[int, ...]:
+  """The shape of an advantage's array: of two problems, and of the responses that a step has."""
+  return (2,) if name == "greedy_rewards" else (2, config.updates.responses_per_prompt)
+
+
 GroupAdvantage = keyword_group(
   "advantage",
   "How a response compares with the others to its prompt.",
   GROUP_ADVANTAGES,
-  shape=(2, 2),
+  shape=_of_groups,
   unset=False,
+  agreed=("scale",),
 )
 
 
@@ -524,3 +561,11 @@ def recipe(name: str, *parts: str) -> dict[str, Any]:
   if "loss" in groups:  # An entropy term is a setting of any surrogate.
     groups["loss"] |= {"entropy_coef": found["entropy"]["coef"]}
   return {f"{part}.{key}": value for part, own in groups.items() for key, value in own.items()}
+
+
+def shapes(config: Any) -> dict[str, Any]:
+  """What is added to a step's experience once it is graded: keywords of `shaping.shaped`."""
+  overlong = getattr(config.task, "overlong", None)
+  advantage = getattr(config, "advantage", None)
+  greedy = hasattr(advantage, "functions") and "greedy_rewards" in arrays(advantage)
+  return {"overlong": overlong and overlong.penalty(config), "greedy": greedy}

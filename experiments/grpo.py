@@ -78,7 +78,7 @@ def overrides(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
-  if config.updates.responses_per_prompt < 2:
+  if config.updates.responses_per_prompt < 2 and config.advantage.name != "remax":
     raise configs.ConfigError("responses_per_prompt", 1, "at least 2, to compare responses")
 
 
@@ -116,9 +116,10 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def group_advantages(options: flags.GroupAdvantage, rewards, ok):
+def group_advantages(options: flags.GroupAdvantage, rewards, ok, lengths=None, greedy=None):
   """[P, G]: how each reward compares with the others of its group."""
-  return keywords.call(options, rewards=rewards, where=ok)
+  arrays = {"lengths": lengths, "greedy_rewards": greedy}
+  return keywords.call(options, rewards=rewards, where=ok, **arrays)
 
 
 def policy_term_only(config: Config) -> bool:
@@ -149,7 +150,8 @@ def learn(
   if config.advantage.name == "maxrl" and np.any(scores.rewards[scores.ok] < 0):
     least, instead = scores.rewards[scores.ok].min(), "try --advantage=group_relative"
     raise configs.ConfigError("advantage", "maxrl", f"another, for a reward of {least}", instead)
-  advantages = np.asarray(group_advantages(config.advantage, scores.rewards, scores.ok))
+  given = minibatches.group_inputs(experience)
+  advantages = np.asarray(group_advantages(config.advantage, *given))
   informative = np.any(advantages != 0, axis=1)
   batch = batch._replace(advantages=advantages.reshape(-1))
   hparams, totals, trained = setup.hyperparameters(config, step, kl_coef=config.kl.coef), {}, []

@@ -37,7 +37,7 @@ from rl_llm.runs import metrics
 from rl_llm.runs.flops import Work
 from rl_llm.runs.report import write_report
 from rl_llm.runs.run_directory import opened, write_result
-from rl_llm.training import loop, population
+from rl_llm.training import loop, minibatches, population
 from rl_llm.training.train_state import TrainState, init_state, parameter_count
 from rl_llm.training.update import make_update
 
@@ -91,6 +91,13 @@ def check(members: Sequence[grpo.Config]) -> None:
     if first[path] != allowed:
       fix = "whole members lie over the devices"
       raise configs.ConfigError(path, first[path], f"{allowed} in a population", fix)
+  alone, fix = {"overlong.cache": 0}, "sweep it with another --backend"
+  for member in map(configs.flatten, members):  # A step of all members has less than one of each.
+    for path, allowed in alone.items():
+      if member[path] != allowed:
+        raise configs.ConfigError(path, member[path], f"{allowed} in a population", fix)
+    if member["advantage.name"] == "remax":
+      raise configs.ConfigError("advantage.name", "remax", "another in a population", fix)
   if first["reward_isolation"] == "batch":  # All members' responses are graded at once.
     raise configs.ConfigError("reward_isolation", "batch", "auto, sample or group in a population")
 
@@ -168,7 +175,7 @@ def learn(
   """One step's updates of all members: for each of them, what GRPO does alone."""
   over, size, mesh = of.failed(state), of.config.updates, of.mesh
   member_advantages = [
-    np.asarray(grpo.group_advantages(member.advantage, own.scores.rewards, own.scores.ok))
+    np.asarray(grpo.group_advantages(member.advantage, *minibatches.group_inputs(own)))
     for member, own in zip(of.members, each, strict=True)
   ]
   # Without a finite gradient a member's weights stay, and so does what the state says of it.

@@ -26,7 +26,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import load as models
 from rl_llm.rewards import RewardPool
-from rl_llm.rollout import ResponseBatch, collect, drawing, judge
+from rl_llm.rollout import ResponseBatch, collect, drawing, judge, shaping
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, compile_cache, keywords
 from rl_llm.runs.config import volatile
@@ -324,10 +324,15 @@ def open_problems(
     if held_out.overlong:
       run.console.say(f"{held_out.overlong} held-out prompts are over --max_prompt_tokens")
 
+    shapes = flags.shapes(config)
+
     def sample(params: Any, step: int, clock: PhaseClock) -> collect.Experience:
       sampling, parts = sampling_config(config.sampling), config.sampling.parts
       sizes = {"prompts": prompts, "responses": responses, "parts": parts}
-      return collect.collect(sampler, params, seed, step, clock, sampling=sampling, **sizes)
+      found = collect.collect(sampler, params, seed, step, clock, sampling=sampling, **sizes)
+      return shaping.shaped(
+        sampler, params, found, clock, seed=seed, step=step, sampling=sampling, **shapes
+      )
 
     def evaluate(params: Any, step: int) -> evaluation.Evaluation:
       run.console.say(f"evaluating on {len(held_out.problems)} held-out problems")

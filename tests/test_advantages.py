@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rl_llm import advantages as adv
-from rl_llm.advantages.group import GROUP_ADVANTAGES
+from rl_llm.advantages.group import REWARD_ADVANTAGES
 from rl_llm.runs.keywords import settings
 
 MASK = np.array(
@@ -463,7 +463,7 @@ def test_errors_name_the_argument(call, message):
 # What an experiment offers by name.
 
 
-@pytest.mark.parametrize("advantage", GROUP_ADVANTAGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("advantage", REWARD_ADVANTAGES, ids=lambda f: f.__name__)
 def test_group_advantages_are_called_in_one_way(advantage):
   """(rewards, *, where=None, ...) -> [P, G], in which what is masked out is as if absent."""
   first, *keywords = inspect.signature(advantage).parameters.values()

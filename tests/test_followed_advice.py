@@ -116,6 +116,7 @@ SETTINGS = [
     {"weighting.drop_truncated": True, "weighting.truncated": "drop"},
     {"weighting.drop_truncated": False},
   ),
+  (grpo, {"overlong.limit": 8}, {"overlong.cache": 2}),
   (grpo, {"distributed.processes": 2}, {"distributed.processes": 0}),
   (reinforce, {"responses_per_prompt": 1}, None),
   (reinforce, {"advantage.discount": 0.9}, None),
@@ -449,6 +450,7 @@ def follow_populations(said, path):
   refused(said, check, members({"seed": 0}, {"seed": 1}))
   check(members({"seed": 0}, {"seed": 0}))
   refused(said, check, members({"sampling.slots": 4}))
+  refused(said, check, members({"advantage.name": "remax"}, {}))
   trials = sweep.plan("experiments.sft", [{"model": "tiny"}])
   refused(said, populations.train_all, trials, path)
   trials = sweep.plan("experiments.grpo", [{"model": "tiny", "task": "copy", "steps": 1}])

@@ -175,7 +175,7 @@ def remax(rewards, greedy_rewards, *, where=None) -> Array:
   return jnp.where(where, rewards - at_least_float32(greedy_rewards)[:, None], 0)
 
 
-def opo(rewards, lengths, *, singleton="zero", where=None) -> Array:
+def opo(rewards, lengths, *, singleton: Literal["zero", "raw"] = "zero", where=None) -> Array:
   """OPO's advantage: the reward minus the length-weighted mean of its group.
 
       advantage_i = R_i - sum_j n_j R_j / sum_j n_j
@@ -213,7 +213,13 @@ def opo(rewards, lengths, *, singleton="zero", where=None) -> Array:
   return _with_singletons(advantages, rewards, where, singleton)
 
 
-def gpg(rewards, *, alpha="informative", singleton="zero", where=None) -> Array:
+def gpg(
+  rewards,
+  *,
+  alpha: Literal["informative", "nonzero"] = "informative",
+  singleton: Literal["zero", "raw"] = "zero",
+  where=None,
+) -> Array:
   """GPG's advantage: the centred reward, scaled up to make up for responses that teach nothing.
 
       advantage = alpha * (R - mean of its group)        alpha = N / (N - M)
@@ -290,7 +296,15 @@ def maxrl(rewards, *, eps=1e-6, where=None) -> Array:
 
 
 @any_mesh
-def pass_at_k(rewards, *, k=None, scale="none", ddof=1, eps=1e-6, where=None) -> Array:
+def pass_at_k(
+  rewards,
+  *,
+  k: int | None = None,
+  scale: Literal["none", "std"] = "none",
+  ddof=1,
+  eps=1e-6,
+  where=None,
+) -> Array:
   """What a response adds to the best of k: the advantage for the pass@k objective.
 
       advantage_i = mean over sets S of k responses of lead_i(S)
@@ -448,8 +462,9 @@ def informative_groups(rewards, *, where=None) -> Array:
   return ~(high <= low)  # Neither holds for nan, so such a group is not silently dropped.
 
 
-# What an experiment offers by name: those that need nothing but the rewards, the usual one first.
-GROUP_ADVANTAGES = (group_relative, leave_one_out, maxrl)
+# What an experiment offers by name, the usual one first: of the rewards, of more than the rewards.
+REWARD_ADVANTAGES = (group_relative, leave_one_out, maxrl, gpg, pass_at_k)
+GROUP_ADVANTAGES = (*REWARD_ADVANTAGES, opo, remax)
 
 
 def _groups(rewards, where):

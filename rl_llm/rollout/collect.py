@@ -42,6 +42,7 @@ class Experience(NamedTuple):
   grades: Scores  # from the task's grader
   metrics: dict[str, Any]  # what the step's row says about it
   samples: list[dict[str, Any]]  # [P * G] its lines of samples.jsonl
+  greedy: Scores | None = None  # [P, 1], of a greedy response to each problem; None: none
 
 
 class Sampler(NamedTuple):

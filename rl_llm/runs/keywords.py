@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -23,14 +24,18 @@ import numpy as np
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import option
 
+# Of the arrays that a family's functions take: one for all, or (config, name) -> of that array.
+Shape = tuple[int, ...] | Callable[[Any, str], tuple[int, ...]]
+
 
 def keyword_group(
   prefix: str,
   doc: str,
   functions: Sequence[Callable],
   *,
-  shape: tuple[int, ...],
+  shape: Shape,
   unset: bool = True,
+  agreed: Sequence[str] = (),
   further: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> type:
   """A frozen dataclass with `name`, one of the functions, and the keywords of all of them.
@@ -50,9 +55,11 @@ def keyword_group(
     prefix: the group's name in the config, for error messages.
     doc: what the group is, for `--help`.
     functions: their positional parameters are arrays. The first function is the default.
-    shape: of the arrays that the functions take, to try settings without computing anything.
+    shape: of the arrays that the functions take, to try settings without computing anything; or a
+      function (config, name of the array) -> its shape.
     unset: whether a keyword is None until it is set, so that the function's default applies; else
       it has the default of the first function that has the keyword.
+    agreed: keywords that have that default also for functions whose own is another.
     further: settings that belong to none of the functions: name -> (type, `option(...)`).
 
   Returns:
@@ -71,17 +78,19 @@ def keyword_group(
   for keyword in dict.fromkeys(key for function in functions for key in settings(function)):
     having = [function for function in functions if keyword in settings(function)]
     kind, default = settings(having[0])[keyword]
-    if not unset and any(settings(function)[keyword] != (kind, default) for function in having):
+    differ = any(settings(function)[keyword] != (kind, default) for function in having)
+    if not unset and differ and keyword not in agreed:
       raise TypeError(f"{prefix}.{keyword}: {[f.__name__ for f in having]} disagree on its default")
     text = next(filter(None, (described(function, keyword) for function in having)), keyword)
     if len(having) < len(functions):
       text += f" [{', '.join(function.__name__ for function in having)}]"
     defaults[keyword] = None if unset else default
-    fields[keyword] = (kind | None if unset else kind, option(defaults[keyword], text))
+    kind = kind | None if defaults[keyword] is None else kind
+    fields[keyword] = (kind, option(defaults[keyword], text))
   fields |= further or {}
 
   def check(self: Any, config: Any) -> None:
-    _check(self, prefix, defaults, shape)
+    _check(self, prefix, defaults, shape if callable(shape) else lambda *_: shape, config)
 
   # The keywords' own values come last: a class attribute is not a field.
   namespace = {"functions": table, "defaults": defaults, "check": check, "__doc__": doc}
@@ -125,7 +134,10 @@ def settings(function: Callable) -> dict[str, tuple[Any, Any]]:
     is_setting = parameter.kind is parameter.KEYWORD_ONLY
     if is_setting and not re.match(r"(None, or )?\[", described(function, name, see_others=True)):
       kind = float if parameter.default is None else type(parameter.default)
-      found[name] = hints.get(name, kind), parameter.default
+      hint = hints.get(name, kind)
+      members = [each for each in typing.get_args(hint) if each is not type(None)]
+      union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+      found[name] = members[0] if union else hint, parameter.default
   return found
 
 
@@ -146,7 +158,9 @@ def described(function: Callable, keyword: str, *, see_others: bool = False) -> 
   return ""
 
 
-def _check(group: Any, prefix: str, defaults: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+def _check(
+  group: Any, prefix: str, defaults: Mapping[str, Any], shape_of: Callable, config: Any
+) -> None:
   """Refuses keywords that the chosen function lacks, and values that it does not accept."""
   function = group.functions[group.name]
   known = settings(function)
@@ -155,7 +169,7 @@ def _check(group: Any, prefix: str, defaults: Mapping[str, Any], shape: tuple[in
     if keyword not in known and value != default:
       has = f"which has {', '.join(known)}" if known else "which has no keywords"
       raise ConfigError(f"{prefix}.{keyword}", value, f"left out with --{prefix}={group.name}", has)
-  examples = [np.zeros(shape, np.float32)] * len(arrays(group))
+  examples = [np.zeros(shape_of(config, name), np.float32) for name in arrays(group)]
   try:
     jax.eval_shape(lambda: function(*examples, **given(group)))
   except ValueError as error:

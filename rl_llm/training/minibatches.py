@@ -66,6 +66,21 @@ def make_programs(
   return Programs(logprobs, take, update)
 
 
+def group_inputs(experience: Experience) -> tuple[np.ndarray, ...]:
+  """What advantages of groups are computed from, in this order.
+
+  Gives:
+    [P, G] rewards; [P, G] bool, which of them to count; [P, G] lengths in tokens; and the reward
+    [P] of each problem's greedy response, or None if none was sampled. Where that has no reward,
+    those of its problem do not count.
+  """
+  scores, greedy = experience.scores, experience.greedy
+  lengths = np.reshape(experience.rollout.lengths, scores.rewards.shape)
+  if greedy is None:
+    return scores.rewards, scores.ok, lengths, None
+  return scores.rewards, scores.ok & greedy.ok, lengths, greedy.rewards[:, 0]
+
+
 def place_responses(experience: Experience, mesh: jax.sharding.Mesh | None) -> ResponseBatch:
   """Puts the experience on the devices as losses read it; its tokens are sent only here."""
   return sharding.shard_rows(response_batch(experience), mesh)
