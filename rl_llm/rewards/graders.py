@@ -122,3 +122,4 @@ def exact_match(prompts, completions, answer, **columns) -> list[float]:
 
 
 FUNCTIONS = ("gsm8k", "exact_match")
+REWARD_RANGE = (0.0, 1.0)

@@ -11,6 +11,10 @@ It answers (`rl_llm.rewards.results` judges that) with one of
      "extra": {name: [n]}, "metrics": {name: number}, "unreadable": why, if it was}
     {"raised": why}    {"died": why}    {"broken": what the function may not return}
 
+A text that its grader runs can write such an answer too, so `decode_reply` reads it as what it may
+be: a forgery. It can set the reward of its own call, within the range that the grader's module
+states as `REWARD_RANGE = (lowest, highest)`, and nothing else.
+
 Standard library only: `rl_llm.rewards.worker` runs where no package is importable.
 """
 
@@ -33,6 +37,46 @@ MAX_ABSOLUTE = 1e6  # of a reward
 def reply_limit(count: int) -> int:
   """Bytes of the longest reply to a call of this many responses."""
   return MAX_REPLY + MAX_EXTRA * count
+
+
+def decode_reply(body: bytes) -> dict | None:
+  """An answer as its frame holds it; None unless it is an object that nests as answers do.
+
+  >>> decode_reply(b'{"values": [1.0]}'), decode_reply(b"[" * 980 + b"]" * 980)
+  ({'values': [1.0]}, None)
+
+  Nesting matters since whatever copies, compares or shows a nested value recurses into it, and some
+  depth is more than the stack of whoever does that allows.
+  """
+  try:
+    reply = json.loads(body)
+  except (ValueError, RecursionError):
+    return None
+  return reply if isinstance(reply, dict) and _is_flat(reply, 3) else None
+
+
+def _is_flat(value: object, levels: int) -> bool:
+  """Whether lists and objects nest at most this deep: {"extra": {name: [values]}} is three."""
+  inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+  return inner is None or levels > 0 and all(_is_flat(each, levels - 1) for each in inner)
+
+
+def stated_range(stated: object) -> tuple[float, float]:
+  """The lowest and the highest reward that a grader's module states; by default ±1e6.
+
+  Raises:
+    ValueError: it is not two finite numbers in order.
+  """
+  try:
+    low, high = map(float, (-MAX_ABSOLUTE, MAX_ABSOLUTE) if stated is None else stated)
+  except (TypeError, ValueError):
+    low, high = math.nan, math.nan
+  if not -MAX_ABSOLUTE <= low <= high <= MAX_ABSOLUTE:
+    raise ValueError(
+      f"REWARD_RANGE = {stated!r}: must be two numbers within ±{MAX_ABSOLUTE:g}, the lowest and "
+      "the highest reward of the function"
+    )
+  return low, high
 
 
 class Log:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import importlib.util
-import json
 import math
 import os
 import selectors
@@ -64,11 +63,8 @@ class _Worker:
         break
       body = bytes(self.received[4 : 4 + length])
       del self.received[: 4 + length]
-      try:
-        reply = json.loads(body)
-      except ValueError:
-        return found, True
-      if not isinstance(reply, dict):
+      reply = grading.decode_reply(body)
+      if reply is None:
         return found, True
       found.append(reply)
     return found, ended
@@ -262,7 +258,7 @@ class RewardPool:
 
     Raises:
       ValueError: the lengths differ, or a column is not of JSON types.
-      RewardError: the function returned something other than one reward per completion, or more
+      RewardError: every call returned something other than one reward per completion, or more
         than `max_failure_rate` of the batch failed, or workers cannot be started.
     """
     given = {"prompts": prompts, "completions": completions, "columns": columns}
@@ -360,6 +356,7 @@ class RewardPool:
       )
     if "error" in reply:
       raise RewardError(f"reward function {self._name}: {reply['error']}")
+    self._range = tuple(reply["range"])
 
   def _start_worker(self) -> None:
     ours, theirs = socket.socketpair()
@@ -447,7 +444,7 @@ class RewardPool:
     """The results of each call, whichever worker made it."""
     results: list[list[RewardResult]] = [[] for _ in calls]
     waiting = collections.deque(range(len(calls)))
-    failed_starts = 0
+    failed_starts, broken = 0, []
     while waiting or any(worker.call is not None for worker in self._live):
       if self._server.poll() is not None:
         waiting.extend(self._restart())
@@ -459,7 +456,8 @@ class RewardPool:
           self._send(worker, number, calls[number])
       for worker, reply in self._listen(self._patience(bool(waiting), slow_after)):
         if worker.call is not None:
-          results[worker.call] = read_reply(reply, worker.count, self._name)
+          results[worker.call] = read_reply(reply, worker.count, self._range)
+          broken += [worker.call] if reply is not None and "broken" in reply else []
           self._durations.append(time.monotonic() - worker.since)
           worker.call, failed_starts = None, 0
         elif reply is None:
@@ -478,6 +476,8 @@ class RewardPool:
       self._forget(worker)
     while len(self._live) < self._workers:
       self._start_worker()
+    if calls and len(broken) == len(calls):  # All: a single one may be what the text has forged.
+      raise RewardError(f"reward function {self._name} {results[0][0].detail}")
     return results
 
   def _restart(self) -> list[int]:

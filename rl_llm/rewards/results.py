@@ -27,8 +27,8 @@ class RewardResult(NamedTuple):
     value: the reward, finite and at most 1e6 in size; None unless `status` is "ok".
     status: "ok"; "not_applicable" (the function returned None: no opinion); "raised"; "timed_out";
       "died" (the process ended: `os._exit`, a segmentation fault, out of memory); "invalid" (not a
-      number, NaN, infinite, beyond 1e6). All of a call have its status where it raised, timed out
-      or died; only single rewards of it may be invalid or None.
+      number, NaN, outside the grader's REWARD_RANGE or ±1e6, or not one reward per completion). All
+      of a call have its status where it raised, timed out or died.
     detail: one line that says why, empty for "ok" and "not_applicable".
     unreadable: whether a grader of this library could not read the text: "ok", with reward 0, and
       `detail` says why.
@@ -84,24 +84,22 @@ def failure_share(results: Sequence[RewardResult], *statuses: str) -> float | No
   return sum(status in statuses for status in opinions) / len(opinions) if opinions else None
 
 
-def read_reply(reply: dict | None, count: int, name: str) -> list[RewardResult]:
+def read_reply(reply: dict | None, count: int, within: tuple[float, float]) -> list[RewardResult]:
   """Judges a worker's answer, which the text it graded may have forged: nothing is trusted.
+
+  >>> [result.status for result in read_reply({"values": [1.0, 7.0, None]}, 3, (0.0, 1.0))]
+  ['ok', 'invalid', 'not_applicable']
 
   Args:
     reply: as `rl_llm.rewards.grading` describes it; None: the worker has ended.
     count: responses of the call.
-    name: the function's, for errors.
-
-  Raises:
-    RewardError: the function does not return one reward per completion.
+    within: the lowest and the highest reward that the grader states.
   """
   if reply is None:
     return [RewardResult(None, "died", "the worker process ended")] * count
-  if "broken" in reply:
-    raise RewardError(f"reward function {name} {str(reply['broken'])[: grading.MAX_DETAIL]}")
-  for status in ("raised", "died"):
-    if status in reply:
-      return [RewardResult(None, status, str(reply[status])[: grading.MAX_DETAIL])] * count
+  for key, status in (("broken", "invalid"), ("raised", "raised"), ("died", "died")):
+    if key in reply:
+      return [RewardResult(None, status, str(reply[key])[: grading.MAX_DETAIL])] * count
   values = reply.get("values")
   if not isinstance(values, list) or len(values) != count:
     return [RewardResult(None, "invalid", "the worker sent no rewards")] * count
@@ -110,7 +108,7 @@ def read_reply(reply: dict | None, count: int, name: str) -> list[RewardResult]:
   except ValueError as error:
     return [RewardResult(None, "invalid", str(error))] * count
   unreadable = str(reply.get("unreadable", ""))[: grading.MAX_DETAIL]
-  results = [_result(value) for value in values]
+  results = [_result(value, *within) for value in values]
   return [
     result._replace(
       detail=unreadable if result.value == 0 and unreadable else result.detail,
@@ -122,7 +120,7 @@ def read_reply(reply: dict | None, count: int, name: str) -> list[RewardResult]:
   ]
 
 
-def _result(value: Any) -> RewardResult:
+def _result(value: Any, low: float, high: float) -> RewardResult:
   """Judges one reward of a worker's answer."""
   if value is None:
     return RewardResult(None, "not_applicable")
@@ -130,10 +128,9 @@ def _result(value: Any) -> RewardResult:
     return RewardResult(None, "invalid", value[: grading.MAX_DETAIL])
   if not isinstance(value, float):
     return RewardResult(None, "invalid", "the worker sent no number")
-  most = grading.MAX_ABSOLUTE
-  if not math.isfinite(value) or abs(value) > most:
-    what = f"a reward of {value!r}, must be finite and within ±{most:g}"
-    return RewardResult(None, "invalid", what)
+  if not low <= value <= high:
+    source = "±1e+06" if high == grading.MAX_ABSOLUTE else f"its REWARD_RANGE, {low:g} to {high:g}"
+    return RewardResult(None, "invalid", f"a reward of {value!r}, must be within {source}")
   return RewardResult(value, "ok")
 
 

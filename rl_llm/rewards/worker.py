@@ -50,7 +50,10 @@ def write_frame(write: Callable[[bytes], object], message: object) -> None:
 
 
 def read_frame(read: Callable[[int], bytes], limit: int | None = None) -> object | None:
-  """Receives one message; None when the other side has ended, or breaks the format."""
+  """Receives one message; None when the other side has ended, or breaks the format.
+
+  With a limit of bytes it is an answer to a call, which may be forged.
+  """
 
   def exactly(count: int) -> bytes | None:
     parts = []
@@ -69,14 +72,16 @@ def read_frame(read: Callable[[int], bytes], limit: int | None = None) -> object
   if limit is not None and length > limit:
     return None
   body = exactly(length)
+  if body is not None and limit is not None:
+    return grading.decode_reply(body)
   try:
     return None if body is None else json.loads(body)
   except ValueError:
     return None
 
 
-def load_function(location: str, function: str) -> Callable:
-  """Imports the reward function from a `.py` file or from a module."""
+def load_function(location: str, function: str) -> tuple[Callable, tuple[float, float]]:
+  """Imports the reward function from a `.py` file or a module; gives it and its rewards' range."""
   if location.endswith(".py"):
     spec = importlib.util.spec_from_file_location("reward_file", location)
     module = importlib.util.module_from_spec(spec)
@@ -90,7 +95,7 @@ def load_function(location: str, function: str) -> Callable:
       n for n, value in vars(module).items() if callable(value) and not n.startswith("_")
     )
     raise AttributeError(f"no function {function!r} in it; it has: {', '.join(names) or 'none'}")
-  return found
+  return found, grading.stated_range(getattr(module, "REWARD_RANGE", None))
 
 
 def grade_in_child(
@@ -137,7 +142,7 @@ def grade_in_child(
     pass
   for name in os.listdir("."):
     shutil.rmtree(name) if os.path.isdir(name) and not os.path.islink(name) else os.unlink(name)
-  if isinstance(reply, dict):
+  if reply is not None:
     return reply
   if os.WIFSIGNALED(status):
     return {"died": f"killed by {signal.Signals(os.WTERMSIG(status)).name}"}
@@ -222,13 +227,14 @@ def serve(control: socket.socket) -> None:
     }
     layers = [name for name, step in steps.items() if step()]
     sys.path.extend(path for path in config["sys_path"] if path not in sys.path)
-    grade = grading.grader(load_function(config["location"], config["function"]))
+    function, rewards = load_function(config["location"], config["function"])
+    grade = grading.grader(function)
   except BaseException as error:
     why = f"{type(error).__name__}: {error}"[: grading.MAX_DETAIL]
     write_frame(control.sendall, {"error": why})
     return
   signal.alarm(0)
-  write_frame(control.sendall, {"layers": layers})
+  write_frame(control.sendall, {"range": rewards})
   minders = {}
   while True:
     command, fds, _, _ = socket.recv_fds(control, COMMAND.size, 1)

@@ -10,6 +10,8 @@ from rl_llm.rewards import RewardSource, completion_text
 from rl_llm.rewards.graders import find_numbers, plain
 from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, number_text, rng_for
 
+REWARD_RANGE = (0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class ArithmeticOptions:

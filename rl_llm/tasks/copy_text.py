@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from rl_llm.rewards import RewardSource, completion_text
 from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, rng_for
 
+REWARD_RANGE = (0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class CopyOptions:

@@ -16,6 +16,8 @@ from rl_llm.tasks.reasoning_gym import unpack
 _NAN = re.compile(r"[\s\d.+\-()ij]*nan[\s\d.+\-()ijan]*", re.IGNORECASE)
 
 
+REWARD_RANGE = (0.0, 1.0)
+
 _scorer = functools.cache(get_score_answer_fn)  # It makes a whole data set to get at its function.
 
 

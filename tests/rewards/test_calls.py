@@ -6,6 +6,8 @@ of conversational prompts are `[{"role": "assistant", "content": text}]`; it awa
 functions; None leaves a completion out.
 """
 
+import importlib
+import json
 import time
 
 import pytest
@@ -114,6 +116,16 @@ def forges(completions, **columns):
     try: os.write(fd, len(body).to_bytes(4, "big") + body)
     except OSError: pass
   return [1.0]
+
+def counts(completions, **columns):
+  return [1.0] * (2 if completions[0] == "two" else len(completions))
+
+def writes(completions, **columns):
+  body = completions[0].encode()
+  for fd in range(3, 20):
+    try: os.write(fd, len(body).to_bytes(4, "big") + body)
+    except OSError: pass
+  return [0.25] * len(completions)
 """
 
 
@@ -336,7 +348,7 @@ def test_a_group_of_many_that_logs_much_gets_through(path):
     ('{"values": [1e7]}', "invalid"),
     ('{"values": [{"a": 1}]}', "invalid"),
     ('{"values": [0.5], "extra": {"x": []}}', "invalid"),
-    ('{"values": [0.5], "extra": {"x": [[1]]}}', "invalid"),
+    ('{"values": [0.5], "extra": {"x": [[1]]}}', "died"),
     ('{"values": [0.5], "extra": 3}', "invalid"),
     ('{"values": [0.5], "metrics": {"x": "1"}}', "invalid"),
     ('{"raised": {"a": 1}}', "raised"),
@@ -356,6 +368,95 @@ def test_text_cannot_stop_a_run_through_a_grader_of_this_library(path, reply):
     columns = [{"answer": '{"values": [0.5]}'}] * 2
     found = pool.score(["p"] * 2, [reply, '{"values": [1.0]}'], columns)
   assert found[0].value in (None, 0.0) and found[1].value == 1.0
+
+
+@pytest.mark.parametrize(
+  "reply, status",
+  [
+    ("[" * 980 + "]" * 980, "died"),
+    ('{"raised": ' * 980 + "1" + "}" * 980, "died"),
+    ('{"values": [0.5], "extra": ' + "[" * 500 + "]" * 500 + "}", "died"),
+    ('{"broken": ' + "[" * 3000 + "]" * 3000 + "}", "died"),
+    ('{"values": [' + "9" * 5000 + "]}", "died"),  # more digits than Python reads
+    ('{"values": [NaN]}', "invalid"),
+    ('{"values": [-Infinity]}', "invalid"),
+    ('{"broken": "by text"}', "invalid"),
+    ('{"layers": []}', "invalid"),
+    ("\0\ud7ff", "died"),
+  ],
+)
+def test_a_forged_answer_ends_neither_the_run_nor_the_worker(path, reply, status):
+  """Next to a call that nobody forged."""
+  with RewardPool(RewardSource(path, "writes"), workers=1, max_failure_rate=1.0) as pool:
+    forged, other = pool.score(["p"] * 2, [reply, '{"values": [0.5]}'], [{}] * 2)
+  assert (forged.status, forged.value) == (status, None)
+  assert other == RewardResult(0.5, "ok")
+
+
+def test_answers_that_nest_as_answers_may_are_read():
+  deepest = {"values": [1.0], "extra": {"a": [None]}, "metrics": {"b": 1.0}}
+  assert grading.decode_reply(json.dumps(deepest).encode()) == deepest
+  deepest["extra"]["a"] = [[]]
+  assert grading.decode_reply(json.dumps(deepest).encode()) is None
+
+
+# The range of rewards.
+
+
+@pytest.mark.parametrize(
+  "stated, reward, status",
+  [
+    ("(0, 1)", 1.0, "ok"),
+    ("(0, 1)", 1.0000001, "invalid"),
+    ("[-0.5, 0.25]", -0.5, "ok"),
+    ("[-0.5, 0.25]", 0.5, "invalid"),
+    ("None", 1e6, "ok"),
+    ("None", -1.1e6, "invalid"),
+  ],
+)
+def test_a_file_states_the_range_of_its_rewards(tmp_path, stated, reward, status):
+  file = tmp_path / "mine.py"
+  text = "def reward(completions, **columns): return [columns['value'][0]] * len(completions)"
+  file.write_text(f"REWARD_RANGE = {stated}\n{text}")
+  (found,) = graded(str(file), "reward", ["x"], {"value": reward})
+  assert found.status == status
+  assert ("REWARD_RANGE, " in found.detail) == (status == "invalid" and stated != "None")
+
+
+def test_a_text_forges_no_reward_above_what_the_grader_states(tmp_path):
+  """1e6 where the best is 1 would drown the rewards of all others in the batch."""
+  file = tmp_path / "mine.py"
+  file.write_text("REWARD_RANGE = (0, 1)\n" + GRADERS)
+  for reply, wanted in (('{"values": [1e6]}', "invalid"), ('{"values": [1.0]}', "ok")):
+    assert graded(str(file), "forges", [reply])[0].status == wanted
+
+
+@pytest.mark.parametrize("stated", ["1", "(1, 0)", "(0, 1, 2)", "('a', 1)", "(0, 1e7)", "(nan, 1)"])
+def test_a_range_that_is_none_is_an_error_at_the_start(tmp_path, stated):
+  file = tmp_path / "mine.py"
+  file.write_text(f"nan = float('nan')\nREWARD_RANGE = {stated}\ndef reward(**columns): pass")
+  with pytest.raises(RewardError, match="REWARD_RANGE = .*: must be two numbers within"):
+    RewardPool(RewardSource(str(file)))
+
+
+@pytest.mark.parametrize(
+  "module", ["rewards.graders", "tasks.arithmetic", "tasks.copy_text", "tasks.reasoning_gym_reward"]
+)
+def test_graders_of_this_library_state_their_range(module):
+  if module.endswith("gym_reward"):
+    pytest.importorskip("reasoning_gym")
+  assert importlib.import_module("rl_llm." + module).REWARD_RANGE == (0.0, 1.0)
+
+
+def test_one_wrong_length_among_others_is_invalid_and_all_are_an_error(path):
+  """A text could forge that answer, so one alone does not end a run."""
+  source = RewardSource(path, "counts")
+  with RewardPool(source, workers=1, max_failure_rate=1.0) as pool:
+    found = pool.score(["p"] * 2, ["two", "fine"], [{}] * 2)
+    assert [result.status for result in found] == ["invalid", "ok"]
+    assert found[0].detail.startswith("returned 2 rewards for 1 completion")
+    with pytest.raises(RewardError, match="counts of .* returned 2 rewards for 1 completion"):
+      pool.score(["p"] * 2, ["two", "two"], [{}] * 2)
 
 
 # Text that a grader of this library cannot read.
