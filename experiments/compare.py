@@ -89,6 +89,7 @@ def settings(config: Config, method: str, seed: int) -> dict[str, Any]:
     "responses_per_prompt": config.responses_per_prompt,
     "eval.every": config.eval_every,
     "eval.samples": config.eval_samples,
+    "checkpoint.keep": 1,
   }
 
 

@@ -37,7 +37,9 @@ class Checkpoint:
   VOLATILE = True
 
   every: int = option(10, "steps between checkpoints; the last one is always written", min=1)
-  keep: int = option(1, "checkpoints kept", min=1)
+  keep: int = option(
+    2, "checkpoints kept; with two, a run whose newest one is damaged resumes from the other", min=1
+  )
 
 
 @dataclasses.dataclass(frozen=True)

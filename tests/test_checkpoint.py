@@ -355,7 +355,7 @@ def test_junk_is_ignored(two_steps, errors):
   (two_steps / "13.orbax-checkpoint-tmp").mkdir()
   for name in ("007", "²", "-3", "best", ".saving-14"):
     shutil.copytree(two_steps / "1", two_steps / name)
-  checkpointer = Checkpointer(two_steps)
+  checkpointer = Checkpointer(two_steps, keep=3)
   assert checkpointer.latest() == 2 and errors == []
   for step in (9, 10, 11, 12, 14):
     checkpointer.save(step, {"w": jnp.full(3, float(step))})
@@ -619,7 +619,7 @@ def test_a_save_that_waited_for_a_lost_process_names_it(tmp_path, monkeypatch):
     checkpointer.save(1, {"w": jnp.ones(3)})
   monkeypatch.setattr(hosts, "count", lambda: 2)
   monkeypatch.setattr(hosts, "barrier", lambda what: None)
-  monkeypatch.setattr(hosts, "exchange", lambda what, value: [value, value])
+  monkeypatch.setattr(hosts, "all_gather", lambda what, value: [value, value])
   with pytest.raises(hosts.HostLost, match=r"^process 1 \(b\) was lost$"):
     checkpointer.save(2, {"w": jnp.ones(3)})
 

@@ -60,6 +60,8 @@ NOT_FOLLOWED = {
   "launch.plan:": "test_plan.py compiles what the plan advises",
   "--parallel runs more trials": "it takes two launchers; test_search.py has them",
   "a larger --retries": "test_local.py retries",
+  "restore config.json, or give another --workdir": "test_origin.py does",
+  "lower --checkpoint.keep": "it takes a full disk; test_origin.py imitates one",
 }
 # Where texts with flags are pages, scripts and names, and no errors.
 NO_ERRORS = {

@@ -108,7 +108,7 @@ def test_a_file_that_changed_since_is_refused(tmp_path, prompt):
   open_run(workdir, config, volatile=())
   data.write_text("third")
   open_run(workdir, config, volatile=("prompt",))
-  with pytest.raises(ConfigError, match="the file as it was when the run in .* began"):
+  with pytest.raises(ConfigError, match="the file as it was when the run .* began"):
     open_run(workdir, config, volatile=())
   data.unlink()  # Whoever reads it will say so.
   open_run(workdir, config, volatile=())

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging as python_logging
+import math
 import os
 import shutil
 import time
@@ -71,14 +72,15 @@ class Checkpointer:
 
   Args:
     directory: where the steps go, on a mounted local or network file system; created if missing.
-    keep: how many steps stay after a save, >= 1; older ones are deleted once the new one is whole.
+    keep: how many steps stay after a save, >= 1; older ones are deleted once the new one has been
+      read back from the disk.
 
   Raises:
     CheckpointError: the directory cannot be made, or is an object-store address such as gs://.
     ValueError: keep < 1.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+  def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
     if keep < 1:
       raise ValueError(f"keep is {keep}; it must be at least 1, for the newest checkpoint")
     if "://" in str(directory):
@@ -175,8 +177,10 @@ class Checkpointer:
         ) from None
       raise
     if first:
+      self._drop_from_cache(step)
       try:
-        self._prune(step)
+        if self._sound(step):  # Else the older ones are still needed.
+          self._prune(step)
       except OSError as error:
         logging.warning("step %d is saved; older ones could not be deleted: %s", step, error)
 
@@ -251,24 +255,20 @@ class Checkpointer:
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), ordered)
     return manifest["step"], state, manifest["extra"]
 
+  def bytes_needed(self, shapes: Any) -> tuple[int, int]:
+    """(bytes of one checkpoint, bytes of free disk that the saves to come need at most).
+
+    A save writes the new step next to the `keep` that stay until it has been read back, so `keep`
+    + 1 lie there at once. Those that lie there already need no further room.
+
+    Args:
+      shapes: a pytree of arrays or `jax.ShapeDtypeStruct`: the state.
+    """
+    size = sum(_bytes(leaf) for leaf in jax.tree.leaves(shapes))
+    return size, size * max(self.keep + 1 - len(self._steps()), 1)
+
   def _steps(self) -> list[int]:
-    """Numbers of the directories that look like ours, ascending; links and files are ignored."""
-    try:
-      entries = list(os.scandir(self.directory))
-    except OSError as error:
-      raise CheckpointError(
-        f"cannot read the checkpoint directory {self.directory}: {error.strerror}. "
-        "Was it moved or deleted?"
-      ) from None
-    return sorted(
-      int(entry.name)
-      for entry in entries
-      if entry.name.isascii()
-      and entry.name.isdigit()
-      and str(int(entry.name)) == entry.name
-      and entry.is_dir(follow_symlinks=False)
-      and any(os.path.lexists(os.path.join(entry.path, name)) for name in (_MANIFEST, _STATE))
-    )
+    return _steps_in(self.directory)
 
   def _sound(self, step: int) -> dict | None:
     """The step's manifest if the step verifies, else None; reports a damaged step once."""
@@ -290,6 +290,13 @@ class Checkpointer:
     self._reported = set(reported)
     return found
 
+  def _drop_from_cache(self, step: int) -> None:
+    """Makes the next read of a step's files come from the disk; what is not there yet stays."""
+    for root, _, names in os.walk(self.directory / str(step)):
+      for name in names:
+        with open(os.path.join(root, name), "rb") as file:
+          os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
   def _prune(self, step: int) -> None:
     """Deletes all but the newest `keep` up to `step`; a step known to be damaged is not kept."""
     older = [s for s in self._steps() if s < step]
@@ -306,6 +313,21 @@ class Checkpointer:
           shutil.rmtree(entry.path, ignore_errors=True)
         else:
           os.unlink(entry.path)
+
+
+def extras(directory: Path) -> dict[int, dict]:
+  """{step: `extra`} of the steps whose manifests are sound; no array data is read.
+
+  Args:
+    directory: of a run's checkpoints; it may be missing.
+  """
+  found = {}
+  for step in _steps_in(directory) if directory.is_dir() else []:
+    try:
+      found[step] = _manifest(directory / str(step), step)["extra"]
+    except CheckpointError:  # Whoever reads the step will say so.
+      continue
+  return found
 
 
 def first_moments(directory: Path, count: int) -> list[np.ndarray]:
@@ -403,6 +425,12 @@ def _compare_trees(path: Path, saved: list[list], wanted: dict[str, Any]) -> Non
     )
 
 
+def _bytes(leaf: Any) -> int:
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.eval_shape(jax.random.key_data, leaf)
+  return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
   first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return getattr(leaf, "sharding", None) or first
@@ -478,43 +506,95 @@ def _write_manifest(path: Path, step: int, leaves: dict[str, Any], extra: dict) 
   _sync(path)
 
 
-def _verified(path: Path, step: int) -> dict:
-  """The manifest of a step if all files match it; else raises _DamagedError naming the file."""
+def _steps_in(directory: Path) -> list[int]:
+  """Numbers of the directories that look like ours, ascending; links and files are ignored."""
+  try:
+    entries = list(os.scandir(directory))
+  except OSError as error:
+    raise CheckpointError(
+      f"cannot read the checkpoint directory {directory}: {error.strerror}. "
+      "Was it moved or deleted?"
+    ) from None
+  return sorted(
+    int(entry.name)
+    for entry in entries
+    if entry.name.isascii()
+    and entry.name.isdigit()
+    and str(int(entry.name)) == entry.name
+    and entry.is_dir(follow_symlinks=False)
+    and any(os.path.lexists(os.path.join(entry.path, name)) for name in (_MANIFEST, _STATE))
+  )
+
+
+_INSTRUCTION = "Restore the files from a copy, or delete the step's directory"
+
+
+def _manifest(path: Path, step: int) -> dict:
+  """The manifest of a step if it is sound in itself; else raises as `_verified` does."""
   if not path.is_dir():
     raise CheckpointError(
       f"no checkpoint {path}; give a step that is there, or none for the newest"
     )
-  instruction = "Restore the files from a copy, or delete the step's directory"
   try:
     text = (path / _MANIFEST).read_bytes().decode()
     head, _, rest = text.partition("\n")
     if head != f'{{"manifest_sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",':
-      raise _DamagedError(f"{path / _MANIFEST} does not match its own hash. {instruction}")
+      raise _DamagedError(f"{path / _MANIFEST} does not match its own hash. {_INSTRUCTION}")
     manifest = json.loads(text)
-    if manifest["format_version"] > FORMAT_VERSION:
-      raise CheckpointError(
-        f"{path} has format {manifest['format_version']}, this rl_llm reads up to "
-        f"{FORMAT_VERSION}: upgrade rl_llm to open it"
-      )
-    if manifest["step"] != step:
-      raise _DamagedError(f"{path} holds step {manifest['step']}: rename it back")
+    known = _is_manifest(manifest)
+  except OSError as error:
+    raise _DamagedError(
+      f"{error.filename or path} cannot be read: {error.strerror}. {_INSTRUCTION}"
+    ) from None
+  except (ValueError, RecursionError):
+    raise _DamagedError(f"{path / _MANIFEST} is not JSON text. {_INSTRUCTION}") from None
+  if not known:
+    raise _DamagedError(f"{path / _MANIFEST} is not a manifest. {_INSTRUCTION}")
+  if manifest["format_version"] > FORMAT_VERSION:
+    raise CheckpointError(
+      f"{path} has format {manifest['format_version']}, this rl_llm reads up to "
+      f"{FORMAT_VERSION}: upgrade rl_llm to open it"
+    )
+  if manifest["step"] != step:
+    raise _DamagedError(f"{path} holds step {manifest['step']}: rename it back")
+  return manifest
+
+
+def _is_manifest(found: Any) -> bool:
+  """Whether JSON is what `_write_manifest` writes; of a later format only the version counts."""
+  if not isinstance(found, dict) or type(found.get("format_version")) is not int:
+    return False
+  if found["format_version"] > FORMAT_VERSION:
+    return True
+  kinds = {"step": int, "extra": dict, "leaves": list, "files": dict}
+  if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+    return False
+  parts = [
+    *((leaf, 3) for leaf in found["leaves"]),
+    *((file, 2) for file in found["files"].values()),
+  ]
+  return all(isinstance(part, list) and len(part) == size for part, size in parts)
+
+
+def _verified(path: Path, step: int) -> dict:
+  """The manifest of a step if all files match it; else raises _DamagedError naming the file."""
+  manifest = _manifest(path, step)
+  try:
     files = [path / name for name in manifest["files"]]
     for file, (size, _) in zip(files, manifest["files"].values(), strict=True):
       if file.stat().st_size != size:
         raise _DamagedError(
-          f"{file} has {file.stat().st_size} bytes, {size} were written. {instruction}"
+          f"{file} has {file.stat().st_size} bytes, {size} were written. {_INSTRUCTION}"
         )
     for file, found, written in zip(files, _hashes(files), manifest["files"].values(), strict=True):
       if found != written:
         raise _DamagedError(
-          f"{file} has changed since it was written (SHA-256 differs). {instruction}"
+          f"{file} has changed since it was written (SHA-256 differs). {_INSTRUCTION}"
         )
   except OSError as error:
     raise _DamagedError(
-      f"{error.filename or path} cannot be read: {error.strerror}. {instruction}"
+      f"{error.filename or path} cannot be read: {error.strerror}. {_INSTRUCTION}"
     ) from None
-  except UnicodeDecodeError:
-    raise _DamagedError(f"{path / _MANIFEST} is not text. {instruction}") from None
   return manifest
 
 

@@ -60,6 +60,15 @@ def _escape(character: str) -> str:
   return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def data_size(count: float) -> str:
+  """Formats a number of bytes for a person, in units of 1000.
+
+  >>> data_size(512), data_size(1_620_000_000)
+  ('0.000512 MB', '1.62 GB')
+  """
+  return f"{number(count / 1e9)} GB" if count >= 1e9 else f"{number(count / 1e6)} MB"
+
+
 def number(value: Any, digits: int = 3) -> str:
   """Formats a number for a person: few digits, and a dash for None.
 

@@ -125,6 +125,8 @@ def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any]) -> st
   cards.append(_card("Steps", str(steps), f"{duration(seconds / max(steps, 1))} a step on average"))
   cards.append(_card("Time", duration(seconds), "compiling, sampling, updating, evaluating"))
   line = f"<p>{escaped(', '.join(what), 300)}</p>" if what else ""
+  if missing := metrics_lib.missing_steps((row["step"] for row in rows), steps):
+    line += f"<p>metrics.jsonl has lost the lines of steps {missing}</p>"
   return f'<header><h1>{escaped(name)}</h1>{line}<div class="cards">{"".join(cards)}</div></header>'
 
 

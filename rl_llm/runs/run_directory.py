@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import jax
 from rl_llm.errors import ConfigError, UserError, redact
 from rl_llm.files import locked, write_atomically
 from rl_llm.parallel import hosts
-from rl_llm.runs.checkpoint import Checkpointer
+from rl_llm.runs.checkpoint import Checkpointer, extras
 from rl_llm.runs.config import flatten, write_config
 from rl_llm.runs.console import Console
 from rl_llm.runs.signals import StopSignals
@@ -32,6 +32,7 @@ class Run(NamedTuple):
   console: Console  # its output for the person who started it
   stop: StopSignals  # checked at points where stopping loses nothing
   checkpoints: Checkpointer | None = None  # None if nothing is trained
+  origin: Mapping[str, Any] = {}  # what its checkpoints say of it, by `rl_llm.runs.origin`
   result: dict[str, Any] | None = None  # of a finished run, which has nothing left to do
 
 
@@ -146,24 +147,31 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
         "a model's directory goes to --model",
       )
     # A start that failed before its first step does not fix the settings.
-    inputs, hashes = workdir / "inputs.json", _hashes(config)
-    if recorded.exists() and _recorded(workdir):
-      _refuse_other_settings(workdir, json.loads(recorded.read_text("ascii")), config, volatile)
+    inputs, hashes, volatile = workdir / "inputs.json", _hashes(config), set(volatile)
+    if _recorded(workdir):
+      holder = f"the run that {workdir} holds"
+      if recorded.exists():
+        _refuse_other_settings(holder, _json_object(recorded), config, volatile)
       if inputs.exists():
-        known = json.loads(inputs.read_text("ascii"))
-        _refuse_other_files(workdir, known, hashes, config, volatile)
+        known = _json_object(inputs)
+        _refuse_other_files(holder, known, hashes, config, volatile)
         hashes |= known
+    told = _refuse_other_checkpoints(workdir, hashes, config, volatile)
+    if _recorded(workdir) and not (recorded.exists() or told):
+      raise ConfigError(
+        "workdir",
+        str(workdir),
+        "a directory whose config.json is there: this one has a record, and nothing says with "
+        "which settings it was made",
+        "restore config.json, or give another --workdir",
+      )
     write_config(config, workdir)
     write_atomically(inputs, (json.dumps(hashes, indent=2) + "\n").encode("ascii"))
     result = workdir / "result.json"
-    return json.loads(result.read_text("ascii")) if result.exists() else None
+    return _json_object(result) if result.exists() else None
   except OSError as error:
     raise ConfigError(
       "workdir", str(workdir), "a directory that can be written", str(error.strerror)
-    ) from None
-  except json.JSONDecodeError:
-    raise ConfigError(
-      "workdir", str(workdir), "a directory whose JSON files are whole", "choose another"
     ) from None
 
 
@@ -171,6 +179,26 @@ def _recorded(workdir: Path) -> bool:
   """Whether the directory has a step on record."""
   metrics = workdir / "metrics.jsonl"
   return metrics.exists() and metrics.stat().st_size > 0
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+  """The content of a JSON file of the directory.
+
+  Raises:
+    ConfigError: it is cut short, or something else than an object.
+  """
+  try:
+    found = json.loads(path.read_bytes())
+  except (ValueError, RecursionError):
+    found = None
+  if not isinstance(found, dict):
+    raise ConfigError(
+      "workdir",
+      str(path.parent),
+      f"a directory whose JSON files are whole: {path.name} is not a JSON object",
+      f"restore {path.name}, or choose another directory",
+    )
+  return found
 
 
 def run_name(model: str) -> str:
@@ -190,20 +218,16 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
 
 
 def _refuse_other_settings(
-  workdir: Path, recorded: dict[str, Any], config: Any, volatile: Iterable[str]
+  holder: str, recorded: dict[str, Any], config: Any, volatile: set[str]
 ) -> None:
   # The record was redacted, so redact the config too before comparing.
   wanted = json.loads(redact(json.dumps(flatten(config))))
-  volatile = set(volatile)
   # A setting that was added after the run began had its default then.
   recorded = flatten(type(config)()) | recorded
   for path, value in wanted.items():
     if path not in volatile and recorded[path] != value:
       raise ConfigError(
-        path,
-        value,
-        f"{recorded[path]}, as in the run that {workdir} holds",
-        "give that value, or another --workdir",
+        path, value, f"{recorded[path]}, as in {holder}", "give that value, or another --workdir"
       )
 
 
@@ -220,13 +244,27 @@ def _hashes(config: Any) -> dict[str, str]:
 
 
 def _refuse_other_files(
-  workdir: Path, known: dict[str, str], hashes: dict[str, str], config: Any, volatile: Iterable[str]
+  holder: str, known: dict[str, str], hashes: dict[str, str], config: Any, volatile: set[str]
 ) -> None:
-  for name in sorted(known.keys() & hashes.keys() - set(volatile)):
+  for name in sorted(known.keys() & hashes.keys() - volatile):
     if known[name] != hashes[name]:
       raise ConfigError(
         name,
         flatten(config)[name],
-        f"the file as it was when the run in {workdir} began (SHA-256 {known[name][:12]}...)",
+        f"the file as it was when {holder} began (SHA-256 {known[name][:12]}...)",
         "restore it, or give another --workdir",
       )
+
+
+def _refuse_other_checkpoints(
+  workdir: Path, hashes: dict[str, str], config: Any, volatile: set[str]
+) -> bool:
+  """Refuses checkpoints of another run; whether any says of which run it is."""
+  told = False
+  for step, extra in extras(workdir / "checkpoints").items():
+    holder = f"the run whose checkpoint is {workdir / 'checkpoints' / str(step)}"
+    if "settings" in extra:
+      told = True
+      _refuse_other_settings(holder, extra["settings"], config, volatile)
+      _refuse_other_files(holder, extra.get("files", {}), hashes, config, volatile)
+  return told

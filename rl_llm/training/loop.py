@@ -28,13 +28,14 @@ from rl_llm.parallel.sharding import gather_to_host, sharded_shapes
 from rl_llm.policy import TransformerConfig, merge_lora, save_adapter, save_hf
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.rollout.reward_model import save_reward_model
+from rl_llm.runs import origin
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.chips import Peak
 from rl_llm.runs.config import volatile
-from rl_llm.runs.console import Console, number
+from rl_llm.runs.console import Console, data_size, number
 from rl_llm.runs.flops import Work
 from rl_llm.runs.heap import trimmed
-from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, read
+from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, missing_steps, read
 from rl_llm.runs.profiling import StepTracer, compile_clock
 from rl_llm.runs.report import before_after, write_report
 from rl_llm.runs.run_directory import Run, opened, write_result
@@ -112,7 +113,7 @@ def open_run(
   workdir: str | os.PathLike,
   *,
   steps: int,
-  checkpoints_kept: int = 1,
+  checkpoints_kept: int = 2,
   export: bool = False,
 ) -> Iterator[Run]:
   """Opens the run's directory for this process alone; the run has a result if it is finished.
@@ -136,7 +137,8 @@ def open_run(
       exported = hosts.broadcast("the exported model", (workdir / "model").exists())
       if result is None or result["steps"] < steps or (export and not exported):
         checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
-        yield Run(workdir, console, stop, checkpoints)
+        said = origin.origin(workdir, config, volatile=volatile(config)) if hosts.is_main() else {}
+        yield Run(workdir, console, stop, checkpoints, said)
         return
       console.say(
         f"{workdir} is finished; a larger --steps continues it, another --workdir begins anew"
@@ -176,12 +178,15 @@ def begin(
   """
   start = run.checkpoints.latest()
   wanted = lay_out(jax.eval_shape(init_state, *args), mesh)
+  say_room(run, wanted)
   if start is None:
     layout = jax.tree.map(lambda x: x.sharding, wanted)
     init = jax.jit(lambda *args: init_state(*jax.tree.map(jnp.copy, args)), out_shardings=layout)
     return 0, init(*args)
-  start, state, _ = run.checkpoints.restore(wanted)
+  start, state, extra = run.checkpoints.restore(wanted)
   run.console.say(f"resuming from the checkpoint at step {start}")
+  for hole in origin.missing(run.workdir, start, extra) if hosts.is_main() else ():
+    run.console.say(f"{hole}: the run resumes without them, and its result says so")
   if start > steps:
     raise ConfigError("steps", steps, f"at least {start}, which {run.workdir} has reached")
   return start, state
@@ -233,7 +238,7 @@ def train_loop(
           # All earlier steps are on record by now, so a kill at any time loses nothing.
           if step > saved and (last or step % schedule.checkpoint_every == 0):
             with done.clock("checkpoint"):
-              run.checkpoints.save(step, state)
+              save(run, step, state)
             saved = step
           if schedule.evaluates(step):
             with done.clock("eval"):
@@ -255,11 +260,38 @@ def train_loop(
             raise Diverged(failure)
     except Interrupted as interruption:
       if step > saved:
-        run.checkpoints.save(step, state)
+        save(run, step, state)
       where = f"step {step} of {schedule.steps}"
       run.console.say(f"{interruption}: saved at {where}; the same command resumes from it")
       raise
   return state
+
+
+def save(run: Run, step: int, state: Any) -> None:
+  """Saves the state before a step, and with it what the run's directory holds by then."""
+  recorded = origin.recorded(run.workdir, step) if hosts.is_main() else {}
+  run.checkpoints.save(step, state, {**run.origin, **recorded})
+
+
+def say_room(run: Run, shapes: Any) -> None:
+  """Says how much disk the checkpoints of such a state take at most, and refuses too small a disk.
+
+  Raises:
+    ConfigError: less is free than the checkpoints to come need.
+  """
+  size, needed = run.checkpoints.bytes_needed(shapes)
+  directory, keep = run.checkpoints.directory, run.checkpoints.keep
+  free = shutil.disk_usage(directory).free
+  peak = f"{data_size(size * (keep + 1))} of disk for {keep} checkpoints and the one being written"
+  if needed > free:
+    raise ConfigError(
+      "workdir",
+      str(run.workdir),
+      f"on a disk with room for another {data_size(needed)} of checkpoints",
+      f"{data_size(free)} are free: free some, lower --checkpoint.keep, or give a --workdir "
+      "on another disk",
+    )
+  run.console.say(f"{directory}: at most {peak}; {data_size(free)} are free")
 
 
 def _tracer(run: Run, start: int, schedule: Schedule) -> StepTracer:
@@ -459,9 +491,15 @@ def on_main(params: Any) -> Any:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """The content of result.json, from the record; without evaluations, no before and after."""
+  """The content of result.json, from the record; without evaluations, no before and after.
+
+  Steps that the record has lost are named, and if the first is among them there is no before.
+  """
   evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)] or [{}]
   result = {"steps": rows[-1]["step"], "seconds": sum(row["time/step"] for row in rows)}
+  if missing := missing_steps((row["step"] for row in rows), rows[-1]["step"]):
+    result["steps_missing"] = missing
+    evaluated = ([{}] if rows[0]["step"] else []) + evaluated
   for name, row in (("before", evaluated[0]), ("after", evaluated[-1])):
     result[name] = {key: value for key, value in row.items() if key.startswith("eval/")}
   return result
@@ -482,17 +520,19 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
       name = key.removeprefix("eval/").removesuffix("_accuracy")
       console.say(f"held-out accuracy, {name}: {figures[0]} -> {figures[1]}")
     elif key.endswith("_loss"):
-      figures = [number(result[when][key]) for when in ("before", "after")]
+      figures = [number(result[when].get(key)) for when in ("before", "after")]
       name = key.removeprefix("eval/").replace("_", " ")
       console.say(f"held-out {name}: {figures[0]} -> {figures[1]}")
   show_speed(console, read(workdir / "metrics.jsonl"))
+  if "steps_missing" in result:
+    console.say(f"metrics.jsonl has lost the lines of steps {result['steps_missing']}")
   console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
   console.say(f"report: {workdir / 'report.html'}")
 
 
 def _accuracy(found: Mapping[str, Any], key: str) -> str:
-  """An accuracy with its interval; "-" if the grader had no opinion on any response."""
-  values = [found[key.replace("accuracy", end)] for end in ("accuracy", "low", "high")]
+  """An accuracy with its interval; "-" if there is none: no response was graded."""
+  values = [found.get(key.replace("accuracy", end)) for end in ("accuracy", "low", "high")]
   return "-" if values[0] is None else "{:.2f} (95% {:.2f} to {:.2f})".format(*values)
 
 

@@ -36,6 +36,8 @@ ADDED: dict[str, set[str]] = {
   "reward_model": {"data_format"},
   "sft": {"data_format", "reward_isolation"},
 }
+# Defaults that are others now.
+CHANGED = {"checkpoint.keep": 2}  # One flipped bit in the only checkpoint ended a run for good.
 
 
 def flags(config_class):
@@ -75,6 +77,7 @@ def test_flags_are_what_they_were(name):
   assert found.keys() - wanted.keys() == ADDED.get(name, set()) | of_all
   for flag, before in wanted.items():
     now = found[flag]
+    before["default"] = CHANGED.get(flag, before["default"])
     choices = before.pop("choices")
     # More of them may come, but neither may all texts become allowed nor a list appear.
     assert set(choices) <= set(now["choices"]) and bool(choices) == bool(now["choices"]), flag
