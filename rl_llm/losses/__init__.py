@@ -41,6 +41,7 @@ from rl_llm.losses.likelihood import action_ids_of, llds_loss, llds_weights, pos
 from rl_llm.losses.margin import discopop_loss, exo_loss, ipo_loss
 from rl_llm.losses.optimal_transport import BATCH_COUPLED, aot_loss, aot_unpaired_loss
 from rl_llm.losses.policy_gradient import grpo_loss, ppo_loss, reinforce_loss
+from rl_llm.losses.quadratic import drpo_loss, spo_loss
 from rl_llm.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from rl_llm.losses.regularization import entropy_loss, kl_loss, value_loss
 from rl_llm.losses.reward_model import reward_model_loss
@@ -74,6 +75,8 @@ POLICY_LOSSES = (
   gspo_token_loss,
   gmpo_loss,
   vespo_loss,
+  spo_loss,
+  drpo_loss,
 )
 # (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights, *, ...);
 # the last three have no reference.
@@ -117,6 +120,7 @@ __all__ = [
   "dppo_kl_loss",
   "dppo_tv_loss",
   "dro_loss",
+  "drpo_loss",
   "entropy_loss",
   "exo_loss",
   "gkd_loss",
@@ -147,6 +151,7 @@ __all__ = [
   "sapo_loss",
   "sft_loss",
   "simpo_loss",
+  "spo_loss",
   "sppo_loss",
   "token_covariance",
   "value_loss",

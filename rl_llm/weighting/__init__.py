@@ -33,7 +33,7 @@ from rl_llm.weighting.means import (
   sequence_sum,
   token_mean,
 )
-from rl_llm.weighting.trust_region import off_policy_mask
+from rl_llm.weighting.trust_region import off_policy_mask, second_moment_mask, trust_region_mask
 
 __all__ = [
   "constant_length",
@@ -41,9 +41,11 @@ __all__ = [
   "length_power",
   "off_policy_mask",
   "prompt_mean",
+  "second_moment_mask",
   "sequence_mean",
   "sequence_sum",
   "token_mean",
   "top_entropy",
   "truncated_importance",
+  "trust_region_mask",
 ]

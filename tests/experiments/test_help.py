@@ -23,16 +23,17 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 # Flags that came after the goldens, by script.
 EVERYWHERE = {"compile_cache", "matmul_precision"}
 SAMPLED = {"overlong.cache", "overlong.coef", "overlong.limit"}  # of policy gradients
+LOSSES = {"loss.threshold"}  # keywords of losses that came later
 ADDED: dict[str, set[str]] = {
   "dpo": {"data_format", "reward_isolation"},
   "evaluate": {"reward_isolation"},
   "grpo": {
     *("advantage.alpha", "advantage.k", "advantage.name", "kl.weighting", "reward_isolation"),
-    *("weighting.truncated", *SAMPLED),
+    *("weighting.truncated", *SAMPLED, *LOSSES),
   },
   "make_preferences": {"reward_isolation"},
-  "ppo": {"reward_isolation", "weighting.truncated"} | SAMPLED,
-  "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"} | SAMPLED,
+  "ppo": {"reward_isolation", "weighting.truncated"} | SAMPLED | LOSSES,
+  "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"} | SAMPLED | LOSSES,
   "reward_model": {"data_format"},
   "sft": {"data_format", "reward_isolation"},
 }

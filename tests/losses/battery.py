@@ -84,6 +84,7 @@ SETTINGS = {
   "high": (1.1, 2.0),
   "tau_positive": (0.5, 2.0),
   "tau_negative": (0.5, 2.0),
+  "threshold": (0.2, 12.5),
   "threshold_low": (0.05, 0.3),
   "threshold_high": (0.05, 0.3),
   "ratio_cap": (0.8, 1.5),

@@ -133,6 +133,8 @@ CHOICES = {
   "truncated_importance.level": ["sequence", "geometric"],
   "llds_loss.level": ["token", "response"],
   "mode": ["mask", "reject"],
+  "estimator": ["k2"],
+  "statistic": ["mean"],
   "normalizer": ["all"],
   "value": ["k1", "k2"],
   "gradient": ["k1", "k3"],

@@ -1,4 +1,4 @@
-"""CISPO, SAPO, DPPO and DRO: slow loops with gradients by hand, tables of limits, identities."""
+"""CISPO, SAPO, DPPO, DRO, SPO and DRPO: slow loops, tables of limits, identities."""
 
 import math
 
@@ -16,7 +16,7 @@ ADVANTAGES = RNG.normal(size=SHAPE)
 MASK = np.arange(5) < np.array([[5], [3], [1], [4]])
 WEIGHTS = np.asarray(weighting.sequence_mean(MASK))
 
-NAMES = ["cispo", "sapo", "dppo_tv", "dppo_kl", "dro"]
+NAMES = ["cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "spo", "drpo"]
 F = {
   name: jax.jit(jax.value_and_grad(getattr(losses, f"{name}_loss"), has_aux=True))
   for name in [*NAMES, "ppo"]
@@ -61,6 +61,16 @@ def dro(a, now, old, beta=0.05):
   return -(a * now - beta / 2 * (now - old) ** 2), -(a - beta * (now - old))
 
 
+def spo(a, now, old, threshold=0.2, curvature=1.0):
+  ratio = math.exp(now - old)
+  value = -a * ratio + abs(a) * curvature * (ratio - 1) ** 2 / (2 * threshold)
+  return value, ratio * (-a + abs(a) * curvature * (ratio - 1) / threshold)
+
+
+def drpo(a, now, old, threshold=12.5):
+  return spo(a, now, old, threshold, curvature=math.exp(old))
+
+
 @pytest.mark.parametrize(
   "name, settings",
   [
@@ -74,6 +84,10 @@ def dro(a, now, old, beta=0.05):
     ("dppo_kl", {"threshold_low": 0.3, "threshold_high": 0.01, "ratio_cap": 1.2}),
     ("dro", {}),
     ("dro", {"beta": 1.5}),
+    ("spo", {}),
+    ("spo", {"threshold": 3.0}),
+    ("drpo", {}),
+    ("drpo", {"threshold": 0.15}),
   ],
 )
 def test_value_and_gradient_match_the_loop(name, settings):
@@ -138,6 +152,26 @@ TABLES = {
     ],
   ),
 }
+# The weight of -A * ratio is 1 - sign(A * (ratio - 1)) * |ratio - 1| / threshold, and DRPO's
+# 1 - sign(A * (ratio - 1)) * |pi - mu| / threshold: 0 at the threshold, negative beyond it.
+PULLS = {
+  "spo": [
+    (+1, 0.40, 0.60, 0.0),  # ratio 1.5
+    (+1, 0.40, 0.80, -2.0 * -1.0),  # ratio 2: pulled back
+    (+1, 0.40, 0.20, -0.5 * 2.0),  # a good token that fell: pushed twice as hard
+    (-1, 0.40, 0.20, +0.5 * 0.0),
+    (-1, 0.40, 0.60, +1.5 * 2.0),
+    (-1, 0.40, 0.10, +0.25 * -0.5),  # a bad token that fell too far: pulled back
+  ],
+  "drpo": [
+    (+1, 0.10, 0.60, 0.0),
+    (+1, 0.10, 0.85, -8.5 * -0.5),
+    (+1, 0.01, 0.05, -5.0 * 0.92),  # a rare token: its ratio is 5, its move small
+    (-1, 0.90, 0.40, 0.0),
+    (-1, 0.10, 0.60, +6.0 * 2.0),
+    (-1, 0.90, 0.15, +(0.15 / 0.9) * -0.5),
+  ],
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -150,6 +184,30 @@ def test_table_of_limits(name):
   assert metrics["clip_low_fraction"] == (limited.sum(), 6)
   limited = (now / old > 2.0) & (name == "cispo") | (expected == 0) & (a > 0)
   assert metrics["clip_high_fraction"] == (limited.sum(), 6)
+
+
+@pytest.mark.parametrize("name", PULLS)
+def test_a_token_beyond_the_threshold_is_pulled_back(name):
+  a, old, now, expected = np.array(PULLS[name]).T[:, None]
+  ones = np.ones(a.shape)
+  (_, metrics), gradient = F[name](np.log(now), np.log(old), a, ones, threshold=0.5)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=2e-6)
+  pulled = gradient * -a < -1e-5
+  assert metrics["clip_high_fraction"] == ((pulled & (a > 0)).sum(), 6)
+  assert metrics["clip_low_fraction"] == ((pulled & (a < 0)).sum(), 6)
+
+
+def test_the_weights_of_drpo_are_bounded_whatever_the_ratio():
+  """[1 - 1 / threshold, 1 + 1 / threshold], as no probability moves by more than 1."""
+  old = np.log(np.array([[1e-7, 1e-3, 0.5, 0.999]]))
+  now = np.log(np.array([[0.9, 0.2, 1e-6, 1e-5]]))
+  ratio = np.exp(now - old)
+  for a in (1.0, -1.0):
+    given = now, old, np.full(1, a), np.ones((1, 4))
+    weight = -F["drpo"](*given, threshold=2.0)[1] / (a * ratio)
+    assert np.all(np.abs(weight - 1) <= 0.5 + 1e-5)
+  spo = -F["spo"](now, old, np.ones(1), np.ones((1, 4)), threshold=2.0)[1] / ratio
+  assert spo[0, 0] < -1e6
 
 
 def test_binary_kl_is_of_new_from_old():
@@ -233,6 +291,8 @@ def test_a_zero_factor_silences_a_token_and_leaves_it_a_member(name):
     ("dppo_kl", {"threshold_high": -0.1}, "threshold_high is -0.1"),
     ("dppo_kl", {"ratio_cap": 0}, "ratio_cap is 0"),
     ("dro", {"beta": 0.0}, "beta is 0.0"),
+    ("spo", {"threshold": 0.0}, "threshold is 0.0.*above 0"),
+    ("drpo", {"threshold": -1.0}, "threshold is -1.0"),
     ("sapo", {"mask": np.ones(SHAPE)}, "mask has dtype float"),
   ],
 )
