@@ -15,7 +15,7 @@ from pathlib import Path
 
 import rl_llm
 from rl_llm.errors import UserError
-from rl_llm.runs.report import write_report
+from rl_llm.runs.report import is_live, write_report
 
 PACKAGES = ("experiments", "launch", "benchmarks")
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
   for run in given.runs:
     try:
-      print(f"report: {write_report(run)}")
+      print(f"report: {write_report(run, live=is_live(run))}")
     except (UserError, OSError, ValueError) as error:
       print(f"error: {error}", file=sys.stderr)
       return 2

@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rl_llm.files import locked
 from rl_llm.runs import config as config_lib
 from rl_llm.runs import report as report_lib
 from rl_llm.runs import report_figures
 from rl_llm.runs.config import option
 from rl_llm.runs.metrics import MetricsWriter, proportion_interval
+from rl_llm.runs.report_samples import before_after, pairs_section, surprising
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +195,8 @@ def test_every_curve_of_the_run_is_drawn_with_axes_unit_and_caption(page):
     "Loss",
     "Learning rate",
     "Tokens a second",
-    "MFU of the update",
     "Time per phase",
+    "MFU of the update",  # It never changes in this run, so it is folded.
   ]
   for title, figure in drawn.items():
     texts = [text.text for text in figure.iter("text")]
@@ -203,6 +205,96 @@ def test_every_curve_of_the_run_is_drawn_with_axes_unit_and_caption(page):
     assert len(figure.find("figcaption").text) > 20
     shapes = list(figure.iter("polyline")) + list(figure.iter("rect"))
     assert shapes, title
+
+
+def test_charts_without_change_are_folded_and_named(page):
+  (fold,) = re.findall(r"<details><summary>\d+ charts? without change.*?</details>", page, re.S)
+  assert "1 chart without change: MFU of the update</summary>" in fold
+  assert [*figures(fold)] == ["MFU of the update"]
+
+
+def test_two_curves_that_are_one_are_both_seen(tmp_path):
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    for step, value in enumerate([0.1, 0.4, 0.3, 0.9]):
+      writer.write(step, {"reward_mean": value, "accuracy": value})
+  lines = list(figures(report_of(tmp_path))["Reward"].iter("polyline"))
+  assert [line.get("class") for line in lines] == ["line s0", "line dashed s1"]
+  assert lines[0].get("points") == lines[1].get("points")
+
+
+@pytest.mark.parametrize("steps", [23, 30, 101, 150])
+def test_the_last_step_has_a_tick(steps, tmp_path):
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    for step in range(steps + 1):
+      writer.write(step, {"entropy": step * 0.5})
+  texts = [t for t in figures(report_of(tmp_path))["Entropy"].iter("text")]
+  steps_named = [t for t in texts if t.get("text-anchor") == "middle" and t.text.isdigit()]
+  marks = [(float(t.get("x")), int(t.text)) for t in steps_named]
+  assert max(marks)[1] == steps
+  xs = sorted(x for x, _ in marks)
+  assert all(b - a > 25 for a, b in zip(xs, xs[1:], strict=False))  # No two labels touch.
+
+
+def test_a_live_page_loads_itself_anew_and_a_finished_one_does_not(tmp_path):
+  folder = fake_run(tmp_path / "adding", steps=10)
+  live = report_lib.write_report(folder, live=True).read_text(encoding="utf-8")
+  assert re.search('<meta http-equiv="refresh" content="[0-9]+">', live)
+  assert "The run is in progress, at step 10 of 10" in live
+  done = report_of(folder)
+  assert "refresh" not in done and "in progress" not in done
+
+
+def test_a_run_is_live_while_its_lock_is_held(tmp_path):
+  assert not report_lib.is_live(tmp_path)
+  with locked(tmp_path / ".lock") as free:
+    assert free and report_lib.is_live(tmp_path)
+  assert not report_lib.is_live(tmp_path)
+
+
+def test_the_box_says_what_the_record_says(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"task": "jsonl:<x>", "steps": 40}))
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    for step in range(40):
+      writer.write(step, {"reward_mean": 0.0, "frac_zero_std": 1.0})
+  page = report_of(tmp_path)
+  (box,) = re.findall('<section class="box fault">.*?</section>', page, re.S)
+  assert "the reward is 0 in all 40 steps" in box and "--task=jsonl:&lt;x&gt;" in box
+  assert box.index("Try") > box.index("reward is 0")
+  assert page.index(box) < page.index("<h2>Curves")
+
+
+def test_what_changed_and_what_is_still_wrong():
+  def row(step, problem, right):
+    text = {"step": step, "split": "eval", "problem": problem, "prompt": problem}
+    return text | {"response": f"{problem}{step}", "correct": right}
+
+  ends = {"a": (False, True), "b": (False, False), "c": (True, False), "d": (True, True)}
+  rows = [row(step, name, ends[name][step > 0]) for step in (0, 9) for name in ends]
+  folds = re.findall("<details>(.*?)</details>", pairs_section(before_after(rows)), re.S)
+  found = {
+    re.match("<summary>(.*?):", fold).group(1): set(re.findall("([a-d])9", fold)) for fold in folds
+  }
+  assert found == {"Learned": {"a"}, "Still wrong": {"b"}, "Forgotten": {"c"}}
+  assert all("1 of 4" in fold for fold in folds)
+
+
+def test_the_largest_advantages_are_shown_once_a_problem_and_step():
+  def row(step, problem, advantage, split="train"):
+    return {"step": step, "split": split, "problem": problem, "advantage": advantage}
+
+  rows = [
+    row(1, "a", 2.0),
+    row(1, "a", -3.0),
+    row(1, "b", 0.5),
+    row(2, "a", 1.0),
+    row(2, "b", None),
+    row(2, "c", "nan"),
+    row(2, "d", 0.0),
+    row(2, "e", 9.0, "eval"),
+  ]
+  found = [(r["step"], r["problem"], r["advantage"]) for r in surprising(rows, count=9)]
+  assert found == [(1, "a", -3.0), (2, "a", 1.0), (1, "b", 0.5)]
+  assert len(surprising(rows, count=2)) == 2
 
 
 def pixels(figure, tag="polyline"):
@@ -309,9 +401,9 @@ def test_before_and_after_pair_the_same_problem_of_the_first_and_last_evaluation
     row(9, "a", "a9 again"),
     row(10, "c", "c10", split="train"),
   ]
-  pairs = [(x["response"], y["response"]) for x, y in report_lib.before_after(rows)]
+  pairs = [(x["response"], y["response"]) for x, y in before_after(rows)]
   assert pairs == [("a0", "a9"), ("b0", "b9")]
-  assert report_lib.before_after(rows[:4]) == []
+  assert before_after(rows[:4]) == []
 
 
 def test_samples_show_reward_status_and_what_was_cut(page):

@@ -15,31 +15,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rl_llm.files import locked
 from rl_llm.runs import metrics as metrics_lib
-from rl_llm.runs.console import duration, number
+from rl_llm.runs.console import duration
 from rl_llm.runs.report_figures import curves, step_seconds
-from rl_llm.runs.report_page import counted, escaped, finite, page, section
+from rl_llm.runs.report_page import escaped, finite, page, section
+from rl_llm.runs.report_samples import (
+  before_after,
+  pairs_section,
+  samples_section,
+  surprises_section,
+)
 from rl_llm.runs.speed import rate_lines, rates, step_table, steps_counted
+from rl_llm.runs.verdicts import verdicts
 
-_STEPS_SHOWN = 24  # with samples
+_REFRESH = 30  # seconds between two loadings of the page, while the run is in progress
 
-_ROWS_SHOWN = 16  # samples of one step
-
-_PAIRS_SHOWN = 12  # before and after
-
-_TEXT_SHOWN = 1500  # characters of a prompt or a response
+NOTHING_WRONG = "No known fault is on record."
 
 
-def write_report(run_dir: str | os.PathLike) -> Path:
+def write_report(run_dir: str | os.PathLike, *, live: bool = False) -> Path:
   """Writes report.html from the files in a run's directory, also while the run is in progress.
 
   Args:
     run_dir: directory that holds metrics.jsonl, and samples.jsonl, config.json and defaults.json
       if they exist.
+    live: whether the run is in progress: the page then says so, and loads itself anew every
+      half minute.
 
   Returns:
     The path of the report.
@@ -54,50 +60,40 @@ def write_report(run_dir: str | os.PathLike) -> Path:
   rows = metrics_lib.read(run_dir / "metrics.jsonl")
   samples_path = run_dir / "samples.jsonl"
   samples = metrics_lib.read(samples_path) if samples_path.exists() else []
-  config, defaults = _read_json(run_dir / "config.json"), _read_json(run_dir / "defaults.json")
+  config, defaults = read_settings(run_dir)
   sections = (
     _header(run_dir.resolve().name, rows, config),
+    _says(rows, config, live=live),
     _config(config, defaults),
-    section("Curves", "".join(curves(rows)), "plots"),
+    section("Curves", curves(rows)),
+    pairs_section(before_after(samples)),
+    surprises_section(samples),
     section("Where the time of a step goes", _speed(rows)),
-    _pairs(before_after(samples)),
-    _samples(samples),
+    samples_section(samples),
   )
   path = run_dir / "report.html"
-  text = page(run_dir.resolve().name, "".join(sections))
+  text = page(run_dir.resolve().name, "".join(sections), refresh=_REFRESH if live else 0)
   metrics_lib.write_atomically(path, text.encode("utf-8"))
   return path
 
 
-def before_after(samples: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping, Mapping]]:
-  """The model's answers before training and now, to the same held-out problems.
+def read_settings(run_dir: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(config, defaults) of a run's directory, dotted path -> value; {} where a file is missing.
 
-  >>> def row(step, response):
-  ...   return {"step": step, "split": "eval", "problem": "2+2", "response": response}
-  >>> ((before, after),) = before_after([row(0, "5"), row(4, "3"), row(9, "4")])
-  >>> before["response"], after["response"]
-  ('5', '4')
-
-  Args:
-    samples: rows of samples.jsonl.
-
-  Returns:
-    (row of step 0, row of the last evaluated step) for each problem that both have: the first
-    sample of each, in the order of step 0, not selected by quality.
+  Raises:
+    ValueError: a file is broken; the message names it.
   """
-  evaluated = [row for row in samples if row.get("split") == "eval"]
-  last = max((row["step"] for row in evaluated), default=0)
-  if last == 0:
-    return []
-  first_of: dict[int, dict[Any, Mapping]] = {0: {}, last: {}}
-  for row in evaluated:
-    if row["step"] in first_of:
-      first_of[row["step"]].setdefault(row["problem"], row)
-  return [
-    (row, first_of[last][problem])
-    for problem, row in first_of[0].items()
-    if problem in first_of[last]
-  ]
+  run_dir = Path(run_dir)
+  return _read_json(run_dir / "config.json"), _read_json(run_dir / "defaults.json")
+
+
+def is_live(run_dir: str | os.PathLike) -> bool:
+  """Whether a process of this machine trains in the directory: its lock is held."""
+  lock = Path(run_dir) / ".lock"
+  if not lock.exists():
+    return False
+  with locked(lock) as free:
+    return not free
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -154,6 +150,25 @@ def _card(title: str, figure: str, note: str, kind: str = "") -> str:
   )
 
 
+def _says(rows: Sequence[Mapping], config: Mapping[str, Any], *, live: bool) -> str:
+  """The box with what the record says, and how far the run is."""
+  found = verdicts(rows, config)
+  lines = "".join(
+    f"<li>{escaped(verdict.says, 400)}<br><b>Try</b> {escaped(verdict.advice, 400)}.</li>"
+    for verdict in found
+  )
+  said = f"<ul>{lines}</ul>" if found else f"<p>{NOTHING_WRONG}</p>"
+  if live:
+    step, steps = max((row["step"] for row in rows), default=0), finite(config.get("steps"))
+    of = f" of {steps:.0f}" if steps else ""
+    said += (
+      f"<p>The run is in progress, at step {step}{of}. This page is written anew at each evaluation"
+      f" and loads itself anew every {_REFRESH} seconds.</p>"
+    )
+  kind = "box fault" if found else "box"
+  return f'<section class="{kind}"><h2>What this run says</h2>{said}</section>'
+
+
 def _config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
   changed = {
     key: value for key, value in config.items() if key in defaults and defaults[key] != value
@@ -197,64 +212,4 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
     f"<p>In {steps_counted(table)}. A phase's median is that of the steps that had it; idle is "
     f"the time in no phase, in which the devices wait for the host.</p>"
     f"<table><tr><th>{heads[0]}</th>{head}</tr>{cells}</table><p>{told}</p>"
-  )
-
-
-def _text_cell(text: str, mark: bool | None = None) -> str:
-  marks = {True: '<b class="right">✓ </b>', False: '<b class="wrong">✗ </b>', None: ""}
-  return f'<td class="text">{marks[mark]}{escaped(text, _TEXT_SHOWN)}</td>'
-
-
-def _pairs(pairs: Sequence[tuple[Mapping, Mapping]]) -> str:
-  if not pairs:
-    return ""
-  lines = "".join(
-    f"<tr>{_text_cell(before['prompt'])}{_text_cell(before['response'], before.get('correct'))}"
-    f"{_text_cell(after['response'], after.get('correct'))}</tr>"
-    for before, after in pairs[:_PAIRS_SHOWN]
-  )
-  ends = [f"step {row['step']}" for row in pairs[0]]
-  shown = min(len(pairs), _PAIRS_SHOWN)
-  return section(
-    "Before and after",
-    f"<p>The first {shown} of {len(pairs)} held-out problems on record, not chosen.</p>"
-    f"<table><tr><th>prompt</th><th>before ({ends[0]})</th><th>after ({ends[1]})</th></tr>"
-    f"{lines}</table>",
-  )
-
-
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-  by_step: dict[int, list[Mapping]] = {}
-  for row in samples:
-    if row.get("split") != "eval":
-      by_step.setdefault(row["step"], []).append(row)
-  steps = sorted(by_step)
-  count = min(len(steps), _STEPS_SHOWN)
-  # Evenly spaced, including the first and the last.
-  steps = [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
-  folds = []
-  for step in steps:
-    rows = by_step[step]
-    lines = "".join(_sample_line(row) for row in rows[:_ROWS_SHOWN])
-    more = f", the first {_ROWS_SHOWN} shown" if len(rows) > _ROWS_SHOWN else ""
-    folds.append(
-      f"<details{' open' if step == steps[-1] else ''}><summary>step {step}: "
-      f"{counted(len(rows), 'sample')}{more}</summary><table><tr><th>prompt</th>"
-      "<th>response</th><th>reward</th><th>advantage</th><th>tokens</th></tr>"
-      f"{lines}</table></details>"
-    )
-  left = len(by_step) - len(steps)
-  note = f"<p>{left} steps in between are left out; samples.jsonl has them.</p>" if left else ""
-  return section("Samples from training", note + "".join(folds) if folds else "")
-
-
-def _sample_line(row: Mapping[str, Any]) -> str:
-  reward = finite(row.get("reward"))
-  shown = escaped(row.get("status", "-")) if reward is None else number(reward)
-  advantage = number(finite(row.get("advantage")))
-  tokens = f"{number(row.get('length'))}{' (cut)' if row.get('stop_reason') == 'length' else ''}"
-  return (
-    f"<tr>{_text_cell(row['prompt'])}{_text_cell(row['response'], row.get('correct'))}"
-    f'<td class="number">{shown}</td><td class="number">{advantage}</td>'
-    f'<td class="number">{tokens}</td></tr>'
   )

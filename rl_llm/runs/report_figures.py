@@ -4,228 +4,43 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rl_llm.runs.console import number
 from rl_llm.runs.report_page import counted, finite
-from rl_llm.runs.speed import MFU_MEANS, phases_of
-
-
-class _Plot(NamedTuple):
-  """What one figure shows, and what to look for in it."""
-
-  title: str
-  unit: str
-  curves: tuple[tuple[str, str], ...]  # (key of metrics.jsonl, name in the legend)
-  caption: str
-  low: float | None = None  # the axis reaches at least this far down
-  high: float | None = None
-
-
-_PLOTS = (
-  _Plot(
-    "Held-out accuracy",
-    "fraction right",
-    (
-      ("eval/sampled_accuracy", "sampled"),
-      ("eval/greedy_accuracy", "greedy"),
-      ("eval/pair_accuracy", "pairs"),
-    ),
-    "The curve that counts, on problems that training never draws, with 95 % bands: a reward that"
-    " rises while it stays flat means that the model learns the grader's weaknesses.",
-    0.0,
-    1.0,
-  ),
-  _Plot(
-    "Reward",
-    "mean of the batch",
-    (("reward_mean", "reward"), ("accuracy", "fraction right")),
-    "The batch of each step, so look through the noise for the trend: flat from the start, the "
-    "model never finds a right answer to learn from.",
-  ),
-  _Plot(
-    "The same responses, graded",
-    "mean grade",
-    (("grade_mean", "grade"),),
-    "A reward model gave the reward, and the task's own grader, which nobody trained on, gave this:"
-    " where the reward keeps rising and this does not, the policy has found what the reward model"
-    " overlooks.",
-  ),
-  _Plot(
-    "Held-out loss",
-    "nats",
-    (("eval/token_loss", "per token"), ("eval/pair_loss", "per pair")),
-    "On examples that training never sees: once it rises while the training loss falls, the model"
-    " learns its examples by heart.",
-  ),
-  _Plot(
-    "Pairs told apart",
-    "fraction",
-    (("pair_accuracy", "of the batch"),),
-    "How often the better answer has the higher reward, implicit or modelled: the share that the"
-    " model would have ranked as the labels do.",
-    0.0,
-    1.0,
-  ),
-  _Plot(
-    "Log-probs of the two answers",
-    "nats per answer",
-    (("chosen_logprobs", "chosen"), ("rejected_logprobs", "rejected")),
-    "The gap is all that most preference losses see, so both may fall; where the chosen answers"
-    " fall far, the model comes to prefer answers that are in no pair.",
-  ),
-  _Plot(
-    "Rewards of the two answers",
-    "reward",
-    (("chosen_reward", "chosen"), ("rejected_reward", "rejected"), ("margin", "margin")),
-    "Implicit (beta times the log-ratio to the reference) or modelled: the margin should rise, and"
-    " the chosen answers' own reward tells how.",
-  ),
-  _Plot(
-    "Response length",
-    "tokens",
-    (("response_length_mean", "mean"),),
-    "Length that climbs without accuracy is padding that the loss rewards, and length that falls "
-    "to nothing is a grader that pays for silence.",
-    0.0,
-  ),
-  _Plot(
-    "Entropy",
-    "nats per token",
-    (("entropy", "entropy"),),
-    "How undecided the model is: some fall is what learning looks like, but at 0 all samples of a"
-    " problem are the same and learning stops, while a steep rise is a policy that falls apart.",
-    0.0,
-  ),
-  _Plot(
-    "KL to the reference",
-    "nats",
-    (("kl_ref", "KL"),),
-    "How far the model has moved from where it began: a steady climb is the price of learning, a "
-    "jump is an update that was too large.",
-    0.0,
-  ),
-  _Plot(
-    "Price of the KL",
-    "reward per nat",
-    (("kl_coef", "coefficient"),),
-    "What a nat away from the reference costs: the controller raises it while the KL is over its "
-    "target and lowers it while it is under.",
-    0.0,
-  ),
-  _Plot(
-    "KL of one step's updates",
-    "nats",
-    (("approx_kl", "KL"),),
-    "How far one batch's updates move the policy from the one that sampled it: above about 0.1 "
-    "the batch no longer describes the policy.",
-  ),
-  _Plot(
-    "Explained variance of the value network",
-    "fraction",
-    (("explained_variance", "explained"),),
-    "How much of the difference between returns was foreseen: 0 is no better than one number for "
-    "all, and below 0 its baseline adds noise. Where all returns are equal there is nothing to "
-    "explain, and no value.",
-    high=1.0,
-  ),
-  _Plot(
-    "Gradient norm",
-    "before clipping",
-    (("grad_norm", "norm"),),
-    "Spikes are batches that pull hard, and a norm that grows step by step announces divergence.",
-    0.0,
-  ),
-  _Plot(
-    "Sampler-trainer log-prob gap",
-    "nats",
-    (("logprob_gap_mean", "mean"),),
-    "Sampler and trainer should compute the same log-probs up to rounding, so a gap that grows "
-    "means that the model learns from another distribution than the sampled one.",
-    0.0,
-  ),
-  _Plot(
-    "Groups with no spread, responses cut short",
-    "fraction",
-    (("frac_zero_std", "groups with no spread"), ("truncated_fraction", "cut at the limit")),
-    "A group whose rewards are all equal teaches nothing (near 1, the problems are too easy or "
-    "too hard), and a response cut at the length limit never came to its answer.",
-    0.0,
-    1.0,
-  ),
-  _Plot(
-    "Clipped tokens",
-    "fraction",
-    (
-      ("clip_low_fraction", "below"),
-      ("clip_high_fraction", "above"),
-      ("value_clip_fraction", "values"),
-    ),
-    "Tokens whose update the loss cut off: none where each batch is used once, and above about "
-    "0.2 the steps are too large or too many.",
-    0.0,
-  ),
-  _Plot(
-    "Reward failures",
-    "rewards per step",
-    (
-      ("rewards_raised", "raised"),
-      ("rewards_timed_out", "timed out"),
-      ("rewards_not_applicable", "not applicable"),
-      ("rewards_unreadable", "unreadable"),
-    ),
-    "Responses without a reward, which are left out of the update rather than counted as 0: those"
-    " that raised or timed out are faults of the grader and should stay at 0. Unreadable ones are"
-    " wrong answers in a form that the grader does not know.",
-    0.0,
-  ),
-  _Plot(
-    "Loss",
-    "dimensionless",
-    (("loss", "loss"),),
-    "Of sampled responses it is no measure of progress: advantages average to about zero, so it"
-    " hovers around 0 however well a policy learns. Of given answers and pairs it should fall.",
-  ),
-  _Plot(
-    "Learning rate",
-    "per update",
-    (("learning_rate", "learning rate"),),
-    "The schedule as it was applied.",
-    0.0,
-  ),
-  _Plot(
-    "Tokens a second",
-    "tokens per second",
-    (
-      ("speed/generated_tokens_per_second", "generated, in the rollout"),
-      ("speed/trained_tokens_per_second", "trained, in the update"),
-    ),
-    "A rollout slows down where responses differ in length and the short ones wait for the longest;"
-    " steps that compile are slow too.",
-    0.0,
-  ),
-  _Plot(
-    "MFU of the update",
-    "fraction of the peak",
-    (("speed/mfu", "MFU"),),
-    f"{MFU_MEANS}. What is missing to 1 is waiting, moving data, and work on padding.",
-    0.0,
-  ),
-)
-
+from rl_llm.runs.report_plots import PLOTS, Plot
+from rl_llm.runs.speed import phases_of
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 62, 10, 10, 38
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-  for plot in _PLOTS:
-    curves = [(key, name) for key, name in plot.curves if any(key in row for row in rows)]
-    if curves:
-      yield _line_figure(plot, curves, rows)
+def curves(rows: Sequence[Mapping[str, Any]]) -> str:
+  """The figures of all curves on record; those that never change are folded at the end."""
+  shown, flat = [], []
+  for plot in PLOTS:
+    known = [(key, name) for key, name in plot.curves if any(key in row for row in rows)]
+    if known:
+      into = shown if len(rows) < 3 or any(_changes(rows, key) for key, _ in known) else flat
+      into.append((plot.title, _line_figure(plot, known, rows)))
   phases = phases_of(rows)
   if phases:
-    yield _time_figure(phases, rows)
+    shown.append(("Time per phase", _time_figure(phases, rows)))
+  figures = "".join(figure for _, figure in shown)
+  figures = f'<div class="plots">{figures}</div>' if shown else ""
+  if flat:
+    titles = ", ".join(title for title, _ in flat)
+    figures += (
+      f"<details><summary>{counted(len(flat), 'chart')} without change: {titles}</summary>"
+      f'<div class="plots">{"".join(figure for _, figure in flat)}</div></details>'
+    )
+  return figures
+
+
+def _changes(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+  """Whether a curve has anything to show: two different values, or one that is not finite."""
+  values = {row[key] for row in rows if row.get(key) is not None}
+  return len(values) > 1 or any(finite(value) is None for value in values)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -264,6 +79,14 @@ def _axes(steps: Sequence[float], values: Sequence[float], low=None, high=None) 
   return _Axes(first, last if last > first else first + 1, bottom, top)
 
 
+def _step_ticks(axes: _Axes) -> list[float]:
+  """Whole steps, the last of which is the last one on record."""
+  last = math.floor(axes.x_high)
+  room = 0.07 * (axes.x_high - axes.x_low)
+  inside = [value for value in ticks(axes.x_low, axes.x_high) if value == round(value)]
+  return [value for value in inside if last - value > room] + [last]
+
+
 def _frame(axes: _Axes, unit: str) -> str:
   """Grid, ticks and axis names."""
   parts = []
@@ -273,13 +96,10 @@ def _frame(axes: _Axes, unit: str) -> str:
     parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
     label = number(round(value, 12) + 0.0)
     parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-  for value in ticks(axes.x_low, axes.x_high):
-    if value == round(value):
-      x = axes.x(value)
-      parts.append(
-        f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
-      )
-      parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{value:.0f}</text>')
+  for value in _step_ticks(axes):
+    x = axes.x(value)
+    parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
+    parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{value:.0f}</text>')
   middle_x, middle_y = (_LEFT + right) / 2, (_TOP + bottom) / 2
   parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
   parts.append(f'<text x="{middle_x}" y="{_HEIGHT - 5}" text-anchor="middle">step</text>')
@@ -300,7 +120,7 @@ def _figure(title: str, names: Sequence[str], drawing: str, caption: str) -> str
   )
 
 
-def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[Mapping]) -> str:
+def _line_figure(plot: Plot, curves: Sequence[tuple[str, str]], rows: Sequence[Mapping]) -> str:
   points = {
     key: [(row["step"], finite(row[key])) for row in rows if key in row] for key, _ in curves
   }
@@ -323,7 +143,9 @@ def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[
       upper = [f"{axes.x(x):.1f},{axes.y(high):.1f}" for x, _, high in bands[key]]
       lower = [f"{axes.x(x):.1f},{axes.y(low):.1f}" for x, low, _ in reversed(bands[key])]
       drawing += f'<polygon class="band f{i}" points="{" ".join(upper + lower)}"/>'
-    drawing += _line(axes, points[key], i, name)
+    # Where two curves are one, the later is dashed, so that both colours can be seen.
+    hidden = any(points[key] == points[other] for other, _ in curves[:i])
+    drawing += _line(axes, points[key], i, name, dashed=hidden)
   caption = plot.caption
   values = [(row["step"], row[key]) for row in rows for key, _ in curves if key in row]
   # None means that a step had nothing to measure, as when every group agreed: not a fault.
@@ -337,7 +159,14 @@ def _line_figure(plot: _Plot, curves: Sequence[tuple[str, str]], rows: Sequence[
   return _figure(plot.title, [name for _, name in curves], drawing, caption)
 
 
-def _line(axes: _Axes, points: Sequence[tuple[int, float | None]], color: int, name: str) -> str:
+def _line(
+  axes: _Axes,
+  points: Sequence[tuple[int, float | None]],
+  color: int,
+  name: str,
+  *,
+  dashed: bool = False,
+) -> str:
   """A curve that breaks where a value is not finite; it marks its points if they are few."""
   pieces: list[list[tuple[int, float]]] = [[]]
   for step, value in points:
@@ -349,8 +178,9 @@ def _line(axes: _Axes, points: Sequence[tuple[int, float | None]], color: int, n
   for piece in pieces:
     path = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in piece)
     if len(piece) > 1:
-      parts.append(f'<polyline class="line s{color}" points="{path}"/>')
-    if len(points) <= 60 or len(piece) == 1:
+      style = "line dashed" if dashed else "line"
+      parts.append(f'<polyline class="{style} s{color}" points="{path}"/>')
+    if not dashed and (len(points) <= 60 or len(piece) == 1):
       parts += [
         f'<circle class="f{color}" cx="{axes.x(step):.1f}" cy="{axes.y(value):.1f}" r="2.6">'
         f"<title>step {step}, {html.escape(name)}: {number(value, 4)}</title></circle>"

@@ -15,7 +15,7 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
+{refresh}<title>{title}</title>
 <style>
 :root {
   color-scheme: light dark;
@@ -57,7 +57,7 @@ svg { width: 100%; height: auto; display: block; margin-top: auto; }
 svg text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--soft); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.band { opacity: .16; }
+.dashed { stroke-dasharray: 6 6; } .band { opacity: .16; }
 .legend { font-size: 13px; color: var(--soft); display: flex; flex-wrap: wrap; gap: 2px 14px; }
 .key::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 3px;
   margin-right: 5px; background: currentColor; }
@@ -72,6 +72,12 @@ tr:last-child td { border-bottom: 0; }
 code, .text { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .text, code { white-space: pre-wrap; overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.plots + details { margin-top: 16px; } .plots + .plots { margin-top: 16px; }
+.box { background: var(--paper); border: 1px solid var(--rule); border-left: 5px solid var(--right);
+  border-radius: 10px; margin-top: 18px; padding: 12px 18px; }
+.box h2 { margin: 0 0 4px; font-size: 16px; } .box p, .box ul { margin: 4px 0; }
+.box.fault { border-left-color: var(--c1); } .box li { margin: 6px 0; }
+.box ul { padding-left: 18px; }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
 </style>
 </head>
@@ -89,14 +95,17 @@ code, .text { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, m
 )
 
 
-def page(title: str, body: str) -> str:
+def page(title: str, body: str, *, refresh: int = 0) -> str:
   """A complete HTML document in the style of the reports; it forbids scripts.
 
   Args:
     title: any text.
     body: HTML with its texts already escaped.
+    refresh: seconds after which a browser loads the page anew; 0: never.
   """
-  return _PAGE.replace("{title}", escaped(title)).replace("{body}", body)
+  anew = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
+  text = _PAGE.replace("{refresh}", anew).replace("{title}", escaped(title))
+  return text.replace("{body}", body)
 
 
 def escaped(value: Any, limit: int | None = None) -> str:

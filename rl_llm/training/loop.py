@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,10 +38,12 @@ from rl_llm.runs.flops import Work
 from rl_llm.runs.heap import trimmed
 from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, missing_steps, read
 from rl_llm.runs.profiling import StepTracer, compile_clock
-from rl_llm.runs.report import before_after, write_report
+from rl_llm.runs.report import read_settings, write_report
+from rl_llm.runs.report_samples import before_after
 from rl_llm.runs.run_directory import Run, opened, write_result
 from rl_llm.runs.signals import Interrupted, StopSignals
 from rl_llm.runs.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
+from rl_llm.runs.verdicts import verdicts
 from rl_llm.text.tokenizers import Tokenizer, save_tokenizer, token_ids
 from rl_llm.training.train_state import TrainState
 from rl_llm.training.update import name_nonfinite
@@ -309,6 +312,8 @@ def open_record(
 ) -> Iterator[Record]:
   """The record of a run, open while the block lasts: one function that writes a step's lines.
 
+  It also writes the report anew after each step that evaluates, and once more when the block ends.
+
   Args:
     run: writes its metrics.jsonl and samples.jsonl, and shows the lines on its console.
     start: the step that the run begins or resumes with: lines of later steps are dropped.
@@ -337,10 +342,37 @@ def open_record(
       run.console.samples(step.number, trained)
     if step.learned:
       run.console.step(step.number, row)
+    if step.evaluation is not None:
+      report(live=True)
     return failure
 
-  with metrics_file, samples_file:
-    yield record
+  report = reporter(run)
+  try:
+    with metrics_file, samples_file:
+      yield record
+  finally:
+    report(live=False)
+
+
+def reporter(run: Run) -> Callable[..., None]:
+  """A function that writes the run's report while it trains, and takes little of its time.
+
+  A report reads the whole record. So one in progress is left out where the last one took over a
+  twentieth of the time since.
+  """
+  taken = ended = 0.0
+
+  def report(*, live: bool) -> None:
+    nonlocal taken, ended
+    started = time.monotonic()
+    if not hosts.is_main() or (live and taken > 0.05 * (started - ended)):
+      return
+    if (run.workdir / "metrics.jsonl").stat().st_size:
+      write_report(run.workdir, live=live)
+    ended = time.monotonic()
+    taken = ended - started
+
+  return report
 
 
 def step_rows(step: Step) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -420,10 +452,9 @@ def announced(update: Callable, run: Run) -> Callable:
 
 
 def finish(run: Run) -> dict[str, Any]:
-  """Writes the report and, last of all, result.json; shows the result to a person."""
+  """Writes result.json, the last of a run's files; shows the result to a person."""
   result = None
   if hosts.is_main():
-    write_report(run.workdir)
     result = summary(read(run.workdir / "metrics.jsonl"))
     write_result(run.workdir, result)
     show_result(run.console, run.workdir, result)
@@ -506,7 +537,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None:
-  """Shows the last lines: before, after, three answers of each, and where the report is."""
+  """Shows the last lines: before, after, three answers of each, the report, what it says."""
   pairs = before_after(read(workdir / "samples.jsonl"))
   if pairs:
     console.table(
@@ -523,11 +554,14 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
       figures = [number(result[when].get(key)) for when in ("before", "after")]
       name = key.removeprefix("eval/").replace("_", " ")
       console.say(f"held-out {name}: {figures[0]} -> {figures[1]}")
-  show_speed(console, read(workdir / "metrics.jsonl"))
+  rows = read(workdir / "metrics.jsonl")
+  show_speed(console, rows)
   if "steps_missing" in result:
     console.say(f"metrics.jsonl has lost the lines of steps {result['steps_missing']}")
   console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
   console.say(f"report: {workdir / 'report.html'}")
+  for verdict in verdicts(rows, read_settings(workdir)[0])[:1]:
+    console.say(f"{verdict.says} Try {verdict.advice}.")
 
 
 def _accuracy(found: Mapping[str, Any], key: str) -> str:

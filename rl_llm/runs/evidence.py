@@ -1,0 +1,112 @@
+"""A run's record as the rules of `rl_llm.runs.verdicts` read it, and the flags that they advise."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rl_llm.runs.console import number
+from rl_llm.runs.report_page import finite
+
+# A run with this share of right responses has learned its task.
+SOLVED = 0.9
+
+HOW = ("sampled", "greedy")
+
+
+class Evidence(NamedTuple):
+  """A run's rows as the rules read them."""
+
+  rows: Sequence[Mapping[str, Any]]  # of steps that trained
+  evaluated: Sequence[Mapping[str, Any]]
+  config: Mapping[str, Any]
+
+  def series(self, key: str) -> list[float]:
+    """The finite values of a key, in the order of the steps."""
+    return [value for row in self.rows if (value := finite(row.get(key))) is not None]
+
+  def late(self, key: str) -> list[float]:
+    """Those of the last quarter, and of at least five steps."""
+    values = self.series(key)
+    return values[-max(5, len(values) // 4) :]
+
+  def mean(self, key: str) -> float:
+    """The mean of the last quarter; 0 without a value."""
+    return statistics.fmean(self.late(key) or [0.0])
+
+  def solved(self) -> bool:
+    """Whether nearly all responses are right, in training or held out."""
+    ends = [row.get(f"eval/{how}_accuracy") for row in self.evaluated[-1:] for how in HOW]
+    shares = [self.mean("accuracy"), *self.series("accuracy")[-1:], *map(finite, ends)]
+    return max((share for share in shares if share is not None), default=0.0) >= SOLVED
+
+  def rising(self) -> bool:
+    """Whether the reward of the last quarter is still rising."""
+    rewards = self.series("reward_mean")
+    if len(rewards) < 8:
+      return False
+    rise, error = trend(self.late("reward_mean"), parts=2)
+    return rise > max(3 * error, 0.05 * (max(rewards) - min(rewards)))
+
+  def since(self, holds: Callable[[Mapping[str, Any]], bool]) -> int | None:
+    """The step since which nearly all rows do what `holds` asks; None: the newest ones do not."""
+    seen = right = 0
+    first = None
+    for row in reversed(self.rows):
+      seen, right = seen + 1, right + holds(row)
+      if right < 0.9 * seen and seen >= 5:
+        break
+      if holds(row):
+        first = row["step"]
+    return first if seen - right < right and holds(self.rows[-1]) else None
+
+  def share_done(self) -> float:
+    """How much of the run is done; 1 where nobody knows how long it is."""
+    steps = finite(self.config.get("steps"))
+    return (self.rows[-1]["step"] + 1) / steps if steps else 1.0
+
+
+def trend(values: Sequence[float], *, parts: int = 4) -> tuple[float, float]:
+  """(the mean of the last quarter, or other part, minus that of the first; its standard error).
+
+  >>> trend([1.0, 3.0, 9.0, 11.0], parts=2)  # 10 - 2, and each pair has the variance 1
+  (8.0, 1.4142135623730951)
+  """
+  size = max(len(values) // parts, 1)
+  first, last = values[:size], values[-size:]
+  squares = [statistics.pvariance(part) / max(size - 1, 1) for part in (first, last)]
+  return statistics.fmean(last) - statistics.fmean(first), sum(squares) ** 0.5
+
+
+def truth(record: Evidence) -> list[tuple[float, float, float]]:
+  """(low, accuracy, high) of each evaluation, of sampled answers or else of greedy ones."""
+  for how in HOW:
+    keys = [f"eval/{how}_{end}" for end in ("low", "accuracy", "high")]
+    found = [tuple(finite(row.get(key)) for key in keys) for row in record.evaluated]
+    found = [ends for ends in found if None not in ends]
+    if len(found) > 1:
+      return found
+  return []
+
+
+def grader_flag(record: Evidence) -> str:
+  """The flag that says who grades."""
+  config = record.config
+  if str(config.get("reward", "task")) != "task":
+    return f"--reward={config['reward']}"
+  if config.get("jsonl.reward_file") and str(config.get("task", "")).startswith("jsonl"):
+    return f"--jsonl.reward_file={config['jsonl.reward_file']}"
+  return f"--task={config['task']}" if "task" in config else "--task"
+
+
+def lower_rate(record: Evidence) -> str:
+  rate = finite(record.config.get("optimizer.learning_rate"))
+  if not rate:
+    return "a smaller --optimizer.learning_rate"
+  return f"--optimizer.learning_rate={number(min(rate / 10, 1e-3), 2)}"
+
+
+def nearer(record: Evidence) -> str:
+  coefficient = finite(record.config.get("kl.coef")) or 0.0
+  return f"--kl.coef={number(10 * coefficient if coefficient else 0.05)}"

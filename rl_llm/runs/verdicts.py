@@ -1,0 +1,346 @@
+"""What a run's record says: known ways to fail, each in one sentence with the flag to try.
+
+A curve shows what happened, but whoever trains for the first time does not know which shape is a
+fault. Each rule here reads the rows of metrics.jsonl and the config, and says one thing, or
+nothing. A rule says nothing of a run that has learned its task: groups also agree where every
+response is right. Rules that name a cause come before those that name what follows from it.
+
+The thresholds are constants at the top.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rl_llm.runs.console import number
+from rl_llm.runs.evidence import Evidence, grader_flag, lower_rate, nearer, trend, truth
+from rl_llm.runs.report_page import finite
+
+# Fewer steps say nothing of a trend.
+_ENOUGH = 10
+# A group "agrees" from the step after which this share of all groups has equal rewards.
+_AGREE = 0.9
+# Entropy is "gone" below this share of the first, or below this many nats per token.
+_ENTROPY_SHARE, _ENTROPY_NATS = 0.02, 0.005
+# A policy this undecided, in nats per token, writes noise: that it never ends says nothing.
+_NOISE = 1.5
+# A change of the entropy in one step, in nats per token, that only too large an update makes.
+_JUMP = 1.0
+# Updates are "early" up to this step.
+_EARLY = 5
+# Shares of responses.
+_CUT, _FAILED = 0.5, 0.05
+# A gradient norm has "exploded" where it grew this many times, and is this much over its limit.
+_GROWN = 10.0
+# A gradient norm below this share of the first is no gradient.
+_DEAD = 1e-6
+# Nats per token: one step's updates, and the distance to the reference model.
+_STEP_KL, _FAR = 0.1, 1.0
+# A reward "rises" by this many standard errors, and by this share of its range in the run.
+_ERRORS, _RISE = 4.0, 0.3
+# A held-out loss this share over its minimum has turned.
+_TURNED = 0.05
+
+_FAILURES = ("raised", "timed_out", "died", "invalid")
+
+
+class Verdict(NamedTuple):
+  """One thing that a record says.
+
+  Attributes:
+    name: for programs and tests.
+    says: one sentence, with the numbers that it follows from.
+    advice: what to try, with the flag.
+  """
+
+  name: str
+  says: str
+  advice: str
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[Verdict]:
+  """What the record says, the cause first; nothing of a run that goes well.
+
+  Twelve steps in which the grader gave 0 to everything:
+
+  >>> rows = [{"step": step, "reward_mean": 0.0, "frac_zero_std": 1.0} for step in range(12)]
+  >>> (found,) = verdicts(rows, {"task": "jsonl:train.jsonl", "jsonl.reward_file": "mine.py"})
+  >>> print(found.says)
+  No response was ever rewarded: the reward is 0 in all 12 steps.
+  >>> "--jsonl.reward_file=mine.py" in found.advice
+  True
+
+  Args:
+    rows: of metrics.jsonl.
+    config: of config.json, dotted path -> value; {} if it is not known.
+
+  Returns:
+    The verdicts; those of one chain of causes are one.
+  """
+  trained = [row for row in rows if any(key in row for key in ("loss", "reward_mean"))]
+  evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
+  record = Evidence(trained, evaluated, config)
+  if not trained:
+    return []
+  for rule in _BROKEN:
+    if found := rule(record):
+      return [found]
+  found = []
+  if len(trained) >= _ENOUGH and not record.solved():
+    chains = (_LEARNING, _SIZE)
+    found = [next((v for rule in chain if (v := rule(record))), None) for chain in chains]
+  found.append(_memorised(record))
+  return [verdict for verdict in found if verdict]
+
+
+# What is broken, whatever else the record says.
+
+
+def _skipped(record: Evidence) -> Verdict | None:
+  counts = [finite(row.get("updates_skipped")) or 0.0 for row in record.rows]
+  if (
+    counts[-1] <= counts[-min(len(counts), 10)]
+    and finite(record.rows[-1].get("loss", 0)) is not None
+  ):
+    return None
+  return Verdict(
+    "not_finite",
+    f"{number(counts[-1])} updates were skipped, some of them just now: their gradient was not "
+    "finite.",
+    lower_rate(record),
+  )
+
+
+def _grader_failed(record: Evidence) -> Verdict | None:
+  rows = record.rows[-max(5, len(record.rows) // 4) :]
+  counts = {
+    name: sum(finite(row.get(f"rewards_{name}")) or 0.0 for row in rows) for name in _FAILURES
+  }
+  whole = sum(counts.values()) + sum(finite(row.get("rewards_ok")) or 0.0 for row in rows)
+  share = sum(counts.values()) / whole if whole else 0.0
+  if share < _FAILED:
+    return None
+  most = max(counts, key=counts.get)
+  advice = f"correct the grader ({grader_flag(record)}): samples.jsonl has what it failed on"
+  if most == "timed_out":
+    deadline = finite(record.config.get("reward_deadline")) or 5.0
+    advice = f"--reward_deadline={number(4 * deadline)}, or a faster grader"
+  return Verdict(
+    "grader_failed",
+    f"The grader failed on {share:.0%} of the newest responses (most of them "
+    f"{most.replace('_', ' ')}); these teach nothing.",
+    advice,
+  )
+
+
+def _first_updates(record: Evidence) -> Verdict | None:
+  """Updates that broke the network before it learned anything."""
+  norms, entropies = record.series("grad_norm"), record.series("entropy")
+  apart = 1 - record.mean("frac_zero_std")
+  if len(norms) > _EARLY and max(norms[-_EARLY:]) <= _DEAD * norms[0] and apart > 0.05:
+    since = record.since(lambda row: (finite(row.get("grad_norm")) or 0.0) <= _DEAD * norms[0])
+    said = f"the gradient has been 0 since step {since}, although the rewards differ."
+  else:
+    early = zip(entropies[:_EARLY], entropies[1 : _EARLY + 1], strict=False)
+    jumps = [i for i, (before, after) in enumerate(early) if abs(after - before) > _JUMP]
+    if not jumps or record.solved():
+      return None
+    i = jumps[0]
+    before, after = number(entropies[i], 2), number(entropies[i + 1], 2)
+    said = f"the entropy went from {before} to {after} nats per token in step {i}."
+  return Verdict("first_updates", f"The first updates were too large: {said}", lower_rate(record))
+
+
+def _constant(record: Evidence) -> Verdict | None:
+  rewards = record.series("reward_mean")
+  spread = [1.0 - value for value in record.series("frac_zero_std")]
+  same = len(rewards) > 1 and max(rewards) - min(rewards) <= 1e-9 and max(spread, default=0.0) == 0
+  if not same or _cut(record):
+    return None
+  grader = grader_flag(record)
+  if rewards[0] == 0:
+    more = 2 * int(finite(record.config.get("responses_per_prompt")) or 8)
+    return Verdict(
+      "never_rewarded",
+      f"No response was ever rewarded: the reward is 0 in all {len(rewards)} steps.",
+      f"check that the grader pays for a right answer ({grader}); if it does, easier problems, a "
+      f"stronger --model or --responses_per_prompt={more}",
+    )
+  return Verdict(
+    "always_rewarded",
+    f"Every response got the same reward, {number(rewards[0])}, in all {len(rewards)} steps, so "
+    "there is nothing to learn.",
+    f"check that the grader refuses a wrong answer ({grader}); if it does, harder problems",
+  )
+
+
+# What keeps a run from learning, the cause first.
+
+
+def _cut(record: Evidence) -> Verdict | None:
+  share, newest = record.mean("truncated_fraction"), record.series("truncated_fraction")[-5:]
+  falling = not newest or statistics.fmean(newest) < 0.9 * max(record.late("truncated_fraction"))
+  noise = record.mean("entropy") > _NOISE and record.share_done() < 2 / 3
+  if share < _CUT or falling or noise or record.rising():
+    return None
+  limit = int(finite(record.config.get("max_new_tokens")) or 0)
+  return Verdict(
+    "cut_short",
+    f"{share:.0%} of the newest responses are cut at the limit"
+    + (f" of {limit} tokens" if limit else "")
+    + ", so most never come to their answer.",
+    f"--max_new_tokens={2 * limit}" if limit else "a larger --max_new_tokens",
+  )
+
+
+def _bonus(record: Evidence) -> Verdict | None:
+  bonus = (finite(record.config.get("loss.entropy_coef")) or 0.0) * record.mean("entropy")
+  first = (record.series("entropy") or [0.0])[0]
+  if bonus <= 1 or record.mean("entropy") < 0.9 * first:
+    return None
+  coefficient = record.config["loss.entropy_coef"]
+  return Verdict(
+    "bonus_outweighs",
+    f"The entropy bonus outweighs the reward: {number(coefficient)} x "
+    f"{number(record.mean('entropy'), 2)} nats, against advantages of about 1.",
+    f"--loss.entropy_coef={number(coefficient / 30, 1)}",
+  )
+
+
+def _entropy_gone(record: Evidence) -> Verdict | None:
+  entropies = record.series("entropy")
+  if not entropies:
+    return None
+  bound = max(_ENTROPY_SHARE * entropies[0], _ENTROPY_NATS)
+  since = record.since(lambda row: (finite(row.get("entropy")) or 0.0) <= bound)
+  if since is None or max(entropies[-5:]) > bound:
+    return None
+  coefficient = finite(record.config.get("loss.entropy_coef")) or 0.0
+  bonus = 2 * coefficient if coefficient else (0.1 if entropies[0] > _NOISE else 0.01)
+  return Verdict(
+    "entropy_gone",
+    f"The entropy is gone since step {since} ({number(record.mean('entropy'), 2)} nats per token): "
+    "all samples of a problem are the same, and few are right.",
+    f"--loss.entropy_coef={number(bonus)}, or a smaller --optimizer.learning_rate",
+  )
+
+
+def _groups_agree(record: Evidence) -> Verdict | None:
+  since = record.since(lambda row: (finite(row.get("frac_zero_std")) or 0.0) >= _AGREE)
+  if since is None or record.mean("frac_zero_std") < _AGREE:
+    return None
+  group = int(finite(record.config.get("responses_per_prompt")) or 8)
+  return Verdict(
+    "groups_agree",
+    f"Groups agree since step {since}: in {record.mean('frac_zero_std'):.0%} of them all "
+    f"{group} responses have the same reward, which teaches nothing.",
+    f"--responses_per_prompt={max(8, 2 * group)}, or problems that the model sometimes solves",
+  )
+
+
+def _overlooked(record: Evidence) -> Verdict | None:
+  """The reward rose to a plateau, and the truth stayed."""
+  rewards, known = record.series("reward_mean"), truth(record)
+  if len(rewards) < 2 * _ENOUGH or not known:
+    return None
+  rise, error = trend(rewards)
+  newest = rewards[-len(rewards) // 4 :]
+  still, noise = trend(newest)
+  fell = known[-1][2] < known[0][0]
+  flat = known[-1][1] <= known[0][2] and still <= max(0.1 * rise, 2 * noise)
+  if rise <= max(_ERRORS * error, 1e-9) or not (fell or flat):
+    return None
+  before, after = (number(ends[1], 2) for ends in (known[0], known[-1]))
+  return Verdict(
+    "overlooked",
+    f"The reward rose by {number(rise, 2)} while held-out accuracy went from {before} to {after}: "
+    "the policy has found what the grader overlooks.",
+    f"read the most rewarded samples below, and correct the grader ({grader_flag(record)}); "
+    + nearer(record),
+  )
+
+
+def _unmoved(record: Evidence) -> Verdict | None:
+  rewards, known = record.series("reward_mean"), truth(record)
+  if len(rewards) < 2 * _ENOUGH or record.share_done() < 0.5:
+    return None
+  rise, error = trend(rewards)
+  moved = abs(rise) > max(_ERRORS * error, 0.02 * (max(rewards) - min(rewards)))
+  if moved or (known and known[-1][1] > known[0][2]):
+    return None
+  rate = finite(record.config.get("optimizer.learning_rate"))
+  higher = f"--optimizer.learning_rate={number(10 * rate, 2)}" if rate else "a higher learning rate"
+  return Verdict(
+    "unmoved",
+    f"The reward has not moved in {len(rewards)} steps: {number(rise, 2)} from the first quarter "
+    f"to the last, within its noise.",
+    f"{higher}, or more steps (--steps)",
+  )
+
+
+# Updates of the wrong size.
+
+
+def _exploding(record: Evidence) -> Verdict | None:
+  norms = record.series("grad_norm")
+  if len(norms) < 2 * _ENOUGH:
+    return None
+  first = statistics.median(norms[: len(norms) // 4])
+  last = statistics.median(record.late("grad_norm"))
+  limit = finite(record.config.get("optimizer.max_grad_norm")) or 1.0
+  if last < _GROWN * max(first, limit):
+    return None
+  return Verdict(
+    "exploding",
+    f"The gradient explodes: its norm grew from {number(first, 2)} to {number(last, 2)}.",
+    lower_rate(record),
+  )
+
+
+def _step_kl(record: Evidence) -> Verdict | None:
+  if record.mean("approx_kl") <= _STEP_KL:
+    return None
+  return Verdict(
+    "step_kl",
+    f"One step's updates move the policy by {number(record.mean('approx_kl'), 2)} nats per token "
+    f"(over {_STEP_KL}), so its batch no longer describes it.",
+    lower_rate(record) + ", or fewer --epochs",
+  )
+
+
+def _far(record: Evidence) -> Verdict | None:
+  if record.mean("kl_ref") <= _FAR:
+    return None
+  return Verdict(
+    "far",
+    f"The policy is {number(record.mean('kl_ref'), 2)} nats per token from the reference model "
+    f"(over {number(_FAR)}), and few responses are right.",
+    nearer(record),
+  )
+
+
+def _memorised(record: Evidence) -> Verdict | None:
+  """The held-out loss of examples turned, while the training loss fell."""
+  for key in ("eval/token_loss", "eval/pair_loss"):
+    losses = [(row["step"], finite(row.get(key))) for row in record.evaluated]
+    losses = [(step, loss) for step, loss in losses if loss is not None]
+    if len(losses) < 3:
+      continue
+    step, least = min(losses, key=lambda pair: pair[1])
+    fell, error = trend(record.series("loss") or [0.0])
+    if losses[-1][1] > least + _TURNED * abs(least) and step < losses[-2][0] and fell < -error:
+      return Verdict(
+        "memorised",
+        f"The held-out loss was least at step {step} ({number(least)}, now "
+        f"{number(losses[-1][1])}) while the training loss fell: the model learns its examples by "
+        "heart.",
+        f"--steps={max(step, 1)}, more data, or a smaller --optimizer.learning_rate",
+      )
+  return None
+
+
+_BROKEN = (_skipped, _grader_failed, _constant, _first_updates)
+_LEARNING = (_bonus, _entropy_gone, _cut, _groups_agree, _overlooked, _unmoved)
+_SIZE = (_exploding, _step_kl, _far)

@@ -1,0 +1,182 @@
+"""What a record says: each known fault gets its sentence, and a run that goes well gets none."""
+
+import doctest
+import math
+import random
+
+import pytest
+
+from rl_llm.runs import evidence
+from rl_llm.runs import verdicts as verdicts_lib
+from rl_llm.runs.verdicts import verdicts
+
+CONFIG = {
+  "steps": 60,
+  "task": "jsonl:train.jsonl",
+  "jsonl.reward_file": "mine.py",
+  "responses_per_prompt": 8,
+  "max_new_tokens": 16,
+  "optimizer.learning_rate": 1e-5,
+  "optimizer.max_grad_norm": 1.0,
+  "loss.entropy_coef": 0.0,
+  "kl.coef": 0.0,
+  "reward_deadline": 5.0,
+}
+
+
+def record(steps=60, *, accuracy=lambda share: 0.2 + 0.7 * share, **changed):
+  """A run that learns; `changed` has key=value, or key=function of the share of steps done."""
+  rng = random.Random(0)
+  rows = []
+  for step in range(steps):
+    share = step / (steps - 1)
+    right = accuracy(share)
+    row = {
+      "reward_mean": right + rng.gauss(0, 0.03),
+      "accuracy": min(1.0, max(0.0, right + rng.gauss(0, 0.03))),
+      "entropy": 1.2 * (1 - 0.8 * share),
+      "frac_zero_std": 0.3 + 0.3 * share,
+      "truncated_fraction": 0.3 * (1 - share),
+      "grad_norm": 1 + abs(rng.gauss(0, 0.3)),
+      "approx_kl": 1e-3,
+      "kl_ref": 0.2 * share,
+      "loss": rng.gauss(0, 0.02),
+      "updates_skipped": 0,
+      "rewards_ok": 128,
+    }
+    if step % 15 == 0:
+      held_out = {"low": right - 0.05, "accuracy": right, "high": right + 0.05}
+      row |= {f"eval/sampled_{end}": value for end, value in held_out.items()}
+    row |= {key: value(share) if callable(value) else value for key, value in changed.items()}
+    rows.append({"step": step} | row)
+  return rows
+
+
+def flat(share):
+  return 0.2
+
+
+FAULTS = {
+  "not_finite": (record(updates_skipped=lambda s: int(40 * s)), "--optimizer.learning_rate=1e-6"),
+  "grader_failed": (record(rewards_raised=32), "--jsonl.reward_file=mine.py"),
+  "never_rewarded": (
+    record(reward_mean=0.0, accuracy=flat, frac_zero_std=1.0),
+    "--responses_per_prompt=16",
+  ),
+  "always_rewarded": (record(reward_mean=1.0, frac_zero_std=1.0), "--jsonl.reward_file=mine.py"),
+  "first_updates": (
+    record(accuracy=flat, entropy=lambda s: 1.2 if s < 0.03 else 0.001),
+    "--optimizer.learning_rate=1e-6",
+  ),
+  "cut_short": (record(accuracy=flat, truncated_fraction=0.9), "--max_new_tokens=32"),
+  "entropy_gone": (
+    record(accuracy=flat, entropy=lambda s: 1.2 * math.exp(-12 * s)),
+    "--loss.entropy_coef=0.01",
+  ),
+  "groups_agree": (
+    record(accuracy=flat, frac_zero_std=lambda s: 0.4 if s < 0.5 else 0.97),
+    "--responses_per_prompt=16",
+  ),
+  "overlooked": (record(accuracy=flat, reward_mean=lambda s: 0.2 + min(s, 0.5)), "--kl.coef=0.05"),
+  "unmoved": (record(accuracy=flat), "--optimizer.learning_rate=0.0001"),
+  "exploding": (
+    record(grad_norm=lambda s: math.exp(8 * s), accuracy=lambda s: 0.2 + 0.2 * s),
+    "--optimizer.learning_rate=1e-6",
+  ),
+  "step_kl": (record(approx_kl=0.5, accuracy=lambda s: 0.2 + 0.2 * s), "--epochs"),
+  "far": (record(kl_ref=lambda s: 4 * s, accuracy=lambda s: 0.2 + 0.2 * s), "--kl.coef=0.05"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_gets_its_sentence_and_a_flag(name):
+  rows, flag = FAULTS[name]
+  found = verdicts(rows, CONFIG)
+  assert [verdict.name for verdict in found] == [name]
+  assert flag in found[0].advice
+  assert found[0].says.endswith(".") and not found[0].says[0].islower()
+
+
+def test_a_run_that_goes_well_gets_none_at_any_step():
+  rows = record()
+  for count in range(1, len(rows) + 1):
+    assert verdicts(rows[:count], CONFIG) == []
+
+
+@pytest.mark.parametrize(
+  "changed",
+  [
+    {"frac_zero_std": lambda s: 0.3 + 0.7 * s},
+    {"entropy": lambda s: 1.2 * math.exp(-12 * s)},
+    {"truncated_fraction": 0.9},  # The grader reads an answer that never ends.
+    {"kl_ref": lambda s: 4 * s},
+    {"approx_kl": 0.5},
+  ],
+)
+def test_what_follows_from_success_is_no_fault(changed):
+  """Groups agree also where all responses are right."""
+  rows = record(accuracy=lambda s: min(1.0, 0.2 + 1.2 * s), **changed)
+  assert verdicts(rows, CONFIG) == []
+
+
+def test_the_bonus_that_outweighs_the_reward():
+  """3 x 1.2 nats = 3.6 is over the advantages' scale, 1; 0.1 x 1.2 = 0.12 is not."""
+  rows = record(accuracy=flat, entropy=1.2)
+  (found,) = verdicts(rows, CONFIG | {"loss.entropy_coef": 3.0})
+  assert found.name == "bonus_outweighs" and found.advice == "--loss.entropy_coef=0.1"
+  (found,) = verdicts(rows, CONFIG | {"loss.entropy_coef": 0.1})
+  assert found.name == "unmoved"
+
+
+def test_a_gradient_of_zero_tells_a_broken_network_from_a_slow_one():
+  norms = {"grad_norm": lambda s: 0.2 if s < 0.01 else 0.0, "entropy": 5.5}
+  (found,) = verdicts(record(accuracy=flat, **norms), CONFIG | {"optimizer.learning_rate": 1000.0})
+  assert found.name == "first_updates" and "0 since step 1" in found.says
+  assert found.advice == "--optimizer.learning_rate=0.001"
+  # Without any spread of rewards there is no gradient either, and the updates are not at fault.
+  agree = record(accuracy=flat, frac_zero_std=1.0, **norms)
+  assert [verdict.name for verdict in verdicts(agree, CONFIG)] == ["groups_agree"]
+
+
+def test_a_short_record_says_only_what_is_broken():
+  rows = record(accuracy=flat, truncated_fraction=1.0, frac_zero_std=0.95)
+  assert verdicts(rows[:5], CONFIG) == [] and verdicts([], CONFIG) == []
+  assert [v.name for v in verdicts(record(rewards_timed_out=99)[:3], CONFIG)] == ["grader_failed"]
+
+
+def test_a_grader_that_is_late_gets_more_time():
+  (found,) = verdicts(record(rewards_timed_out=99), CONFIG)
+  assert found.advice.startswith("--reward_deadline=20") and "44%" in found.says
+
+
+def test_no_opinion_is_no_failure():
+  assert verdicts(record(rewards_not_applicable=500, rewards_unreadable=100), CONFIG) == []
+
+
+def test_a_model_of_noise_may_still_learn_to_end():
+  """Random weights hardly ever write an end; that is the task's matter until late in the run."""
+  rows = record(accuracy=flat, truncated_fraction=0.98, entropy=5.0)
+  assert verdicts(rows[:20], CONFIG) == []
+  assert [verdict.name for verdict in verdicts(rows, CONFIG)] == ["cut_short"]
+
+
+def test_examples_learned_by_heart():
+  def rows(turned):
+    return [
+      {"step": step, "loss": 2 - step / 60}
+      | ({"eval/token_loss": 1 + turned * abs(step - 20) / 40} if step % 10 == 0 else {})
+      for step in range(61)
+    ]
+
+  (found,) = verdicts(rows(1.0), {"optimizer.learning_rate": 1e-4})
+  assert found.name == "memorised" and found.advice.startswith("--steps=20")
+  assert verdicts(rows(0.01), {}) == []
+
+
+def test_nothing_known_of_the_config_is_no_fault():
+  for name, (rows, _) in FAULTS.items():
+    assert [verdict.name for verdict in verdicts(rows, {})] == [name]
+
+
+def test_doctests():
+  assert doctest.testmod(verdicts_lib).failed == doctest.testmod(evidence).failed == 0
