@@ -1,7 +1,8 @@
-"""`python -m rl_llm`: what there is to run, and the reports of runs.
+"""`python -m rl_llm`: what there is to run, the reports of runs, and worked examples.
 
 python -m rl_llm                   the commands
 python -m rl_llm report RUN ...    rewrites RUN/report.html, also while the run is in progress
+python -m rl_llm explain TOPIC     works through a loss or an estimator, in English or Japanese
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import rl_llm
 from rl_llm.errors import UserError
+from rl_llm.explain.command import add_topics, explain
 from rl_llm.runs.report import is_live, write_report
 
 PACKAGES = ("experiments", "launch", "benchmarks")
@@ -33,11 +35,15 @@ def commands(package: str) -> Iterator[tuple[str, str]]:
 def overview() -> str:
   """The commands, a line each."""
   lines = [f"rl_llm {rl_llm.__version__}: reinforcement learning for language models in JAX", ""]
-  found = [("python -m rl_llm report RUN ...", "Writes the report of a run, also while it runs.")]
+  found = [
+    ("python -m rl_llm report RUN ...", "Writes the report of a run, also while it runs."),
+    ("python -m rl_llm explain TOPIC", "Works through a loss or an estimator, line by line."),
+  ]
+  own = len(found)
   found += [command for package in PACKAGES for command in commands(package)]
   width = max(len(command) for command, _ in found)
   lines += [f"  {command:{width}}  {said}" for command, said in found]
-  if len(found) == 1:
+  if len(found) == own:
     lines += ["", "The experiments and the launcher run from a clone of the repository."]
   return "\n".join(lines)
 
@@ -53,10 +59,13 @@ def main(arguments: Sequence[str]) -> int:
   subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
   report = subparsers.add_parser("report", help="write RUN/report.html anew")
   report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+  add_topics(subparsers.add_parser("explain", help="work through a loss or an estimator"))
   given = parser.parse_args(arguments)
   if given.command is None:
     print(overview())
     return 0
+  if given.command == "explain":
+    return explain(given)
   for run in given.runs:
     try:
       print(f"report: {write_report(run, live=is_live(run))}")

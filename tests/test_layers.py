@@ -17,7 +17,7 @@ ROWS = (
   {"parallel", "text"},
   {"data", "rewards"},
   {"policy"},
-  {"tasks", "runs"},
+  {"tasks", "runs", "explain"},
   {"rollout"},
   {"evaluation"},
   {"training"},
