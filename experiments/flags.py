@@ -245,6 +245,10 @@ class Task:
   reward_isolation: Literal["auto", "sample", "group", "batch"] = option(
     "auto", "responses of one call of a grader; auto = group for a reward file, else sample"
   )
+  reward_files: tuple[str, ...] = option(
+    (),
+    "paths that a reward file reads while it grades; modules it imports at first need no mention",
+  )
   reward_workers: int = option(2, "grader processes", min=1, volatile=True)
   families: _Families = inline(_Families())
 

@@ -282,7 +282,8 @@ def open_sampler(
   )
   judged = judge.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
   workers, deadline = group.reward_workers, group.reward_deadline
-  with RewardPool(task.reward, workers=workers, deadline=deadline) as pool:
+  source = task.reward._replace(files=group.reward_files)
+  with RewardPool(source, workers=workers, deadline=deadline) as pool:
     further, steps = (pool, judged, mesh, run.stop.check), getattr(config.run, "steps", 1)
     yield collect.Sampler(task, tokenizer, encode, generate, *further, steps)
 

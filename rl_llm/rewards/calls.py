@@ -33,6 +33,8 @@ class RewardSource(NamedTuple):
     own_grader: whether it is one of this library's, which grade each response separately. Text that
       it cannot read is a wrong answer. Unless it runs the text, it also needs no fresh process,
       which would take most of the time of grading a short answer.
+    files: paths that the function reads while it grades, e.g. a word list. It sees no files but
+      these, Python, system libraries, its own file and the modules imported before any text came.
     isolation: which responses make up a call: "sample", one; "group", all to a prompt; "batch", all
       that this process grades at once; "auto", all to a prompt, but one for this library's graders.
   """
@@ -42,6 +44,7 @@ class RewardSource(NamedTuple):
   runs_text: bool = False
   own_grader: bool = False
   isolation: str = "auto"
+  files: tuple[str, ...] = ()
 
   @property
   def shares_process(self) -> bool:

@@ -9,7 +9,6 @@ others, and a call that yields no number reports why.
 from __future__ import annotations
 
 import collections
-import importlib.util
 import math
 import os
 import selectors
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from rl_llm.rewards import grading
 from rl_llm.rewards import worker as protocol
 from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls
+from rl_llm.rewards.paths import import_path, readable_paths
 from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, read_reply
 
 REQUIRED_LAYERS = ("network", "files")
@@ -70,35 +70,6 @@ class _Worker:
     return found, ended
 
 
-def _import_path(source: RewardSource) -> tuple[list[str], list[str]]:
-  """The paths a worker may import from, and those that stay readable once text is graded."""
-  path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.isdir(entry)]
-  readable = {
-    sys.prefix,
-    sys.base_prefix,
-    sys.exec_prefix,
-    "/usr",
-    "/lib",
-    "/lib64",
-    "/bin",
-    "/etc/ld.so.cache",
-  }
-  readable.update(entry for entry in path if entry.endswith(("site-packages", "dist-packages")))
-  if source.location.endswith(".py"):
-    own = os.path.dirname(os.path.abspath(source.location))
-    path.append(own)
-    readable.add(own)
-  else:
-    try:
-      spec = importlib.util.find_spec(source.location.partition(".")[0])
-    except (ImportError, ValueError):
-      spec = None
-    for place in (spec.submodule_search_locations or [spec.origin]) if spec and spec.origin else ():
-      path.append(os.path.dirname(os.path.abspath(place)))
-      readable.add(os.path.abspath(place))
-  return path, sorted(readable)
-
-
 def _check(
   workers: int,
   spares: int,
@@ -138,10 +109,10 @@ class RewardPool:
   calls take much longer than others, spare workers grade the rest, so a batch of 64 calls with 8
   that hang takes about one deadline, not four.
 
-  Where the kernel allows (Linux; no root needed) a worker has no network, no other processes in
-  visible, a 16 MB directory in memory of its own, and no files to read but Python, system libraries
-  and the directory of the reward file: `active_layers` says which hold. What the function prints is
-  dropped; its environment is empty.
+  Where the kernel allows (Linux; no root needed) a worker has no network, sees no other processes,
+  and has a file system of its own: Python, system libraries, the reward file and the modules it has
+  imported before the first response, the source's `files`, and a /tmp of 16 MB in memory.
+  `active_layers` says what holds. What the function prints is dropped; its environment is empty.
 
   >>> with RewardPool(RewardSource("rl_llm.tasks.arithmetic"), workers=1) as pool:
   ...   columns = [{"answer": "12", "expression": "7 + 5"}]
@@ -288,6 +259,8 @@ class RewardPool:
     advice = ""
     if status == "timed_out":
       advice = "; raise --reward_deadline, or grade fewer at a time: --reward_isolation=sample"
+    elif detail.startswith(("FileNotFoundError", "ModuleNotFoundError", "PermissionError")):
+      advice = "; it sees the modules it imported at first, and files given with --reward_files"
     elif status == "raised" and messages and detail.startswith(("TypeError", "AttributeError")):
       advice = "; completions of prompts that are messages are messages: completion[0]['content']"
     return RewardError(
@@ -313,7 +286,6 @@ class RewardPool:
 
   def _start_server(self) -> None:
     self._control, theirs = socket.socketpair()
-    sys_path, readable = _import_path(self._source)
     command = [sys.executable, "-I", "-S", "-B", protocol.__file__, str(theirs.fileno())]
     self._server = subprocess.Popen(
       command,
@@ -331,8 +303,8 @@ class RewardPool:
       config = {
         "location": self._source.location,
         "function": self._source.function,
-        "sys_path": sys_path,
-        "readable": readable,
+        "sys_path": import_path(self._source),
+        "readable": readable_paths(self._source),
         "directory": self._directory,
         "memory_mb": self._memory_mb,
         "file_mb": 16,

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 NOBODY = 65534
 
 _NEW_PID, _NEW_NET, _NEW_USER = 0x20000000, 0x40000000, 0x10000000
-_NEW_MOUNT, _NEW_IPC, _NEW_UTS = 0x00020000, 0x08000000, 0x04000000
+_NEW_IPC, _NEW_UTS = 0x08000000, 0x04000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS = 1, 4, 8, 38
 _CAP_READ_ANY, _CAP_SYS_ADMIN = (
   2,
@@ -110,18 +110,6 @@ def no_shared_names() -> bool:
 def next_child_is_init() -> bool:
   """The next fork is process 1 of a new namespace; its end ends all it started."""
   return _unshare(_NEW_PID)
-
-
-def own_directory(path: str, megabytes: int) -> bool:
-  """Puts a small file system in memory over `path`; it vanishes with its last process."""
-  if not _unshare(_NEW_MOUNT):
-    return False
-  private = 0x4000 | 0x40000  # MS_REC | MS_PRIVATE: what is mounted here shows nowhere else
-  options = f"size={megabytes}m,nr_inodes=4096,mode=700".encode()
-  if _call("mount", b"none", b"/", None, ctypes.c_ulong(private), None) != 0:
-    return False
-  nosuid_nodev = ctypes.c_ulong(2 | 4)
-  return _call("mount", b"tmpfs", path.encode(), b"tmpfs", nosuid_nodev, options) == 0
 
 
 def _limit(kind: int, limit: int) -> None:

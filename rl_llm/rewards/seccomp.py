@@ -98,7 +98,8 @@ _CONDITIONS = {
 }
 # Refused where an argument has one of these values.
 _VALUES = {
-  "fcntl": (1, (8, 15)),  # F_SETOWN, F_SETOWN_EX: signals that the kernel sends in one's name
+  # F_SETOWN, F_SETOWN_EX (signals in one's name), F_SETLEASE (opens by others wait)
+  "fcntl": (1, (8, 15, 1024)),
   "ioctl": (1, (0x5412, 0x541C, 0x8901, 0x8902)),  # TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP
 }
 REFUSED = tuple(

@@ -26,6 +26,7 @@ import struct
 import sys
 import types
 from collections.abc import Callable
+from typing import NamedTuple
 
 if __name__ == "__main__":  # run as a file, where no package is importable yet
 
@@ -36,9 +37,9 @@ if __name__ == "__main__":  # run as a file, where no package is importable yet
     spec.loader.exec_module(module)
     return module
 
-  grading, sandbox, seccomp = _beside("grading"), _beside("sandbox"), _beside("seccomp")
+  grading, root, sandbox, seccomp = map(_beside, ("grading", "root", "sandbox", "seccomp"))
 else:
-  from rl_llm.rewards import grading, sandbox, seccomp
+  from rl_llm.rewards import grading, root, sandbox, seccomp
 
 COMMAND = struct.Struct(">cQ")  # b"S" (start, with a socket) or b"E" (end), and the worker's number
 
@@ -98,26 +99,34 @@ def load_function(location: str, function: str) -> tuple[Callable, tuple[float, 
   return found, grading.stated_range(getattr(module, "REWARD_RANGE", None))
 
 
-def grade_in_child(
-  grade: grading.Grade, request: dict, inherited: int, alone: bool, processes: int | None
-) -> dict:
-  """Grades one call in a fresh fork, and leaves nothing of it behind.
+class Confinement(NamedTuple):
+  """What a call's child inherits from its worker.
 
-  Args:
+  Attributes:
     inherited: the descriptor of the trainer's socket, which the child must not hold.
-    alone: whether this process is process 1 of its own namespace, so that "all processes" means the
+    alone: whether the worker is process 1 of its own namespace, so that "all processes" means the
       child's.
     processes: the child's limit on the number of its user's processes; None for no limit. It binds
       only the child, so that a fork bomb cannot keep the other workers from forking.
+    kept: names in the working directory that are part of the file system.
   """
+
+  inherited: int
+  alone: bool
+  processes: int | None
+  kept: list[str]
+
+
+def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -> dict:
+  """Grades one call in a fresh fork, and leaves nothing of it behind."""
   reading, writing = os.pipe()
   child = os.fork()
   if child == 0:
     try:
       sandbox.die_with_parent()
-      os.close(inherited)
+      os.close(confined.inherited)
       os.close(reading)
-      sandbox.limit_processes(processes)
+      sandbox.limit_processes(confined.processes)
       write_frame(lambda frame: os.write(writing, frame), grade(request))
     finally:
       os._exit(0)
@@ -129,7 +138,7 @@ def grade_in_child(
     os.close(reading)
   status = 0
   os.kill(child, signal.SIGKILL)  # still ours: it has not been waited for
-  if alone:
+  if confined.alone:
     try:
       os.kill(-1, signal.SIGKILL)
     except ProcessLookupError:
@@ -140,7 +149,8 @@ def grade_in_child(
       status = ended_status if ended == child else status
   except ChildProcessError:
     pass
-  for name in os.listdir("."):
+  os.chmod(".", 0o700)  # which the child may have changed
+  for name in set(os.listdir(".")).difference(confined.kept):
     shutil.rmtree(name) if os.path.isdir(name) and not os.path.islink(name) else os.unlink(name)
   if reply is not None:
     return reply
@@ -149,27 +159,34 @@ def grade_in_child(
   return {"died": f"exited with code {os.WEXITSTATUS(status)} and no reward"}
 
 
+def imported_files() -> list[str]:
+  """The files of all modules that are imported by now."""
+  found = {getattr(module, "__dict__", {}).get("__file__") for module in sys.modules.values()}
+  return sorted(file for file in found if isinstance(file, str))
+
+
 def work(
   grade: grading.Grade, connection: socket.socket, config: dict, layers: list[str], alone: bool
 ) -> None:
   """A worker's life: the last restrictions, then one call after another."""
   sandbox.die_with_parent()
   layers = list(layers) + (["processes"] if alone else [])
-  directory = config["directory"]
-  if sandbox.own_directory(directory, config["file_mb"]):
+  directory, readable = "/tmp", ["/"]
+  kept = root.enter(config["root"], config["file_mb"], own_processes=alone)
+  if kept is not None:
     layers.append("own file system")
   else:
-    directory = os.path.join(directory, str(os.getpid()))
+    directory, readable = os.path.join(config["directory"], config["name"]), config["readable"]
     os.makedirs(directory, exist_ok=True)
-  os.chdir(directory)
+    os.chdir(directory)
   os.environ["TMPDIR"] = os.environ["HOME"] = directory
   sandbox.no_tracing()
   if sandbox.no_new_privileges():
     layers.append("no new privileges")
-  devices = ["/dev/null", "/dev/zero", "/dev/urandom"]
-  if sandbox.only_files(config["readable"] + devices[1:], [directory, devices[0]]):
+  devices = ["/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
+  if sandbox.only_files(readable + devices, [directory, "/dev/null"]) or kept is not None:
     layers.append("files")
-  if seccomp.refuse_calls(metadata=True):
+  if seccomp.refuse_calls(metadata=kept is None):
     layers.append("system calls")
   # Since Linux 5.14 processes are counted per user namespace; before, all of the user's are.
   release = re.match(r"(\d+)\.(\d+)", os.uname().release)
@@ -179,8 +196,10 @@ def work(
   layers.append("limits")
   write_frame(connection.sendall, {"layers": layers})
 
+  confined = Confinement(connection.fileno(), alone, processes, kept or [])
+
   def apart(request: dict) -> dict:
-    return grade_in_child(grade, request, connection.fileno(), alone, processes)
+    return grade_in_child(grade, request, confined)
 
   isolated = grade if config["shared"] else apart
   while (request := read_frame(connection.recv)) is not None:
@@ -229,6 +248,10 @@ def serve(control: socket.socket) -> None:
     sys.path.extend(path for path in config["sys_path"] if path not in sys.path)
     function, rewards = load_function(config["location"], config["function"])
     grade = grading.grader(function)
+    config["readable"] += imported_files()
+    config["root"] = os.path.join(config["directory"], "root")
+    os.makedirs(config["root"], exist_ok=True)
+    root.build(config["root"], config["readable"])
   except BaseException as error:
     why = f"{type(error).__name__}: {error}"[: grading.MAX_DETAIL]
     write_frame(control.sendall, {"error": why})
@@ -242,7 +265,8 @@ def serve(control: socket.socket) -> None:
       return
     kind, number = COMMAND.unpack(command)
     if kind == b"S":
-      minders[number] = start_worker(grade, control, fds[0], config, layers)
+      own = config | {"name": str(number)}
+      minders[number] = start_worker(grade, control, fds[0], own, layers)
     elif number in minders:
       # A minder stays a zombie until here, so its process id cannot have passed to another process.
       minder = minders.pop(number)

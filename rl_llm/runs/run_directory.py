@@ -223,7 +223,7 @@ def _refuse_other_settings(
   # The record was redacted, so redact the config too before comparing.
   wanted = json.loads(redact(json.dumps(flatten(config))))
   # A setting that was added after the run began had its default then.
-  recorded = flatten(type(config)()) | recorded
+  recorded = json.loads(json.dumps(flatten(type(config)()))) | recorded
   for path, value in wanted.items():
     if path not in volatile and recorded[path] != value:
       raise ConfigError(

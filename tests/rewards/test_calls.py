@@ -100,7 +100,7 @@ def behaves(prompts, completions, **columns):
     if text == "hang": time.sleep(1e9)
     if text == "die": os._exit(3)
     if text == "leave": open("left", "w").close()
-  return [float(len(seen) + len(os.listdir(".")))] * len(completions)
+  return [float(len(seen) + os.listdir(".").count("left"))] * len(completions)
 
 def opinions(completions, **columns):
   if "raise" in completions: raise ValueError("no")

@@ -83,13 +83,13 @@ def reward(prompts, completions, **columns):
   if text == "leave":
     seen.append(1)
     open("left", "w").close()
-  if text == "look": return [float(len(seen) + len(os.listdir(".")))]
+  if text == "look": return [float(len(seen) + os.listdir(".").count("left"))]
   if text == "columns": return [float(columns["answer"] == ["12"] and prompts == ["p"])]
   return [1.0]
 """
 DEADLINE = 1.0
 # What runs in a bare interpreter.
-WORKER_FILES = ("worker.py", "grading.py", "sandbox.py", "seccomp.py")
+WORKER_FILES = ("worker.py", "grading.py", "root.py", "sandbox.py", "seccomp.py")
 
 
 @pytest.fixture(scope="module")
@@ -398,14 +398,35 @@ def test_missing_file_and_module(tmp_path):
     RewardPool(RewardSource("no_such_module"))
 
 
-def test_a_file_may_import_its_neighbour_while_grading(tmp_path):
+def test_a_file_sees_what_it_imported_at_first_and_what_it_is_given(tmp_path):
+  """Its neighbours, imported or read while it grades, are files of its user like any other."""
   (tmp_path / "neighbour.py").write_text("ONE = 1.0")
+  (tmp_path / "words.txt").write_text("one")
   path = tmp_path / "mine.py"
-  path.write_text(
-    "def reward(prompts, completions, **c):\n  import neighbour\n  return [neighbour.ONE]\n"
-  )
-  with RewardPool(RewardSource(str(path)), workers=1) as made:
+  late = "def reward(prompts, completions, **c):\n  import neighbour\n  return [neighbour.ONE]\n"
+  reads = "def reads(prompts, completions, **c):\n  return [float(len(open(WORDS).read()))]\n"
+  words = f"WORDS = {str(tmp_path / 'words.txt')!r}\n"
+  path.write_text(words + late + reads)
+  source = RewardSource(str(path))
+  reading = source._replace(function="reads")
+  with RewardPool(reading, workers=1, max_failure_rate=1.0) as made:
+    needs(made, "files")
+    assert one(made, "x").status == "raised"
+  with pytest.raises(RewardError, match="No module named 'neighbour'; it sees .* --reward_files"):
+    with RewardPool(source, workers=1) as made:
+      one(made, "x")
+  given = (str(tmp_path / "neighbour.py"), str(tmp_path / "words.txt"))
+  for each, value in ((source, 1.0), (reading, 3.0)):
+    with RewardPool(each._replace(files=given), workers=1) as made:
+      assert one(made, "x") == RewardResult(value, "ok")
+  path.write_text("import neighbour\n" + late)
+  with RewardPool(source, workers=1) as made:
     assert one(made, "x") == RewardResult(1.0, "ok")
+
+
+def test_a_path_given_that_is_not_there_is_an_error_at_the_start(source):
+  with pytest.raises(RewardError, match="reward_files=/no/such: no such file or directory; corr"):
+    RewardPool(source._replace(files=("/no/such",)))
 
 
 def test_code_that_runs_text_needs_its_barriers(source, monkeypatch):
