@@ -84,7 +84,16 @@ class Record:
   """The directory, and what its content is a function of."""
 
   workdir: str = option(
-    "", "its directory; empty = runs/<experiment>-<model>-<task or data>-seed<seed>", volatile=True
+    "",
+    "its directory; empty = runs/<experiment>-<model>-<task or data>-seed<seed>, and what differs "
+    "from the defaults",
+    volatile=True,
+  )
+  code: Literal["same", "changed"] = option(
+    "same",
+    "changed = resume although the experiment's own module, or a Python file that a setting "
+    "names, is not what the run began with",
+    volatile=True,
   )
   seed: int = option(0, "random seed; also of the tiny model's weights", min=0)
   compile_cache: str = option(
@@ -142,7 +151,7 @@ class SampledRun(ExportedRun):
 class Optimizer:
   """AdamW."""
 
-  learning_rate: float = option(1.5e-5, "after warm-up", above=0)
+  learning_rate: float = option(1.5e-5, "after warm-up", above=0, noted=True)
   schedule: Literal["constant", "linear", "cosine"] = option("constant", "towards 0 at the end")
   warmup_steps: int = option(0, "steps over which the learning rate rises from 0", min=0)
   b1: float = option(0.9, "Adam's decay rate of the mean gradient", min=0, below=1)
@@ -323,6 +332,8 @@ class Prompts:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   """Accuracy on problems that training never draws."""
+
+  NOTED = True  # It changes no weight.
 
   every: int = option(
     16, "steps between evaluations, first and last included; 0 = a run without evaluation", min=0

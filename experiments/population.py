@@ -294,6 +294,7 @@ def train(
       steps=config.run.steps,
       checkpoints_kept=config.run.checkpoint.keep,
       export=config.run.export,
+      new_code=config.run.code == "changed",
     ) as run,
   ):
     return run.result or _train(members, directories, run)
@@ -304,8 +305,9 @@ def open_members(of: Population, start: int) -> Iterator[list[list[metrics.Metri
   """The members' directories, for this process alone, and the two files of each one's record."""
   with contextlib.ExitStack() as stack:
     for member, directory in zip(of.members, of.directories, strict=True):
-      may_change = configs.volatile(member)
-      stack.enter_context(opened(directory, member, volatile=may_change, doing="trains in"))
+      how = {"volatile": configs.volatile(member), "steps": member.run.steps}
+      how["new_code"] = member.run.code == "changed"
+      stack.enter_context(opened(directory, member, doing="trains in", **how))
     yield [
       [
         stack.enter_context(metrics.MetricsWriter(directory / name, resume_step=start - 1))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +27,11 @@ from rl_llm.policy import load as models
 from rl_llm.rewards import RewardPool
 from rl_llm.rollout import ResponseBatch, collect, drawing, judge, shaping
 from rl_llm.rollout.sampling import SamplingConfig
-from rl_llm.runs import chips, compile_cache, keywords
-from rl_llm.runs.config import volatile
+from rl_llm.runs import chips, code, compile_cache, keywords
+from rl_llm.runs.config import changed, volatile
 from rl_llm.runs.flops import Work, text_work, update_passes
 from rl_llm.runs.metrics import PhaseClock
-from rl_llm.runs.run_directory import Run, opened
+from rl_llm.runs.run_directory import Run, default_workdir, found_workdir, opened
 from rl_llm.text.conversations import resolve_format
 from rl_llm.text.tokenizers import Tokenizer
 from rl_llm.training import loop, update
@@ -70,11 +69,10 @@ def main(
 
   It is named after the model, and after the `data`, the data `file`, or else the task.
   """
-  name = Path(sys.modules[type(config).__module__].__file__).stem
+  name = code.experiment(type(config))[0].removeprefix("experiments.")
   model, data = model or config.model.model, data or Path(file).name or config.task.task
-  workdir = config.run.workdir or loop.default_workdir(
-    name, model=model, data=data, seed=config.run.seed
-  )
+  base = functools.partial(default_workdir, name, model=model, data=data, seed=config.run.seed)
+  workdir = config.run.workdir or found_workdir(config, base(changed=changed(config)), base())
   distributed = config.run.distributed.joined()
   with compile_cache.kept(config.run.compile_cache):
     return loop.exit_code(functools.partial(train, config, workdir), distributed=distributed)
@@ -84,6 +82,7 @@ def main(
 def open_run(config: Any, workdir: str, *, export: bool = False) -> Iterator[Run]:
   """The run's directory, opened for this process alone while a `with` lasts."""
   sizes = {"steps": config.run.steps, "checkpoints_kept": config.run.checkpoint.keep}
+  sizes["new_code"] = config.run.code == "changed"
   with jax.default_matmul_precision(precision(config.model)):
     with loop.open_run(config, workdir, export=export, **sizes) as run:
       yield run
@@ -550,7 +549,8 @@ def open_record(config: Any, workdir: str, problems: Sequence[tasks.Problem]) ->
   """Opens the directory in which responses to these problems are kept, for this process alone."""
   rounds = -(-len(problems) // config.responses.prompts_per_batch)
   with loop.StopSignals() as stop, loop.open_console(rounds) as console:
-    locked = opened(Path(workdir), config, volatile=volatile(config), doing="writes to")
+    how = {"new_code": config.run.code == "changed", "say": console.say}
+    locked = opened(Path(workdir), config, volatile=volatile(config), doing="writes to", **how)
     with locked, jax.default_matmul_precision(precision(config.model)):
       yield Run(Path(workdir), console, stop)
 

@@ -415,6 +415,21 @@ def follow_directories(said, path):
   opened(path / "third", config)
   (path / "rows.jsonl").write_text(content)
   opened(path / "run", config)
+  inputs = path / "run/inputs.json"
+  before = json.loads(inputs.read_text())
+  before["program"]["own"]["experiments.grpo"] = "that of another advantage"
+  inputs.write_text(json.dumps(before))
+  assert "--code=changed resumes" in refused(said, opened, path / "run", config)
+  opened(path / "fourth", config)
+  opened(path / "run", config, new_code=True)
+  reward = path / "reward.py"
+  reward.write_text("reward = sum")
+  config = replace(config, {"jsonl.reward_file": str(reward)})
+  opened(path / "graded", config)
+  (path / "graded/metrics.jsonl").write_text('{"step": 0}\n')
+  reward.write_text("reward = max")
+  assert "or --code=changed" in refused(said, opened, path / "graded", config)
+  opened(path / "graded", config, new_code=True)
 
 
 def follow_devices(said, path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from rl_llm.errors import ConfigError
 from rl_llm.files import locked
 from rl_llm.runs.config import option, volatile
-from rl_llm.runs.run_directory import open_run, opened, write_result
+from rl_llm.runs.run_directory import default_workdir, found_workdir, open_run, opened, write_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def test_other_settings_are_refused_and_change_nothing(tmp_path, config, said):
 def test_any_text_may_stand_where_a_file_might(tmp_path):
   open_run(tmp_path, Config(prompt="x" * 5000), volatile=())
   open_run(tmp_path, Config(prompt="a\0b"), volatile=())
-  assert json.loads((tmp_path / "inputs.json").read_text()) == {}
+  assert json.loads((tmp_path / "inputs.json").read_text()).keys() == {"program"}
 
 
 @pytest.mark.parametrize("prompt", ["{}", "jsonl:{}"])
@@ -163,6 +164,58 @@ def test_a_result_is_the_proof_of_the_end(tmp_path):
     "inputs.json",
     "result.json",
   ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  rate: float = option(0.5, "how fast", noted=True)
+  batch: int = option(8, "how many")
+
+
+def test_a_noted_setting_may_change_from_a_step_on(tmp_path):
+  said = []
+
+  def start(config, **how):
+    return open_run(tmp_path, config, volatile=(), say=said.append, **how)
+
+  start(Measured())
+  (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+  start(Measured(rate=0.25))
+  assert said == ["other settings from step 2 on: rate 0.5 -> 0.25"]
+  (line,) = map(json.loads, (tmp_path / "changes.jsonl").read_text().splitlines())
+  assert line == {"step": 2, "settings": {"rate": [0.5, 0.25]}}
+  start(Measured(rate=0.25))
+  assert len(said) == 1 and json.loads((tmp_path / "config.json").read_text())["rate"] == 0.25
+  with pytest.raises(ConfigError, match="--batch=9: must be 8"):
+    start(Measured(rate=0.125, batch=9))
+  write_result(tmp_path, {"steps": 2})  # Nothing is left that another rate could compute.
+  start(Measured(rate=0.125), steps=2)
+  assert len(said) == 1 and json.loads((tmp_path / "config.json").read_text())["rate"] == 0.25
+
+
+def test_a_directory_is_named_after_the_settings_that_are_changed():
+  name = functools.partial(default_workdir, "grpo", model="tiny", data="copy", seed=3)
+  base = name()
+  repeated = {"model": "tiny", "task": "copy", "seed": "3", "steps": "9"}
+  assert base == name(changed=repeated) == "runs/grpo-tiny-copy-seed3"
+  changes = repeated | {"loss.entropy_coef": "0.0", "jsonl.reward_file": "/my files/r.py"}
+  suffix = "-loss.entropy_coef=0.0-jsonl.reward_file=_my_files_r.py"
+  assert name(changed=changes) == base + suffix
+  texts = [name(changed={"a": "1", "prompt": "x" * 90 + end}) for end in ("", "y")]
+  assert texts[0] != texts[1] and all(len(text) == len(base + "-a=1-12345678") for text in texts)
+  rows = functools.partial(default_workdir, "sft", model="tiny", data="rows.jsonl", seed=0)
+  assert rows(changed={"data": "some/rows.jsonl"}) == rows() == "runs/sft-tiny-rows.jsonl-seed0"
+
+
+def test_an_older_directory_without_changes_in_its_name_is_found(tmp_path):
+  old, new = str(tmp_path / "old"), str(tmp_path / "new")
+  config = Config(prompt="hi")
+  assert found_workdir(config, new, old) == new
+  open_run(tmp_path / "old", config, volatile=())
+  assert found_workdir(config, new, old) == old
+  assert found_workdir(Config(prompt="ho"), new, old) == new
+  open_run(tmp_path / "new", config, volatile=())
+  assert found_workdir(config, new, old) == new
 
 
 def test_a_field_the_record_lacks_is_not_held_against_it(tmp_path):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -232,20 +230,6 @@ def assert_equal(what: str, values: Mapping[str, Any]) -> None:
           f"{key} is {found.get(key, 'missing')} in {name(process)}, and "
           f"{first.get(key, 'missing')} in {name(0)}; start all processes with the same"
         )
-
-
-def code_hash(*directories: str | os.PathLike) -> str:
-  """The SHA-256 of this package's Python files, and of those in further directories.
-
-  Args:
-    directories: each including its subdirectories.
-  """
-  digest = hashlib.sha256()
-  for directory in (Path(__file__).parent, *map(Path, directories)):
-    for path in sorted(directory.rglob("*.py")):
-      digest.update(f"{path.relative_to(directory)}\n".encode())
-      digest.update(path.read_bytes())
-  return digest.hexdigest()
 
 
 def end_all(line: str, code: int, *, of_one: bool) -> NoReturn:

@@ -49,7 +49,7 @@ from rl_llm.errors import ConfigError, UserError, one_line, redact
 from rl_llm.files import write_atomically
 from rl_llm.runs import peer_names
 
-_METADATA = frozenset({"help", "min", "above", "max", "below", "choices", "volatile"})
+_METADATA = frozenset({"help", "min", "above", "max", "below", "choices", "volatile", "noted"})
 _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 _PLURALS = {int: "integers", float: "finite numbers", str: "texts"}
 
@@ -73,6 +73,7 @@ def option(
   below: float | None = None,
   choices: Iterable[Any] | None = None,
   volatile: bool | Callable[[Any], bool] = False,
+  noted: bool = False,
 ) -> Any:
   """A dataclass field with its help and bounds, so that the range stands next to the default.
 
@@ -94,6 +95,8 @@ def option(
     volatile: whether a run may resume with another value because the field does not change what is
       computed; or a function of the config that returns this. `VOLATILE = True` in a class makes
       all of its fields volatile.
+    noted: whether a run may resume with another value from then on, which changes.jsonl notes; or
+      `NOTED = True` in a class. Unlike a volatile one it is part of what the run is.
 
   Returns:
     A `dataclasses.field` whose metadata holds what was given.
@@ -104,6 +107,8 @@ def option(
     metadata["choices"] = tuple(choices)
   if volatile:
     metadata["volatile"] = volatile
+  if noted:
+    metadata["noted"] = noted
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -137,6 +142,7 @@ class _Leaf(NamedTuple):
   default: Any
   group: str  # first docstring line of the dataclass that holds it
   volatile: bool | Callable[[Any], bool]
+  noted: bool
 
 
 def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_Leaf]:
@@ -209,6 +215,7 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
     default,
     _summary(config_class),
     metadata.get("volatile", getattr(config_class, "VOLATILE", False)),
+    metadata.get("noted", getattr(config_class, "NOTED", False)),
   )
   _check(leaf, default)
   return leaf
@@ -464,6 +471,39 @@ def volatile(config: Any) -> set[str]:
     leaf.path
     for leaf in leaves
     if (leaf.volatile(config) if callable(leaf.volatile) else leaf.volatile)
+  }
+
+
+def noted(config: Any) -> set[str]:
+  """The paths of the fields that may change while a run lasts, each change with a note."""
+  return {leaf.path for leaf in _leaves(type(config)) if leaf.noted}
+
+
+def overrides_of(config_class: type) -> Callable[[Any], Mapping[str, Any]]:
+  """What changes the defaults of a config once some of it is known, such as a preset: the function
+  `overrides(config)` next to the class, if there is one."""
+  return getattr(sys.modules[config_class.__module__], "overrides", lambda config: {})
+
+
+def changed(config: Any) -> dict[str, str]:
+  """The settings that are not what this model and preset make of the defaults, as flags have them.
+
+  Volatile ones are left out: they do not change what is computed.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   batch: int = option(8, "problems a step")
+  ...   rate: float = option(1e-5, "step size")
+  ...   parts: tuple[int, ...] = option((1,), "some")
+  >>> changed(replace(Config(), {"rate": 3e-4, "parts": (1, 2)}))
+  {'rate': '0.0003', 'parts': '1,2'}
+  """
+  defaults = flatten(replace(type(config)(), overrides_of(type(config))(config)))
+  leaves, hidden = _leaves(type(config), default=config), volatile(config)
+  return {
+    leaf.path: _text(leaf, leaf.default)
+    for leaf in leaves
+    if leaf.path not in hidden and leaf.default != defaults[leaf.path]
   }
 
 

@@ -39,6 +39,7 @@ def origin(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str, 
   volatile = set(volatile)
   settings = json.loads(redact(json.dumps(flatten(config))))
   files = json.loads((workdir / "inputs.json").read_text("ascii"))
+  files.pop("program", None)  # inputs.json alone says which code it is.
   return {
     "settings": {path: value for path, value in settings.items() if path not in volatile},
     "files": {path: value for path, value in files.items() if path not in volatile},

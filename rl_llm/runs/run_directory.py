@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ import jax
 from rl_llm.errors import ConfigError, UserError, redact
 from rl_llm.files import locked, write_atomically
 from rl_llm.parallel import hosts
-from rl_llm.runs.checkpoint import Checkpointer, extras
-from rl_llm.runs.config import flatten, write_config
+from rl_llm.runs import code, identity
+from rl_llm.runs.checkpoint import Checkpointer
+from rl_llm.runs.config import flatten, volatile, write_config
 from rl_llm.runs.console import Console
 from rl_llm.runs.signals import StopSignals
 
@@ -36,12 +37,20 @@ class Run(NamedTuple):
   result: dict[str, Any] | None = None  # of a finished run, which has nothing left to do
 
 
+_LONGEST_CHANGES = 80  # Characters of a directory's name that say which settings are changed.
 _SHARED_SECONDS = 10  # A network file system may show a new file late.
 
 
 @contextlib.contextmanager
 def opened(
-  workdir: Path, config: Any, *, volatile: Iterable[str], doing: str
+  workdir: Path,
+  config: Any,
+  *,
+  volatile: Iterable[str],
+  doing: str,
+  steps: int | None = None,
+  new_code: bool = False,
+  say: Callable[[str], Any] = print,
 ) -> Iterator[dict[str, Any] | None]:
   """Opens the directory for this run alone while the body runs; yields the result, if there is one.
 
@@ -51,8 +60,8 @@ def opened(
   Args:
     workdir: the run's directory, on a file system that all processes see.
     config: as for `open_run`.
-    volatile: as for `open_run`.
     doing: what a process does in the directory, for the message.
+    volatile, steps, new_code, say: as for `open_run`.
 
   Raises:
     ConfigError: as for `open_run`; or another run is at work there.
@@ -64,7 +73,8 @@ def opened(
   with contextlib.ExitStack() as stack:
     result, new = None, not workdir.exists()
     if hosts.is_main():
-      result = open_run(workdir, config, volatile=volatile)
+      how = {"steps": steps, "new_code": new_code, "say": say}
+      result = open_run(workdir, config, volatile=volatile, **how)
       if not stack.enter_context(locked(workdir / ".lock")):
         raise ConfigError("workdir", str(workdir), f"a directory that no other process {doing}")
     if hosts.count() > 1:
@@ -73,7 +83,7 @@ def opened(
     try:
       yield result
     except UserError:
-      if new and hosts.is_main() and not _recorded(workdir):
+      if new and hosts.is_main() and not identity.recorded(workdir):
         shutil.rmtree(workdir)  # A failed start leaves nothing behind.
       raise
 
@@ -88,11 +98,12 @@ def started_with(config: Any, *, volatile: Iterable[str]) -> dict[str, Any]:
   values = {f"--{path}": value for path, value in flatten(config).items() if path not in volatile}
   files = {
     f"the file of --{path}": value
-    for path, value in _hashes(config).items()
+    for path, value in identity.hashes(config).items()
     if path not in volatile
   }
-  code = hosts.code_hash(Path(inspect.getfile(type(config))).parent)
-  found = values | files | {"the code": code, "JAX's version": jax.__version__}
+  program = code.program(config)
+  modules = {f"the module {name}": hash for name, hash in (program.own | program.imported).items()}
+  found = values | files | modules | {"JAX's version": jax.__version__}
   return json.loads(redact(json.dumps(found)))
 
 
@@ -118,23 +129,35 @@ def _refuse_own_directories(workdir: Path) -> None:
     )
 
 
-def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str, Any] | None:
+def open_run(
+  workdir: Path,
+  config: Any,
+  *,
+  volatile: Iterable[str],
+  steps: int | None = None,
+  new_code: bool = False,
+  say: Callable[[str], Any] = print,
+) -> dict[str, Any] | None:
   """Makes the directory and records the config in it; refuses to mix two runs.
 
   Resuming with different settings would give a record that no command can reproduce, so only the
   `volatile` settings may differ. Files that settings name, such as data or a reward function, must
-  be unchanged, which the hashes in inputs.json prove.
+  be unchanged, and so must the experiment's own module: inputs.json has their hashes. Where other
+  modules have changed, the run resumes, says so, and notes it in changes.jsonl.
 
   Args:
     workdir: the run's directory.
     config: an instance of a frozen dataclass.
     volatile: dotted paths of fields that do not change what is computed.
+    steps: of the whole run: a finished one with fewer steps resumes. None: it has no steps.
+    new_code: whether the experiment's own code, and Python files that settings name, may differ.
+    say: called with each line that the person who resumes should read.
 
   Returns:
     The result, if an earlier run finished here; else None.
 
   Raises:
-    ConfigError: the directory cannot be used, or holds a run with other settings.
+    ConfigError: the directory cannot be used, or holds a run with other settings or other code.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -146,59 +169,74 @@ def open_run(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str
         "a directory of its own: this one holds a config.json that no run wrote",
         "a model's directory goes to --model",
       )
-    # A start that failed before its first step does not fix the settings.
-    inputs, hashes, volatile = workdir / "inputs.json", _hashes(config), set(volatile)
-    if _recorded(workdir):
-      holder = f"the run that {workdir} holds"
-      if recorded.exists():
-        _refuse_other_settings(holder, _json_object(recorded), config, volatile)
-      if inputs.exists():
-        known = _json_object(inputs)
-        _refuse_other_files(holder, known, hashes, config, volatile)
-        hashes |= known
-    told = _refuse_other_checkpoints(workdir, hashes, config, volatile)
-    if _recorded(workdir) and not (recorded.exists() or told):
-      raise ConfigError(
-        "workdir",
-        str(workdir),
-        "a directory whose config.json is there: this one has a record, and nothing says with "
-        "which settings it was made",
-        "restore config.json, or give another --workdir",
-      )
-    write_config(config, workdir)
-    write_atomically(inputs, (json.dumps(hashes, indent=2) + "\n").encode("ascii"))
     result = workdir / "result.json"
-    return _json_object(result) if result.exists() else None
+    result = identity.json_object(result) if result.exists() else None
+    now = {"program": code.program(config)._asdict()} | identity.hashes(config)
+    before, settings = identity.compare(
+      workdir, now, config, volatile=set(volatile), new_code=new_code
+    )
+    # What other code and settings have computed to the end stays theirs.
+    if result is None or steps is None or result["steps"] < steps:
+      write_config(config, workdir)
+      data = {name: hash for name, hash in before.items() if not identity.is_code(name, config)}
+      now |= data  # Where a data file may change, its hash stays that of the beginning.
+      if before:
+        identity.note_changes(workdir, before, now, settings, say)
+      content = json.dumps(now, indent=2) + "\n"
+      write_atomically(workdir / "inputs.json", content.encode("ascii"))
+    return result
   except OSError as error:
     raise ConfigError(
       "workdir", str(workdir), "a directory that can be written", str(error.strerror)
     ) from None
 
 
-def _recorded(workdir: Path) -> bool:
-  """Whether the directory has a step on record."""
-  metrics = workdir / "metrics.jsonl"
-  return metrics.exists() and metrics.stat().st_size > 0
+def default_workdir(
+  experiment: str, *, model: str, data: str, seed: int, changed: Mapping[str, str] = {}
+) -> str:
+  """The directory of a run whose config names none: another for every setting that is changed.
 
+  >>> default_workdir("grpo", model="smollm2", data="gsm8k:train.jsonl", seed=0)
+  'runs/grpo-smollm2-gsm8k_train.jsonl-seed0'
+  >>> changed = {"loss.entropy_coef": "0.0", "model": "tiny", "task": "copy", "steps": "9"}
+  >>> default_workdir("grpo", model="tiny", data="copy", seed=0, changed=changed)
+  'runs/grpo-tiny-copy-seed0-loss.entropy_coef=0.0'
 
-def _json_object(path: Path) -> dict[str, Any]:
-  """The content of a JSON file of the directory.
-
-  Raises:
-    ConfigError: it is cut short, or something else than an object.
+  Args:
+    experiment: its name.
+    model, data: what is trained, and on what.
+    seed: of the run.
+    changed: setting -> its text. Those that the name has already are left out, and `steps`, so that
+      a longer run continues a shorter one. Beyond 80 characters a hash stands for the rest.
   """
-  try:
-    found = json.loads(path.read_bytes())
-  except (ValueError, RecursionError):
-    found = None
-  if not isinstance(found, dict):
-    raise ConfigError(
-      "workdir",
-      str(path.parent),
-      f"a directory whose JSON files are whole: {path.name} is not a JSON object",
-      f"restore {path.name}, or choose another directory",
-    )
-  return found
+  base = [experiment, Path(model).name.removesuffix(".gguf")]
+  base += [data.replace(os.sep, "_").replace(":", "_"), f"seed{seed}"]
+  known = {data, *data.split(":")}
+  further = [
+    f"{path}={redact(text)}"
+    for path, text in changed.items()
+    if path not in ("model", "seed", "steps") and text not in known and Path(text).name != data
+  ]
+  whole = "-".join(further)
+  while len("-".join(further)) > _LONGEST_CHANGES:
+    further = further[:-1]
+  if "-".join(further) != whole:
+    further.append(hashlib.sha256(whole.encode()).hexdigest()[:8])
+  suffix = [re.sub(r"[^A-Za-z0-9_.,=+-]", "_", text) for text in further]
+  return os.path.join("runs", "-".join(base + suffix))
+
+
+def found_workdir(config: Any, *names: str) -> str:
+  """The first of these directories that holds a run of this config; else the first."""
+
+  def holds(name: str) -> bool:
+    try:
+      recorded = json.loads(Path(name, "config.json").read_text("ascii"))
+    except (OSError, ValueError):
+      return False
+    return not identity.differences(recorded, config, volatile(config))
+
+  return next(filter(holds, names), names[0])
 
 
 def run_name(model: str) -> str:
@@ -215,56 +253,3 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
   """Writes result.json atomically and last: it is the only proof that a run is done."""
   content = json.dumps(result, indent=2) + "\n"
   write_atomically(workdir / "result.json", content.encode("ascii"))
-
-
-def _refuse_other_settings(
-  holder: str, recorded: dict[str, Any], config: Any, volatile: set[str]
-) -> None:
-  # The record was redacted, so redact the config too before comparing.
-  wanted = json.loads(redact(json.dumps(flatten(config))))
-  # A setting that was added after the run began had its default then.
-  recorded = json.loads(json.dumps(flatten(type(config)()))) | recorded
-  for path, value in wanted.items():
-    if path not in volatile and recorded[path] != value:
-      raise ConfigError(
-        path, value, f"{recorded[path]}, as in {holder}", "give that value, or another --workdir"
-      )
-
-
-def _hashes(config: Any) -> dict[str, str]:
-  """{setting: SHA-256} of the files that settings name, as PATH or KIND:PATH."""
-  found = {}
-  for name, value in flatten(config).items():
-    if isinstance(value, str):
-      path = next(filter(os.path.isfile, (value, value.partition(":")[2])), None)
-      if path is not None:
-        with open(path, "rb") as file:
-          found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-  return found
-
-
-def _refuse_other_files(
-  holder: str, known: dict[str, str], hashes: dict[str, str], config: Any, volatile: set[str]
-) -> None:
-  for name in sorted(known.keys() & hashes.keys() - volatile):
-    if known[name] != hashes[name]:
-      raise ConfigError(
-        name,
-        flatten(config)[name],
-        f"the file as it was when {holder} began (SHA-256 {known[name][:12]}...)",
-        "restore it, or give another --workdir",
-      )
-
-
-def _refuse_other_checkpoints(
-  workdir: Path, hashes: dict[str, str], config: Any, volatile: set[str]
-) -> bool:
-  """Refuses checkpoints of another run; whether any says of which run it is."""
-  told = False
-  for step, extra in extras(workdir / "checkpoints").items():
-    holder = f"the run whose checkpoint is {workdir / 'checkpoints' / str(step)}"
-    if "settings" in extra:
-      told = True
-      _refuse_other_settings(holder, extra["settings"], config, volatile)
-      _refuse_other_files(holder, extra.get("files", {}), hashes, config, volatile)
-  return told

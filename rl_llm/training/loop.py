@@ -118,6 +118,7 @@ def open_run(
   steps: int,
   checkpoints_kept: int = 2,
   export: bool = False,
+  new_code: bool = False,
 ) -> Iterator[Run]:
   """Opens the run's directory for this process alone; the run has a result if it is finished.
 
@@ -127,6 +128,7 @@ def open_run(
     steps: of the whole run: a finished run with fewer steps resumes.
     checkpoints_kept: how many checkpoints to keep.
     export: whether to write a directory `model` at the end.
+    new_code: as for `run_directory.open_run`.
 
   Raises:
     ConfigError: the directory cannot be used.
@@ -136,7 +138,8 @@ def open_run(
     import_safetensors()  # Fail now, not at the end of the run.
   workdir = Path(workdir)
   with StopSignals() as stop, open_console(steps) as console:
-    with opened(workdir, config, volatile=volatile(config), doing="trains in") as result:
+    how = {"steps": steps, "new_code": new_code, "say": console.say}
+    with opened(workdir, config, volatile=volatile(config), doing="trains in", **how) as result:
       exported = hosts.broadcast("the exported model", (workdir / "model").exists())
       if result is None or result["steps"] < steps or (export and not exported):
         checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
@@ -622,15 +625,3 @@ def _end_all(error: Exception) -> NoReturn:
     hosts.end_all(hosts.lost(error), 1, of_one=True)
   traceback.print_exception(error)
   hosts.end_all(f"{type(error).__name__}: {error}", 1, of_one=True)
-
-
-def default_workdir(experiment: str, *, model: str, data: str, seed: int) -> str:
-  """The directory of a run whose config names none.
-
-  >>> default_workdir("grpo", model="smollm2", data="gsm8k:train.jsonl", seed=0)
-  'runs/grpo-smollm2-gsm8k_train.jsonl-seed0'
-  """
-  words = [experiment, Path(model).name.removesuffix(".gguf")]
-  return os.path.join(
-    "runs", "-".join([*words, data.replace(os.sep, "_").replace(":", "_"), f"seed{seed}"])
-  )

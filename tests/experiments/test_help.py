@@ -21,7 +21,7 @@ from rl_llm.runs.config import _leaves
 GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
-EVERYWHERE = {"compile_cache", "matmul_precision"}
+EVERYWHERE = {"code", "compile_cache", "matmul_precision"}
 GRADED = {"reward_files"}  # where a task's grader is called
 SAMPLED = {"overlong.cache", "overlong.coef", "overlong.limit"}  # of policy gradients
 LOSSES = {"loss.threshold"}  # keywords of losses that came later
