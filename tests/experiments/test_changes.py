@@ -1,0 +1,65 @@
+"""A copy of an experiment is an experiment: what it changes is refused, asked for, or noted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from experiments import grpo
+from rl_llm.errors import ConfigError
+from rl_llm.runs.config import replace
+from rl_llm.runs.metrics import read
+from tests.experiments.helpers import settings
+
+
+def copy_of_grpo(path, old, new):
+  """The script with a text replaced, as a module."""
+  text = open(grpo.__file__).read()
+  assert text.count(old) == 1
+  path.write_text(text.replace(old, new))
+  spec = importlib.util.spec_from_file_location("mine", path)
+  sys.modules["mine"] = module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_a_copy_with_another_advantage_does_not_resume(tmp_path, small, files, monkeypatch):
+  monkeypatch.setitem(sys.modules, "mine", None)
+  call = "  return keywords.call(options,"
+  mine = copy_of_grpo(tmp_path / "mine.py", call, call)
+
+  def train(module, **changes):
+    config = replace(module.Config(), settings(files, steps=1) | changes)
+    return module.train(config, str(tmp_path / "run"))
+
+  train(mine)
+  with pytest.raises(ConfigError, match="a directory for experiments.grpo, and .* run of mine"):
+    train(grpo)
+  before = (tmp_path / "run/metrics.jsonl").read_bytes()
+  flipped = copy_of_grpo(tmp_path / "mine.py", call, call.replace("keywords", "-keywords"))
+  for steps in (1, 2):  # Neither its result nor further steps.
+    with pytest.raises(ConfigError, match="--code=changed"):
+      train(flipped, steps=steps)
+  assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+  assert train(flipped, steps=2, code="changed")["steps"] == 2
+  (note,) = map(json.loads, (tmp_path / "run/changes.jsonl").read_text().splitlines())
+  assert note["step"] == 1 and note["code"] == ["mine"]
+
+
+def test_a_learning_rate_holds_from_the_step_that_a_run_resumes_at(tmp_path, small, files):
+  def train(**changes):
+    config = replace(grpo.Config(), settings(files, **changes))
+    return grpo.train(config, str(tmp_path / "run"))
+
+  train(steps=1, **{"optimizer.learning_rate": 0.01})
+  train(steps=2, **{"optimizer.learning_rate": 0.02, "eval.every": 1})
+  rows = read(tmp_path / "run/metrics.jsonl")
+  assert [row.get("learning_rate") for row in rows] == [0.01, 0.02, None]
+  (note,) = map(json.loads, (tmp_path / "run/changes.jsonl").read_text().splitlines())
+  assert note["step"] == 1 and note["settings"] == {
+    "optimizer.learning_rate": [0.01, 0.02],
+    "eval.every": [16, 1],
+  }
