@@ -251,10 +251,11 @@ def test_what_changes_no_response_may_change_from_one_call_to_the_next():
   own = volatile(evaluate.Config())
   of_machines = {name for name in own if name.startswith(("mesh.", "distributed."))}
   assert len(of_machines) == 10
-  assert own - of_machines == {"workdir", "k", "reward_workers", "compile_cache"}
+  assert own - of_machines == {"workdir", "code", "k", "reward_workers", "compile_cache"}
   pairs = volatile(make_preferences.Config())
   assert pairs - of_machines == {
     "workdir",
+    "code",
     "out",
     "pairs_per_problem",
     "reward_workers",
