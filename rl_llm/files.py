@@ -1,4 +1,4 @@
-"""Atomic writes (a file is whole or not there), and lock files."""
+"""Atomic writes (a file is whole or not there), lock files, and files that stay in a directory."""
 
 from __future__ import annotations
 
@@ -29,6 +29,28 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
   except BaseException:
     os.unlink(temporary)
     raise
+
+
+def leads_outside(directory: str | os.PathLike, name: str) -> bool:
+  """Whether a name leads out of the directory: by `..`, as an absolute path, or through a link.
+
+  A directory from elsewhere must not make a program read, and export, files of this machine:
+  `chat_template.jinja -> ~/.ssh/id_ed25519`.
+
+  >>> leads_outside("/models/a", "../b"), leads_outside("/models/a", "config.json")
+  (True, False)
+
+  Args:
+    directory: the directory; it may be reached through a link itself.
+    name: of a file in it, which may be missing. No file has a name with NUL in it.
+  """
+  if "\0" in name:
+    return True
+  directory = Path(directory)
+  try:
+    return not (directory / name).resolve().is_relative_to(directory.resolve())
+  except (OSError, RuntimeError):  # A loop of links.
+    return True
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from rl_llm.text import control_tokens
+from rl_llm.text import control_tokens, gguf_header
 from rl_llm.text import tokenizers as lib
 from rl_llm.text.conversations import format_prompts
 from rl_llm.text.tokenizers import (
@@ -384,7 +384,7 @@ def test_gguf_header_equals_what_the_package_gguf_writes(tmp_path):
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  assert lib._gguf_metadata(path) == expected
+  assert gguf_header.metadata(path) == expected
 
 
 # SmolLM2 against transformers.

@@ -50,13 +50,13 @@ def load_weights(
   """
   if path_or_name == "smollm2":
     return load_gguf(demo_gguf_path(), layout=layout, say=say)
-  path = Path(path_or_name)
+  path = Path(os.fspath(path_or_name).replace("\0", "\N{SYMBOL FOR NULL}"))  # In no file's name.
   if path.is_dir():
     return load_hf(path, layout=layout, say=say)
   if path.suffix == ".gguf":
     return load_gguf(path, layout=layout, say=say)
   raise WeightsError(
-    f"{os.fspath(path_or_name)}: no such model directory or .gguf file; give 'smollm2', a Hugging "
+    f"{path}: no such model directory or .gguf file; give 'smollm2', a Hugging "
     "Face directory (config.json and safetensors), or a file ending in .gguf"
   )
 

@@ -13,6 +13,19 @@ class WeightsError(UserError, ValueError):
   """A model's files cannot be used. One line gives the file, what is wrong with it, and the fix."""
 
 
+# What no decoder reaches. Files from elsewhere may claim any size, and a list of 1e9 layers is long
+# before the first tensor turns out to be missing.
+MOST = {
+  "vocab_size": 2**24,
+  "width": 2**20,
+  "n_layers": 2**14,
+  "n_heads": 2**14,
+  "n_kv_heads": 2**14,
+  "head_dim": 2**14,
+  "mlp_width": 2**22,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
   """How rotary frequencies are slowed so that a model reads beyond its original training length.
@@ -75,11 +88,10 @@ class TransformerConfig:
   max_position: int = 8192  # tokens the model was trained to read; a record, not a limit
 
   def __post_init__(self):
-    sizes = "vocab_size width n_layers n_heads n_kv_heads head_dim mlp_width"
-    for name in sizes.split():
+    for name, most in MOST.items():
       value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f"TransformerConfig.{name}: {value!r} must be an integer >= 1")
+      if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"TransformerConfig.{name}: {value!r} must be an integer in 1 .. {most}")
     if self.n_heads % self.n_kv_heads:
       raise ValueError(
         f"TransformerConfig.n_kv_heads: {self.n_kv_heads} must divide n_heads, {self.n_heads}"
@@ -202,7 +214,7 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
 
   entries = _text_entries(entries)
   family = entries.get("model_type")
-  if family not in _ARCHITECTURES:
+  if not isinstance(family, str) or family not in _ARCHITECTURES:
     raise WeightsError(
       f"{source}: model_type {family!r} is not supported; use a model of one of: "
       + ", ".join(_ARCHITECTURES)
@@ -217,6 +229,11 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
   width, n_layers, n_heads = (
     get(key, int) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
   )
+  if not 1 <= n_layers <= MOST["n_layers"]:
+    raise WeightsError(
+      f"{source}: num_hidden_layers is {n_layers}, must be in 1 .. {MOST['n_layers']}; restore the "
+      "model's original config.json"
+    )
   activation = get(
     "hidden_activation" if gemma else "hidden_act", str, "gelu_pytorch_tanh" if gemma else "silu"
   )
@@ -241,7 +258,7 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
       n_layers=n_layers,
       n_heads=n_heads,
       n_kv_heads=get("num_key_value_heads", int, n_heads),
-      head_dim=get("head_dim", int, defaults.get(family, width // n_heads)),
+      head_dim=get("head_dim", int, defaults.get(family, width // max(n_heads, 1))),
       mlp_width=get("intermediate_size", int),
       rope_theta=theta,
       rope_scaling=scaling,
@@ -263,7 +280,7 @@ def config_from_hf(entries: dict[str, Any], source: str = "config.json") -> Tran
     )
   except WeightsError:
     raise
-  except (ValueError, ZeroDivisionError) as error:
+  except (ValueError, ArithmeticError) as error:
     raise WeightsError(f"{source}: {error}; restore the model's original config.json") from error
 
 
@@ -295,19 +312,32 @@ def _rope_from_hf(
 ) -> tuple[float, RopeScaling | None, float | None]:
   """(theta, scaling, local theta)."""
   gemma3 = family == "gemma3_text"
-  parameters = entries.get("rope_parameters") or {}
+
+  def table(value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+      raise WeightsError(
+        f"{source}: RoPE settings: {value!r:.40} is not a table; restore the model's original "
+        "config.json"
+      )
+    return value or {}
+
+  parameters = table(entries.get("rope_parameters"))
   local = {}
   if gemma3 and "full_attention" in parameters:
-    local, parameters = parameters.get("sliding_attention") or {}, parameters["full_attention"]
-  scaling = entries.get("rope_scaling") or parameters
+    local = table(parameters.get("sliding_attention"))
+    parameters = table(parameters["full_attention"])
+  scaling = table(entries.get("rope_scaling")) or parameters
   kind = scaling.get("rope_type", scaling.get("type", "default"))
-  if kind not in ("default", "linear", "llama3"):
+  if not isinstance(kind, str) or kind not in ("default", "linear", "llama3"):
     raise WeightsError(
       f"{source}: RoPE scaling {kind!r} is not supported; use a model with default, linear "
       "or llama3 scaling"
     )
-  partial = {e.get("partial_rotary_factor") for e in (entries, parameters, scaling, local)}
-  if partial - {None, 1} or local.get("rope_type", "default") != "default":
+  partial = [e.get("partial_rotary_factor") for e in (entries, parameters, scaling, local)]
+  if (
+    any(factor not in (None, 1) for factor in partial)
+    or local.get("rope_type", "default") != "default"
+  ):
     raise WeightsError(
       f"{source}: partial rotary embeddings and scaled local ones are not supported; "
       "use a model without them"
@@ -333,7 +363,7 @@ def _rope_from_hf(
     raise WeightsError(
       f"{source}: RoPE scaling lacks {error}; restore the model's original config.json"
     ) from error
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, ArithmeticError) as error:
     raise WeightsError(
       f"{source}: RoPE settings: {error}; restore the model's original config.json"
     ) from error
@@ -350,7 +380,7 @@ def _layers_from_hf(
   ):
     window, names = None, None
   elif names is not None:
-    unknown = [name for name in names if name not in _LAYER_TYPES]
+    unknown = [n for n in names if not isinstance(n, str) or n not in _LAYER_TYPES]
     if unknown:
       raise WeightsError(
         f"{source}: layer type {unknown[0]!r} is not supported; use a model with: "
@@ -363,7 +393,7 @@ def _layers_from_hf(
     first = get("max_window_layers", int, 28)
     names = ["sliding" if layer >= first else "full" for layer in range(n_layers)]
   else:
-    period = 2 if family == "gemma2" else get("sliding_window_pattern", int, 6)
+    period = 2 if family == "gemma2" else max(get("sliding_window_pattern", int, 6), 1)
     names = ["sliding" if (layer + 1) % period else "full" for layer in range(n_layers)]
   return (window, tuple(names)) if names and "sliding" in names else (None, ())
 

@@ -17,6 +17,7 @@ from rl_llm.policy.configs import RopeScaling, TransformerConfig, WeightsError
 from rl_llm.policy.hf import Layout, assemble, leaf_shapes
 from rl_llm.policy.modules import Params
 from rl_llm.policy.positions import rope_frequencies
+from rl_llm.text import gguf_header
 from rl_llm.text.gguf_parts import part_paths
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -139,7 +140,7 @@ def load_gguf(
 
 # The reader notices a truncated file only by running off its end, wherever that happens.
 _DAMAGE = (
-  ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError
+  ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, OSError
 )  # fmt: skip
 
 
@@ -189,6 +190,7 @@ def _reader(path: Path) -> Any:
         f"{path}: not a GGUF file (it does not begin with GGUF); download it again"
       )
   try:
+    gguf_header.check(path)  # The package follows any count to the end of a file, and beyond.
     return gguf.GGUFReader(path)
   except _DAMAGE as error:
     raise _damaged(path, error) from error
@@ -246,6 +248,11 @@ def _config(fields: _Fields, tensors: dict[str, Any]) -> TransformerConfig:
     scalar = width // n_heads if is_27b else head_dim
   theta = float(get("rope.freq_base", 1e6 if gemma3 else 1e4))
   period = 6 if gemma3 else 2
+  if not 1 <= n_layers <= len(tensors):
+    raise WeightsError(
+      f"{fields.source}: says that it has {n_layers} layers, and holds {len(tensors)} tensors; "
+      "download it again"
+    )
   layer_types = tuple("sliding" if (layer + 1) % period else "full" for layer in range(n_layers))
   sliding = gemma and "sliding" in layer_types
   return TransformerConfig(

@@ -55,6 +55,24 @@ def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
   return {path: leaf.shape for path, leaf in _leaves(abstract)}
 
 
+def check_layers(config: TransformerConfig, shapes: Mapping[str, Any], source: str) -> None:
+  """Refuses a config of more layers than the files can hold, before anything is made for each.
+
+  Args:
+    config: what the files claim.
+    shapes: of their tensors, by name; every layer has some of its own.
+    source: what they come from, for the error.
+
+  Raises:
+    WeightsError: there are fewer tensors than layers.
+  """
+  if config.n_layers > len(shapes):
+    raise WeightsError(
+      f"{source}: the config says {config.n_layers} layers, and the files hold {len(shapes)} "
+      "tensors; use the config that belongs to these weights"
+    )
+
+
 def assemble(
   wanted: dict[str, tuple[int, ...]],
   name_of: Callable[[str], str],
@@ -170,6 +188,7 @@ def load_hf(
   config, _ = read_config(directory)
   directory = Path(directory)
   tensors = open_tensors(directory, say)
+  check_layers(config, tensors.shapes, str(directory))
   try:
     if config.tie_embeddings and {EMBEDDING, HEAD} <= tensors.shapes.keys():
       if tensors.equal(EMBEDDING, HEAD):
@@ -233,6 +252,7 @@ def read_weights(
   """
   directory = Path(directory)
   tensors = open_tensors(directory, say).without([HEAD])
+  check_layers(config, tensors.shapes, str(directory))
   try:
     return _read(directory, config, wanted, tensors, layout, say)
   except (import_safetensors().SafetensorError, OSError) as error:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rl_llm.files import leads_outside
 from rl_llm.policy.configs import WeightsError
 
 SINGLE = "model.safetensors"
@@ -130,9 +131,9 @@ def open_tensors(directory: Path, say: Callable[[str], None]) -> Tensors:
 
 
 def _shards(directory: Path) -> set[str]:
-  if (directory / SINGLE).exists():
+  if os.path.lexists(directory / SINGLE):
     return {SINGLE}
-  if (directory / INDEX).exists():
+  if os.path.lexists(directory / INDEX):
     path = inside(directory, INDEX, "is missing")
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -194,10 +195,10 @@ def damaged(path: Path, error: Exception) -> WeightsError:
 def inside(directory: Path, name: str, if_missing: str) -> Path:
   """The path of a file of the directory, links followed and found to stay within."""
   path = directory / name
-  if not path.resolve().is_relative_to(directory.resolve()):
+  if leads_outside(directory, name):
     raise WeightsError(
-      f"{path}: leads outside the model directory, which is never read; copy the real files into "
-      f"one directory (cp -rL)"
+      f"{str(path)!r}: leads outside the model directory, which is never read; copy the real files "
+      "into one directory (cp -rL)"
     )
   if not path.is_file():
     raise WeightsError(f"{path}: {if_missing}")

@@ -260,6 +260,7 @@ def _check(leaf: _Leaf, value: Any) -> Any:
     fits = (
       type(item) is leaf.kind
       and (leaf.kind is not float or math.isfinite(item))
+      and (leaf.kind is not str or "\0" not in item)  # No path and no argument can hold it.
       and (not leaf.choices or item in leaf.choices)
       and all(inside[name](item, bound) for name, bound in leaf.bounds.items())
     )

@@ -8,9 +8,18 @@ from decimal import Decimal
 
 from rl_llm.rewards import RewardSource, completion_text
 from rl_llm.rewards.graders import find_numbers, plain
-from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, number_text, rng_for
+from rl_llm.tasks.problem import (
+  Problem,
+  Task,
+  check_held_out_count,
+  check_option,
+  hashed_numbers,
+  number_text,
+  rng_for,
+)
 
 REWARD_RANGE = (0.0, 1.0)
+LARGEST = 10**9  # operand: products and the number of problems stay far below 2^63
 
 
 @dataclass(frozen=True)
@@ -38,11 +47,15 @@ class ArithmeticOptions:
       "one or more of + - *, each once",
     )
     check_option(
+      name + "operand_min", self.operand_min, self.operand_min >= -LARGEST, f"at least {-LARGEST}"
+    )
+    check_option(
       name + "operand_max",
       self.operand_max,
-      self.operand_max >= self.operand_min,
-      f"at least operand_min={self.operand_min}",
+      self.operand_min <= self.operand_max <= LARGEST,
+      f"at least operand_min={self.operand_min} and at most {LARGEST}",
     )
+    check_held_out_count(name + "held_out", self.held_out)
     most = self.problems() * 3 // 4
     check_option(
       name + "held_out",

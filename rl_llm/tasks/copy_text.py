@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rl_llm.rewards import RewardSource, completion_text
-from rl_llm.tasks.problem import Problem, Task, check_option, hashed_numbers, rng_for
+from rl_llm.tasks.problem import (
+  Problem,
+  Task,
+  check_held_out_count,
+  check_option,
+  hashed_numbers,
+  rng_for,
+)
 
 REWARD_RANGE = (0.0, 1.0)
+LONGEST = 500  # characters: the number of different strings is counted length by length
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,10 @@ class CopyOptions:
     check_option(
       name + "max_length",
       self.max_length,
-      self.max_length >= self.min_length,
-      f"at least min_length={self.min_length}",
+      self.min_length <= self.max_length <= LONGEST,
+      f"at least min_length={self.min_length} and at most {LONGEST}",
     )
+    check_held_out_count(name + "held_out", self.held_out)
     most = self.strings() // 2
     check_option(
       name + "held_out",

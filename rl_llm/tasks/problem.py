@@ -68,6 +68,11 @@ def check_option(name: str, value: object, fits: bool, allowed: str) -> None:
     raise TaskError(f"{name}={value!r}: must be {allowed}")
 
 
+def check_held_out_count(name: str, count: int) -> None:
+  """`check_option` of a number of held-out problems, each of which is made when a run begins."""
+  check_option(name, count, count <= 10**6, "at most 1000000")
+
+
 def rng_for(seed: int, step: int, index: int) -> np.random.Generator:
   """The generator of one problem, so that problems do not depend on each other."""
   for name, value in (("seed", seed), ("step", step)):

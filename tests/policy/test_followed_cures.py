@@ -105,6 +105,13 @@ SPOILED = [
   (entries(num_key_value_heads=3), f"n_kv_heads: 3 must divide .*; {RESTORE}", CONFIG_FILE),
   (entries(rope_scaling={"type": "linear"}), f"scaling lacks 'factor'; {RESTORE}", CONFIG_FILE),
   (entries(rope_theta="x"), f"RoPE settings: .*'x'; {RESTORE}", CONFIG_FILE),
+  (
+    entries(num_hidden_layers=10**9),
+    rf"is 1000000000, must be in 1 \.\. .*; {RESTORE}",
+    CONFIG_FILE,
+  ),
+  (entries(num_hidden_layers=999), "says 999 layers, .*; use the config that belongs", CONFIG_FILE),
+  (entries(rope_scaling="x"), f"'x' is not a table; {RESTORE}", CONFIG_FILE),
   (entries(intermediate_size=48), "; use the config that belongs to these weights", CONFIG_FILE),
   (lambda d: (d / CONFIG_FILE).write_text("{"), "not valid JSON .*download it again", CONFIG_FILE),
   (lambda d: (d / CONFIG_FILE).write_text("[]"), "holds list, .*download it again", CONFIG_FILE),
