@@ -1,7 +1,8 @@
 """`python -m rl_llm`: what there is to run, the reports of runs, and worked examples.
 
 python -m rl_llm                   the commands
-python -m rl_llm report RUN ...    rewrites RUN/report.html, also while the run is in progress
+python -m rl_llm report RUN        writes RUN/report.html anew, also while the run is in progress
+python -m rl_llm report RUN RUN    also compares the runs on one page
 python -m rl_llm explain TOPIC     works through a loss or an estimator, in English or Japanese
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 import rl_llm
 from rl_llm.errors import UserError
 from rl_llm.explain.command import add_topics, explain
+from rl_llm.runs.comparison import write_comparison
 from rl_llm.runs.report import is_live, write_report
 
 PACKAGES = ("experiments", "launch", "benchmarks")
@@ -36,7 +38,7 @@ def overview() -> str:
   """The commands, a line each."""
   lines = [f"rl_llm {rl_llm.__version__}: reinforcement learning for language models in JAX", ""]
   found = [
-    ("python -m rl_llm report RUN ...", "Writes the report of a run, also while it runs."),
+    ("python -m rl_llm report RUN ...", "Writes the reports of runs, and compares them."),
     ("python -m rl_llm explain TOPIC", "Works through a loss or an estimator, line by line."),
   ]
   own = len(found)
@@ -57,8 +59,16 @@ def main(arguments: Sequence[str]) -> int:
   )
   parser.add_argument("--version", action="version", version=rl_llm.__version__)
   subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-  report = subparsers.add_parser("report", help="write RUN/report.html anew")
+  report = subparsers.add_parser(
+    "report", help="write RUN/report.html anew; of several runs, also a page that compares them"
+  )
   report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+  report.add_argument(
+    "--output",
+    type=Path,
+    metavar="FILE",
+    help="the page that compares runs; by default comparison.html in the directory that holds them",
+  )
   add_topics(subparsers.add_parser("explain", help="work through a loss or an estimator"))
   given = parser.parse_args(arguments)
   if given.command is None:
@@ -66,12 +76,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
   if given.command == "explain":
     return explain(given)
-  for run in given.runs:
-    try:
+  try:
+    for run in given.runs:
       print(f"report: {write_report(run, live=is_live(run))}")
-    except (UserError, OSError, ValueError) as error:
-      print(f"error: {error}", file=sys.stderr)
-      return 2
+    if len(given.runs) > 1:
+      print(f"comparison: {write_comparison(given.runs, given.output)}")
+    elif given.output:
+      raise UserError(f"--output={given.output} is for a page that compares runs: give several")
+  except (UserError, OSError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   return 0
 
 

@@ -259,7 +259,7 @@ def test_the_box_says_what_the_record_says(tmp_path):
   page = report_of(tmp_path)
   (box,) = re.findall('<section class="box fault">.*?</section>', page, re.S)
   assert "the reward is 0 in all 40 steps" in box and "--task=jsonl:&lt;x&gt;" in box
-  assert box.index("Try") > box.index("reward is 0")
+  assert box.index("Check") > box.index("reward is 0")
   assert page.index(box) < page.index("<h2>Curves")
 
 

@@ -123,7 +123,7 @@ def test_the_bonus_that_outweighs_the_reward():
   """3 x 1.2 nats = 3.6 is over the advantages' scale, 1; 0.1 x 1.2 = 0.12 is not."""
   rows = record(accuracy=flat, entropy=1.2)
   (found,) = verdicts(rows, CONFIG | {"loss.entropy_coef": 3.0})
-  assert found.name == "bonus_outweighs" and found.advice == "--loss.entropy_coef=0.1"
+  assert found.name == "bonus_outweighs" and found.advice == "Try --loss.entropy_coef=0.1"
   (found,) = verdicts(rows, CONFIG | {"loss.entropy_coef": 0.1})
   assert found.name == "unmoved"
 
@@ -132,7 +132,7 @@ def test_a_gradient_of_zero_tells_a_broken_network_from_a_slow_one():
   norms = {"grad_norm": lambda s: 0.2 if s < 0.01 else 0.0, "entropy": 5.5}
   (found,) = verdicts(record(accuracy=flat, **norms), CONFIG | {"optimizer.learning_rate": 1000.0})
   assert found.name == "first_updates" and "0 since step 1" in found.says
-  assert found.advice == "--optimizer.learning_rate=0.001"
+  assert found.advice == "Try --optimizer.learning_rate=0.001"
   # Without any spread of rewards there is no gradient either, and the updates are not at fault.
   agree = record(accuracy=flat, frac_zero_std=1.0, **norms)
   assert [verdict.name for verdict in verdicts(agree, CONFIG)] == ["groups_agree"]
@@ -146,18 +146,30 @@ def test_a_short_record_says_only_what_is_broken():
 
 def test_a_grader_that_is_late_gets_more_time():
   (found,) = verdicts(record(rewards_timed_out=99), CONFIG)
-  assert found.advice.startswith("--reward_deadline=20") and "44%" in found.says
+  assert found.advice.startswith("Try --reward_deadline=20") and "44%" in found.says
 
 
 def test_no_opinion_is_no_failure():
   assert verdicts(record(rewards_not_applicable=500, rewards_unreadable=100), CONFIG) == []
 
 
-def test_a_model_of_noise_may_still_learn_to_end():
-  """Random weights hardly ever write an end; that is the task's matter until late in the run."""
+def test_a_model_of_noise_is_not_said_to_be_cut():
+  """Random weights hardly ever write an end: that they are cut says nothing of the limit."""
   rows = record(accuracy=flat, truncated_fraction=0.98, entropy=5.0)
-  assert verdicts(rows[:20], CONFIG) == []
-  assert [verdict.name for verdict in verdicts(rows, CONFIG)] == ["cut_short"]
+  assert [verdict.name for verdict in verdicts(rows, CONFIG)] == ["unmoved"]
+  none = record(accuracy=flat, reward_mean=0.0, frac_zero_std=1.0, truncated_fraction=1.0)
+  noise = [row | {"entropy": 5.0} for row in none]
+  found = [verdicts(rows, CONFIG)[0].name for rows in (none, noise)]
+  assert found == ["cut_short", "never_rewarded"]
+
+
+def test_responses_that_are_cut_before_any_answer_are_the_cause_of_a_collapse():
+  """If some were right all the same, the limit lets answers through."""
+  gone = {"entropy": lambda s: 1.2 * math.exp(-12 * s), "truncated_fraction": 1.0}
+  rows = record(accuracy=flat, **gone)
+  assert [verdict.name for verdict in verdicts(rows, CONFIG)] == ["entropy_gone"]
+  never = [row | {"accuracy": 0.0} for row in rows]
+  assert [verdict.name for verdict in verdicts(never, CONFIG)] == ["cut_short"]
 
 
 def test_examples_learned_by_heart():
@@ -169,7 +181,7 @@ def test_examples_learned_by_heart():
     ]
 
   (found,) = verdicts(rows(1.0), {"optimizer.learning_rate": 1e-4})
-  assert found.name == "memorised" and found.advice.startswith("--steps=20")
+  assert found.name == "memorised" and found.advice.startswith("Try --steps=20")
   assert verdicts(rows(0.01), {}) == []
 
 

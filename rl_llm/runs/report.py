@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def write_report(run_dir: str | os.PathLike, *, live: bool = False) -> Path:
   samples = metrics_lib.read(samples_path) if samples_path.exists() else []
   config, defaults = read_settings(run_dir)
   sections = (
-    _header(run_dir.resolve().name, rows, config),
+    _header(run_dir.resolve().name, rows, config, origin(run_dir, config, defaults)),
     _says(rows, config, live=live),
     _config(config, defaults),
     section("Curves", curves(rows)),
@@ -108,7 +109,21 @@ def _read_json(path: Path) -> dict[str, Any]:
   return values
 
 
-def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any]) -> str:
+def origin(run_dir: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+  """The command that makes this run again, and the commit of its code, as far as they are known."""
+  path = run_dir / "flags.txt"
+  flags = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+  changed = {f"--{key}" for key, value in config.items() if defaults.get(key, value) != value}
+  words = [shlex.quote(flag) for flag in flags if flag.partition("=")[0] in changed]
+  program = _read_json(run_dir / "inputs.json").get("program")
+  if not isinstance(program, dict):
+    return " ".join(words)
+  commit = f"  # commit {program['commit']}" if program.get("commit") else ""
+  dirty = ", with changes that are not committed" if commit and program.get("uncommitted") else ""
+  return " ".join(["python -m", str(program.get("module", "?")), *words]) + commit + dirty
+
+
+def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any], command: str) -> str:
   shown = ("model", "task", "data", "preset", "seed")
   what = [f"{key} {config[key]}" for key in shown if key in config]
   cards = []
@@ -121,6 +136,7 @@ def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any]) -> st
   cards.append(_card("Steps", str(steps), f"{duration(seconds / max(steps, 1))} a step on average"))
   cards.append(_card("Time", duration(seconds), "compiling, sampling, updating, evaluating"))
   line = f"<p>{escaped(', '.join(what), 300)}</p>" if what else ""
+  line += f"<p><code>{escaped(command, 1500)}</code></p>" if command else ""
   if missing := metrics_lib.missing_steps((row["step"] for row in rows), steps):
     line += f"<p>metrics.jsonl has lost the lines of steps {missing}</p>"
   return f'<header><h1>{escaped(name)}</h1>{line}<div class="cards">{"".join(cards)}</div></header>'
@@ -154,7 +170,7 @@ def _says(rows: Sequence[Mapping], config: Mapping[str, Any], *, live: bool) -> 
   """The box with what the record says, and how far the run is."""
   found = verdicts(rows, config)
   lines = "".join(
-    f"<li>{escaped(verdict.says, 400)}<br><b>Try</b> {escaped(verdict.advice, 400)}.</li>"
+    f"<li>{escaped(verdict.says, 400)}<br><b>{escaped(verdict.advice, 400)}.</b></li>"
     for verdict in found
   )
   said = f"<ul>{lines}</ul>" if found else f"<p>{NOTHING_WRONG}</p>"

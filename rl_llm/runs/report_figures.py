@@ -16,12 +16,14 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 62, 10, 10, 38
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
-  """The figures of all curves on record; those that never change are folded at the end."""
+  """The figures of all curves on record; those of training that never change are folded."""
   shown, flat = [], []
   for plot in PLOTS:
     known = [(key, name) for key, name in plot.curves if any(key in row for row in rows)]
     if known:
-      into = shown if len(rows) < 3 or any(_changes(rows, key) for key, _ in known) else flat
+      # That a held-out figure stays where it is says much.
+      kept = any(key.startswith("eval/") or _changes(rows, key) for key, _ in known)
+      into = shown if len(rows) < 3 or kept else flat
       into.append((plot.title, _line_figure(plot, known, rows)))
   phases = phases_of(rows)
   if phases:
@@ -110,7 +112,7 @@ def _frame(axes: _Axes, unit: str) -> str:
 
 def _figure(title: str, names: Sequence[str], drawing: str, caption: str) -> str:
   legend = "".join(
-    f'<span class="key k{i}">{html.escape(name)}</span>' for i, name in enumerate(names)
+    f'<span class="key k{i % 8}">{html.escape(name)}</span>' for i, name in enumerate(names)
   )
   legend = f'<div class="legend">{legend}</div>' if len(names) > 1 else ""
   return (
@@ -157,6 +159,22 @@ def _line_figure(plot: Plot, curves: Sequence[tuple[str, str]], rows: Sequence[M
     count = f"{counted(len(gone), 'value')} not finite, first at step {min(gone)}"
     caption += f" <strong>{count}.</strong>"
   return _figure(plot.title, [name for _, name in curves], drawing, caption)
+
+
+def overlay(plot: Plot, lines: Mapping[str, Sequence[tuple[int, float | None]]]) -> str:
+  """One figure with a curve for each run or setting; at most sixteen can be told apart.
+
+  Args:
+    plot: its title, unit, caption and the least extent of its axis.
+    lines: name in the legend -> points (step, value), with None where there is no value.
+  """
+  steps = [step for points in lines.values() for step, _ in points]
+  drawn = [value for points in lines.values() for _, value in points if value is not None]
+  axes = _axes(steps, drawn, plot.low, plot.high)
+  drawing = _frame(axes, plot.unit)
+  for i, (name, points) in enumerate(lines.items()):
+    drawing += _line(axes, points, i % 8, name, dashed=i % 16 >= 8)
+  return _figure(plot.title, list(lines), drawing, plot.caption)
 
 
 def _line(

@@ -164,8 +164,9 @@ def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(lines: str, *, step: bool = False) -> str:
-  names = [*(["step"] if step else []), "prompt", "response", "reward", "advantage", "tokens"]
-  head = "".join(f"<th>{name}</th>" for name in names)
+  numbers = ("step", "reward", "advantage", "tokens")
+  names = [*(["step"] if step else []), "prompt", "response", *numbers[1:]]
+  head = "".join(f'<th class="{"number" if n in numbers else ""}">{n}</th>' for n in names)
   return f"<table><tr>{head}</tr>{lines}</table>"
 
 

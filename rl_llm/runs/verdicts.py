@@ -52,7 +52,7 @@ class Verdict(NamedTuple):
   Attributes:
     name: for programs and tests.
     says: one sentence, with the numbers that it follows from.
-    advice: what to try, with the flag.
+    advice: what to do, with the flag to try; a sentence without its full stop.
   """
 
   name: str
@@ -109,7 +109,7 @@ def _skipped(record: Evidence) -> Verdict | None:
     "not_finite",
     f"{number(counts[-1])} updates were skipped, some of them just now: their gradient was not "
     "finite.",
-    lower_rate(record),
+    f"Try {lower_rate(record)}",
   )
 
 
@@ -123,10 +123,10 @@ def _grader_failed(record: Evidence) -> Verdict | None:
   if share < _FAILED:
     return None
   most = max(counts, key=counts.get)
-  advice = f"correct the grader ({grader_flag(record)}): samples.jsonl has what it failed on"
+  advice = f"Correct the grader ({grader_flag(record)}): samples.jsonl has what it failed on"
   if most == "timed_out":
     deadline = finite(record.config.get("reward_deadline")) or 5.0
-    advice = f"--reward_deadline={number(4 * deadline)}, or a faster grader"
+    advice = f"Try --reward_deadline={number(4 * deadline)}, or a faster grader"
   return Verdict(
     "grader_failed",
     f"The grader failed on {share:.0%} of the newest responses (most of them "
@@ -150,13 +150,15 @@ def _first_updates(record: Evidence) -> Verdict | None:
     i = jumps[0]
     before, after = number(entropies[i], 2), number(entropies[i + 1], 2)
     said = f"the entropy went from {before} to {after} nats per token in step {i}."
-  return Verdict("first_updates", f"The first updates were too large: {said}", lower_rate(record))
+  return Verdict(
+    "first_updates", f"The first updates were too large: {said}", f"Try {lower_rate(record)}"
+  )
 
 
 def _constant(record: Evidence) -> Verdict | None:
   rewards = record.series("reward_mean")
   spread = [1.0 - value for value in record.series("frac_zero_std")]
-  same = len(rewards) > 1 and max(rewards) - min(rewards) <= 1e-9 and max(spread, default=0.0) == 0
+  same = len(rewards) >= 5 and max(rewards) - min(rewards) <= 1e-9 and max(spread, default=0.0) == 0
   if not same or _cut(record):
     return None
   grader = grader_flag(record)
@@ -165,14 +167,14 @@ def _constant(record: Evidence) -> Verdict | None:
     return Verdict(
       "never_rewarded",
       f"No response was ever rewarded: the reward is 0 in all {len(rewards)} steps.",
-      f"check that the grader pays for a right answer ({grader}); if it does, easier problems, a "
-      f"stronger --model or --responses_per_prompt={more}",
+      f"Check that the grader pays for a right answer ({grader}); if it does, try "
+      f"easier problems, a stronger --model or --responses_per_prompt={more}",
     )
   return Verdict(
     "always_rewarded",
     f"Every response got the same reward, {number(rewards[0])}, in all {len(rewards)} steps, so "
     "there is nothing to learn.",
-    f"check that the grader refuses a wrong answer ({grader}); if it does, harder problems",
+    f"Check that the grader refuses a wrong answer ({grader}); if it does, try harder problems",
   )
 
 
@@ -182,7 +184,7 @@ def _constant(record: Evidence) -> Verdict | None:
 def _cut(record: Evidence) -> Verdict | None:
   share, newest = record.mean("truncated_fraction"), record.series("truncated_fraction")[-5:]
   falling = not newest or statistics.fmean(newest) < 0.9 * max(record.late("truncated_fraction"))
-  noise = record.mean("entropy") > _NOISE and record.share_done() < 2 / 3
+  noise = record.mean("entropy") > _NOISE
   if share < _CUT or falling or noise or record.rising():
     return None
   limit = int(finite(record.config.get("max_new_tokens")) or 0)
@@ -191,8 +193,13 @@ def _cut(record: Evidence) -> Verdict | None:
     f"{share:.0%} of the newest responses are cut at the limit"
     + (f" of {limit} tokens" if limit else "")
     + ", so most never come to their answer.",
-    f"--max_new_tokens={2 * limit}" if limit else "a larger --max_new_tokens",
+    f"Try --max_new_tokens={2 * limit}" if limit else "Try a larger --max_new_tokens",
   )
+
+
+def _cut_before_any_answer(record: Evidence) -> Verdict | None:
+  """Cut responses of which none was ever right: whatever else the record shows follows from it."""
+  return _cut(record) if max(record.series("accuracy"), default=1.0) == 0 else None
 
 
 def _bonus(record: Evidence) -> Verdict | None:
@@ -205,7 +212,7 @@ def _bonus(record: Evidence) -> Verdict | None:
     "bonus_outweighs",
     f"The entropy bonus outweighs the reward: {number(coefficient)} x "
     f"{number(record.mean('entropy'), 2)} nats, against advantages of about 1.",
-    f"--loss.entropy_coef={number(coefficient / 30, 1)}",
+    f"Try --loss.entropy_coef={number(coefficient / 30, 1)}",
   )
 
 
@@ -223,7 +230,7 @@ def _entropy_gone(record: Evidence) -> Verdict | None:
     "entropy_gone",
     f"The entropy is gone since step {since} ({number(record.mean('entropy'), 2)} nats per token): "
     "all samples of a problem are the same, and few are right.",
-    f"--loss.entropy_coef={number(bonus)}, or a smaller --optimizer.learning_rate",
+    f"Try --loss.entropy_coef={number(bonus)}, or a smaller --optimizer.learning_rate",
   )
 
 
@@ -236,7 +243,7 @@ def _groups_agree(record: Evidence) -> Verdict | None:
     "groups_agree",
     f"Groups agree since step {since}: in {record.mean('frac_zero_std'):.0%} of them all "
     f"{group} responses have the same reward, which teaches nothing.",
-    f"--responses_per_prompt={max(8, 2 * group)}, or problems that the model sometimes solves",
+    f"Try --responses_per_prompt={max(8, 2 * group)}, or problems that the model sometimes solves",
   )
 
 
@@ -249,7 +256,8 @@ def _overlooked(record: Evidence) -> Verdict | None:
   newest = rewards[-len(rewards) // 4 :]
   still, noise = trend(newest)
   fell = known[-1][2] < known[0][0]
-  flat = known[-1][1] <= known[0][2] and still <= max(0.1 * rise, 2 * noise)
+  plateau = still <= max(0.1 * rise, 2 * noise) and record.share_done() >= 0.5
+  flat = known[-1][1] <= known[0][2] and plateau
   if rise <= max(_ERRORS * error, 1e-9) or not (fell or flat):
     return None
   before, after = (number(ends[1], 2) for ends in (known[0], known[-1]))
@@ -257,8 +265,8 @@ def _overlooked(record: Evidence) -> Verdict | None:
     "overlooked",
     f"The reward rose by {number(rise, 2)} while held-out accuracy went from {before} to {after}: "
     "the policy has found what the grader overlooks.",
-    f"read the most rewarded samples below, and correct the grader ({grader_flag(record)}); "
-    + nearer(record),
+    f"Read the samples with the highest rewards, and correct the grader ({grader_flag(record)}); "
+    + f"or try {nearer(record)}",
   )
 
 
@@ -276,7 +284,7 @@ def _unmoved(record: Evidence) -> Verdict | None:
     "unmoved",
     f"The reward has not moved in {len(rewards)} steps: {number(rise, 2)} from the first quarter "
     f"to the last, within its noise.",
-    f"{higher}, or more steps (--steps)",
+    f"Try {higher}, or more steps (--steps)",
   )
 
 
@@ -295,7 +303,7 @@ def _exploding(record: Evidence) -> Verdict | None:
   return Verdict(
     "exploding",
     f"The gradient explodes: its norm grew from {number(first, 2)} to {number(last, 2)}.",
-    lower_rate(record),
+    f"Try {lower_rate(record)}",
   )
 
 
@@ -306,7 +314,7 @@ def _step_kl(record: Evidence) -> Verdict | None:
     "step_kl",
     f"One step's updates move the policy by {number(record.mean('approx_kl'), 2)} nats per token "
     f"(over {_STEP_KL}), so its batch no longer describes it.",
-    lower_rate(record) + ", or fewer --epochs",
+    f"Try {lower_rate(record)}, or fewer --epochs",
   )
 
 
@@ -317,7 +325,7 @@ def _far(record: Evidence) -> Verdict | None:
     "far",
     f"The policy is {number(record.mean('kl_ref'), 2)} nats per token from the reference model "
     f"(over {number(_FAR)}), and few responses are right.",
-    nearer(record),
+    f"Try {nearer(record)}",
   )
 
 
@@ -336,11 +344,19 @@ def _memorised(record: Evidence) -> Verdict | None:
         f"The held-out loss was least at step {step} ({number(least)}, now "
         f"{number(losses[-1][1])}) while the training loss fell: the model learns its examples by "
         "heart.",
-        f"--steps={max(step, 1)}, more data, or a smaller --optimizer.learning_rate",
+        f"Try --steps={max(step, 1)}, more data, or a smaller --optimizer.learning_rate",
       )
   return None
 
 
 _BROKEN = (_skipped, _grader_failed, _constant, _first_updates)
-_LEARNING = (_bonus, _entropy_gone, _cut, _groups_agree, _overlooked, _unmoved)
+_LEARNING = (
+  _bonus,
+  _cut_before_any_answer,
+  _entropy_gone,
+  _cut,
+  _groups_agree,
+  _overlooked,
+  _unmoved,
+)
 _SIZE = (_exploding, _step_kl, _far)

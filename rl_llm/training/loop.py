@@ -564,7 +564,7 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
   console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
   console.say(f"report: {workdir / 'report.html'}")
   for verdict in verdicts(rows, read_settings(workdir)[0])[:1]:
-    console.say(f"{verdict.says} Try {verdict.advice}.")
+    console.say(f"{verdict.says} {verdict.advice}.")
 
 
 def _accuracy(found: Mapping[str, Any], key: str) -> str:
