@@ -316,7 +316,10 @@ def follow_damaged_gguf_files(said, path):
   whole = [part.read_bytes() for part in parts]
   key, total = b"llama.block_count", len(SHAPES(CONFIG))
   assert len(parts) == 3
+  at = whole[0].index(key) + len(key) + 4  # Behind the kind of the number.
+  many = whole[0][:at] + (999).to_bytes(4, "little") + whole[0][at + 4 :]
   for number, content, says in (
+    (0, many, "says that it has 999 layers.*; download it again"),
     (0, b"PK" + whole[0], "does not begin with GGUF.*; download it again"),
     (0, whole[0].replace(key, key[::-1]), f"'{key.decode()}' is missing; download the file again"),
     (2, whole[2][:-64], "truncated or damaged .*; download it again"),
