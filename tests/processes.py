@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 def start(arguments, *, devices=1, **environment) -> subprocess.Popen:
-  """`python ARGUMENTS` on so many devices of a CPU."""
+  """`python ARGUMENTS` on `devices` virtual devices of a CPU."""
   names = "PATH HOME TMPDIR LANG RL_LLM_FULL JAX_DISABLE_MOST_OPTIMIZATIONS XLA_FLAGS".split()
   inherited = {name: os.environ[name] for name in names if name in os.environ}
   return subprocess.Popen(

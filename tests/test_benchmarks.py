@@ -142,7 +142,7 @@ def test_peer_chooses_who_is_started():
 
 
 def slow_floor(prompts, responses, prompt_tokens, new_tokens, gflops, gbytes):
-  """Every step by itself: its products, and every number it must read."""
+  """Every step alone: its products, and every number it must read."""
   weights = 0
   for _ in range(3):
     for rows, columns in [(8, 24), (8, 12), (8, 12), (24, 8), (8, 10), (8, 10), (10, 8)]:

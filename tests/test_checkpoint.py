@@ -513,7 +513,7 @@ KILLS = """
       starts = 0
       while starts < 1 + trial % 3:
         message = os.read(read, 9)
-        assert message, "the saver died by itself"
+        assert message, "the saver died before it was killed"
         starts += message[:1] == b"s"
         done = max(done, int(message[1:]) if message[:1] == b"d" else done)
       time.sleep(rng.uniform(0, 0.05))
@@ -566,7 +566,7 @@ SMALL_DISK = """
         raise SystemExit("saved?")
       assert checkpointer.latest() == 1 and os.listdir(directory) == ["1"], os.listdir(directory)
     refused(2, {{"w": jnp.ones((1024, 1024))}})
-    checkpointer.save(2, {{"w": jnp.ones(3)}})  # goes on once there is room
+    checkpointer.save(2, {{"w": jnp.ones(3)}})  # resumes once there is room
     assert checkpointer.latest() == 2
     os.rename(directory + "/2", {directory!r} + "/2")
     subprocess.run(["mount", "-o", "remount,ro", {directory!r}], check=True)

@@ -110,7 +110,7 @@ def test_each_holds_what_it_controls_at_its_target():
   state, entropy, trace = c.init_adaptive_entropy(), 0.6, []
   for _ in range(600):
     state = step(state, entropy)
-    entropy += 0.5 * float(state.applied) - 0.01 * entropy  # collapses by itself
+    entropy += 0.5 * float(state.applied) - 0.01 * entropy  # collapses unaided
     trace.append(entropy)
   assert abs(np.mean(trace[-200:]) - 0.2) < 0.03 and trace[100] < trace[0]
 

@@ -380,7 +380,7 @@ def follow_columns_of_pairs(said, path):
 
 
 def follow_answers_that_cannot_be_paired(said, path):
-  """Where all were graded alike: further samples, one of them graded otherwise, make a pair."""
+  """Where all had the same grade: further samples, one of them graded otherwise, make a pair."""
   config, problem = make_preferences.Config(), tasks.Problem("q", {}, "q")
   lines = []
   run = types.SimpleNamespace(workdir=path, console=types.SimpleNamespace(say=lines.append))

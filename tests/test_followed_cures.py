@@ -146,7 +146,7 @@ def follow_reward_files(said, path):
     assert "give it less to do, or from Python a larger start_deadline" in message
     go.touch()
     assert patient.result()[1].value == 2.0
-  go.unlink()  # With what it had to do it would now wait for ever.
+  go.unlink()  # With what it had to do it would now never end.
   file.write_text(file.read_text().removeprefix(slow))
   assert graded()[1].value == 2.0
 

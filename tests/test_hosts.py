@@ -1,4 +1,4 @@
-"""What several processes do beside their devices, in real ones that compute next to nothing."""
+"""What several processes do apart from their devices, in real ones that compute next to nothing."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ with StopSignals() as stop:
     print("step", step, flush=True)
     if me == 1 and step == 3:
       os.kill(os.getpid(), signal.SIGTERM)
-      stop.check()  # By itself it goes on.
+      stop.check()  # Alone it continues.
     stop.check_together(f"step {step}")
 """
   )

@@ -51,7 +51,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def alone(model, pairs):
-  """The log-probs of each answer by itself, in the order of the rows."""
+  """The log-probs of each answer alone, in the order of the rows."""
   policy, params = model
   score = jax.jit(
     functools.partial(teacher_forced_logprobs, policy=policy, temperature=TEMPERATURE)

@@ -219,7 +219,7 @@ def test_an_older_directory_without_changes_in_its_name_is_found(tmp_path):
 
 
 def test_a_field_the_record_lacks_is_not_held_against_it(tmp_path):
-  """A run of an older version goes on: a field that did not exist then had its default's effect."""
+  """A run of an older version resumes: a field that did not exist then had its default's effect."""
   open_run(tmp_path, Config(), volatile=())
   recorded = json.loads((tmp_path / "config.json").read_text())
   del recorded["prompt"]

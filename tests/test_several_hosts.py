@@ -110,7 +110,7 @@ def largest_gap(found, wanted):
 
 
 def wait_for_rows(workdir, count, started):
-  """Until the record has so many rows."""
+  """Until the record has `count` rows."""
   path = Path(workdir) / "metrics.jsonl"
   deadline = time.monotonic() + processes.PATIENCE
   while not path.exists() or len(read(path)) < count:

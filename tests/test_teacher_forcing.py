@@ -1,4 +1,4 @@
-"""Log-probs of whole sequences against the full logits of each sequence by itself."""
+"""Log-probs of whole sequences against the full logits of each sequence alone."""
 
 import dataclasses
 import functools

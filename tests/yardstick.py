@@ -11,7 +11,7 @@ out.
   python -m tests.yardstick --old=DIR --new=DIR --out=DIR --only=old         makes the old results
 
 What the old tree left stays in OUT/old and is used again; the new tree runs anew each time. A
-`*-resume` cell stops after two steps and goes on to four: the new tree after itself, and the new
+`*-resume` cell stops after two steps and resumes to four: the new tree after itself, and the new
 tree after the old one. A key that only the new record has is a warning, a leaf that only the new
 state has is a difference. The exit code is 1 where anything differs.
 

@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
-from jax._src.distributed import global_state
 
 from rl_llm.errors import ConfigError, UserError, redact
 from rl_llm.parallel import stderr_filter
@@ -56,14 +55,25 @@ class _Here:
 _here = _Here()
 
 
+def _service() -> Any:
+  """JAX's own connection to the other processes: `client`, `num_processes`, `process_id`.
+
+  JAX offers no public way to its key-value store, to barriers with a time limit of one's own, or
+  to the process's number before a backend is chosen. `jax.process_index()` would choose one.
+  """
+  from jax._src.distributed import global_state  # Private: nothing else in the library reads it.
+
+  return global_state
+
+
 def count() -> int:
   """How many processes train together; 1 before `initialize`."""
-  return global_state.num_processes or 1
+  return _service().num_processes or 1
 
 
 def index() -> int:
   """The number of this process, from 0."""
-  return global_state.process_id or 0
+  return _service().process_id or 0
 
 
 def is_main() -> bool:
@@ -169,7 +179,7 @@ def barrier(what: str) -> None:
   if count() == 1:
     return
   try:
-    global_state.client.wait_at_barrier(f"rl_llm/{what}", 1000 * _here.wait)
+    _service().client.wait_at_barrier(f"rl_llm/{what}", 1000 * _here.wait)
   except jax.errors.JaxRuntimeError as error:
     raise HostLost(_why(what, str(error))) from None
 
@@ -189,7 +199,7 @@ def all_gather(what: str, value: Any) -> list[Any]:
   """
   if count() == 1:
     return [value]
-  client, number = global_state.client, _here.exchanges
+  client, number = _service().client, _here.exchanges
   _here.exchanges += 1
   client.key_value_set(f"rl_llm/{number}/{index()}", json.dumps(value))
   barrier(what)
@@ -244,7 +254,7 @@ def end_all(line: str, code: int, *, of_one: bool) -> NoReturn:
     threading.Event().wait()  # Another process's last message came first and ends this process.
   _say(line)
   told = f"{name(index())}: {line}" if of_one else line
-  client = global_state.client
+  client = _service().client
   try:
     client.key_value_set("rl_llm/failed", json.dumps([code, told]))
   except jax.errors.JaxRuntimeError:
@@ -262,7 +272,7 @@ def lost(error: Exception) -> str:
   Args:
     error: what the computation raised.
   """
-  client = global_state.client
+  client = _service().client
   try:
     client.wait_at_barrier("rl_llm/failed computation", 1000 * (_here.heartbeat + 5))
   except jax.errors.JaxRuntimeError as found:
@@ -304,7 +314,7 @@ def _listen(over: threading.Event) -> None:
   """Waits for the last message of another process, prints it and ends this process."""
   while not over.wait(_LISTEN_SECONDS):
     try:
-      code, line = json.loads(global_state.client.key_value_try_get("rl_llm/failed"))
+      code, line = json.loads(_service().client.key_value_try_get("rl_llm/failed"))
     except jax.errors.JaxRuntimeError:
       continue  # No process has failed.
     if _here.ending.acquire(blocking=False):
@@ -316,7 +326,7 @@ def _listen(over: threading.Event) -> None:
 def _leave(code: int) -> NoReturn:
   """Ends the process once the others know: the service ends with the first process."""
   try:
-    global_state.client.wait_at_barrier("rl_llm/heard", _HEARD_MS)
+    _service().client.wait_at_barrier("rl_llm/heard", _HEARD_MS)
   except jax.errors.JaxRuntimeError:
     pass
   if is_main():

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rl_llm.policy import Policy
 from rl_llm.policy.layer_stack import cast_weights
 from rl_llm.rollout.sampling import Sample, SamplingConfig, sample
 
@@ -54,7 +55,7 @@ def prompt_layout(lengths: chex.Array, columns: int) -> tuple[chex.Array, chex.A
 class Decoding(NamedTuple):
   """The static settings that the decode loop is compiled for: hashable, without arrays."""
 
-  policy: Any  # the pure functions of `rl_llm.policy.Policy`
+  policy: Policy  # the pure functions of `rl_llm.policy.Policy`
   responses_per_prompt: int  # G
   max_new_tokens: int  # T
   eos_ids: tuple[int, ...]  # each ends a response; may be empty

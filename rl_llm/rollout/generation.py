@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.parallel.sharding import constrain
+from rl_llm.policy import Policy
 from rl_llm.policy.layer_stack import cast_weights
 from rl_llm.rollout.decoding import (
   DecodeState,
@@ -125,7 +126,7 @@ def generate(
   keys: chex.Array,
   sampling: SamplingConfig,
   *,
-  policy: Any,
+  policy: Policy,
   responses_per_prompt: int,
   max_new_tokens: int,
   eos_ids: tuple[int, ...],

@@ -21,7 +21,7 @@ from rl_llm.data.batches import PackedShares, pair_batch
 from rl_llm.data.encoding import Pair
 from rl_llm.data.packing import unpack
 from rl_llm.parallel.sharding import gather_to_host, shard_rows
-from rl_llm.policy import Params, TransformerConfig, WeightsError, config_to_hf, make_policy
+from rl_llm.policy import Params, Policy, TransformerConfig, WeightsError, config_to_hf, make_policy
 from rl_llm.policy.hf import leaf_shapes, read_config, read_weights, write_directory
 from rl_llm.policy.load import LanguageModel
 from rl_llm.policy.scalar_head import apply_head
@@ -40,7 +40,7 @@ from rl_llm.text.tokenizers import (
 _CLASSIFIER = "ForSequenceClassification"
 
 
-def response_rewards(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.Array:
+def response_rewards(params: Any, batch: ResponseBatch, *, policy: Policy) -> chex.Array:
   """Scores sampled responses: the head's number at the response's last token.
 
   An answer is judged as a whole, so the head reads the state after its last token, which is the
@@ -74,7 +74,7 @@ def sequence_rewards(
   positions: chex.Array,
   segment_ids: chex.Array,
   *,
-  policy: Any,
+  policy: Policy,
 ) -> chex.Array:
   """Scores whole sequences, one per row, at the last token of the answer: for preference pairs.
 
@@ -97,7 +97,7 @@ def sequence_rewards(
   return apply_head(params["head"], _at(hidden, _last(mask)))
 
 
-def packed_rewards(params: Any, sequences: PackedShares, *, policy: Any) -> chex.Array:
+def packed_rewards(params: Any, sequences: PackedShares, *, policy: Policy) -> chex.Array:
   """`sequence_rewards` of sequences that share rows.
 
   Args:
@@ -131,7 +131,7 @@ def score_responses(
   params: Any,
   batch: ResponseBatch,
   *,
-  policy: Any,
+  policy: Policy,
   rows_per_batch: int,
   mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
@@ -178,7 +178,7 @@ def score_pairs(
   params: Any,
   pairs: Sequence[Pair],
   *,
-  policy: Any,
+  policy: Policy,
   pairs_per_batch: int,
   pad_id: int,
   mesh: jax.sharding.Mesh | None = None,

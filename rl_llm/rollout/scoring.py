@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.logprobs import chunked_logprobs_and_entropy
+from rl_llm.policy import Policy
 from rl_llm.rollout.decoding import prompt_layout
 
 CHUNK_SIZE = 512  # tokens whose logits one device holds at once
@@ -63,7 +64,7 @@ def take_prompts(batch: Any, chosen: chex.Array) -> Any:
   return jax.tree.map(take, batch)
 
 
-def response_hidden(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.Array:
+def response_hidden(params: Any, batch: ResponseBatch, *, policy: Policy) -> chex.Array:
   """The states that predict the tokens of responses: the input of any head on the trainer's side.
 
   It reads as the sampler does: each prompt once, with its keys and values shared by its G
@@ -107,7 +108,7 @@ def logprobs_of_hidden(
   tokens: chex.Array,
   mask: chex.Array,
   *,
-  policy: Any,
+  policy: Policy,
   temperature: chex.Array | float = 1.0,
   chunk_size: int | None = None,
 ) -> tuple[chex.Array, chex.Array]:
@@ -138,7 +139,7 @@ def response_logprobs(
   params: Any,
   batch: ResponseBatch,
   *,
-  policy: Any,
+  policy: Policy,
   temperature: chex.Array | float = 1.0,
   chunk_size: int | None = None,
 ) -> tuple[chex.Array, chex.Array]:

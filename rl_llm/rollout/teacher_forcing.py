@@ -12,6 +12,7 @@ import chex
 import jax.numpy as jnp
 
 from rl_llm.logprobs import chunked_logprobs_and_entropy
+from rl_llm.policy import Policy
 
 CHUNK_SIZE = 256  # tokens whose logits one device holds at once
 
@@ -23,7 +24,7 @@ def teacher_forced_logprobs(
   positions: chex.Array,
   segment_ids: chex.Array,
   *,
-  policy: Any,
+  policy: Policy,
   temperature: chex.Array | float = 1.0,
   chunk_size: int | None = None,
 ) -> tuple[chex.Array, chex.Array]:

@@ -24,6 +24,7 @@ from rl_llm.data.batches import (
 )
 from rl_llm.data.encoding import Pair, flat
 from rl_llm.data.packing import unpack
+from rl_llm.policy import Policy
 from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
 from rl_llm.weighting import token_mean
 
@@ -79,7 +80,7 @@ def chosen_token_weights(batch: PairBatch) -> np.ndarray:
 
 
 def pair_logprobs(
-  params: Any, batch: PairBatch, *, policy: Any, temperature: chex.Array | float = 1.0
+  params: Any, batch: PairBatch, *, policy: Policy, temperature: chex.Array | float = 1.0
 ) -> chex.Array:
   """`teacher_forced_logprobs` of both answers of pairs, packed or not: a row for each answer.
 

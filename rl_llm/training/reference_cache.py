@@ -28,6 +28,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.files import write_atomically
 from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import gather_to_host, shard_rows
+from rl_llm.policy import Policy
 from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
 from rl_llm.runs.checkpoint import fingerprint
 from rl_llm.runs.finite import check_finite
@@ -41,7 +42,7 @@ def reference_logprobs(
   params: Any,
   sequences: Sequence[Encoded],
   *,
-  policy: Any,
+  policy: Policy,
   temperature: float = 1.0,
   rows_per_batch: int,
   pad_id: int,
@@ -89,7 +90,7 @@ def compute_logprobs(
   params: Any,
   sequences: Sequence[Encoded],
   *,
-  policy: Any,
+  policy: Policy,
   temperature: float = 1.0,
   rows_per_batch: int,
   pad_id: int,
@@ -142,7 +143,7 @@ def compute_logprobs(
 
 
 @functools.partial(jax.jit, static_argnames="policy")
-def score(params: Any, batch: SequenceBatch, temperature: Any, *, policy: Any) -> jax.Array:
+def score(params: Any, batch: SequenceBatch, temperature: Any, *, policy: Policy) -> jax.Array:
   """[B, T] float32: the log-probs of a batch's tokens, in nats, 0 outside its mask.
 
   Compiled once for each shape of the batch; arguments as for `compute_logprobs`, which calls it.
@@ -150,7 +151,9 @@ def score(params: Any, batch: SequenceBatch, temperature: Any, *, policy: Any) -
   return teacher_forced_logprobs(params, *batch, policy=policy, temperature=temperature)[0]
 
 
-def cache_key(params: Any, sequences: Sequence[Encoded], *, policy: Any, temperature: float) -> str:
+def cache_key(
+  params: Any, sequences: Sequence[Encoded], *, policy: Policy, temperature: float
+) -> str:
   """The SHA-256 of everything that determines the log-probs.
 
   That is the weights, the model's shape and arithmetic, the temperature, and the tokens and masks

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from rl_llm.masked import masked_mean, masked_var
+from rl_llm.policy import Policy
 from rl_llm.policy.scalar_head import apply_head
 from rl_llm.rollout import ResponseBatch, response_hidden
 
 
-def response_values(params: Any, batch: ResponseBatch, *, policy: Any) -> chex.Array:
+def response_values(params: Any, batch: ResponseBatch, *, policy: Policy) -> chex.Array:
   """The value of the state before each response token, aligned with `response_logprobs`.
 
       values[b, t] = apply_head(head, hidden that has seen the prompt and tokens[b, :t])

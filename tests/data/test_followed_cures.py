@@ -324,9 +324,9 @@ def follow_headers(said, path):
   found = encode(Demonstration("a", "!b", {}), other)
   assert show(found) == "b<e>"
   assert [found.tokens[: found.prompt_length]] == format_prompts(["a"], other)
-  alike = encode(Demonstration("a", "b", {}), Characters(CHATML))
-  assert show(alike) == "b<e>"
-  assert [alike.tokens[: alike.prompt_length]] == format_prompts(["a"], Characters())
+  both = encode(Demonstration("a", "b", {}), Characters(CHATML))
+  assert show(both) == "b<e>"
+  assert [both.tokens[: both.prompt_length]] == format_prompts(["a"], Characters())
 
 
 def follow_messages_that_imitate_a_template(said, path):

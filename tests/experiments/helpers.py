@@ -1,4 +1,4 @@
-"""What the tests of experiments share beside the fixtures: a task, and what a run leaves behind."""
+"""What tests of experiments share in addition to the fixtures: a task, and what a run leaves."""
 
 from __future__ import annotations
 

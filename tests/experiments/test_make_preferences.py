@@ -53,7 +53,7 @@ def pairs(workdir):
 def expected(workdir, *, samples=8):
   """By problem: every pair of different texts of which the first was graded higher."""
   rows = read(workdir / "samples.jsonl")
-  found, counts = {}, dict.fromkeys(("failed", "cut_off", "unusable", "alike"), 0)
+  found, counts = {}, dict.fromkeys(("failed", "cut_off", "unusable", "equal"), 0)
   for start in range(0, len(rows), samples):
     graded = {}
     for row in rows[start : start + samples]:
@@ -66,7 +66,7 @@ def expected(workdir, *, samples=8):
       else:
         graded.setdefault(row["response"], row["reward"])
     candidates = {(a, b) for a in graded for b in graded if graded[a] > graded[b]}
-    counts["alike"] += not candidates
+    counts["equal"] += not candidates
     found[rows[start]["problem"]] = (candidates, graded)
   return found, counts
 
@@ -98,7 +98,7 @@ def test_pairs_are_a_better_and_a_worse_answer_to_one_training_problem(made, tas
   assert (result["failed_grades"], result["cut_off"]) == (counts["failed"], counts["cut_off"])
   assert (result["unusable"], result["problems_without_spread"]) == (
     counts["unusable"],
-    counts["alike"],
+    counts["equal"],
   )
   assert counts["cut_off"] > 0
   assert json.loads((workdir / "result.json").read_text()) == result

@@ -50,7 +50,7 @@ def test_every_product_of_float32_is_float32_on_a_gpu():
 
 
 def test_a_run_multiplies_as_it_was_told(tmp_path, small, monkeypatch):
-  """Within a run, sampling, evaluation and updates alike; afterwards nothing is left of it."""
+  """Within a run, sampling, evaluation and updates all use it; afterwards nothing is left of it."""
   seen = []
 
   def watching(original):

@@ -1,4 +1,4 @@
-"""A run that an earlier version began goes on with this one, and ends as it would have ended there.
+"""A run that an earlier version began resumes with this one, and ends as it would have ended there.
 
 goldens/NAME.tar.gz holds what commit 10a5d9f left of a run of four steps: `stopped`, the directory
 as a kill after its second step leaves it, and `straight`, the record and the state of the run that
@@ -87,7 +87,7 @@ def test_an_old_run_goes_on(name, tmp_path):
   assert shapes[0] == shapes[1]
   said = [{key: row[key] for key in ("step", "problem", "response")} for row in found.samples]
   if said != texts:
-    pytest.skip("it goes on; the values are not compared: another token was drawn on this machine")
+    pytest.skip("it resumes; the values are not compared: another token was drawn on this machine")
   for ours, theirs in zip(found.metrics, wanted, strict=True):
     for key, value in theirs.items():
       # Of responses that are not on record an evaluation says how many were right, and no more.
@@ -108,7 +108,7 @@ def kind(path):
 
 
 def write_run(name, workdir):
-  """Runs it to its end, and packs what a kill after step 2 had left beside what came of it."""
+  """Runs it to its end, and packs what a kill after step 2 had left next to what came of it."""
   experiment, settings = CASES[name]
   straight, stopped, kept = workdir / "run", workdir / "stopped", workdir / "straight"
   experiment.train(replace(experiment.Config(), settings), str(straight))

@@ -1,4 +1,4 @@
-"""Successive halving: who goes on, that nothing is run twice, and that a killed search goes on."""
+"""Successive halving: who is promoted, that nothing runs twice, that a killed search resumes."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_what_does_not_fit(tmp_path):
 
 
 def test_lowest_is_best(tmp_path):
-  """With a loss, the smallest figure goes on."""
+  """With a loss, the smallest figure is promoted."""
   sweep = Sweep(tmp_path, {"optimizer.learning_rate": [0.1, 0.9]})
   code, said = sweep.run("--halving.steps=2,4", "--halving.keep=2", "--halving.lowest")
   assert code == 0, said

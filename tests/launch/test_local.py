@@ -202,7 +202,7 @@ def test_what_fails_is_tried_again_and_then_told_with_its_last_lines(tmp_path):
     assert (status["status"], status["failures"], status["reason"]) == ("failed", 2, reason)
     assert any(last in line for line in status["lines"]) and len(status["lines"]) <= 20
     assert last in output
-    assert begins(sweep, trials[fault]) == [0, 1], "the second try goes on from the checkpoint"
+    assert begins(sweep, trials[fault]) == [0, 1], "the second try resumes from the checkpoint"
   assert state.is_done(trials["none"], 3)
   table = {row["trial"]: row for row in sweep.table()}
   assert table[trials["raise"].name]["status"] == "failed"

@@ -361,7 +361,7 @@ def test_the_formula_halves_what_is_halved():
   ("experiment", "chunk"), [("grpo", rollout.CHUNK_SIZE), ("dpo", teacher_forcing.CHUNK_SIZE)]
 )
 def test_the_formula_counts_the_logits_that_the_update_of_the_experiment_holds(experiment, chunk):
-  """Of a larger vocabulary it holds larger logits, three times, beside the cast weights."""
+  """Of a larger vocabulary it holds larger logits, three times, in addition to the cast weights."""
   config = dataclasses.replace(SMALL, experiment=experiment, lora=Lora(rank=2))
   small, large = (
     dataclasses.replace(TINY, vocab_size=size) for size in (TINY.vocab_size, TINY.vocab_size + 1000)

@@ -1,4 +1,4 @@
-"""Search by Optuna: what it is told, that nothing is run twice, that a killed search goes on."""
+"""Search by Optuna: what it is told, that nothing is run twice, that a killed search resumes."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_what_is_hopeless_against_a_loop(tmp_path):
 
 
 def hopeless_or_not(path, seed):
-  """What a search says of a trial that runs beside finished ones, and what a loop says."""
+  """What a search says of a trial that runs next to finished ones, and what a loop says."""
   draws = random.Random(seed)
   lowest = seed % 2 == 1
   finished, reached, begin = draws.randint(3, 9), draws.randint(0, 4), draws.randint(0, 2)

@@ -20,7 +20,7 @@ import pytest
 from rl_llm import advantages, kl, losses, weighting
 
 END, VOCABULARY, LENGTH, GROUP = 2, 3, 3, 2
-TOLERANCE = 3e-6  # eps 1e-6 beside the smallest standard deviation of two rewards, 0.5 / sqrt(2)
+TOLERANCE = 3e-6  # eps 1e-6 against the smallest standard deviation of two rewards, 0.5 / sqrt(2)
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "estimators.md"
 RNG = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ from tests.parity import inputs as x
 from tests.parity.case import Case
 
 # Weights are functions of the mask, called while a case is traced: eager, each would be compiled
-# by itself.
+# alone.
 TOKEN, SEQUENCE = weighting.token_mean, weighting.sequence_mean
 ALL_ROWS = functools.partial(SEQUENCE, count_empty=True)
 NINTH = functools.partial(weighting.constant_length, length=9)

@@ -235,7 +235,7 @@ ADAPTERS = {
 
 
 def export(directory: Path) -> None:
-  """Writes each family, and SmolLM2 if it is installed, with `save_hf`, and our logits beside; and
+  """Writes each family, and SmolLM2 if it is installed, with `save_hf`, our logits next to it, and
   adapters of each family with `save_adapter`, and the logits with these."""
   import jax
 

@@ -166,7 +166,7 @@ def follow_an_earlier_checkpoint(said, path):
 
 
 def follow_links(said, path):
-  """As Hugging Face's cache has them: a snapshot's files are links to others beside it."""
+  """As Hugging Face's cache has them: a snapshot's files are links to others next to it."""
   save_hf(path / "blobs", CONFIG, weights())
   (path / "snapshot").mkdir()
   for file in (path / "blobs").iterdir():

@@ -193,7 +193,7 @@ def test_nothing_outside_the_directory_is_read(directory, shard):
   os.replace(sorted(directory.glob("model-0*"))[0], outside)
   (directory / "link.safetensors").symlink_to(outside)
   edit_weight_map(directory, shard.format(absolute=outside))
-  # Were it read, the load would go on to the next error, the shard that is missing.
+  # Were it read, the load would reach the next error, the shard that is missing.
   with pytest.raises(WeightsError, match="leads outside the model directory"):
     load_hf(directory)
 
