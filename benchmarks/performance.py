@@ -18,6 +18,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -89,8 +90,11 @@ BENCHMARKS = (
 )
 HEAD = """# Performance
 
-`make bench` runs these one after another and writes this page: each command, and what it printed. Sides that are compared take turns within one run, so that whatever else the machine does meets both alike; ratios are medians. A floor is what the products alone would take at the rate of a large square product in the same run, or the bytes at the rate of memory where that is longer.
-"""  # noqa: E501  A line of Markdown.
+`make bench` runs these one after another and writes this page: each command, and what it printed.
+Sides that are compared take turns within one run, so that whatever else the machine does meets both
+alike; ratios are medians. A floor is what the products alone would take at the rate of a large
+square product in the same run, or the bytes at the rate of memory where that is longer.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +146,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
     line = command(benchmark)
     result = found.get(line)
     printed = result["printed"].rstrip() if result else "not measured here"
-    parts.append(f"## {benchmark.name}\n\n{benchmark.why}\n")
+    parts.append(f"## {benchmark.name}\n\n{textwrap.fill(benchmark.why, 100)}\n")
     parts.append(f"```console\n$ {line}\n{printed}\n```\n")
     if result:
       parts.append(f"{result['machine']}.\n")

@@ -40,14 +40,23 @@ ROWS = (
 )
 HEAD = """# What fits on which slice
 
-`python -m benchmarks.plan_table`: the update and the rollout of GRPO's full fine-tune (float32 weights and moments, bfloat16 arithmetic, remat, layers scanned), compiled for slices that were not there.
-A step is 256 problems of 512 tokens with 8 responses of 1,024. GB are those of one chip, from the compiler: *resident* are moments that stay while a rollout runs. *Binds* is the largest of three lower bounds, of compute, HBM and network. *Compiling* is in seconds of the processors (2 cores). Nothing was run on such a chip.
+`python -m benchmarks.plan_table`: the update and the rollout of GRPO's full fine-tune (float32
+weights and moments, bfloat16 arithmetic, remat, layers scanned), compiled for slices that were not
+there. A step is 256 problems of 512 tokens with 8 responses of 1,024. GB are those of one chip,
+from the compiler: *resident* are moments that stay while a rollout runs. *Binds* is the largest of
+three lower bounds, of compute, HBM and network. *Compiling* is in seconds of the processors (2
+cores). Nothing was run on such a chip.
 
-An update reads each matrix for hundreds of thousands of tokens, so gathering it costs little. A decode step reads it for one token a row: a rollout gathers all weights before its first token (*gather*) and then waits for HBM, or, where a chip has no room for them, gathers each at every token (`--mesh.gather=token`) and waits for the network, longer than the update takes. `--mesh.tensor` divides what is gathered ([parallelism.md](../parallelism.md)).
+An update reads each matrix for hundreds of thousands of tokens, so gathering it costs little. A
+decode step reads it for one token a row: a rollout gathers all weights before its first token
+(*gather*) and then waits for HBM, or, where a chip has no room for them, gathers each at every
+token (`--mesh.gather=token`) and waits for the network, longer than the update takes.
+`--mesh.tensor` divides what is gathered ([parallelism.md](../parallelism.md)).
 
-| model | slice | mesh | program | arguments | temporaries | resident | peak of | binds | compiling | fits |
+| model | slice | mesh | program | arguments | temporaries | resident | peak of \
+| binds | compiling | fits |
 |---|---|---|---|---|---|---|---|---|---|---|
-"""  # noqa: E501  Lines of Markdown.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

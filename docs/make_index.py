@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import pathlib
 import re
+import textwrap
 from typing import NamedTuple
 
 from rl_llm import advantages, controllers, logprobs, losses, weighting
@@ -368,14 +369,19 @@ def algorithms():
   return text.rstrip("\n") + "\n"
 
 
+def item(text):
+  """An item of a list, wrapped."""
+  options = {"break_long_words": False, "break_on_hyphens": False}
+  return textwrap.fill(text, 100, initial_indent="- ", subsequent_indent="  ", **options)
+
+
 def entry(name, function):
   block, letters = formula(function)
   words = needs(function)
   lines = [f"\n#### `{name}`\n", f"{summary(function)}\n"]
   lines += [f"{block}\n"] * bool(block) + [f"{letters}.\n"] * bool(letters)
-  lines += [f"- needs: {', '.join(words)}"]
-  lines += [f"- cost: {costs(words)}"]
-  lines += [f"- paper: {reference(function)}"] * bool(reference(function))
+  lines += [item(f"needs: {', '.join(words)}"), item(f"cost: {costs(words)}")]
+  lines += [item(f"paper: {reference(function)}")] * bool(reference(function))
   return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,7 @@ import platform
 import shutil
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -173,20 +174,23 @@ def page(config: Config, text: str) -> str:
   values, defaults = configs.flatten(config), configs.flatten(Config())
   given = [n for n in values if values[n] != defaults[n] and n not in ("workdir", "out")]
   command = " ".join(["python -m experiments.compare", *configs.to_flags(config, given)])
-  noise = f"""
-Gradient noise is trace(covariance) / |mean|^2 of the gradients of {config.variance_batches} \
-batches of {config.prompts_per_step * config.responses_per_prompt} responses at the model that \
-training begins with."""
+  responses = config.prompts_per_step * config.responses_per_prompt
+  setup = f"""`{command}` on {os.cpu_count()} cores, {platform.machine()}, JAX {jax.__version__}: \
+{config.model}, {config.task}, {config.steps} steps of {config.prompts_per_step} problems x \
+{config.responses_per_prompt} responses."""
+  notes = """Accuracy is that of sampled answers to held-out problems, with its 95 % interval. \
+Seconds of phases are medians over steps and seeds without the first step, which compiles; memory \
+is the most of any run."""
+  if config.variance_batches > 1:
+    notes += f""" Gradient noise is trace(covariance) / |mean|^2 of the gradients of \
+{config.variance_batches} batches of {responses} responses at the model that training begins \
+with."""
   return f"""# {", ".join(METHODS[method][0] for method in config.methods)} side by side
 
-`{command}` on {os.cpu_count()} cores, {platform.machine()}, JAX {jax.__version__}: \
-{config.model}, {config.task}, {config.steps} steps of {config.prompts_per_step} problems x \
-{config.responses_per_prompt} responses.
+{textwrap.fill(setup, 100, break_on_hyphens=False)}
 
 {text}
-Accuracy is that of sampled answers to held-out problems, with its 95 % interval. Seconds of \
-phases are medians over steps and seeds without the first step, which compiles; memory is the \
-most of any run.{noise if config.variance_batches > 1 else ""}
+{textwrap.fill(notes, 100, break_on_hyphens=False)}
 
 ![accuracy against tokens and time](compare.svg)
 """

@@ -118,8 +118,7 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
 @functools.partial(jax.jit, static_argnums=0)
 def group_advantages(options: flags.GroupAdvantage, rewards, ok, lengths=None, greedy=None):
   """[P, G]: how each reward compares with the others of its group."""
-  arrays = {"lengths": lengths, "greedy_rewards": greedy}
-  return keywords.call(options, rewards=rewards, where=ok, **arrays)
+  return keywords.call(options, rewards=rewards, where=ok, lengths=lengths, greedy_rewards=greedy)
 
 
 def policy_term_only(config: Config) -> bool:
@@ -150,8 +149,7 @@ def learn(
   if config.advantage.name == "maxrl" and np.any(scores.rewards[scores.ok] < 0):
     least, instead = scores.rewards[scores.ok].min(), "try --advantage=group_relative"
     raise configs.ConfigError("advantage", "maxrl", f"another, for a reward of {least}", instead)
-  given = minibatches.group_inputs(experience)
-  advantages = np.asarray(group_advantages(config.advantage, *given))
+  advantages = np.asarray(group_advantages(config.advantage, *minibatches.group_inputs(experience)))
   informative = np.any(advantages != 0, axis=1)
   batch = batch._replace(advantages=advantages.reshape(-1))
   hparams, totals, trained = setup.hyperparameters(config, step, kl_coef=config.kl.coef), {}, []
