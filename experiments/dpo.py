@@ -66,6 +66,7 @@ Loss = keywords.keyword_group(
 )
 
 
+@configs.experiment
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""

@@ -33,6 +33,7 @@ from rl_llm.runs import metrics, run_directory
 from rl_llm.runs.config import option
 
 
+@configs.experiment
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines an evaluation."""

@@ -35,6 +35,7 @@ from rl_llm.training import loop, minibatches
 from rl_llm.training.train_state import TrainState, init_state
 
 
+@configs.experiment
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""

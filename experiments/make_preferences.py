@@ -44,6 +44,7 @@ class Prompts(flags.Prompts):
   overlong_prompt: Literal["error", "drop"] = option("error", "what to do with longer prompts")
 
 
+@configs.experiment
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a file of pairs."""

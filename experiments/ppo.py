@@ -92,6 +92,7 @@ class State(NamedTuple):
   kl: controllers.AdaptiveKL
 
 
+@configs.experiment
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""

@@ -73,6 +73,7 @@ def init_reinforce(params, *, optimizer) -> State:
   return State(init_state(params, optimizer), jnp.zeros(()), jnp.zeros(()))
 
 
+@configs.experiment
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""

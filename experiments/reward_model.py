@@ -59,6 +59,7 @@ class Scoring:
   )
 
 
+@configs.experiment
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""

@@ -46,6 +46,7 @@ from rl_llm.training import train_state as states
 from rl_llm.training import update as updates
 
 
+@configs.experiment
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""

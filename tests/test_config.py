@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import importlib
 import json
 import os
 import subprocess
@@ -613,3 +614,30 @@ def test_every_group_checks_itself_against_the_whole_config():
 def test_a_part_that_does_not_divide_gets_the_nearest_that_does(whole, part, said):
   with pytest.raises(ConfigError, match=f"--size={part}: .*; try --size={said}$"):
     config_lib.check_divides("size", whole, part, "all")
+
+
+@pytest.mark.parametrize(
+  "name", ["grpo", "reinforce", "ppo", "dpo", "sft", "reward_model", "evaluate", "make_preferences"]
+)
+@pytest.mark.parametrize("changes", [{}, {"model": "tiny"}, {"model": "tiny", "seed": 3}])
+def test_a_config_made_in_python_is_that_of_the_command_line(name, changes):
+  module = importlib.import_module(f"experiments.{name}")
+  typed = config_lib.resolve(module.Config, changes, overrides=module.overrides)[0]
+  assert module.Config(**changes) == typed
+  assert dataclasses.replace(typed) == config_lib.replace(typed, {}) == typed
+  if changes:
+    assert typed != config_lib.replace(module.Config(), changes)  # It would be, without overrides.
+
+
+def test_a_config_is_made_of_flags_names_and_what_is_given_wins():
+  from experiments import flags, grpo
+
+  config = grpo.Config(preset="dapo", loss="cispo_loss", **{"optimizer.learning_rate": 1e-3})
+  assert config.loss.name == "cispo_loss" and config.optimizer.learning_rate == 1e-3
+  assert grpo.Config(preset="dapo").loss.clip_high == 0.28
+  assert grpo.Config(preset="dapo", **{"loss.clip_high": 0.2}).loss.clip_high == 0.2
+  rate = grpo.Config(model="tiny").optimizer.learning_rate
+  group = grpo.Config(model="tiny", optimizer=flags.Optimizer(b1=0.5)).optimizer
+  assert (group.b1, group.learning_rate) == (0.5, rate)
+  with pytest.raises(config_lib.ConfigError, match="did you mean optimizer.learning_rate"):
+    grpo.Config(learning_rat=1.0)

@@ -465,6 +465,47 @@ def resolve(
   return config, {path: values[path] for path in given}
 
 
+def experiment(made: type) -> type:
+  """Lets a config be made of settings in Python, as its command line makes it.
+
+  The keywords are the flags' names. What is not given is what `overrides(config)`, a function next
+  to the class, says of it, such as a preset's recipe; else the default. In a whole group, values
+  that are the defaults count as not given. With every field given, as by `dataclasses.replace`,
+  nothing is changed.
+
+  >>> @experiment
+  ... @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   preset: str = option("none", "a recipe")
+  ...   clip: float = option(0.2, "how far")
+  >>> Config.overrides = lambda config: {"clip": 0.3} if config.preset == "wide" else {}
+  >>> Config(preset="wide").clip, Config(preset="wide", clip=0.2).clip
+  (0.3, 0.2)
+
+  Args:
+    made: a frozen dataclass.
+
+  Returns:
+    The same class, with another `__init__`.
+  """
+  plain, names = made.__init__, {field.name for field in dataclasses.fields(made)}
+
+  def __init__(self: Any, **settings: Any) -> None:
+    if not settings or names <= settings.keys():
+      plain(self, **settings)
+      return
+    groups = {name: value for name, value in settings.items() if dataclasses.is_dataclass(value)}
+    plain(self, **groups)
+    defaults = flatten(made())
+    given = {path: value for path, value in flatten(self).items() if value != defaults[path]}
+    given |= {name: value for name, value in settings.items() if name not in groups}
+    config, _ = resolve(made, given, overrides=overrides_of(made))
+    plain(self, **{name: getattr(config, name) for name in names})
+
+  made.__init__ = __init__
+  return made
+
+
 def volatile(config: Any) -> set[str]:
   """The paths of the fields that may have other values when a run resumes: see `option`."""
   leaves = _leaves(type(config), default=config)
@@ -482,8 +523,9 @@ def noted(config: Any) -> set[str]:
 
 def overrides_of(config_class: type) -> Callable[[Any], Mapping[str, Any]]:
   """What changes the defaults of a config once some of it is known, such as a preset: the function
-  `overrides(config)` next to the class, if there is one."""
-  return getattr(sys.modules[config_class.__module__], "overrides", lambda config: {})
+  `overrides(config)` of the class, or next to it, if there is one."""
+  module = sys.modules[config_class.__module__]
+  return getattr(config_class, "overrides", getattr(module, "overrides", lambda config: {}))
 
 
 def changed(config: Any) -> dict[str, str]:
