@@ -60,7 +60,7 @@ Loss = keywords.keyword_group(
   shape=(1,),
   further={
     "shift": (Shift, configs.option(None, "BCO: reward at 0; batch = midway between both means")),
-    "logprobs": (Summed, configs.option("auto", "over an answer; auto = mean in IPO, SimPO, ORPO")),
+    "logprobs": (Summed, configs.option("auto", "sum or mean; auto = mean in IPO, SimPO, ORPO")),
     "sft_coef": (float, configs.option(0.0, "RPO: factor of the chosen answers' NLL", min=0)),
   },
 )

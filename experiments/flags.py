@@ -51,9 +51,15 @@ class Distributed:
   on: bool = option(
     False, "--distributed for short: join the others, found by Slurm, Open MPI, GKE or the TPU VM"
   )
-  coordinator: str = option("", "HOST:PORT of process 0, where none of these says it")
-  processes: int = option(0, "number of processes, where none of these says it", min=0)
-  process_id: int = option(-1, "this one's number, from 0, where none of these says it", min=-1)
+  coordinator: str = option(
+    "", "HOST:PORT of process 0; empty = as Slurm, Open MPI, GKE or the TPU VM says"
+  )
+  processes: int = option(
+    0, "number of processes; 0 = as Slurm, Open MPI, GKE or the TPU VM says", min=0
+  )
+  process_id: int = option(
+    -1, "number of this process, from 0; -1 = as Slurm, Open MPI, GKE or the TPU VM says", min=-1
+  )
   heartbeat: int = option(
     100, "seconds without a sign of life after which a process is lost, and the others end", min=1
   )
@@ -81,7 +87,7 @@ class Distributed:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """The directory, and what its content is a function of."""
+  """The run: its directory, its seed, the processes that share it."""
 
   workdir: str = option(
     "",
@@ -95,7 +101,7 @@ class Record:
     "names, is not what the run began with",
     volatile=True,
   )
-  seed: int = option(0, "random seed; also of the tiny model's weights", min=0)
+  seed: int = option(0, "random seed; the tiny model's weights depend on it too", min=0)
   compile_cache: str = option(
     "auto",
     "directory that keeps compiled programs for later runs; auto = in your own cache "
@@ -111,7 +117,7 @@ class Run(Record):
 
   steps: int = option(
     24,
-    "batches, each followed by its updates",
+    "training steps; each takes a batch and updates the weights with it",
     min=1,
     # A falling learning rate depends on where it is to end.
     volatile=lambda config: config.optimizer.schedule == "constant",
@@ -128,7 +134,7 @@ class Run(Record):
 
 @dataclasses.dataclass(frozen=True)
 class ExportedRun(Run):
-  """A run, and the model that it leaves."""
+  """The run: how long it trains, and what it leaves."""
 
   export: bool = option(
     False,
@@ -140,7 +146,7 @@ class ExportedRun(Run):
 
 @dataclasses.dataclass(frozen=True)
 class SampledRun(ExportedRun):
-  """A run that samples, and shows some of it."""
+  """The run: how long it trains, what it shows and leaves."""
 
   samples_every: int = option(
     5, "steps between sample tables, where it samples", min=1, volatile=True
@@ -151,15 +157,17 @@ class SampledRun(ExportedRun):
 class Optimizer:
   """AdamW."""
 
-  learning_rate: float = option(1.5e-5, "after warm-up", above=0, noted=True)
-  schedule: Literal["constant", "linear", "cosine"] = option("constant", "towards 0 at the end")
+  learning_rate: float = option(1.5e-5, "learning rate after the warm-up", above=0, noted=True)
+  schedule: Literal["constant", "linear", "cosine"] = option(
+    "constant", "how the learning rate falls to 0 by the last step; constant = it does not"
+  )
   warmup_steps: int = option(0, "steps over which the learning rate rises from 0", min=0)
   b1: float = option(0.9, "Adam's decay rate of the mean gradient", min=0, below=1)
   b2: float = option(0.95, "Adam's decay rate of the mean squared gradient", min=0, below=1)
   eps: float = option(1e-8, "added to the root of the mean squared gradient", above=0)
   weight_decay: float = option(0.0, "decoupled weight decay of matrices", min=0)
   max_grad_norm: float = option(1.0, "gradients of a larger norm are scaled down; 0 = never", min=0)
-  mu_dtype: Literal["float32", "bfloat16"] = option("float32", "in which the mean gradient is kept")
+  mu_dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of Adam's mean gradient")
   max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
 
   def check(self, config: Any) -> None:
@@ -245,7 +253,7 @@ _Families = dataclasses.make_dataclass(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is asked, and who grades it."""
+  """The task, and its grader."""
 
   task: str = option(
     "arithmetic", f"{', '.join(FORMS)}; none, where an experiment has --data, is no task"
@@ -297,10 +305,11 @@ class Overlong:
 
 @dataclasses.dataclass(frozen=True)
 class RewardedTask(Task):
-  """What is asked, and what answers are worth in training."""
+  """The task, and the reward that training uses."""
 
   reward: str = option(
-    "task", "what is trained on: task = the task's grader, or model:<dir> = a reward model's score"
+    "task",
+    "reward that training uses: task = the grader's, or model:<dir> = a reward model's score",
   )
   overlong: Overlong = Overlong()
 
@@ -314,18 +323,20 @@ class Layout:
     "chat = the model's own chat template, plain = bare text; auto = chat if it has one, "
     "and plain for a file of bare texts",
   )
-  system_prompt: str | None = option(None, "none = as the chat template has it; may be empty")
+  system_prompt: str | None = option(
+    None, "system message of every prompt; none = what the chat template writes without one"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """Prompts and responses where the model samples."""
+  """Limits of prompts and responses."""
 
-  max_prompt_tokens: int = option(512, "limit of a prompt's length", min=1)
+  max_prompt_tokens: int = option(512, "tokens a prompt may have", min=1)
   overlong_prompt: Literal["error", "drop", "truncate_left"] = option(
     "error", "what to do with longer prompts"
   )
-  max_new_tokens: int = option(16, "limit of a response's length", min=1)
+  max_new_tokens: int = option(16, "tokens a response may have, at most", min=1)
   layout: Layout = inline(Layout())
 
 
@@ -356,7 +367,7 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Responses(Drawing):
-  """How responses are drawn that nothing is trained on."""
+  """How responses are sampled. Nothing is trained on them."""
 
   prompts_per_batch: int = option(16, "problems sampled at once, at most", min=1)
 
@@ -442,7 +453,7 @@ class Data:
   data: str = option("", "a file of examples, JSONL (plain or gzip) or Parquet; see above")
   data_format: str = option(
     "auto",
-    "of the rows of --data, where the columns alone leave a choice: those of other formats "
+    "format of the rows of --data, where their columns allow several; other formats' columns "
     "are then your own",
     choices=("auto", *COLUMNS),
   )
@@ -450,7 +461,7 @@ class Data:
     "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
   )
   held_out_fraction: float = option(0.1, "share of prompts kept for evaluation", min=0, below=1)
-  max_tokens: int = option(512, "limit of a sequence of --data, prompt included", min=2)
+  max_tokens: int = option(512, "tokens a row of --data may have, prompt included", min=2)
   overlong: Literal["error", "drop", "truncate_left", "truncate_right"] = option(
     "error", "what to do with longer sequences"
   )
@@ -476,7 +487,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """How many pairs are an update."""
+  """How many pairs make an update."""
 
   pairs_per_step: int = option(
     16, "pairs an update; on policy, the problems of which each gives at most one pair", min=1
@@ -548,7 +559,7 @@ PolicyLoss = keyword_group(
   "The surrogate, and its keywords; none = the default of the loss.",
   losses.POLICY_LOSSES,
   shape=(1, 1),
-  further={"entropy_coef": (float, option(0.0, "reward for entropy, per nat; of any surrogate"))},
+  further={"entropy_coef": (float, option(0.0, "entropy bonus per nat, with any loss"))},
 )
 
 

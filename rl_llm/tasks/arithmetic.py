@@ -24,9 +24,9 @@ LARGEST = 10**9  # operand: products and the number of problems stay far below 2
 
 @dataclass(frozen=True)
 class ArithmeticOptions:
-  """The options of `arithmetic`; each is a flag of the experiments."""
+  """`--task=arithmetic`: sums, differences and products of two numbers."""
 
-  operators: str = field(default="+", metadata={"help": "which of + - * to use, e.g. '+-'"})
+  operators: str = field(default="+", metadata={"help": "operators to draw from: + - *, e.g. '+-'"})
   operand_min: int = field(default=0, metadata={"help": "smallest operand"})
   operand_max: int = field(default=11, metadata={"help": "largest operand"})
   held_out: int = field(

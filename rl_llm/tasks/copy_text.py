@@ -20,7 +20,7 @@ LONGEST = 500  # characters: the number of different strings is counted length b
 
 @dataclass(frozen=True)
 class CopyOptions:
-  """The options of `copy`; each is a flag of the experiments."""
+  """`--task=copy`: write a short string again."""
 
   alphabet: str = field(default="abcd", metadata={"help": "the characters of the strings"})
   min_length: int = field(default=3, metadata={"help": "length of the shortest string"})

@@ -18,7 +18,7 @@ from rl_llm.tasks.problem import Problem, Task, check_option, number_text
 
 @dataclass(frozen=True)
 class Gsm8kOptions:
-  """The options of `gsm8k:<path>`; each is a flag of the experiments."""
+  """`--task=gsm8k:FILE`: grade-school word problems."""
 
   instruction: str = field(
     default="Think step by step, then write the answer on a last line as #### and the number.",
@@ -28,7 +28,7 @@ class Gsm8kOptions:
     default="", metadata={"help": "file of problems for evaluation (test.jsonl); else a fraction"}
   )
   held_out_fraction: float = field(
-    default=0.1, metadata={"help": "fraction of the rows kept for evaluation, chosen by hash"}
+    default=0.1, metadata={"help": "fraction of the rows kept for evaluation; a row's hash decides"}
   )
   lenient: bool = field(
     default=False, metadata={"help": "drop and count broken rows instead of stopping at the first"}

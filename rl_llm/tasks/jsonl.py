@@ -26,7 +26,7 @@ ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_e
 
 @dataclass(frozen=True)
 class JsonlOptions:
-  """The options of `jsonl:<path>`; each is a flag of the experiments."""
+  """`--task=jsonl:FILE`: problems of your own, a JSON object a line."""
 
   prompt_column: str = field(
     default="prompt",
@@ -50,7 +50,7 @@ class JsonlOptions:
     default="", metadata={"help": "JSONL file of problems for evaluation; else a fraction is taken"}
   )
   held_out_fraction: float = field(
-    default=0.1, metadata={"help": "fraction of the rows kept for evaluation, chosen by hash"}
+    default=0.1, metadata={"help": "fraction of the rows kept for evaluation; a row's hash decides"}
   )
   lenient: bool = field(
     default=False, metadata={"help": "drop and count broken rows instead of stopping at the first"}

@@ -20,7 +20,7 @@ _ATTEMPTS = 1000
 
 @dataclass(frozen=True)
 class ReasoningGymOptions:
-  """The options of `reasoning_gym:<name>`; each is a flag of the experiments."""
+  """`--task=reasoning_gym:NAME`: puzzles that the package reasoning-gym makes and grades."""
 
   held_out: int = field(default=100, metadata={"help": "puzzles kept for evaluation"})
   instruction: str = field(
