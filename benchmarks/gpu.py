@@ -70,9 +70,11 @@ class Config:
   """What is measured, and where."""
 
   predict: str = option("", f"a GPU that is not here: {', '.join(GPUS)}; empty = the one that is")
-  model: str = option("qwen2.5-1.5b", "of update and decode: a name of launch.models, a directory")
-  prompt_tokens: int = option(512, "of each prompt", min=2)
-  new_tokens: int = option(1024, "of each response of an update", min=2)
+  model: str = option(
+    "qwen2.5-1.5b", "model of update and decode: a name of launch.models, or a directory"
+  )
+  prompt_tokens: int = option(512, "length of each prompt", min=2)
+  new_tokens: int = option(1024, "length of each response in an update", min=2)
   microbatch_tokens: int = option(16_384, "read by an update at once, at least", min=1)
   rows: tuple[int, ...] = option((64, 256), "decoded at once", min=GROUP)
   remat: bool = option(False, "compute activations twice instead of holding them")

@@ -38,8 +38,8 @@ class Config:
   prompts: int = option(16, "problems", min=1)
   microbatch_prompts: int = option(8, "problems at once", min=1)
   responses_per_prompt: int = option(8, "responses a problem", min=2)
-  prompt_tokens: int = option(32, "of a prompt", min=1)
-  new_tokens: int = option(96, "of a response", min=2)
+  prompt_tokens: int = option(32, "length of a prompt", min=1)
+  new_tokens: int = option(96, "length of a response", min=2)
   remat: bool = option(False, "compute activations twice instead of holding them")
   scan_layers: bool = option(False, "loop over the layers")
 

@@ -46,12 +46,12 @@ class Config:
 
   model: str = option("smollm2", "smollm2, tiny, a Hugging Face directory, a .gguf file")
   settings: int = option(8, "N, how many", min=1)
-  lora_rank: int = option(8, "of each setting's adapters; 0 = weights of its own", min=0)
+  lora_rank: int = option(8, "rank of each setting's adapters; 0 = weights of its own", min=0)
   alone: int = option(2, "how many of them are also run by themselves", min=1)
   prompts: int = option(4, "P, problems a step", min=1)
   responses: int = option(4, "G, responses a problem", min=2)
   new_tokens: int = option(16, "tokens of a response, at most", min=1)
-  steps: int = option(4, "of which the first, which compiles, counts in the whole run alone", min=2)
+  steps: int = option(4, "steps; the first, which compiles, counts only in the whole run", min=2)
   chips: tuple[str, ...] = option(("h100", "v5e"), "whose decode step is estimated")
 
 

@@ -52,7 +52,7 @@ class Config:
   new_tokens: tuple[int, ...] = option((16, 32, 64), "T, tokens of each response", min=2)
   responses: tuple[int, ...] = option((2, 4, 8), "G, responses a prompt", min=1)
   prompt_tokens: int = option(64, "L, tokens of each prompt", min=1)
-  layers: int = option(4, "of every model", min=1)
+  layers: int = option(4, "layers of every model", min=1)
   vocabulary: int = option(4096, "V, of every model", min=2)
   runs: int = option(3, "times each point is timed, after one that is not counted", min=1)
 

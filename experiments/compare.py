@@ -63,7 +63,7 @@ METHODS = {
 class Config:
   """What is compared."""
 
-  model: str = option("smollm2", "what every method begins with, as in experiments.grpo")
+  model: str = option("smollm2", "the model that every method begins with, as in experiments.grpo")
   task: str = option("arithmetic", "the task of all, as in experiments.grpo")
   methods: tuple[str, ...] = option(tuple(METHODS), "methods to compare", choices=METHODS)
   seeds: tuple[int, ...] = option((0, 1, 2), "one run of each method for each", min=0)

@@ -285,7 +285,7 @@ class Overlong:
   limit: int = option(
     0, "tokens from which a response has the full penalty; 0 = max_new_tokens", min=0
   )
-  coef: float = option(1.0, "what the penalty is multiplied by, in units of reward", above=0)
+  coef: float = option(1.0, "factor of the penalty, in units of reward", above=0)
 
   def check(self, config: Any) -> None:
     """Refuses a penalty that begins before the first token."""

@@ -48,7 +48,7 @@ class Advantage:
   """What a reward is compared with."""
 
   name: BASELINES = configs.option("leave_one_out", "the baseline; see above")
-  decay: float = configs.option(0.9, "what moving_average keeps a step", min=0, below=1)
+  decay: float = configs.option(0.9, "share of moving_average that a step keeps", min=0, below=1)
   discount: float = configs.option(1.0, "discount factor per token", min=0, max=1)
 
   def check(self, config: Config) -> None:

@@ -35,7 +35,7 @@ class Halving:
 
   steps: tuple[int, ...] = option((), "steps after which settings are compared, rising; empty = no")
   keep: int = option(3, "one setting in this many continues", min=2)
-  metric: str = option("eval/sampled_accuracy", "what they are compared by, after those steps")
+  metric: str = option("eval/sampled_accuracy", "the metric that compares trials after those steps")
   lowest: bool = option(False, "the lowest is best, as of a loss")
 
 

@@ -46,9 +46,9 @@ class Search:
   """Search by Optuna, of a file with search()."""
 
   trials: int = option(0, "how many it may ask for; 0 = no search", min=0)
-  metric: str = option("eval/sampled_accuracy", "what they are compared by")
+  metric: str = option("eval/sampled_accuracy", "the metric that compares trials")
   lowest: bool = option(False, "the lowest is best, as of a loss")
-  seed: int = option(0, "of what it draws", min=0)
+  seed: int = option(0, "random seed of the search's draws", min=0)
   prune_from: int = option(
     0,
     "step from which a trial is ended if it is below the median of the finished ones, five at "

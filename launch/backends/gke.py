@@ -23,8 +23,8 @@ class Gke:
   location: str = option("", "its zone or region")
   project: str = option("", "empty = gcloud's own")
   image: str = option("", "a container image with this code and its packages")
-  compute_type: str = option("v6e-8", "of each slice, such as v6e-16 or nvidia-l4")
-  slices: int = option(1, "of each trial", min=1)
+  compute_type: str = option("v6e-8", "type of each slice, such as v6e-16 or nvidia-l4")
+  slices: int = option(1, "slices per trial", min=1)
   queue: str = option("", "a Kueue LocalQueue; empty = the cluster's default")
   extra: str = option("", "further flags for each submission, such as a --mount for WORKDIR")
 

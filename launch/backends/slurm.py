@@ -31,12 +31,14 @@ class Slurm:
 
   partition: str = option("", "empty = the site's default")
   account: str = option("", "empty = yours")
-  time: str = option("24:00:00", "limit of a job; one that reaches it is queued again and resumes")
-  nodes: int = option(1, "of each trial", min=1)
-  tasks_per_node: int = option(1, "processes of each trial on a node: one per GPU", min=1)
+  time: str = option(
+    "24:00:00", "time limit of a job; one that reaches it is queued again and resumes"
+  )
+  nodes: int = option(1, "nodes per trial", min=1)
+  tasks_per_node: int = option(1, "processes per node of a trial: one per GPU", min=1)
   gpus_per_task: int = option(0, "GPUs of each process", min=0)
   cpus_per_task: int = option(4, "cores of each process", min=1)
-  memory: str = option("", "of a node, such as 64G; empty = the site's default")
+  memory: str = option("", "memory per node, such as 64G; empty = the site's default")
   at_once: int = option(0, "jobs running at the same time; 0 = no limit", min=0)
   pack: int = option(1, "trials that share a job, each of one process if over 1", min=1)
   requeues: int = option(20, "times a job is queued again at its time limit", min=0)

@@ -31,13 +31,13 @@ RUNTIMES = {
 class Tpu:
   """TPU VM slices."""
 
-  name: str = option("", "of the slices, which are called NAME-0, NAME-1, ...")
-  slices: int = option(1, "how many: as many trials run at once", min=1)
-  type: str = option("v6e-8", "of each: v4-N, v5litepod-N, v5p-N or v6e-N")
-  zone: str = option("", "such as us-east5-b")
-  project: str = option("", "empty = gcloud's own")
-  spot: bool = option(True, "may be preempted, costs less")
-  directory: str = option("rl_llm", "where this code is on their hosts")
+  name: str = option("", "name of the slices, which become NAME-0, NAME-1, ...")
+  slices: int = option(1, "number of slices; each runs one trial at a time", min=1)
+  type: str = option("v6e-8", "type of each slice: v4-N, v5litepod-N, v5p-N or v6e-N")
+  zone: str = option("", "zone, such as us-east5-b")
+  project: str = option("", "project; empty = gcloud's own")
+  spot: bool = option(True, "spot slices: they cost less and may be preempted")
+  directory: str = option("rl_llm", "directory on the slices' hosts that holds this code")
 
 
 def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[str]:
