@@ -22,6 +22,7 @@ EXTRAS = {
   # Accelerators: jaxlib's own builds for them.
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda12]"],
+  "cuda13": ["jax[cuda13]"],
   # Developers: tests, linting.
   "dev": [
     "pytest>=8",

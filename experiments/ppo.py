@@ -72,9 +72,7 @@ class KL(flags.RewardKL):
   """The price of leaving the model that training began with, taken off each token's reward."""
 
   controller: Literal["fixed", "adaptive"] = configs.option("fixed", "adaptive follows the KL")
-  target: float = configs.option(
-    0.1, "KL that the adaptive controller holds, nats a token", above=0
-  )
+  target: float = configs.option(0.1, "KL the adaptive controller holds, nats a token", above=0)
   horizon: int = configs.option(
     10_000, "responses in which the adaptive coefficient may change by 20 %", min=1
   )
