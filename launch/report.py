@@ -3,10 +3,12 @@
   python -m launch.report runs/sweep-grpo_tiny
   python -m launch.report runs/sweep-grpo_tiny --figure=sweep.svg
 
-Trials that differ in their seed alone are one line: mean and 95 % interval over seeds. Only
-settings that vary are shown. Next to the trials' directories it writes report.csv (a line per
-trial), report.md (the table) and report.html (the table, curves, and a link to each trial's own
-report with its samples). It only reads the trials' files, so it can run at any time.
+Trials that differ in their seed alone are one line: mean and 95 % interval over seeds, which is
+never narrower than a single evaluation's own. Only settings that vary are shown. In the directory
+it writes report.csv (a line per trial), report.md (the table) and report.html: the table, the
+curves of all settings over one another and of each, by a metric that is chosen on the page, and
+links to the trials' own reports with their samples. It only reads the trials' files, so it can run
+at any time.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.report_page import as_html, draw
-from launch.results import Group, Row, grouped, read_rows, shown
+from launch.report_page import View, as_html, draw
+from launch.results import Group, Row, checked_metric, grouped, read_trials, rows_of, shown
 from launch.sweep import varying
 from rl_llm.errors import ConfigError, UserError, redact
 from rl_llm.files import write_atomically
@@ -29,6 +31,8 @@ from rl_llm.runs.config import option, run
 from rl_llm.runs.console import duration, number, printable
 from rl_llm.runs.metrics import RecordError
 from rl_llm.runs.report import write_report
+
+METRICS_SHOWN = 4  # on the page, the one that was asked for first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +130,19 @@ def write_own(directory: Path) -> None:
 
 def write(workdir: Path, *, metric: str, figure: str = "") -> str:
   """Writes report.csv, report.md, report.html and the figure; gives the table as text."""
-  metric, rows = read_rows(workdir, metric=metric)
+  trials = read_trials(workdir)
+  metric = checked_metric(trials, metric)
+  rows = rows_of(trials, metric)
   for row in rows:
     if row.status not in ("done", "running") and row.step is not None:
       write_own(row.directory)  # A trial that never finished has not written its own report.
   paths, groups = grouped(rows, metric)
   lines = table(paths, groups, metric)
+  views = [View(metric, lines, paths, groups, rows)]
+  for other in trials.metrics():
+    if other != metric and len(views) < METRICS_SHOWN:
+      own = rows_of(trials, other)
+      views.append(View(other, table(*(of := grouped(own, other)), other), *of, own))
   why = failures(rows)
   name = workdir.resolve().name
   markdown = [f"# {name}", "", as_markdown(lines), ""]
@@ -139,7 +150,7 @@ def write(workdir: Path, *, metric: str, figure: str = "") -> str:
   for file, text in (
     ("report.csv", as_csv(rows, metric)),
     ("report.md", "\n".join(markdown)),
-    ("report.html", as_html(name, lines, paths, groups, rows, metric)),
+    ("report.html", as_html(name, views)),
   ):
     write_atomically(workdir / file, redact(text).encode("utf-8", "backslashreplace"))
   if figure:

@@ -6,15 +6,17 @@ import html
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.results import Group, Row, shown
 from launch.sweep import varying
 from rl_llm.errors import ConfigError
 from rl_llm.runs.console import duration, number
-from rl_llm.runs.report_page import page
+from rl_llm.runs.report_figures import overlay
+from rl_llm.runs.report_page import page, section, tabs
+from rl_llm.runs.report_plots import Plot
 
-_WIDTH, _HEIGHT, _PAD = 300, 130, 34
+_OVERLAID = 16  # curves in one figure that can be told apart
 
 
 def _color(share: float) -> str:
@@ -25,45 +27,70 @@ def _color(share: float) -> str:
   )
 
 
-def multiples(groups: Sequence[Group], metric: str) -> str:
-  """A small figure per setting, a curve per seed, all on the same axes."""
-  points = [point for group in groups for row in group.rows for point in row.curve]
+class View(NamedTuple):
+  """A sweep by one metric."""
+
+  metric: str
+  lines: Sequence[Sequence[str]]  # of the table
+  paths: Sequence[str]  # the settings that vary
+  groups: Sequence[Group]  # the best first
+  rows: Sequence[Row]
+
+
+def title_of(group: Group) -> str:
+  return ", ".join(f"{path}={shown(value)}" for path, value in group.settings.items()) or "all"
+
+
+def overlays(view: View) -> str:
+  """The mean curve of each setting, over one another, the best first."""
+  lines = {}
+  for group in view.groups:
+    curve = mean_curve([row.curve for row in group.rows if row.curve])
+    if curve and len(lines) < _OVERLAID:
+      lines[f"{title_of(group)} (best)" if group is best(view.groups) else title_of(group)] = curve
+  if not lines:
+    return ""
+  left = sum(any(row.curve for row in group.rows) for group in view.groups) - len(lines)
+  caption = "The mean over seeds, at the steps that all of a setting's trials have reached."
+  caption += f" The best {_OVERLAID}; {left} settings are left out." if left else ""
+  return overlay(_plot(view.metric, "All settings", caption), lines)
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+  """The mean of several curves, at the steps that all of them have.
+
+  >>> mean_curve([[(0, 1.0), (5, 2.0), (9, 3.0)], [(0, 3.0), (5, 4.0)]])
+  [(0, 2.0), (5, 3.0)]
+  """
+  values = [dict(curve) for curve in curves]
+  shared = sorted(set.intersection(*map(set, values))) if values else []
+  return [(step, statistics.fmean(curve[step] for curve in values)) for step in shared]
+
+
+def best(groups: Sequence[Group]) -> Group | None:
+  """The first of the settings, if there is another one to be better than."""
+  known = [group for group in groups if group.mean is not None]
+  return known[0] if len(known) > 1 else None
+
+
+def _plot(metric: str, title: str, caption: str = "", ends=(None, None)) -> Plot:
+  unit = metric.removeprefix("eval/").replace("_", " ")
+  return Plot(html.escape(title), html.escape(unit), (), html.escape(caption), *ends)
+
+
+def multiples(view: View) -> str:
+  """A figure for each setting, a curve for each seed, all on the same axes."""
+  points = [point for group in view.groups for row in group.rows for point in row.curve]
   if not points:
     return "<p>Nothing has been recorded yet.</p>"
-  last = max(step for step, _ in points) or 1
-  low, high = min(value for _, value in points), max(value for _, value in points)
-  high = high if high > low else low + 1.0
-
-  def place(step: float, value: float) -> str:
-    x = _PAD + step / last * (_WIDTH - _PAD - 8)
-    y = _HEIGHT - 20 - (value - low) / (high - low) * (_HEIGHT - 30)
-    return f"{x:.1f},{y:.1f}"
-
+  values = [value for _, value in points]
+  ends = min(values), max(values)
   figures = []
-  for group in groups:
-    title = ", ".join(f"{path}={shown(value)}" for path, value in group.settings.items())
-    curves = "".join(
-      f'<polyline class="line s{i % 8}" points="{" ".join(place(*point) for point in row.curve)}">'
-      f"<title>seed {html.escape(shown(row.config.get('seed')))}</title></polyline>"
-      + "".join(
-        '<circle class="f{}" cx="{}" cy="{}" r="2"/>'.format(i % 8, *place(*point).split(","))
-        for point in row.curve
-        if len(row.curve) <= 40
-      )
-      for i, row in enumerate(group.rows)
-    )
-    axis = _HEIGHT - 20
-    frame = (
-      f'<line class="axis" x1="{_PAD}" x2="{_WIDTH - 8}" y1="{axis}" y2="{axis}"/>'
-      f'<text x="{_PAD - 4}" y="{axis}" text-anchor="end">{number(low, 2)}</text>'
-      f'<text x="{_PAD - 4}" y="16" text-anchor="end">{number(high, 2)}</text>'
-      f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 5}" text-anchor="end">step {last}</text>'
-    )
-    figures.append(
-      f"<figure><h3>{html.escape(title) or 'all'}</h3>"
-      f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-      f'aria-label="{html.escape(metric)} by step">{frame}{curves}</svg></figure>'
-    )
+  for group in view.groups:
+    lines = {f"seed {shown(row.config.get('seed'))}, {row.id}": row.curve for row in group.rows}
+    title = title_of(group) + (" (best)" if group is best(view.groups) else "")
+    plot = _plot(view.metric, title, ends=ends)
+    figures.append(overlay(plot, lines, steps=[step for step, _ in points]))
   return "".join(figures)
 
 
@@ -207,61 +234,76 @@ def draw(paths: Sequence[str], groups: Sequence[Group], metric: str, path: str) 
   pyplot.close(figure)
 
 
-def trials_table(rows: Sequence[Row], metric: str) -> str:
-  """A line per trial, with links to its files."""
-  paths = varying([row.config for row in rows])
-  head = "".join(
-    f"<th>{html.escape(name)}</th>"
-    for name in ("trial", *paths, metric.removeprefix("eval/"), "status", "step", "time", "files")
-  )
+def trials_table(view: View) -> str:
+  """A line per trial, with links to its files; the best one is marked."""
+  paths = varying([row.config for row in view.rows])
+  names = ("trial", *paths, view.metric.removeprefix("eval/"), "status", "step", "time", "files")
+  head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+  first = best_trial(view)
   lines = []
-  for row in rows:
-    names = ("report.html", "samples.jsonl", "metrics.jsonl", "stdout.log")
+  for row in view.rows:
+    files = ("report.html", "samples.jsonl", "metrics.jsonl", "stdout.log")
     links = " ".join(
       f'<a href="{row.id}/{name}">{name.partition(".")[0]}</a>'
-      for name in names
+      for name in files
       if (row.directory / name).exists()
     )
     cells = [
-      row.id,
+      f"★ {row.id}" if row is first else row.id,
       *(shown(row.config.get(path)) for path in paths),
       number(row.value),
       row.status,
       f"{number(row.step)}/{row.steps}",
       duration(row.seconds),
     ]
-    lines.append(
-      "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + f"<td>{links}</td></tr>"
-    )
+    kind = ' class="best"' if row is first else ""
+    told = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+    lines.append(f"<tr{kind}>{told}<td>{links}</td></tr>")
     if row.error:
       text = html.escape("\n".join(row.error))
       lines.append(f'<tr><td></td><td class="text" colspan="{len(cells)}">{text}</td></tr>')
   return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
-def as_html(
-  name: str, lines: Sequence[Sequence[str]], paths, groups, rows: Sequence[Row], metric: str
-) -> str:
-  """The whole page."""
+def best_trial(view: View) -> Row | None:
+  """The trial with the best figure, and of those the one with most reward."""
+  sign = 1 if view.metric.endswith("loss") else -1
+  known = [row for row in view.rows if row.value is not None]
+  if len(known) < 2:
+    return None
+  return min(known, key=lambda row: (sign * row.value, -(row.reward or 0.0)))
+
+
+def settings_table(view: View) -> str:
+  """The table of settings; the best one is marked."""
+  head = "".join(f"<th>{html.escape(cell)}</th>" for cell in view.lines[0])
+  first, body = best(view.groups), ""
+  for group, line in zip(view.groups, view.lines[1:], strict=True):
+    kind = ' class="best"' if group is first else ""
+    body += f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
+  return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def as_html(name: str, views: Sequence[View]) -> str:
+  """The whole page: a part for each metric, of which the reader sees the chosen one."""
+  rows = views[0].rows
   counts = Counter(row.status for row in rows)
   said = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
-  head = "".join(f"<th>{html.escape(cell)}</th>" for cell in lines[0])
-  body = "".join(
-    "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-    for line in lines[1:]
-  )
-  sections = [
-    ("Settings, the best first", f"<table><tr>{head}</tr>{body}</table>", ""),
-    ("What goes with what", parallel(paths, groups, metric), ""),
-    (f"Curves of {html.escape(metric)}", multiples(groups, metric), "plots"),
-    ("Trials", trials_table(rows, metric), ""),
-  ]
   return page(
     name,
     f"<header><h1>{html.escape(name)}</h1><p>{len(rows)} trials: {html.escape(said)}</p></header>"
-    + "".join(
-      f'<section><h2>{title}</h2><div class="{kind}">{content}</div></section>'
-      for title, content, kind in sections
-      if content
-    ),
+    + tabs([(view.metric.removeprefix("eval/"), _part(view)) for view in views]),
+  )
+
+
+def _part(view: View) -> str:
+  return "".join(
+    section(title, content, kind)
+    for title, content, kind in (
+      ("Settings, the best first", settings_table(view), ""),
+      ("What goes with what", parallel(view.paths, view.groups, view.metric), ""),
+      ("Curves of all settings", overlays(view), "wide"),
+      ("Curves of each setting", multiples(view), "plots"),
+      ("Trials", trials_table(view), ""),
+    )
   )

@@ -65,6 +65,8 @@ class Row(NamedTuple):
   value: float | None  # of the metric, the newest
   curve: list[tuple[int, float]]
   error: list[str]
+  own_half: float | None = None  # of the newest evaluation's own 95 % interval
+  reward: float | None = None  # the newest mean reward, which breaks ties
 
 
 class Group(NamedTuple):
@@ -104,8 +106,20 @@ def read_known(path: Path) -> dict[str, Any]:
   return values
 
 
-def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:
-  """The metric, and what is known of every trial of the directory, in the order of the sweep.
+class Trials(NamedTuple):
+  """All that is on disk of a sweep: what the launcher wrote of each trial, and their records."""
+
+  found: list[dict[str, Any]]  # of trial.json, with "path", in the order of the sweep
+  records: dict[str, list[dict[str, Any]]]  # id -> rows of metrics.jsonl
+
+  def metrics(self) -> list[str]:
+    """The figures on record by which trials can be compared, the best suited first."""
+    keys = {key for rows in self.records.values() for row in rows for key in row}
+    return [key for key in FIGURES if key in keys]
+
+
+def read_trials(workdir: Path) -> Trials:
+  """Reads the trials of a sweep's directory.
 
   Raises:
     ConfigError: there are no trials.
@@ -125,38 +139,64 @@ def read_rows(workdir: Path, *, metric: str) -> tuple[str, list[Row]]:
   for trial in found:
     metrics = trial["path"].parent / "metrics.jsonl"
     records[trial["id"]] = read(metrics) if metrics.exists() else []
-  keys = {key for rows in records.values() for row in rows for key in row}
+  return Trials(found, records)
+
+
+def checked_metric(trials: Trials, metric: str) -> str:
+  """The metric that was asked for, or else the best suited one.
+
+  Raises:
+    ConfigError: no trial has it on record.
+  """
+  keys = {key for rows in trials.records.values() for row in rows for key in row}
   if metric and keys and metric not in keys:
     raise ConfigError("metric", metric, f"one of {', '.join(sorted(keys - {'step'}))}")
-  metric = metric or next((key for key in FIGURES if key in keys), FIGURES[0])
-  rows = []
-  for trial in found:
-    directory, steps = trial["path"].parent, trial.get("steps", 0)
-    status = read_known(directory / "status.json")
-    after = read_known(directory / "result.json").get("after", {})
-    word = state.where(directory, steps, status)
-    curve = [
-      (row["step"], value)
-      for row in records[trial["id"]]
-      if (value := finite(row.get(metric))) is not None
-    ]
-    result = finite(after.get(metric))
-    failed = [status.get("reason", ""), *map(str, status.get("lines", []))]
-    rows.append(
-      Row(
-        trial["id"],
-        directory,
-        trial.get("config", {}),
-        word,
-        records[trial["id"]][-1]["step"] if records[trial["id"]] else None,
-        steps,
-        status.get("seconds", 0.0),
-        result if word == "done" and result is not None else curve[-1][1] if curve else None,
-        curve,
-        failed if word != "done" and status.get("failures") else [],
-      )
-    )
-  return metric, rows
+  return metric or next(iter(trials.metrics()), FIGURES[0])
+
+
+def rows_of(trials: Trials, metric: str) -> list[Row]:
+  """What is known of every trial by this metric, in the order of the sweep.
+
+  Raises:
+    RecordError: a trial's file is broken; the message names it.
+  """
+  return [_row(trial, trials.records[trial["id"]], metric) for trial in trials.found]
+
+
+def _row(trial: Mapping[str, Any], record: Sequence[Mapping[str, Any]], metric: str) -> Row:
+  directory, steps = trial["path"].parent, trial.get("steps", 0)
+  status = read_known(directory / "status.json")
+  after = read_known(directory / "result.json").get("after", {})
+  word = state.where(directory, steps, status)
+  curve = [(row["step"], value) for row in record if (value := finite(row.get(metric))) is not None]
+  result = finite(after.get(metric))
+  failed = [status.get("reason", ""), *map(str, status.get("lines", []))]
+  rewards = [value for row in record if (value := finite(row.get("reward_mean"))) is not None]
+  return Row(
+    trial["id"],
+    directory,
+    trial.get("config", {}),
+    word,
+    record[-1]["step"] if record else None,
+    steps,
+    status.get("seconds", 0.0),
+    result if word == "done" and result is not None else curve[-1][1] if curve else None,
+    curve,
+    failed if word != "done" and status.get("failures") else [],
+    _own_half([*record, after], metric),
+    rewards[-1] if rewards else None,
+  )
+
+
+def _own_half(record: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+  """Half the width of the newest interval that an evaluation gave for an accuracy."""
+  if not metric.endswith("_accuracy"):
+    return None
+  for row in reversed(record):
+    low, high = (finite(row.get(metric.replace("accuracy", end))) for end in ("low", "high"))
+    if low is not None and high is not None:
+      return (high - low) / 2
+  return None
 
 
 def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -174,18 +214,40 @@ def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def grouped(rows: Sequence[Row], metric: str) -> tuple[list[str], list[Group]]:
-  """The settings that vary, and the trials by them: the best first, those without a value last."""
+  """The settings that vary, and the trials by them: the best first, those without a value last.
+
+  Where two are as good, the one with more reward comes first.
+  """
   paths = [path for path in varying([row.config for row in rows]) if path != "seed"]
   by_settings: dict[str, list[Row]] = {}
   for row in rows:
     by_settings.setdefault(repr([row.config.get(path) for path in paths]), []).append(row)
-  groups = []
-  for members in by_settings.values():
-    mean, half = interval([row.value for row in members if row.value is not None])
-    groups.append(Group({path: members[0].config.get(path) for path in paths}, members, mean, half))
+  groups = [
+    Group({path: members[0].config.get(path) for path in paths}, members, *honest(members))
+    for members in by_settings.values()
+  ]
   sign = 1 if metric.endswith("loss") else -1
-  groups.sort(key=lambda group: (group.mean is None, sign * (group.mean or 0.0)))
-  return paths, groups
+
+  def rank(group: Group) -> tuple[bool, float, float]:
+    rewards = [row.reward for row in group.rows if row.reward is not None]
+    reward = statistics.fmean(rewards) if rewards else 0.0
+    return group.mean is None, sign * (group.mean or 0.0), -reward
+
+  return paths, sorted(groups, key=rank)
+
+
+def honest(rows: Sequence[Row]) -> tuple[float | None, float | None]:
+  """The mean over seeds, and half the width of an interval that few seeds cannot make too narrow.
+
+  Seeds share their held-out problems. Two seeds with 18 of 20 right have no spread, and yet another
+  20 problems would give another figure. So the interval is at least as wide as those of single
+  evaluations are on average. If these are not known, seeds without spread give no interval.
+  """
+  known = [row for row in rows if row.value is not None]
+  mean, half = interval([row.value for row in known])
+  own = [row.own_half for row in known if row.own_half is not None]
+  widest = max(half or 0.0, statistics.fmean(own) if own else 0.0)
+  return mean, widest or None
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from rl_llm.runs.report_page import counted, finite
 from rl_llm.runs.report_plots import PLOTS, Plot
 from rl_llm.runs.speed import phases_of
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 62, 10, 10, 38
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 62, 18, 10, 38
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -161,14 +161,17 @@ def _line_figure(plot: Plot, curves: Sequence[tuple[str, str]], rows: Sequence[M
   return _figure(plot.title, [name for _, name in curves], drawing, caption)
 
 
-def overlay(plot: Plot, lines: Mapping[str, Sequence[tuple[int, float | None]]]) -> str:
+def overlay(
+  plot: Plot, lines: Mapping[str, Sequence[tuple[int, float | None]]], *, steps: Sequence[int] = ()
+) -> str:
   """One figure with a curve for each run or setting; at most sixteen can be told apart.
 
   Args:
     plot: its title, unit, caption and the least extent of its axis.
     lines: name in the legend -> points (step, value), with None where there is no value.
+    steps: further steps that the axis reaches, such as those of a figure next to it.
   """
-  steps = [step for points in lines.values() for step, _ in points]
+  steps = [*steps, *(step for points in lines.values() for step, _ in points)]
   drawn = [value for points in lines.values() for _, value in points if value is not None]
   axes = _axes(steps, drawn, plot.low, plot.high)
   drawing = _frame(axes, plot.unit)

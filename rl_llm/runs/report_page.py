@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rl_llm.runs.console import printable
@@ -78,6 +79,8 @@ code, .text { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, m
 .box h2 { margin: 0 0 4px; font-size: 16px; } .box p, .box ul { margin: 4px 0; }
 .box.fault { border-left-color: var(--c1); } .box li { margin: 6px 0; }
 .box ul { padding-left: 18px; }
+.tab { display: none; } .tabs { margin-top: 18px; } .tabs label { margin: 0 12px 0 3px; }
+.best { font-weight: 650; } .wide figure { max-width: 760px; }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
 </style>
 </head>
@@ -89,7 +92,7 @@ code, .text { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, m
   "{colors}",
   "\n".join(
     f".s{i} {{ stroke: var(--c{i}); }} .f{i} {{ fill: var(--c{i}); }} "
-    f".k{i}::before {{ color: var(--c{i}); }}"
+    f".k{i}::before {{ color: var(--c{i}); }} #t{i}:checked ~ .t{i} {{ display: block; }}"
     for i in range(8)
   ),
 )
@@ -131,3 +134,23 @@ def section(title: str, content: str, kind: str = "") -> str:
   if not content:
     return ""
   return f'<section><h2>{title}</h2><div class="{kind}">{content}</div></section>'
+
+
+_CHECKED = ' checked="checked"'
+
+
+def tabs(parts: Sequence[tuple[str, str]]) -> str:
+  """Parts of a page of which the reader sees one, chosen by its name; a single one has no choice.
+
+  Args:
+    parts: at most eight (name, HTML); the first one is seen at first.
+  """
+  if len(parts) == 1:
+    return parts[0][1]
+  names = "".join(
+    f'<input type="radio" name="tab" id="t{i}"{_CHECKED if i == 0 else ""}/>'
+    f'<label for="t{i}">{escaped(name)}</label>'
+    for i, (name, _) in enumerate(parts)
+  )
+  shown = "".join(f'<div class="tab t{i}">{content}</div>' for i, (_, content) in enumerate(parts))
+  return f'<div class="tabs"><span>By </span>{names}{shown}</div>'

@@ -38,8 +38,11 @@ _GROWN = 10.0
 _DEAD = 1e-6
 # Nats per token: one step's updates, and the distance to the reference model.
 _STEP_KL, _FAR = 0.1, 1.0
-# A reward "rises" by this many standard errors, and by this share of its range in the run.
-_ERRORS, _RISE = 4.0, 0.3
+# A reward has "moved" by this many standard errors.
+_ERRORS = 4.0
+# A grader "pays in full" from this share of the greatest reward; "few" responses are right up to
+# this share.
+_PAID, _FEW = 0.7, 0.1
 # A held-out loss this share over its minimum has turned.
 _TURNED = 0.05
 
@@ -270,6 +273,13 @@ def _overlooked(record: Evidence) -> Verdict | None:
   )
 
 
+def _paid_in_full(record: Evidence) -> Verdict | None:
+  """Nearly the whole reward for answers of which hardly any is right: no collapse, but a way."""
+  full = finite(record.config.get("jsonl.max_reward")) or 1.0
+  paid = _PAID * full <= record.mean("reward_mean") <= full
+  return _overlooked(record) if paid and record.mean("accuracy") <= _FEW else None
+
+
 def _unmoved(record: Evidence) -> Verdict | None:
   rewards, known = record.series("reward_mean"), truth(record)
   if len(rewards) < 2 * _ENOUGH or record.share_done() < 0.5:
@@ -352,11 +362,12 @@ def _memorised(record: Evidence) -> Verdict | None:
 _BROKEN = (_skipped, _grader_failed, _constant, _first_updates)
 _LEARNING = (
   _bonus,
+  _paid_in_full,
   _cut_before_any_answer,
   _entropy_gone,
   _cut,
-  _groups_agree,
   _overlooked,
+  _groups_agree,
   _unmoved,
 )
 _SIZE = (_exploding, _step_kl, _far)

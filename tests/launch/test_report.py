@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import doctest
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -68,7 +69,8 @@ def test_the_table_has_a_line_per_setting_the_best_first(sweep):
   text = write(sweep).splitlines()
   cells = [line.split() for line in text[:4]]
   assert cells[0] == ["rate", "sampled_accuracy", "95", "%", "n", "status", "steps", "time"]
-  assert cells[1] == ["0.003", "0.9", "±0", "2", "done", "4", "90s"]
+  # Two seeds without spread say nothing of how far a third would be.
+  assert cells[1] == ["0.003", "0.9", "-", "2", "done", "4", "90s"]
   # The unfinished one counts as far as it has come, and is called what it is.
   # 0.2 +- 4.303 * 0.1 / sqrt(3)
   assert cells[2][:4] == ["0.01", "0.2", "-", "1"] and "1 failed, 1 stopped" in text[2]
@@ -98,13 +100,82 @@ def test_the_page_is_whole_shows_every_curve_and_leads_to_every_trial(sweep):
     text.partition("<main>")[2].partition("</main>")[0].join(("<main>", "</main>"))
   )
   lines = [x for x in root.iter("polyline") if "line" in x.get("class", "")]
-  assert len(lines) == 7, "a curve per trial, the one without any an empty one"
+  assert len(lines) == 6 + 3, "a curve per trial that has one, and the mean of each setting"
   assert len([x for x in root.iter("polyline") if x.get("stroke")]) == 3, "a line per setting"
   links = [x.get("href") for x in root.iter("a")]
   assert links and all((sweep / link).exists() for link in links)
   assert "000000000003/report.html" in links
   # Who did not come to an end has no report of its own yet; it gets one.
   assert "000000000006/report.html" in links
+
+
+def test_the_best_setting_and_the_best_trial_are_marked(sweep):
+  write(sweep)
+  text = (sweep / "report.html").read_text()
+  assert len(re.findall('<tr class="best">', text)) == 2
+  assert '<tr class="best"><td>0.003</td><td>0.9</td>' in text
+  assert '<tr class="best"><td>★ 000000000003</td>' in text
+  assert text.count("<h3>rate=0.003 (best)</h3>") == 1
+  assert '<span class="key k0">rate=0.003 (best)</span>' in text
+
+
+def test_every_small_figure_has_the_same_ticks(sweep):
+  write(sweep)
+  text = (sweep / "report.html").read_text()
+  figures = re.findall("<figure><h3>rate=.*?</figure>", text, re.S)
+  ticks = {tuple(re.findall("<text[^>]*>([^<]*)</text>", figure)) for figure in figures}
+  assert len(figures) == 3 and len(ticks) == 1 and "4" in ticks.pop()
+
+
+def test_the_metric_is_chosen_on_the_page(tmp_path):
+  for number, (accuracy, reward) in enumerate([(0.2, 0.9), (0.8, 0.1)]):
+    directory = trial(tmp_path, number, rate=number)
+    row = {"step": 4, "eval/sampled_accuracy": accuracy, "reward_mean": reward, "other": 1}
+    (directory / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+  write(tmp_path)
+  text = (tmp_path / "report.html").read_text()
+  radio = '<input type="radio" name="tab" id="(t[0-9])".*?/><label for="(.*?)">(.*?)<'
+  labels = re.findall(radio, text)
+  assert labels == [("t0", "t0", "sampled_accuracy"), ("t1", "t1", "reward_mean")]
+  parts = re.split('<div class="tab t[0-9]">', text)[1:]
+  firsts = [re.search('<tr class="best"><td>(.)</td>', part).group(1) for part in parts]
+  assert firsts == ["1", "0"] and text.count("checked=") == 1
+  assert "#t1:checked ~ .t1 { display: block; }" in text
+
+
+def rows(values, *, half=None, rewards=None):
+  rewards = rewards or [None] * len(values)
+  return [
+    results.Row(str(i), Path(), {"rate": i}, "done", 4, 4, 1.0, value, [], [], half, reward)
+    for i, (value, reward) in enumerate(zip(values, rewards, strict=True))
+  ]
+
+
+def test_ties_are_broken_by_reward():
+  tied = rows([0.5, 0.5, 0.4], rewards=[0.1, 0.7, 0.9])
+  _, groups = results.grouped(tied, "eval/sampled_accuracy")
+  assert [group.settings["rate"] for group in groups] == [1, 0, 2]
+  view = report_page.View("eval/sampled_accuracy", [], [], groups, tied)
+  assert report_page.best_trial(view).id == "1"
+
+
+def test_few_seeds_make_no_interval_narrower_than_one_evaluation():
+  """Two seeds with 18 of 20 right each: as uncertain as one of them, 0.70 to 0.97 by Wilson."""
+  assert results.honest(rows([0.9, 0.9], half=0.135)) == (0.9, 0.135)
+  assert results.honest(rows([0.9], half=0.135)) == (0.9, 0.135)
+  assert results.honest(rows([0.9, 0.9])) == (0.9, None)
+  mean, half = results.honest(rows([0.0, 1.0], half=0.135))
+  assert half == pytest.approx(12.706 * 0.5)  # Two that differ much: Student's t is wider.
+
+
+def test_a_trials_own_interval_is_that_of_its_newest_evaluation(tmp_path):
+  directory = trial(tmp_path, 0)
+  ends = {"eval/sampled_accuracy": 0.9, "eval/sampled_low": 0.7, "eval/sampled_high": 0.98}
+  old = ends | {"eval/sampled_low": 0.0}
+  lines = [json.dumps({"step": step} | row) for step, row in ((0, old), (4, ends))]
+  (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  (row,) = results.rows_of(results.read_trials(tmp_path), "eval/sampled_accuracy")
+  assert row.own_half == pytest.approx(0.14)
 
 
 def test_losses_are_better_when_they_are_smaller(tmp_path):
