@@ -8,14 +8,22 @@ import runpy
 
 import pytest
 
+from rl_llm import explain
 from rl_llm.rewards import RewardPool
 from rl_llm.runs.config import flatten
 from rl_llm.tasks import load_task
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
+# The Japanese lessons have the English ones' examples, which tests/test_guide.py compares.
+LESSONS = sorted((ROOT / "docs" / "guide").glob("*.md"))
 GUIDES = [README, ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*GUIDES, *sorted((ROOT / "docs" / "results").glob("*.md"))]
+GUIDES += [path for path in LESSONS if not path.name.endswith(".ja.md")]
+PAGES = [
+  *GUIDES,
+  *(path for path in LESSONS if path.name.endswith(".ja.md")),
+  *sorted((ROOT / "docs" / "results").glob("*.md")),
+]
 # Flags of other programs (pip) and of absl itself, and the mistake that launch/README.md shows.
 FOREIGN_FLAGS = {
   "no-deps",
@@ -58,17 +66,21 @@ def unknown_flags(text):
     for directory in ("experiments", "launch", "benchmarks")
     for path in (ROOT / directory).glob("*.py")
   }
+  topics = {topic.__name__: {*topic.__kwdefaults__, "lang", "plot"} for topic in explain.TOPICS}
   experiments = {
     stem: flags_of(module) for stem, module in modules.items() if hasattr(module, "Config")
   }
-  anyones = set().union(*experiments.values())
+  anyones = set().union(*experiments.values(), *topics.values())
   unknown = []
   for line in re.sub(r" \\\n *", " ", text).splitlines():  # A command that a \ breaks is one line.
-    before, *commands = re.split(r"-m (?:experiments|launch|benchmarks)\.(?=\w)", line)
+    start = r"-m (?=(?:experiments|launch|benchmarks)\.\w|rl_llm explain \w)"
+    before, *commands = re.split(start, line)
     parts = [(before, anyones)]
     for command in commands:  # To the end of the line, or of what stands between backquotes.
       own, _, after = command.partition("`")
-      parts += [(own, experiments[re.match(r"\w+", own)[0]]), (after, anyones)]
+      name = re.match(r"(?:rl_llm explain |\w+\.)(\w+)", own)[1]
+      parts += [(own, (topics if own.startswith("rl_llm ") else experiments)[name])]
+      parts += [(after, anyones)]
     for part, known in parts:
       for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", part):
         if flag not in known | FOREIGN_FLAGS:
@@ -128,6 +140,7 @@ def test_the_rules_themselves():
   assert unknown_flags("python -m experiments.sft --packing=1 --kl.coef=1") == ["kl.coef"]
   assert unknown_flags("`-m experiments.sft --seed=1`, `--kl.coef=1` and `--x.y`") == ["x.y"]
   assert unknown_flags("-m experiments.sft \\\n  --seed=1 \\\n  --kl.coef=1") == ["kl.coef"]
+  assert unknown_flags("-m rl_llm explain ppo --p_new=1 --beta=1") == ["beta"]
   assert unknown_flags("--kl.coef=1: -m benchmarks.rollout --runs=3 --lr=1") == ["lr"]
   assert unknown_names("rl_llm.kl.k3, rl_llm.kl.k4, rl_llm/kl.py") == ["rl_llm.kl.k4"]
 

@@ -43,6 +43,25 @@ def grpo(
     "advantages": tuple(advantage),
     "leave_one_out": tuple(advantages.leave_one_out(group)[0].tolist()),
   }
+  numbers = list(range(1, len(rewards) + 1))
+
+  def figure():
+    return Figure(
+      Text("response", "応答"),
+      (
+        Curve(Text("reward", "報酬"), numbers, rewards),
+        Curve(Text("advantage", "アドバンテージ"), numbers, advantage),
+      ),
+      (),
+      stepped=True,
+    )
+
+  lines = _grpo_lines(scale, bool(advantages.informative_groups(group)[0]))
+  title = Text("GRPO: the responses to one prompt", "GRPO：一つのプロンプトへの応答")
+  return Explanation(title, values, lines, figure)
+
+
+def _grpo_lines(scale: str, informative: bool) -> tuple[Text, ...]:
   divided = {
     "std": Text(
       "advantages = differences / (spread + 1e-6) = {advantages}",
@@ -53,7 +72,7 @@ def grpo(
       "アドバンテージ = 差のまま（割らない）：{advantages}",
     ),
   }
-  if bool(advantages.informative_groups(group)[0]):
+  if informative:
     last = Text(
       "Every token of a response has its response's advantage: above 0 it becomes likelier, below "
       "0 rarer.",
@@ -64,7 +83,7 @@ def grpo(
       "All rewards are equal, so this group teaches nothing, right or wrong.",
       "報酬がすべて等しいので、正解でも不正解でも、このグループからは何も学習されない。",
     )
-  lines = (
+  return (
     Text("rewards = {rewards}", "報酬 = {rewards}"),
     Text("mean = {mean}", "平均 = {mean}"),
     Text("differences from the mean = {differences}", "平均との差 = {differences}"),
@@ -79,21 +98,33 @@ def grpo(
     ),
     last,
   )
-  numbers = list(range(1, len(rewards) + 1))
 
-  def figure():
-    return Figure(
-      Text("response", "応答"),
-      (
-        Curve(Text("reward", "報酬"), numbers, rewards),
-        Curve(Text("advantage", "アドバンテージ"), numbers, advantage),
-      ),
-      (),
-      stepped=True,
-    )
 
-  title = Text("GRPO: the responses to one prompt", "GRPO：一つのプロンプトへの応答")
-  return Explanation(title, values, lines, figure)
+_GAE_LINES = (
+  Text("rewards r = {rewards}", "報酬 r = {rewards}"),
+  Text("values V = {values}", "価値 V = {values}"),
+  Text(
+    "surprises delta_t = r_t + {discount} * V_(t+1) - V_t = {surprises}",
+    "TD 誤差 δ_t = r_t + {discount} * V_(t+1) - V_t = {surprises}",
+  ),
+  Text(
+    "advantages A_t = delta_t + {discount} * {gae_lambda} * A_(t+1) = {advantages}",
+    "アドバンテージ A_t = δ_t + {discount} * {gae_lambda} * A_(t+1) = {advantages}",
+  ),
+  Text(
+    "returns A + V, the value network's targets = {returns}",
+    "リターン A + V（価値ネットワークの目標）= {returns}",
+  ),
+  Text(
+    "with lambda 1, the sampled return minus V: {sampled}",
+    "λ が 1 なら、サンプルしたリターンから V を引いたもの：{sampled}",
+  ),
+  Text(
+    "The closer lambda is to 1, the less the value network's errors and the more the noise of "
+    "sampling counts.",
+    "λ が 1 に近いほど、価値ネットワークの誤差の影響は減り、サンプリングのばらつきは増える。",
+  ),
+)
 
 
 def gae(
@@ -140,31 +171,6 @@ def gae(
     "returns": returns,
     "sampled": of_lambda(1.0)[0],
   }
-  lines = (
-    Text("rewards r = {rewards}", "報酬 r = {rewards}"),
-    Text("values V = {values}", "価値 V = {values}"),
-    Text(
-      "surprises delta_t = r_t + {discount} * V_(t+1) - V_t = {surprises}",
-      "TD 誤差 δ_t = r_t + {discount} * V_(t+1) - V_t = {surprises}",
-    ),
-    Text(
-      "advantages A_t = delta_t + {discount} * {gae_lambda} * A_(t+1) = {advantages}",
-      "アドバンテージ A_t = δ_t + {discount} * {gae_lambda} * A_(t+1) = {advantages}",
-    ),
-    Text(
-      "returns A + V, the value network's targets = {returns}",
-      "リターン A + V（価値ネットワークの目標）= {returns}",
-    ),
-    Text(
-      "with lambda 1, the sampled return minus V: {sampled}",
-      "λ が 1 なら、サンプルしたリターンから V を引いたもの：{sampled}",
-    ),
-    Text(
-      "The closer lambda is to 1, the less the value network's errors and the more the noise of "
-      "sampling counts.",
-      "λ が 1 に近いほど、価値ネットワークの誤差の影響は減り、サンプリングのばらつきは増える。",
-    ),
-  )
   title = Text("GAE: the tokens of one response", "GAE：一つの応答の各トークン")
 
   def figure():
@@ -177,4 +183,4 @@ def gae(
     curves = [Curve(name, numbers, ys) for name, ys in named]
     return Figure(Text("token", "トークン"), curves, (), stepped=True)
 
-  return Explanation(title, numbers_of, lines, figure)
+  return Explanation(title, numbers_of, _GAE_LINES, figure)

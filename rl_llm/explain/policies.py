@@ -141,6 +141,29 @@ def _dpo_lines(values) -> tuple[Text, ...]:
   )
 
 
+_KL_LINES = (
+  Text("policy = {policy}", "方策 = {policy}"),
+  Text("reference = {reference}", "参照方策 = {reference}"),
+  Text("KL(policy || reference) = {kl}", "KL(方策 || 参照方策) = {kl}"),
+  Text(
+    "its slope in the first outcome's logit = {slope}", "最初の事象のロジットに関する傾き = {slope}"
+  ),
+  *(
+    Text(
+      f"{name} of each outcome: {{{name}}}; mean {{{name}_mean}}; mean slope {{{name}_slope}}",
+      f"{name}（各事象）：{{{name}}}、平均 {{{name}_mean}}、傾きの平均 {{{name}_slope}}",
+    )
+    for name in ("k1", "k2", "k3")
+  ),
+  Text(
+    "As a value report k3 (right on average, never negative); as a loss differentiate k2 (its "
+    "slope is the KL's).",
+    "値としては k3 を報告し（平均が正しく、負にならない）、損失としては k2 を微分する"
+    "（傾きが KL の傾きに一致する）。",
+  ),
+)
+
+
 def kl(
   *, policy: tuple[float, ...] = (0.5, 0.5), reference: tuple[float, ...] = (0.25, 0.75)
 ) -> Explanation:
@@ -179,29 +202,6 @@ def kl(
     values[name] = tuple(k(logits, ref).tolist())
     value, slope = jax.value_and_grad(mean)(logits, k, lambda _: p)
     values |= {f"{name}_mean": float(value), f"{name}_slope": float(slope[0]) + 0.0}
-  estimator_lines = [
-    Text(
-      f"{name} of each outcome: {{{name}}}; mean {{{name}_mean}}; mean slope {{{name}_slope}}",
-      f"{name}（各事象）：{{{name}}}、平均 {{{name}_mean}}、傾きの平均 {{{name}_slope}}",
-    )
-    for name in ("k1", "k2", "k3")
-  ]
-  lines = (
-    Text("policy = {policy}", "方策 = {policy}"),
-    Text("reference = {reference}", "参照方策 = {reference}"),
-    Text("KL(policy || reference) = {kl}", "KL(方策 || 参照方策) = {kl}"),
-    Text(
-      "its slope in the first outcome's logit = {slope}",
-      "最初の事象のロジットに関する傾き = {slope}",
-    ),
-    *estimator_lines,
-    Text(
-      "As a value report k3 (right on average, never negative); as a loss differentiate k2 (its "
-      "slope is the KL's).",
-      "値としては k3 を報告し（平均が正しく、負にならない）、損失としては k2 を微分する"
-      "（傾きが KL の傾きに一致する）。",
-    ),
-  )
 
   def figure():
     ds = np.arange(-1.5, 1.501, 0.05)
@@ -215,6 +215,7 @@ def kl(
       (),
     )
 
+  lines = _KL_LINES
   title = Text("KL: one sample against all of them", "KL：一つのサンプルと全体")
   return Explanation(title, values, lines, figure)
 

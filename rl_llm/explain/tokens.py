@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,29 @@ from rl_llm.explain.explanation import Curve, Explanation, Figure, Text, check_p
 from rl_llm.logprobs import token_logprobs
 
 _RATIOS = tuple(np.round(np.arange(0.05, 2.0001, 0.01), 2).tolist())
+
+_REINFORCE_LINES = (
+  Text(
+    "advantage A = reward - baseline = {reward} - {baseline} = {advantage}",
+    "アドバンテージ A = 報酬 - ベースライン = {reward} - {baseline} = {advantage}",
+  ),
+  Text("log p = log {p} = {logprob}", "log p = log {p} = {logprob}"),
+  Text(
+    "loss = -A * log p = {loss}      (A is a coefficient; log p is differentiated)",
+    "損失 = -A * log p = {loss}      （A は係数であり、微分されるのは log p だけである）",
+  ),
+  Text("slope of the loss in log p = -A = {slope}", "log p に関する損失の傾き = -A = {slope}"),
+  Text(
+    "slope in the token's own logit = -A * (1 - p) = {logit_slope}",
+    "そのトークンのロジットに関する傾き = -A * (1 - p) = {logit_slope}",
+  ),
+  Text(
+    "the same token as a label, cross-entropy: slope {supervised_slope}; REINFORCE is that, "
+    "times {advantage}",
+    "同じトークンを正解ラベルとした交差エントロピーの傾き = {supervised_slope}。"
+    "REINFORCE はその {advantage} 倍である",
+  ),
+)
 
 
 def reinforce(*, p: float = 0.25, reward: float = 3.0, baseline: float = 0.0) -> Explanation:
@@ -75,29 +98,7 @@ def reinforce(*, p: float = 0.25, reward: float = 3.0, baseline: float = 0.0) ->
       ((p, logit_slope),),
     )
 
-  lines = (
-    Text(
-      "advantage A = reward - baseline = {reward} - {baseline} = {advantage}",
-      "アドバンテージ A = 報酬 - ベースライン = {reward} - {baseline} = {advantage}",
-    ),
-    Text("log p = log {p} = {logprob}", "log p = log {p} = {logprob}"),
-    Text(
-      "loss = -A * log p = {loss}      (A is a coefficient; log p is differentiated)",
-      "損失 = -A * log p = {loss}      （A は係数であり、微分されるのは log p だけである）",
-    ),
-    Text("slope of the loss in log p = -A = {slope}", "log p に関する損失の傾き = -A = {slope}"),
-    Text(
-      "slope in the token's own logit = -A * (1 - p) = {logit_slope}",
-      "そのトークンのロジットに関する傾き = -A * (1 - p) = {logit_slope}",
-    ),
-    Text(
-      "the same token as a label, cross-entropy: slope {supervised_slope}; REINFORCE is that, "
-      "times {advantage}",
-      "同じトークンを正解ラベルとした交差エントロピーの傾き = {supervised_slope}。"
-      "REINFORCE はその {advantage} 倍である",
-    ),
-    _direction(values["slope"]),
-  )
+  lines = (*_REINFORCE_LINES, _direction(values["slope"]))
   title = Text("REINFORCE: one sampled token", "REINFORCE：サンプルした一つのトークン")
   return Explanation(title, values, lines, figure)
 
@@ -139,13 +140,33 @@ def ppo(
   clipped = smaller if unclipped == loss else loss
   values |= {"ratio": ratio, "unclipped": unclipped, "clipped": clipped}
   values |= {"loss": loss, "slope": slope}
-  if unclipped == clipped:
+
+  def figure():
+    ratios = [r for r in _RATIOS if r * p_old < 1]
+    p_news = [r * p_old for r in ratios]
+    curve = _tokens(losses.ppo_loss, p_news, p_old, advantage, **clips)
+    return Figure(
+      Text("ratio p_new / p_old", "比 p_new / p_old"),
+      (
+        Curve(Text("loss", "損失"), ratios, [each[0] for each in curve]),
+        Curve(Text("slope in log p_new", "log p_new に関する傾き"), ratios, [e[1] for e in curve]),
+      ),
+      ((ratio, loss), (ratio, slope)),
+    )
+
+  lines = _ppo_lines(values)
+  title = Text("PPO: one token, after the policy has moved", "PPO：方策が動いた後の一つのトークン")
+  return Explanation(title, values, lines, figure)
+
+
+def _ppo_lines(values: Mapping[str, float]) -> tuple[Text, ...]:
+  if values["unclipped"] == values["clipped"]:
     counts = Text("the two are equal, the ratio is within the range", "両者は等しい（比が範囲内）")
-  elif loss == unclipped:
+  elif values["loss"] == values["unclipped"]:
     counts = Text("the first counts", "第一項が効く")
   else:
     counts = Text("the second counts, which is a constant", "第二項（定数）が効く")
-  lines = (
+  return (
     Text(
       "ratio = p_new / p_old = {p_new} / {p_old} = {ratio}",
       "比 = p_new / p_old = {p_new} / {p_old} = {ratio}",
@@ -163,24 +184,8 @@ def ppo(
       f"損失 = 大きい方 = {{loss}}：{counts.ja}",
     ),
     Text("slope of the loss in log p_new = {slope}", "log p_new に関する損失の傾き = {slope}"),
-    _after_clip(slope, advantage),
+    _after_clip(values["slope"], values["advantage"]),
   )
-
-  def figure():
-    ratios = [r for r in _RATIOS if r * p_old < 1]
-    p_news = [r * p_old for r in ratios]
-    curve = _tokens(losses.ppo_loss, p_news, p_old, advantage, **clips)
-    return Figure(
-      Text("ratio p_new / p_old", "比 p_new / p_old"),
-      (
-        Curve(Text("loss", "損失"), ratios, [each[0] for each in curve]),
-        Curve(Text("slope in log p_new", "log p_new に関する傾き"), ratios, [e[1] for e in curve]),
-      ),
-      ((ratio, loss), (ratio, slope)),
-    )
-
-  title = Text("PPO: one token, after the policy has moved", "PPO：方策が動いた後の一つのトークン")
-  return Explanation(title, values, lines, figure)
 
 
 # name -> (loss, its keywords, what it does with a ratio)

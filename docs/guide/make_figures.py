@@ -1,0 +1,75 @@
+"""Makes the guide's figures from the library's own functions: `make docs`.
+
+All but two are the figures of `python -m rl_llm explain`. Each is made in English and in Japanese.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from rl_llm import advantages, explain, losses, weighting
+from rl_llm.explain import Curve, Explanation, Figure, Text
+
+FOLDER = pathlib.Path(__file__).parent / "figures"
+
+
+def shared_token() -> Explanation:
+  """What happens to the first token that one right and three wrong responses share."""
+
+  def push(name, length):
+    mask = jnp.arange(8) < jnp.array([[length], [2], [2], [2]])
+    group = advantages.group_relative(jnp.array([[1.0, 0, 0, 0]])).reshape(-1)
+    old = jnp.full((4, 8), -1.0)
+
+    def loss(shared):
+      weights = getattr(weighting, name)(mask)
+      return losses.grpo_loss(old.at[:, 0].set(shared), old, group, weights, mask=mask)[0]
+
+    return -float(jax.grad(loss)(-1.0))
+
+  lengths = list(range(1, 9))
+
+  def figure():
+    return Figure(
+      Text("tokens of the right response", "正解の応答のトークン数"),
+      [
+        Curve(Text(name, name), lengths, [push(name, length) for length in lengths])
+        for name in ("sequence_mean", "token_mean")
+      ],
+      (),
+      stepped=True,
+    )
+
+  title = Text("The push on a token that all share", "全応答が共有するトークンが受ける力")
+  return Explanation(title, {}, (), figure)
+
+
+# file -> what is drawn
+FIGURES = {
+  "reinforce": functools.partial(explain.reinforce, p=0.25, reward=3.0),
+  "ppo": functools.partial(explain.ppo, p_old=0.5, p_new=0.3, advantage=1.0),
+  "clip": explain.clip,
+  "grpo": functools.partial(explain.grpo, rewards=(1.0, 0.0, 0.0, 0.0)),
+  "dpo": explain.dpo,
+  "kl": explain.kl,
+  "entropy": functools.partial(explain.entropy, p=0.881, gap=1.0, coef=0.5),
+  "collapse": shared_token,
+}
+
+
+def make(folder: pathlib.Path) -> None:
+  """Draws every figure, in both languages, into a folder."""
+  for name, explanation in FIGURES.items():
+    example = explanation()
+    figure = example.figure()  # once, for both languages
+    example = example._replace(figure=lambda figure=figure: figure)
+    explain.draw(example, folder / f"{name}.svg", lang="en")
+    explain.draw(example, folder / f"{name}.ja.svg", lang="ja")
+
+
+if __name__ == "__main__":
+  make(FOLDER)

@@ -1,0 +1,111 @@
+"""The guide answers what its readers asked, and its figures are the library's numbers."""
+
+import re
+import runpy
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from rl_llm import explain
+from tests.test_markdown import ROOT, anchors, blocks
+
+GUIDE = ROOT / "docs" / "guide"
+FIGURES = runpy.run_path(str(GUIDE / "make_figures.py"))["FIGURES"]
+LESSONS = sorted(
+  path for path in GUIDE.glob("*.md") if path.name not in ("index.md", "glossary.md")
+)
+
+# What somebody who began to learn this wrote down or asked -> where the guide answers: a page, and
+# its anchor.
+ANSWERS = {
+  "supervised learning against reinforcement learning": (
+    "policy_gradient",
+    "supervised-learning-in-one-number",
+  ),
+  "can a loss with a reward model in it be differentiated?": (
+    "policy_gradient",
+    "where-the-slope-is-cut",
+  ),
+  "the gradient of E[R] is E[grad log P * R]": ("policy_gradient", "the-policy-gradient"),
+  "good: +, bad: times -1": ("reinforce", "the-size-multiplies-not-the-sign"),
+  "try random updates and keep what was good": (
+    "reinforce",
+    "random-samples-a-deterministic-update",
+  ),
+  "the ratio as a learning rate per sample; 0.5 -> 0.3": ("ppo", "from-05-to-03"),
+  "the ratio is limited to [0.8, 1.2]": ("ppo", "a-brake-not-a-fence"),
+  "DPO's loss, written without a reference": ("dpo", "the-reference-is-the-anchor"),
+  "GRPO, the comparison table": ("grpo", "the-four-methods-side-by-side"),
+  "Nex-N1": ("nex_n1", "what-it-does-not-say"),
+  "GRPO's collapse, groups that agree": ("collapse", "first-groups-that-agree"),
+  "GRPO's collapse, certainty": ("collapse", "second-certainty"),
+  "GRPO's collapse, likelihood": ("collapse", "third-right-responses-lose-likelihood"),
+  "the entropy bonus, its optimum": ("entropy", "it-moves-the-optimum"),
+  "the entropy bonus, its slope": ("entropy", "its-slope-over-a-vocabulary"),
+  "the entropy bonus, groups that agree": ("entropy", "the-only-force-left"),
+  "the entropy bonus, alternatives": ("entropy", "where-it-is-put-and-what-replaces-it"),
+}
+
+
+def text_of(page):
+  return (GUIDE / page).read_text(encoding="utf-8")
+
+
+def numbers_in(text):
+  return [float(x) for x in re.findall(r"-?\d+\.\d", text)]
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_every_question_has_its_answer(question):
+  page, anchor = ANSWERS[question]
+  assert anchor in anchors(text_of(f"{page}.md"))
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_a_lesson_ends_with_a_quiz_of_three(path):
+  text = path.read_text(encoding="utf-8")
+  quiz = re.split(r"(?m)^## (?:Quiz|確認問題)$", text)[1].partition("\n## ")[0]
+  assert len(re.findall(r"(?m)^\d\. ", quiz)) == 3
+  answers = re.findall(r"<details .*?</details>", quiz, flags=re.DOTALL)
+  assert len(answers) == quiz.count("</details>") == 3
+  assert all(len(re.sub(r"<[^>]*>", "", answer).split()[1:]) for answer in answers)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_a_lesson_judges_what_readers_think(path):
+  headings = {block for block in anchors(path.read_text(encoding="utf-8"))}
+  assert headings & {"right-or-wrong", "正しいか誤りか"}
+
+
+def test_prose_is_wrapped():
+  # A Japanese character is as wide as two.
+  for path in GUIDE.glob("*.md"):
+    code = {i for block in blocks(path.read_text(encoding="utf-8")) for i in block.lines}
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+      width = sum(2 if ord(ch) > 0x2E7F else 1 for ch in line)
+      assert width <= 110 or i in code or re.match(r"\||- |.*\]\(", line), f"{path.name}:{i}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_what_the_library_computes(name, tmp_path):
+  example = FIGURES[name]()
+  figure = example.figure()
+  for lang, ending in (("en", ".svg"), ("ja", ".ja.svg")):
+    made = tmp_path / f"{name}{ending}"
+    explain.draw(example._replace(figure=lambda: figure), made, lang=lang)
+    kept = GUIDE / "figures" / made.name
+    elements = [list(ElementTree.parse(path).getroot().iter()) for path in (made, kept)]
+    assert len(elements[0]) == len(elements[1])
+    for new, old in zip(*elements, strict=True):
+      assert (new.tag, new.text, list(new.attrib)) == (old.tag, old.text, list(old.attrib))
+      for key, value in new.attrib.items():
+        assert numbers_in(value) == pytest.approx(numbers_in(old.attrib[key]), abs=0.2)
+
+
+def test_every_figure_is_made_and_shown():
+  kept = {path.name for path in (GUIDE / "figures").glob("*.svg")}
+  assert kept == {f"{name}{ending}" for name in FIGURES for ending in (".svg", ".ja.svg")}
+  texts = [path.read_text(encoding="utf-8") for path in GUIDE.glob("*.md")]
+  shown = {name for text in texts for name in re.findall(r"figures/(\S+svg)", text)}
+  assert shown <= kept and {f"{name}.svg" for name in FIGURES} <= shown
