@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+import numpy as np
+
+from experiments import terms
 from rl_llm import losses, presets
 from rl_llm.advantages.group import GROUP_ADVANTAGES
 from rl_llm.data.formats import COLUMNS
@@ -18,10 +21,14 @@ from rl_llm.rollout import shaping
 from rl_llm.runs.config import check_divides, inline, option
 from rl_llm.runs.keywords import arrays, keyword_group
 from rl_llm.tasks import FORMS, TASKS, task_family
+from rl_llm.training import objective
 
 ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
 KL_ESTIMATORS = Literal["k1", "k2", "k3"]
-WEIGHTINGS = "token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"
+WEIGHTINGS = (
+  *("token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"),
+  "length_power",
+)
 PRESETS = Literal[
   "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
 ]
@@ -413,6 +420,17 @@ class Updates:
     "minibatches, or is more than that",
     min=1,
   )
+  target_kl: float = option(
+    0.0,
+    "end a step's updates after the first that finds the policy further than this from the old "
+    "one, in nats a token; 0 = never",
+    min=0,
+  )
+  positive_nll_coef: float = option(
+    0.0, "factor of the likelihood of right answers; VAPO has 0.1; 0 = no such term", min=0
+  )
+  correction: terms.Correction = terms.Correction()
+  llds: terms.Llds = terms.Llds()
 
   @property
   def per_step(self) -> int:
@@ -436,6 +454,15 @@ class Updates:
       allowed = "a loss with a ratio where a step has several updates (epochs * minibatches > 1)"
       fix = "after the first the samples are another policy's: try --loss=ppo_loss"
       raise ConfigError("loss.name", loss, allowed, fix)
+    of_selection = {"selected": COVARIANCE_LOSSES}
+    of_selection |= dict.fromkeys(("covariance_low", "covariance_high"), COVARIANCE_LOSSES[:1])
+    for name, having in of_selection.items():
+      value, names = getattr(config.loss, name), [each.__name__ for each in having]
+      if value is not None and loss not in names:
+        raise ConfigError(f"loss.{name}", value, f"left out with --loss={loss}", f"see {names[0]}")
+    if self.target_kl and self.count < 2:
+      allowed = "0 with one update a step, which ends after it"
+      raise ConfigError("target_kl", self.target_kl, allowed, "try --epochs=2")
     if prompts % count:
       raise ConfigError("minibatches", count, f"a divisor of prompts_per_step ({prompts})")
     update = prompts // count
@@ -521,6 +548,10 @@ class Weighting:
 
   name: Literal[WEIGHTINGS] = option("token_mean", "a function of rl_llm.weighting")
   length: int = option(0, "the length that constant_length divides by; 0 = max_new_tokens", min=0)
+  power: float = option(0.5, "of length_power: 0 = sequence_mean, 1 = token_mean", min=0)
+  top_entropy: float = option(
+    1.0, "share of tokens that the surrogate counts, those of the highest entropy", above=0, max=1
+  )
   truncated: Literal["keep", "zero", "drop"] = option(
     "keep",
     "responses cut off at the limit: zero = weight 0, but in the denominator like any "
@@ -539,33 +570,57 @@ class KL:
   """The price of leaving the model that training began with."""
 
   coef: float = option(0.0, "0 keeps no reference model", min=0)
-  value: KL_ESTIMATORS = option("k3", "the estimator that is reported")
-  gradient: KL_ESTIMATORS = option("k2", "the estimator that is differentiated")
+  place: Literal["loss", "reward"] = option(
+    "loss", "a term of the loss, or taken off the reward of each token"
+  )
+  value: KL_ESTIMATORS = option("k3", "the estimator that is reported, and priced in the reward")
+  gradient: KL_ESTIMATORS = option("k2", "the estimator that is differentiated, in the loss")
   weighting: Literal["loss", *WEIGHTINGS] = option(
-    "loss", "how much each token counts in this term; loss = as --weighting.name has it"
+    "loss", "how much each token counts in this term of the loss; loss = as --weighting.name has it"
   )
 
+  def check(self, config: Any) -> None:
+    """Refuses settings of a term of the loss where there is none."""
+    for name in ("gradient", "weighting"):
+      if self.place == "reward" and getattr(self, name) != getattr(KL(), name):
+        allowed = "left out with --kl.place=reward"
+        raise ConfigError(f"kl.{name}", getattr(self, name), allowed)
 
-@dataclasses.dataclass(frozen=True)
-class RewardKL:
-  """The price of leaving the model that training began with, taken off each token's reward."""
 
-  coef: float = option(0.0, "0 keeps no reference model", min=0)
-  value: KL_ESTIMATORS = option("k1", "the estimator that is priced and reported")
+def _of_tokens(config: Any, name: str) -> np.ndarray:
+  """One token's array, as a loss takes it."""
+  return np.zeros((1, 1), bool if name == "selected" else np.float32)
 
 
+# They select tokens first: `rl_llm.training.objective.select_tokens`.
+COVARIANCE_LOSSES = (losses.clip_cov_loss, losses.kl_cov_loss)
+_SELECTED = " [clip_cov_loss, kl_cov_loss]"
 PolicyLoss = keyword_group(
   "loss",
   "The surrogate, and its keywords; none = the default of the loss.",
-  losses.POLICY_LOSSES,
-  shape=(1, 1),
-  further={"entropy_coef": (float, option(0.0, "entropy bonus per nat, with any loss"))},
+  (*losses.POLICY_LOSSES, *COVARIANCE_LOSSES),
+  shape=_of_tokens,
+  further={
+    "entropy_coef": (float, option(0.0, "entropy bonus per nat, with any loss")),
+    "selected": (
+      float | None,
+      option(None, f"share of a step's tokens to hold back{_SELECTED}", above=0, max=1),
+    ),
+    "covariance_low": (
+      float | None,
+      option(None, "least covariance of a token to hold back [clip_cov_loss]"),
+    ),
+    "covariance_high": (
+      float | None,
+      option(None, "greatest covariance of a token to hold back [clip_cov_loss]"),
+    ),
+  },
 )
 
 
-def _of_groups(config: Any, name: str) -> tuple[int, ...]:
-  """The shape of an advantage's array: of two problems, and of the responses that a step has."""
-  return (2,) if name == "greedy_rewards" else (2, config.updates.responses_per_prompt)
+def _of_groups(config: Any, name: str) -> np.ndarray:
+  """An advantage's array: of two problems, and of the responses that a step has to each."""
+  return np.zeros((2,) if name == "greedy_rewards" else (2, config.updates.responses_per_prompt))
 
 
 GroupAdvantage = keyword_group(
@@ -597,3 +652,32 @@ def shapes(config: Any) -> dict[str, Any]:
   advantage = getattr(config, "advantage", None)
   greedy = hasattr(advantage, "functions") and "greedy_rewards" in arrays(advantage)
   return {"overlong": overlong and overlong.penalty(config), "greedy": greedy}
+
+
+def objective_terms(config: Any) -> objective.Terms:
+  """The terms of the objective, by the groups `loss`, `kl`, `correction` and `llds`."""
+  kl, llds, size = config.kl, config.updates.llds, config.updates
+  kinds = {"value": kl.value, "gradient": kl.gradient}
+  return objective.Terms(
+    config.loss,
+    kl=kinds if kl.place == "loss" else None,
+    llds={"level": llds.level} if llds.coef else None,
+    positive_nll=size.positive_nll_coef > 0,
+    off_policy=size.correction.off_policy_mask,
+    moved=size.target_kl > 0,
+  )
+
+
+def needs_old(config: Any) -> bool:
+  """Whether a step needs the log-probs before its updates, by a pass of their own."""
+  size, selects = config.updates, config.loss.functions[config.loss.name] in COVARIANCE_LOSSES
+  return size.count > 1 or bool(size.correction.factors) or selects
+
+
+def policy_term_only(config: Any) -> bool:
+  """Whether a response with advantage 0 adds nothing: only DRO's loss has a term left."""
+  size, dro = config.updates, config.loss.name == "dro_loss"
+  further = size.llds.coef or size.positive_nll_coef or config.loss.entropy_coef
+  # A group's advantage does not have the KL in it yet.
+  kl = config.kl.coef and (config.kl.place == "loss" or hasattr(config.advantage, "functions"))
+  return not (further or dro or kl)

@@ -26,12 +26,11 @@ import jax
 import numpy as np
 
 from experiments import flags, setup
-from rl_llm import losses
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.runs import config as configs
 from rl_llm.runs import keywords, metrics
-from rl_llm.training import loop, minibatches
+from rl_llm.training import loop, minibatches, objective
 from rl_llm.training.train_state import TrainState, init_state
 
 
@@ -85,32 +84,13 @@ def check(config: Config) -> None:
 
 def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
   """The objective: the surrogate, plus the other terms that have a coefficient."""
-  temperature = config.sampling.temperature
+  temperature, terms = config.sampling.temperature, flags.objective_terms(config)
 
   def loss_fn(params, batch: ResponseBatch, hparams):
     logprobs, entropies = response_logprobs(
       params, batch, policy=policy, temperature=temperature, chunk_size=chunk_size
     )
-    # With one update a batch the old policy is the current one: no second forward pass.
-    one_update = batch.old_logprobs is None
-    loss, found = keywords.call(
-      config.loss,
-      keywords=hparams["loss"],
-      logprobs=logprobs,
-      old_logprobs=jax.lax.stop_gradient(logprobs) if one_update else batch.old_logprobs,
-      advantages=batch.advantages,
-      weights=batch.weights,
-      mask=batch.mask,
-    )
-    if batch.ref_logprobs is not None:
-      kinds = {"value": config.kl.value, "gradient": config.kl.gradient}
-      weights = batch.weights if batch.kl_weights is None else batch.kl_weights
-      penalty, of_kl = losses.kl_loss(logprobs, batch.ref_logprobs, weights, **kinds)
-      loss = loss + hparams["kl_coef"] * penalty
-      found |= {"kl_ref": of_kl["kl"]}
-    bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
-    loss = loss + hparams["entropy_coef"] * bonus
-    found |= of_entropy | minibatches.logprob_gap(logprobs, batch)
+    loss, found = objective.policy_terms(terms, hparams, logprobs, entropies, batch)
     return loss, jax.lax.stop_gradient(found)
 
   return loss_fn
@@ -120,11 +100,6 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
 def group_advantages(options: flags.GroupAdvantage, rewards, ok, lengths=None, greedy=None):
   """[P, G]: how each reward compares with the others of its group."""
   return keywords.call(options, rewards=rewards, where=ok, lengths=lengths, greedy_rewards=greedy)
-
-
-def policy_term_only(config: Config) -> bool:
-  """Whether a response with advantage 0 adds nothing: only DRO's loss has a term left."""
-  return not (config.kl.coef or config.loss.entropy_coef or config.loss.name == "dro_loss")
 
 
 def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> minibatches.Programs:
@@ -143,24 +118,26 @@ def learn(
 ) -> tuple[TrainState, loop.Learned]:
   """One step's updates: what GRPO does with graded samples."""
   scores, weights = experience.scores, model.weights
-  batch = minibatches.place_responses(experience, model.mesh)
+  batch = setup.place_responses(config, model, experience)
   with clock("logprobs"):
-    old, ref = config.updates.count > 1, config.kl.coef > 0
+    old, ref = flags.needs_old(config), config.kl.coef > 0
     batch = minibatches.with_logprobs(batch, programs, weights, state.params, old=old, ref=ref)
   if config.advantage.name == "maxrl" and np.any(scores.rewards[scores.ok] < 0):
     least, instead = scores.rewards[scores.ok].min(), "try --advantage=group_relative"
     raise configs.ConfigError("advantage", "maxrl", f"another, for a reward of {least}", instead)
   advantages = np.asarray(group_advantages(config.advantage, *minibatches.group_inputs(experience)))
   informative = np.any(advantages != 0, axis=1)
-  batch = batch._replace(advantages=advantages.reshape(-1))
-  hparams, totals, trained = setup.hyperparameters(config, step, kl_coef=config.kl.coef), {}, []
+  batch, totals = setup.less_kl(config, batch._replace(advantages=advantages.reshape(-1)))
+  hparams, trained = setup.hyperparameters(config, step), []
   with clock("update"):
     for part in setup.minibatches(
-      config, programs, batch, step, matters=informative, only=policy_term_only(config)
+      config, programs, batch, step, matters=informative, only=flags.policy_term_only(config)
     ):
       state, found = programs.update(state, part.batch, hparams, part.microbatches, weights.frozen)
       totals = metrics.add_metrics(totals, found)
       trained.append(part.problems)
+      if setup.moved_too_far(config, found):
+        break
   work = setup.step_work(model, experience, trained)
   totals |= {"frac_zero_std": minibatches.without_spread(informative, scores.ok)}
   return state, loop.Learned(totals, advantages, work)

@@ -54,6 +54,21 @@ MAY_DIFFER = (
   "weighting.",
 )
 
+# What a step of all members does not have, and what it is without.
+ALONE = {
+  "overlong.cache": 0,
+  "weighting.top_entropy": 1.0,
+  "correction.name": "none",
+  "correction.off_policy_mask": None,
+  "correction.second_moment_mask": None,
+  "correction.trust_region_mask": None,
+  "llds.coef": 0.0,
+  "positive_nll_coef": 0.0,
+  "target_kl": 0.0,
+  "kl.place": "loss",
+}
+COVARIANCE = [loss.__name__ for loss in flags.COVARIANCE_LOSSES]
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -91,13 +106,15 @@ def check(members: Sequence[grpo.Config]) -> None:
     if first[path] != allowed:
       fix = "whole members lie over the devices"
       raise configs.ConfigError(path, first[path], f"{allowed} in a population", fix)
-  alone, fix = {"overlong.cache": 0}, "sweep it with another --backend"
+  fix = "sweep it with another --backend"
   for member in map(configs.flatten, members):  # A step of all members has less than one of each.
-    for path, allowed in alone.items():
+    for path, allowed in ALONE.items():
       if member[path] != allowed:
-        raise configs.ConfigError(path, member[path], f"{allowed} in a population", fix)
-    if member["advantage.name"] == "remax":
-      raise configs.ConfigError("advantage.name", "remax", "another in a population", fix)
+        said = "none" if allowed is None else allowed
+        raise configs.ConfigError(path, member[path], f"{said} in a population", fix)
+    for path, others in (("advantage.name", ["remax"]), ("loss.name", COVARIANCE)):
+      if member[path] in others:
+        raise configs.ConfigError(path, member[path], "another in a population", fix)
   if first["reward_isolation"] == "batch":  # All members' responses are graded at once.
     raise configs.ConfigError("reward_isolation", "batch", "auto, sample or group in a population")
 
@@ -189,7 +206,7 @@ def learn(
     old = programs.logprobs(of.frozen, state.params, batch) if size.count > 1 else None
     ref = None if of.reference is None else programs.logprobs(of.frozen, of.reference, batch)
     batch = jax.block_until_ready(batch._replace(old_logprobs=old, ref_logprobs=ref))
-  numbers = [setup.hyperparameters(own, step, kl_coef=own.kl.coef) for own in of.members]
+  numbers = [setup.hyperparameters(own, step) for own in of.members]
   hparams = sharding.shard_rows(population.stacked(jax.device_get(numbers)), mesh)
   orders = [
     setup.order(member, step, matters=np.any(advantages != 0, axis=1))
@@ -200,7 +217,7 @@ def learn(
     for shares in zip(*orders, strict=True):
       chosen = np.stack([problems for problems, _ in shares])
       used = [
-        count if grpo.policy_term_only(member) else len(problems)
+        count if flags.policy_term_only(member) else len(problems)
         for member, (problems, count) in zip(of.members, shares, strict=True)
       ]
       weights = [

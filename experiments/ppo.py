@@ -38,8 +38,8 @@ from rl_llm import advantages as estimators
 from rl_llm import controllers, losses, masked, rollout
 from rl_llm import policy as policies
 from rl_llm.runs import config as configs
-from rl_llm.runs import keywords, metrics
-from rl_llm.training import loop, minibatches, train_state, update, value_network
+from rl_llm.runs import metrics
+from rl_llm.training import loop, minibatches, objective, train_state, update, value_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Value:
 
 
 @dataclasses.dataclass(frozen=True)
-class KL(flags.RewardKL):
-  """The price of leaving the model that training began with, taken off each token's reward."""
+class KL(flags.KL):
+  """The price of leaving the model that training began with."""
 
   controller: Literal["fixed", "adaptive"] = configs.option("fixed", "adaptive follows the KL")
   target: float = configs.option(0.1, "KL the adaptive controller holds, nats a token", above=0)
@@ -79,6 +79,7 @@ class KL(flags.RewardKL):
 
   def check(self, config: Config) -> None:
     """Refuses an adaptive controller without a KL to control."""
+    super().check(config)
     if self.controller == "adaptive" and not self.coef:
       allowed = "above 0 with --kl.controller=adaptive"
       raise configs.ConfigError("kl.coef", self.coef, allowed, "try --kl.coef=0.001")
@@ -110,7 +111,7 @@ class Config:
   preset: flags.PRESETS = flags.preset("weighting and loss")
   advantage: Advantage = Advantage()
   loss: flags.PolicyLoss = flags.PolicyLoss(name="ppo_loss")
-  kl: KL = KL()
+  kl: KL = KL(place="reward", value="k1")
   value: Value = Value()
 
 
@@ -142,32 +143,19 @@ def check(config: Config) -> None:
 
 def make_loss(config: Config, policy: policies.Policy):
   """The objective: the surrogate, plus the other terms that have a coefficient."""
-  temperature = config.sampling.temperature
+  temperature, terms = config.sampling.temperature, flags.objective_terms(config)
 
   def loss_fn(params, batch: rollout.ResponseBatch, hparams):
     hidden = rollout.response_hidden(params, batch, policy=policy)
     logprobs, entropies = rollout.logprobs_of_hidden(
       params, hidden, batch.tokens, batch.mask, policy=policy, temperature=temperature
     )
-    # With one update a batch the old policy is the current one: no second forward pass.
-    one_update = batch.old_logprobs is None
-    loss, found = keywords.call(
-      config.loss,
-      keywords=hparams["loss"],
-      logprobs=logprobs,
-      old_logprobs=jax.lax.stop_gradient(logprobs) if one_update else batch.old_logprobs,
-      advantages=batch.advantages,
-      weights=batch.weights,
-      mask=batch.mask,
-    )
+    loss, found = objective.policy_terms(terms, hparams, logprobs, entropies, batch)
     if config.value.trunk == "shared":
       values = value_network.values_of_hidden(params["head"], hidden, batch.mask)
       error, of_values = value_term(config.value, values, batch)
       loss = loss + hparams["value_coef"] * error
       found |= of_values
-    bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
-    loss = loss + hparams["entropy_coef"] * bonus
-    found |= of_entropy | minibatches.logprob_gap(logprobs, batch)
     return loss, jax.lax.stop_gradient(found)
 
   return loss_fn
@@ -202,7 +190,7 @@ def make_before(config: Config, policy: policies.Policy):
       values = value_network.values_of_hidden(params["head"], hidden, batch.mask)
     else:
       values = value_network.response_values(value_params, batch, policy=policy)
-    if config.updates.count == 1:
+    if not flags.needs_old(config):
       return values, None
     temperature = config.sampling.temperature
     return values, rollout.logprobs_of_hidden(
@@ -270,7 +258,7 @@ def learn(
 ) -> tuple[State, loop.Learned]:
   """One step's updates: what PPO does with graded samples."""
   scores, weights = experience.scores, model.weights
-  batch = minibatches.place_responses(experience, model.mesh)
+  batch = setup.place_responses(config, model, experience)
   with clock("logprobs"):
     tower = state.value and weights.whole(state.value.params)
     values, old = programs.before(weights.whole(state.policy.params), tower, batch)
@@ -278,7 +266,7 @@ def learn(
     batch = minibatches.with_logprobs(
       batch, programs.policy, weights, None, old=False, ref=config.kl.coef > 0
     )
-  kl, totals = minibatches.reward_kl(batch, value=config.kl.value)
+  kl, totals = setup.reward_kl(config, batch)
   found, returns = token_advantages(
     config.advantage, scores.rewards.reshape(-1), batch.old_values, batch.mask, kl, state.kl.coef
   )
@@ -288,7 +276,8 @@ def learn(
   totals |= {"kl_coef": state.kl.coef} if config.kl.coef else {}
   rate = setup.learning_rate(config, step) / config.optimizer.learning_rate
   value_rate = rate * config.value.learning_rate
-  hparams = setup.hyperparameters(config, step, value_coef=config.value.coef)
+  coefs = {"value_coef": config.value.coef, "kl_coef": state.kl.coef}
+  hparams = setup.hyperparameters(config, step, **coefs)
   policy, value, trained = state.policy, state.value, []
   with clock("update"):
     for part in setup.minibatches(config, programs.policy, batch, step):
@@ -304,6 +293,8 @@ def learn(
         found |= {f"value_{name.removeprefix('value_')}": of_value[name] for name in of_value}
       totals = metrics.add_metrics(totals, found)
       trained.append(part.problems)
+      if setup.moved_too_far(config, found):
+        break
   work = setup.step_work(model, experience, trained, towers=int(value is not None))
   totals |= {"value_learning_rate": value_rate}
   kl_state, options = state.kl, config.kl

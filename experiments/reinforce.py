@@ -11,7 +11,7 @@ It only needs a grader. The baseline of a reward removes noise without changing 
   python -m experiments.reinforce                           SmolLM2-135M learns to add, 2 CPU cores
   python -m experiments.reinforce --epochs=2 --loss=ppo_loss     several updates need a ratio
 
-The KL to the reference is part of the reward here, token by token; GRPO has it in the loss.
+The KL to the reference is part of the reward here, token by token; --kl.place=loss moves it.
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
 Measured with the first command, --steps=16 --prompts_per_step=12, seeds 0, 1 and 2, on 2 cores: of
@@ -31,12 +31,11 @@ import numpy as np
 
 from experiments import flags, setup
 from rl_llm import advantages as estimators
-from rl_llm import losses
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.runs import config as configs
-from rl_llm.runs import keywords, metrics
-from rl_llm.training import loop, minibatches
+from rl_llm.runs import metrics
+from rl_llm.training import loop, minibatches, objective
 from rl_llm.training.train_state import TrainState, init_state
 
 REINFORCE_PLUS_PLUS = "reinforce_plus_plus", "reinforce_plus_plus_baseline"
@@ -91,7 +90,7 @@ class Config:
   preset: flags.PRESETS = flags.preset("weighting and loss")
   advantage: Advantage = Advantage()
   loss: flags.PolicyLoss = flags.PolicyLoss(name="reinforce_loss")
-  kl: flags.RewardKL = flags.RewardKL()
+  kl: flags.KL = flags.KL(place="reward", value="k1")
 
 
 # Defaults for the two-layer model of random weights, where a pretrained one's do not fit.
@@ -121,26 +120,13 @@ def check(config: Config) -> None:
 
 def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
   """The objective: the surrogate, plus the other terms that have a coefficient."""
-  temperature = config.sampling.temperature
+  temperature, terms = config.sampling.temperature, flags.objective_terms(config)
 
   def loss_fn(params, batch: ResponseBatch, hparams):
     logprobs, entropies = response_logprobs(
       params, batch, policy=policy, temperature=temperature, chunk_size=chunk_size
     )
-    # With one update a batch the old policy is the current one: no second forward pass.
-    one_update = batch.old_logprobs is None
-    loss, found = keywords.call(
-      config.loss,
-      keywords=hparams["loss"],
-      logprobs=logprobs,
-      old_logprobs=jax.lax.stop_gradient(logprobs) if one_update else batch.old_logprobs,
-      advantages=batch.advantages,
-      weights=batch.weights,
-      mask=batch.mask,
-    )
-    bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
-    loss = loss + hparams["entropy_coef"] * bonus
-    found |= of_entropy | minibatches.logprob_gap(logprobs, batch)
+    loss, found = objective.policy_terms(terms, hparams, logprobs, entropies, batch)
     return loss, jax.lax.stop_gradient(found)
 
   return loss_fn
@@ -163,11 +149,6 @@ def token_advantages(options: Advantage, rewards, ok, mask, kl, kl_coef, baselin
   return jnp.where(mask, found, 0)
 
 
-def policy_term_only(config: Config) -> bool:
-  """Whether a response with advantage 0 adds nothing: only DRO's loss has a term left."""
-  return not (config.loss.entropy_coef or config.loss.name == "dro_loss")
-
-
 def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> minibatches.Programs:
   """The compiled functions that a step calls after its rollout."""
   return setup.make_programs(config, policy, mesh, make_loss(config, policy))
@@ -185,12 +166,12 @@ def learn(
   """One step's updates: what REINFORCE does with graded samples."""
   scores, weights = experience.scores, model.weights
   policy, trained = state.policy, []
-  batch = minibatches.place_responses(experience, model.mesh)
+  batch = setup.place_responses(config, model, experience)
   with clock("logprobs"):
-    old, ref = config.updates.count > 1, config.kl.coef > 0
+    old, ref = flags.needs_old(config), config.kl.coef > 0
     batch = minibatches.with_logprobs(batch, programs, weights, policy.params, old=old, ref=ref)
   baseline = float(state.baseline / state.weight) if state.weight else 0.0
-  kl, totals = minibatches.reward_kl(batch, value=config.kl.value)
+  kl, totals = setup.reward_kl(config, batch)
   per_token = token_advantages(
     config.advantage, scores.rewards, scores.ok, batch.mask, kl, config.kl.coef, baseline
   )
@@ -199,13 +180,15 @@ def learn(
   hparams = setup.hyperparameters(config, step)
   with clock("update"):
     for part in setup.minibatches(
-      config, programs, batch, step, matters=informative, only=policy_term_only(config)
+      config, programs, batch, step, matters=informative, only=flags.policy_term_only(config)
     ):
       policy, found = programs.update(
         policy, part.batch, hparams, part.microbatches, weights.frozen
       )
       totals = metrics.add_metrics(totals, found)
       trained.append(part.problems)
+      if setup.moved_too_far(config, found):
+        break
   work = setup.step_work(model, experience, trained)
   reward = np.mean(scores.rewards[scores.ok]) if scores.ok.any() else baseline
   decay = config.advantage.decay

@@ -34,9 +34,11 @@ from rl_llm.runs.metrics import PhaseClock
 from rl_llm.runs.run_directory import Run, default_workdir, found_workdir, opened
 from rl_llm.text.conversations import resolve_format
 from rl_llm.text.tokenizers import Tokenizer
-from rl_llm.training import loop, update
+from rl_llm.training import loop, objective, update
 from rl_llm.training import minibatches as responses
 from rl_llm.training.train_state import parameter_count
+
+SELECTION = 2**32 - 1  # Stands where a problem's number does in the keys of a step's samples.
 
 
 class Model(NamedTuple):
@@ -469,8 +471,12 @@ def learning_rate(config: Any, step: int) -> float:
 def hyperparameters(config: Any, step: int, **further: float) -> dict[str, Any]:
   """The numbers that a step's updates are computed with: data, so none recompiles."""
   numbers = {"learning_rate": learning_rate(config, step), "loss": keywords.given(config.loss)}
-  entropy = {"entropy_coef": config.loss.entropy_coef}
-  return jax.tree.map(jnp.float32, numbers | entropy | further)
+  numbers["entropy_coef"], size = config.loss.entropy_coef, config.updates
+  if config.kl.place == "loss":
+    numbers["kl_coef"] = config.kl.coef
+  terms = {"llds_coef": size.llds.coef, "nll_coef": size.positive_nll_coef}
+  numbers |= {name: coef for name, coef in terms.items() if coef}
+  return jax.tree.map(jnp.float32, numbers | further)
 
 
 def weigh(config: Any) -> responses.Weigh:
@@ -481,6 +487,10 @@ def weigh(config: Any) -> responses.Weigh:
     name=options.name,
     kl_name=getattr(config.kl, "weighting", "loss"),
     length=options.length or longest,
+    power=options.power,
+    corrections=config.updates.correction.factors,
+    top_entropy=options.top_entropy,
+    llds=config.updates.llds.normalizer if config.updates.llds.coef else None,
     truncated="zero" if options.drop_truncated else options.truncated,
   )
 
@@ -499,6 +509,36 @@ def make_programs(
   return responses.make_programs(
     policy, updates, temperature=temperature, weigh=weigh(config), mesh=mesh
   )
+
+
+def place_responses(config: Any, model: Model, experience: collect.Experience) -> ResponseBatch:
+  """The step's responses on the devices, with what the config's weights and terms read."""
+  read = {"entropies": config.weighting.top_entropy < 1}
+  read["correct"] = config.updates.positive_nll_coef > 0
+  return responses.place_responses(experience, model.mesh, **read)
+
+
+def reward_kl(config: Any, batch: ResponseBatch) -> tuple[jax.Array, dict[str, tuple]]:
+  """`minibatches.reward_kl`; 0 where the KL is a term of the loss."""
+  if config.kl.place == "loss":
+    batch = batch._replace(ref_logprobs=None)
+  return responses.reward_kl(batch, value=config.kl.value)
+
+
+def less_kl(config: Any, batch: ResponseBatch) -> tuple[ResponseBatch, dict[str, tuple]]:
+  """The batch with the KL taken off its responses' advantages [B], where it is in the reward."""
+  if config.kl.place == "loss" or not config.kl.coef:
+    return batch, {}
+  kl, found = reward_kl(config, batch)
+  return responses.less_kl(batch, kl, config.kl.coef), found
+
+
+def moved_too_far(config: Any, found: dict[str, Any]) -> bool:
+  """Whether an update's metrics say that the step's updates are to end (--target_kl)."""
+  if not config.updates.target_kl:
+    return False
+  total, count = jax.device_get(found["kl_old"])
+  return bool(total > config.updates.target_kl * count)
 
 
 def order(
@@ -530,6 +570,11 @@ def minibatches(
     only: whether nothing but the policy term counts, so that they are left out.
   """
   problems, part = order(config, step, matters=matters), config.updates.microbatch_prompts
+  if (loss := config.loss).functions[loss.name] in flags.COVARIANCE_LOSSES:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.run.seed), step), SELECTION)
+    limits = {"low": loss.covariance_low, "high": loss.covariance_high}
+    how = {"loss": loss.name, "fraction": loss.selected} | limits
+    batch = batch._replace(selected=objective.select_tokens(batch, key, **how))
   return responses.minibatches(programs.take, batch, problems, microbatch_prompts=part, only=only)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from rl_llm import weighting
 from rl_llm.rollout import ResponseBatch
-from rl_llm.training.minibatches import all_weights, make_programs
+from rl_llm.training.minibatches import all_weights, less_kl, make_programs
 
 MASK = np.array([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
 ROWS = np.zeros(MASK.shape, np.int32)
@@ -39,3 +39,44 @@ def test_an_update_takes_both_with_its_rows():
   np.testing.assert_array_equal(taken.weights, weighting.token_mean(MASK[2:]))
   np.testing.assert_array_equal(taken.kl_weights, weighting.sequence_sum(MASK[2:]))
   assert taken.truncated is None
+
+
+def test_factors_are_those_of_the_loss_alone_and_multiply():
+  rng = np.random.default_rng(0)
+  old, entropies = np.log(rng.uniform(0.2, 0.9, MASK.shape)), rng.uniform(size=MASK.shape)
+  batch = BATCH._replace(old_logprobs=old, sampler_logprobs=old - 1.0, entropies=entropies)
+  icepop = {"level": "token", "low": 0.5, "high": 5.0, "mode": "mask"}
+  given = {
+    "name": "token_mean",
+    "length": 8,
+    "corrections": {"truncated_importance": icepop},
+    "top_entropy": 0.5,
+  }
+  found = all_weights(batch, **given)
+  np.testing.assert_array_equal(found["weights"], weighting.token_mean(MASK))
+  surest = np.sort(entropies[MASK])[: MASK.sum() // 2]
+  kept = MASK & ~np.isin(entropies, surest)
+  np.testing.assert_allclose(found["factors"], kept * np.e, rtol=1e-6)
+
+
+def test_a_power_of_the_length_lies_between_two_means():
+  rows = all_weights(BATCH, name="length_power", length=8, power=0.0)["weights"]
+  np.testing.assert_allclose(rows, weighting.sequence_mean(MASK), rtol=1e-6)
+  tokens = all_weights(BATCH, name="length_power", length=8, power=1.0)["weights"]
+  np.testing.assert_allclose(tokens, weighting.token_mean(MASK), rtol=1e-6)
+
+
+def test_right_answers_have_weights_of_their_own():
+  batch = BATCH._replace(correct=np.array([True, False, True, False]))
+  found = all_weights(batch, name="token_mean", length=8)["nll_weights"]
+  np.testing.assert_allclose(found, (MASK & batch.correct[:, None]) / 5, rtol=1e-6)
+
+
+def test_the_kl_of_a_group_advantage_counts_from_each_token_on():
+  kl = np.random.default_rng(1).normal(size=MASK.shape).astype(np.float32) * MASK
+  batch = BATCH._replace(advantages=np.array([1.0, -1.0, 0.5, 0.0], np.float32))
+  found = np.asarray(less_kl(batch, kl, 0.1).advantages)
+  for b, mask in enumerate(MASK):
+    for t in range(mask.size):
+      wanted = batch.advantages[b] - 0.1 * kl[b, t:].sum() if mask[t] else 0
+      assert abs(found[b, t] - wanted) < 1e-6

@@ -39,6 +39,12 @@ class ResponseBatch(NamedTuple):
   weights: chex.Array | None = None  # [B, T], of one update's rows, from `rl_llm.weighting`
   kl_weights: chex.Array | None = None  # [B, T], of a KL term, if they differ from `weights`
   truncated: chex.Array | None = None  # [B] bool, True = cut off at the length limit
+  entropies: chex.Array | None = None  # [B, T], of the sampler's distributions, in nats
+  correct: chex.Array | None = None  # [B] bool, whether the grader found the response right
+  selected: chex.Array | None = None  # [B, T] bool, tokens that a loss holds back
+  factors: chex.Array | None = None  # [B, T], what the surrogate's weights are multiplied by
+  llds_weights: chex.Array | None = None  # [B, T], of the term that holds up likelihood
+  nll_weights: chex.Array | None = None  # [B, T], of the likelihood of right answers
   old_values: chex.Array | None = None  # [B, T], of a value network before this batch's updates
   returns: chex.Array | None = None  # [B, T], what the values should have been
 

@@ -24,8 +24,8 @@ import numpy as np
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import option
 
-# Of the arrays that a family's functions take: one for all, or (config, name) -> of that array.
-Shape = tuple[int, ...] | Callable[[Any, str], tuple[int, ...]]
+# (config, name) -> an array such as a family's functions take under that name
+Example = Callable[[Any, str], np.ndarray]
 
 
 def keyword_group(
@@ -33,7 +33,7 @@ def keyword_group(
   doc: str,
   functions: Sequence[Callable],
   *,
-  shape: Shape,
+  shape: tuple[int, ...] | Example,
   unset: bool = True,
   agreed: Sequence[str] = (),
   further: Mapping[str, tuple[Any, Any]] | None = None,
@@ -55,8 +55,8 @@ def keyword_group(
     prefix: the group's name in the config, for error messages.
     doc: what the group is, for `--help`.
     functions: their positional parameters are arrays. The first function is the default.
-    shape: of the arrays that the functions take, to try settings without computing anything; or a
-      function (config, name of the array) -> its shape.
+    shape: of the arrays that the functions take, to try settings without computing anything; or
+      what makes each of them.
     unset: whether a keyword is None until it is set, so that the function's default applies; else
       it has the default of the first function that has the keyword.
     agreed: keywords that have that default also for functions whose own is another.
@@ -90,7 +90,8 @@ def keyword_group(
   fields |= further or {}
 
   def check(self: Any, config: Any) -> None:
-    _check(self, prefix, defaults, shape if callable(shape) else lambda *_: shape, config)
+    zeros = lambda config, name: np.zeros(shape, np.float32)  # noqa: E731
+    _check(self, prefix, defaults, shape if callable(shape) else zeros, config)
 
   # The keywords' own values come last: a class attribute is not a field.
   namespace = {"functions": table, "defaults": defaults, "check": check, "__doc__": doc}
@@ -159,7 +160,7 @@ def described(function: Callable, keyword: str, *, see_others: bool = False) -> 
 
 
 def _check(
-  group: Any, prefix: str, defaults: Mapping[str, Any], shape_of: Callable, config: Any
+  group: Any, prefix: str, defaults: Mapping[str, Any], example: Example, config: Any
 ) -> None:
   """Refuses keywords that the chosen function lacks, and values that it does not accept."""
   function = group.functions[group.name]
@@ -169,7 +170,7 @@ def _check(
     if keyword not in known and value != default:
       has = f"which has {', '.join(known)}" if known else "which has no keywords"
       raise ConfigError(f"{prefix}.{keyword}", value, f"left out with --{prefix}={group.name}", has)
-  examples = [np.zeros(shape_of(config, name), np.float32) for name in arrays(group)]
+  examples = [example(config, name) for name in arrays(group)]
   try:
     jax.eval_shape(lambda: function(*examples, **given(group)))
   except ValueError as error:

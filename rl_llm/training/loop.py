@@ -447,7 +447,8 @@ def announced(update: Callable, run: Run) -> Callable:
   say = functools.cache(run.console.say)
 
   def announced_update(state: Any, batch: Any, *further: Any) -> Any:
-    width = max(mask.shape[1] for mask in jax.tree.leaves(batch) if mask.dtype == bool)
+    masks = (leaf for leaf in jax.tree.leaves(batch) if leaf.dtype == bool and leaf.ndim > 1)
+    width = max(mask.shape[1] for mask in masks)
     say(f"compiling the update: rows of up to {width} tokens")
     return update(state, batch, *further)
 

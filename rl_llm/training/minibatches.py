@@ -8,7 +8,9 @@ its tokens are weighted among all tokens of that update.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm import kl, weighting
+from rl_llm.advantages import discounted_returns, token_rewards
+from rl_llm.losses import llds_weights
 from rl_llm.masked import masked_mean
 from rl_llm.parallel import sharding
 from rl_llm.policy import Policy
@@ -59,7 +63,7 @@ def make_programs(
   @jax.jit
   def take(batch: ResponseBatch, chosen: Any) -> ResponseBatch:
     taken = take_prompts(batch, chosen)
-    taken = taken._replace(**weigh(taken), truncated=None)
+    taken = weighed(taken, weigh(taken))
     return taken if mesh is None else sharding.constrain_rows(taken, mesh)
 
   logprobs = jax.jit(functools.partial(response_logprobs, policy=policy, temperature=temperature))
@@ -81,28 +85,76 @@ def group_inputs(experience: Experience) -> tuple[np.ndarray, ...]:
   return scores.rewards, scores.ok & greedy.ok, lengths, greedy.rewards[:, 0]
 
 
-def place_responses(experience: Experience, mesh: jax.sharding.Mesh | None) -> ResponseBatch:
-  """Puts the experience on the devices as losses read it; its tokens are sent only here."""
-  return sharding.shard_rows(response_batch(experience), mesh)
+def weighed(batch: ResponseBatch, weights: dict[str, Any]) -> ResponseBatch:
+  """An update's rows with the weights of their tokens, without what only these were made from."""
+  spent = {"truncated": None, "entropies": None}
+  return batch._replace(**weights, **spent)
+
+
+def place_responses(
+  experience: Experience,
+  mesh: jax.sharding.Mesh | None,
+  *,
+  entropies: bool = False,
+  correct: bool = False,
+) -> ResponseBatch:
+  """Puts the experience on the devices as losses read it; its tokens are sent only here.
+
+  Args:
+    experience: of the step.
+    mesh: over which its rows lie.
+    entropies: whether weights depend on the sampler's entropies.
+    correct: whether the loss depends on which answers are right.
+  """
+  batch = response_batch(experience)
+  if entropies:
+    batch = batch._replace(entropies=experience.rollout.entropies)
+  if correct:
+    right = np.array([row["correct"] is True for row in experience.samples])
+    batch = batch._replace(correct=right)
+  return sharding.shard_rows(batch, mesh)
 
 
 def all_weights(
-  batch: ResponseBatch, *, kl_name: str = "loss", **of_loss: Any
+  batch: ResponseBatch,
+  *,
+  kl_name: str = "loss",
+  corrections: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
+  top_entropy: float = 1.0,
+  llds: str | None = None,
+  **of_loss: Any,
 ) -> dict[str, jax.Array | None]:
-  """The weights of the loss, and those of its KL term if they differ.
+  """The weights of the loss, and those of its other terms if they differ.
 
   Args:
     batch: the update's rows.
     kl_name: a function of `rl_llm.weighting`, or "loss" for the weights of the loss.
+    corrections: functions of `rl_llm.weighting` that compare the old policy with the sampler, by
+      name, with their keywords.
+    top_entropy: the share of the tokens that the surrogate counts, those of the highest entropy.
+    llds: the normalizer of `rl_llm.losses.llds_weights`; None: there is no such term.
     **of_loss: the keywords of `token_weights`; for the KL, only the name differs.
   """
   weights = token_weights(batch, **of_loss)
   of_kl = None if kl_name == "loss" else token_weights(batch, **of_loss | {"name": kl_name})
-  return {"weights": weights, "kl_weights": of_kl}
+  found = {"weights": weights, "kl_weights": of_kl}
+  factors = []
+  for name, given in corrections.items():
+    compared = batch.old_logprobs, batch.sampler_logprobs, batch.mask
+    factors.append(getattr(weighting, name)(*compared, **given))
+  if top_entropy < 1:
+    factors.append(weighting.top_entropy(batch.entropies, batch.mask, fraction=top_entropy))
+  if factors:
+    found["factors"] = math.prod(factors)
+  if llds is not None:
+    found["llds_weights"] = llds_weights(batch.advantages, batch.mask, normalizer=llds)
+  if batch.correct is not None:
+    found["nll_weights"] = weighting.token_mean(batch.mask & batch.correct[:, None])
+  return found
 
 
 def token_weights(
-  batch: ResponseBatch, *, name: str, length: int, truncated: Truncated = "keep"
+  batch: ResponseBatch, *, name: str, length: int, power: float = 1.0, truncated: Truncated = "keep"
 ) -> jax.Array:
   """[B, T] how much each token of an update counts: a function of `rl_llm.weighting` by its name.
 
@@ -110,6 +162,7 @@ def token_weights(
     batch: the update's rows.
     name: of the function.
     length: of "constant_length".
+    power: of "length_power".
     truncated: what to do with responses that were cut off at the limit. "keep" counts them like any
       other. "zero" gives them weight 0 but leaves them in the denominator, so the others keep their
       weights (the batch's gradient shrinks). "drop" takes the mean over the others.
@@ -119,6 +172,7 @@ def token_weights(
     mask = mask & ~batch.truncated[:, None]
   keywords = {
     "constant_length": {"length": length},
+    "length_power": {"power": power},
     "prompt_mean": {"group_size": len(batch.tokens) // len(batch.prompts)},
   }
   weights = getattr(weighting, name)(mask, **keywords.get(name, {}))
@@ -194,6 +248,22 @@ def reward_kl(batch: ResponseBatch, *, value: str) -> tuple[jax.Array, dict[str,
   prices = estimate(batch.sampler_logprobs, batch.ref_logprobs)
   prices = jnp.where(batch.mask, prices, 0)
   return prices, {"kl_ref": (jnp.sum(prices), jnp.sum(batch.mask))}
+
+
+@jax.jit
+def less_kl(batch: ResponseBatch, kl: jax.Array, coef: float) -> ResponseBatch:
+  """Advantages [B] of responses as [B, T] of their tokens, less the KL from each token on.
+
+      advantages[b, t] = advantages[b] - coef * sum_{s >= t} kl[b, s]
+
+  Args:
+    batch: with advantages [B].
+    kl: [B, T] from `reward_kl`.
+    coef: the price of a nat.
+  """
+  rewards = token_rewards(batch.advantages, batch.mask, kl=kl, kl_coef=coef)
+  found = discounted_returns(rewards, batch.mask)
+  return batch._replace(advantages=jnp.where(batch.mask, found, 0))
 
 
 def per_response(batch: ResponseBatch, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -59,6 +59,9 @@ def signed(prompts, completions, **columns):
 def alike(prompts, completions, **columns):
   return [0.5] * len(completions)
 
+def short(prompts, completions, **columns):
+  return [float(len(text) < 4) for text in completions]
+
 def hopeless(prompts, completions, **columns):
   raise ValueError("always")
 """

@@ -23,8 +23,16 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 # Flags that came after the goldens, by script.
 EVERYWHERE = {"code", "compile_cache", "matmul_precision"}
 GRADED = {"reward_files"}  # where a task's grader is called
-SAMPLED = {"overlong.cache", "overlong.coef", "overlong.limit"}  # of policy gradients
 LOSSES = {"loss.threshold"}  # keywords of losses that came later
+SAMPLED = {  # of policy gradients
+  *("overlong.cache", "overlong.coef", "overlong.limit"),
+  *("correction.name", "correction.low", "correction.high", "correction.mode"),
+  *("correction.off_policy_mask", "llds.coef", "llds.level", "llds.normalizer"),
+  *("correction.second_moment_mask", "correction.trust_region_mask"),
+  *("positive_nll_coef", "target_kl", "weighting.power", "weighting.top_entropy"),
+  *("loss.coef", "loss.selected", "loss.covariance_low", "loss.covariance_high", "kl.place"),
+}
+REWARD_KL = {"kl.gradient", "kl.weighting"}  # Of the loss, where they had it in the reward alone.
 ADDED: dict[str, set[str]] = {
   "dpo": {"data_format", "reward_isolation"},
   "evaluate": {"reward_isolation"},
@@ -33,8 +41,9 @@ ADDED: dict[str, set[str]] = {
     *("weighting.truncated", *SAMPLED, *LOSSES),
   },
   "make_preferences": {"reward_isolation"},
-  "ppo": {"reward_isolation", "weighting.truncated"} | SAMPLED | LOSSES,
-  "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"} | SAMPLED | LOSSES,
+  "ppo": {"reward_isolation", "weighting.truncated"} | SAMPLED | REWARD_KL | LOSSES,
+  "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"}
+  | (SAMPLED | REWARD_KL | LOSSES),
   "reward_model": {"data_format"},
   "sft": {"data_format", "reward_isolation"},
 }

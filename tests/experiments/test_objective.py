@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from experiments import grpo
+from experiments import grpo, reinforce
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
 from tests.experiments import helpers
@@ -121,5 +121,138 @@ def test_a_penalty_for_length_makes_responses_shorter(tmp_path, small, files):
   ],
 )
 def test_a_penalty_that_cannot_be_is_refused(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    grpo.check(replace(grpo.Config(), changes))
+
+
+# How much a token counts.
+
+
+def shifted(monkeypatch, by):
+  """The sampler reports log-probs that are lower by this many nats than they were."""
+
+  def wrap(sample):
+    def sample_and_shift(state, step, clock):
+      found = sample(state, step, clock)
+      logprobs = found.rollout.sampler_logprobs - by
+      return found._replace(rollout=found.rollout._replace(sampler_logprobs=logprobs))
+
+    return sample_and_shift
+
+  helpers.wrap_seams(monkeypatch, sample=wrap)
+
+
+@pytest.mark.parametrize(
+  ("changes", "factor"),
+  [
+    ({"correction.name": "token"}, np.exp(0.5)),
+    ({"correction.name": "token", "correction.high": 1.25}, 1.25),
+    ({"correction.name": "geometric", "correction.high": 2.0}, 1.0),
+    ({"correction.name": "icepop", "correction.high": 1.25}, 0.0),
+    ({"correction.second_moment_mask": 0.2}, 0.0),
+    ({"correction.trust_region_mask": 0.2}, 1.0),  # k3 of 0.5 is 0.107, or 0.149 the other way.
+    ({"weighting.top_entropy": 0.25}, 0.25),
+  ],
+)
+def test_a_factor_is_what_was_asked_for(tmp_path, small, files, monkeypatch, changes, factor):
+  """The trainer's probabilities are e^0.5 times those that the sampler reports."""
+  shifted(monkeypatch, 0.5)
+  found = run(tmp_path, settings(files, steps=1, **{"eval.every": 0}) | changes)
+  row, tokens = found.metrics[0], sum(r["length"] for r in trained_rows(found))
+  assert row["factor_mean"] == pytest.approx(factor, abs=1e-3 + 1 / tokens)
+  assert (row["grad_norm"] > 0) == (factor > 0)
+
+
+def test_responses_that_the_policy_has_left_are_dropped(tmp_path, small, files, monkeypatch):
+  """The sampler reports log-probs that are 1 above the policy's: all responses are left so far."""
+  shifted(monkeypatch, -1.0)
+  base = settings(files, steps=1, **{"eval.every": 0})
+  found = run(tmp_path / "half", base | {"correction.off_policy_mask": 0.5})
+  rows = trained_rows(found)
+  bad = sum(row["length"] for row in rows if row["advantage"] < 0)
+  share = bad / sum(row["length"] for row in rows)
+  assert found.metrics[0]["off_policy_fraction"] == pytest.approx(share, abs=1e-6)
+  kept = run(tmp_path / "two", base | {"correction.off_policy_mask": 2.0})
+  assert kept.metrics[0]["off_policy_fraction"] == 0
+
+
+# Further losses and terms.
+
+BUSY = {"epochs": 2, "optimizer.learning_rate": 0.03, "steps": 2, "eval.every": 0}
+
+
+@pytest.mark.parametrize("loss", ["clip_cov_loss", "kl_cov_loss"])
+def test_as_many_tokens_are_held_back_as_asked(tmp_path, small, files, loss):
+  changes = {"loss.name": loss, "loss.selected": 0.25, "microbatch_prompts": 1}
+  if loss == "clip_cov_loss":  # All that there are.
+    changes |= {"loss.covariance_low": -1e6, "loss.covariance_high": 1e6}
+  found = run(tmp_path, settings(files, **BUSY) | changes)
+  for row in found.metrics[:2]:
+    tokens = sum(r["length"] for r in trained_rows(found) if r["step"] == row["step"])
+    assert row["selected_fraction"] == pytest.approx(int(0.25 * tokens) / tokens, abs=1e-6)
+
+
+def test_llds_holds_up_what_would_fall(tmp_path, small, files):
+  found = {
+    coef: run(tmp_path / str(coef), settings(files, **BUSY) | {"llds.coef": coef, "epochs": 4})
+    for coef in (1e-9, 10.0)
+  }
+  lost = {coef: found[coef].metrics[0]["lost_likelihood"] for coef in found}
+  assert 0 < lost[10.0] < 0.8 * lost[1e-9]
+
+
+def test_right_answers_become_likelier(tmp_path, small, files):
+  changes = {"jsonl.reward_function": "short", "weighting.name": "sequence_mean"}
+  found = {
+    coef: run(tmp_path / str(coef), settings(files, **BUSY) | changes | {"positive_nll_coef": coef})
+    for coef in (1e-9, 1.0)
+  }
+  nll = {coef: found[coef].metrics[0]["positive_nll"] for coef in found}
+  assert 0 < nll[1.0] < nll[1e-9]  # Over both of a step's epochs.
+
+
+def test_a_step_ends_once_the_policy_has_moved_far_enough(tmp_path, small, files):
+  changes = settings(files, **BUSY) | {"epochs": 4}
+  updates = {}
+  for target in (0.0, 1e-6, 1e6):
+    found = run(tmp_path / str(target), changes | {"target_kl": target})
+    updates[target] = int(next(x for path, x in found.state.items() if path.endswith("step")))
+    assert ("kl_old" in found.metrics[0]) == (target > 0)
+  # The first update of a step finds the policy where it was; the second is the last.
+  assert updates == {0.0: 8, 1e-6: 4, 1e6: 8}
+
+
+def test_the_kl_is_in_the_loss_or_in_the_reward_of_any_script(tmp_path, small, files):
+  """In the reward it is measured before the updates; in the loss it is a metric of each."""
+  for experiment in (grpo, reinforce):
+    weights = []
+    for place in ("loss", "reward"):
+      changes = {"kl.coef": 0.5, "kl.place": place, "kl.value": "k1", **BUSY}
+      workdir = tmp_path / experiment.__name__ / place
+      found = helpers.run(
+        experiment, workdir, settings(files) | {"loss.name": "ppo_loss"} | changes
+      )
+      assert abs(found.metrics[1]["kl_ref"]) > 1e-3
+      weights.append(found.params)
+    assert not helpers.equal(*weights)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"llds.coef": 0.2}, "--llds.coef=0.2: must be 0 with one update a step.*--epochs=2"),
+    ({"target_kl": 0.2}, "--target_kl=0.2: must be 0 with one update a step.*--epochs=2"),
+    ({"llds.level": "token"}, "--llds.level=token: must be left out without --llds.coef"),
+    ({"correction.low": 0.5}, "--correction.low=0.5: must be left out without --correction"),
+    ({"correction.name": "token", "correction.low": 3.0}, "--correction.low=3.0: must be below"),
+    ({"loss.selected": 0.5}, "--loss.selected=0.5: must be left out with --loss=grpo_loss"),
+    (
+      {"loss.name": "kl_cov_loss", "loss.covariance_low": 0.5},
+      "--loss.covariance_low=0.5: must be left out with --loss=kl_cov_loss",
+    ),
+    ({"kl.place": "reward", "kl.gradient": "k3"}, "--kl.gradient=k3: must be left out with"),
+  ],
+)
+def test_what_would_do_nothing_is_refused(changes, message):
   with pytest.raises(ConfigError, match=message):
     grpo.check(replace(grpo.Config(), changes))
