@@ -56,6 +56,10 @@ def flat(share):
   return 0.2
 
 
+def few(share):
+  return 0.03
+
+
 FAULTS = {
   "not_finite": (record(updates_skipped=lambda s: int(40 * s)), "--optimizer.learning_rate=1e-6"),
   "grader_failed": (record(rewards_raised=32), "--jsonl.reward_file=mine.py"),
@@ -68,7 +72,7 @@ FAULTS = {
     record(accuracy=flat, entropy=lambda s: 1.2 if s < 0.03 else 0.001),
     "--optimizer.learning_rate=1e-6",
   ),
-  "cut_short": (record(accuracy=flat, truncated_fraction=0.9), "--max_new_tokens=32"),
+  "cut_short": (record(accuracy=few, truncated_fraction=0.9), "--max_new_tokens=32"),
   "entropy_gone": (
     record(accuracy=flat, entropy=lambda s: 1.2 * math.exp(-12 * s)),
     "--loss.entropy_coef=0.01",
@@ -157,7 +161,8 @@ def test_a_model_of_noise_is_not_said_to_be_cut():
   """Random weights hardly ever write an end: that they are cut says nothing of the limit."""
   rows = record(accuracy=flat, truncated_fraction=0.98, entropy=5.0)
   assert [verdict.name for verdict in verdicts(rows, CONFIG)] == ["unmoved"]
-  none = record(accuracy=flat, reward_mean=0.0, frac_zero_std=1.0, truncated_fraction=1.0)
+  nothing = {"reward_mean": 0.0, "accuracy": lambda s: 0.0, "frac_zero_std": 1.0}
+  none = record(truncated_fraction=1.0, **nothing)
   noise = [row | {"entropy": 5.0} for row in none]
   found = [verdicts(rows, CONFIG)[0].name for rows in (none, noise)]
   assert found == ["cut_short", "never_rewarded"]
@@ -172,6 +177,18 @@ def test_responses_that_are_cut_before_any_answer_are_the_cause_of_a_collapse():
   assert [verdict.name for verdict in verdicts(never, CONFIG)] == ["cut_short"]
 
 
+def test_problems_learned_by_heart_are_told_from_a_grader_with_a_hole():
+  """Training problems become right and held-out ones do not; nobody found a way around a grader."""
+  held_out = {"low": 0.0, "accuracy": 0.1, "high": 0.3}
+  held_out = {f"eval/sampled_{end}": value for end, value in held_out.items()}
+  rows = record(accuracy=lambda s: min(0.8, 0.1 + 1.6 * s))
+  rows = [row | held_out if "eval/sampled_low" in row else row for row in rows]
+  (found,) = verdicts(rows, CONFIG)
+  assert found.name == "by_heart" and "80%" in found.says and "--steps" in found.advice
+  wide = [row | {"eval/sampled_high": 0.9} if "eval/sampled_low" in row else row for row in rows]
+  assert verdicts(wide, CONFIG) == []  # Few held-out problems cannot tell.
+
+
 def test_examples_learned_by_heart():
   def rows(turned):
     return [
@@ -183,6 +200,11 @@ def test_examples_learned_by_heart():
   (found,) = verdicts(rows(1.0), {"optimizer.learning_rate": 1e-4})
   assert found.name == "memorised" and found.advice.startswith("Try --steps=20")
   assert verdicts(rows(0.01), {}) == []
+
+
+def test_cut_responses_that_are_right_do_not_need_more_tokens():
+  rows = record(accuracy=lambda s: 0.3 + 0.2 * s, truncated_fraction=0.9)
+  assert verdicts(rows, CONFIG) == []
 
 
 def test_nothing_known_of_the_config_is_no_fault():

@@ -188,7 +188,8 @@ def _cut(record: Evidence) -> Verdict | None:
   share, newest = record.mean("truncated_fraction"), record.series("truncated_fraction")[-5:]
   falling = not newest or statistics.fmean(newest) < 0.9 * max(record.late("truncated_fraction"))
   noise = record.mean("entropy") > _NOISE
-  if share < _CUT or falling or noise or record.rising():
+  right_though_cut = record.mean("accuracy") > 1 - share + 0.05
+  if share < _CUT or falling or noise or right_though_cut or record.rising():
     return None
   limit = int(finite(record.config.get("max_new_tokens")) or 0)
   return Verdict(
@@ -263,6 +264,8 @@ def _overlooked(record: Evidence) -> Verdict | None:
   flat = known[-1][1] <= known[0][2] and plateau
   if rise <= max(_ERRORS * error, 1e-9) or not (fell or flat):
     return None
+  if (trend(record.series("accuracy")) if record.series("accuracy") else (0.0, 0.0))[0] > _FEW:
+    return _by_heart(record, known[-1])
   before, after = (number(ends[1], 2) for ends in (known[0], known[-1]))
   return Verdict(
     "overlooked",
@@ -278,6 +281,19 @@ def _paid_in_full(record: Evidence) -> Verdict | None:
   full = finite(record.config.get("jsonl.max_reward")) or 1.0
   paid = _PAID * full <= record.mean("reward_mean") <= full
   return _overlooked(record) if paid and record.mean("accuracy") <= _FEW else None
+
+
+def _by_heart(record: Evidence, held_out: tuple[float, float, float]) -> Verdict | None:
+  """Right answers to the problems of training alone."""
+  right = record.mean("accuracy")
+  if right <= held_out[2]:
+    return None
+  return Verdict(
+    "by_heart",
+    f"Of the training problems {right:.0%} are right, of the held-out ones {held_out[1]:.0%}: the "
+    "model learns its problems by heart.",
+    "Try more problems, or fewer --steps",
+  )
 
 
 def _unmoved(record: Evidence) -> Verdict | None:
