@@ -48,7 +48,7 @@ from rl_llm.training import train_state as states
 from rl_llm.training import update as updates
 
 # Whose formulas are about an answer's average token; IPO's as trainers have it.
-PER_TOKEN = ("ipo_loss", "simpo_loss", "orpo_loss")
+PER_TOKEN = ("ipo_loss", "simpo_loss", "orpo_loss", "alphapo_loss")
 REWARDS = ("margin", "chosen_reward", "rejected_reward")
 
 Shift = typing.Literal["batch"] | None

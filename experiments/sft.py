@@ -68,6 +68,9 @@ class Config:
   weighting: typing.Literal["token_mean", "sequence_mean", "sequence_sum"] = configs.option(
     "token_mean", "what counts the same: tokens, or examples by their mean or by their sum"
   )
+  loss: typing.Literal["sft_loss", "dft_loss"] = configs.option(
+    "sft_loss", "the likelihood, or each token's times its probability (DFT)"
+  )
   mesh: flags.SamplingMesh = flags.SamplingMesh()
   optimizer: flags.Optimizer = flags.Optimizer(learning_rate=2e-5)
   eval: flags.Evaluation = flags.Evaluation()
@@ -106,12 +109,13 @@ class Batch(typing.NamedTuple):
   weights: np.ndarray  # [R, T] how much each token counts
 
 
-def make_loss(policy: setup.policy.Policy):
+def make_loss(config: Config, policy: setup.policy.Policy):
   """The objective: the likelihood of the trained tokens."""
+  likelihood = getattr(losses, config.loss)
 
   def loss_fn(params, batch: Batch, hparams):
     logprobs, entropies = teacher_forced_logprobs(params, *batch.sequences, policy=policy)
-    loss, found = losses.sft_loss(logprobs, batch.weights)
+    loss, found = likelihood(logprobs, batch.weights)
     found |= {"entropy": (jnp.sum(entropies), jnp.sum(batch.sequences.mask))}
     return loss, jax.lax.stop_gradient(found)
 
@@ -254,7 +258,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       }
       setup.show_sizes(config, run, model.weights, sizes)
       optimizer = setup.adamw(config.optimizer)
-      loss_fn, count = make_loss(model.policy), max(1, size // part)
+      loss_fn, count = make_loss(config, model.policy), max(1, size // part)
       update = updates.make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
       init = functools.partial(states.init_state, optimizer=optimizer)
       begun, model = setup.begin(config, run, model, init)

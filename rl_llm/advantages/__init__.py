@@ -7,6 +7,7 @@ Tokens outside the mask (padding, or a tool's output in the row) are *skipped*: 
 recursions over time treat the tokens on both sides as neighbours.
 """
 
+from rl_llm.advantages.baselines import optimal_advantage
 from rl_llm.advantages.group import (
   gdpo,
   gpg,
@@ -40,6 +41,7 @@ __all__ = [
   "length_adaptive_lambda",
   "maxrl",
   "opo",
+  "optimal_advantage",
   "optimal_token_baseline",
   "overlong_penalty",
   "pass_at_k",

@@ -467,13 +467,13 @@ REWARD_ADVANTAGES = (group_relative, leave_one_out, maxrl, gpg, pass_at_k)
 GROUP_ADVANTAGES = (*REWARD_ADVANTAGES, opo, remax)
 
 
-def _groups(rewards, where):
+def _groups(rewards, where, name="rewards", where_name="where"):
   """Checks [P, G] rewards and their mask; the rewards at least float32, the mask never None."""
-  check_ndim("rewards", rewards, 2, "[P, G]: reshape(P, G)")
+  check_ndim(name, rewards, 2, "[P, G]: reshape(P, G)")
   rewards = at_least_float32(rewards)
   where = jnp.ones_like(rewards, bool) if where is None else jnp.asarray(where)
-  check_mask("where", where)
-  check_same_shape("where", where, "rewards", rewards)
+  check_mask(where_name, where)
+  check_same_shape(where_name, where, name, rewards)
   return rewards, where
 
 

@@ -42,11 +42,12 @@ from rl_llm.losses.margin import discopop_loss, exo_loss, ipo_loss
 from rl_llm.losses.optimal_transport import BATCH_COUPLED, aot_loss, aot_unpaired_loss
 from rl_llm.losses.policy_gradient import grpo_loss, ppo_loss, reinforce_loss
 from rl_llm.losses.quadratic import drpo_loss, spo_loss
-from rl_llm.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
+from rl_llm.losses.reference_free import alphapo_loss, cpo_loss, orpo_loss, simpo_loss
 from rl_llm.losses.regularization import entropy_loss, kl_loss, value_loss
 from rl_llm.losses.reward_model import reward_model_loss
 from rl_llm.losses.sequence_ratio import gmpo_loss, gspo_loss, gspo_token_loss, vespo_loss
-from rl_llm.losses.supervised import sft_loss
+from rl_llm.losses.supervised import dft_loss, sft_loss
+from rl_llm.losses.targets import astar_po_loss, tpo_loss
 from rl_llm.losses.token_ratio import cispo_loss, dppo_kl_loss, dppo_tv_loss, dro_loss, sapo_loss
 from rl_llm.losses.unpaired import (
   bco_shift,
@@ -79,7 +80,7 @@ POLICY_LOSSES = (
   drpo_loss,
 )
 # (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights, *, ...);
-# the last three have no reference.
+# the last four have no reference.
 PREFERENCE_LOSSES = (
   dpo_loss,
   robust_dpo_loss,
@@ -93,6 +94,7 @@ PREFERENCE_LOSSES = (
   apo_down_loss,
   discopop_loss,
   aot_loss,
+  alphapo_loss,
   simpo_loss,
   cpo_loss,
   orpo_loss,
@@ -103,10 +105,12 @@ __all__ = [
   "POLICY_LOSSES",
   "PREFERENCE_LOSSES",
   "action_ids_of",
+  "alphapo_loss",
   "aot_loss",
   "aot_unpaired_loss",
   "apo_down_loss",
   "apo_zero_loss",
+  "astar_po_loss",
   "bco_loss",
   "bco_shift",
   "bco_unpaired_loss",
@@ -115,6 +119,7 @@ __all__ = [
   "clip_cov_loss",
   "clip_cov_mask",
   "cpo_loss",
+  "dft_loss",
   "discopop_loss",
   "dpo_loss",
   "dppo_kl_loss",
@@ -154,6 +159,7 @@ __all__ = [
   "spo_loss",
   "sppo_loss",
   "token_covariance",
+  "tpo_loss",
   "value_loss",
   "vespo_loss",
   "wpo_weights",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rl_llm.checks import Array, Metrics, check_above, check_between
+from rl_llm.checks import LOG_RATIO_LIMIT, Array, Metrics, check_above, check_between
 from rl_llm.losses import _checks
 from rl_llm.losses._pairs import pair_metrics
 
@@ -109,6 +109,56 @@ def simpo_loss(
   return jnp.sum(weights * per_pair), pair_metrics(beta * chosen, beta * rejected, mask)
 
 
+def alphapo_loss(
+  chosen_logprobs, rejected_logprobs, weights, *, beta=2.5, gamma=0.1, alpha=0.25
+) -> tuple[Array, Metrics]:
+  """AlphaPO: SimPO with a reward that bends, so that likely answers gain less than unlikely lose.
+
+      reward = beta * (1 - exp(-alpha * average log-prob per token)) / alpha
+      loss   = sum(weights * -log sigmoid(chosen reward - rejected reward - gamma))
+
+  A margin can grow while both answers become less likely. With `alpha` above 0 the reward of an
+  answer falls faster the less likely the answer is, so once the rejected one is rare, what counts
+  is that the chosen one is not; below 0 it is the other way round, and 0 is SimPO. Of an average
+  token with probability 1/2 and `alpha` 1 the reward is 1 - 2 = -1, and of one with 1/4 it is -3,
+  where SimPO's are -0.69 and -1.39. So with beta 1 the chosen answer leads by 2:
+
+  >>> chosen, rejected = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
+  >>> loss, metrics = alphapo_loss(
+  ...   chosen, rejected, jnp.ones(1), beta=1.0, gamma=0.0, alpha=1.0)
+  >>> float(metrics["margin"][0]), round(float(loss), 3)  # log(1 + e^-2)
+  (2.0, 0.127)
+
+  Args:
+    chosen_logprobs: [B] float, average log-probs per token of the chosen answers under the policy
+      being trained, in nats: `logprobs.sequence_logprobs(..., average=True)`.
+    rejected_logprobs: [B] float, the same of the rejected answers.
+    weights: [B] float, how much each pair counts, usually 1 / B; a constant.
+    beta: reward per nat of a certain answer, > 0.
+    gamma: the reward by which a chosen answer must win; 0 or more.
+    alpha: how much the reward bends; any number.
+
+  Returns:
+    The scalar loss, at least float32, and metrics {"accuracy", "margin", "chosen_reward",
+    "rejected_reward"} per pair, unweighted. alpha times a log-prob is limited to +-20; an answer
+    beyond has no gradient.
+
+  Raises:
+    ValueError: shapes differ, a dtype is not float, or a number is out of range; the message names
+      the argument.
+
+  Needs: pairs.
+
+  Reference: Gupta et al., 2025, AlphaPO: Reward Shape Matters for LLM Alignment,
+    https://arxiv.org/abs/2501.03884
+  """
+  check_between("gamma", gamma, 0, float("inf"))
+  chosen, rejected, weights, mask = _pair(chosen_logprobs, rejected_logprobs, weights, beta)
+  chosen, rejected = beta * _bent(chosen, alpha), beta * _bent(rejected, alpha)
+  per_pair = -jax.nn.log_sigmoid(chosen - rejected - gamma)
+  return jnp.sum(weights * per_pair), pair_metrics(chosen, rejected, mask)
+
+
 def cpo_loss(
   chosen_logprobs, rejected_logprobs, weights, *, beta=0.1, nll_coef=1.0
 ) -> tuple[Array, Metrics]:
@@ -168,3 +218,12 @@ def _pair(chosen_logprobs, rejected_logprobs, weights, beta):
 def _log_odds(logprobs):
   logprobs = jnp.minimum(logprobs, LOGPROB_LIMIT)
   return logprobs - jax.nn.log1mexp(-logprobs)
+
+
+def _bent(logprobs, alpha):
+  """(1 - exp(-alpha * logprobs)) / alpha; the log-probs themselves where alpha is 0."""
+  alpha = jnp.asarray(alpha, logprobs.dtype)
+  straight = alpha == 0
+  alpha = jnp.where(straight, 1, alpha)
+  bent = -jnp.expm1(jnp.clip(-alpha * logprobs, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) / alpha
+  return jnp.where(straight, logprobs, bent)

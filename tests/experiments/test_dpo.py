@@ -97,6 +97,9 @@ FORMULAS = {
     + sigmoid(0.1 * (c - r) / 0.05) * math.exp(-0.1 * (c - r))
   ),
   "simpo_loss": lambda c, r, pc, pr: -log_sigmoid(2 * (pc - pr) - 1),
+  "alphapo_loss": lambda c, r, pc, pr: (
+    -log_sigmoid(2.5 * (math.exp(-pr / 4) - math.exp(-pc / 4)) / 0.25 - 0.1)
+  ),
   "cpo_loss": lambda c, r, pc, pr: -log_sigmoid(0.1 * (pc - pr)) - pc,
   "orpo_loss": lambda c, r, pc, pr: -pc - 0.1 * log_sigmoid(log_odds(pc) - log_odds(pr)),
 }
@@ -108,6 +111,7 @@ def test_the_formulas_are_of_all_losses_that_can_be_chosen():
   names = set(get_type_hints(dpo.Loss)["name"].__args__)
   assert names == {*FORMULAS, "aot_loss"}
   assert {name for name in names if not dpo.needs_reference(dpo.Loss(name=name))} == {
+    "alphapo_loss",
     "simpo_loss",
     "cpo_loss",
     "orpo_loss",
@@ -149,7 +153,7 @@ def test_each_loss_sees_the_right_answers_on_the_right_side(name, monkeypatch):
     own, refs, sums = [], [], []
     for row in (2 * pair, 2 * pair + 1):
       size = int(mask[row].sum())
-      per = size if name in ("ipo_loss", "simpo_loss", "orpo_loss") else 1
+      per = size if name in dpo.PER_TOKEN else 1
       own.append(sum(map(float, logprobs[row][mask[row]])) / per)
       refs.append(sum(map(float, ref[row])) / per)
       sums.append(sum(map(float, logprobs[row][mask[row]])))

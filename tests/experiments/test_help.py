@@ -45,7 +45,7 @@ ADDED: dict[str, set[str]] = {
   "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"}
   | (SAMPLED | REWARD_KL | LOSSES),
   "reward_model": {"data_format"},
-  "sft": {"data_format", "reward_isolation"},
+  "sft": {"data_format", "loss", "reward_isolation"},
 }
 # Defaults that are others now.
 CHANGED = {"checkpoint.keep": 2}  # One flipped bit in the only checkpoint ended a run for good.

@@ -98,7 +98,7 @@ def test_the_objective_is_the_formula_padded_and_packed(small):
     "sequence_sum": sum(map(sum, each)) / 3,
   }
   assert len({round(value, 2) for value in wanted.values()}) == 3
-  loss_fn = jax.jit(sft.make_loss(small))
+  loss_fn = jax.jit(sft.make_loss(sft.Config(), small))
   for name, value in wanted.items():
     for packing in (0, 8):
       batch = sft.make_batch(SEQUENCES, name=name, packing=packing, rows=4, pad_id=0)
@@ -107,6 +107,8 @@ def test_the_objective_is_the_formula_padded_and_packed(small):
       assert float(metrics["nll"][0]) == pytest.approx(sum(map(sum, each)), abs=1e-4)
       assert int(metrics["nll"][1]) == 9
   assert np.any(batch.sequences.segment_ids == 2)  # Two of them do share a row.
+  dft, _ = jax.jit(sft.make_loss(sft.Config(loss="dft_loss"), small))(params, batch, {})
+  assert float(dft) == pytest.approx(sum(n * math.exp(-n) for n in sum(each, [])) / 3, abs=1e-5)
 
 
 # What a run does.
@@ -148,6 +150,7 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, data):
     {"prompt_format": "chat"},
     {"prompt_format": "chat", "system_prompt": "Be brief.", "max_tokens": 64},
     {"optimizer.schedule": "linear"},
+    {"loss": "dft_loss"},
   ]
   weights = [run(sft, tmp_path / "base", base).params]
   for number, changes in enumerate(flags):

@@ -132,7 +132,7 @@ CONSISTENT = {
 
 # Losses with a constant that is made from the trained array: no slope of theirs is the gradient.
 # Their own tests take the slope with that constant held.
-HOLDS_A_CONSTANT = {"on_policy_distillation_loss"}
+HOLDS_A_CONSTANT = {"dft_loss", "on_policy_distillation_loss"}
 
 PUBLIC = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("_loss")}
 

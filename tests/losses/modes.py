@@ -69,6 +69,8 @@ ARRAYS = {name: of_rows(make) for name, make in battery.ARRAYS.items()} | {
   "rewards": uniform(ROWS, T),
   "where": some(ROWS, T),
   "greedy_rewards": uniform(ROWS),
+  "ref_rewards": uniform(ROWS, T),
+  "ref_where": some(ROWS, T),
   "outcomes": normal(ROWS),
   "covariance": normal(ROWS, T),
   "sum_of_squares": lambda rng: rng.uniform(0.5, 1, size=(ROWS, T)),

@@ -51,7 +51,7 @@ def test_policy_losses(loss):
 @by_name(losses.PREFERENCE_LOSSES)
 def test_preference_losses(loss):
   positional, keywords = parameters(loss)
-  free = {losses.simpo_loss, losses.cpo_loss, losses.orpo_loss}
+  free = {losses.alphapo_loss, losses.simpo_loss, losses.cpo_loss, losses.orpo_loss}
   assert positional == [*CHOSEN, *([] if loss in free else REFERENCE), "weights"]
   # BCO's shift is of the whole batch: computed, not set.
   assert next(iter(keywords)) == "beta" and settings(loss).keys() == keywords.keys() - {"shift"}
@@ -64,4 +64,5 @@ def test_families_are_exported_and_begin_with_the_usual_one():
   assert [family[0] for family in families] == [losses.grpo_loss, losses.dpo_loss]
   names = [loss.__name__ for family in families for loss in family]
   assert len(set(names)) == len(names) and set(names) <= set(losses.__all__)
-  assert losses.PREFERENCE_LOSSES[-3:] == (losses.simpo_loss, losses.cpo_loss, losses.orpo_loss)
+  free = losses.alphapo_loss, losses.simpo_loss, losses.cpo_loss, losses.orpo_loss
+  assert losses.PREFERENCE_LOSSES[-4:] == free

@@ -1,4 +1,4 @@
-"""ORPO, SimPO and CPO against their formulas in plain Python."""
+"""ORPO, SimPO, AlphaPO and CPO against their formulas in plain Python."""
 
 from math import exp, log
 
@@ -31,6 +31,34 @@ FORMULAS = {
     lambda c, r: -log(sigma(0.2 * (c - r))) - 0.5 * c,
   ),
 }
+
+
+def alphapo(c, r, beta=2.5, gamma=0.4, alpha=0.3):
+  reward = lambda x: beta * (1 - exp(x) ** -alpha) / alpha  # noqa: E731
+  return reward(c), reward(r), -log(sigma(reward(c) - reward(r) - gamma))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, -0.5])
+def test_alphapo_bends_the_reward(alpha):
+  loss, metrics = losses.alphapo_loss(
+    CHOSEN, REJECTED, WEIGHTS, beta=2.5, gamma=0.4, alpha=np.float32(alpha)
+  )
+  pairs = zip(CHOSEN, REJECTED, strict=True)
+  chosen, rejected, each = np.array([alphapo(c, r, alpha=alpha) for c, r in pairs]).T
+  np.testing.assert_allclose(loss, WEIGHTS @ each, rtol=1e-5)
+  counts = WEIGHTS != 0
+  np.testing.assert_allclose(metrics["chosen_reward"], (chosen[counts].sum(), 4), rtol=1e-5)
+  np.testing.assert_allclose(metrics["rejected_reward"], (rejected[counts].sum(), 4), rtol=1e-5)
+
+
+def test_alphapo_with_alpha_0_is_simpo():
+  settings = {"beta": 2.5, "gamma": 0.4}
+  simpo = losses.simpo_loss(CHOSEN, REJECTED, WEIGHTS, **settings)[0]
+  for alpha, tolerance in ((0.0, 1e-6), (1e-4, 1e-3)):
+    f = lambda c: losses.alphapo_loss(c, REJECTED, WEIGHTS, alpha=alpha, **settings)[0]  # noqa: B023,E731
+    loss, gradient = jax.value_and_grad(f)(jnp.asarray(CHOSEN))
+    np.testing.assert_allclose(loss, simpo, rtol=tolerance)
+    assert np.isfinite(gradient).all() and np.all(gradient[WEIGHTS != 0] < 0)
 
 
 @pytest.mark.parametrize("f", FORMULAS, ids=lambda f: f.__name__)

@@ -152,3 +152,19 @@ for system, golden, keywords in (
     weighting.truncated_importance,
     functools.partial(weighting.truncated_importance, x.OLD, x.SAMPLER, x.MASK, **keywords),
   )
+
+for kind in ("seq_max_k3", "seq_max_k2", "seq_mean_k3"):
+  constant(
+    "verl",
+    f"trust region {kind}",
+    weighting.trust_region_mask,
+    functools.partial(
+      weighting.trust_region_mask,
+      x.OLD,
+      x.SAMPLER,
+      x.MASK,
+      threshold=0.15,
+      statistic=kind.split("_")[1],
+      estimator=kind.split("_")[2],
+    ),
+  )

@@ -13,6 +13,7 @@ from unittest import mock
 import inputs as x
 import numpy as np
 import torch
+from trl.experimental.a2po.a2po_trainer import A2POTrainer
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.experimental.gmpo.gmpo_trainer import GMPOTrainer
@@ -22,6 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 MASK = torch.tensor(x.MASK, dtype=torch.float32)
 GOLDENS = {}
@@ -31,6 +33,7 @@ class Accelerator:
   """One process: nothing to gather."""
 
   num_processes, sync_gradients, device, process_index = 1, True, torch.device("cpu"), 0
+  parallelism_config = None
 
   def gather(self, tensor, **_):
     return tensor
@@ -283,6 +286,7 @@ losses, *_ = bare(ORPOTrainer, beta=0.1).odds_ratio_loss(*average(logprobs).chun
 record("orpo odds ratio", -losses.mean(), {"pairs": logprobs})
 for name, kind, answer in (
   ("simpo", "simpo", average),
+  ("alphapo", "simpo", average),
   ("cpo", "sigmoid", total),
   ("cpo hinge", "hinge", total),
   ("cpo ipo", "ipo", average),
@@ -294,10 +298,39 @@ for name, kind, answer in (
     beta=2.0 if kind == "simpo" else 0.1,
     simpo_gamma=0.5,
     label_smoothing=0.0,
-    alpha=0.0,
+    alpha=0.25 if name == "alphapo" else 0.0,
   )
   losses, *_ = made.cpo_loss(*answer(logprobs).chunk(2))
   record(name, losses.mean(), {"pairs": logprobs})
+
+
+logprobs = leaf(x.LOGPROBS)
+made = bare(A2POTrainer, {"beta2": 0.3}, _get_sequence_logps=lambda *_: (logprobs * MASK).sum(1))
+loss = made.compute_loss(
+  None,
+  {
+    **dict.fromkeys(("input_ids", "attention_mask", "logits_to_keep")),
+    "ref_logps": (torch.tensor(x.REF) * MASK).sum(1),
+    "rewards": torch.tensor(x.REWARDS.reshape(-1)),
+    "v_star": torch.full((x.B,), 0.4),
+  },
+)
+record("a*-po", loss, {"logprobs": logprobs})
+
+logprobs = leaf(x.LOGPROBS)
+made = bare(
+  SFTTrainer,
+  {"loss_type": "dft", "average_tokens_across_devices": False},
+  compute_loss_func=None,
+  label_smoother=None,
+  _total_train_tokens=0,
+  _tp_size=1,
+)
+of_model = types.SimpleNamespace(
+  log_probs=logprobs * MASK, label_mask=MASK, entropy=MASK, is_top1=MASK
+)
+loss = made.compute_loss(lambda **_: of_model, {"attention_mask": MASK})
+record("dft", loss, {"logprobs": logprobs})
 
 
 def reward_model(name, coefficient, **inputs):

@@ -275,6 +275,10 @@ for name, kind in (("token", "token_k1"), ("geometric", "seq_mean_k1"), ("sequen
   mask, _ = rollout_corr_helper.compute_rollout_rejection_mask(MISMATCH, MASK, kind, "0.8_1.6")
   GOLDENS[f"rejection {name}/value"] = mask.numpy()
 
+for kind in ("seq_max_k3", "seq_max_k2", "seq_mean_k3"):
+  mask, _ = rollout_corr_helper.compute_rollout_rejection_mask(MISMATCH, MASK, kind, "0.15")
+  GOLDENS[f"trust region {kind}/value"] = mask.numpy()
+
 path = pathlib.Path(__file__).parent / "goldens" / "verl.npz"
 path.parent.mkdir(exist_ok=True)
 np.savez_compressed(path, **GOLDENS)

@@ -105,6 +105,7 @@ add(
   ),
 )
 pairs("simpo", losses.simpo_loss, average=True, reference=None, gamma=0.5)
+pairs("alphapo", losses.alphapo_loss, average=True, reference=None, beta=2.0, gamma=0.5)
 pairs("cpo", losses.cpo_loss, reference=None, nll_coef=0.0)
 pairs("cpo hinge", losses.hinge_dpo_loss, reference=np.zeros_like(x.PAIR_REF))
 pairs("cpo ipo", losses.ipo_loss, average=True, reference=np.zeros_like(x.PAIR_REF))
@@ -134,3 +135,20 @@ for beta in (0.0, 0.1, 0.5, 1.0):
     "logits",
     x.LOGITS,
   )
+
+add(
+  "dft",
+  losses.dft_loss,
+  lambda logprobs: losses.dft_loss(logprobs, weighting.token_mean(x.MASK))[0],
+  "logprobs",
+  x.LOGPROBS,
+)
+
+
+def astar_po(logprobs):
+  sums, ref = (sequence_logprobs(y, x.MASK) for y in (logprobs, x.REF))
+  advantages = x.REWARDS.reshape(-1) - 0.4
+  return losses.astar_po_loss(sums, ref, advantages, np.full(x.B, 1 / x.B), beta=0.3)[0]
+
+
+add("a*-po", losses.astar_po_loss, astar_po, "logprobs", x.LOGPROBS)
