@@ -273,6 +273,11 @@ class Task:
     (),
     "paths that a reward file reads while it grades; modules it imports at first need no mention",
   )
+  reward_sandbox: Literal["full", "weak"] = option(
+    "full",
+    "full refuses a grader that runs responses where network or files are open to it; weak runs it",
+    volatile=True,
+  )
   reward_workers: int = option(2, "grader processes", min=1, volatile=True)
   families: _Families = inline(_Families())
 

@@ -24,7 +24,7 @@ from rl_llm.data import Dataset, encoding, loading
 from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import load as models
-from rl_llm.rewards import RewardPool
+from rl_llm.rewards import RewardPool, describe
 from rl_llm.rollout import ResponseBatch, collect, drawing, judge, shaping
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, code, compile_cache, keywords
@@ -284,7 +284,9 @@ def open_sampler(
   judged = judge.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
   workers, deadline = group.reward_workers, group.reward_deadline
   source = task.reward._replace(files=group.reward_files)
-  with RewardPool(source, workers=workers, deadline=deadline) as pool:
+  how = {"allow_weak_sandbox": group.reward_sandbox == "weak"}
+  with RewardPool(source, workers=workers, deadline=deadline, **how) as pool:
+    run.console.say(describe(pool.active_layers()))
     further, steps = (pool, judged, mesh, run.stop.check), getattr(config.run, "steps", 1)
     yield collect.Sampler(task, tokenizer, encode, generate, *further, steps)
 

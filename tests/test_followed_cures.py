@@ -32,7 +32,7 @@ from rl_llm.losses import action_ids_of
 from rl_llm.parallel import hosts, sharding
 from rl_llm.policy import make_policy, save_hf, tiny_config
 from rl_llm.policy.scalar_head import normal_head, with_head
-from rl_llm.rewards import RewardPool, RewardSource, pool
+from rl_llm.rewards import RewardPool, RewardSource, layers
 from rl_llm.rollout import demonstrations, generate, row_keys
 from rl_llm.rollout.reward_model import load_reward_model, save_reward_model
 from rl_llm.rollout.sampling import SamplingConfig
@@ -161,12 +161,12 @@ def follow_barriers(said, path, monkeypatch):
   file.write_text("def reward(completions, **columns):\n  return [eval(c) for c in completions]\n")
   source = RewardSource(str(file), runs_text=True)
   with monkeypatch.context() as patch:  # A kernel without what is required.
-    patch.setattr(pool, "REQUIRED_LAYERS", ("a moat",))
+    patch.setattr(layers, "REQUIRED", ("a moat",))
     refused(said, pooled, source, ["1 + 2"])
     with RewardPool(source, workers=1, allow_weak_sandbox=True) as made:
       assert made.score(["p"], ["1 + 2"], [{}])[0].value == 3
-      layers = made.active_layers()
-  if set(pool.REQUIRED_LAYERS) <= set(layers):  # Such a Linux.
+      active = made.active_layers()
+  if set(layers.REQUIRED) <= set(active):  # Such a Linux.
     assert pooled(source, ["1 + 2"])[0].value == 3
 
 

@@ -1,6 +1,7 @@
 """Rewards: graders in isolated worker processes, with a deadline and a status per sample."""
 
 from rl_llm.rewards.calls import ISOLATION, RewardSource, completion_text, isolated
+from rl_llm.rewards.layers import describe
 from rl_llm.rewards.pool import RewardPool
 from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, to_arrays
 
@@ -12,6 +13,7 @@ __all__ = [
   "RewardResult",
   "RewardSource",
   "completion_text",
+  "describe",
   "failure_share",
   "isolated",
   "to_arrays",

@@ -22,13 +22,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rl_llm.rewards import grading
+from rl_llm.rewards import grading, layers
 from rl_llm.rewards import worker as protocol
 from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls
 from rl_llm.rewards.paths import import_path, readable_paths
 from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, read_reply
-
-REQUIRED_LAYERS = ("network", "files")
 
 
 @dataclass(eq=False)
@@ -175,12 +173,12 @@ class RewardPool:
       for _ in range(workers):
         self._start_worker()
       self._wait_until_ready()
-      missing = [layer for layer in REQUIRED_LAYERS if layer not in self._layers]
+      missing = [layer for layer in layers.REQUIRED if layer not in self._layers]
       if source.runs_text and missing and not allow_weak_sandbox:
         raise RewardError(
           f"reward function {self._name} runs model text as a program, and this system cannot "
-          f"bar it from {' and '.join(missing)}; run on Linux 5.13+ with user namespaces; "
-          "from Python, allow_weak_sandbox=True does without, where there is nothing to protect"
+          f"bar it from {' and '.join(missing)}; run on Linux 5.13+ with user namespaces, or give "
+          "--reward_sandbox=weak where there is nothing to protect"
         )
     except BaseException:
       self.close()

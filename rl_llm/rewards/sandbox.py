@@ -16,17 +16,17 @@ import os
 import resource
 import struct
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 
 NOBODY = 65534
 
 _NEW_PID, _NEW_NET, _NEW_USER = 0x20000000, 0x40000000, 0x10000000
 _NEW_IPC, _NEW_UTS = 0x08000000, 0x04000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS = 1, 4, 8, 38
-_CAP_READ_ANY, _CAP_SYS_ADMIN = (
-  2,
-  21,
-)  # DAC_READ_SEARCH: read past file modes, where Landlock allows
+_PR_SET_CHILD_SUBREAPER = 36
+_CAP_READ_ANY, _CAP_SYS_ADMIN = 2, 21  # the first is DAC_READ_SEARCH
+_OWN_IDS = 1 << 30  # ids from here on belong to no account
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -39,6 +39,15 @@ def _call(name: str, *arguments) -> int:
 
 def _unshare(flags: int) -> bool:
   return _call("unshare", flags) == 0
+
+
+def _capabilities() -> set[int]:
+  """The capabilities that this process may use."""
+  header, data = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+  if _call("capget", header, data) != 0:
+    return set()
+  _, low, _, _, high, _ = struct.unpack("=6I", data.raw)
+  return {number for number in range(64) if (low | high << 32) >> number & 1}
 
 
 def _set_capabilities(*kept: int) -> bool:
@@ -55,15 +64,16 @@ def die_with_parent() -> None:
 
 
 def own_user() -> bool:
-  """Moves into a user namespace of its own, as nobody where it was root.
+  """Moves into a user namespace of its own, in which root is nobody.
 
   The namespace lets an ordinary process make the other namespaces, and takes away root's power over
-  the machine. A limit on the number of processes does not bind root, so root becomes nobody (65534)
-  inside. The map of ids must be written from outside the namespace, hence the helper.
+  the machine. Root keeps a second id, to become nobody with; where only one id is mapped
+  (`unshare -r`, Apptainer), that one is called nobody. The map of ids must be written from outside
+  the namespace, hence the helper.
   """
   uid, gid = os.geteuid(), os.getegid()
-  inside, target = ("0 0 1\n65534 65534 1", NOBODY) if uid == 0 else (f"{uid} {uid} 1", uid)
-  groups = "0 0 1\n65534 65534 1" if uid == 0 else f"{gid} {gid} 1"
+  two, one = f"0 0 1\n{NOBODY} {NOBODY} 1", f"{NOBODY} 0 1"
+  maps = [(two, two), (one, one)] if uid == 0 else [(f"{uid} {uid} 1", f"{gid} {gid} 1")]
   entered_read, entered_write = os.pipe()
   parent = os.getpid()
   helper = os.fork()
@@ -71,10 +81,7 @@ def own_user() -> bool:
     failed = 1
     try:
       os.close(entered_write)
-      if os.read(entered_read, 1):
-        for name, text in (("setgroups", "deny"), ("uid_map", inside), ("gid_map", groups)):
-          with open(f"/proc/{parent}/{name}", "w") as file:
-            file.write(text)
+      if os.read(entered_read, 1) and any(_map_ids(parent, *each) for each in maps):
         failed = 0
     finally:
       os._exit(failed)
@@ -84,17 +91,79 @@ def own_user() -> bool:
     os.write(entered_write, b"1")
   os.close(entered_write)
   _, status = os.waitpid(helper, 0)
-  if not entered or status != 0:
-    return False
-  if target == uid:
-    return True
+  return entered and status == 0
+
+
+def _map_ids(process: int, users: str, groups: str) -> bool:
+  """Writes what the ids of a process's new user namespace are outside of it."""
   try:
-    _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
-    os.setresgid(target, target, target)
-    os.setresuid(target, target, target)
+    for name, text in (("setgroups", "deny"), ("uid_map", users), ("gid_map", groups)):
+      with open(f"/proc/{process}/{name}", "w") as file:
+        file.write(text)
   except OSError:
     return False
-  return _set_capabilities(_CAP_READ_ANY, _CAP_SYS_ADMIN)
+  return True
+
+
+def not_root(directory: str, needed: Iterable[str]) -> bool:
+  """Becomes an id that owns nothing but a directory, where this is root and may.
+
+  A limit on the number of processes does not bind root, root's files are open to it, and it may
+  send signals to all of root's processes. The id is one that no other process has, else nobody. It
+  keeps `CAP_DAC_READ_SEARCH` (reading past file modes) and `CAP_SYS_ADMIN` (making namespaces), if
+  root had them, for `drop_capabilities` to take away.
+
+  Args:
+    directory: what the id will write in.
+    needed: paths that it must be able to read; else the process stays root, without rights.
+
+  Returns:
+    Whether the process is another user than root now.
+  """
+  if os.geteuid() != 0:
+    return True
+  kept = [number for number in (_CAP_READ_ANY, _CAP_SYS_ADMIN) if number in _capabilities()]
+  own = _OWN_IDS | os.getpid()
+  for target in (own, NOBODY):
+    try:
+      os.chown(directory, target, target)
+      if _CAP_READ_ANY not in kept and not _readable_by(target, needed):
+        raise PermissionError
+      _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
+      _leave_groups()
+      os.setresgid(target, target, target)
+      os.setresuid(target, target, target)
+      return _set_capabilities(*kept)
+    except OSError:
+      continue
+  try:
+    os.chown(directory, 0, 0)
+  except OSError:
+    pass
+  return False
+
+
+def _leave_groups() -> None:
+  try:
+    os.setgroups([])
+  except OSError:  # a user namespace that denies it
+    pass
+
+
+def _readable_by(user: int, paths: Iterable[str]) -> bool:
+  """Whether a user without rights can read all of the paths that exist; asked in a child."""
+  existing = [path for path in paths if os.path.exists(path)]
+  child = os.fork()
+  if child == 0:
+    failed = 1
+    try:
+      _leave_groups()
+      os.setresgid(user, user, user)
+      os.setresuid(user, user, user)
+      failed = 0 if all(os.access(path, os.R_OK) for path in existing) else 1
+    finally:
+      os._exit(failed)
+  return os.waitpid(child, 0)[1] == 0
 
 
 def no_network() -> bool:
@@ -129,17 +198,54 @@ def limit_resources(*, memory_mb: int, file_mb: int) -> None:
   _limit(resource.RLIMIT_CORE, 0)
 
 
-def limit_processes(processes: int | None) -> None:
+def limit_processes(processes: int) -> None:
   """Refuses forks once the user, within its namespace, has this many processes."""
-  if processes is not None:
-    _limit(resource.RLIMIT_NPROC, processes)
+  _limit(resource.RLIMIT_NPROC, processes)
 
 
 def no_new_privileges() -> bool:
-  """Stops programs started from here from gaining rights (setuid), and drops all capabilities."""
-  kept = (_CAP_READ_ANY,) if os.geteuid() == NOBODY else ()
-  done = _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-  return _set_capabilities(*kept) and done
+  """Stops programs started from here from gaining rights (setuid)."""
+  return _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+
+
+def drop_capabilities(*, reading: bool) -> bool:
+  """Drops all capabilities, but for reading past file modes if that is to stay and was there.
+
+  Let it stay where another barrier says which files there are: the interpreter may lie in a
+  directory that only root may enter.
+  """
+  kept = (_CAP_READ_ANY,) if reading and _CAP_READ_ANY in _capabilities() else ()
+  return _set_capabilities(*kept)
+
+
+def adopt_orphans() -> bool:
+  """Makes this process the parent of what its descendants leave behind when they end."""
+  return _call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def children_list() -> Callable[[], list[int]]:
+  """A function that lists the processes whose parent is this thread.
+
+  It reads a file that is opened here, since Landlock may keep it from being opened later. Where the
+  kernel has no such file the list is empty.
+  """
+  try:
+    file = os.open(f"/proc/self/task/{threading.get_native_id()}/children", os.O_RDONLY)
+  except OSError:
+    return list
+  return lambda: [int(number) for number in os.pread(file, 1 << 20, 0).split()]
+
+
+def count_processes() -> int:
+  """How many threads this process's user has, in all of its processes that can be seen."""
+  found = 0
+  for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+    try:
+      if os.stat(f"/proc/{name}").st_uid == os.geteuid():
+        found += len(os.listdir(f"/proc/{name}/task"))
+    except OSError:  # it has ended
+      pass
+  return found
 
 
 def no_tracing() -> bool:

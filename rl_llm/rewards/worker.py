@@ -25,7 +25,7 @@ import socket
 import struct
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 if __name__ == "__main__":  # run as a file, where no package is importable yet
@@ -106,14 +106,16 @@ class Confinement(NamedTuple):
     inherited: the descriptor of the trainer's socket, which the child must not hold.
     alone: whether the worker is process 1 of its own namespace, so that "all processes" means the
       child's.
-    processes: the child's limit on the number of its user's processes; None for no limit. It binds
-      only the child, so that a fork bomb cannot keep the other workers from forking.
+    children: lists the processes whose parent the worker is.
+    processes: the child's limit on the number of its user's processes. It binds only the child, so
+      that a fork bomb cannot keep the other workers from forking.
     kept: names in the working directory that are part of the file system.
   """
 
   inherited: int
   alone: bool
-  processes: int | None
+  children: Callable[[], list[int]]
+  processes: int
   kept: list[str]
 
 
@@ -127,6 +129,8 @@ def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -
       os.close(confined.inherited)
       os.close(reading)
       sandbox.limit_processes(confined.processes)
+      if not confined.alone:
+        seccomp.refuse_signals()
       write_frame(lambda frame: os.write(writing, frame), grade(request))
     finally:
       os._exit(0)
@@ -136,20 +140,9 @@ def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -
     reply = read_frame(lambda count: os.read(reading, count), limit)
   finally:
     os.close(reading)
-  status = 0
-  os.kill(child, signal.SIGKILL)  # still ours: it has not been waited for
-  if confined.alone:
-    try:
-      os.kill(-1, signal.SIGKILL)
-    except ProcessLookupError:
-      pass
-  try:
-    while True:
-      ended, ended_status = os.waitpid(-1, 0)
-      status = ended_status if ended == child else status
-  except ChildProcessError:
-    pass
-  os.chmod(".", 0o700)  # which the child may have changed
+  status = end_call(child, confined)
+  if os.stat(".").st_mode & 0o700 != 0o700:  # which the child may change where it can change modes
+    os.chmod(".", 0o700)
   for name in set(os.listdir(".")).difference(confined.kept):
     shutil.rmtree(name) if os.path.isdir(name) and not os.path.islink(name) else os.unlink(name)
   if reply is not None:
@@ -157,6 +150,34 @@ def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -
   if os.WIFSIGNALED(status):
     return {"died": f"killed by {signal.Signals(os.WTERMSIG(status)).name}"}
   return {"died": f"exited with code {os.WEXITSTATUS(status)} and no reward"}
+
+
+def end_call(child: int, confined: Confinement) -> int:
+  """Kills a call's child with all that it has started; gives the child's status as `waitpid`."""
+  os.kill(child, signal.SIGKILL)  # still ours: it has not been waited for
+  if confined.alone:
+    try:
+      os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
+      pass
+  _, status = os.waitpid(child, 0)
+  if not confined.alone:
+    end_orphans(confined.children)
+  try:
+    while confined.alone:
+      os.waitpid(-1, 0)
+  except ChildProcessError:
+    pass
+  return status
+
+
+def end_orphans(children: Callable[[], list[int]], spared: Container[int] = ()) -> None:
+  """Kills what the dead have left to this process, and what that leaves, until nothing is left."""
+  while orphans := [child for child in children() if child not in spared]:
+    for orphan in orphans:
+      os.kill(orphan, signal.SIGKILL)
+    for orphan in orphans:
+      os.waitpid(orphan, 0)
 
 
 def imported_files() -> list[str]:
@@ -170,7 +191,11 @@ def work(
 ) -> None:
   """A worker's life: the last restrictions, then one call after another."""
   sandbox.die_with_parent()
+  sandbox.adopt_orphans()
+  os.setsid()  # a group that the minder is not in, for signals to the own group
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # which process 1 of a namespace does not get
   layers = list(layers) + (["processes"] if alone else [])
+  children, others = sandbox.children_list(), 0 if alone else sandbox.count_processes()
   directory, readable = "/tmp", ["/"]
   kept = root.enter(config["root"], config["file_mb"], own_processes=alone)
   if kept is not None:
@@ -186,17 +211,18 @@ def work(
   devices = ["/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
   if sandbox.only_files(readable + devices, [directory, "/dev/null"]) or kept is not None:
     layers.append("files")
+  sandbox.drop_capabilities(reading="files" in layers)
   if seccomp.refuse_calls(metadata=kept is None):
-    layers.append("system calls")
+    layers += ["system calls", "network"]
   # Since Linux 5.14 processes are counted per user namespace; before, all of the user's are.
   release = re.match(r"(\d+)\.(\d+)", os.uname().release)
   counted_apart = "user" in layers and tuple(map(int, release.groups())) >= (5, 14)
-  processes = 64 if counted_apart else None
+  processes = 64 if counted_apart else others + 512
   sandbox.limit_resources(memory_mb=config["memory_mb"], file_mb=config["file_mb"])
   layers.append("limits")
   write_frame(connection.sendall, {"layers": layers})
 
-  confined = Confinement(connection.fileno(), alone, processes, kept or [])
+  confined = Confinement(connection.fileno(), alone, children, processes, kept or [])
 
   def apart(request: dict) -> dict:
     return grade_in_child(grade, request, confined)
@@ -237,14 +263,13 @@ def serve(control: socket.socket) -> None:
     config["start_deadline"]
   )  # an import that hangs ends, even if the trainer is gone by then
   try:
-    if os.geteuid() == 0:
-      os.chown(config["directory"], sandbox.NOBODY, sandbox.NOBODY)
-    steps = {
-      "user": sandbox.own_user,
-      "network": sandbox.no_network,
-      "ipc": sandbox.no_shared_names,
-    }
-    layers = [name for name, step in steps.items() if step()]
+    was_root = os.geteuid() == 0
+    layers = ["user"] if sandbox.own_user() else []
+    needed = [config["location"], *config["readable"]]
+    if sandbox.not_root(config["directory"], needed) and was_root:
+      layers = ["user"]
+    sandbox.no_network()
+    layers += ["ipc"] if sandbox.no_shared_names() else []
     sys.path.extend(path for path in config["sys_path"] if path not in sys.path)
     function, rewards = load_function(config["location"], config["function"])
     grade = grading.grader(function)
@@ -258,10 +283,12 @@ def serve(control: socket.socket) -> None:
     return
   signal.alarm(0)
   write_frame(control.sendall, {"range": rewards})
-  minders = {}
+  sandbox.adopt_orphans()
+  children, minders = sandbox.children_list(), {}
   while True:
     command, fds, _, _ = socket.recv_fds(control, COMMAND.size, 1)
     if len(command) < COMMAND.size:
+      end_orphans(children)
       return
     kind, number = COMMAND.unpack(command)
     if kind == b"S":
@@ -276,6 +303,7 @@ def serve(control: socket.socket) -> None:
         except OSError:
           pass
       os.waitpid(minder, 0)
+      end_orphans(children, minders.values())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
 EVERYWHERE = {"code", "compile_cache", "matmul_precision"}
-GRADED = {"reward_files"}  # where a task's grader is called
+GRADED = {"reward_files", "reward_sandbox"}  # where a task's grader is called
 LOSSES = {"loss.threshold"}  # keywords of losses that came later
 SAMPLED = {  # of policy gradients
   *("overlong.cache", "overlong.coef", "overlong.limit"),

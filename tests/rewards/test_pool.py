@@ -12,7 +12,15 @@ import time
 import numpy as np
 import pytest
 
-from rl_llm.rewards import RewardError, RewardPool, RewardResult, RewardSource, pool, to_arrays
+from rl_llm.rewards import (
+  RewardError,
+  RewardPool,
+  RewardResult,
+  RewardSource,
+  layers,
+  pool,
+  to_arrays,
+)
 
 GRADER = """
 import ctypes, glob, json, os, re, signal, socket, time
@@ -430,9 +438,9 @@ def test_a_path_given_that_is_not_there_is_an_error_at_the_start(source):
 
 
 def test_code_that_runs_text_needs_its_barriers(source, monkeypatch):
-  monkeypatch.setattr(pool, "REQUIRED_LAYERS", ("a moat",))
+  monkeypatch.setattr(layers, "REQUIRED", ("a moat",))
   running = source._replace(runs_text=True)
-  with pytest.raises(RewardError, match="cannot bar it from a moat; .*allow_weak_sandbox=True"):
+  with pytest.raises(RewardError, match="cannot bar it from a moat; .*--reward_sandbox=weak"):
     RewardPool(running)
   with RewardPool(running, allow_weak_sandbox=True) as made:
     assert one(made, "fine").status == "ok"

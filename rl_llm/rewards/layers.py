@@ -1,0 +1,34 @@
+"""What a worker says of its confinement, and what that leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+REQUIRED = ("network", "files")  # by a grader that runs a model's text
+
+
+def describe(layers: Sequence[str]) -> str:
+  """One line for the start of a run: which layers are active, and what is open.
+
+  >>> print(describe(("user", "files", "system calls", "network", "limits")))
+  grader sandbox: user, files, system calls, network, limits; open: names and sizes of files
+  >>> print(describe(("limits",)).partition("; ")[2])
+  open: network, files, signals to other processes, orphans of a killed run
+
+  Args:
+    layers: of `RewardPool.active_layers()`.
+  """
+  return (
+    f"grader sandbox: {', '.join(layers)}; open: {', '.join(openings(layers)) or 'nothing known'}"
+  )
+
+
+def openings(layers: Sequence[str]) -> list[str]:
+  """What text that runs in a grader could reach, through the layers that are missing."""
+  found = [layer for layer in REQUIRED if layer not in layers]
+  if "files" in layers and "own file system" not in layers:
+    found.append("names and sizes of files")
+  if "processes" not in layers:
+    found += [] if "system calls" in layers else ["signals to other processes"]
+    found.append("orphans of a killed run")
+  return found
