@@ -5,7 +5,7 @@ is. It measures on problems that training never touches: the task's held-out pro
 training. Every response is kept, so that each figure can be traced to its responses.
 
   python -m experiments.evaluate                                    SmolLM2-135M adds
-  python -m experiments.evaluate --model=runs/grpo-tiny-copy-seed0/model --task=copy
+  python -m experiments.evaluate --model=runs/grpo-tiny-copy-seed0 --task=copy    a run's checkpoint
   python -m experiments.evaluate --model=DIR --task=gsm8k:train.jsonl \
     --gsm8k.held_out_file=test.jsonl --max_new_tokens=256
 

@@ -137,6 +137,20 @@ class Run(Record):
     volatile=True,
   )
   checkpoint: Checkpoint = Checkpoint()
+  init_from: str = option(
+    "", "begin with the weights of RUN or RUN@STEP, a run's directory and a step it has kept"
+  )
+  init_moments: bool = option(
+    False, "with --init_from: begin with the optimizer's moments of that run too"
+  )
+
+  def check(self, config: Any) -> None:
+    """Refuses moments of no run, or of adapters that are merged."""
+    if self.init_moments and not self.init_from:
+      raise ConfigError("init_moments", "true", "left out without --init_from=RUN")
+    if self.init_moments and config.model.lora.rank:
+      fix = "its adapters begin anew, on top of the run's weights"
+      raise ConfigError("init_moments", "true", "left out with --lora.rank", fix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +220,9 @@ class Weights:
   """The model."""
 
   model: str = option(
-    "smollm2", "smollm2, tiny, a Hugging Face directory (also a run's model), or a .gguf file"
+    "smollm2",
+    "smollm2, tiny, a Hugging Face directory, a .gguf file, or RUN or RUN@STEP: a run's directory, "
+    "and which of its checkpoints",
   )
   dtype: Literal["float32", "bfloat16"] = option(
     "float32", "dtype of the arithmetic; weights, their gradients' sum and log-probs stay float32"

@@ -56,6 +56,7 @@ MAY_DIFFER = (
 
 # What a step of all members does not have, and what it is without.
 ALONE = {
+  "init_moments": False,
   "overlong.cache": 0,
   "weighting.top_entropy": 1.0,
   "correction.name": "none",

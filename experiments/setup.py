@@ -30,8 +30,10 @@ from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, code, compile_cache, keywords
 from rl_llm.runs.config import changed, volatile
 from rl_llm.runs.flops import Work, text_work, update_passes
+from rl_llm.runs.identity import find_run, json_object
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.runs.run_directory import Run, default_workdir, found_workdir, opened
+from rl_llm.runs.trained import checkpoint_of, load_trained, restore_part
 from rl_llm.text.conversations import resolve_format
 from rl_llm.text.tokenizers import Tokenizer
 from rl_llm.training import loop, objective, update
@@ -101,8 +103,21 @@ def begin(
 ) -> tuple[tuple[int, Any], Model]:
   """((step, state) to begin with, the model without the weights that the state has now)."""
   weights = model.weights
-  begun = loop.begin(run, init, weights.trained, steps=config.run.steps, mesh=model.mesh)
-  return begun, model._replace(weights=weights._replace(trained=None))
+  step, state = loop.begin(run, init, weights.trained, steps=config.run.steps, mesh=model.mesh)
+  if config.run.init_moments and not step:
+    state = with_moments(config, state)
+  return (step, state), model._replace(weights=weights._replace(trained=None))
+
+
+def with_moments(config: Any, state: Any) -> Any:
+  """The state, its policy with the optimizer's moments of the run that it begins with."""
+  run, setting = config.run.init_from, "init_from"
+  own, (directory, step) = loop.policy_state(state), checkpoint_of(run, setting=setting)
+  moments = restore_part(directory, step, "opt_state", own.opt_state)
+  moved = own._replace(opt_state=moments)
+  return jax.tree.map(
+    lambda part: moved if part is own else part, state, is_leaf=lambda part: part is own
+  )
 
 
 def train_loop(
@@ -206,7 +221,15 @@ def load_language_model(
     say(f"loading {options.model} on {mesh.size} x {kind}, {options.dtype}{how}")
   further = {name: getattr(options, name) for name in names if hasattr(options, name)}
   further |= {"seed": config.run.seed, "dtype": jnp.dtype(options.dtype), "mesh": mesh}
-  return models.load_model(options.model, say=say, **further)
+  load = functools.partial(models.load_model, say=say, **further)
+  if begun := getattr(config.run, "init_from", ""):
+    name = json_object(checkpoint_of(begun, setting="init_from")[0] / "config.json")["model"]
+    if name != options.model:
+      raise ConfigError("model", options.model, f"{name}, as in {begun}")
+  if begun or find_run(options.model):
+    trained, setting = begun or options.model, "init_from" if begun else "model"
+    return load_trained(trained, lambda name, seed: load(name, seed=seed), setting=setting)
+  return load(options.model)
 
 
 def load_model(

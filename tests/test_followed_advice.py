@@ -103,6 +103,8 @@ def write(path, *rows):
 
 # Settings that a script refuses, and what else to set; None: what the error itself says to.
 SETTINGS = [
+  (grpo, {"init_moments": True}, {"init_from": "runs/earlier"}),
+  (grpo, {"init_moments": True, "init_from": "runs/earlier", "lora.rank": 2}, {"lora.rank": 0}),
   (grpo, {"microbatch_prompts": 3}, None),
   (
     grpo,

@@ -202,7 +202,9 @@ class Checkpointer:
       )
     return None if found is None else found["step"]
 
-  def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
+  def restore(
+    self, abstract_state: Any, step: int | None = None, *, below: str = ""
+  ) -> tuple[int, Any, dict]:
     """Reads a step into the structure, dtypes and shardings of `abstract_state`.
 
     First compares the two trees, leaf by leaf, by path, shape and dtype. Container types do not
@@ -213,6 +215,8 @@ class Checkpointer:
         arrays. A leaf with a sharding is read into it, on whatever devices it names; a leaf
         without one goes to the first local device.
       step: which step; by default the newest that verifies.
+      below: the beginning of the paths of a part of the state, such as "params/": what is asked for
+        is looked up there, and the rest is neither compared nor read.
 
     Returns:
       The step, the state, and `extra` as given to `save`.
@@ -229,8 +233,9 @@ class Checkpointer:
         )
     else:
       manifest = _verified(self.directory / str(step), step)
-    wanted = _named_leaves(abstract_state)
-    _compare_trees(self.directory / str(manifest["step"]), manifest["leaves"], wanted)
+    wanted = {f"{below}{name}": leaf for name, leaf in _named_leaves(abstract_state).items()}
+    saved = [leaf for leaf in manifest["leaves"] if not below or leaf[0] in wanted]
+    _compare_trees(self.directory / str(manifest["step"]), saved, wanted)
     wanted = {
       name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
       for name, leaf in wanted.items()
@@ -244,7 +249,7 @@ class Checkpointer:
     path = self.directory / str(manifest["step"]) / _STATE
     if stored:
       try:
-        with _orbax_context():
+        with _orbax_context(partial=bool(below)):
           arrays |= _named_leaves(ocp.load(path, _nested(stored)))
       except Exception as error:
         raise CheckpointError(
@@ -328,6 +333,16 @@ def extras(directory: Path) -> dict[int, dict]:
     except CheckpointError:  # Whoever reads the step will say so.
       continue
   return found
+
+
+def leaves_of(directory: Path, step: int) -> list[str]:
+  """The paths of the leaves of a step, in the order of the state.
+
+  Args:
+    directory: of a run's checkpoints.
+    step: one of them.
+  """
+  return [name for name, _, _ in _manifest(directory / str(step), step)["leaves"]]
 
 
 def first_moments(directory: Path, count: int) -> list[np.ndarray]:
@@ -621,8 +636,9 @@ def _sync(path: Path) -> None:
 # Orbax
 
 
-def _orbax_context() -> ocp.Context:
+def _orbax_context(*, partial: bool = False) -> ocp.Context:
   context = ocp.Context()
+  context.pytree.loading.partial_load = partial
   context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
   context.array.saving.use_compression = False  # 8 % smaller is not worth 4 times the wait
   context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES

@@ -11,6 +11,7 @@ steps must be as it was; what decides little may change from a step on, which ch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -57,18 +58,45 @@ def hashes(config: Any) -> dict[str, str]:
   """{setting: hash} of the files that settings name, as PATH, KIND:PATH or PATH:FUNCTION.
 
   Of a Python file it is that of its code and of what it imports from its directory, else SHA-256.
+  A run that is named stands for the manifest of its checkpoint.
   """
   found = {}
   for name, value in flatten(config).items():
     if isinstance(value, str):
       paths = value, value.partition(":")[2], value.rpartition(":")[0]
-      path = next(filter(os.path.isfile, paths), None)
+      path = next(filter(os.path.isfile, (*paths, *_checkpoint(value))), None)
       if path is not None and path.endswith(".py"):
         found[name] = code.digest_of_file(Path(path))
       elif path is not None:
         with open(path, "rb") as file:
           found[name] = hashlib.file_digest(file, "sha256").hexdigest()
   return found
+
+
+def _checkpoint(name: str) -> list[str]:
+  """The manifest that holds the hashes of RUN or RUN@STEP."""
+  if (found := find_run(name)) is None:
+    return []
+  directory, step = found
+  if step is None:
+    saved = [int(path.name) for path in (directory / "checkpoints").glob("[0-9]*")]
+    step = max(saved, default=0)
+  return [str(directory / "checkpoints" / str(step) / "manifest.json")]
+
+
+def find_run(name: str) -> tuple[Path, int | None] | None:
+  """(directory, step) of "RUN" or "RUN@STEP", the step None if it is not given; None if no run's.
+
+  >>> find_run("smollm2") is None
+  True
+  """
+  directory, _, step = name.rpartition("@")
+  for path, number in ((Path(name), None), (Path(directory), step)):
+    with contextlib.suppress(OSError, ValueError):  # Not every text can be a path.
+      if (path / "flags.txt").is_file() and (path / "config.json").is_file():
+        if number is None or number.isdecimal():
+          return path, None if number is None else int(number)
+  return None
 
 
 def is_code(name: str, config: Any) -> bool:

@@ -22,6 +22,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
 EVERYWHERE = {"code", "compile_cache", "matmul_precision"}
+TRAINED = {"init_from", "init_moments"}  # where something is trained
 GRADED = {"reward_files", "reward_sandbox"}  # where a task's grader is called
 LOSSES = {"loss.threshold"}  # keywords of losses that came later
 SAMPLED = {  # of policy gradients
@@ -85,6 +86,7 @@ def test_flags_are_what_they_were(name):
   wanted, found = goldens()[name], flags(scripts()[name].Config)
   assert wanted.keys() - found.keys() == set()
   of_all = EVERYWHERE if "seed" in wanted else set()
+  of_all = of_all | (TRAINED if "steps" in wanted and of_all else set())
   of_all = of_all | GRADED if "reward_deadline" in wanted else of_all
   assert found.keys() - wanted.keys() == ADDED.get(name, set()) | of_all
   for flag, before in wanted.items():
