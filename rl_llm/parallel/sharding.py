@@ -347,7 +347,9 @@ def gather_to_host(tree: Any) -> Any:
     tree: arrays with any layout; anything else is returned as it is.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  parts = [n for n, x in enumerate(leaves) if isinstance(x, jax.Array) and _is_cut(x)]
+  # Those of which other processes hold parts that this process does not.
+  ours = [not isinstance(x, jax.Array) or x.is_fully_addressable for x in leaves]
+  parts = [n for n, x in enumerate(leaves) if not ours[n] and not x.is_fully_replicated]
   if parts:
     whole = [NamedSharding(leaves[n].sharding.mesh, P()) for n in parts]
     gathered = _same(tuple(whole))([leaves[n] for n in parts])
@@ -361,11 +363,6 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, P())), tree)
 
 
-def _is_cut(x: jax.Array) -> bool:
-  """Whether other processes hold parts that this process does not."""
-  return not (x.is_fully_addressable or x.is_fully_replicated)
-
-
 @functools.cache
 def _same(shardings: tuple[NamedSharding, ...]):
   return jax.jit(lambda arrays: arrays, out_shardings=list(shardings))
@@ -376,11 +373,9 @@ def _put(x: chex.Array, sharding: NamedSharding) -> jax.Array:
   if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
     return jax.device_put(x, sharding)
   if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return jax.random.wrap_key_data(
-      _put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
-    )
-  whole = np.asarray(x)
-  return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    data = _put(jax.random.key_data(x), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+  return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
 
 def _rule(path: Any, rules: Sequence[tuple[str, P]]) -> tuple[str, P]:
