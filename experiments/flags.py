@@ -15,6 +15,7 @@ from experiments import terms
 from rl_llm import losses, presets
 from rl_llm.advantages.group import GROUP_ADVANTAGES
 from rl_llm.data.formats import COLUMNS
+from rl_llm.data.jsonl import MAX_ROWS
 from rl_llm.errors import ConfigError
 from rl_llm.policy.attention import AttentionName
 from rl_llm.rollout import shaping
@@ -508,6 +509,7 @@ class Data:
   data_errors: Literal["strict", "lenient"] = option(
     "strict", "the first broken row of --data stops, or broken rows are dropped and counted"
   )
+  max_rows: int = option(MAX_ROWS, "most rows of --data; a file with more is refused", min=1)
   held_out_fraction: float = option(0.1, "share of prompts kept for evaluation", min=0, below=1)
   max_tokens: int = option(512, "tokens a row of --data may have, prompt included", min=2)
   overlong: Literal["error", "drop", "truncate_left", "truncate_right"] = option(

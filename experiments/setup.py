@@ -414,7 +414,7 @@ def sampling_config(options: Any) -> SamplingConfig:
 def read_data(config: Any, *formats: str) -> Dataset:
   """The rows of --data, which must be of one of these formats."""
   options, strict = config.data, config.data.data_errors == "strict"
-  how = {"format": options.data_format, "strict": strict}
+  how = {"format": options.data_format, "strict": strict, "max_rows": options.max_rows}
   return loading.read_examples(options.data, formats=formats, **how)
 
 

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from rl_llm.data.jsonl import DataError
+from rl_llm.data.jsonl import MAX_ROWS, DataError
 from rl_llm.data.parquet import read_table
 from rl_llm.text.messages import (
   MessageError,
@@ -112,7 +112,9 @@ class Dataset(NamedTuple):
   errors: tuple[str, ...]
 
 
-def read_dataset(path: str, *, format: Format | None = None, strict: bool = True) -> Dataset:
+def read_dataset(
+  path: str, *, format: Format | None = None, strict: bool = True, max_rows: int = MAX_ROWS
+) -> Dataset:
   """Reads JSONL (plain or gzip) or Parquet in any of the formats above.
 
   A row has a format if it has all of that format's columns and no other column with a meaning here.
@@ -133,6 +135,7 @@ def read_dataset(path: str, *, format: Format | None = None, strict: bool = True
       own. None recognises it.
     strict: whether the first broken row is an error; otherwise broken rows are dropped, each with
       its message (`count_reasons` adds them up).
+    max_rows: the most rows.
 
   Returns:
     The examples, their line numbers, and the messages of the rows dropped.
@@ -144,7 +147,7 @@ def read_dataset(path: str, *, format: Format | None = None, strict: bool = True
   if format is not None and format not in COLUMNS:
     raise DataError(f"format={format!r}: must be one of {', '.join(COLUMNS)}")
   exact = format is None
-  chosen = _recognise_file(path) if format is None else format
+  chosen = _recognise_file(path, max_rows) if format is None else format
 
   def check(row: dict[str, Any]) -> str:
     try:
@@ -155,7 +158,7 @@ def read_dataset(path: str, *, format: Format | None = None, strict: bool = True
       return str(error)
     return ""
 
-  rows = read_table(path, check=check, strict=strict)
+  rows = read_table(path, check=check, strict=strict, max_rows=max_rows)
   examples = tuple(_example(row, chosen) for row in rows.rows)
   return Dataset(chosen, examples, rows.lines, rows.errors)
 
@@ -230,10 +233,10 @@ def transcript_messages(text: str) -> list[dict[str, str]]:
   return messages
 
 
-def _recognise_file(path: str) -> Format:
+def _recognise_file(path: str, max_rows: int) -> Format:
   """The format of most rows; the first error message if no row has a format."""
   found, first = Counter(), ""
-  rows = read_table(path, strict=False)
+  rows = read_table(path, strict=False, max_rows=max_rows)
   for row, line in zip(rows.rows, rows.lines, strict=True):
     try:
       found[recognise(row)] += 1

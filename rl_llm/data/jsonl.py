@@ -18,6 +18,11 @@ from typing import Any, NamedTuple
 
 from rl_llm.errors import UserError
 
+MAX_ROWS = 1_000_000
+# What a file may hold: 50 times its size, and a small one this much. Text is compressed 3 to 30
+# times, a file made to fill a memory 100,000 times.
+_BYTES, _RATIO = 512 << 20, 50
+
 
 class DataError(UserError, ValueError):
   """A file or a row of it cannot be used; the message begins with `path:line:`."""
@@ -35,6 +40,42 @@ class Rows(NamedTuple):
   rows: tuple[dict[str, Any], ...]
   lines: tuple[int, ...]
   errors: tuple[str, ...]
+
+
+class Bounds:
+  """Counts what is read of a file, and stops where it is more than a file of its size may hold.
+
+  Args:
+    path: the file.
+    max_rows: the most rows, broken and empty ones included.
+  """
+
+  def __init__(self, path: str, max_rows: int):
+    self.path, self.max_rows, self.rows, self.bytes = path, max_rows, 0, 0
+    self.max_bytes = max(_BYTES, _RATIO * os.path.getsize(path))
+
+  def add(self, rows: int, size: int) -> None:
+    """Counts so many rows, and bytes of text.
+
+    Raises:
+      DataError: it is too much.
+    """
+    self.rows += rows
+    self.bytes += size
+    if self.rows > self.max_rows:
+      raise TooMuchError(
+        f"{self.path}: more than {self.max_rows} rows, the limit (max_rows); raise it, or split "
+        "the file"
+      )
+    if self.bytes > self.max_bytes:
+      raise TooMuchError(
+        f"{self.path}: decompresses to more than {self.max_bytes >> 20} MiB, the most for a file "
+        "of its size; write it as plain JSONL if that is right"
+      )
+
+
+class TooMuchError(DataError):
+  """A file that holds more than is read: no matter of a single row."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,6 +150,7 @@ def read_rows(
   check: Callable[[dict[str, Any]], str] = lambda row: "",
   strict: bool = True,
   max_row_bytes: int = 4 << 20,
+  max_rows: int = MAX_ROWS,
 ) -> Rows:
   r"""Reads JSONL, plain or gzip, one object per line.
 
@@ -133,26 +175,31 @@ def read_rows(
     strict: whether the first broken row is an error; otherwise broken rows are dropped, each with
       its message.
     max_row_bytes: longest line, in bytes; a longer one is never held in memory.
+    max_rows: the most lines. What a gzip file holds is limited too, by its size.
 
   Returns:
     The good rows, their line numbers, and the messages of those dropped.
 
   Raises:
-    DataError: no such file, a damaged gzip stream, no good row in it, or (strict) a broken row.
+    DataError: no such file, a damaged gzip stream, more in it than is read, no good row, or
+      (strict) a broken row.
   """
   rows, lines, errors = [], [], []
+  number = 0
   try:
     with open(path, "rb") as raw:
+      bounds = Bounds(path, max_rows)
       start = raw.read(2)
       raw.seek(0)
       with gzip.open(raw, "rb") if start == b"\x1f\x8b" else raw as file:
-        number = 0
         while line := file.readline(max_row_bytes + 2):
           number += 1
+          bounds.add(1, len(line))
           try:
             if len(line.rstrip(b"\r\n")) > max_row_bytes:
               while line and not line.endswith(b"\n"):
                 line = file.readline(1 << 20)
+                bounds.add(0, len(line))
               raise DataError(f"longer than {max_row_bytes} bytes; split or remove it")
             if number == 1:
               line = line.removeprefix(b"\xef\xbb\xbf")
@@ -163,12 +210,18 @@ def read_rows(
               raise DataError(problem)
             rows.append(row)
             lines.append(number)
+          except TooMuchError:
+            raise
           except DataError as error:
             if strict:
               raise DataError(f"{path}:{number}: {error}") from None
             errors.append(f"{path}:{number}: {error}")
   except FileNotFoundError:
     raise DataError(f"{path}: no such file; looked in {os.getcwd()}") from None
+  except ValueError as error:
+    if isinstance(error, DataError) or "\0" not in path:
+      raise
+    raise DataError(f"{path!r}: no file has a name with NUL in it; check the path") from None
   except IsADirectoryError:
     raise DataError(f"{path}: a directory; give the path of a .jsonl file") from None
   except PermissionError:

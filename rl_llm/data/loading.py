@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from rl_llm.data.encoding import Encoded, Limited, Overlong, Pair
 from rl_llm.data.formats import COLUMNS, Dataset, Example, Format, count_reasons, read_dataset
 from rl_llm.data.held_out import split_held_out
-from rl_llm.data.jsonl import DataError
+from rl_llm.data.jsonl import MAX_ROWS, DataError
 from rl_llm.text import messages
 from rl_llm.text.chat_template import ChatTemplateError
 from rl_llm.text.tokenizers import TokenizerError
@@ -41,6 +41,7 @@ def read_examples(
   formats: Collection[Format],
   format: Format | Literal["auto"] = "auto",
   strict: bool = True,
+  max_rows: int = MAX_ROWS,
 ) -> Dataset:
   """`read_dataset`, of the formats that an experiment can train on.
 
@@ -49,11 +50,13 @@ def read_examples(
     formats: keys of `rl_llm.data.formats.COLUMNS`.
     format: one of these, or "auto": the file's columns say which.
     strict: whether the first broken row is an error; else broken rows are dropped and counted.
+    max_rows: the most rows.
 
   Raises:
     DataError: as `read_dataset`, or the file is of another format.
   """
-  dataset = read_dataset(path, format=None if format == "auto" else format, strict=strict)
+  known = None if format == "auto" else format
+  dataset = read_dataset(path, format=known, strict=strict, max_rows=max_rows)
   found = dataset.format
   if found not in formats:
     present = {*COLUMNS[found], *dataset.examples[0].columns}

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rl_llm.data.jsonl import DataError, Rows, check_text, read_rows
+from rl_llm.data.jsonl import MAX_ROWS, Bounds, DataError, Rows, check_text, read_rows
 
 
 def read_table(
@@ -16,13 +16,14 @@ def read_table(
   check: Callable[[dict[str, Any]], str] = lambda row: "",
   strict: bool = True,
   max_row_bytes: int = 4 << 20,
+  max_rows: int = MAX_ROWS,
 ) -> Rows:
   """`read_parquet` where the file's first bytes say Parquet, else `read_rows`."""
   read = read_rows
   if os.path.isfile(path) and os.access(path, os.R_OK):
     with open(path, "rb") as file:
       read = read_parquet if file.read(4) == b"PAR1" else read_rows
-  return read(path, check=check, strict=strict, max_row_bytes=max_row_bytes)
+  return read(path, check=check, strict=strict, max_row_bytes=max_row_bytes, max_rows=max_rows)
 
 
 def read_parquet(
@@ -31,6 +32,7 @@ def read_parquet(
   check: Callable[[dict[str, Any]], str] = lambda row: "",
   strict: bool = True,
   max_row_bytes: int = 4 << 20,
+  max_rows: int = MAX_ROWS,
 ) -> Rows:
   """Reads Parquet, with row numbers from 1 in the place of line numbers.
 
@@ -44,13 +46,14 @@ def read_parquet(
     check: as for `read_rows`.
     strict: as for `read_rows`.
     max_row_bytes: the longest row, in bytes of its JSON.
+    max_rows: the most rows. What the file may hold in all is limited too, by its size.
 
   Returns:
     As `read_rows`.
 
   Raises:
-    DataError: not a Parquet file, a damaged one, a column twice, no good row in it, the package
-      pyarrow is missing, or (strict) a broken row.
+    DataError: not a Parquet file, a damaged one, a column twice, more in it than is read, no good
+      row, the package pyarrow is missing, or (strict) a broken row.
   """
   try:
     import pyarrow
@@ -62,12 +65,15 @@ def read_parquet(
   rows, lines, errors = [], [], []
   number = 0
   try:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with _opened(path, max_rows) as file:
       names = file.schema_arrow.names
       if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path}: the column {twice[0]!r} appears twice; keep one")
+      bounds = Bounds(path, max_rows)
       for batch in file.iter_batches(batch_size=1024):
-        for read_row in _row_readers(batch):
+        size = sum(map(_decoded_bytes, batch.columns))
+        bounds.add(batch.num_rows, size)
+        for read_row in _row_readers(batch, together=size <= _AT_ONCE):
           number += 1
           try:
             row = {name: _without_nulls(value) for name, value in _row(read_row).items()}
@@ -93,16 +99,53 @@ def read_parquet(
   return Rows(tuple(rows), tuple(lines), tuple(errors))
 
 
-def _row_readers(batch) -> Iterator[Callable[[], dict[str, Any]]]:
+_AT_ONCE = 64 << 20  # bytes of text that a batch may have to be converted as a whole
+
+
+def _opened(path: str, max_rows: int) -> Any:
+  """The file, whose texts stay as they are stored: each that is repeated is there once.
+
+  A thousand rows of one text of 1.5 MB take 4 MB so, and fit into a file of 1,400 bytes.
+  """
+  import pyarrow.parquet
+
+  with pyarrow.parquet.ParquetFile(path) as file:
+    stored, columns = file.metadata, file.schema
+    groups = map(stored.row_group, range(stored.num_row_groups))
+    Bounds(path, max_rows).add(stored.num_rows, sum(group.total_byte_size for group in groups))
+    leaves = map(columns.column, range(len(columns)))
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+  return pyarrow.parquet.ParquetFile(path, read_dictionary=texts)
+
+
+def _decoded_bytes(array: Any) -> int:
+  """How much memory a column takes with every repeated text written out."""
+  import pyarrow
+  import pyarrow.compute as compute
+
+  if isinstance(array, pyarrow.DictionaryArray):
+    lengths = compute.take(compute.binary_length(array.dictionary), array.indices)
+    return compute.sum(lengths).as_py() or 0
+  if isinstance(array, pyarrow.StructArray):
+    return sum(_decoded_bytes(array.field(i)) for i in range(array.type.num_fields))
+  if isinstance(array, (pyarrow.ListArray, pyarrow.LargeListArray)):
+    return array.nbytes - array.values.nbytes + _decoded_bytes(array.flatten())
+  return array.nbytes
+
+
+def _row_readers(batch, *, together: bool) -> Iterator[Callable[[], dict[str, Any]]]:
   """One function per row: converting all at once is fast, but one bad text spoils the batch."""
-  try:
-    rows = batch.to_pylist()
-  except (ValueError, OverflowError):  # OverflowError: a date beyond the year 9999.
-    for index in range(batch.num_rows):
+  rows = None
+  if together:
+    try:
+      rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # OverflowError: a date beyond the year 9999.
+      pass
+  for index in range(batch.num_rows):
+    if rows is None:
       yield lambda index=index: batch.slice(index, 1).to_pylist()[0]
-  else:
-    for row in rows:
-      yield lambda row=row: row
+    else:
+      yield lambda index=index: rows[index]
 
 
 def _row(read_row: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from rl_llm.data.jsonl import MAX_ROWS
 from rl_llm.rewards import RewardSource
 from rl_llm.rewards.graders import final_answer
 from rl_llm.tasks.jsonl import JsonlOptions, jsonl_task
@@ -33,6 +34,9 @@ class Gsm8kOptions:
   lenient: bool = field(
     default=False, metadata={"help": "drop and count broken rows instead of stopping at the first"}
   )
+  max_rows: int = field(
+    default=MAX_ROWS, metadata={"help": "most rows of a file; one with more is refused"}
+  )
 
   def __post_init__(self):
     check_option(
@@ -41,6 +45,7 @@ class Gsm8kOptions:
       0 <= self.held_out_fraction < 1,
       "at least 0 and below 1",
     )
+    check_option("gsm8k.max_rows", self.max_rows, self.max_rows >= 1, "at least 1")
 
 
 def gsm8k_task(path: str, options: Gsm8kOptions) -> Task:
@@ -62,6 +67,7 @@ def gsm8k_task(path: str, options: Gsm8kOptions) -> Task:
     held_out_file=options.held_out_file,
     held_out_fraction=options.held_out_fraction,
     lenient=options.lenient,
+    max_rows=options.max_rows,
   )
   task = jsonl_task(path, rows, name="gsm8k", check=_check_answer)
   return dataclasses.replace(

@@ -8,6 +8,7 @@ from typing import Any
 
 from rl_llm.data import read_table
 from rl_llm.data.held_out import content_key, is_held_out
+from rl_llm.data.jsonl import MAX_ROWS
 from rl_llm.rewards import RewardSource, graders
 from rl_llm.tasks.problem import Problem, Task, TaskError, check_option, number_text, rng_for
 from rl_llm.text.messages import (
@@ -55,6 +56,9 @@ class JsonlOptions:
   lenient: bool = field(
     default=False, metadata={"help": "drop and count broken rows instead of stopping at the first"}
   )
+  max_rows: int = field(
+    default=MAX_ROWS, metadata={"help": "most rows of a file; one with more is refused"}
+  )
 
   def __post_init__(self):
     name = "jsonl."
@@ -64,6 +68,7 @@ class JsonlOptions:
       0 <= self.held_out_fraction < 1,
       "at least 0 and below 1",
     )
+    check_option(name + "max_rows", self.max_rows, self.max_rows >= 1, "at least 1")
     check_option(
       name + "prompt_column", self.prompt_column, bool(self.prompt_column), "a key of the rows"
     )
@@ -179,6 +184,7 @@ def jsonl_task(
       file,
       check=lambda row: _check_row(row, options.prompt_column, missing) or check(row),
       strict=not options.lenient,
+      max_rows=options.max_rows,
     )
     return [_problem(row, options) for row in found.rows], len(found.errors)
 

@@ -48,7 +48,13 @@ from tests.data.test_formats import (
 from tests.test_followed_advice import refused
 from tests.test_tokenizers import put, write_gguf
 
-NOT_FOLLOWED = {}  # By a part of "where: text": why no test here follows it.
+# By a part of "where: text": why no test here follows it.
+NOT_FOLLOWED = {
+  "rl_llm.text.tokenizer_files:": "of files from elsewhere, which test_hostile_files.py makes",
+  "write the one to use into chat_template.jinja": "as above",
+  "must be a token's text; download the file again": "as above",
+  "write it as plain JSONL": "it takes a file of 512 MiB; test_bounds.py has one",
+}
 
 # Rows as in `BROKEN`, mended in the other ways that their errors offer.
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
@@ -232,6 +238,13 @@ def follow_packages(said, path, monkeypatch):
     assert named == package
     assert package in [re.match(r"[\w-]+", needed)[0] for needed in extras()[extra]]
     assert call()
+
+
+def follow_bounds(said, path):
+  file = jsonl(path / "many.jsonl", [{"prompt": "a"}] * 3)
+  advised(said, "raise it, or split the file$", functools.partial(read_dataset, file, max_rows=2))
+  assert len(read_dataset(file, max_rows=3).examples) == 3
+  advised(said, "check the path$", read_dataset, f"{file}\0")
 
 
 SHORT = Encoded([5, 6], [False, True], 1)

@@ -24,6 +24,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 EVERYWHERE = {"code", "compile_cache", "matmul_precision"}
 TRAINED = {"init_from", "init_moments"}  # where something is trained
 GRADED = {"reward_files", "reward_sandbox"}  # where a task's grader is called
+GRADED |= {"gsm8k.max_rows", "jsonl.max_rows"}
 LOSSES = {"loss.threshold"}  # keywords of losses that came later
 SAMPLED = {  # of policy gradients
   *("overlong.cache", "overlong.coef", "overlong.limit"),
@@ -35,7 +36,7 @@ SAMPLED = {  # of policy gradients
 }
 REWARD_KL = {"kl.gradient", "kl.weighting"}  # Of the loss, where they had it in the reward alone.
 ADDED: dict[str, set[str]] = {
-  "dpo": {"data_format", "reward_isolation"},
+  "dpo": {"data_format", "max_rows", "reward_isolation"},
   "evaluate": {"reward_isolation"},
   "grpo": {
     *("advantage.alpha", "advantage.k", "advantage.name", "kl.weighting", "reward_isolation"),
@@ -45,8 +46,8 @@ ADDED: dict[str, set[str]] = {
   "ppo": {"reward_isolation", "weighting.truncated"} | SAMPLED | REWARD_KL | LOSSES,
   "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"}
   | (SAMPLED | REWARD_KL | LOSSES),
-  "reward_model": {"data_format"},
-  "sft": {"data_format", "loss", "reward_isolation"},
+  "reward_model": {"data_format", "max_rows"},
+  "sft": {"data_format", "loss", "max_rows", "reward_isolation"},
 }
 # Defaults that are others now.
 CHANGED = {"checkpoint.keep": 2}  # One flipped bit in the only checkpoint ended a run for good.
