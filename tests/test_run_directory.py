@@ -93,7 +93,8 @@ def test_other_settings_are_refused_and_change_nothing(tmp_path, config, said):
 
 def test_any_text_may_stand_where_a_file_might(tmp_path):
   open_run(tmp_path, Config(prompt="x" * 5000), volatile=())
-  open_run(tmp_path, Config(prompt="a\0b"), volatile=())
+  with pytest.raises(ConfigError, match="--prompt=a b: must be text"):
+    open_run(tmp_path, Config(prompt="a\0b"), volatile=())
   assert json.loads((tmp_path / "inputs.json").read_text()).keys() == {"program"}
 
 
