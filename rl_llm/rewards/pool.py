@@ -122,7 +122,8 @@ class RewardPool:
     workers: processes that grade at the same time, >= 1.
     spares: how many extra workers may run while that many calls are slow, >= 0.
     deadline: seconds of wall clock one call may take, > 0.
-    memory_mb: address space of one worker in MB, including what the function's imports map.
+    memory_mb: address space of each process in MB, including what the function's imports map, and
+      memory of all processes of a call together, without these imports.
     max_failure_rate: fraction of a batch, in [0, 1], that may fail (raise, time out, die, be
       invalid) before `score` gives up on the function; 1 never does. Samples on which the function
       has no opinion do not count.

@@ -1,7 +1,7 @@
 """The processes that graders run in; started by `rl_llm.rewards.pool`, not imported by it.
 
     trainer --- server          imports the reward function once; never sees text
-                  `- minder     one per worker, exists to be killed: its end is the worker's end
+                  `- minder     one per worker: its end is the worker's end; it watches memory
                        `- worker     process 1 of its own process namespace, in its own directory
                             `- child      a fresh fork per call: what text breaks ends with it
                                           (not for graders of this library that compare text)
@@ -37,9 +37,11 @@ if __name__ == "__main__":  # run as a file, where no package is importable yet
     spec.loader.exec_module(module)
     return module
 
-  grading, root, sandbox, seccomp = map(_beside, ("grading", "root", "sandbox", "seccomp"))
+  grading, memory, root, sandbox, seccomp = map(
+    _beside, ("grading", "memory", "root", "sandbox", "seccomp")
+  )
 else:
-  from rl_llm.rewards import grading, root, sandbox, seccomp
+  from rl_llm.rewards import grading, memory, root, sandbox, seccomp
 
 COMMAND = struct.Struct(">cQ")  # b"S" (start, with a socket) or b"E" (end), and the worker's number
 
@@ -147,6 +149,8 @@ def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -
     shutil.rmtree(name) if os.path.isdir(name) and not os.path.islink(name) else os.unlink(name)
   if reply is not None:
     return reply
+  if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+    return {"died": "killed by SIGKILL: it ended itself, or its processes took too much memory"}
   if os.WIFSIGNALED(status):
     return {"died": f"killed by {signal.Signals(os.WTERMSIG(status)).name}"}
   return {"died": f"exited with code {os.WEXITSTATUS(status)} and no reward"}
@@ -192,7 +196,8 @@ def work(
   """A worker's life: the last restrictions, then one call after another."""
   sandbox.die_with_parent()
   sandbox.adopt_orphans()
-  os.setsid()  # a group that the minder is not in, for signals to the own group
+  if alone:  # A call that kills its group does not kill the minder, whose end ends this process.
+    os.setsid()
   signal.signal(signal.SIGINT, signal.SIG_DFL)  # which process 1 of a namespace does not get
   layers = list(layers) + (["processes"] if alone else [])
   children, others = sandbox.children_list(), 0 if alone else sandbox.count_processes()
@@ -251,17 +256,20 @@ def start_worker(
       work(grade, socket.socket(fileno=fd), config, layers, alone)
     else:
       os.close(fd)
-      os.waitpid(worker, 0)
+      if config["shared"]:  # no forks, so that the limit on a process is one on all
+        os.waitpid(worker, 0)
+      else:
+        memory.watch(worker, config["memory_mb"])
   finally:
     os._exit(0)
 
 
 def serve(control: socket.socket) -> None:
   """The server's life: import the function, then start and end workers until the end."""
+  memory.yield_first()
   config = read_frame(control.recv)
-  signal.alarm(
-    config["start_deadline"]
-  )  # an import that hangs ends, even if the trainer is gone by then
+  # An import that hangs ends, even if the trainer is gone by then.
+  signal.alarm(config["start_deadline"])
   try:
     was_root = os.geteuid() == 0
     layers = ["user"] if sandbox.own_user() else []

@@ -97,7 +97,7 @@ def reward(prompts, completions, **columns):
 """
 DEADLINE = 1.0
 # What runs in a bare interpreter.
-WORKER_FILES = ("worker.py", "grading.py", "root.py", "sandbox.py", "seccomp.py")
+WORKER_FILES = ("worker.py", "grading.py", "memory.py", "root.py", "sandbox.py", "seccomp.py")
 
 
 @pytest.fixture(scope="module")

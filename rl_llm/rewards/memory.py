@@ -1,0 +1,72 @@
+"""Memory of all processes of a call together, which the limit on each of them does not bound.
+
+`RLIMIT_AS` counts one process: forty forks of 100 MB pass under a limit of 4 GB each. A control
+group would count them all, but an ordinary process may seldom make one. So the minder of a worker
+adds up, twenty times a second, what the call's processes hold for themselves (`RssAnon`, `RssShmem`
+and `VmSwap` of /proc/<process>/status, less what the worker had before the call, since a fork
+shares that), and kills them all when it is too much. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+_PERIOD = 0.05  # seconds
+
+
+def yield_first() -> None:
+  """Has the kernel kill this process, or one it starts, before others when memory runs out."""
+  try:
+    with open("/proc/self/oom_score_adj", "w") as file:
+      file.write("1000")
+  except OSError:  # no /proc, or one that may not be written
+    pass
+
+
+def descendants(process: int) -> list[int]:
+  """The processes that a process has started, and those that these have, by their ids here."""
+  found, unseen = [], [process]
+  while unseen:
+    folder = f"/proc/{unseen.pop()}/task"
+    try:
+      for thread in os.listdir(folder):
+        with open(f"{folder}/{thread}/children") as file:
+          unseen += (children := [int(number) for number in file.read().split()])
+          found += children
+    except OSError:  # it has ended, or the kernel has no such list
+      pass
+  return found
+
+
+def held(process: int) -> int:
+  """Bytes in memory that a process does not share with a file; 0 where it has ended."""
+  try:
+    with open(f"/proc/{process}/status") as file:
+      rows = dict(line.split(":", 1) for line in file)
+  except OSError:
+    return 0
+  sizes = (rows.get(name, "0 kB") for name in ("RssAnon", "RssShmem", "VmSwap"))
+  return sum(int(size.split()[0]) for size in sizes) << 10
+
+
+def watch(worker: int, megabytes: int) -> None:
+  """Waits for the end of a child, and kills its descendants whenever they hold too much.
+
+  Args:
+    worker: the child; it is idle at first.
+    megabytes: what all of its descendants may hold together.
+  """
+  shared = None
+  while os.waitpid(worker, os.WNOHANG) == (0, 0):
+    processes = descendants(worker)
+    if not processes:
+      shared = held(worker)
+    elif sum(max(0, held(each) - (shared or 0)) for each in processes) > megabytes << 20:
+      for each in processes:
+        try:
+          os.kill(each, signal.SIGKILL)
+        except OSError:  # it has ended
+          pass
+    time.sleep(_PERIOD)
