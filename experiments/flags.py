@@ -48,6 +48,12 @@ class Checkpoint:
   keep: int = option(
     2, "checkpoints kept; with two, a run whose newest one is damaged resumes from the other", min=1
   )
+  keep_at_end: int | None = option(
+    None,
+    "checkpoints kept of a finished run: none = all of keep, 0 = nothing, so that it has only its "
+    "record and what --export writes",
+    min=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

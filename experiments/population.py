@@ -413,4 +413,4 @@ def _train(
       write_report(own_run.workdir)
       rows = metrics.read(own_run.workdir / "metrics.jsonl")
       write_result(own_run.workdir, loop.summary(rows))
-  return loop.finish(run)
+  return loop.finish(run, checkpoints_kept=config.run.checkpoint.keep_at_end)

@@ -243,7 +243,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     center = float(np.mean(score(params, loaded.training[scored])))
     shape, tokenizer = model.policy.config, model.tokenizer
     loop.export_reward_model(run, shape, params, tokenizer, center=center)
-    return loop.finish(run)
+    return loop.finish(run, checkpoints_kept=config.run.checkpoint.keep_at_end)
 
 
 def main(config: Config) -> int:

@@ -175,7 +175,7 @@ def finish(config: Any, run: Run, model: Model, state: Any) -> dict[str, Any]:
   if config.run.export:
     whole = model.weights.whole(loop.policy_state(state).params)
     loop.export_model(run, model.policy.config, whole, model.tokenizer, base=config.model.model)
-  return loop.finish(run)
+  return loop.finish(run, checkpoints_kept=config.run.checkpoint.keep_at_end)
 
 
 # The model.

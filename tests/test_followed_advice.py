@@ -44,6 +44,7 @@ from rl_llm.runs.config import _leaves, _parse, replace
 from rl_llm.text import turn_end
 from rl_llm.text.conversations import format_prompts
 from rl_llm.text.tokenizers import ByteTokenizer
+from rl_llm.training import loop
 from tests import advice
 from tests.experiments.helpers import Chatty
 from tests.test_advice import shown_texts
@@ -430,6 +431,8 @@ def follow_directories(said, path):
   assert "--code=changed resumes" in refused(said, opened, path / "run", config)
   opened(path / "fourth", config)
   opened(path / "run", config, new_code=True)
+  refused(said, loop._refuse_to_begin_again, path / "run", 3, 5)
+  opened(path / "fifth", config)
   reward = path / "reward.py"
   reward.write_text("reward = sum")
   config = replace(config, {"jsonl.reward_file": str(reward)})

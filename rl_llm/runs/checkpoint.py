@@ -302,13 +302,21 @@ class Checkpointer:
         with open(os.path.join(root, name), "rb") as file:
           os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
+  def keep_only(self, count: int) -> None:
+    """Deletes all but the newest `count` steps, of a run that has ended; 0 deletes all of them."""
+    if hosts.is_main():
+      steps = self._steps()
+      self._delete(steps[: max(0, len(steps) - count)])
+
   def _prune(self, step: int) -> None:
     """Deletes all but the newest `keep` up to `step`; a step known to be damaged is not kept."""
     older = [s for s in self._steps() if s < step]
     kept = sorted(set(older) - self._reported, reverse=True)[: self.keep - 1]
-    for old in older:
-      if old not in kept:  # renamed first: a deletion cut short must not look like damage
-        os.rename(self.directory / str(old), self.directory / f"{_DELETING}{old}")
+    self._delete([old for old in older if old not in kept])
+
+  def _delete(self, steps: list[int]) -> None:
+    for step in steps:  # renamed first: a deletion cut short must not look like damage
+      os.rename(self.directory / str(step), self.directory / f"{_DELETING}{step}")
     self._remove_leftovers()
 
   def _remove_leftovers(self) -> None:

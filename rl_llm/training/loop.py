@@ -143,6 +143,8 @@ def open_run(
       exported = hosts.broadcast("the exported model", (workdir / "model").exists())
       if result is None or result["steps"] < steps or (export and not exported):
         checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
+        if result is not None and checkpoints.latest() is None:
+          _refuse_to_begin_again(workdir, result["steps"], steps)
         said = origin.origin(workdir, config, volatile=volatile(config)) if hosts.is_main() else {}
         yield Run(workdir, console, stop, checkpoints, said)
         return
@@ -152,6 +154,15 @@ def open_run(
       if hosts.is_main():
         show_result(console, workdir, result)
       yield Run(workdir, console, stop, result=result)
+
+
+def _refuse_to_begin_again(workdir: Path, done: int, steps: int) -> None:
+  """Refuses to continue a finished run of which no checkpoint is left: it would begin anew."""
+  allowed = f"{done}, the steps of the finished run in {workdir}, which has kept no checkpoint"
+  fix = "another --workdir begins anew"
+  if steps > done:
+    raise ConfigError("steps", steps, allowed, fix)
+  raise ConfigError("export", "true", f"given before {workdir} ends, which kept no checkpoint", fix)
 
 
 def open_console(total_steps: int) -> Console:
@@ -455,12 +466,17 @@ def announced(update: Callable, run: Run) -> Callable:
   return announced_update
 
 
-def finish(run: Run) -> dict[str, Any]:
-  """Writes result.json, the last of a run's files; shows the result to a person."""
+def finish(run: Run, *, checkpoints_kept: int | None = None) -> dict[str, Any]:
+  """Writes result.json, the last of a run's files; shows the result to a person.
+
+  Of the checkpoints so many stay; None: all.
+  """
   result = None
   if hosts.is_main():
     result = summary(read(run.workdir / "metrics.jsonl"))
     write_result(run.workdir, result)
+    if checkpoints_kept is not None:
+      run.checkpoints.keep_only(checkpoints_kept)
     show_result(run.console, run.workdir, result)
   return hosts.broadcast("the end of the run", result)
 
@@ -564,8 +580,9 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
     console.say(f"metrics.jsonl has lost the lines of steps {result['steps_missing']}")
   console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
   console.say(f"report: {workdir / 'report.html'}")
-  for verdict in verdicts(rows, read_settings(workdir)[0])[:1]:
-    console.say(f"{verdict.says} {verdict.advice}.")
+  found = verdicts(rows, read_settings(workdir)[0])[:1]
+  next_step = f"next: python -m rl_llm report {workdir} RUN compares it with another run"
+  console.say(f"{found[0].says} {found[0].advice}." if found else next_step)
 
 
 def _accuracy(found: Mapping[str, Any], key: str) -> str:

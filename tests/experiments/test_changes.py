@@ -63,3 +63,27 @@ def test_a_learning_rate_holds_from_the_step_that_a_run_resumes_at(tmp_path, sma
     "optimizer.learning_rate": [0.01, 0.02],
     "eval.every": [16, 1],
   }
+
+
+def test_a_finished_run_keeps_the_checkpoints_that_it_is_to_keep(tmp_path, small, files, capfd):
+  def train(**changes):
+    config = replace(grpo.Config(), settings(files) | changes)
+    return grpo.train(config, str(tmp_path / "run"))
+
+  def kept():
+    return sorted(path.name for path in (tmp_path / "run/checkpoints").glob("[0-9]*"))
+
+  train(steps=3, **{"checkpoint.every": 1, "checkpoint.keep": 3, "checkpoint.keep_at_end": 2})
+  assert kept() == ["2", "3"]
+  *_, report, following = capfd.readouterr().out.strip().splitlines()
+  assert report == f"report: {tmp_path}/run/report.html"
+  assert following.startswith("next: ") or "--" in following
+  train(steps=4, **{"checkpoint.keep_at_end": 0})
+  assert kept() == []
+  record = (tmp_path / "run/metrics.jsonl").read_bytes()
+  assert train(steps=4)["steps"] == 4
+  with pytest.raises(ConfigError, match="--steps=5: must be 4, the steps of the finished run in"):
+    train(steps=5)
+  with pytest.raises(ConfigError, match="--export=true: must be given before"):
+    train(steps=4, export=True)
+  assert (tmp_path / "run/metrics.jsonl").read_bytes() == record
