@@ -10,10 +10,10 @@ REQUIRED = ("network", "files")  # by a grader that runs a model's text
 def describe(layers: Sequence[str]) -> str:
   """One line for the start of a run: which layers are active, and what is open.
 
-  >>> print(describe(("user", "files", "system calls", "network", "limits")))
-  grader sandbox: user, files, system calls, network, limits; open: names and sizes of files
+  >>> print(describe(("processes", "files", "system calls", "network")))
+  grader sandbox: processes, files, system calls, network; open: names and sizes of files
   >>> print(describe(("limits",)).partition("; ")[2])
-  open: network, files, signals to other processes, orphans of a killed run
+  open: network, files, signals to other processes, processes that outlive a killed run
 
   Args:
     layers: of `RewardPool.active_layers()`.
@@ -30,5 +30,5 @@ def openings(layers: Sequence[str]) -> list[str]:
     found.append("names and sizes of files")
   if "processes" not in layers:
     found += [] if "system calls" in layers else ["signals to other processes"]
-    found.append("orphans of a killed run")
+    found.append("processes that outlive a killed run")
   return found
