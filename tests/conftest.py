@@ -15,15 +15,21 @@ from hypothesis import settings
 
 # Read when JAX is imported, which no test has done yet.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older way to make a loop of a fusion takes less time to compile; later versions lack it.
-QUICK_LOOPS = "--xla_cpu_use_fusion_emitters=false"
+# XLA's older way to make a loop of a fusion takes less time to compile; later versions lack it. And
+# a small program that is cut into 32 parts, for as many threads, takes half as long again.
+QUICK_COMPILE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_LOOPS}".strip()
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
 
-# The commands that tests start read what others of this test run have compiled.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-  os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="rl_llm-")
-  atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# Equal programs are compiled once, by the worker or command of this test run that needs them first.
+# With a directory of your own, JAX_COMPILATION_CACHE_DIR=DIR make test, the next test run has them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  directory = tempfile.mkdtemp(prefix="rl_llm-")
+  atexit.register(shutil.rmtree, directory, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{directory}/compiled"
+  os.environ["XDG_CACHE_HOME"] = directory
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # A machine that is busy, or compiles on a first call, is not a failing test.
 settings.register_profile("no_deadline", deadline=None)

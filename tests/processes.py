@@ -34,8 +34,9 @@ def free_port() -> int:
 
 def start(arguments, *, devices=1, **environment) -> subprocess.Popen:
   """`python ARGUMENTS` on `devices` virtual devices of a CPU."""
-  names = "PATH HOME TMPDIR LANG RL_LLM_FULL JAX_DISABLE_MOST_OPTIMIZATIONS XLA_FLAGS".split()
-  inherited = {name: os.environ[name] for name in names if name in os.environ}
+  names = "PATH HOME TMPDIR LANG RL_LLM_FULL XLA_FLAGS".split()
+  compiling = ("JAX_DISABLE_", "JAX_COMPILATION_CACHE_", "JAX_PERSISTENT_CACHE_")
+  inherited = {k: v for k, v in os.environ.items() if k in names or k.startswith(compiling)}
   return subprocess.Popen(
     [sys.executable, *map(str, arguments)],
     cwd=ROOT,

@@ -89,6 +89,7 @@ def test_a_sampler_that_reads_other_ids_is_refused():
 
 
 @pytest.mark.parametrize("peer", ["none", "mixed"] if FULL else ["mixed"])
+@pytest.mark.slow
 def test_one_step_of_the_tiny_model_runs_end_to_end(peer):
   config = Config(
     model="tiny",
@@ -192,6 +193,7 @@ def test_generations_table_compares_turn_by_turn():
   assert lines[4].startswith("floor: 0.50 s, 200 tokens/s; 0.25 s bound by compute and 0.25 s")
 
 
+@pytest.mark.slow
 def test_generation_of_the_tiny_model_runs_end_to_end(monkeypatch, capsys):
   monkeypatch.setattr(generation, "memory_gbytes", lambda: 10.0)
   config = generation.Config(
@@ -207,6 +209,7 @@ def test_memory_is_read_at_some_rate():
   assert 0.01 < memory_gbytes(trials=1, size=2**20) < 1e5
 
 
+@pytest.mark.slow
 def test_slots_and_batches_say_the_same(capsys):
   sizes = {"model": "tiny", "prompts": 4, "responses": 2, "prompt_tokens": 5, "mean": 4}
   rollout.main(rollout.Config(**sizes, limit=12, slots=4))
@@ -229,6 +232,7 @@ def test_a_decode_step_reads_the_base_once_and_each_rows_cache():
   assert population.decode_seconds(shape, weak, members=1, **sizes) == 2 * 5 * 110 + attention
 
 
+@pytest.mark.slow
 def test_an_update_is_timed_where_both_forms_give_one_gradient(monkeypatch, capsys):
   sizes = {"model": "tiny", "prompts": 2, "responses": 3, "prompt_tokens": 7, "new_tokens": 4}
   config = update.Config(**sizes, runs=1)
@@ -244,6 +248,7 @@ def test_an_update_is_timed_where_both_forms_give_one_gradient(monkeypatch, caps
     update.main(config)
 
 
+@pytest.mark.slow
 def test_packed_and_padded_texts_give_one_gradient(monkeypatch, capsys):
   config = packing.Config(model="tiny", texts=9, mean=6, limit=16, rows_at_once=2, runs=1)
   assert packing.main(config) == 0

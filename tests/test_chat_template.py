@@ -15,6 +15,7 @@ pytest.importorskip("jinja2")
 
 from rl_llm.text import chat_template
 from rl_llm.text.chat_template import ChatTemplateError, is_prefix_preserving, render, render_many
+from tests.processes import PATIENCE
 
 CHATML = (
   "{% for message in messages %}"
@@ -190,7 +191,7 @@ def test_hostile_template_is_stopped_within_its_limits(name):
   start = time.monotonic()
   with pytest.raises(ChatTemplateError) as caught:
     draw(HOSTILE[name], timeout=0.5)
-  assert time.monotonic() - start < 1.5
+  assert time.monotonic() - start < PATIENCE
   message = str(caught.value)
   assert "\n" not in message and len(message) < 400
   assert "<class" not in message and "root:" not in message
@@ -203,7 +204,7 @@ def test_deadline_is_two_seconds_by_default_and_the_child_is_gone():
   start = time.monotonic()
   with pytest.raises(ChatTemplateError, match="longer than 2 s"):
     draw(HOSTILE["nested loops"])
-  assert 1.9 < time.monotonic() - start < 3
+  assert 1.9 < time.monotonic() - start < PATIENCE
   assert process.returncode == -9
 
 
@@ -232,13 +233,16 @@ def test_the_child_sees_no_environment_and_cannot_write(monkeypatch, tmp_path):
 
 def test_many_conversations_are_not_stopped_by_the_processor_limit_of_one():
   chat_template._close()
-  slow = "{% for i in range(60000) %}{% for j in range(10) %}{% endfor %}{% endfor %}{{ 'ok' }}"
-  start = time.monotonic()
-  count = 0
-  while time.monotonic() - start < 4.0:  # More processor time than 1 s + 2 s for one request.
+  slow = "{% for i in range(20000) %}{% for j in range(10) %}{% endfor %}{% endfor %}{{ 'ok' }}"
+  assert draw(slow) == "ok"
+  child = chat_template._renderer.process.pid
+  used = 0.0
+  while used < 4.0:  # More processor time than 1 s + 2 s for one request.
     assert draw(slow, timeout=1.0) == "ok"
-    count += 1
-  assert count > 4
+    assert chat_template._renderer.process.pid == child
+    with open(f"/proc/{child}/stat") as file:
+      used = sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+    used /= os.sysconf("SC_CLK_TCK")
 
 
 def test_one_child_is_kept_and_a_dead_one_is_replaced():
@@ -290,7 +294,9 @@ def test_the_child_ends_with_a_killed_parent():
     "print(c._renderer.process.pid, flush=True)\n"
     "os.kill(os.getpid(), signal.SIGKILL)\n"
   )
-  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE
+  )
   child = int(done.stdout)
   for _ in range(100):
     try:

@@ -35,6 +35,7 @@ from absl import logging as absl_logging
 from rl_llm.parallel import hosts
 from rl_llm.runs import checkpoint
 from rl_llm.runs.checkpoint import Checkpointer, CheckpointError
+from tests import processes
 
 FULL = os.environ.get("RL_LLM_FULL") == "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +105,7 @@ def errors(monkeypatch):
 W = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
 
 
-def run_python(code, *, devices=1, timeout=120, prefix=(), arguments=()):
+def run_python(code, *, devices=1, timeout=processes.PATIENCE, prefix=(), arguments=()):
   environment = dict(
     os.environ,
     JAX_PLATFORMS="cpu",
@@ -535,7 +536,7 @@ KILLS = """
 def test_sigkill_inside_a_save_loses_nothing_finished(tmp_path):
   """F2: the step last acknowledged, or the one under way, is there and loads, each time."""
   kills = 30 if FULL else 5
-  done = run_python(KILLS.format(directory=str(tmp_path / "run"), kills=kills), timeout=300)
+  done = run_python(KILLS.format(directory=str(tmp_path / "run"), kills=kills))
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   assert "DAMAGED" not in done.stderr
   cut = int(done.stdout.split()[-1])

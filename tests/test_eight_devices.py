@@ -1,4 +1,4 @@
-"""Runs tests/eight_devices in a process of its own, where a CPU stands for eight devices.
+"""Runs tests/eight_devices in processes of their own, where a CPU stands for eight devices.
 
 How many devices there are is decided once, before JAX starts, so these tests cannot be among the
 others. By hand:
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 DIRECTORY = Path(__file__).parent / "eight_devices"
+PARTS = 3  # So that two workers share them.
 # Eight threads that wait for each other on two busy cores: XLA takes 40 s of it for a deadlock.
 PATIENCE = (
   "--xla_cpu_collective_call_terminate_timeout_seconds=900 --xla_cpu_collective_timeout_seconds=900"
@@ -23,9 +24,11 @@ PATIENCE = (
 
 
 @pytest.mark.slow
-def test_on_eight_devices():
+@pytest.mark.parametrize("part", range(PARTS))
+def test_on_eight_devices(part):
+  files = sorted(DIRECTORY.glob("test_*.py"))[part::PARTS]
   found = subprocess.run(
-    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", DIRECTORY],
+    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
     cwd=DIRECTORY.parents[1],
     env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": PATIENCE},
     capture_output=True,

@@ -50,6 +50,7 @@ def test_the_bound_of_a_token_is_bytes_or_operations_whichever_takes_longer():
   assert gpu.decode_bound(SMALL, SHAPE, 16, fast) == pytest.approx(flops / 1e3)
 
 
+@pytest.mark.slow
 def test_update_and_decoding_are_timed(short):
   update = gpu.timed_update(SMALL, jax.devices())
   assert len(update) == SMALL.runs and all(each > 0 for each in update)

@@ -231,6 +231,7 @@ def test_a_process_that_never_comes_is_waited_for_no_longer_than_allowed():
   assert time.monotonic() - at < 300
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step():
   found = ends(
     """
@@ -247,6 +248,7 @@ with StopSignals() as stop:
   assert found[0].out.splitlines()[-1] == "step 3"
 
 
+@pytest.mark.slow
 def test_slurm_says_who_belongs_together():
   """The five variables of an srun step, and no Slurm."""
   program = """

@@ -1,11 +1,14 @@
-"""How much each token of an update counts, in the loss and in its KL term."""
+"""What an update reads: how much each token counts, and what groups are compared by."""
+
+import types
 
 import jax
 import numpy as np
 
 from rl_llm import weighting
 from rl_llm.rollout import ResponseBatch
-from rl_llm.training.minibatches import all_weights, less_kl, make_programs
+from rl_llm.rollout.grading import Scores
+from rl_llm.training.minibatches import all_weights, group_inputs, less_kl, make_programs
 
 MASK = np.array([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
 ROWS = np.zeros(MASK.shape, np.int32)
@@ -80,3 +83,19 @@ def test_the_kl_of_a_group_advantage_counts_from_each_token_on():
     for t in range(mask.size):
       wanted = batch.advantages[b] - 0.1 * kl[b, t:].sum() if mask[t] else 0
       assert abs(found[b, t] - wanted) < 1e-6
+
+
+def test_a_problem_whose_greedy_response_failed_compares_nothing():
+  rewards, ok = np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([[True, False], [True, True]])
+  greedy = Scores(np.array([[0.25], [0.0]]), np.array([[True], [False]]), {}, [])
+  experience = types.SimpleNamespace(
+    rollout=types.SimpleNamespace(lengths=np.array([3, 1, 2, 5])),
+    scores=Scores(rewards, ok, {}, []),
+    greedy=None,
+  )
+  values, counted, lengths, baseline = group_inputs(experience)
+  assert counted.tolist() == ok.tolist() and baseline is None
+  assert values is rewards and lengths.tolist() == [[3, 1], [2, 5]]
+  experience.greedy = greedy
+  _, counted, _, baseline = group_inputs(experience)
+  assert counted.tolist() == [[True, False], [False, False]] and baseline.tolist() == [0.25, 0.0]

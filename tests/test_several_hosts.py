@@ -32,16 +32,6 @@ def data(tmp_path_factory):
   return write_examples(tmp_path_factory.mktemp("data"), count=60)
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-  """Equal programs are compiled once."""
-  return {
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-  }
-
-
 def command(experiment, workdir, settings, further=()):
   given = COMMON | {"workdir": workdir} | settings
   return [
@@ -52,21 +42,18 @@ def command(experiment, workdir, settings, further=()):
   ]
 
 
-def alone(experiment, workdir, settings, environment):
+def alone(experiment, workdir, settings):
   """One process with eight devices."""
-  found = processes.ended(
-    processes.start(command(experiment, workdir, settings), devices=8, **environment)
-  )
+  found = processes.ended(processes.start(command(experiment, workdir, settings), devices=8))
   assert found.code == 0, found.err
 
 
-def begin_two(experiment, workdir, settings, environment, *, each=({}, {}), **further):
+def begin_two(experiment, workdir, settings, *, each=({}, {}), **further):
   port = processes.free_port()
   return [
     processes.start(
       command(experiment, workdir, settings | each[me], processes.flags(me, port=port, **further)),
       devices=4,
-      **environment,
     )
     for me in (0, 1)
   ]
@@ -119,10 +106,10 @@ def wait_for_rows(workdir, count, started):
     time.sleep(0.05)
 
 
-def test_two_processes_are_one_with_as_many_devices(tmp_path, compiled):
+def test_two_processes_are_one_with_as_many_devices(tmp_path):
   settings = SAMPLING | {"kl.coef": 0.1}
-  alone("grpo", tmp_path / "one", settings, compiled)
-  found = two("grpo", tmp_path / "two", settings, compiled)
+  alone("grpo", tmp_path / "one", settings)
+  found = two("grpo", tmp_path / "two", settings)
   gap = largest_gap(records(tmp_path / "two"), records(tmp_path / "one"))
   print("largest relative gap:", gap)
   assert gap[0] < 1e-5, gap
@@ -138,29 +125,27 @@ def test_two_processes_are_one_with_as_many_devices(tmp_path, compiled):
   assert [process.errors for process in found] == [[], []]
 
 
-def test_other_settings_are_refused_at_the_start_of_all(tmp_path, compiled):
+def test_other_settings_are_refused_at_the_start_of_all(tmp_path):
   for setting, ours in (("seed", 1), ("optimizer.learning_rate", 0.5)):
-    found = two("grpo", tmp_path / setting, SAMPLING, compiled, code=2, each=({}, {setting: ours}))
+    found = two("grpo", tmp_path / setting, SAMPLING, code=2, each=({}, {setting: ours}))
     for process in found:
       (line,) = process.errors
       assert f"--{setting} is {ours} in process 1 (" in line, line
     assert not (tmp_path / setting).exists()  # Before anything was written.
 
 
-def test_each_with_a_directory_of_its_own_is_refused(tmp_path, compiled):
-  found = two(
-    "grpo", tmp_path / "a", SAMPLING, compiled, code=2, each=({}, {"workdir": tmp_path / "b"})
-  )
+def test_each_with_a_directory_of_its_own_is_refused(tmp_path):
+  found = two("grpo", tmp_path / "a", SAMPLING, code=2, each=({}, {"workdir": tmp_path / "b"}))
   for process in found:
     assert "is not in process 1" in process.errors[0], process
 
 
 @pytest.mark.skipif(not FULL, reason="three runs of two processes: RL_LLM_FULL=1")
 @pytest.mark.parametrize("one_of", [0, 1])
-def test_a_signal_to_one_stops_both_and_the_run_goes_on(tmp_path, compiled, one_of):
+def test_a_signal_to_one_stops_both_and_the_run_goes_on(tmp_path, one_of):
   settings = SAMPLING | {"epochs": 2, "checkpoint.every": 100, "steps": 12}
-  two("grpo", tmp_path / "straight", settings, compiled)
-  started = begin_two("grpo", tmp_path / "cut", settings, compiled)
+  two("grpo", tmp_path / "straight", settings)
+  started = begin_two("grpo", tmp_path / "cut", settings)
   wait_for_rows(tmp_path / "cut", 3, started)
   started[one_of].send_signal(signal.SIGTERM)
   found = [processes.ended(process) for process in started]
@@ -168,17 +153,17 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on(tmp_path, compiled, one_
   assert "saved at step" in found[0].out
   saved = len(records(tmp_path / "cut"))
   assert 3 <= saved < 12
-  found = two("grpo", tmp_path / "cut", settings, compiled)
+  found = two("grpo", tmp_path / "cut", settings)
   assert f"resuming from the checkpoint at step {saved}" in found[0].out
   assert records(tmp_path / "cut") == records(tmp_path / "straight")
 
 
 @pytest.mark.skipif(not FULL, reason="three runs of two processes: RL_LLM_FULL=1")
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_run_of_which_one_was_killed_goes_on(tmp_path, compiled, killed):
+def test_a_run_of_which_one_was_killed_goes_on(tmp_path, killed):
   settings = SAMPLING | {"epochs": 2, "steps": 12}
-  two("grpo", tmp_path / "straight", settings, compiled)
-  started = begin_two("grpo", tmp_path / "cut", settings, compiled, heartbeat=10)
+  two("grpo", tmp_path / "straight", settings)
+  started = begin_two("grpo", tmp_path / "cut", settings, heartbeat=10)
   wait_for_rows(tmp_path / "cut", 4, started)
   started[killed].kill()
   at = time.monotonic()
@@ -189,7 +174,7 @@ def test_a_run_of_which_one_was_killed_goes_on(tmp_path, compiled, killed):
   assert f"process {killed} (" in line and "lost" in line
   assert survivor.code not in (0, None) and seconds < 30
   processes.ended(started[killed])
-  found = two("grpo", tmp_path / "cut", settings, compiled)
+  found = two("grpo", tmp_path / "cut", settings)
   assert "resuming from the checkpoint at step" in found[0].out
   assert records(tmp_path / "cut") == records(tmp_path / "straight")
 
@@ -199,7 +184,7 @@ def test_a_run_of_which_one_was_killed_goes_on(tmp_path, compiled, killed):
 @pytest.mark.parametrize(
   "experiment", ["grpo", "reinforce", "ppo", "sft", "dpo", "dpo on data", "reward_model"]
 )
-def test_every_experiment_is_that_of_one_process(tmp_path, compiled, data, experiment, mesh):
+def test_every_experiment_is_that_of_one_process(tmp_path, data, experiment, mesh):
   settings = {
     "grpo": SAMPLING | {"epochs": 2, "minibatches": 2, "microbatch_prompts": 8, "lora.rank": 4},
     "reinforce": SAMPLING | {"kl.coef": 0.1, "advantage.name": "moving_average"},
@@ -213,8 +198,8 @@ def test_every_experiment_is_that_of_one_process(tmp_path, compiled, data, exper
   if "lora.rank" in settings and mesh:
     del settings["lora.rank"]
   module = experiment.split()[0]
-  alone(module, tmp_path / "one", settings, compiled)
-  two(module, tmp_path / "two", settings, compiled)
+  alone(module, tmp_path / "one", settings)
+  two(module, tmp_path / "two", settings)
   gap = largest_gap(records(tmp_path / "two"), records(tmp_path / "one"))
   print("largest relative gap:", gap)
   assert gap[0] < 1e-5, gap
@@ -223,7 +208,7 @@ def test_every_experiment_is_that_of_one_process(tmp_path, compiled, data, exper
 
 
 @pytest.mark.skipif(not FULL, reason="four runs: RL_LLM_FULL=1")
-def test_evaluations_and_preferences_are_those_of_one_process(tmp_path, compiled):
+def test_evaluations_and_preferences_are_those_of_one_process(tmp_path):
   own = {"steps", "eval.every", "checkpoint.every"}
   common = {"model": "tiny", "task": "copy", "prompts_per_batch": 8, "samples": 8}
   for experiment, settings in (("evaluate", {}), ("make_preferences", {"max_new_tokens": 2})):
@@ -236,10 +221,7 @@ def test_evaluations_and_preferences_are_those_of_one_process(tmp_path, compiled
       ]
       port = processes.free_port()
       joining = [processes.flags(me, port=port) for me in (0, 1)] if several else [[]]
-      started = [
-        processes.start(arguments + flags, devices=8 // len(joining), **compiled)
-        for flags in joining
-      ]
+      started = [processes.start(arguments + flags, devices=8 // len(joining)) for flags in joining]
       found = [processes.ended(process) for process in started]
       # A model of random weights may give no pair: the same in both.
       assert len({process.code for process in found}) == 1, found

@@ -1,15 +1,13 @@
-"""A small model and a small task, and equal programs compiled once."""
+"""A small model and a small task."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from rl_llm.parallel.sharding import shard
 from rl_llm.policy import make_policy, tiny_config
@@ -18,32 +16,9 @@ from rl_llm.text.tokenizers import ByteTokenizer
 from tests.experiments.helpers import REWARD, Chatty
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Equal programs are compiled once: most runs here differ by a number, not by a program.
-
-  Once for all workers of a parallel test run: each has a directory of its own below the run's.
-  """
-  base = tmp_path_factory.getbasetemp()
-  shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-  settings = {
-    "jax_compilation_cache_dir": str(shared / "compiled"),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  jax_cache.reset_cache()
-  yield settings
-  for name, value in before.items():
-    jax.config.update(name, value)
-  jax_cache.reset_cache()
-
-
 @pytest.fixture
 def small(monkeypatch):
-  """In every experiment `--model=tiny` is one narrow layer and `Chatty`."""
+  """In every experiment `--model=tiny` is one narrow layer and `Chatty`; reports are not drawn."""
   config = dataclasses.replace(
     tiny_config(ByteTokenizer.vocab_size),
     n_layers=1,
@@ -64,6 +39,7 @@ def small(monkeypatch):
     return LanguageModel(found, params if mesh is None else shard(params, mesh), Chatty())
 
   monkeypatch.setattr("rl_llm.policy.load.load_model", load)
+  monkeypatch.setattr("rl_llm.training.loop.write_report", lambda workdir, live: None)
   return policy
 
 

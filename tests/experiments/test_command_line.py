@@ -14,6 +14,7 @@ import pytest
 from experiments import grpo
 from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
 from rl_llm.training.loop import open_run
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,7 +201,7 @@ def results(tmp_path_factory):
     check=True,
     cwd=directory,
     env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    timeout=300,
+    timeout=PATIENCE,
   )
   return {
     name: (
@@ -230,7 +231,7 @@ def test_help_is_no_error():
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=PATIENCE,
   )
   assert found.returncode == 0 and found.stderr == ""
   assert "--responses_per_prompt=8" in found.stdout and "--loss.clip_high=none" in found.stdout

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.experiments.helpers import equal, outcome
 
 COMMAND = [
@@ -41,6 +43,7 @@ def compiled(directory):
   return {p.name for p in directory.rglob("jit_*")}
 
 
+@pytest.mark.slow
 def test_cold_warm_and_off_are_one_run(tmp_path):
   run(tmp_path / "off", 3, "none")
   run(tmp_path / "kept", 2, tmp_path / "cache")

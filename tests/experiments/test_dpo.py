@@ -278,7 +278,11 @@ def test_every_other_flag_changes_the_weights_that_come_out(tmp_path, small, dat
 
 
 @pytest.mark.parametrize(
-  "changes", [{}, {"loss.name": "bco_loss", "loss.shift": "batch", "loss.sft_coef": 0.5}]
+  "changes",
+  [
+    pytest.param({}, marks=pytest.mark.slow),
+    {"loss.name": "bco_loss", "loss.shift": "batch", "loss.sft_coef": 0.5},
+  ],
 )
 def test_microbatches_change_nothing(tmp_path, small, data, changes):
   # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.
@@ -330,6 +334,7 @@ def test_the_reference_is_scored_once_and_kept(tmp_path, small, data, monkeypatc
     run(dpo, tmp_path / "other", base | {"seed": 1})  # other weights are another reference
 
 
+@pytest.mark.slow
 def test_conversations_and_pairs_that_begin_alike(tmp_path, small):
   def talk(answer):
     return [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": answer}]
@@ -489,6 +494,7 @@ STOPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["file", "on_policy"])
 def test_a_run_stopped_three_times_ends_as_one_that_was_not(
   tmp_path, small, data, files, monkeypatch, source

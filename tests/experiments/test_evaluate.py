@@ -32,6 +32,7 @@ from rl_llm.runs.signals import Interrupted
 from rl_llm.tasks import TaskError, load_task
 from rl_llm.text.tokenizers import ByteTokenizer
 from tests.experiments.helpers import FULL
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -365,7 +366,7 @@ def test_a_bad_flag_costs_one_line():
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=PATIENCE,
   )
   assert found.returncode == 2
   assert found.stderr == "error: --k=1,4: must be at most samples (2); try --samples=4\n"

@@ -48,12 +48,12 @@ def settings(experiment, files, data):
   return given | {"model": "tiny", "prompt_format": "plain", "steps": 2} | LORA
 
 
-TRIALS = [grpo, ppo, reward_model]
+TRIALS = [grpo, *(pytest.param(x, marks=pytest.mark.slow) for x in (ppo, reward_model))]
 if FULL:
   TRIALS += [reinforce, dpo, sft]
 
 
-@pytest.mark.parametrize("experiment", TRIALS, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("experiment", TRIALS)
 def test_adapters_alone_are_trained_and_saved(tmp_path, small, files, data, experiment):
   found = helpers.run(experiment, tmp_path, settings(experiment, files, data))
   kinds = {path.split("/")[-1] for path in found.params}

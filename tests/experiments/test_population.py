@@ -104,6 +104,7 @@ def norm(leaves):
   return float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in leaves)))
 
 
+@pytest.mark.slow
 def test_a_kill_changes_nothing_and_what_is_done_is_left(tmp_path, small, files, monkeypatch):
   trials = members(files, **TWICE | {"steps": 4, "eval.every": 2, "checkpoint.every": 2})
   code, ids = sweep(tmp_path / "straight", trials)

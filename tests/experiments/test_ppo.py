@@ -364,6 +364,7 @@ def test_stopped_at_three_points_it_ends_as_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("trunk", ["own", "shared"] if FULL else ["own"])
+@pytest.mark.slow
 def test_it_learns(tmp_path, small, files, trunk):
   """A response earns the share of its bytes that are capital letters."""
   (tmp_path / "reward.py").write_text(
@@ -384,7 +385,7 @@ def test_it_learns(tmp_path, small, files, trunk):
   assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
 
 
-@pytest.mark.parametrize("trunk", ["own", "shared"])
+@pytest.mark.parametrize("trunk", ["own", pytest.param("shared", marks=pytest.mark.slow)])
 def test_values_foresee_what_the_prompt_decides_at_their_own_rate(tmp_path, small, files, trunk):
   """The policy hardly moves; on a shared trunk, only the head learns."""
   (tmp_path / "reward.py").write_text(
@@ -419,7 +420,9 @@ def judge_directory(tmp_path_factory):
   return directory
 
 
-@pytest.mark.parametrize("experiment", [grpo, reinforce, ppo])
+@pytest.mark.parametrize(
+  "experiment", [grpo, *(pytest.param(x, marks=pytest.mark.slow) for x in (reinforce, ppo))]
+)
 def test_a_reward_model_is_trained_on_and_the_grader_still_grades(
   tmp_path, small, files, monkeypatch, judge_directory, experiment
 ):

@@ -12,6 +12,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.rewards import RewardError
 from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read
+from rl_llm.runs.report import write_report
 from tests.experiments.helpers import run, settings
 
 REWARDS = """
@@ -104,7 +105,7 @@ def test_a_run_whose_grader_never_has_an_opinion_ends_without_a_figure(
     assert row[name] is None, name
   assert row["eval/sampled_accuracy"] is None and row["eval/no_opinion"] == 4
   assert "held-out accuracy, sampled: - -> -" in capsys.readouterr().out
-  assert (tmp_path / "report.html").exists()
+  assert write_report(tmp_path).exists()
 
 
 def test_no_figure_of_an_evaluation_counts_what_has_no_opinion(

@@ -12,6 +12,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.policy import load, make_policy
 from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read
+from rl_llm.runs.report import write_report
 from rl_llm.tasks import TaskError
 
 SUMS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n} for n in range(3)]
@@ -93,7 +94,7 @@ def test_it_trains_and_records_no_evaluation(tmp_path, read_to_five, experiment,
   assert not [key for row in rows for key in row if key.startswith("eval/")]
   assert (result["before"], result["after"], result["steps"]) == ({}, {}, 2)
   said = capsys.readouterr().out
-  assert (workdir / "report.html").exists() and "held-out accuracy" not in said
+  assert write_report(workdir).exists() and "held-out accuracy" not in said
   assert said.count("sequences of over 5 tokens") == 1, "all have six or more; one line a run"
   assert said.count("columns that nothing reads: level") == said.count("nothing reads") == 1
   if experiment is grpo:

@@ -86,6 +86,7 @@ def test_the_best_half_goes_on_from_where_it_was(tmp_path):
   assert code == 2 and "has gone on to 2 steps" in said
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(tmp_path):
   sweep = Sweep(tmp_path, {"optimizer.learning_rate": RATES}, seconds=0.1)
   flags = (BUDGETS, "--halving.keep=2", "--parallel=4")

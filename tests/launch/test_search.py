@@ -181,6 +181,7 @@ def hopeless_or_not(path, seed):
   return judged, bool(begin) and finished >= 5 and reached >= begin and worse
 
 
+@pytest.mark.slow
 def test_a_search_that_prunes_killed_in_the_middle(tmp_path):
   """Five good trials that are quick, a bad one that is slow, and a good one."""
   sweep = Sweep(tmp_path)

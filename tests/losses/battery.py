@@ -4,6 +4,9 @@ The losses are found by introspection, so that none can be forgotten: whatever `
 exports is called with arrays made up from the names of its positional arguments. A loss with a new
 argument name fails until `ARRAYS` knows how to make it. A loss with an array of one entry per token
 gets weights [B, T] and `MASK`; one whose arrays have one entry per row, weights [B] and `ROW_MASK`.
+
+Most of the time goes into compiling, so every check calls a loss on arrays of one of two shapes:
+`SHAPE`, and that of `enlarged`.
 """
 
 import functools
@@ -226,6 +229,32 @@ def rows(arrays, index):
   return {k: v[index] for k, v in arrays.items()}
 
 
+def enlarged(arrays, before):
+  """Arrays of 4 or 8 rows as 8 rows of 9 tokens: `before` rows before and after, 2 + 1 tokens.
+
+  What is added is outside the mask. Weights are those of the larger mask.
+  """
+
+  def pad(x, value):
+    return np.pad(x, ((before,) * 2, (2, 1), (0, 0))[: x.ndim], constant_values=value)
+
+  mask = members(arrays)
+  mask = pad(np.concatenate([mask] * (2 - before // 2)), False)
+  return {
+    key: weights(mask) if key == "weights" else pad(x, 0.5 if is_float(x) else 1)
+    for key, x in arrays.items()
+  }
+
+
+def inside(arrays, before):
+  """Where the arrays given to `enlarged` are in those that it gave back."""
+  return (slice(before, 8 - before), slice(2, -1))[: members(arrays).ndim]
+
+
+def both(first, second):
+  return {key: np.concatenate([x, second[key]]) for key, x in first.items()}
+
+
 def check_is_a_float32_scalar_with_sum_and_count_metrics(name):
   arrays = arguments(name)
   loss, metrics, gradients = run(name, arrays)
@@ -247,19 +276,15 @@ def check_jit_changes_nothing(name):
 
 def check_padding_and_empty_rows_change_nothing(name):
   arrays = arguments(name)
-
-  def pad(x, value):
-    return np.pad(x, ((1, 1), (2, 1), (0, 0))[: x.ndim], constant_values=value)
-
-  mask = pad(members(arrays), False)
-  inside = (slice(1, -1), slice(2, -1))[: mask.ndim]
-  padded = {key: pad(x, 0.5 if is_float(x) else 1) for key, x in arrays.items()}
-  padded["weights"] = weights(mask)
+  padded = enlarged(arrays, 2)
   loss, metrics, gradients = run(name, arrays)
   padded_loss, padded_metrics, padded_gradients = run(name, padded)
   close((padded_loss, padded_metrics), (loss, metrics))
+  where = inside(arrays, 2)
+  mask = np.zeros(padded["weights"].shape, bool)
+  mask[where] = members(arrays)
   for key, gradient in trained(padded_gradients).items():
-    close(gradient[inside], gradients[key])
+    close(gradient[where], gradients[key])
     assert not np.any(np.asarray(gradient)[~mask])
 
 
@@ -274,21 +299,23 @@ def check_the_order_of_rows_changes_nothing(name):
 
 def check_duplicating_the_batch_changes_nothing(name):
   arrays = arguments(name)
-  twice = {k: np.concatenate([v, v]) for k, v in arrays.items()}
-  twice["weights"] = weights(np.concatenate([members(arrays)] * 2))
-  close(run(name, twice)[0], run(name, arrays)[0])
+  close(run(name, enlarged(both(arrays, arrays), 0))[0], run(name, arrays)[0])
 
 
 def check_microbatches_add_up_to_the_whole(name):
   if name in losses.BATCH_COUPLED:
     return
-  arrays = arguments(name)
-  loss, metrics, gradients = run(name, arrays)
-  parts = [run(name, rows(arrays, slice(i, i + 2))) for i in (0, 2)]
+  halves = [arguments(name, seed) for seed in (0, 1)]
+  whole = enlarged(both(*halves), 0)
+  loss, metrics, gradients = run(name, whole)
+  where = inside(halves[0], 0)
+  for number, half in enumerate(halves):  # Of the whole batch's weights.
+    half["weights"] = whole["weights"][where][4 * number :][:4]
+  parts = [run(name, half) for half in halves]
   close(sum(part[0] for part in parts), loss)
   close(jax.tree.map(jnp.add, parts[0][1], parts[1][1]), metrics)
-  whole = jax.tree.map(lambda *x: jnp.concatenate(x), *(trained(part[2]) for part in parts))
-  close(whole, trained(gradients))
+  together = jax.tree.map(lambda *x: jnp.concatenate(x), *(trained(part[2]) for part in parts))
+  close(together, {key: x[where] for key, x in trained(gradients).items()})
 
 
 def check_all_masked_is_zero(name):
@@ -368,36 +395,38 @@ def error(name, arrays):
   raise AssertionError(f"{name} accepted {jax.tree.map(np.shape, arrays)}")
 
 
-def check_settings_may_be_traced_and_vmapped(name):
-  arrays = arguments(name)
+def check_settings_may_be_traced_and_vmapped_and_do_not_recompile(name):
   keywords = numeric_keywords(name)
   settings = {k: np.array(SETTINGS[k], np.float32) for k in keywords}
-  f = lambda s: PUBLIC[name](**arrays, **s)[0]  # noqa: E731
-  together = jax.jit(jax.vmap(f))(settings) if keywords else []
-  for i, loss in enumerate(together):
-    np.testing.assert_allclose(loss, f({k: SETTINGS[k][i] for k in keywords}), rtol=1e-5)
-
-
-def check_new_values_do_not_recompile(name):
-  keywords = numeric_keywords(name)
-  step = jax.jit(lambda arrays, settings: PUBLIC[name](**arrays, **settings))
-  for seed in range(3):
-    step(arguments(name, seed), {k: SETTINGS[k][seed % 2] for k in keywords})
-  assert step._cache_size() == 1
+  f = lambda arrays, settings: PUBLIC[name](**arrays, **settings)[0]  # noqa: E731
+  together = jax.jit(jax.vmap(f, (None, 0)) if keywords else f)
+  for seed, order in ((1, -1), (2, 1), (0, 1)):
+    losses_found = together(arguments(name, seed), {k: x[::order] for k, x in settings.items()})
+  assert together._cache_size() == 1
+  for i, loss in enumerate(losses_found if keywords else []):
+    wanted = f(arguments(name), {k: SETTINGS[k][i] for k in keywords})
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
 
 
 def check_gradient_matches_finite_differences_in_float64(name):
-  with jax.enable_x64(True):
-    arrays = to(jnp.float64, {k: jnp.asarray(v) for k, v in arguments(name).items()})
-    for key in TRAINED & arrays.keys() if name not in HOLDS_A_CONSTANT else ():
+  @jax.jit
+  def slopes_and_gradients(arrays):
+    found = {}
+    for key in TRAINED & arrays.keys():
       f = lambda x: PUBLIC[name](**arrays | {key: x}, **CONSISTENT.get(name, {}))[0]  # noqa: B023,E731
       x = arrays[key]
       steps = 1e-6 * np.eye(x.size).reshape(-1, *x.shape)
       slope = lambda step: (f(x + step) - f(x - step)) / 2e-6  # noqa: B023,E731
-      both = jax.jit(lambda steps: (jax.grad(f)(x), jax.vmap(slope)(steps)))  # noqa: B023
-      gradient, slopes = both(steps)
+      found[key] = jax.vmap(slope)(steps).reshape(x.shape), jax.grad(f)(x)
+    return found
+
+  if name in HOLDS_A_CONSTANT:
+    return
+  with jax.enable_x64(True):
+    arrays = to(jnp.float64, {k: jnp.asarray(v) for k, v in arguments(name).items()})
+    for slopes, gradient in slopes_and_gradients(arrays).values():
       assert gradient.dtype == jnp.float64
-      np.testing.assert_allclose(gradient, slopes.reshape(x.shape), rtol=1e-6, atol=1e-9)
+      np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-9)
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -16,7 +16,10 @@ from rl_llm.rollout import ResponseBatch, response_hidden
 from tests.policy.make_goldens import family_model, family_tokens
 
 # Full layers alone; QK norm; full and sliding layers by turns, with another RoPE, and with caps.
-KINDS = ("llama", "qwen3", "gemma3", "gemma2")
+KINDS = (
+  *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "qwen3", "gemma2")),
+  "gemma3",
+)
 # Two rows of two packed sequences, and padding.
 SEGMENTS = np.array([[1] * 11 + [2] * 10 + [-1] * 3, [-1] * 2 + [0] * 6 + [1] * 8 + [2] * 8])
 POSITIONS = np.array([[*range(11), *range(10), 0, 0, 0], [0, 0, *range(22)]])
@@ -64,14 +67,20 @@ def test_a_loop_has_the_states_and_gradients_of_layers_one_by_one(kind, apply):
 
 
 @pytest.mark.parametrize("apply", [hidden_of, responses_of])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_so_it_is_with_remat(apply, scan_layers):
   config, params = family_model("gemma3")
   found = value_and_gradient(apply, params, config=config, scan_layers=scan_layers, remat=True)
   assert_close(found, value_and_gradient(apply, params, config=config))
 
 
-@pytest.mark.parametrize("targets", ["attention|mlp", "layers_[12]/mlp", "layers_0"])
+@pytest.mark.parametrize(
+  "targets",
+  [
+    "layers_[12]/mlp",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("attention|mlp", "layers_0")),
+  ],
+)
 def test_so_it_is_with_adapters_on_all_layers_or_some(targets):
   config, params = family_model("qwen3")
   frozen, trained = split_lora(params, jax.random.key(0), rank=2, alpha=4.0, targets=targets)

@@ -154,7 +154,7 @@ def test_an_answer_of_the_data_is_a_number_or_text_that_ends_in_one(answer, numb
 
 def test_long_text_takes_no_longer_than_its_length():
   """Each would take minutes if a digit were read again for every digit before it."""
-  start = time.monotonic()
+  start = time.process_time()
   for text in (
     "1" * 200_000,
     "1," * 100_000,
@@ -166,7 +166,7 @@ def test_long_text_takes_no_longer_than_its_length():
   ):
     find_numbers(text)
     final_answer(text)
-  assert time.monotonic() - start < 5
+  assert time.process_time() - start < 5
 
 
 ODD = [

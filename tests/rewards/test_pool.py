@@ -21,6 +21,7 @@ from rl_llm.rewards import (
   pool,
   to_arrays,
 )
+from tests.processes import PATIENCE
 
 GRADER = """
 import ctypes, glob, json, os, re, signal, socket, time
@@ -196,15 +197,13 @@ def test_the_library_s_own_graders_share_a_process_and_keep_every_status(source)
     assert pool.size == 1
 
 
-def test_hangs_cost_one_deadline_and_no_other_sample(source):
+def test_hangs_cost_no_other_sample(source):
   hangs = ["loop", "sleep", "power", "regex", "deaf", "loop", "sleep", "regex"]
   texts = ["fine"] * 64
   for index, hang in enumerate(hangs):
     texts[8 * index + 3] = hang
   with RewardPool(source, deadline=DEADLINE) as graders:
-    start = time.monotonic()
     results = graders.score(["p"] * 64, texts, [{}] * 64)
-    assert time.monotonic() - start < DEADLINE + 2
     assert graders.size == 2
     assert one(graders, "fine").value == 1.0
   assert [r.status for r in results] == ["timed_out" if text in hangs else "ok" for text in texts]
@@ -217,19 +216,22 @@ def test_spares_do_not_crowd_out_a_grader_that_is_slow_on_every_sample(source):
     assert [r.status for r in results] == ["ok"] * 12
 
 
-def test_without_spares_hangs_come_one_after_another(source):
-  """What the spares are for: the same batch takes a deadline per pair of hangs without them."""
-  with RewardPool(source, deadline=0.4, max_failure_rate=1.0, spares=0) as few:
-    start = time.monotonic()
-    few.score(["p"] * 8, ["loop"] * 8, [{}] * 8)
-    assert time.monotonic() - start > 4 * 0.4
+def test_with_spares_hangs_cost_one_deadline_and_without_one_after_another(source):
+  """Of two workers and eight hangs, which sleep: a busy machine can do that as fast as another."""
+  seconds = []
+  for settings in ({}, {"spares": 0}):
+    with RewardPool(source, deadline=DEADLINE, max_failure_rate=1.0, **settings) as made:
+      start = time.monotonic()
+      made.score(["p"] * 8, ["sleep"] * 8, [{}] * 8)
+      seconds.append(time.monotonic() - start)
+  assert seconds[0] < seconds[1] and seconds[1] > 4 * DEADLINE
 
 
 def test_fork_bomb_and_orphans_end_with_their_sample(graders):
   needs(graders, "processes")
   assert one(graders, "fork bomb").status in ("raised", "timed_out")
   assert one(graders, "orphan").status == "ok"
-  deadline = time.monotonic() + 5
+  deadline = time.monotonic() + PATIENCE
   while (left := _descendants(graders._server.pid)) and time.monotonic() < deadline:
     if len(left) == 4:  # a minder and a worker each
       break
@@ -260,13 +262,13 @@ def _descendants(pid):
 
 
 class TestEscapes:
-  """What hostile text could do through a grader that runs it; each ends within 3 s."""
+  """What hostile text could do through a grader that runs it; each ends, if need be by force."""
 
   @pytest.fixture(autouse=True)
   def in_time(self):
     start = time.monotonic()
     yield
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < PATIENCE
 
   @pytest.mark.parametrize("text", ["shadow", "trainer env"])
   def test_no_files_of_others(self, graders, text):
@@ -330,16 +332,25 @@ def test_strange_and_large_text_passes(graders):
   assert [r.status for r in graders.score(["p"] * 4, texts, [{}] * 4)] == ["ok"] * 4
 
 
-def test_overhead_and_throughput(source):
+def processor_seconds(pids):
+  """What these processes and the children that they have reaped have used."""
+  total = 0
+  for pid in pids:
+    with open(f"/proc/{pid}/stat") as file:
+      total += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
+  return total / os.sysconf("SC_CLK_TCK")
+
+
+def test_overhead_is_below_10_ms_of_processor_time_a_sample(source):
+  """Two cores then grade 200 a second or more. Unlike a rate, it is the same on a busy machine."""
   with RewardPool(source) as made:
-    rate = 0.0
-    for _ in range(8):  # other processes share the machine: the best of a few
-      start = time.monotonic()
+    made.score(["p"] * 64, ["fine"] * 64, [{}] * 64)
+    pids = {made._server.pid, *_descendants(made._server.pid)}
+    before, own = processor_seconds(pids), time.process_time()
+    for _ in range(4):
       made.score(["p"] * 64, ["fine"] * 64, [{}] * 64)
-      rate = max(rate, 64 / (time.monotonic() - start))
-      if rate > 200:
-        break
-  assert rate > 200
+    used = processor_seconds(pids) - before + time.process_time() - own
+  assert 0 < used < 0.01 * 4 * 64
 
 
 def test_too_many_failures_stop_the_run(source):
@@ -368,7 +379,7 @@ def test_close_ends_every_process_and_removes_the_directory(source):
   assert len(children) >= 4
   made.close()
   made.close()
-  deadline = time.monotonic() + 3
+  deadline = time.monotonic() + PATIENCE
   while time.monotonic() < deadline and any(os.path.exists(f"/proc/{pid}") for pid in children):
     time.sleep(0.02)
   assert not any(os.path.exists(f"/proc/{pid}") for pid in [server, *children])
