@@ -7,6 +7,7 @@
 # make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
 # make parity verl's and TRL's own losses on the inputs of tests/parity, compared with ours (.venv-verl and .venv-trl)
 # make docs   the tables of docs/algorithms.md and docs/coming_from.md and the guide's figures, made from the code
+# make site   docs/ as web pages in English and Japanese, in site/; a broken link is an error
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-slow test-full test-slurm lint bench bench-peers compare parity docs clean
+.PHONY: run test test-slow test-full test-slurm lint bench bench-peers compare parity docs site clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -85,6 +86,9 @@ docs: $(VENV)/run-$(VERSION)
 	$(BIN)/python docs/make_coming_from.py
 	$(BIN)/python docs/guide/make_figures.py
 
+site: $(VENV)/test-$(VERSION)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # verl pins an older transformers and asks for ray and more: only what its formulas import is installed.
 .venv-verl/ready:
 	@echo "Installing verl and torch into .venv-verl."
@@ -116,4 +120,4 @@ $(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-trl .venv-tunix .venv-verl build *.egg-info
+	rm -rf $(VENV) .venv-trl .venv-tunix .venv-verl build site *.egg-info

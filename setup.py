@@ -23,7 +23,7 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda12]"],
   "cuda13": ["jax[cuda13]"],
-  # Developers: tests, linting.
+  # Developers: tests, linting, the site.
   "dev": [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -31,6 +31,8 @@ EXTRAS = {
     "ruff>=0.9",
     "pyarrow>=18",
     "markdown-it-py>=3",
+    "mkdocs-material>=9.6,<10",
+    "mkdocs-static-i18n>=1.3",
     "setuptools>=75",
   ],
   # Regenerating the committed goldens against transformers.

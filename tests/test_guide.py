@@ -11,8 +11,9 @@ from tests.test_markdown import ROOT, anchors, blocks
 
 GUIDE = ROOT / "docs" / "guide"
 FIGURES = runpy.run_path(str(GUIDE / "make_figures.py"))["FIGURES"]
+JAPANESE = sorted(GUIDE.glob("*.ja.md"))
 LESSONS = sorted(
-  path for path in GUIDE.glob("*.md") if path.name not in ("index.md", "glossary.md")
+  path for path in GUIDE.glob("*.md") if path.stem.partition(".")[0] not in ("index", "glossary")
 )
 
 # What somebody who began to learn this wrote down or asked -> where the guide answers: a page, and
@@ -46,6 +47,26 @@ ANSWERS = {
   "the entropy bonus, alternatives": ("entropy", "where-it-is-put-and-what-replaces-it"),
 }
 
+IN_JAPANESE = {
+  "supervised-learning-in-one-number": "教師あり学習との違いを一つの数で",
+  "where-the-slope-is-cut": "傾きはどこで切れるか",
+  "the-policy-gradient": "方策勾配",
+  "the-size-multiplies-not-the-sign": "掛けるのは符号ではなく大きさ",
+  "random-samples-a-deterministic-update": "ランダムなサンプル決定的な更新",
+  "from-05-to-03": "05-から-03-へ",
+  "a-brake-not-a-fence": "柵ではなくブレーキ",
+  "the-reference-is-the-anchor": "参照方策は錨である",
+  "the-four-methods-side-by-side": "四つの手法の比較",
+  "what-it-does-not-say": "書かれていないこと",
+  "first-groups-that-agree": "第一の原因グループの報酬がそろう",
+  "second-certainty": "第二の原因確信",
+  "third-right-responses-lose-likelihood": "第三の原因正解の尤度が下がる",
+  "it-moves-the-optimum": "最適点が動く",
+  "its-slope-over-a-vocabulary": "語彙全体での傾き",
+  "the-only-force-left": "残された唯一の力",
+  "where-it-is-put-and-what-replaces-it": "どこに入れるか何で置き換えるか",
+}
+
 
 def text_of(page):
   return (GUIDE / page).read_text(encoding="utf-8")
@@ -59,6 +80,27 @@ def numbers_in(text):
 def test_every_question_has_its_answer(question):
   page, anchor = ANSWERS[question]
   assert anchor in anchors(text_of(f"{page}.md"))
+  assert IN_JAPANESE[anchor] in anchors(text_of(f"{page}.ja.md"))
+
+
+@pytest.mark.parametrize("path", JAPANESE, ids=lambda path: path.name)
+def test_the_two_editions_share_their_code_and_their_sections(path):
+  japanese = path.read_text(encoding="utf-8")
+  english = path.with_name(path.name.replace(".ja.md", ".md")).read_text(encoding="utf-8")
+  fences = [[(b.info, *b.lines.values()) for b in blocks(t) if b.info] for t in (english, japanese)]
+  assert fences[0] == fences[1]
+  for mark in (r"(?m)^## ", r"(?m)^\|", r"<details ", r"!\[", r"(?m)^(?:-|\d+\.) "):
+    assert len(re.findall(mark, english)) == len(re.findall(mark, japanese)), mark
+  # The numbers of the prose are the same, but for those that one language writes as words.
+  numbers = [re.findall(r"\d+\.\d+", t) for t in (english, japanese)]
+  assert sorted(set(numbers[0])) == sorted(set(numbers[1]))
+
+
+def test_every_page_of_the_guide_is_there_in_both_languages():
+  names = {path.name for path in GUIDE.glob("*.md")}
+  assert {path.name for path in JAPANESE} == {
+    name.replace(".md", ".ja.md") for name in names if not name.endswith(".ja.md")
+  }
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)

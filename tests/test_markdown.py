@@ -118,7 +118,7 @@ def broken_links(path):
     if not parts.scheme and (
       not target.exists()
       or parts.fragment
-      and parts.fragment not in anchors(target.read_text(encoding="utf-8"))
+      and urllib.parse.unquote(parts.fragment) not in anchors(target.read_text(encoding="utf-8"))
     ):
       broken.append(address)
   return broken
