@@ -12,15 +12,20 @@ page's prose is written in the page.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import pathlib
 import re
+import sys
 import textwrap
 from typing import NamedTuple
 
 from rl_llm import advantages, controllers, logprobs, losses, weighting
+from rl_llm.runs.config import _leaves as leaves
 
-PAGE = pathlib.Path(__file__).parent / "algorithms.md"
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "algorithms.md"
 
 # word -> (what it is, what it costs in each update beyond the policy's forward and backward pass)
 NEEDS = {
@@ -250,6 +255,34 @@ ALGORITHMS = {
 
 COLUMNS = ("reward", "value network", "reference", "several responses")
 
+# Functions that no flag's choices name, and the commands that call them. The others are derived.
+CALLED = {
+  "bco_shift": ["dpo --loss=bco_loss --loss.shift=batch"],
+  "clip_cov_mask": ["grpo --loss=clip_cov_loss"],
+  "discounted_returns": ["reinforce --advantage=plain"],
+  "entropy_loss": ["grpo --loss.entropy_coef=0.01"],
+  "gae": ["ppo"],
+  "kl_cov_mask": ["grpo --loss=kl_cov_loss"],
+  "kl_loss": ["grpo --kl.coef=0.04", "reinforce --kl.coef=0.04 --kl.place=loss"],
+  "llds_loss": ["grpo --epochs=2 --llds.coef=0.2"],
+  "llds_weights": ["grpo --epochs=2 --llds.coef=0.2"],
+  "overlong_penalty": ["grpo --overlong.cache=4"],
+  "positive_nll_loss": ["grpo --positive_nll_coef=0.1"],
+  "reward_model_loss": ["reward_model"],
+  "second_moment_mask": ["grpo --correction.second_moment_mask=0.04"],
+  "sequence_logprobs": ["dpo"],
+  "sft_loss": ["dpo --loss.sft_coef=1"],
+  "token_covariance": ["grpo --loss=clip_cov_loss", "grpo --loss=kl_cov_loss"],
+  "token_rewards": ["ppo --kl.coef=0.05", "reinforce --kl.coef=0.05"],
+  "top_entropy": ["grpo --weighting.top_entropy=0.2"],
+  "truncated_importance": ["grpo --correction=token"],
+  "trust_region_mask": ["grpo --correction.trust_region_mask=0.1"],
+  "value_loss": ["ppo"],
+}
+# The groups of flags that have a function's keywords, where it is not chosen by the group itself.
+GROUPS = {"kl_loss": "kl", "truncated_importance": "correction", "sequence_logprobs": "loss"}
+SCRIPTS = ("grpo", "reinforce", "ppo", "sft", "dpo", "reward_model")
+
 
 def needs(function):
   """The words of a function's `Needs:` line."""
@@ -326,6 +359,63 @@ def paper(algorithm):
   return f"[{address.removeprefix('https://arxiv.org/abs/').removeprefix('https://')}]({address})"
 
 
+@functools.cache
+def flags(script):
+  """{flag: its default} of an experiment, and {function: its flag}, where choices name it."""
+  sys.path.insert(0, str(ROOT))
+  found = leaves(importlib.import_module(f"experiments.{script}").Config)
+  chosen = {"advantage.name", "loss.name", "loss", "weighting.name", "weighting"}
+  named = {name: leaf.path for leaf in found if leaf.path in chosen for name in leaf.choices}
+  return {leaf.path: leaf.default for leaf in found}, named
+
+
+@functools.cache
+def commands(name):
+  """The commands that reach a function, each an experiment and its flags."""
+  found = []
+  for script in SCRIPTS:
+    defaults, named = flags(script)
+    if path := named.get(name):
+      flag = [] if defaults[path] == name else [f"--{path.removesuffix('.name')}={name}"]
+      found.append(" ".join([script, *flag]))
+  return found + CALLED.get(name, [])
+
+
+def reached_by(name):
+  """The command that reaches a function, and which other experiments do."""
+  if not commands(name):
+    return "none: call it from Python"
+  first, *others = commands(name)
+  scripts = dict.fromkeys(each.split()[0] for each in others)
+  also = [script for script in scripts if script != first.split()[0]]
+  return f"`python -m experiments.{first}`" + f"; also {', '.join(also)}" * bool(also)
+
+
+def keyword_flags(script, name, arguments):
+  """An algorithm's keywords of a function as flags of an experiment, as far as it has them."""
+  defaults, named = flags(script)
+  group = GROUPS.get(name) or named.get(name, "").removesuffix(".name")
+  pairs = re.findall(r"(\w+)='?([\w.]+)'?", arguments)
+  paths = [(f"{group}.{key}", value) for key, value in pairs]
+  known = [(path, value) for path, value in paths if path in defaults]
+  return [f"--{path}={value}" for path, value in known if str(defaults[path]) != value]
+
+
+def command(algorithm):
+  """The first command that reaches all functions of an algorithm; nothing where none does."""
+  for script in SCRIPTS:
+    ways = [
+      [each.split()[1:] for each in commands(name) if each.split()[0] == script]
+      for name, _ in calls(algorithm)
+    ]
+    if all(ways):
+      only = [flag for way in ways if len(way) == 1 for flag in way[0]]
+      free = [way[0] for way in ways if not any(set(each) <= set(only) for each in way)]
+      keywords = [keyword_flags(script, *each) for each in calls(algorithm)]
+      return f"`{' '.join(dict.fromkeys([script, *only, *sum(free + keywords, [])]))}`"
+  return ""
+
+
 def costs(words):
   return ", ".join(NEEDS[word][1] for word in words if NEEDS[word][1]) or "none"
 
@@ -367,8 +457,9 @@ def algorithms():
       words = needs_of(each)
       besides = ", ".join(word for word in words if word not in COLUMNS)
       marks = ["yes" if word in words else "" for word in COLUMNS]
-      rows.append([each.name, linked(each), *marks, besides, costs(words), paper(each)])
-    header = ["algorithm", "functions", *COLUMNS, "besides", "cost", "paper"]
+      cells = [each.name, linked(each), command(each), *marks, besides, costs(words), paper(each)]
+      rows.append(cells)
+    header = ["algorithm", "functions", "command", *COLUMNS, "besides", "cost", "paper"]
     text += f"### {family}\n\n" + table(header, rows) + "\n"
   return text.rstrip("\n") + "\n"
 
@@ -385,6 +476,7 @@ def entry(name, function):
   lines = [f"\n#### `{name}`\n", f"{summary(function)}\n"]
   lines += [f"{block}\n"] * bool(block) + [f"{letters}.\n"] * bool(letters)
   lines += [item(f"needs: {', '.join(words)}"), item(f"cost: {costs(words)}")]
+  lines += [item(f"command: {reached_by(name)}")]
   lines += [item(f"paper: {reference(function)}")] * bool(reference(function))
   return "\n".join(lines) + "\n"
 

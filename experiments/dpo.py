@@ -53,6 +53,7 @@ REWARDS = ("margin", "chosen_reward", "rejected_reward")
 
 Shift = typing.Literal["batch"] | None
 Summed = typing.Literal["auto", "sum", "mean"]
+TAIL = configs.option(1.0, "LD-DPO: factor of tokens past the shorter answer", min=0, max=1)
 Loss = keywords.keyword_group(
   "loss",
   "The preference loss, and its keywords; none = the default of the loss.",
@@ -62,6 +63,7 @@ Loss = keywords.keyword_group(
     "shift": (Shift, configs.option(None, "BCO: reward at 0; batch = midway between both means")),
     "logprobs": (Summed, configs.option("auto", "sum or mean; auto = mean in IPO, SimPO, ORPO")),
     "sft_coef": (float, configs.option(0.0, "RPO: factor of the chosen answers' NLL", min=0)),
+    "tail_weight": (float, TAIL),
   },
 )
 
@@ -144,9 +146,10 @@ class Batch(typing.NamedTuple):
 
 def of_answers(options: Loss, logprobs, mask) -> jax.Array:
   """[B]: the log-prob of each answer, as the loss wants it."""
-  average = options.logprobs == "mean"
-  average |= options.logprobs == "auto" and options.name in PER_TOKEN
-  return sequence_logprobs(logprobs, mask, average=average)
+  kind, factor = options.logprobs, options.tail_weight
+  tail = {"tail_weight": factor, "head_length": pair_lib.shorter_lengths(mask)}
+  average = kind == "mean" or (kind == "auto" and options.name in PER_TOKEN)
+  return sequence_logprobs(logprobs, mask, average=average, **tail if factor != 1 else {})
 
 
 def known_answers(options: Loss, logprobs: abc.Sequence[np.ndarray], mask: np.ndarray):

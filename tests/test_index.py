@@ -8,6 +8,7 @@ import runpy
 import pytest
 
 from rl_llm import advantages, kl, losses
+from tests.test_reachable import HELPERS, NOT_YET
 
 ROOT = pathlib.Path(__file__).parent.parent
 INDEX = runpy.run_path(str(ROOT / "docs" / "make_index.py"))
@@ -55,6 +56,37 @@ def test_algorithms_name_functions_and_keywords_that_exist(algorithm):
     for keyword in ast.parse(f"f({arguments})", mode="eval").body.keywords:
       assert keyword.arg in known
       assert not isinstance(keyword.value, ast.Name) or hasattr(kl, keyword.value.id)
+
+
+def test_the_commands_are_of_all_functions_that_one_reaches():
+  """If this fails: a new command belongs into CALLED of docs/make_index.py."""
+  listed = {name for name in INDEX["public"]() if not INDEX["commands"](name)}
+  assert listed == {name for name in HELPERS | dict.fromkeys(NOT_YET) if name in INDEX["public"]()}
+
+
+def test_the_flags_of_the_commands_exist():
+  every = {each for name in INDEX["CALLED"] for each in INDEX["CALLED"][name]}
+  every |= {each.strip("`") for each in map(INDEX["command"], ALGORITHMS) if each}
+  assert len(every) > 40
+  for script, *given in map(str.split, every):
+    defaults, _ = INDEX["flags"](script)
+    for flag, _, value in (each.removeprefix("--").partition("=") for each in given):
+      path = flag if flag in defaults else f"{flag}.name"
+      assert path in defaults and value and value != str(defaults[path])
+
+
+@pytest.mark.parametrize(
+  "name, command",
+  [
+    ("GRPO", "grpo --weighting=sequence_mean --kl.coef=0.04 --kl.gradient=k3"),
+    ("KL-Cov", "grpo --loss=kl_cov_loss"),
+    ("RPO", "dpo --loss.sft_coef=1"),
+    ("SFT", "sft"),
+  ],
+)
+def test_an_algorithms_command_has_the_flags_of_all_its_functions(name, command):
+  (found,) = (INDEX["command"](each) for each in ALGORITHMS if each.name == name)
+  assert found == f"`{command}`"
 
 
 def test_what_the_study_notes_say_of_the_four_methods():

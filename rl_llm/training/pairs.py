@@ -100,6 +100,11 @@ def pair_logprobs(
   return unpack(logprobs, rows, starts, lengths, width=batch.sequences.mask.shape[1])
 
 
+def shorter_lengths(mask: Any) -> Any:
+  """[2 R]: how long the shorter answer of each row's pair is; rows 2i and 2i + 1 are a pair."""
+  return mask.sum(axis=1).reshape(-1, 2).min(axis=1).repeat(2)
+
+
 def best_and_worst(rewards: np.ndarray, ok: np.ndarray) -> list[tuple[int, int, int]]:
   """(problem, best response, worst response) of each problem whose grades [P, G] differ.
 

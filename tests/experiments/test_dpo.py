@@ -166,6 +166,25 @@ def test_each_loss_sees_the_right_answers_on_the_right_side(name, monkeypatch):
   assert {"pair_accuracy", "margin", "chosen_reward", "rejected_reward"} <= metrics.keys()
 
 
+def test_tokens_past_the_shorter_answer_count_as_told(monkeypatch):
+  """LD-DPO, in the policy's and the reference's log-probs alike."""
+  changes = {"loss.name": "dpo_loss", "loss.tail_weight": 0.25}
+  loss, _, gradient, (logprobs, ref, mask) = objective(changes, monkeypatch)
+  wanted, tails = 0.0, 0
+  for pair in range(3):
+    sizes = [int(mask[row].sum()) for row in (2 * pair, 2 * pair + 1)]
+    sides = []
+    for row in (2 * pair, 2 * pair + 1):
+      change = logprobs[row][mask[row]] - ref[row]
+      sides.append(change[: min(sizes)].sum() + 0.25 * change[min(sizes) :].sum())
+    wanted -= log_sigmoid(0.1 * (sides[0] - sides[1])) / 3
+    longer = 2 * pair + int(np.argmax(sizes))
+    head, tail = gradient[longer][0], gradient[longer][max(sizes) - 1]
+    assert sizes[0] == sizes[1] or tail == pytest.approx(0.25 * head, rel=1e-4)
+    tails += sizes[0] != sizes[1]
+  assert tails and float(loss) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_objective_is_the_formula_from_the_logits_on(small):
   """Through the model, with the likelihood of the chosen answers (RPO)."""
   pairs = [

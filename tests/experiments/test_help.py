@@ -36,7 +36,7 @@ SAMPLED = {  # of policy gradients
 }
 REWARD_KL = {"kl.gradient", "kl.weighting"}  # Of the loss, where they had it in the reward alone.
 ADDED: dict[str, set[str]] = {
-  "dpo": {"data_format", "max_rows", "reward_isolation"},
+  "dpo": {"data_format", "loss.tail_weight", "max_rows", "reward_isolation"},
   "evaluate": {"reward_isolation"},
   "grpo": {
     *("advantage.alpha", "advantage.k", "advantage.name", "kl.weighting", "reward_isolation"),
