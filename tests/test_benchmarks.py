@@ -265,6 +265,7 @@ def test_packed_and_padded_texts_give_one_gradient(monkeypatch, capsys):
     packing.main(config)
 
 
+@pytest.mark.slow
 def test_log_probs_in_blocks_are_timed_against_dense_ones(capsys):
   config = logprobs.Config(tokens=24, width=16, vocabulary=40, chunk_size=8, runs=1)
   assert logprobs.main(config) == 0

@@ -57,6 +57,7 @@ def test_update_and_decoding_are_timed(short):
   assert len(gpu.timed_decode(SMALL, 8, jax.devices())) == SMALL.runs
 
 
+@pytest.mark.slow
 def test_the_compiler_counts_at_least_what_the_formula_does(short):
   shape = find_model("tiny")
   found = gpu.update_cost(SMALL, jax.devices())

@@ -92,6 +92,7 @@ def test_several_trials_share_a_job(trials):
     slurm.lines(make(backend="slurm", slurm__pack=2, slurm__nodes=2), WORKDIR, trials, "python")
 
 
+@pytest.mark.slow
 def test_the_array_script_runs_its_trials_and_queues_again_what_was_stopped(tmp_path):
   """With a fake srun, and a fake scontrol that says what it was asked."""
   tools = tmp_path / "bin"
@@ -166,6 +167,7 @@ def test_tpu_slices(trials):
   assert commands(trials[1], slots[1]) == [shlex.split(runs[1])]
 
 
+@pytest.mark.slow
 def test_slices_are_driven_from_here(tmp_path):
   """With a fake gcloud that runs what it is given, and notes on which slice."""
   tools = tmp_path / "bin"
