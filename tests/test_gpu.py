@@ -71,6 +71,7 @@ def test_the_compiler_counts_at_least_what_the_formula_does(short):
   assert decode.flops > 0.9 * gpu.decode_bound(SMALL, shape, 8, fast)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_larger_program(short):
   largest = gpu.predicted_memory(SMALL, "tiny", 0, jax.devices())
   adapters = gpu.predicted_memory(SMALL, "tiny", 2, jax.devices())

@@ -68,6 +68,7 @@ def check_outcome(sweep, seeds):
   assert sorted(by_rate(sweep)) == RATES
 
 
+@pytest.mark.slow
 def test_the_best_half_goes_on_from_where_it_was(tmp_path):
   sweep = Sweep(tmp_path, {"optimizer.learning_rate": RATES}, {"seed": [0, 1]})
   code, said = sweep.run(BUDGETS, "--halving.keep=2", "--parallel=4")
@@ -144,6 +145,7 @@ def test_what_does_not_fit(tmp_path):
   assert score("loss") == 2.0
 
 
+@pytest.mark.slow
 def test_lowest_is_best(tmp_path):
   """With a loss, the smallest figure is promoted."""
   sweep = Sweep(tmp_path, {"optimizer.learning_rate": [0.1, 0.9]})
