@@ -1,13 +1,55 @@
-"""Atomic writes (a file is whole or not there), lock files, and files that stay in a directory."""
+"""Files written whole, locks, and files that stay within a directory; a failure is one line."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from rl_llm.errors import UserError
+
+_FIXES = {
+  errno.ENOSPC: "free some space; the same command then resumes",
+  errno.EDQUOT: "free some space; the same command then resumes",
+  errno.ENOENT: "was its directory moved or deleted?",
+}
+
+
+class WriteError(UserError, OSError):
+  """A file cannot be written; one line names it, the reason and the fix.
+
+  >>> print(WriteError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"))
+  run/metrics.jsonl: No space left on device; free some space; the same command then resumes
+  """
+
+  def __str__(self) -> str:
+    fix = _FIXES.get(self.errno, "make it writable, or choose another place")
+    return f"{self.filename}: {self.strerror}; {fix}"
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+  """Makes a failure to write, in Python or in a package written in Rust, a `WriteError`.
+
+  Args:
+    path: what the body writes.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+      number = int(found[1])
+    if number is None:
+      raise
+    raise WriteError(number, os.strerror(number), os.fspath(path)) from None
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -16,19 +58,24 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
   Args:
     path: file to create or replace; its directory exists.
     content: bytes of the whole file.
+
+  Raises:
+    WriteError: the disk is full, or the directory gone or not writable.
   """
   path = Path(path)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with writing(path):
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+      with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      os.chmod(temporary, 0o644)
+      os.replace(temporary, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        os.unlink(temporary)
+      raise
 
 
 def leads_outside(directory: str | os.PathLike, name: str) -> bool:
@@ -61,8 +108,13 @@ def locked(path: str | os.PathLike) -> Iterator[bool]:
 
   Args:
     path: of the lock file, which is created and stays.
+
+  Raises:
+    WriteError: it cannot be created.
   """
-  with open(path, "a") as file:
+  with writing(path):
+    file = open(path, "a")
+  with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rl_llm.files import leads_outside
+from rl_llm.files import leads_outside, writing
 from rl_llm.policy.configs import WeightsError
 
 SINGLE = "model.safetensors"
@@ -234,16 +234,18 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
 
   Raises:
     WeightsError: the directory holds something.
+    WriteError: it cannot be written.
   """
   directory = Path(directory)
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise WeightsError(f"{directory}: already exists; give a new directory, or remove this one")
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-  try:
-    os.chmod(partial, 0o755)
-    yield partial
-    os.replace(partial, directory)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
+  with writing(directory):
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+      os.chmod(partial, 0o755)
+      yield partial
+      os.replace(partial, directory)
+    except BaseException:
+      shutil.rmtree(partial, ignore_errors=True)
+      raise

@@ -45,13 +45,18 @@ def json_object(path: Path) -> dict[str, Any]:
   except (ValueError, RecursionError):
     found = None
   if not isinstance(found, dict):
-    raise ConfigError(
-      "workdir",
-      str(path.parent),
-      f"a directory whose JSON files are whole: {path.name} is not a JSON object",
-      f"restore {path.name}, or choose another directory",
-    )
+    raise broken(path.parent, path.name, "is not a JSON object")
   return found
+
+
+def broken(workdir: Path, name: str, what: str) -> ConfigError:
+  """The error for a file of a run's directory that no run wrote so."""
+  return ConfigError(
+    "workdir",
+    str(workdir),
+    f"a directory whose JSON files are whole: {name} {what}",
+    f"restore {name}, or choose another directory",
+  )
 
 
 def hashes(config: Any) -> dict[str, str]:
@@ -149,7 +154,7 @@ def compare(
   before, settings, holder = {}, {}, f"the run that {workdir} holds"
   known, inputs = workdir / "config.json", workdir / "inputs.json"
   if begun := recorded(workdir):
-    before = json_object(inputs) if inputs.exists() else {}
+    before = _inputs(inputs, now) if inputs.exists() else {}
     if "program" in before and not new_code:
       _refuse_other_program(workdir, before["program"], now["program"])
     elif "program" not in before:  # An older version's hashes are not of parsed code.
@@ -169,6 +174,21 @@ def compare(
       "restore config.json, or give another --workdir",
     )
   return before, settings
+
+
+def _inputs(path: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+  """The content of inputs.json, which must have the form of what is written now."""
+  found = json_object(path)
+  for name, value in found.items():
+    fits = isinstance(value, str)
+    if name == "program":
+      kinds = {key: type(what) for key, what in now[name].items()}
+      fits = isinstance(value, dict) and all(
+        isinstance(value.get(key), kind) for key, kind in kinds.items() if key != "commit"
+      )
+    if not fits:
+      raise broken(path.parent, path.name, f"has no hash of {name}")
+  return found
 
 
 def _refuse_other_program(workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

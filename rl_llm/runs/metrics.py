@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rl_llm.errors import UserError, redact
-from rl_llm.files import write_atomically
+from rl_llm.files import write_atomically, writing
 
 
 class RecordError(UserError, ValueError):
@@ -77,6 +77,7 @@ class MetricsWriter:
     Raises:
       ValueError: the step is before the last one written.
       TypeError: a value is not a scalar; the message names its key.
+      WriteError: the disk is full, or the file gone; the run resumes once that is put right.
     """
     step = int(step)
     if self._last_step is not None and step < self._last_step:
@@ -84,8 +85,11 @@ class MetricsWriter:
     self._last_step = step
     if self._file is None:
       return
-    self._file.write("".join(_line(step, row) + "\n" for row in rows).encode("ascii"))
-    os.fsync(self._file.fileno())
+    left = memoryview("".join(_line(step, row) + "\n" for row in rows).encode("ascii"))
+    with writing(self.path):
+      while left:  # A disk that gets full takes a part.
+        left = left[self._file.write(left) :]
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the file; everything written is already on disk."""

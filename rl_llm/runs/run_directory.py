@@ -171,6 +171,8 @@ def open_run(
       )
     result = workdir / "result.json"
     result = identity.json_object(result) if result.exists() else None
+    if steps is not None and result is not None and type(result.get("steps")) is not int:
+      raise identity.broken(workdir, "result.json", "has no number of steps")
     now = {"program": code.program(config)._asdict()} | identity.hashes(config)
     before, settings = identity.compare(
       workdir, now, config, volatile=set(volatile), new_code=new_code

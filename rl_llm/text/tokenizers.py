@@ -23,6 +23,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from rl_llm.files import writing
 from rl_llm.text import gguf_header
 from rl_llm.text.chat_template import ChatTemplateError
 from rl_llm.text.control_tokens import MARK, Unspeakable, structural_tokens
@@ -412,25 +413,29 @@ def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
   Args:
     directory: must exist; usually where `save_hf` wrote the weights.
     tokenizer: what to write.
+
+  Raises:
+    WriteError: it cannot be written.
   """
   directory = pathlib.Path(directory)
-  _write_json(directory / "generation_config.json", token_ids(tokenizer))
-  if isinstance(tokenizer, ByteTokenizer):
-    _write_json(directory / "tokenizer_config.json", {"tokenizer_class": _BYTES})
-    return
-  tokenizer.backend.save(str(directory / "tokenizer.json"))
-  config = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": tokenizer.bos_token,
-    "eos_token": tokenizer.eos_token,
-    "pad_token": tokenizer.backend.id_to_token(tokenizer.pad_id),
-    "add_bos_token": tokenizer.add_bos,
-    "clean_up_tokenization_spaces": False,
-  }
-  _write_json(directory / "tokenizer_config.json", config)
-  if tokenizer.chat_template is not None:
-    path = directory / "chat_template.jinja"
-    path.write_text(tokenizer.chat_template, encoding="utf-8")
+  with writing(directory):
+    _write_json(directory / "generation_config.json", token_ids(tokenizer))
+    if isinstance(tokenizer, ByteTokenizer):
+      _write_json(directory / "tokenizer_config.json", {"tokenizer_class": _BYTES})
+      return
+    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    config = {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "bos_token": tokenizer.bos_token,
+      "eos_token": tokenizer.eos_token,
+      "pad_token": tokenizer.backend.id_to_token(tokenizer.pad_id),
+      "add_bos_token": tokenizer.add_bos,
+      "clean_up_tokenization_spaces": False,
+    }
+    _write_json(directory / "tokenizer_config.json", config)
+    if tokenizer.chat_template is not None:
+      path = directory / "chat_template.jinja"
+      path.write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 # How text is split before the merges, by the name GGUF files use; each expression splits what the
