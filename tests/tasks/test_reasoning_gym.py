@@ -1,5 +1,6 @@
 """Puzzles and their scorers, some of which run what the model wrote as Python."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -69,36 +70,64 @@ def test_scores_survive_the_way_to_the_worker(pool, name):
     assert [r.value for r in score(pool, problems, [text, text])] == expected
 
 
-@pytest.mark.parametrize("name", ["string_insertion", "spiral_matrix", "binary_matrix"])
+# All whose scorers evaluate the response: by `eval`, or by SymPy's parser, which calls it.
+EVALUATING = (
+  "string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "simple_integration",
+  "intermediate_integration", "polynomial_multiplication", "puzzle24", "countdown",
+)  # fmt: skip
+
+
+def running(code):
+  """A response with which such a scorer runs the code."""
+  return f"[__import__('builtins').exec({code!r})]"
+
+
+@pytest.mark.parametrize("name", EVALUATING)
 def test_payloads_stay_inside(pool, tmp_path, name):
-  """These scorers call eval on the response: it may run, it must reach nothing."""
+  """These scorers run the response: it must reach no file, and no connection of any family."""
   missing = {"network", "files"} - set(pool.active_layers())
   if missing:
     pytest.skip(f"this kernel does not offer {missing}")
-  marker = tmp_path / "marker"
-  with socket.create_server(("127.0.0.1", 0)) as server:
-    server.settimeout(0.1)
-    address = server.getsockname()
+  marker, key = tmp_path / "marker", tmp_path / "key"
+  key.write_text("secret")
+  key.chmod(0o600)
+  tmp_path.chmod(0o777)
+  with contextlib.ExitStack() as opened:
+    servers = [opened.enter_context(socket.create_server(("127.0.0.1", 0)))]
+    for path, kind in (("stream", socket.SOCK_STREAM), ("datagram", socket.SOCK_DGRAM)):
+      servers.append(opened.enter_context(socket.socket(socket.AF_UNIX, kind)))
+      servers[-1].bind(str(tmp_path / path))
+      (tmp_path / path).chmod(0o777)
+    servers[1].listen()
+    connect = "import socket; s = socket.socket({}, {}); s.settimeout(1); s.connect({!r})"
+    unix, inet = int(socket.AF_UNIX), int(socket.AF_INET)
     payloads = [
-      f"[open({str(marker)!r}, 'w').write('x')]",
-      f"[__import__('os').system('touch {marker}')]",
-      f"[__import__('subprocess').run(['/usr/bin/touch', {str(marker)!r}])]",
-      f"[__import__('socket').create_connection({address!r}, 1)]",
-      f"[__import__('os').kill({os.getpid()}, 9)]",
-      "[open('/etc/shadow').read()]",
+      f"open({str(marker)!r}, 'w').write('x')",
+      f"import os; os.system('touch {marker}')",
+      f"import subprocess; subprocess.run(['/usr/bin/touch', {str(marker)!r}])",
+      f"import os; os.chmod({str(key)!r}, 0o777)",
+      f"import os; os.write(os.open({str(marker)!r}, 65), open({str(key)!r}, 'rb').read())",
+      connect.format(inet, 1, servers[0].getsockname()),
+      connect.format(unix, 1, str(tmp_path / "stream")),
+      "import socket; a, b = socket.socketpair(type=2); "
+      f"a.sendto(b'x', {str(tmp_path / 'datagram')!r})",
+      f"import os; os.kill({os.getpid()}, 9)",
     ]
     problem = load_task(f"reasoning_gym:{name}", held_out=0).sample(0, 0, 1)[0]
-    results = score(pool, [problem] * 6, payloads)
-    with pytest.raises(TimeoutError):
-      server.accept()
-  assert not marker.exists()
+    results = score(pool, [problem] * 9, [running(code) for code in payloads])
+    for server, reached in zip(servers, ("accept", "accept", "recv"), strict=True):
+      server.settimeout(0)
+      with pytest.raises(BlockingIOError):
+        getattr(server, reached)(*[1] * (reached == "recv"))
+  assert not marker.exists() and key.stat().st_mode & 0o777 == 0o600
   assert all(r.status in ("ok", "raised") and (r.value or 0.0) < 1.0 for r in results)
 
 
-def test_a_payload_really_runs_there(pool):
+@pytest.mark.parametrize("name", EVALUATING)
+def test_a_payload_really_runs_there(pool, name):
   """Otherwise the test above would pass with a scorer that evaluates nothing."""
-  problem = load_task("reasoning_gym:string_insertion", held_out=0).sample(0, 0, 1)[0]
-  result = score(pool, [problem], ["[__import__('os')._exit(9)]"])[0]
+  problem = load_task(f"reasoning_gym:{name}", held_out=0).sample(0, 0, 1)[0]
+  result = score(pool, [problem], [running("import os; os._exit(9)")])[0]
   assert (result.status, result.detail) == ("died", "exited with code 9 and no reward")
 
 
