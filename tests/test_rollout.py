@@ -421,7 +421,7 @@ def value_and_gradient(logprobs_of, params, batch, *, policy):
   return found, gradient
 
 
-@pytest.mark.parametrize("model", ["tiny", "window_model"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("window_model", marks=pytest.mark.slow)])
 def test_tokens_that_the_policy_did_not_write_are_read_and_not_trained_on(model, request):
   """Log-probs, entropies and gradient are those of the plain teacher-forced form."""
   policy, params = request.getfixturevalue(model)
@@ -617,7 +617,7 @@ def test_without_ends_every_row_is_full(tiny):
 # Fewer slots than responses.
 
 
-@pytest.mark.parametrize("slots", [1, 4, 8])
+@pytest.mark.parametrize("slots", [4, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 8))])
 def test_what_a_row_says_does_not_depend_on_the_slots(tiny, slots):
   """Nor on who had the slot before: 30 columns of tokens are used in a circle several times."""
   temperature = np.linspace(0.5, 1.2, 9)

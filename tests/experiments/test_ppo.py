@@ -386,7 +386,8 @@ def test_it_learns(tmp_path, small, files, trunk):
   assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
 
 
-@pytest.mark.parametrize("trunk", ["own", pytest.param("shared", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", ["own", "shared"])
 def test_values_foresee_what_the_prompt_decides_at_their_own_rate(tmp_path, small, files, trunk):
   """The policy hardly moves; on a shared trunk, only the head learns."""
   (tmp_path / "reward.py").write_text(

@@ -186,6 +186,7 @@ def begins(sweep, directory):
   return [number for _, event, number in sweep.events()[directory.name] if event == "begin"]
 
 
+@pytest.mark.slow
 def test_what_fails_is_tried_again_and_then_told_with_its_last_lines(tmp_path):
   reasons = {
     "raise": ("exit code 1", "RuntimeError: the loss is the wrong way round"),
@@ -233,6 +234,7 @@ def test_what_hangs_is_ended_also_if_it_ignores_being_asked(tmp_path):
     assert f"about to {fault}" in output
 
 
+@pytest.mark.slow
 def test_what_fails_once_gets_done(tmp_path):
   sweep = Sweep(tmp_path, {"fault": ["raise", "killed"]}, steps=3, faults=1)
   code, output = sweep.run("--backoff=0.1", "--parallel=2")
@@ -241,6 +243,7 @@ def test_what_fails_once_gets_done(tmp_path):
   assert all(status["failures"] == 0 for status in sweep.status().values())
 
 
+@pytest.mark.slow
 def test_a_failure_is_remembered_by_the_next_launcher(tmp_path):
   sweep = Sweep(tmp_path, {"fault": ["raise"]}, steps=3)
   assert sweep.run("--retries=0")[0] == 1
@@ -251,6 +254,7 @@ def test_a_failure_is_remembered_by_the_next_launcher(tmp_path):
   assert [event for _, event, _ in sweep.events()[trial]].count("begin") == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_trials_save_and_the_same_command_goes_on(tmp_path):
   sweep = Sweep(tmp_path, {"seed": [0, 1]}, steps=50, seconds=0.05)
   launcher = sweep.start("--parallel=2")
@@ -269,6 +273,7 @@ def test_ctrl_c_lets_trials_save_and_the_same_command_goes_on(tmp_path):
   check_done_once(sweep, 2, 50)
 
 
+@pytest.mark.slow
 def test_a_trial_dies_with_its_launcher(tmp_path):
   sweep = Sweep(tmp_path, {"seed": [0]}, steps=10_000, seconds=0.01)
   launcher = sweep.start()
@@ -280,6 +285,7 @@ def test_a_trial_dies_with_its_launcher(tmp_path):
   wait_for(lambda: state._started(pid) is None, "the trial to die")
 
 
+@pytest.mark.slow
 def test_a_trial_stopped_from_outside_has_not_failed_and_is_left_alone(tmp_path):
   sweep = Sweep(tmp_path, {"seed": [0]}, steps=200, seconds=0.02)
   launcher = sweep.start()
@@ -290,6 +296,7 @@ def test_a_trial_stopped_from_outside_has_not_failed_and_is_left_alone(tmp_path)
   assert status["status"] == "stopped" and not status.get("failures")
 
 
+@pytest.mark.slow
 def test_a_directory_in_which_somebody_trains_is_waited_for(tmp_path):
   sweep = Sweep(tmp_path, {"seed": [0]}, steps=60, seconds=0.05)
   code, output = sweep.run("--dry_run")
@@ -309,24 +316,43 @@ def test_a_dry_run_writes_nothing(tmp_path):
   assert len(comments) == 3 and comments[1].endswith("(waiting): seed=0")
 
 
-@pytest.mark.parametrize(
-  ("flags", "says"),
-  [
-    (["--swep=x"], "unknown flag --swep; did you mean --sweep?"),
-    (["--only=abc"], "--only=abc: must be an id of"),
-    (["--processes=2"], "--processes=2: must be 1: tests.launch.standin has no --distributed"),
-    (["--devices_per_trial=3", "--devices=0,1"], "--devices_per_trial=3: must be at most 2"),
-    (["--backend=tpu", "--tpu.name=a", "--tpu.zone=b", "--tpu.type=v7x-8"], "--backend=gke"),
-    (["--backend=gke"], "--gke.cluster=: must be given"),
-    (["--backend=slurm", "--parallel=2"], "--parallel=2: must be left out with --backend=slurm"),
-    (["--execute"], "--execute=True: must be left out with --backend=local"),
-  ],
-)
-def test_a_wrong_flag_costs_one_line(tmp_path, flags, says):
+WRONG_FLAGS = [
+  (["--swep=x"], "unknown flag --swep; did you mean --sweep?"),
+  (["--only=abc"], "--only=abc: must be an id of"),
+  (["--processes=2"], "--processes=2: must be 1: tests.launch.standin has no --distributed"),
+  (["--devices_per_trial=3", "--devices=0,1"], "--devices_per_trial=3: must be at most 2"),
+  (["--backend=tpu", "--tpu.name=a", "--tpu.zone=b", "--tpu.type=v7x-8"], "--backend=gke"),
+  (["--backend=gke"], "--gke.cluster=: must be given"),
+  (["--backend=slurm", "--parallel=2"], "--parallel=2: must be left out with --backend=slurm"),
+  (["--execute"], "--execute=True: must be left out with --backend=local"),
+]
+# The launcher with each command line in turn, in forks of one process that has paid for imports.
+FORKS = """
+import json, os, sys
+from launch import run
+for flags in json.load(sys.stdin):
+  child = os.fork()
+  if not child:
+    run.run(run.main, run.Config, argv=["launch.run", *flags])
+  print("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_wrong_flag_costs_one_line(tmp_path):
   sweep = Sweep(tmp_path, {"seed": [0]})
-  code, output = sweep.run(*flags)
-  assert code == 2 and output.count("\n") == 1
-  assert output.startswith("error: ") and says in output
+  common = [f"--sweep={sweep.path / 'spec.py'}", f"--workdir={sweep.workdir}"]
+  done = subprocess.run(
+    [sys.executable, "-c", FORKS],
+    cwd=ROOT,
+    input=json.dumps([common + flags for flags, _ in WRONG_FLAGS]),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  *said, end = done.stdout.split("exit 2\n")
+  assert end == "" and len(said) == len(WRONG_FLAGS), done.stdout
+  for (flags, says), output in zip(WRONG_FLAGS, said, strict=True):
+    assert output.startswith("error: ") and output.count("\n") == 1 and says in output, flags
 
 
 def test_a_wrong_key_of_a_sweep_costs_one_line(tmp_path):
@@ -422,6 +448,7 @@ def test_twelve_real_trials_and_ten_kills(tmp_path):
   assert twin["after"] == state.read_json(path)["after"]
 
 
+@pytest.mark.slow
 def test_a_trial_whose_directory_is_deleted_ends_alone(tmp_path):
   sweep = Sweep(tmp_path, {"seed": range(3)}, steps=6, seconds=0.3)
   launcher = sweep.start("--parallel=3", "--retries=2")
