@@ -33,6 +33,8 @@ EXTRAS = {
     "markdown-it-py>=3",
     "mkdocs-material>=9.6,<10",
     "mkdocs-static-i18n>=1.3",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
     "setuptools>=75",
   ],
   # Regenerating the committed goldens against transformers.
