@@ -1,5 +1,6 @@
 """The guide answers what its readers asked, and its figures are the library's numbers."""
 
+import json
 import re
 import runpy
 import xml.etree.ElementTree as ElementTree
@@ -143,6 +144,17 @@ def test_a_figure_is_what_the_library_computes(name, tmp_path):
       assert (new.tag, new.text, list(new.attrib)) == (old.tag, old.text, list(old.attrib))
       for key, value in new.attrib.items():
         assert numbers_in(value) == pytest.approx(numbers_in(old.attrib[key]), abs=0.2)
+
+
+@pytest.mark.parametrize("page", ["collapse.md", "collapse.ja.md"])
+def test_the_runs_are_those_of_the_record(page):
+  runs = json.loads(text_of("copy_runs.json"))["runs"]
+  table = re.findall(r"(?m)^\| [^|]+ \| ([\d., ]+) \| ([\d., ]+) \|$", text_of(page))
+  last = {key: lambda run, key=key: run[key][-1] for key in ("entropy", "agree")}
+  for said, of_run in zip(table, (lambda run: run["accuracy"], *last.values()), strict=True):
+    for numbers, coef in zip(said, (0.1, 0.0), strict=True):
+      ours = [of_run(run) for run in runs if run["coef"] == coef]
+      assert [float(x) for x in numbers.split(", ")] == pytest.approx(ours, abs=0.006)
 
 
 def test_every_figure_is_made_and_shown():

@@ -1,15 +1,17 @@
 """Makes the guide's figures from the library's own functions: `make docs`.
 
-All but two are the figures of `python -m rl_llm explain`. Each is made in English and in Japanese.
+All but the last two are the figures of `python -m rl_llm explain`. Each is made in both languages.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rl_llm import advantages, explain, losses, weighting
 from rl_llm.explain import Curve, Explanation, Figure, Text
@@ -48,6 +50,23 @@ def shared_token() -> Explanation:
   return Explanation(title, {}, (), figure)
 
 
+def certainty() -> Explanation:
+  """Entropy over the steps of the runs in copy_runs.json, with and without an entropy bonus."""
+  runs = json.loads((pathlib.Path(__file__).parent / "copy_runs.json").read_text())["runs"]
+
+  def figure():
+    curves = []
+    for coef in (0.1, 0.0):
+      seeds = [run for run in runs if run["coef"] == coef]
+      mean = np.mean([run["entropy"] for run in seeds], axis=0)
+      name = Text(f"entropy, bonus {coef:g}", f"エントロピー（係数 {coef:g}）")
+      curves.append(Curve(name, seeds[0]["step"], mean))
+    return Figure(Text("step", "ステップ"), curves, ())
+
+  title = Text("The tiny model learns to copy, three seeds", "小さいモデルの書き写し、三つのシード")
+  return Explanation(title, {}, (), figure)
+
+
 # file -> what is drawn
 FIGURES = {
   "reinforce": functools.partial(explain.reinforce, p=0.25, reward=3.0),
@@ -58,6 +77,7 @@ FIGURES = {
   "kl": explain.kl,
   "entropy": functools.partial(explain.entropy, p=0.881, gap=1.0, coef=0.5),
   "collapse": shared_token,
+  "certainty": certainty,
 }
 
 
