@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,10 +12,28 @@ from typing import Any
 _TOKEN = re.compile(
   r"(?<![A-Za-z0-9])("
   r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v\d_[A-Za-z0-9_]{16,}|[0-9a-f]{40}"
-  r"|gh[opsu]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{35}"
+  r"|gh[opsu]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}|A[KS]IA[A-Z0-9]{16}"
+  r"|AIza[A-Za-z0-9_-]{35}|npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_-]{30,}|glpat-[A-Za-z0-9_-]{16,}"
+  r"|xox[abeoprs]-[A-Za-z0-9-]{10,}|[sr]k_(live|test)_[A-Za-z0-9]{16,}"
+  r"|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"  # A JSON Web Token.
   r")(?![A-Za-z0-9])"
+  # A private key to its end; the line ends may be written as in JSON.
+  r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[A-Za-z0-9+/=:,.\\\s-]*"
+  r"|(?<=://hooks\.slack\.com/)[\w/-]+|(?<=/api/webhooks/)\d+/[\w-]+"
+  r"|(?<=://)[^\s/:@\"']*:[^\s/@\"']+(?=@)"  # user:password of an address.
 )
-_SECRET_NAME = re.compile(r"(^|_)(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
+_SECRET_NAME = re.compile(
+  r"(API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SECRET_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE"
+  r"|MYSQL_PWD|CREDENTIALS?|WEBHOOK(_URL)?|DSN|(DATABASE|DB|REDIS|MONGO(DB)?|BROKER|AMQP)_UR[IL])$",
+  re.I,
+)
+_SHORT = 8  # characters; shorter values are replaced where they are words of their own
+_JSON_WORD = re.compile(r"true|false|null|-?[\d.]+([eE][+-]?\d+)?")
+
+
+@functools.cache
+def _is_secret(name: str) -> bool:
+  return _SECRET_NAME.search(name) is not None
 
 
 class UserError(Exception):
@@ -29,13 +49,17 @@ def redact(text: str, *, environ: Mapping[str, str] | None = None) -> str:
 
   A token given as a flag, or repeated by a model that saw it in a prompt, must not end up in a
   report that is shared. Two rules find them: the published shapes of tokens (`hf_...`, `sk-...`,
-  W&B's 40 hexadecimal digits, GitHub, AWS, Google), and the exact values, of 8 characters or more,
-  of environment variables named like a secret (`HF_TOKEN`, `WANDB_API_KEY`, `DB_PASSWORD`).
+  W&B's 40 hexadecimal digits, GitHub, GitLab, npm, PyPI, Slack, AWS, Google, JSON Web Tokens,
+  private keys, webhooks, passwords in addresses), and the exact values of environment variables
+  named like a secret (`HF_TOKEN`, `PGPASSWORD`, `DATABASE_URL`). Values of 4 to 7 characters are
+  replaced where they are words of their own and no numbers; shorter ones are too likely to be text.
 
   >>> redact("push with hf_abcdefghijklmnopqrstuvwx")
   'push with [redacted]'
   >>> redact("password hunter22", environ={"DB_PASSWORD": "hunter22"})
   'password [redacted]'
+  >>> redact("postgres://me:pw@host/db and tokens", environ={"API_TOKEN": "token"})
+  'postgres://[redacted]@host/db and tokens'
 
   Args:
     text: any text about to be printed or written.
@@ -45,8 +69,16 @@ def redact(text: str, *, environ: Mapping[str, str] | None = None) -> str:
     The text, with each credential replaced.
   """
   for name, value in (os.environ if environ is None else environ).items():
-    if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
-      text = text.replace(value, "[redacted]")
+    if len(value) < 4 or not _is_secret(name):
+      continue
+    # Texts that are JSON have quotes and backslashes escaped.
+    for written in {value, json.dumps(value)[1:-1]}:
+      if written not in text:
+        continue
+      if len(value) >= _SHORT:
+        text = text.replace(written, "[redacted]")
+      elif not _JSON_WORD.fullmatch(value):
+        text = re.sub(rf"(?<!\w){re.escape(written)}(?!\w)", "[redacted]", text)
   return _TOKEN.sub("[redacted]", text)
 
 

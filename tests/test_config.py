@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import functools
 import importlib
 import json
 import os
@@ -296,6 +297,59 @@ def test_secrets_are_redacted_wherever_a_config_is_written_or_shown(secret, tmp_
     assert secret not in path.read_text(encoding="utf-8")
   assert secret not in str(ConfigError("name", secret, "short"))
   assert config_lib.redact(f"({secret})") == "([redacted])"
+
+
+# Put together here, so that no scanner of repositories takes them for real ones.
+OTHER_SECRETS = {
+  "npm": "npm_" + "aB3" * 12,
+  "pypi": "pypi-" + "AgEIcHlwaS5vcmc" * 3,
+  "gitlab": "glpat-" + "x1Y2" * 5,
+  "slack": "xoxb-" + "123456789012-" + "abcDEF",
+  "stripe": "sk_live_" + "a1" * 12,
+  "session": "ASIA" + "ABCDEFGHIJKLMNOP",
+  "jwt": "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0In0." + "dozjgNryP4J3jVmNHl0w",
+}
+
+
+@pytest.mark.parametrize("secret", OTHER_SECRETS.values(), ids=OTHER_SECRETS)
+def test_secrets_of_other_shapes(secret):
+  assert config_lib.redact(f"({secret})", environ={}) == "([redacted])"
+  assert json.loads(config_lib.redact(json.dumps({"a": secret, "b": 1}), environ={}))["b"] == 1
+
+
+def test_secrets_within_other_text():
+  redact = functools.partial(config_lib.redact, environ={})
+  body = "\n".join(["MIIEpAIBAAKCAQEA7+/x=" * 2] * 3)
+  head, end = "-----BEGIN RSA " + "PRIVATE KEY-----", "-----END RSA PRIVATE KEY-----"
+  for key in (f"{head}\n{body}\n{end}", f"{head}\n{body}"):  # The second is cut.
+    assert "MIIE" not in redact(f"a {key} b")
+    assert json.loads(redact(json.dumps({"k": key, "b": 1})))["b"] == 1
+  hook = "https://hooks.slack.com/" + "services/T000/B000/XXXXXXXX"
+  assert redact(f"to {hook}") == "to https://hooks.slack.com/[redacted]"
+  hook = "https://discord.com/api/webhooks/" + "123456/abc-DEF_x"
+  assert redact(hook) == "https://discord.com/api/webhooks/[redacted]"
+  assert redact("redis://:pw@host:6379/0 x") == "redis://[redacted]@host:6379/0 x"
+  for text in ("https://a.org:80/x@y", "http://host:8080", "12:30@noon", "eyJ is no token"):
+    assert redact(text) == text
+
+
+def test_values_of_secret_variables():
+  def redact(text, **environ):
+    return config_lib.redact(text, environ=environ)
+
+  assert redact("hunter22", PGPASSWORD="hunter22") == "[redacted]"
+  assert redact("db://h", DATABASE_URL="db://h") == "[redacted]"
+  assert redact("see https://h/x1", ALERT_WEBHOOK_URL="https://h/x1") == "see [redacted]"
+  # A short value is replaced as a word, and never makes other text or JSON unreadable.
+  assert redact("pw1x pw1xy", MY_PASSWORD="pw1x") == "[redacted] pw1xy"
+  for value in ("1234", "true", "null", "abc"):
+    text = json.dumps({"a": [1234, True, None, "abc"]})
+    assert redact(text, MY_PASSWORD=value) == text
+  # In JSON its quotes and backslashes are escaped.
+  odd = 'p"w\\x12345'
+  assert json.loads(redact(json.dumps({"a": odd}), MY_PASSWORD=odd)) == {"a": "[redacted]"}
+  for name in ("PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "KEYBOARD", "HOME"):
+    assert redact("/home/someone", **{name: "/home/someone"}) == "/home/someone"
 
 
 def test_redact_leaves_ordinary_text_alone():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
 from rl_llm.runs.signals import Interrupted, StopSignals
 
-BOTH = [signal.SIGINT, signal.SIGTERM]
+BOTH = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +61,40 @@ def test_a_context_can_be_entered_again(earlier):
       with pytest.raises(Interrupted):
         stop.check()
   assert earlier == []
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  with StopSignals() as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    stop.check()
+  assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+HUNG_UP = """
+import pathlib, sys, time
+from rl_llm.runs.signals import Interrupted, StopSignals
+with StopSignals() as stop:
+  try:
+    while True:
+      print("step", flush=True)
+      stop.check()
+      time.sleep(0.02)
+  except Interrupted as interruption:
+    print("saving", flush=True)
+    print("saved", file=sys.stderr, flush=True)
+    pathlib.Path(sys.argv[1]).write_text(str(interruption.signum))
+"""
+
+
+def test_a_terminal_that_closes_lets_a_run_save(tmp_path):
+  """What it prints then goes nowhere, and is no error before the save."""
+  pid, terminal = os.forkpty()
+  if not pid:
+    os.execv(sys.executable, [sys.executable, "-c", HUNG_UP, str(tmp_path / "saved")])
+  seen = b""
+  while b"step" not in seen:
+    seen += os.read(terminal, 100)
+  os.close(terminal)
+  assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+  assert (tmp_path / "saved").read_text() == str(int(signal.SIGHUP))

@@ -172,7 +172,7 @@ def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> st
   or "pruned".
 
   A failed start waits twice as long as the one before it. What stops because it was asked to (exit
-  code 130 or 143, with everything saved) has not failed.
+  code 129, 130 or 143, with everything saved) has not failed.
   """
   over.kill()  # What its processes may have left behind.
   if not over.directory.exists():
@@ -183,7 +183,8 @@ def conclude(over: Start, *, retries: int, backoff: float, stopping: bool) -> st
   before = state.read_status(over.directory)
   seconds = before.get("seconds", 0.0) + time.monotonic() - over.began
   changes = {"seconds": round(seconds, 1), "ended": time.time()}
-  asked = over.code in (130, 143, -signal.SIGTERM, -signal.SIGINT)
+  stops = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+  asked = over.code in [code for stop in stops for code in (128 + stop, -stop)]
   if state.is_done(over.directory, over.trial.steps):
     verdict, changes = "done", changes | {"failures": 0, "reason": "", "lines": []}
   elif over.cause == HOPELESS:

@@ -9,19 +9,19 @@ others, and a call that yields no number reports why.
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import os
 import selectors
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rl_llm.files import scratch
 from rl_llm.rewards import grading, layers
 from rl_llm.rewards import worker as protocol
 from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls
@@ -167,7 +167,8 @@ class RewardPool:
     self._next_number = 0
     self._layers: tuple[str, ...] = ()
     self._selector = selectors.DefaultSelector()
-    self._directory = tempfile.mkdtemp(prefix="rl_llm_rewards_")
+    self._held = contextlib.ExitStack()
+    self._directory = str(self._held.enter_context(scratch("rl_llm_rewards_")))
     self._server: subprocess.Popen | None = None
     try:
       self._start_server()
@@ -281,7 +282,7 @@ class RewardPool:
         self._server.wait()
       self._server = None
     self._selector.close()
-    shutil.rmtree(self._directory, ignore_errors=True)
+    self._held.close()
 
   def _start_server(self) -> None:
     self._control, theirs = socket.socketpair()

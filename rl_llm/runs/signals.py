@@ -25,12 +25,12 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-  """Turns SIGINT and SIGTERM into an `Interrupted` that `check` raises at a safe point.
+  """Turns SIGINT, SIGTERM and SIGHUP into an `Interrupted` that `check` raises at a safe point.
 
   A signal in the middle of an update must not lose the update, and a signal during a write must not
   leave half a file. So the handler only remembers the signal, and the loop calls `check` between
   phases. A second signal has its usual effect: it ends the process at once, and only the last
-  checkpoint remains.
+  checkpoint remains. A terminal that closes sends SIGHUP, which `nohup` ignores and so does this.
 
       with StopSignals() as stop:
         while ...:
@@ -41,10 +41,13 @@ class StopSignals:
   def __init__(self):
     self._received: int | None = None
     self._previous = {}
+    self._terminals: list[int] = []
 
   def __enter__(self) -> StopSignals:
-    for signum in (signal.SIGINT, signal.SIGTERM):
-      self._previous[signum] = signal.signal(signum, self._handle)
+    self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+        self._previous[signum] = signal.signal(signum, self._handle)
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -77,6 +80,11 @@ class StopSignals:
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     self._received = signum
     self._restore()
+    if signum == signal.SIGHUP:  # Writing to a terminal that is gone would fail before the save.
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      for descriptor in self._terminals:
+        os.dup2(nowhere, descriptor)
+      os.close(nowhere)
     # Say it at once, unbuffered: a compilation may take a minute, and a second Ctrl-C loses work.
     os.write(2, b"\nstopping at the next safe point; a second signal stops at once\n")
 
