@@ -210,6 +210,7 @@ ALGORITHMS = {
       "sampler",
       "trust_region_mask",
     ),
+    Algorithm("GTPO", "group_relative() shared_tokens() grpo_loss()", paper="shared_tokens"),
     Algorithm("LLDS", "group_relative() grpo_loss() llds_weights() llds_loss()"),
   ],
   "Preferences": [
@@ -271,6 +272,7 @@ CALLED = {
   "reward_model_loss": ["reward_model"],
   "second_moment_mask": ["grpo --correction.second_moment_mask=0.04"],
   "sequence_logprobs": ["dpo"],
+  "shared_tokens": ["grpo --weighting.shared_tokens=2"],
   "sft_loss": ["dpo --loss.sft_coef=1"],
   "token_covariance": ["grpo --loss=clip_cov_loss", "grpo --loss=kl_cov_loss"],
   "token_rewards": ["ppo --kl.coef=0.05", "reinforce --kl.coef=0.05"],

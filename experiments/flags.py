@@ -581,6 +581,12 @@ class Weighting:
   top_entropy: float = option(
     1.0, "share of tokens that the surrogate counts, those of the highest entropy", above=0, max=1
   )
+  shared_tokens: float | None = option(
+    None,
+    "GTPO: tokens with which good and bad responses of a group both begin, or end, count 0 in the "
+    "bad and this much in the good; none = like any other",
+    min=0,
+  )
   truncated: Literal["keep", "zero", "drop"] = option(
     "keep",
     "responses cut off at the limit: zero = weight 0, but in the denominator like any "

@@ -58,6 +58,7 @@ MAY_DIFFER = (
 ALONE = {
   "init_moments": False,
   "overlong.cache": 0,
+  "weighting.shared_tokens": None,
   "weighting.top_entropy": 1.0,
   "correction.name": "none",
   "correction.off_policy_mask": None,

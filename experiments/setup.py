@@ -515,6 +515,7 @@ def weigh(config: Any) -> responses.Weigh:
     power=options.power,
     corrections=config.updates.correction.factors,
     top_entropy=options.top_entropy,
+    shared_tokens=options.shared_tokens,
     llds=config.updates.llds.normalizer if config.updates.llds.coef else None,
     truncated="zero" if options.drop_truncated else options.truncated,
   )

@@ -62,6 +62,17 @@ def test_factors_are_those_of_the_loss_alone_and_multiply():
   np.testing.assert_allclose(found["factors"], kept * np.e, rtol=1e-6)
 
 
+def test_what_good_and_bad_responses_share_counts_as_told():
+  advantages = np.array([1.0, -1.0] * (len(MASK) // 2))
+  batch = BATCH._replace(tokens=np.zeros(MASK.shape, int), advantages=advantages)
+  size = len(MASK) // len(BATCH.prompts)
+  found = all_weights(batch, name="token_mean", length=8, shared_tokens=3.0)["factors"]
+  wanted = weighting.shared_tokens(batch.tokens, advantages, MASK, group_size=size, positive=3.0)
+  np.testing.assert_array_equal(found, wanted)
+  assert {0.0, 3.0} <= set(np.unique(found[MASK]))
+  assert "factors" not in all_weights(batch, name="token_mean", length=8)
+
+
 def test_a_power_of_the_length_lies_between_two_means():
   rows = all_weights(BATCH, name="length_power", length=8, power=0.0)["weights"]
   np.testing.assert_allclose(rows, weighting.sequence_mean(MASK), rtol=1e-6)

@@ -121,6 +121,7 @@ def all_weights(
   kl_name: str = "loss",
   corrections: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
   top_entropy: float = 1.0,
+  shared_tokens: float | None = None,
   llds: str | None = None,
   **of_loss: Any,
 ) -> dict[str, jax.Array | None]:
@@ -132,6 +133,7 @@ def all_weights(
     corrections: functions of `rl_llm.weighting` that compare the old policy with the sampler, by
       name, with their keywords.
     top_entropy: the share of the tokens that the surrogate counts, those of the highest entropy.
+    shared_tokens: what a good response's tokens count that bad ones share; None: all count 1.
     llds: the normalizer of `rl_llm.losses.llds_weights`; None: there is no such term.
     **of_loss: the keywords of `token_weights`; for the KL, only the name differs.
   """
@@ -144,6 +146,9 @@ def all_weights(
     factors.append(getattr(weighting, name)(*compared, **given))
   if top_entropy < 1:
     factors.append(weighting.top_entropy(batch.entropies, batch.mask, fraction=top_entropy))
+  if shared_tokens is not None:
+    rows, size = (batch.tokens, batch.advantages, batch.mask), _group_size(batch)
+    factors.append(weighting.shared_tokens(*rows, group_size=size, positive=shared_tokens))
   if factors:
     found["factors"] = math.prod(factors)
   if llds is not None:
@@ -151,6 +156,10 @@ def all_weights(
   if batch.correct is not None:
     found["nll_weights"] = weighting.token_mean(batch.mask & batch.correct[:, None])
   return found
+
+
+def _group_size(batch: ResponseBatch) -> int:
+  return len(batch.tokens) // len(batch.prompts)
 
 
 def token_weights(
@@ -173,7 +182,7 @@ def token_weights(
   keywords = {
     "constant_length": {"length": length},
     "length_power": {"power": power},
-    "prompt_mean": {"group_size": len(batch.tokens) // len(batch.prompts)},
+    "prompt_mean": {"group_size": _group_size(batch)},
   }
   weights = getattr(weighting, name)(mask, **keywords.get(name, {}))
   if truncated == "zero":

@@ -33,6 +33,7 @@ from rl_llm.weighting.means import (
   sequence_sum,
   token_mean,
 )
+from rl_llm.weighting.shared import shared_tokens
 from rl_llm.weighting.trust_region import off_policy_mask, second_moment_mask, trust_region_mask
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
   "second_moment_mask",
   "sequence_mean",
   "sequence_sum",
+  "shared_tokens",
   "token_mean",
   "top_entropy",
   "truncated_importance",

@@ -31,7 +31,8 @@ SAMPLED = {  # of policy gradients
   *("correction.name", "correction.low", "correction.high", "correction.mode"),
   *("correction.off_policy_mask", "llds.coef", "llds.level", "llds.normalizer"),
   *("correction.second_moment_mask", "correction.trust_region_mask"),
-  *("positive_nll_coef", "target_kl", "weighting.power", "weighting.top_entropy"),
+  *("positive_nll_coef", "target_kl", "weighting.power", "weighting.shared_tokens"),
+  "weighting.top_entropy",
   *("loss.coef", "loss.selected", "loss.covariance_low", "loss.covariance_high", "kl.place"),
 }
 REWARD_KL = {"kl.gradient", "kl.weighting"}  # Of the loss, where they had it in the reward alone.

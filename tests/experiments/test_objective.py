@@ -7,8 +7,9 @@ import functools
 import numpy as np
 import pytest
 
-from experiments import grpo, reinforce
+from experiments import grpo, reinforce, setup
 from rl_llm.errors import ConfigError
+from rl_llm.rollout import ResponseBatch
 from rl_llm.runs.config import replace
 from tests.experiments import helpers
 from tests.experiments.helpers import settings
@@ -161,6 +162,17 @@ def test_a_factor_is_what_was_asked_for(tmp_path, small, files, monkeypatch, cha
   row, tokens = found.metrics[0], sum(r["length"] for r in trained_rows(found))
   assert row["factor_mean"] == pytest.approx(factor, abs=1e-3 + 1 / tokens)
   assert (row["grad_norm"] > 0) == (factor > 0)
+
+
+def test_shared_tokens_count_as_told():
+  """A right and a wrong response begin alike; a model of random weights hardly ever does."""
+  tokens, mask = np.array([[4, 5], [4, 6]]), np.ones((2, 2), bool)
+  batch = ResponseBatch(
+    np.zeros((1, 1), int), np.ones(1, int), tokens, mask, mask, advantages=np.array([1.0, -1.0])
+  )
+  config = replace(grpo.Config(), {"weighting.shared_tokens": 3.0})
+  assert setup.weigh(config)(batch)["factors"].tolist() == [[3, 1], [0, 1]]
+  assert "factors" not in setup.weigh(grpo.Config())(batch)
 
 
 def test_responses_that_the_policy_has_left_are_dropped(tmp_path, small, files, monkeypatch):
