@@ -132,6 +132,12 @@ def test_the_bonus_that_outweighs_the_reward():
   assert found.name == "unmoved"
 
 
+def test_samples_that_are_cold_by_choice_are_to_be_warmer():
+  rows = record(accuracy=flat, entropy=1e-3)
+  (found,) = verdicts(rows, CONFIG | {"sampling.temperature": 0.1})
+  assert found.name == "entropy_gone" and found.advice == "Try --sampling.temperature=1"
+
+
 def test_a_gradient_of_zero_tells_a_broken_network_from_a_slow_one():
   norms = {"grad_norm": lambda s: 0.2 if s < 0.01 else 0.0, "entropy": 5.5}
   (found,) = verdicts(record(accuracy=flat, **norms), CONFIG | {"optimizer.learning_rate": 1000.0})

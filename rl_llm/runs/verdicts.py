@@ -40,6 +40,8 @@ _DEAD = 1e-6
 _STEP_KL, _FAR = 0.1, 1.0
 # A reward has "moved" by this many standard errors.
 _ERRORS = 4.0
+# A reward is on a plateau if its last quarter rose by less than this share of its whole rise.
+_STILL = 0.05
 # A grader "pays in full" from this share of the greatest reward; "few" responses are right up to
 # this share.
 _PAID, _FEW = 0.7, 0.1
@@ -230,11 +232,14 @@ def _entropy_gone(record: Evidence) -> Verdict | None:
     return None
   coefficient = finite(record.config.get("loss.entropy_coef")) or 0.0
   bonus = 2 * coefficient if coefficient else (0.1 if entropies[0] > _NOISE else 0.01)
+  advice = f"Try --loss.entropy_coef={number(bonus)}, or a smaller --optimizer.learning_rate"
+  if (finite(record.config.get("sampling.temperature")) or 1.0) <= 0.5:
+    advice = "Try --sampling.temperature=1"
   return Verdict(
     "entropy_gone",
     f"The entropy is gone since step {since} ({number(record.mean('entropy'), 2)} nats per token): "
     "all samples of a problem are the same, and few are right.",
-    f"Try --loss.entropy_coef={number(bonus)}, or a smaller --optimizer.learning_rate",
+    advice,
   )
 
 
@@ -257,10 +262,9 @@ def _overlooked(record: Evidence) -> Verdict | None:
   if len(rewards) < 2 * _ENOUGH or not known:
     return None
   rise, error = trend(rewards)
-  newest = rewards[-len(rewards) // 4 :]
-  still, noise = trend(newest)
+  still, _ = trend(record.late("reward_mean"), parts=2)
   fell = known[-1][2] < known[0][0]
-  plateau = still <= max(0.1 * rise, 2 * noise) and record.share_done() >= 0.5
+  plateau = still <= _STILL * rise and record.share_done() >= 0.5
   flat = known[-1][1] <= known[0][2] and plateau
   if rise <= max(_ERRORS * error, 1e-9) or not (fell or flat):
     return None
