@@ -6,7 +6,7 @@
 # make bench-peers  only these environments: .venv-trl (about 1.5 GB) and .venv-tunix (about 1 GB)
 # make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
 # make parity verl's and TRL's own losses on the inputs of tests/parity, compared with ours (.venv-verl and .venv-trl)
-# make docs   the tables of docs/algorithms.md and docs/coming_from.md and the guide's figures, made from the code
+# make docs   docs/metrics.md, the tables of docs/algorithms.md and docs/coming_from.md and the guide's figures, made from the code
 # make site   docs/ as web pages in English and Japanese, in site/; a broken link is an error
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 to 3.13)
 
@@ -84,6 +84,7 @@ parity: $(VENV)/test-$(VERSION) .venv-trl/ready .venv-verl/ready
 docs: $(VENV)/run-$(VERSION)
 	$(BIN)/python docs/make_index.py
 	$(BIN)/python docs/make_coming_from.py
+	$(BIN)/python docs/make_metrics.py
 	$(BIN)/python docs/guide/make_figures.py
 
 site: $(VENV)/test-$(VERSION)

@@ -138,6 +138,13 @@ def test_samples_that_are_cold_by_choice_are_to_be_warmer():
   assert found.name == "entropy_gone" and found.advice == "Try --sampling.temperature=1"
 
 
+def test_groups_of_two_are_told_to_be_larger():
+  rows = record(accuracy=lambda s: 0.05 + 0.2 * s, frac_zero_std=0.75)
+  (found,) = verdicts(rows, CONFIG | {"responses_per_prompt": 2})
+  assert found.name == "small_groups" and found.advice == "Try --responses_per_prompt=8"
+  assert verdicts(rows, CONFIG) == []
+
+
 def test_a_gradient_of_zero_tells_a_broken_network_from_a_slow_one():
   norms = {"grad_norm": lambda s: 0.2 if s < 0.01 else 0.0, "entropy": 5.5}
   (found,) = verdicts(record(accuracy=flat, **norms), CONFIG | {"optimizer.learning_rate": 1000.0})

@@ -1,4 +1,4 @@
-"""A run's record as the rules of `rl_llm.runs.verdicts` read it, and the flags that they advise."""
+"""A run's record as the rules of `rl_llm.runs.verdicts` read it, and what they say of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ from rl_llm.runs.report_page import finite
 SOLVED = 0.9
 
 HOW = ("sampled", "greedy")
+
+
+class Verdict(NamedTuple):
+  """One thing that a record says.
+
+  Attributes:
+    name: for programs and tests.
+    says: one sentence, with the numbers that it follows from.
+    advice: what to do, with the flag to try; a sentence without its full stop.
+  """
+
+  name: str
+  says: str
+  advice: str
 
 
 class Evidence(NamedTuple):
@@ -110,3 +124,8 @@ def lower_rate(record: Evidence) -> str:
 def nearer(record: Evidence) -> str:
   coefficient = finite(record.config.get("kl.coef")) or 0.0
   return f"--kl.coef={number(10 * coefficient if coefficient else 0.05)}"
+
+
+def full_reward(record: Evidence) -> float:
+  """The reward of a right answer."""
+  return finite(record.config.get("jsonl.max_reward")) or 1.0

@@ -64,9 +64,9 @@ PLOTS = (
     1.0,
   ),
   Plot(
-    "Log-probs of the two answers",
+    "Log-probs of held-out answers",
     "nats per answer",
-    (("chosen_logprobs", "chosen"), ("rejected_logprobs", "rejected")),
+    (("eval/chosen_logprobs", "chosen"), ("eval/rejected_logprobs", "rejected")),
     "The gap is all that most preference losses see, so both may fall; where the chosen answers"
     " fall far, the model comes to prefer answers that are in no pair.",
   ),

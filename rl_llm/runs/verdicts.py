@@ -12,16 +12,28 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rl_llm.runs.console import number
-from rl_llm.runs.evidence import Evidence, grader_flag, lower_rate, nearer, trend, truth
+from rl_llm.runs.evidence import (
+  Evidence,
+  Verdict,
+  full_reward,
+  grader_flag,
+  lower_rate,
+  nearer,
+  trend,
+  truth,
+)
 from rl_llm.runs.report_page import finite
+from rl_llm.runs.verdicts_updates import UPDATES, memorised
 
 # Fewer steps say nothing of a trend.
 _ENOUGH = 10
 # A group "agrees" from the step after which this share of all groups has equal rewards.
 _AGREE = 0.9
+# "Small" groups have up to this many responses; they agree too often from this share on.
+_SMALL, _SMALL_AGREE = 4, 0.6
 # Entropy is "gone" below this share of the first, or below this many nats per token.
 _ENTROPY_SHARE, _ENTROPY_NATS = 0.02, 0.005
 # A policy this undecided, in nats per token, writes noise: that it never ends says nothing.
@@ -32,12 +44,8 @@ _JUMP = 1.0
 _EARLY = 5
 # Shares of responses.
 _CUT, _FAILED = 0.5, 0.05
-# A gradient norm has "exploded" where it grew this many times, and is this much over its limit.
-_GROWN = 10.0
 # A gradient norm below this share of the first is no gradient.
 _DEAD = 1e-6
-# Nats per token: one step's updates, and the distance to the reference model.
-_STEP_KL, _FAR = 0.1, 1.0
 # A reward has "moved" by this many standard errors.
 _ERRORS = 4.0
 # A reward is on a plateau if its last quarter rose by less than this share of its whole rise.
@@ -45,24 +53,8 @@ _STILL = 0.05
 # A grader "pays in full" from this share of the greatest reward; "few" responses are right up to
 # this share.
 _PAID, _FEW = 0.7, 0.1
-# A held-out loss this share over its minimum has turned.
-_TURNED = 0.05
 
 _FAILURES = ("raised", "timed_out", "died", "invalid")
-
-
-class Verdict(NamedTuple):
-  """One thing that a record says.
-
-  Attributes:
-    name: for programs and tests.
-    says: one sentence, with the numbers that it follows from.
-    advice: what to do, with the flag to try; a sentence without its full stop.
-  """
-
-  name: str
-  says: str
-  advice: str
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[Verdict]:
@@ -94,9 +86,9 @@ def verdicts(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> li
       return [found]
   found = []
   if len(trained) >= _ENOUGH and not record.solved():
-    chains = (_LEARNING, _SIZE)
+    chains = (_LEARNING, UPDATES)
     found = [next((v for rule in chain if (v := rule(record))), None) for chain in chains]
-  found.append(_memorised(record))
+  found.append(memorised(record))
   return [verdict for verdict in found if verdict]
 
 
@@ -256,6 +248,19 @@ def _groups_agree(record: Evidence) -> Verdict | None:
   )
 
 
+def _small_groups(record: Evidence) -> Verdict | None:
+  group = int(finite(record.config.get("responses_per_prompt")) or 8)
+  share = record.mean("frac_zero_std")
+  if group > _SMALL or share < _SMALL_AGREE:
+    return None
+  return Verdict(
+    "small_groups",
+    f"In {share:.0%} of the groups all {group} responses have the same reward: groups this small "
+    "rarely differ.",
+    "Try --responses_per_prompt=8",
+  )
+
+
 def _overlooked(record: Evidence) -> Verdict | None:
   """The reward rose to a plateau, and the truth stayed."""
   rewards, known = record.series("reward_mean"), truth(record)
@@ -266,7 +271,9 @@ def _overlooked(record: Evidence) -> Verdict | None:
   fell = known[-1][2] < known[0][0]
   plateau = still <= _STILL * rise and record.share_done() >= 0.5
   flat = known[-1][1] <= known[0][2] and plateau
-  if rise <= max(_ERRORS * error, 1e-9) or not (fell or flat):
+  graded = str(record.config.get("reward", "task")) == "task"
+  scale = full_reward(record) if graded else 0.0  # A reward model has no scale of its own.
+  if rise <= max(_ERRORS * error, 0.1 * scale, 1e-9) or not (fell or flat):
     return None
   if (trend(record.series("accuracy")) if record.series("accuracy") else (0.0, 0.0))[0] > _FEW:
     return _by_heart(record, known[-1])
@@ -282,7 +289,7 @@ def _overlooked(record: Evidence) -> Verdict | None:
 
 def _paid_in_full(record: Evidence) -> Verdict | None:
   """Nearly the whole reward for answers of which hardly any is right: no collapse, but a way."""
-  full = finite(record.config.get("jsonl.max_reward")) or 1.0
+  full = full_reward(record)
   paid = _PAID * full <= record.mean("reward_mean") <= full
   return _overlooked(record) if paid and record.mean("accuracy") <= _FEW else None
 
@@ -318,67 +325,6 @@ def _unmoved(record: Evidence) -> Verdict | None:
   )
 
 
-# Updates of the wrong size.
-
-
-def _exploding(record: Evidence) -> Verdict | None:
-  norms = record.series("grad_norm")
-  if len(norms) < 2 * _ENOUGH:
-    return None
-  first = statistics.median(norms[: len(norms) // 4])
-  last = statistics.median(record.late("grad_norm"))
-  limit = finite(record.config.get("optimizer.max_grad_norm")) or 1.0
-  if last < _GROWN * max(first, limit):
-    return None
-  return Verdict(
-    "exploding",
-    f"The gradient explodes: its norm grew from {number(first, 2)} to {number(last, 2)}.",
-    f"Try {lower_rate(record)}",
-  )
-
-
-def _step_kl(record: Evidence) -> Verdict | None:
-  if record.mean("approx_kl") <= _STEP_KL:
-    return None
-  return Verdict(
-    "step_kl",
-    f"One step's updates move the policy by {number(record.mean('approx_kl'), 2)} nats per token "
-    f"(over {_STEP_KL}), so its batch no longer describes it.",
-    f"Try {lower_rate(record)}, or fewer --epochs",
-  )
-
-
-def _far(record: Evidence) -> Verdict | None:
-  if record.mean("kl_ref") <= _FAR:
-    return None
-  return Verdict(
-    "far",
-    f"The policy is {number(record.mean('kl_ref'), 2)} nats per token from the reference model "
-    f"(over {number(_FAR)}), and few responses are right.",
-    f"Try {nearer(record)}",
-  )
-
-
-def _memorised(record: Evidence) -> Verdict | None:
-  """The held-out loss of examples turned, while the training loss fell."""
-  for key in ("eval/token_loss", "eval/pair_loss"):
-    losses = [(row["step"], finite(row.get(key))) for row in record.evaluated]
-    losses = [(step, loss) for step, loss in losses if loss is not None]
-    if len(losses) < 3:
-      continue
-    step, least = min(losses, key=lambda pair: pair[1])
-    fell, error = trend(record.series("loss") or [0.0])
-    if losses[-1][1] > least + _TURNED * abs(least) and step < losses[-2][0] and fell < -error:
-      return Verdict(
-        "memorised",
-        f"The held-out loss was least at step {step} ({number(least)}, now "
-        f"{number(losses[-1][1])}) while the training loss fell: the model learns its examples by "
-        "heart.",
-        f"Try --steps={max(step, 1)}, more data, or a smaller --optimizer.learning_rate",
-      )
-  return None
-
-
 _BROKEN = (_skipped, _grader_failed, _constant, _first_updates)
 _LEARNING = (
   _bonus,
@@ -388,6 +334,6 @@ _LEARNING = (
   _cut,
   _overlooked,
   _groups_agree,
+  _small_groups,
   _unmoved,
 )
-_SIZE = (_exploding, _step_kl, _far)

@@ -12,7 +12,9 @@ import pytest
 from rl_llm.parallel.sharding import shard
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import LanguageModel, load_model
+from rl_llm.runs.metric_keys import explained
 from rl_llm.text.tokenizers import ByteTokenizer
+from rl_llm.training import loop
 from tests.experiments.helpers import REWARD, Chatty
 
 
@@ -51,3 +53,19 @@ def files(tmp_path_factory):
   rows = [{"prompt": chr(97 + i) + "x" * (2 + 4 * (i % 6))} for i in range(24)]
   (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   return directory
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_key_is_explained():
+  """Whatever a run of these tests writes to metrics.jsonl stands in docs/metrics.md."""
+  made = loop.step_rows
+
+  def step_rows(step):
+    row, lines = made(step)
+    missing = [key for key in row if not explained(key)]
+    assert not missing, f"rl_llm.runs.metric_keys does not explain {missing}"
+    return row, lines
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "step_rows", step_rows)
+    yield

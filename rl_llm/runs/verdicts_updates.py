@@ -1,0 +1,79 @@
+"""Rules of `rl_llm.runs.verdicts` about updates of the wrong size, and too many of them."""
+
+from __future__ import annotations
+
+import statistics
+
+from rl_llm.runs.console import number
+from rl_llm.runs.evidence import Evidence, Verdict, lower_rate, nearer, trend
+from rl_llm.runs.report_page import finite
+
+# Steps that a trend of the gradient takes.
+_ENOUGH = 20
+# A gradient norm has "exploded" where it grew this many times, and is this much over its limit.
+_GROWN = 10.0
+# Nats per token: one step's updates, and the distance to the reference model.
+_STEP_KL, _FAR = 0.1, 1.0
+# A held-out loss this share over its minimum has turned.
+_TURNED = 0.05
+
+
+def _exploding(record: Evidence) -> Verdict | None:
+  norms = record.series("grad_norm")
+  if len(norms) < _ENOUGH:
+    return None
+  first = statistics.median(norms[: len(norms) // 4])
+  last = statistics.median(record.late("grad_norm"))
+  limit = finite(record.config.get("optimizer.max_grad_norm")) or 1.0
+  if last < _GROWN * max(first, limit):
+    return None
+  return Verdict(
+    "exploding",
+    f"The gradient explodes: its norm grew from {number(first, 2)} to {number(last, 2)}.",
+    f"Try {lower_rate(record)}",
+  )
+
+
+def _step_kl(record: Evidence) -> Verdict | None:
+  if record.mean("approx_kl") <= _STEP_KL:
+    return None
+  return Verdict(
+    "step_kl",
+    f"One step's updates move the policy by {number(record.mean('approx_kl'), 2)} nats per token "
+    f"(over {_STEP_KL}), so its batch no longer describes it.",
+    f"Try {lower_rate(record)}, or fewer --epochs",
+  )
+
+
+def _far(record: Evidence) -> Verdict | None:
+  if record.mean("kl_ref") <= _FAR:
+    return None
+  return Verdict(
+    "far",
+    f"The policy is {number(record.mean('kl_ref'), 2)} nats per token from the reference model "
+    f"(over {number(_FAR)}), and few responses are right.",
+    f"Try {nearer(record)}",
+  )
+
+
+def memorised(record: Evidence) -> Verdict | None:
+  """The held-out loss of examples turned, while the training loss fell."""
+  for key in ("eval/token_loss", "eval/pair_loss"):
+    losses = [(row["step"], finite(row.get(key))) for row in record.evaluated]
+    losses = [(step, loss) for step, loss in losses if loss is not None]
+    if len(losses) < 3:
+      continue
+    step, least = min(losses, key=lambda pair: pair[1])
+    fell, error = trend(record.series("loss") or [0.0])
+    if losses[-1][1] > least + _TURNED * abs(least) and step < losses[-2][0] and fell < -error:
+      return Verdict(
+        "memorised",
+        f"The held-out loss was least at step {step} ({number(least)}, now "
+        f"{number(losses[-1][1])}) while the training loss fell: the model learns its examples by "
+        "heart.",
+        f"Try --steps={max(step, 1)}, more data, or a smaller --optimizer.learning_rate",
+      )
+  return None
+
+
+UPDATES = (_exploding, _step_kl, _far)
