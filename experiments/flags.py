@@ -286,7 +286,9 @@ class Task:
   """The task, and its grader."""
 
   task: str = option(
-    "arithmetic", f"{', '.join(FORMS)}; none, where an experiment has --data, is no task"
+    "arithmetic",
+    f"{', '.join(FORMS)}; none, where an experiment has --data, is no task",
+    functions=True,
   )
   reward_deadline: float = option(5.0, "seconds that a call of a grader may take", above=0)
   reward_isolation: Literal["auto", "sample", "group", "batch"] = option(
@@ -344,7 +346,9 @@ class RewardedTask(Task):
 
   reward: str = option(
     "task",
-    "reward that training uses: task = the grader's, or model:<dir> = a reward model's score",
+    "reward that training uses: task = the grader's, model:<dir> = a reward model's score, "
+    "FILE.py:<function> = that function's, in the place of the grader",
+    functions=True,
   )
   overlong: Overlong = Overlong()
 

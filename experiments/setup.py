@@ -24,7 +24,7 @@ from rl_llm.data import Dataset, encoding, loading
 from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import load as models
-from rl_llm.rewards import RewardPool, describe
+from rl_llm.rewards import InProcess, RewardPool, describe
 from rl_llm.rollout import ResponseBatch, collect, drawing, judge, shaping
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, code, compile_cache, keywords
@@ -264,11 +264,28 @@ def load_task(config: Any) -> tasks.Task | None:
   """The task with its own options, and held-out problems if the run evaluates; None for "none"."""
   if (group := config.task).task == "none":
     return None
-  options = vars(getattr(group.families, tasks.task_family(group.task)))
-  task = tasks.load_task(group.task, group.reward_isolation, **options)
+  family = tasks.task_family(group.task)
+  options = vars(getattr(group.families, family)) if family else {}
+  how = group.reward_isolation, getattr(group, "reward", "task")
+  task = tasks.load_task(group.task, *how, **options)
   if hasattr(config, "eval") and config.eval.every:
     tasks.check_held_out(task, otherwise="--eval.every=0")
   return task
+
+
+def open_grader(group: flags.Task, task: tasks.Task, say: Callable[[str], None]) -> Any:
+  """The processes of a task's grader; or the function, where it is one of this process."""
+  if callable(task.reward):
+    say("rewards come from a function in this process: nothing isolates it, and it has no deadline")
+    return InProcess(task.reward, unit=group.reward_isolation)
+  pool = RewardPool(
+    task.reward._replace(files=group.reward_files),
+    workers=group.reward_workers,
+    deadline=group.reward_deadline,
+    allow_weak_sandbox=group.reward_sandbox == "weak",
+  )
+  say(describe(pool.active_layers()))
+  return pool
 
 
 @contextlib.contextmanager
@@ -305,11 +322,7 @@ def open_sampler(
     overlong=prompts.overlong_prompt,
   )
   judged = judge.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
-  workers, deadline = group.reward_workers, group.reward_deadline
-  source = task.reward._replace(files=group.reward_files)
-  how = {"allow_weak_sandbox": group.reward_sandbox == "weak"}
-  with RewardPool(source, workers=workers, deadline=deadline, **how) as pool:
-    run.console.say(describe(pool.active_layers()))
+  with open_grader(group, task, run.console.say) as pool:
     further, steps = (pool, judged, mesh, run.stop.check), getattr(config.run, "steps", 1)
     yield collect.Sampler(task, tokenizer, encode, generate, *further, steps)
 

@@ -44,6 +44,12 @@ FOREIGN = {
 NEVER_SHOWN = {
   ("experiments.compare", "rl_llm.parallel.hosts"): "it starts other commands and joins no process",
   ("experiments.compare", "rl_llm.parallel.stderr_filter"): "as above",
+  ("experiments.chat", "rl_llm.parallel.hosts"): "it joins no process",
+  ("experiments.chat", "rl_llm.parallel.stderr_filter"): "as above",
+  ("experiments.chat", "rl_llm.runs.peer_names"): "only what names flags that it has",
+    "experiments.chat",
+    "rl_llm.runs.peer_names",
+  ): "only where a command has the flags that it names",
   ("experiments.reward_model", "experiments.flags.Data"): "it asks for --data before",
   ("experiments.evaluate", "experiments.setup.load_task"): "it has no group eval, and asks itself",
   ("experiments.make_preferences", "experiments.setup.load_task"): "it has no group eval",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rl_llm.rewards import worker as protocol
@@ -83,7 +83,7 @@ class Call(NamedTuple):
   frame: bytes  # what a worker is sent
 
 
-def make_calls(
+def make_requests(
   prompts: Sequence[Prompt],
   completions: Sequence[str],
   columns: Sequence[dict[str, Any]],
@@ -92,20 +92,16 @@ def make_calls(
   responses: int,
   step: int,
   steps: int,
-) -> list[Call]:
-  """The calls of a batch, `responses` at a time.
+) -> Iterator[dict[str, Any]]:
+  """What a reward function is called with, for `responses` at a time.
 
   As in TRL, the completion of a prompt given as messages is a message, and columns that a row lacks
   are None.
-
-  Raises:
-    ValueError: a prompt or a column is not of JSON types.
   """
-  calls = []
   for first in range(0, len(prompts), max(responses, 1)):
     own = slice(first, first + responses)
     names = dict.fromkeys(name for row in columns[own] for name in row)
-    request = {
+    yield {
       "prompts": list(prompts[own]),
       "completions": [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -116,7 +112,17 @@ def make_calls(
       "step": step,
       "steps": steps,
     }
-    frame = bytearray()
+
+
+def make_calls(*batch: Any, responses: int, **numbers: int) -> list[Call]:
+  """The calls of a batch, as `make_requests` describes them.
+
+  Raises:
+    ValueError: a prompt or a column is not of JSON types.
+  """
+  calls = []
+  for number, request in enumerate(make_requests(*batch, responses=responses, **numbers)):
+    frame, first = bytearray(), number * responses
     try:
       protocol.write_frame(frame.extend, request)
     except (TypeError, ValueError) as error:

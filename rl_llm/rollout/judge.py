@@ -15,6 +15,7 @@ from rl_llm.rollout.generation import Rollout
 from rl_llm.rollout.reward_model import load_reward_model, score_responses
 from rl_llm.rollout.scoring import ResponseBatch
 from rl_llm.runs.finite import cause_in
+from rl_llm.runs.functions import Function
 from rl_llm.text.tokenizers import ModelTokenizer, Tokenizer
 
 # (prompts, rollout) -> rewards [B]
@@ -30,7 +31,8 @@ def make_judge(
   exploits what its reward model overlooks.
 
   Args:
-    reward: "task", or "model:" and a directory for `rl_llm.rollout.reward_model.load_reward_model`.
+    reward: "task", or "model:" and a directory for `rl_llm.rollout.reward_model.load_reward_model`;
+      a function is the grader itself, as `rl_llm.tasks.load_task` has it.
     tokenizer: the policy's.
     rows_per_batch: responses scored at once on the devices, at least those to one prompt.
     mesh: the devices to lay the reward model over; None: the first device.
@@ -45,10 +47,12 @@ def make_judge(
     TokenizerError: its tokenizer cannot be used.
   """
   kind, _, directory = reward.partition(":")
-  if reward == "task":
+  if reward == "task" or isinstance(reward, Function) or ".py:" in reward:
     return None
   if kind != "model" or not directory:
-    raise ConfigError("reward", reward, "task, or model:DIR with a reward model in DIR")
+    raise ConfigError(
+      "reward", reward, "task, FILE.py:function, or model:DIR with a reward model in DIR"
+    )
   model = load_reward_model(directory)
   params = model.params if mesh is None else shard(model.params, mesh)
   if _vocabulary(model.tokenizer) != _vocabulary(tokenizer):

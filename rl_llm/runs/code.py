@@ -13,6 +13,7 @@ import hashlib
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,6 +109,15 @@ def digest(path: Path) -> str:
   return _read(path, *_version(path))[0]
 
 
+def digest_of_text(text: str) -> str:
+  """As `digest`, of a piece of source, which may be indented; of its text if it does not parse."""
+  try:
+    tree = ast.parse(textwrap.dedent(text))
+  except (SyntaxError, ValueError):
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+  return _digest_of_tree(tree)
+
+
 def digest_of_file(path: Path) -> str:
   """As `digest`, also of the modules that the file imports from its directory."""
   found = sources(path.resolve())
@@ -144,10 +154,13 @@ def _read(path: Path, *_: int) -> tuple[str, tuple[tuple[int, str, tuple[str, ..
       imports += [(0, alias.name, ()) for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       imports.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
+  return _digest_of_tree(tree), tuple(imports)
+
+
+def _digest_of_tree(tree: ast.Module) -> str:
   parts: list[str] = []
   _spell(tree, parts)
-  text = "\n".join(parts)
-  return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest(), tuple(imports)
+  return hashlib.sha256("\n".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _spell(node: Any, parts: list[str]) -> None:

@@ -34,6 +34,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -48,8 +49,11 @@ from absl import app, flags
 from rl_llm.errors import ConfigError, UserError, one_line, redact
 from rl_llm.files import write_atomically
 from rl_llm.runs import peer_names
+from rl_llm.runs.functions import Function
 
-_METADATA = frozenset({"help", "min", "above", "max", "below", "choices", "volatile", "noted"})
+_METADATA = frozenset(
+  {"help", "min", "above", "max", "below", "choices", "volatile", "noted", "functions"}
+)
 _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 _PLURALS = {int: "integers", float: "finite numbers", str: "texts"}
 
@@ -74,6 +78,7 @@ def option(
   choices: Iterable[Any] | None = None,
   volatile: bool | Callable[[Any], bool] = False,
   noted: bool = False,
+  functions: bool = False,
 ) -> Any:
   """A dataclass field with its help and bounds, so that the range stands next to the default.
 
@@ -97,6 +102,7 @@ def option(
       all of its fields volatile.
     noted: whether a run may resume with another value from then on, which changes.jsonl notes; or
       `NOTED = True` in a class. Unlike a volatile one it is part of what the run is.
+    functions: whether a text may also be a Python function, stored as `functions.Function`.
 
   Returns:
     A `dataclasses.field` whose metadata holds what was given.
@@ -109,6 +115,8 @@ def option(
     metadata["volatile"] = volatile
   if noted:
     metadata["noted"] = noted
+  if functions:
+    metadata["functions"] = functions
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -143,6 +151,7 @@ class _Leaf(NamedTuple):
   group: str  # first docstring line of the dataclass that holds it
   volatile: bool | Callable[[Any], bool]
   noted: bool
+  functions: bool
 
 
 def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_Leaf]:
@@ -216,6 +225,7 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
     _summary(config_class),
     metadata.get("volatile", getattr(config_class, "VOLATILE", False)),
     metadata.get("noted", getattr(config_class, "NOTED", False)),
+    metadata.get("functions", False),
   )
   _check(leaf, default)
   return leaf
@@ -246,6 +256,10 @@ def _check(leaf: _Leaf, value: Any) -> Any:
   """The value as its field stores it (a list as a tuple, an int as a float), or a ConfigError."""
   if value is None and leaf.optional:
     return None
+  if leaf.functions and callable(value):
+    value = Function.of(leaf.path, value)
+  if leaf.functions and isinstance(value, Function):
+    return value
   items = list(value) if leaf.is_tuple and isinstance(value, (tuple, list)) else [value]
   if leaf.is_tuple and not isinstance(value, (tuple, list)):
     raise ConfigError(leaf.path, value, _allowed(leaf))
@@ -608,8 +622,9 @@ def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
   names = sorted(names)
   if known := peer_names.ours(name, names):
     return f"did you mean {dashes}{known}?"
-  if name in peer_names.INSTEAD:
-    return peer_names.INSTEAD[name]
+  instead = peer_names.INSTEAD.get(name, "")
+  if instead and set(re.findall(r"--([a-z][\w.]*\w)", instead)) <= set(names):
+    return instead
   last = name.rpartition(".")[2]
   near = [known for known in names if known.rpartition(".")[2] == last]
   near = near or difflib.get_close_matches(name, names, n=1)

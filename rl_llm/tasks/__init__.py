@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import inspect
 
-from rl_llm.rewards import isolated
+from rl_llm.rewards import RewardSource, isolated
+from rl_llm.runs import functions
 from rl_llm.tasks.arithmetic import ArithmeticOptions, arithmetic_task
 from rl_llm.tasks.copy_text import CopyOptions, copy_task
 from rl_llm.tasks.gsm8k import Gsm8kOptions, gsm8k_task
@@ -54,10 +55,12 @@ def _rest(family: str) -> str:
 
 
 FORMS = tuple(f"{name}:<{_rest(name)}>" if _rest(name) else name for name in TASKS)
+FORMS += ("FILE.py:<function>",)
 
 
 def task_family(spec: str) -> str:
-  """The part of a task's name that decides its options: "jsonl" of "jsonl:train.jsonl".
+  """The part of a task's name that decides its options: "jsonl" of "jsonl:train.jsonl"; "" of a
+  function that makes a task.
 
   >>> task_family("reasoning_gym:leg_counting")
   'reasoning_gym'
@@ -65,6 +68,8 @@ def task_family(spec: str) -> str:
   Raises:
     TaskError: no such task, or the part after the colon is missing or too much; names the nearest.
   """
+  if functions.named("task", spec):
+    return ""
   family, colon, rest = spec.partition(":")
   if family not in TASKS:
     near = difflib.get_close_matches(family, TASKS, n=1)
@@ -110,7 +115,9 @@ def check_held_out(task: Task, *, otherwise: str) -> None:
   )
 
 
-def load_task(spec: str, reward_isolation: str = "auto", /, **options) -> Task:
+def load_task(
+  spec: str, reward_isolation: str = "auto", reward: str = "task", /, **options
+) -> Task:
   """The task of a name: "arithmetic", "copy", "reasoning_gym:leg_counting", "jsonl:train.jsonl",
   "gsm8k:train.jsonl".
 
@@ -118,8 +125,11 @@ def load_task(spec: str, reward_isolation: str = "auto", /, **options) -> Task:
   '100 different problems, 21 held out'
 
   Args:
-    spec: the name; after a colon the puzzle or the path.
+    spec: the name; after a colon the puzzle or the path. Or FILE.py:function, or in Python a
+      function, that returns a `Task`.
     reward_isolation: which responses its grader gets in one call, of `rl_llm.rewards.ISOLATION`.
+    reward: another grader than the task's: FILE.py:function, which workers call, or a
+      `functions.Function`, which is called in this process; any other text changes nothing.
     **options: fields of the task's options in `TASKS`.
 
   Raises:
@@ -128,15 +138,35 @@ def load_task(spec: str, reward_isolation: str = "auto", /, **options) -> Task:
     DataError: a file or a row of it cannot be used.
   """
   family = task_family(spec)
-  kind, make = TASKS[family]
-  known = [field.name for field in dataclasses.fields(kind)]
-  for name in options:
-    if name not in known:
-      near = difflib.get_close_matches(name, known, n=1)
-      guess = f" did you mean {near[0]}?" if near else ""
-      raise TaskError(f"{family}.{name}: no such option;{guess} must be one of {', '.join(known)}")
-  rest = spec.partition(":")[2]
-  task = make(*[rest] * bool(rest), kind(**options))
-  if reward_isolation == "auto":
+  file, _, function = reward.rpartition(":")
+  own = isinstance(reward, functions.Function) or file.endswith(".py")
+  if not family:
+    task = _own_task(spec)
+  else:
+    kind, make = TASKS[family]
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in options:
+      if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f" did you mean {near[0]}?" if near else ""
+        raise TaskError(
+          f"{family}.{name}: no such option;{guess} must be one of {', '.join(known)}"
+        )
+    if own and "reward_file" in known:  # Another function takes the place of this one.
+      options |= {"reward_file": file if file.endswith(".py") else "function.py"}
+    rest = spec.partition(":")[2]
+    task = make(*[rest] * bool(rest), kind(**options))
+  if own:  # What it reads in a completion is not known.
+    source = getattr(reward, "function", None) or RewardSource(file, function)
+    task = dataclasses.replace(task, reward=source, answer_of=None)
+  if reward_isolation == "auto" or callable(task.reward):
     return task
   return dataclasses.replace(task, reward=isolated(task.reward, reward_isolation))
+
+
+def _own_task(spec: str) -> Task:
+  """The task that a person's function makes."""
+  task = functions.named("task", spec)()
+  if not isinstance(task, Task):
+    raise TaskError(f"task={spec!r}: returned {type(task).__name__}, must return rl_llm.tasks.Task")
+  return task

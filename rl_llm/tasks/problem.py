@@ -43,7 +43,7 @@ class Task:
       arguments, so a resumed run gets the same problems, and asking for more does not change the
       first ones.
     held_out: problems for evaluation, the same for every seed, whose keys `sample` never draws.
-    reward: where the reward function is, for `RewardPool`.
+    reward: where the reward function is, for `RewardPool`; or the function, for `InProcess`.
     max_reward: a response counts as correct if and only if its reward is at least this.
     note: one line for the log: sizes, and what was left out.
     answer_of: `answer_of(problem, completion)` is what the completion commits to, read as the
@@ -55,7 +55,7 @@ class Task:
   name: str
   sample: Callable[[int, int, int], list[Problem]]
   held_out: tuple[Problem, ...]
-  reward: RewardSource
+  reward: RewardSource | Callable
   max_reward: float = 1.0
   note: str = ""
   answer_of: Callable[[Problem, str], str | None] | None = None

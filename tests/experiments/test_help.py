@@ -87,7 +87,7 @@ def goldens():
 def test_flags_are_what_they_were(name):
   wanted, found = goldens()[name], flags(scripts()[name].Config)
   assert wanted.keys() - found.keys() == set()
-  of_all = EVERYWHERE if "seed" in wanted else set()
+  of_all = EVERYWHERE if {"seed", "workdir"} <= wanted.keys() else set()
   of_all = of_all | (TRAINED if "steps" in wanted and of_all else set())
   of_all = of_all | GRADED if "reward_deadline" in wanted else of_all
   assert found.keys() - wanted.keys() == ADDED.get(name, set()) | of_all

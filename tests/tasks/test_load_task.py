@@ -42,6 +42,7 @@ def test_the_forms_of_names_are_read_off_the_table():
     "reasoning_gym:<name>",
     "jsonl:<path>",
     "gsm8k:<path>",
+    "FILE.py:<function>",
   )
 
 
