@@ -18,6 +18,7 @@ from rl_llm.files import WriteError, write_atomically, writing
 from rl_llm.runs.config import option
 from rl_llm.runs.metrics import MetricsWriter, read
 from rl_llm.runs.run_directory import open_run
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,7 +147,7 @@ def test_a_directory_that_is_read_only_or_full_at_the_end(tmp_path, how):
     env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
-    timeout=240,
+    timeout=PATIENCE,
   )
   assert done.returncode == 0, done.stderr[-2000:]
   said = done.stdout.splitlines()

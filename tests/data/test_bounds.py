@@ -14,6 +14,7 @@ from rl_llm.data import DataError, read_dataset, read_rows, read_table
 from rl_llm.data.jsonl import MAX_ROWS
 from rl_llm.tasks import TaskError, load_task
 from rl_llm.tasks.jsonl import JsonlOptions
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROW = b'{"prompt": "a", "completion": "b"}\n'
@@ -91,7 +92,11 @@ def test_a_parquet_file_of_1_gb_in_few_bytes(tmp_path, nested):
   pq.write_table(arrow.table({"prompt": column}), path, compression="zstd")
   assert path.stat().st_size < 25_000
   done = subprocess.run(
-    [sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    [sys.executable, "-c", BOMB, str(path)],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    timeout=PATIENCE,
   )
   megabytes, _, said = done.stdout.partition(" ")
   assert "decompresses to more than 512 MiB, the most for a file of its size" in said, done.stderr

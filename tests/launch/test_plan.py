@@ -58,11 +58,11 @@ def by_name(config):
   [
     ("qwen2.5-0.5b", 0.494),
     ("qwen2.5-1.5b", 1.54),
-    ("qwen2.5-7b", 7.62),
-    ("qwen2.5-32b", 32.8),
-    ("qwen2.5-72b", 72.7),
+    pytest.param("qwen2.5-7b", 7.62, marks=pytest.mark.slow),
+    pytest.param("qwen2.5-32b", 32.8, marks=pytest.mark.slow),
+    pytest.param("qwen2.5-72b", 72.7, marks=pytest.mark.slow),
     ("llama-3.1-8b", 8.03),
-    ("llama-3.1-70b", 70.6),
+    pytest.param("llama-3.1-70b", 70.6, marks=pytest.mark.slow),
   ],
 )  # As their model cards count them.
 def test_models_have_as_many_parameters_as_they_say(name, billions):

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from rl_llm.rewards.layers import REQUIRED, openings
+from tests.processes import PATIENCE
 from tests.rewards import payloads, situations
 
 QUICK = ("root", "container root")
@@ -26,7 +27,7 @@ def attacked(situation, folder):
   folder.chmod(0o777)
   command = [sys.executable, "-m", "tests.rewards.situations", str(folder), situation]
   done = subprocess.run(
-    command, capture_output=True, text=True, timeout=300, cwd=situations.ROOT, check=False
+    command, capture_output=True, text=True, timeout=PATIENCE, cwd=situations.ROOT, check=False
   )
   if done.returncode == 77:
     return done.stdout.strip()

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from rl_llm.rewards import RewardPool, RewardSource, memory
+from tests.processes import PATIENCE
 
 FORKS = """
 import mmap, os, time
@@ -62,7 +63,7 @@ def test_forks_are_counted_together(source, kind):
     try:
       (result,) = pool.score(["p"], [kind], [{}])
       assert result.status == "died" and "memory" in result.detail
-      deadline = time.monotonic() + 5
+      deadline = time.monotonic() + PATIENCE
       while len(memory.descendants(pool._server.pid)) > 2 and time.monotonic() < deadline:
         time.sleep(0.05)
       assert len(memory.descendants(pool._server.pid)) == 2  # the minder and the worker

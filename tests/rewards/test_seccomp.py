@@ -14,6 +14,7 @@ import sys
 import pytest
 
 from rl_llm.rewards import seccomp
+from tests.processes import PATIENCE
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_* of linux/audit.h
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -162,7 +163,7 @@ def call(number, *arguments):
 def installed(body):
   """The lines that a process prints which has given up its calls."""
   command = [sys.executable, "-I", "-S", "-c", INSTALLED + body, seccomp.__file__]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
   if done.returncode == 77:
     pytest.skip("this kernel or machine offers no filter of system calls")
   return done.stdout.split(), done.returncode
