@@ -69,7 +69,9 @@ FAULTS = {
   ),
   "always_rewarded": (record(reward_mean=1.0, frac_zero_std=1.0), "--jsonl.reward_file=mine.py"),
   "first_updates": (
-    record(accuracy=flat, entropy=lambda s: 1.2 if s < 0.03 else 0.001),
+    record(
+      accuracy=lambda s: 0.4 if s < 0.03 else 0.1, entropy=lambda s: 1.2 if s < 0.03 else 0.001
+    ),
     "--optimizer.learning_rate=1e-6",
   ),
   "cut_short": (record(accuracy=few, truncated_fraction=0.9), "--max_new_tokens=32"),
@@ -153,6 +155,13 @@ def test_a_gradient_of_zero_tells_a_broken_network_from_a_slow_one():
   # Without any spread of rewards there is no gradient either, and the updates are not at fault.
   agree = record(accuracy=flat, frac_zero_std=1.0, **norms)
   assert [verdict.name for verdict in verdicts(agree, CONFIG)] == ["groups_agree"]
+
+
+def test_a_jump_from_which_the_reward_recovers_is_no_fault():
+  jump = {"entropy": lambda s: 1.2 if s < 0.03 else 3.0}
+  assert verdicts(record(**jump), CONFIG) == []
+  lost = record(accuracy=lambda s: 0.4 if s < 0.03 else 0.1, **jump)
+  assert [verdict.name for verdict in verdicts(lost, CONFIG)] == ["first_updates"]
 
 
 def test_a_short_record_says_only_what_is_broken():

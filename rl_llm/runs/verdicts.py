@@ -142,7 +142,9 @@ def _first_updates(record: Evidence) -> Verdict | None:
   else:
     early = zip(entropies[:_EARLY], entropies[1 : _EARLY + 1], strict=False)
     jumps = [i for i, (before, after) in enumerate(early) if abs(after - before) > _JUMP]
-    if not jumps or record.solved():
+    rewards = record.series("reward_mean")
+    recovered = bool(rewards) and record.mean("reward_mean") > rewards[0]
+    if not jumps or recovered or record.solved():
       return None
     i = jumps[0]
     before, after = number(entropies[i], 2), number(entropies[i + 1], 2)
