@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -192,18 +193,53 @@ def test_chunked_memory_is_a_fraction_of_the_dense():
 
 
 def test_chunked_accepts_bfloat16_and_accumulates_in_float32():
+  """A logit's slope is rounded once where it meets bfloat16, and so is a gradient in bfloat16."""
   hidden, unembedding = jnp.asarray(HIDDEN, jnp.bfloat16), jnp.asarray(UNEMBEDDING, jnp.bfloat16)
   for w in (unembedding, unembedding.astype(jnp.float32)):
     f = functools.partial(lp.chunked_logprobs_and_entropy, tokens=TOKENS, chunk_size=3)
     (value, aux), (of_h, of_w) = value_and_gradients(f, hidden, w)
+    wide = hidden.astype(jnp.float32), w.astype(jnp.float32)
     (exact_value, _), (exact_h, exact_w) = value_and_gradients(
-      lambda h, w: dense(h, w, TOKENS), hidden.astype(jnp.float32), w.astype(jnp.float32)
+      lambda h, w: dense(h, w, TOKENS), *wide
     )
     assert aux[0].dtype == jnp.float32 and of_h.dtype == hidden.dtype and of_w.dtype == w.dtype
     np.testing.assert_allclose(value, exact_value, rtol=1e-5)
-    half_ulp = 2.0**-8  # the gradient itself is rounded to bfloat16 once
-    np.testing.assert_allclose(of_h.astype(np.float32), exact_h, rtol=half_ulp, atol=1e-5)
-    np.testing.assert_allclose(of_w.astype(np.float32), exact_w, rtol=half_ulp, atol=1e-5)
+    # The slopes themselves: the gradient of the objective in the logits h @ w.T of w = identity.
+    logits = jnp.einsum("btd,vd->btv", *wide)
+    _, (slopes, _) = value_and_gradients(lambda z, w: dense(z, w, TOKENS), logits, jnp.eye(V))
+    slopes, half_ulp = np.abs(slopes), 2.0**-8
+    sizes_h = np.einsum("btv,vd->btd", slopes, np.abs(wide[1]))
+    sizes_w = np.einsum("btv,btd->vd", slopes, np.abs(wide[0]))
+    for got, exactly, sizes, meets, rounded in (
+      (of_h, exact_h, sizes_h, w.dtype == jnp.bfloat16, True),
+      (of_w, exact_w, sizes_w, True, w.dtype == jnp.bfloat16),
+    ):
+      bound = 1.01 * half_ulp * (meets * sizes + rounded * np.abs(exactly)) + 1e-5
+      assert np.all(np.abs(got.astype(np.float32) - exactly) <= bound)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_products_over_the_vocabulary_are_in_the_dtype_of_what_they_multiply(softcap):
+  """In float32 they would be four times as slow on an accelerator; float32 stays float32."""
+  for dtype, short in ((jnp.bfloat16, "bf16"), (jnp.float32, "f32")):
+    arrays = jnp.asarray(HIDDEN, dtype), jnp.asarray(UNEMBEDDING, dtype)
+    f = lambda h, w: sum(  # noqa: E731
+      x.sum()
+      for x in lp.chunked_logprobs_and_entropy(
+        h,
+        w,
+        TOKENS,
+        chunk_size=3,
+        softcap=softcap,  # noqa: B023
+      )
+    )
+    text = jax.jit(jax.grad(f, (0, 1))).lower(*arrays).as_text()
+    types = (
+      r"dot_general.*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\) -> tensor<(?:\d+x)*(\w+)>"
+    )
+    products = re.findall(types, text)
+    assert len(products) == text.count("stablehlo.dot_general") >= 4
+    assert set(products) == {(short, short, "f32")}
 
 
 def test_chunked_takes_traced_settings_any_rank_and_no_tokens():
