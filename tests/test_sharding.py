@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rl_llm.parallel import sharding
+from rl_llm.rollout.generation import gather_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +53,22 @@ def test_an_axis_other_than_data_is_not_cut_over_slices():
   devices = [Device(i, slice_index=i % 2) for i in range(8)]
   with pytest.raises(sharding.ShardingError, match="2 slices .* joined along data; choose a mult"):
     sharding.make_mesh(data=1, fsdp=8, devices=devices)
+
+
+def test_without_fsdp_devices_keep_their_order_and_rows_their_parts():
+  devices = [Device(i, slice_index=0) for i in range(8)]
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=devices)
+  whole = sharding.whole_along_fsdp(mesh)
+  assert dict(whole.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+  assert list(whole.devices.ravel()) == list(mesh.devices.ravel())
+  assert sharding.row_shards(whole) == sharding.row_shards(mesh) == 4
+
+
+def test_gathered_weights_are_rounded_and_whole():
+  mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+  weights = {"layers_0": {"mlp": {"up": {"weight": jnp.linspace(0, 1, 12).reshape(4, 3)}}}}
+  found = gather_weights(weights, dtype=jnp.bfloat16, mesh=sharding.whole_along_fsdp(mesh))
+  (leaf,), (wanted,) = jax.tree.leaves(found), jax.tree.leaves(weights)
+  assert jax.tree.structure(found) == jax.tree.structure(weights)
+  assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_fully_replicated
+  np.testing.assert_array_equal(leaf, wanted.astype(jnp.bfloat16))

@@ -147,6 +147,7 @@ def test_a_kill_changes_nothing_and_what_is_done_is_left(tmp_path, small, files,
   assert status == ["done"] * 3
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_fails_alone(tmp_path, small, files):
   trials = members(files, **TWICE | {"steps": 3, "optimizer.max_skipped": 1})
   ids = sweep(tmp_path / "well", trials)[1]
