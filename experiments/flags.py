@@ -698,7 +698,6 @@ def objective_terms(config: Any) -> objective.Terms:
   kl, llds, size = config.kl, config.updates.llds, config.updates
   kinds = {"value": kl.value, "gradient": kl.gradient}
   return objective.Terms(
-    config.loss,
     kl=kinds if kl.place == "loss" else None,
     llds={"level": llds.level} if llds.coef else None,
     positive_nll=size.positive_nll_coef > 0,

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from experiments import flags, setup
+from rl_llm import losses
 from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.runs import config as configs
@@ -90,7 +91,30 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
     logprobs, entropies = response_logprobs(
       params, batch, policy=policy, temperature=temperature, chunk_size=chunk_size
     )
-    loss, found = objective.policy_terms(terms, hparams, logprobs, entropies, batch)
+    # With one update a batch the old policy is the current one: no second forward pass.
+    one_update = batch.old_logprobs is None
+    old_logprobs = jax.lax.stop_gradient(logprobs) if one_update else batch.old_logprobs
+    weights, found = objective.surrogate_weights(terms, logprobs, batch)
+    loss, of_loss = keywords.call(
+      config.loss,
+      keywords=hparams["loss"],
+      logprobs=logprobs,
+      old_logprobs=old_logprobs,
+      advantages=batch.advantages,
+      selected=batch.selected,
+      weights=weights,
+      mask=batch.mask,
+    )
+    found |= of_loss
+    if terms.kl is not None and batch.ref_logprobs is not None:
+      weights = batch.weights if batch.kl_weights is None else batch.kl_weights
+      penalty, of_kl = losses.kl_loss(logprobs, batch.ref_logprobs, weights, **terms.kl)
+      loss = loss + hparams["kl_coef"] * penalty
+      found |= {"kl_ref": of_kl["kl"]}
+    bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
+    loss = loss + hparams["entropy_coef"] * bonus
+    further, of_further = objective.further_terms(terms, hparams, logprobs, old_logprobs, batch)
+    loss, found = loss + further, found | of_entropy | of_further
     return loss, jax.lax.stop_gradient(found)
 
   return loss_fn

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,7 +37,7 @@ from rl_llm import advantages as estimators
 from rl_llm import controllers, losses, masked, rollout
 from rl_llm import policy as policies
 from rl_llm.runs import config as configs
-from rl_llm.runs import metrics
+from rl_llm.runs import keywords, metrics
 from rl_llm.training import loop, minibatches, objective, train_state, update, value_network
 
 
@@ -150,7 +149,30 @@ def make_loss(config: Config, policy: policies.Policy):
     logprobs, entropies = rollout.logprobs_of_hidden(
       params, hidden, batch.tokens, batch.mask, policy=policy, temperature=temperature
     )
-    loss, found = objective.policy_terms(terms, hparams, logprobs, entropies, batch)
+    # With one update a batch the old policy is the current one: no second forward pass.
+    one_update = batch.old_logprobs is None
+    old_logprobs = jax.lax.stop_gradient(logprobs) if one_update else batch.old_logprobs
+    weights, found = objective.surrogate_weights(terms, logprobs, batch)
+    loss, of_loss = keywords.call(
+      config.loss,
+      keywords=hparams["loss"],
+      logprobs=logprobs,
+      old_logprobs=old_logprobs,
+      advantages=batch.advantages,
+      selected=batch.selected,
+      weights=weights,
+      mask=batch.mask,
+    )
+    found |= of_loss
+    if terms.kl is not None and batch.ref_logprobs is not None:
+      weights = batch.weights if batch.kl_weights is None else batch.kl_weights
+      penalty, of_kl = losses.kl_loss(logprobs, batch.ref_logprobs, weights, **terms.kl)
+      loss = loss + hparams["kl_coef"] * penalty
+      found |= {"kl_ref": of_kl["kl"]}
+    bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
+    loss = loss + hparams["entropy_coef"] * bonus
+    further, of_further = objective.further_terms(terms, hparams, logprobs, old_logprobs, batch)
+    loss, found = loss + further, found | of_entropy | of_further
     if config.value.trunk == "shared":
       values = value_network.values_of_hidden(params["head"], hidden, batch.mask)
       error, of_values = value_term(config.value, values, batch)
@@ -232,8 +254,8 @@ class Programs(NamedTuple):
   """The compiled functions that a step calls after its rollout."""
 
   policy: minibatches.Programs
-  before: Callable  # (policy's weights, value network's or None, batch) -> values, log-probs
-  update_value: Callable  # of a tower: (state, minibatch, hparams, microbatches, frozen)
+  before: Any  # (policy's weights, value network's or None, batch) -> values, log-probs
+  update_value: Any  # of a tower: (state, minibatch, hparams, microbatches, frozen)
 
 
 def make_programs(config: Config, policy: policies.Policy, mesh: jax.sharding.Mesh) -> Programs:

@@ -1,4 +1,9 @@
-"""The objective of a policy gradient on responses: a surrogate, and the terms around it."""
+"""The objective of a policy gradient on responses: what may surround its surrogate.
+
+    loss = surrogate + kl_coef * KL - entropy_coef * entropy + llds_coef * LLDS + nll_coef * NLL
+
+The scripts write out the first three; here are the weights of the first, and the others.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,12 @@ from rl_llm import losses, weighting
 from rl_llm.checks import LOG_RATIO_LIMIT
 from rl_llm.masked import masked_mean
 from rl_llm.rollout import ResponseBatch
-from rl_llm.runs import keywords
 from rl_llm.training.minibatches import logprob_gap
 
 
 class Terms(NamedTuple):
   """Which terms an objective has, and what is fixed of them; coefficients are data (`hparams`)."""
 
-  loss: Any  # the surrogate: an instance of a `keyword_group` of losses
   kl: Mapping[str, str] | None = None  # keywords of `kl_loss`; None, or no reference: no such term
   llds: Mapping[str, str] | None = None  # keywords of `llds_loss`; None: no such term
   positive_nll: bool = False  # whether right answers have a likelihood term
@@ -28,73 +31,58 @@ class Terms(NamedTuple):
   moved: bool = False  # whether to measure "kl_old", how far the policy is from the old one
 
 
-def policy_terms(
+def further_terms(
   terms: Terms,
   hparams: Mapping[str, Any],
   logprobs: jax.Array,
-  entropies: jax.Array,
+  old_logprobs: jax.Array,
   batch: ResponseBatch,
-) -> tuple[jax.Array, dict[str, tuple]]:
-  """The sum of an objective's terms on one microbatch, and their metrics.
+) -> tuple[jax.Array | float, dict[str, tuple]]:
+  """The terms of an objective besides its surrogate, KL and entropy, on one microbatch.
 
-      loss = surrogate + kl_coef * KL - entropy_coef * entropy
-             + llds_coef * LLDS + nll_coef * positive NLL
-
-  The factors of `batch.factors` and of `off_policy` multiply the surrogate's weights alone, so a
-  token that they silence still feels the other terms.
+      llds_coef * LLDS + nll_coef * positive NLL
 
   Args:
     terms: which there are.
-    hparams: {"loss": the surrogate's keywords, "entropy_coef", and "kl_coef", "llds_coef" and
-      "nll_coef" where there are such terms}.
+    hparams: {"llds_coef" and "nll_coef" where there are such terms}.
     logprobs: [B, T] float, of the policy being trained.
-    entropies: [B, T] float, of the same distributions.
-    batch: the rows, with their weights. Without `old_logprobs`, the policy is still the old one.
+    old_logprobs: [B, T] float, of the policy before this step's updates.
+    batch: the rows, with the weights of these terms.
 
   Returns:
-    The scalar loss, and the metrics as (sum, count).
+    The sum of the terms, 0.0 without any, and the metrics as (sum, count).
   """
-  # With one update a batch the old policy is the current one: no second forward pass.
-  one_update = batch.old_logprobs is None
-  old_logprobs = jax.lax.stop_gradient(logprobs) if one_update else batch.old_logprobs
-  weights, found = _surrogate_weights(terms, logprobs, batch)
-  loss, of_loss = keywords.call(
-    terms.loss,
-    keywords=hparams["loss"],
-    logprobs=logprobs,
-    old_logprobs=old_logprobs,
-    advantages=batch.advantages,
-    selected=batch.selected,
-    weights=weights,
-    mask=batch.mask,
-  )
-  found |= of_loss
-  if terms.kl is not None and batch.ref_logprobs is not None:
-    weights = batch.weights if batch.kl_weights is None else batch.kl_weights
-    penalty, of_kl = losses.kl_loss(logprobs, batch.ref_logprobs, weights, **terms.kl)
-    loss = loss + hparams["kl_coef"] * penalty
-    found |= {"kl_ref": of_kl["kl"]}
-  bonus, of_entropy = losses.entropy_loss(entropies, batch.weights)
-  loss = loss + hparams["entropy_coef"] * bonus
-  found |= of_entropy | logprob_gap(logprobs, batch)
+  total, found = 0.0, logprob_gap(logprobs, batch)
   if terms.llds is not None:
     arrays = logprobs, old_logprobs, batch.advantages, batch.llds_weights
     lost, of_llds = losses.llds_loss(*arrays, mask=batch.mask, **terms.llds)
-    loss = loss + hparams["llds_coef"] * lost
+    total = total + hparams["llds_coef"] * lost
     found |= of_llds
   if terms.positive_nll:
     nll, of_nll = losses.positive_nll_loss(logprobs, batch.correct, batch.nll_weights)
-    loss = loss + hparams["nll_coef"] * nll
+    total = total + hparams["nll_coef"] * nll
     found |= of_nll
   if terms.moved:
     found |= {"kl_old": _moved(logprobs, old_logprobs, batch.mask)}
-  return loss, found
+  return total, found
 
 
-def _surrogate_weights(
+def surrogate_weights(
   terms: Terms, logprobs: jax.Array, batch: ResponseBatch
 ) -> tuple[jax.Array, dict[str, tuple]]:
-  """The weights of the surrogate, and how much of its tokens the factors leave."""
+  """The weights of the surrogate alone, and how much of its tokens the factors leave.
+
+  The factors of `batch.factors` and of `off_policy` do not multiply the other terms' weights, so a
+  token that they silence still feels those.
+
+  Args:
+    terms: of which `off_policy` counts here.
+    logprobs: [B, T] float, of the policy being trained.
+    batch: the rows, with their weights.
+
+  Returns:
+    [B, T] weights, and metrics as (sum, count).
+  """
   weights, found, count = batch.weights, {}, jnp.sum(batch.mask)
   if batch.factors is not None:
     weights = weights * batch.factors
