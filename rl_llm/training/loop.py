@@ -48,6 +48,8 @@ from rl_llm.text.tokenizers import Tokenizer, save_tokenizer, token_ids
 from rl_llm.training.train_state import TrainState
 from rl_llm.training.update import name_nonfinite
 
+MAY_TAKE = 0.05  # of the time of a run in progress, for writing its report
+
 
 class Diverged(RuntimeError):
   """Training cannot continue; the message says where it broke and what to try."""
@@ -371,15 +373,15 @@ def open_record(
 def reporter(run: Run) -> Callable[..., None]:
   """A function that writes the run's report while it trains, and takes little of its time.
 
-  A report reads the whole record. So one in progress is left out where the last one took over a
-  twentieth of the time since.
+  A report reads the whole record. So one in progress is left out where the last one took more than
+  `MAY_TAKE` of the time since.
   """
   taken = ended = 0.0
 
   def report(*, live: bool) -> None:
     nonlocal taken, ended
     started = time.monotonic()
-    if not hosts.is_main() or (live and taken > 0.05 * (started - ended)):
+    if not hosts.is_main() or (live and taken > MAY_TAKE * (started - ended)):
       return
     if (run.workdir / "metrics.jsonl").stat().st_size:
       write_report(run.workdir, live=live)
