@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Read when JAX is imported, which no test has done yet.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -32,5 +32,5 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # A machine that is busy, or compiles on a first call, is not a failing test.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")

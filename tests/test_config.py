@@ -229,16 +229,17 @@ any_text = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampl
     "'",
   ]
 )
+accepted_text = any_text.filter(lambda text: "\0" not in text)
 configs = st.builds(
   Config,
   batch=st.integers(1, 4096),
   learning_rate=finite.filter(lambda x: x > 0),
-  name=any_text,
-  prompt=st.none() | any_text,
+  name=accepted_text,
+  prompt=st.none() | accepted_text,
   limit=st.none() | st.integers(),
   preset=st.sampled_from(["grpo", "dapo"]),
   buckets=st.lists(st.integers(1), max_size=3).map(tuple),
-  names=st.lists(any_text, max_size=3).map(tuple),
+  names=st.lists(accepted_text, max_size=3).map(tuple),
   scales=st.none() | st.lists(finite, max_size=3).map(tuple),
   loss=st.builds(
     Loss,
