@@ -148,6 +148,13 @@ KEYS: dict[str, tuple[Key, ...]] = {
     Key("log_ratio_size", "nats", "Absolute log-ratio, mean over response tokens."),
     Key("selected_fraction", "fraction", "Tokens that a covariance loss selects."),
     Key("phi", "", "VESPO's factor, mean over response tokens."),
+    Key(
+      "target_gap",
+      "fraction",
+      "How far a response's share of its group is from TPO's target, mean over responses.",
+    ),
+    Key("implicit_reward", "reward", "A*-PO's beta times the log-ratio, mean over responses."),
+    Key("residual", "reward", "How far that is from the advantage, mean over responses."),
     Key("kl_ref", "nats per token", "KL to the reference model, by the estimator --kl.value."),
     Key("kl_coef", "reward per nat", "Price of the KL, which a controller may change."),
   ),
@@ -174,6 +181,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
   ),
   "Examples and pairs": (
     Key("nll", "nats per token", "Negative log-likelihood of the given answers' tokens."),
+    Key("probability", "fraction", "Of the given answers' tokens, as DFT weights them."),
     Key(
       "chosen_nll",
       "nats per token",

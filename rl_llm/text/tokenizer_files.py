@@ -28,7 +28,8 @@ def refuse_bombs(path: str | pathlib.Path, entries: dict[str, Any]) -> None:
 
   >>> double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
   >>> refuse_bombs("", {"normalizer": {"type": "Sequence", "normalizers": [double] * 9}})
-  >>> refuse_bombs("bomb", {"decoder": {"type": "Sequence", "decoders": [double] * 10}})
+  >>> decoder = {"type": "Sequence", "decoders": [double] * 10}
+  >>> refuse_bombs("bomb", {"decoder": decoder})  # doctest: +ELLIPSIS
   Traceback (most recent call last):
   rl_llm.text.tokenizer_files.TokenizerError: bomb: its decoder makes texts over 1000 times as...
 
