@@ -282,6 +282,8 @@ def serve(control: socket.socket) -> None:
     sys.path.extend(path for path in config["sys_path"] if path not in sys.path)
     function, rewards = load_function(config["location"], config["function"])
     grade = grading.grader(function)
+    # Lists the directories of sys.path, for modules among reward_files: Landlock forbids it later.
+    importlib.util.find_spec("_no_such_module")
     config["readable"] += imported_files()
     config["root"] = os.path.join(config["directory"], "root")
     os.makedirs(config["root"], exist_ok=True)

@@ -431,7 +431,7 @@ def test_a_file_sees_what_it_imported_at_first_and_what_it_is_given(tmp_path):
   with RewardPool(reading, workers=1, max_failure_rate=1.0) as made:
     needs(made, "files")
     assert one(made, "x").status == "raised"
-  with pytest.raises(RewardError, match="No module named 'neighbour'; it sees .* --reward_files"):
+  with pytest.raises(RewardError, match="neighbour.*; it sees .* --reward_files"):
     with RewardPool(source, workers=1) as made:
       one(made, "x")
   given = (str(tmp_path / "neighbour.py"), str(tmp_path / "words.txt"))
