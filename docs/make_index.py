@@ -21,7 +21,7 @@ import sys
 import textwrap
 from typing import NamedTuple
 
-from rl_llm import advantages, controllers, logprobs, losses, weighting
+from rl_llm import advantages, controllers, logprobs, losses, masked, weighting
 from rl_llm.runs.config import _leaves as leaves
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -166,6 +166,8 @@ ALGORITHMS = {
     Algorithm("DRPO", "group_relative(scale='none') constant_length() drpo_loss()"),
     Algorithm("TPO (target policy)", "group_relative(ddof=0) sequence_logprobs() tpo_loss()"),
     Algorithm("A*-PO", "optimal_advantage() sequence_logprobs() astar_po_loss()"),
+    Algorithm("SPO (single stream)", "track_values() whiten() ppo_loss()", paper="track_values"),
+    Algorithm("RAE", "role_baseline() reinforce_loss()", paper="role_baseline"),
     Algorithm("OPO", "opo() reinforce_loss()", paper="opo"),
     Algorithm("GPG", "gpg() reinforce_loss()", paper="gpg"),
     Algorithm("MaxRL", "maxrl() reinforce_loss()", paper="maxrl"),
@@ -197,6 +199,12 @@ ALGORITHMS = {
       "group_relative() truncated_importance(high=5) ppo_loss()",
       "sampler",
       "https://arxiv.org/abs/2505.24298",
+    ),
+    Algorithm(
+      "A-3PO",
+      "group_relative() proximal_logprobs() truncated_importance(high=5) ppo_loss()",
+      "sampler",
+      "proximal_logprobs",
     ),
     Algorithm(
       "M2PO",
@@ -338,7 +346,7 @@ def calls(algorithm):
 
 def find(name):
   """The function of that name, wherever an algorithm may take it from."""
-  modules = (losses, advantages, weighting, logprobs, controllers)
+  modules = (losses, advantages, weighting, logprobs, controllers, masked)
   return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

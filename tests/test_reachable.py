@@ -42,7 +42,7 @@ NOT_YET = {
   "xpo_loss", "informative_groups", "length_adaptive_lambda",
   "init_adaptive_kl", "init_adaptive_entropy",
   "adaptive_entropy", "adaptive_entropy_lagged", "init_adaptive_clip", "adaptive_clip",
-  "tpo_loss", "astar_po_loss", "optimal_advantage",
+  "tpo_loss", "track_values", "role_baseline", "astar_po_loss", "optimal_advantage",
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from rl_llm.advantages.token import (
   reinforce_plus_plus_baseline,
   token_rewards,
 )
+from rl_llm.advantages.trackers import role_baseline, track_values
 
 __all__ = [
   "discounted_returns",
@@ -48,5 +49,7 @@ __all__ = [
   "reinforce_plus_plus",
   "reinforce_plus_plus_baseline",
   "remax",
+  "role_baseline",
   "token_rewards",
+  "track_values",
 ]

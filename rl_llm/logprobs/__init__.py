@@ -30,6 +30,7 @@ from rl_llm.checks import (
   wide_dtype,
 )
 from rl_llm.logprobs.blocks import blockwise, cut_of, devices, matmul, varying_alike
+from rl_llm.logprobs.proximal import proximal_logprobs as proximal_logprobs
 from rl_llm.masked import masked_mean, masked_sum
 
 
