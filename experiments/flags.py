@@ -20,7 +20,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.policy.attention import AttentionName
 from rl_llm.rollout import shaping
 from rl_llm.runs.config import check_divides, inline, option
-from rl_llm.runs.keywords import arrays, keyword_group
+from rl_llm.runs.keywords import arrays, chosen, keyword_group
 from rl_llm.tasks import FORMS, TASKS, task_family
 from rl_llm.training import objective
 
@@ -708,14 +708,16 @@ def objective_terms(config: Any) -> objective.Terms:
 
 def needs_old(config: Any) -> bool:
   """Whether a step needs the log-probs before its updates, by a pass of their own."""
-  size, selects = config.updates, config.loss.functions[config.loss.name] in COVARIANCE_LOSSES
+  size, selects = config.updates, chosen(config.loss) in COVARIANCE_LOSSES
   return size.count > 1 or bool(size.correction.factors) or selects
 
 
 def policy_term_only(config: Any) -> bool:
-  """Whether a response with advantage 0 adds nothing: only DRO's loss has a term left."""
-  size, dro = config.updates, config.loss.name == "dro_loss"
+  """Whether a response with advantage 0 adds nothing: DRO's loss has a term left, and one of a
+  person's own may have."""
+  size, name = config.updates, config.loss.name
+  left = name == "dro_loss" or name not in config.loss.functions
   further = size.llds.coef or size.positive_nll_coef or config.loss.entropy_coef
   # A group's advantage does not have the KL in it yet.
   kl = config.kl.coef and (config.kl.place == "loss" or hasattr(config.advantage, "functions"))
-  return not (further or dro or kl)
+  return not (further or left or kl)

@@ -609,7 +609,7 @@ def minibatches(
     only: whether nothing but the policy term counts, so that they are left out.
   """
   problems, part = order(config, step, matters=matters), config.updates.microbatch_prompts
-  if (loss := config.loss).functions[loss.name] in flags.COVARIANCE_LOSSES:
+  if keywords.chosen(loss := config.loss) in flags.COVARIANCE_LOSSES:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.run.seed), step), SELECTION)
     limits = {"low": loss.covariance_low, "high": loss.covariance_high}
     how = {"loss": loss.name, "fraction": loss.selected} | limits

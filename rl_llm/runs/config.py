@@ -49,7 +49,7 @@ from absl import app, flags
 from rl_llm.errors import ConfigError, UserError, one_line, redact
 from rl_llm.files import write_atomically
 from rl_llm.runs import peer_names
-from rl_llm.runs.functions import Function
+from rl_llm.runs.functions import Function, is_spec
 
 _METADATA = frozenset(
   {"help", "min", "above", "max", "below", "choices", "volatile", "noted", "functions"}
@@ -258,7 +258,7 @@ def _check(leaf: _Leaf, value: Any) -> Any:
     return None
   if leaf.functions and callable(value):
     value = Function.of(leaf.path, value)
-  if leaf.functions and isinstance(value, Function):
+  if leaf.functions and (isinstance(value, Function) or is_spec(value)):
     return value
   items = list(value) if leaf.is_tuple and isinstance(value, (tuple, list)) else [value]
   if leaf.is_tuple and not isinstance(value, (tuple, list)):

@@ -40,6 +40,15 @@ class Function(str):
     return made
 
 
+def is_spec(value: Any) -> bool:
+  """Whether a text has the form FILE.py:function.
+
+  >>> is_spec("mine.py:loss"), is_spec("ppo_loss"), is_spec("mine.py")
+  (True, False, False)
+  """
+  return isinstance(value, str) and value.rpartition(":")[0].endswith(".py")
+
+
 def named(setting: str, value: str) -> Callable | None:
   """The function that a setting holds or names as FILE.py:function; None where it is another text.
 
@@ -49,7 +58,7 @@ def named(setting: str, value: str) -> Callable | None:
   if isinstance(value, Function):
     return value.function
   path, _, name = value.rpartition(":")
-  return from_file(setting, path, name) if path.endswith(".py") else None
+  return from_file(setting, path, name) if is_spec(value) else None
 
 
 @functools.cache

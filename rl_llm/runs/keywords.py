@@ -23,6 +23,7 @@ import numpy as np
 
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import option
+from rl_llm.runs.functions import named
 
 # (config, name) -> an array such as a family's functions take under that name
 Example = Callable[[Any, str], np.ndarray]
@@ -71,8 +72,9 @@ def keyword_group(
   """
   table = {function.__name__: function for function in functions}
   names = Literal[tuple(table)]  # type: ignore[valid-type]
+  text = "the function, each with keywords below; or FILE.py:<function>"
   fields: dict[str, tuple[Any, Any]] = {
-    "name": (names, option(functions[0].__name__, "the function; each has the keywords below"))
+    "name": (names, option(functions[0].__name__, text, functions=True))
   }
   defaults: dict[str, Any] = {}
   for keyword in dict.fromkeys(key for function in functions for key in settings(function)):
@@ -94,14 +96,25 @@ def keyword_group(
     _check(self, prefix, defaults, shape if callable(shape) else zeros, config)
 
   # The keywords' own values come last: a class attribute is not a field.
-  namespace = {"functions": table, "defaults": defaults, "check": check, "__doc__": doc}
+  namespace = {
+    "functions": table,
+    "prefix": prefix,
+    "defaults": defaults,
+    "check": check,
+    "__doc__": doc,
+  }
   made = [(name, kind, field) for name, (kind, field) in fields.items()]
   return dataclasses.make_dataclass(prefix.title(), made, frozen=True, namespace=namespace)
 
 
+def chosen(group: Any) -> Callable:
+  """The function that a group names: one of the table, FILE.py:function, or given in Python."""
+  return named(group.prefix, group.name) or group.functions[group.name]
+
+
 def given(group: Any) -> dict[str, Any]:
   """The keywords of the chosen function that have a value."""
-  known = settings(group.functions[group.name])
+  known = settings(chosen(group))
   values = {keyword: getattr(group, keyword) for keyword in group.defaults if keyword in known}
   return {keyword: value for keyword, value in values.items() if value is not None}
 
@@ -115,7 +128,7 @@ def call(group: Any, *, keywords: Mapping[str, Any] | None = None, **arrays: Any
     **arrays: by parameter name; those that the function lacks are left out, as REINFORCE has no
       `old_logprobs`.
   """
-  function = group.functions[group.name]
+  function = chosen(group)
   known = inspect.signature(function).parameters
   taken = {name: value for name, value in arrays.items() if name in known}
   return function(**taken, **(given(group) if keywords is None else keywords))
@@ -123,7 +136,7 @@ def call(group: Any, *, keywords: Mapping[str, Any] | None = None, **arrays: Any
 
 def arrays(group: Any) -> list[str]:
   """The names of the arrays that the chosen function takes by position."""
-  parameters = inspect.signature(group.functions[group.name]).parameters.values()
+  parameters = inspect.signature(chosen(group)).parameters.values()
   return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
 
 
@@ -163,7 +176,7 @@ def _check(
   group: Any, prefix: str, defaults: Mapping[str, Any], example: Example, config: Any
 ) -> None:
   """Refuses keywords that the chosen function lacks, and values that it does not accept."""
-  function = group.functions[group.name]
+  function = chosen(group)
   known = settings(function)
   for keyword, default in defaults.items():
     value = getattr(group, keyword)

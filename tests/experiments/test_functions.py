@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import grpo
@@ -75,3 +76,43 @@ def test_a_task_may_have_a_function_as_its_grader(tmp_path, small):
   assert recorded["task"].startswith("python:tests.experiments.test_functions.test_a_task_may_")
   assert {row["reward"] for row in found.samples} <= {0.0, 0.5, 1.0}
   assert isinstance(load_task("copy").reward, RewardSource)
+
+
+LOSS = '''
+from rl_llm import losses
+
+def clipped(logprobs, old_logprobs, advantages, weights, *, mask=None, clip_high=0.2):
+  """PPO's, written anew."""
+  return losses.ppo_loss(
+    logprobs, old_logprobs, advantages, weights, mask=mask, clip_high=clip_high, clip_low=0.2
+  )
+
+def flipped(logprobs, old_logprobs, advantages, weights):
+  return losses.ppo_loss(logprobs, old_logprobs, -advantages, weights)
+'''
+
+
+def test_a_loss_of_ones_own_is_trained_with(tmp_path, small, files):
+  path = tmp_path / "mine.py"
+  path.write_text(LOSS)
+  common = settings(files, steps=1, epochs=2, **{"optimizer.learning_rate": 0.01})
+  clip = {"loss.clip_high": 0.3}
+  shipped, _ = trained(tmp_path / "shipped", loss="ppo_loss", **clip, **common)
+  by_flag, recorded = trained(tmp_path / "flag", loss=f"{path}:clipped", **clip, **common)
+  assert recorded["loss.name"] == f"{path}:clipped"
+  assert np.array_equal(*(flat(found.params) for found in (shipped, by_flag)))
+  function = from_file("loss", str(path), "flipped")
+  other, recorded = trained(tmp_path / "other", loss=function, **common)
+  assert recorded["loss.name"].startswith("python:mine.flipped@")
+  assert not np.array_equal(*(flat(found.params) for found in (shipped, other)))
+  for changes, said in (
+    ({"loss.clip_high": 0.3}, "--loss.clip_high=0.3: must be left out with --loss="),
+    ({}, "a function of .*mine.py; it has clipped, flipped"),
+  ):
+    name = "flipped" if changes else "missing"
+    with pytest.raises(ConfigError, match=said):
+      grpo.check(grpo.Config(loss=f"{path}:{name}", **changes))
+
+
+def flat(params):
+  return np.concatenate([np.ravel(params[name]) for name in sorted(params)])
