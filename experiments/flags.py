@@ -74,6 +74,11 @@ class Distributed:
   process_id: int = option(
     -1, "number of this process, from 0; -1 = as Slurm, Open MPI, GKE or the TPU VM says", min=-1
   )
+  bind: str = option(
+    "",
+    "address on which process 0 listens; empty = that of the coordinator, where it is this "
+    "machine's, else all",
+  )
   heartbeat: int = option(
     100, "seconds without a sign of life after which a process is lost, and the others end", min=1
   )

@@ -51,6 +51,7 @@ from tests.test_advice import shown_texts
 
 # Texts that name a flag, by a part of "where: text": why no test here follows them.
 NOT_FOLLOWED = {
+  "rl_llm.parallel.binding:": "test_hosts.py gives wrong addresses and right ones",
   "rl_llm.parallel.hosts:": "of several processes, which test_several_hosts.py starts",
   "rl_llm.parallel.stderr_filter:": "as above",
   "is not in \0 what it is in": "as above, and of several file systems",

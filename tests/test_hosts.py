@@ -13,7 +13,7 @@ import pytest
 from experiments import grpo
 from experiments.flags import Distributed
 from rl_llm.errors import ConfigError
-from rl_llm.parallel import hosts, sharding, stderr_filter
+from rl_llm.parallel import binding, hosts, sharding, stderr_filter
 from rl_llm.runs.config import replace, run, volatile
 from rl_llm.runs.run_directory import started_with
 from tests import processes
@@ -217,6 +217,87 @@ for step in range(10**6):
   assert "Check failure stack trace" not in survivor.err, survivor.err
   print(f"{seconds:.1f} s: {line}")
   assert seconds < 60  # The bound, JAX's way of counting it, and a machine that is busy.
+
+
+@pytest.mark.slow
+def test_a_first_process_that_is_stopped_is_named():
+  """It is there and takes connections, and never answers."""
+  started = begin(
+    """
+for step in range(10**6):
+  hosts.barrier(f"step {step}")
+  if step == 3:
+    os.write(2, b"computing\\n")
+  time.sleep(0.1)
+""",
+    heartbeat=10,
+    wait=15,
+  )
+  for process in started:
+    assert process.stderr.readline() == "computing\n"
+  started[0].send_signal(signal.SIGSTOP)
+  survivor = processes.ended(started[1])
+  started[0].kill()
+  processes.ended(started[0])
+  assert survivor.code not in (0, None)
+  (line,) = survivor.errors
+  assert line.startswith("error: process 0 (") and len(line) < 250, line
+
+
+LISTENING = """
+import os
+inodes = {}
+for table in ("tcp", "tcp6"):
+  for line in open(f"/proc/self/net/{table}").read().splitlines()[1:]:
+    address, state, inode = (line.split()[i] for i in (1, 3, 9))
+    if state == "0A":
+      inodes[f"socket:[{inode}]"] = address
+places = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+own = [os.path.realpath(place).rpartition("/")[2] for place in places]
+print(sorted(inodes[link] for link in own if link in inodes))
+"""
+LOOPBACK, ALL = "0" * 16 + "FFFF0000" + "0100007F", "0" * 32  # As IPv6 has them: gRPC's sockets.
+
+
+@pytest.mark.parametrize(
+  "coordinator, bind, address, said",
+  [
+    ("127.0.0.1", "", LOOPBACK, False),
+    ("192.0.2.1", "", ALL, True),
+    ("192.0.2.1", "127.0.0.1", LOOPBACK, False),
+  ],
+)
+def test_the_first_process_listens_where_it_says(coordinator, bind, address, said):
+  """One process alone: it meets itself at the address that it listens on."""
+  port = processes.free_port()
+  program = "\n".join(
+    [
+      "import jax",
+      "from rl_llm.parallel import hosts",
+      "kept = jax.distributed.initialize",
+      # The address of others' networks leads nowhere here: it meets itself on loopback.
+      f"jax.distributed.initialize = lambda at, *a, **k: kept('127.0.0.1:{port}', *a, **k)",
+      f"hosts.initialize(coordinator='{coordinator}:{port}', processes=1, process_id=0,",
+      f"                 bind='{bind}', wait=60)",
+      LISTENING,
+    ]
+  )
+  found = processes.ended(processes.start(["-c", program]))
+  assert found.code == 0, found.err
+  assert found.out.split("'")[1::2] == [f"{address}:{port:04X}"]
+  line = f"{coordinator}:{port} is not an address of this machine: listening on all interfaces"
+  assert (line in found.err) == said
+
+
+def test_addresses_to_listen_on_are_checked():
+  for coordinator in ("localhost", ":1234", "localhost:http", "localhost:0", "localhost:99999"):
+    with pytest.raises(ConfigError, match="distributed.coordinator=.*HOST:PORT of process 0"):
+      binding.bind_address(coordinator, "")
+  with pytest.raises(ConfigError, match="distributed.bind=192.0.2.1: must be an address of this"):
+    binding.bind_address("localhost:1234", "192.0.2.1")
+  with pytest.raises(ConfigError, match="distributed.bind=.*given with --distributed.coordinator"):
+    hosts.initialize(bind="127.0.0.1")
+  assert binding.bind_address("[::1]:1234", "") in ("[::1]:1234", "[::]:1234")
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ import jax
 
 from rl_llm.errors import ConfigError, UserError, redact
 from rl_llm.parallel import stderr_filter
+from rl_llm.parallel.binding import EVERYWHERE, bind_address
 
 _LISTEN_SECONDS = 1.0  # Between two checks whether another process has failed.
 _DEAD = re.compile(r"Task (\d+) heartbeat timeout")
@@ -95,6 +96,7 @@ def initialize(
   coordinator: str = "",
   processes: int = 0,
   process_id: int = -1,
+  bind: str = "",
   heartbeat: int = 100,
   wait: int = 600,
 ) -> None:
@@ -109,6 +111,8 @@ def initialize(
     coordinator: HOST:PORT of the first process, where all meet; "" detects it.
     processes: how many there are; 0 detects it.
     process_id: the number of this process, from 0; -1 detects it.
+    bind: the address on which the first process listens; "": the coordinator's, if it is this
+      machine's, else all. Where the coordinator is detected, JAX listens on all.
     heartbeat: seconds without a sign of life after which a process is lost, and the others end.
     wait: seconds for which processes that are alive wait for each other: at the start, at the
       beginning of a step, for grades, at a checkpoint.
@@ -128,6 +132,12 @@ def initialize(
     )
   if not missing and process_id >= processes:
     raise ConfigError("distributed.process_id", process_id, f"below processes ({processes})")
+  if bind and not coordinator:
+    raise ConfigError("distributed.bind", bind, "given with --distributed.coordinator alone")
+  listen = bind_address(coordinator, bind) if coordinator and process_id == 0 else None
+  if listen and not bind and listen.startswith(EVERYWHERE):
+    line = f"{coordinator} is not an address of this machine: listening on all interfaces"
+    print(f"{line}; --distributed.bind names one", file=sys.stderr)
   _here.wait, _here.heartbeat = wait, heartbeat
   known = given | {"process": process_id, "heartbeat": heartbeat, "wait": wait}
   _filter_stderr(known)
@@ -139,6 +149,7 @@ def initialize(
       coordinator or None,
       processes or None,
       None if process_id < 0 else process_id,
+      coordinator_bind_address=listen,
       initialization_timeout=wait,
       heartbeat_timeout_seconds=heartbeat,
       shutdown_timeout_seconds=heartbeat,
@@ -307,6 +318,10 @@ def _why(what: str, message: str) -> str:
       f"stopped sending heartbeats):\n{dead[1]}\n",
       {"heartbeat": _here.heartbeat, "names": _here.names},
     ).removeprefix("error: ")
+  unanswered = "leader task" in message or stderr_filter.UNANSWERED.search(message)
+  if unanswered and not is_main():
+    known = {"process": index(), "names": _here.names}
+    return stderr_filter.explained(message, known).removeprefix("error: ")
   return f"the processes could not meet at {what!r}: {' '.join(message.split())[:500]}"
 
 

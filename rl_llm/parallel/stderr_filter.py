@@ -22,6 +22,7 @@ NAMES = "\0names "  # The parent's line with the hosts' names; never shown.
 NOISE = re.compile(
   r"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h:)|\*\*\* Check failure|    @ +0x"
 )
+UNANSWERED = re.compile(r"DEADLINE_EXCEEDED|UNAVAILABLE|Deadline Exceeded|grpc_message")
 FATAL = "Terminating process because the JAX distributed service"
 PYTHONS = ("error: ", "Traceback ")
 QUIET_SECONDS = 2.0  # If nothing follows the held lines for this long, they were not the last.
@@ -54,6 +55,11 @@ run resumes from its last checkpoint'
     )
   if "leader task" in text or "Failed to send RPC" in text:
     return f"error: {name(0, known)} is lost, at which the others meet. {again}"
+  if known["process"] != 0 and UNANSWERED.search(text):
+    return (
+      f"error: {name(0, known)}, at which the others meet, does not answer: it is lost, stopped or "
+      f"cut off. {again}"
+    )
   return "error: " + " ".join(text.split())[:1000]
 
 

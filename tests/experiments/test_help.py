@@ -21,7 +21,7 @@ from rl_llm.runs.config import _leaves
 GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
-EVERYWHERE = {"code", "compile_cache", "matmul_precision"}
+EVERYWHERE = {"code", "compile_cache", "distributed.bind", "matmul_precision"}
 TRAINED = {"checkpoint.keep_at_end", "init_from", "init_moments"}  # where something is trained
 GRADED = {"reward_files", "reward_sandbox"}  # where a task's grader is called
 GRADED |= {"gsm8k.max_rows", "jsonl.max_rows"}
