@@ -19,7 +19,7 @@ from rl_llm.data.jsonl import MAX_ROWS
 from rl_llm.errors import ConfigError
 from rl_llm.policy.attention import AttentionName
 from rl_llm.rollout import shaping
-from rl_llm.runs.config import check_divides, inline, option
+from rl_llm.runs.config import check_divides, inline, option, or_function
 from rl_llm.runs.keywords import arrays, chosen, keyword_group
 from rl_llm.tasks import FORMS, TASKS, task_family
 from rl_llm.training import objective
@@ -290,10 +290,8 @@ _Families = dataclasses.make_dataclass(
 class Task:
   """The task, and its grader."""
 
-  task: str = option(
-    "arithmetic",
-    f"{', '.join(FORMS)}; none, where an experiment has --data, is no task",
-    functions=True,
+  task: str = or_function(
+    option("arithmetic", f"{', '.join(FORMS)}; none, where an experiment has --data, is no task")
   )
   reward_deadline: float = option(5.0, "seconds that a call of a grader may take", above=0)
   reward_isolation: Literal["auto", "sample", "group", "batch"] = option(
@@ -349,11 +347,12 @@ class Overlong:
 class RewardedTask(Task):
   """The task, and the reward that training uses."""
 
-  reward: str = option(
-    "task",
-    "reward that training uses: task = the grader's, model:<dir> = a reward model's score, "
-    "FILE.py:<function> = that function's, in the place of the grader",
-    functions=True,
+  reward: str = or_function(
+    option(
+      "task",
+      "reward that training uses: task = the grader's, model:<dir> = a reward model's score, "
+      "FILE.py:<function> = that function's, in the place of the grader",
+    )
   )
   overlong: Overlong = Overlong()
 

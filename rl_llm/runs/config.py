@@ -78,7 +78,6 @@ def option(
   choices: Iterable[Any] | None = None,
   volatile: bool | Callable[[Any], bool] = False,
   noted: bool = False,
-  functions: bool = False,
 ) -> Any:
   """A dataclass field with its help and bounds, so that the range stands next to the default.
 
@@ -102,7 +101,6 @@ def option(
       all of its fields volatile.
     noted: whether a run may resume with another value from then on, which changes.jsonl notes; or
       `NOTED = True` in a class. Unlike a volatile one it is part of what the run is.
-    functions: whether a text may also be a Python function, stored as `functions.Function`.
 
   Returns:
     A `dataclasses.field` whose metadata holds what was given.
@@ -115,9 +113,16 @@ def option(
     metadata["volatile"] = volatile
   if noted:
     metadata["noted"] = noted
-  if functions:
-    metadata["functions"] = functions
   return dataclasses.field(default=default, metadata=metadata)
+
+
+def or_function(field: Any) -> Any:
+  """Lets a text also be a Python function, as `functions.Function`, or FILE.py:function.
+
+  Args:
+    field: from `option`.
+  """
+  return dataclasses.field(default=field.default, metadata={**field.metadata, "functions": True})
 
 
 def inline(default: Any) -> Any:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from rl_llm.errors import ConfigError
-from rl_llm.runs.config import option
+from rl_llm.runs.config import option, or_function
 from rl_llm.runs.functions import named
 
 # (config, name) -> an array such as a family's functions take under that name
@@ -74,7 +74,7 @@ def keyword_group(
   names = Literal[tuple(table)]  # type: ignore[valid-type]
   text = "the function, each with keywords below; or FILE.py:<function>"
   fields: dict[str, tuple[Any, Any]] = {
-    "name": (names, option(functions[0].__name__, text, functions=True))
+    "name": (names, or_function(option(functions[0].__name__, text)))
   }
   defaults: dict[str, Any] = {}
   for keyword in dict.fromkeys(key for function in functions for key in settings(function)):
