@@ -78,9 +78,10 @@ def test_fractional_rewards_survive_end_to_end(first_step):
 
 # Every flag does something.
 
-# The flags of an update itself: test_flag_effects.py.
-FLAGS = [{"epochs": 3}, {"minibatches": 2}]
-FURTHER_FLAGS = [
+# Quick tests of the flags of an update: test_flag_effects.py.
+FLAGS = [
+  {"epochs": 3},
+  {"minibatches": 2},
   {"advantage.scale": "none"},
   {"weighting.name": "constant_length"},
   {"loss.name": "cispo_loss"},
@@ -97,7 +98,7 @@ FURTHER_FLAGS = [
   {"seed": 1},
 ]
 if FULL:  # Further values of the same flags, and arguments that tests of the library vary.
-  FURTHER_FLAGS += [
+  FLAGS += [
     {"sampling.top_k": 20, "sampling.allow_truncated": True},
     {"sampling.min_new_tokens": 4},
     {"advantage.eps": 0.5},
@@ -138,19 +139,15 @@ if FULL:  # Further values of the same flags, and arguments that tests of the li
   ]
 
 
-@pytest.mark.parametrize(
-  "flags",
-  [FLAGS, pytest.param([*FLAGS, *FURTHER_FLAGS], marks=pytest.mark.slow)],
-  ids=["own", "all"],
-)
-def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files, flags):
+@pytest.mark.slow
+def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
   """Each against the base run, and against each other: no two of these mean the same."""
   base = settings(files, steps=3, **BUSY)  # Two steps do not tell a line from a cosine.
   weights = [run(tmp_path / "base", base).params]
-  for number, changes in enumerate(flags):
+  for number, changes in enumerate(FLAGS):
     weights.append(run(tmp_path / str(number), base | changes).params)
     same = [i for i, earlier in enumerate(weights[:-1]) if equal(earlier, weights[-1])]
-    assert not same, (changes, ["base", *flags][same[0]])
+    assert not same, (changes, ["base", *FLAGS][same[0]])
 
 
 def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, files):
@@ -406,7 +403,7 @@ def compiled_in(records):
   [
     (grpo, "make_loss"),
     pytest.param(ppo, "make_loss", marks=pytest.mark.slow),
-    (ppo, "make_value_loss"),
+    pytest.param(ppo, "make_value_loss", marks=pytest.mark.slow),
   ],
 )
 def test_the_update_itself_says_which_leaf_was_not_finite(
@@ -457,6 +454,7 @@ def test_the_update_itself_says_which_leaf_was_not_finite(
 # Compilations.
 
 
+@pytest.mark.slow
 def test_one_compilation_a_shape_over_forty_ragged_steps(tmp_path, small, files, caplog):
   """Shapes as the samples say they were; nothing is compiled twice, nothing by step."""
   rows = [{"prompt": "abc"}, {"prompt": "a" * 20}, {"prompt": "b" * 7}, {"prompt": "c" * 11}]

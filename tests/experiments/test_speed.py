@@ -69,7 +69,7 @@ def trunk(shape, found):
     (grpo, {"loss.entropy_coef": 0.1, "epochs": 2, "minibatches": 2}),
     (reinforce, {"loss.entropy_coef": 0.1}),
     (ppo, {"value.trunk": "own"}),
-    (ppo, {"value.trunk": "shared"}),
+    pytest.param(ppo, {"value.trunk": "shared"}, marks=pytest.mark.slow),
   ],
   ids=["grpo", "reinforce", "ppo own", "ppo shared"],
 )
@@ -184,9 +184,10 @@ SAMPLING = {
   "reinforce": (reinforce, MANY | {"loss.name": "ppo_loss"}),
   "ppo": (ppo, MANY | {"kl.controller": "adaptive"}),
 }
+NAMES = ["grpo", *(pytest.param(x, marks=pytest.mark.slow) for x in ("reinforce", "ppo"))]
 
 
-@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_tokens_of_a_rollout_go_to_the_devices_once_a_step(tmp_path, small, files, capfd, name):
   """Every transfer, asked for or implied by a call, leaves a line that says what it moves."""
   experiment, changes = SAMPLING[name]
@@ -213,7 +214,7 @@ class Unread:
     raise AssertionError(f"{name} of a metric was read while updates were made")
 
 
-@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("name", NAMES)
 def test_metrics_stay_on_the_devices_until_all_updates_are_made_and_are_fetched_once(
   tmp_path, small, files, monkeypatch, name
 ):

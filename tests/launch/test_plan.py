@@ -124,6 +124,7 @@ def test_a_kl_holds_a_reference_and_reads_it():
   assert programs["log-probs"].calls == 1
 
 
+@pytest.mark.slow
 def test_ppo_has_two_networks_or_two_heads():
   own = by_name(dataclasses.replace(SMALL, experiment="ppo"))
   assert list(own) == ["update", "value update", "values", "rollout"]

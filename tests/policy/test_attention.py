@@ -118,6 +118,7 @@ def test_a_model_reads_packed_rows_alike_with_and_without_the_kernel(family, sca
     assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted) + 1e-6
 
 
+@pytest.mark.slow
 def test_prompts_shared_by_their_responses_are_read_alike_with_and_without_the_kernel():
   config, params = family_model("qwen2")
   random = np.random.default_rng(3)

@@ -94,6 +94,7 @@ def test_so_it_is_with_adapters_on_all_layers_or_some(targets):
   assert_close(found, value_and_gradient(apply, trained, config=config))
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_is_no_further_from_float32():
   """Weights are rounded before they are stacked, norms' scales are not."""
   config, params = family_model("llama")

@@ -58,6 +58,7 @@ def smollm2():
   return goldens, make_policy(config), params, tokens, valid
 
 
+@pytest.mark.slow
 def test_smollm2_logits(smollm2):
   goldens, policy, params, tokens, valid = smollm2
   tokens, valid = tokens[:N_LOGIT_PROMPTS], valid[:N_LOGIT_PROMPTS]
@@ -68,6 +69,7 @@ def test_smollm2_logits(smollm2):
   np.testing.assert_array_equal(logits.argmax(-1), goldens["argmax"])
 
 
+@pytest.mark.slow
 def test_smollm2_greedy_answers_token_for_token(smollm2):
   goldens, policy, params, tokens, valid = smollm2
   lengths = jnp.asarray(goldens["prompt_lengths"])
