@@ -2,6 +2,7 @@
 # make test   the quick tests, minutes;  make test-slow  the slow ones: whole trainings, several processes, eight devices
 # make test-full  both, and the long trials (about an hour);  make lint
 # make test-slurm  an array of trials on a real Slurm, which it installs (Debian) and starts on this machine alone
+# make test-site  every page of the site in Chromium (Debian's), at a phone's width and a screen's
 # make bench  all benchmarks, docs/results/performance.md; TRL and Tunix get virtual environments of their own
 # make bench-peers  only these environments: .venv-trl (about 1.5 GB) and .venv-tunix (about 1 GB)
 # make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
@@ -23,7 +24,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-slow test-full test-slurm lint bench bench-peers compare parity docs site clean
+.PHONY: run test test-slow test-full test-slurm test-site lint bench bench-peers compare parity docs site clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -48,6 +49,9 @@ test-slurm: $(VENV)/test-$(VERSION)
 lint: $(VENV)/test-$(VERSION)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+
+test-site: $(VENV)/test-$(VERSION)
+	RL_LLM_SITE=1 $(BIN)/python -m pytest -q tests/test_site.py tests/test_site_in_browser.py
 
 bench: $(VENV)/run-$(VERSION) bench-peers
 	$(BIN)/python -m benchmarks.performance $(BENCH_FLAGS)

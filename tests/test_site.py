@@ -2,6 +2,7 @@
 
 import html.parser
 import os
+import re
 import subprocess
 import sys
 import urllib.parse
@@ -86,6 +87,13 @@ def test_no_link_or_anchor_is_broken(site):
       fragment = urllib.parse.unquote(parts.fragment)
       if fragment and target in site[1]:
         assert fragment in site[1][target].anchors, (each, address)
+
+
+def test_a_line_break_is_no_space_in_japanese(site):
+  wide = r"[\u3000-\u9fff\uff00-\uffef]"
+  texts = [each.read_text(encoding="utf-8") for each in site[1] if "ja" in each.parts]
+  prose = [re.sub(r"<code>.*?</code>", "", text, flags=re.DOTALL) for text in texts]
+  assert prose and [found for text in prose for found in re.findall(f"{wide}\n{wide}", text)] == []
 
 
 def test_what_the_rules_look_at_is_found(tmp_path):
