@@ -190,7 +190,9 @@ class SampledRun(ExportedRun):
 class Optimizer:
   """AdamW."""
 
-  learning_rate: float = option(1.5e-5, "learning rate after the warm-up", above=0, noted=True)
+  NOTED = ("learning_rate",)
+
+  learning_rate: float = option(1.5e-5, "learning rate after the warm-up", above=0)
   schedule: Literal["constant", "linear", "cosine"] = option(
     "constant", "how the learning rate falls to 0 by the last step; constant = it does not"
   )
@@ -387,7 +389,7 @@ class Prompts:
 class Evaluation:
   """Accuracy on problems that training never draws."""
 
-  NOTED = True  # It changes no weight.
+  NOTED = "every", "problems", "samples"  # They change no weight.
 
   every: int = option(
     16, "steps between evaluations, first and last included; 0 = a run without evaluation", min=0

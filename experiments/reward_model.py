@@ -49,7 +49,7 @@ from rl_llm.training import update as updates
 class Scoring:
   """What is measured on pairs that training never draws."""
 
-  NOTED = True  # It changes no weight.
+  NOTED = "every", "pairs"  # They change no weight.
 
   every: int = configs.option(
     8, "steps between evaluations, first and last included; 0 = a run without evaluation", min=0

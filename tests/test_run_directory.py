@@ -169,7 +169,9 @@ def test_a_result_is_the_proof_of_the_end(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  rate: float = option(0.5, "how fast", noted=True)
+  NOTED = ("rate",)
+
+  rate: float = option(0.5, "how fast")
   batch: int = option(8, "how many")
 
 

@@ -51,9 +51,7 @@ from rl_llm.files import write_atomically
 from rl_llm.runs import peer_names
 from rl_llm.runs.functions import Function, is_spec
 
-_METADATA = frozenset(
-  {"help", "min", "above", "max", "below", "choices", "volatile", "noted", "functions"}
-)
+_METADATA = frozenset({"help", "min", "above", "max", "below", "choices", "volatile", "functions"})
 _KIND_NAMES = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 _PLURALS = {int: "integers", float: "finite numbers", str: "texts"}
 
@@ -99,8 +97,6 @@ def option(
     volatile: whether a run may resume with another value because the field does not change what is
       computed; or a function of the config that returns this. `VOLATILE = True` in a class makes
       all of its fields volatile.
-    noted: whether a run may resume with another value from then on, which changes.jsonl notes; or
-      `NOTED = True` in a class. Unlike a volatile one it is part of what the run is.
 
   Returns:
     A `dataclasses.field` whose metadata holds what was given.
@@ -111,8 +107,6 @@ def option(
     metadata["choices"] = tuple(choices)
   if volatile:
     metadata["volatile"] = volatile
-  if noted:
-    metadata["noted"] = noted
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -229,7 +223,7 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
     default,
     _summary(config_class),
     metadata.get("volatile", getattr(config_class, "VOLATILE", False)),
-    metadata.get("noted", getattr(config_class, "NOTED", False)),
+    path.rpartition(".")[2] in getattr(config_class, "NOTED", ()),
     metadata.get("functions", False),
   )
   _check(leaf, default)
