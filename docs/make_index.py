@@ -257,6 +257,12 @@ ALGORITHMS = {
     Algorithm("SFT", "sft_loss()"),
     Algorithm("DFT", "dft_loss()"),
     Algorithm("GKD", "gkd_loss() chunked_gkd_loss()"),
+    Algorithm(
+      "self-distillation (SDFT; the teacher is the policy, shown the answer)",
+      "gkd_loss(beta=1.0)",
+      "samples",
+      "https://arxiv.org/abs/2601.19897",
+    ),
     Algorithm("MiniLLM", "minillm_advantages() reinforce_loss()", paper="minillm_advantages"),
     Algorithm("on-policy distillation", "on_policy_distillation_loss()"),
   ],
