@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(given.runs) > 1:
       print(f"comparison: {write_comparison(given.runs, given.output)}")
     elif given.output:
-      raise UserError(f"--output={given.output} is for a page that compares runs: give several")
+      raise UserError("an output file is for a page that compares runs: give several")
   except (UserError, OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -3,6 +3,7 @@
 import doctest
 import math
 import random
+import re
 
 import pytest
 
@@ -21,6 +22,8 @@ CONFIG = {
   "loss.entropy_coef": 0.0,
   "kl.coef": 0.0,
   "reward_deadline": 5.0,
+  "epochs": 4,
+  "sampling.temperature": 1.0,
 }
 
 
@@ -164,6 +167,13 @@ def test_a_jump_from_which_the_reward_recovers_is_no_fault():
   assert [verdict.name for verdict in verdicts(lost, CONFIG)] == ["first_updates"]
 
 
+def test_no_flag_is_advised_that_the_command_lacks():
+  few_flags = {"steps": 60, "optimizer.learning_rate": 1e-5}
+  for rows, _ in FAULTS.values():
+    for verdict in verdicts(rows, few_flags):
+      assert {*re.findall("--([a-z_.]+)", verdict.advice)} <= {*few_flags}
+
+
 def test_a_short_record_says_only_what_is_broken():
   rows = record(accuracy=flat, truncated_fraction=1.0, frac_zero_std=0.95)
   assert verdicts(rows[:5], CONFIG) == [] and verdicts([], CONFIG) == []
@@ -206,7 +216,7 @@ def test_problems_learned_by_heart_are_told_from_a_grader_with_a_hole():
   rows = record(accuracy=lambda s: min(0.8, 0.1 + 1.6 * s))
   rows = [row | held_out if "eval/sampled_low" in row else row for row in rows]
   (found,) = verdicts(rows, CONFIG)
-  assert found.name == "by_heart" and "80%" in found.says and "--steps" in found.advice
+  assert found.name == "by_heart" and "80%" in found.says and "fewer steps" in found.advice
   wide = [row | {"eval/sampled_high": 0.9} if "eval/sampled_low" in row else row for row in rows]
   assert verdicts(wide, CONFIG) == []  # Few held-out problems cannot tell.
 
@@ -219,7 +229,7 @@ def test_examples_learned_by_heart():
       for step in range(61)
     ]
 
-  (found,) = verdicts(rows(1.0), {"optimizer.learning_rate": 1e-4})
+  (found,) = verdicts(rows(1.0), {"optimizer.learning_rate": 1e-4, "steps": 61})
   assert found.name == "memorised" and found.advice.startswith("Try --steps=20")
   assert verdicts(rows(0.01), {}) == []
 

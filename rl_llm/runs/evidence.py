@@ -104,26 +104,43 @@ def truth(record: Evidence) -> list[tuple[float, float, float]]:
   return []
 
 
-def grader_flag(record: Evidence) -> str:
+def attempt(record: Evidence, *options: str | tuple[str, Any]) -> str:
+  """What to try: words, or (setting, value) for the flag where the run's command has it.
+
+  >>> attempt(Evidence([], [], {"kl.coef": 0.0}), ("kl.coef", 0.05), ("epochs", 1), "more data")
+  'Try --kl.coef=0.05, or more data'
+  """
+  said = [option if isinstance(option, str) else flag(record, *option) for option in options]
+  return "Try " + ", or ".join(option for option in said if option)
+
+
+def flag(record: Evidence, path: str, value: Any) -> str:
+  """The flag; "" if the run's command has no such setting."""
+  if record.config and path not in record.config:
+    return ""
+  return f"--{path}={number(value, 2) if isinstance(value, float) else value}"
+
+
+def grader(record: Evidence) -> str:
   """The flag that says who grades."""
   config = record.config
   if str(config.get("reward", "task")) != "task":
-    return f"--reward={config['reward']}"
+    return flag(record, "reward", config["reward"])
   if config.get("jsonl.reward_file") and str(config.get("task", "")).startswith("jsonl"):
-    return f"--jsonl.reward_file={config['jsonl.reward_file']}"
-  return f"--task={config['task']}" if "task" in config else "--task"
+    return flag(record, "jsonl.reward_file", config["jsonl.reward_file"])
+  return flag(record, "task", config["task"]) if "task" in config else "of the task"
 
 
-def lower_rate(record: Evidence) -> str:
-  rate = finite(record.config.get("optimizer.learning_rate"))
-  if not rate:
-    return "a smaller --optimizer.learning_rate"
-  return f"--optimizer.learning_rate={number(min(rate / 10, 1e-3), 2)}"
+def lower_rate(record: Evidence) -> tuple[str, float]:
+  """A tenth of the learning rate, and no more than any model takes."""
+  rate = finite(record.config.get("optimizer.learning_rate")) or 1e-5
+  return "optimizer.learning_rate", min(rate / 10, 1e-3)
 
 
-def nearer(record: Evidence) -> str:
+def nearer(record: Evidence) -> tuple[str, float]:
+  """A higher price of the KL."""
   coefficient = finite(record.config.get("kl.coef")) or 0.0
-  return f"--kl.coef={number(10 * coefficient if coefficient else 0.05)}"
+  return "kl.coef", 10 * coefficient if coefficient else 0.05
 
 
 def full_reward(record: Evidence) -> float:

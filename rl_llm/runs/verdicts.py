@@ -18,8 +18,9 @@ from rl_llm.runs.console import number
 from rl_llm.runs.evidence import (
   Evidence,
   Verdict,
+  attempt,
   full_reward,
-  grader_flag,
+  grader,
   lower_rate,
   nearer,
   trend,
@@ -106,7 +107,7 @@ def _skipped(record: Evidence) -> Verdict | None:
     "not_finite",
     f"{number(counts[-1])} updates were skipped, some of them just now: their gradient was not "
     "finite.",
-    f"Try {lower_rate(record)}",
+    attempt(record, lower_rate(record)),
   )
 
 
@@ -120,10 +121,10 @@ def _grader_failed(record: Evidence) -> Verdict | None:
   if share < _FAILED:
     return None
   most = max(counts, key=counts.get)
-  advice = f"Correct the grader ({grader_flag(record)}): samples.jsonl has what it failed on"
+  advice = f"Correct the grader ({grader(record)}): samples.jsonl has what it failed on"
   if most == "timed_out":
     deadline = finite(record.config.get("reward_deadline")) or 5.0
-    advice = f"Try --reward_deadline={number(4 * deadline)}, or a faster grader"
+    advice = attempt(record, ("reward_deadline", 4 * deadline), "a faster grader")
   return Verdict(
     "grader_failed",
     f"The grader failed on {share:.0%} of the newest responses (most of them "
@@ -150,7 +151,9 @@ def _first_updates(record: Evidence) -> Verdict | None:
     before, after = number(entropies[i], 2), number(entropies[i + 1], 2)
     said = f"the entropy went from {before} to {after} nats per token in step {i}."
   return Verdict(
-    "first_updates", f"The first updates were too large: {said}", f"Try {lower_rate(record)}"
+    "first_updates",
+    f"The first updates were too large: {said}",
+    attempt(record, lower_rate(record)),
   )
 
 
@@ -160,20 +163,19 @@ def _constant(record: Evidence) -> Verdict | None:
   same = len(rewards) >= 5 and max(rewards) - min(rewards) <= 1e-9 and max(spread, default=0.0) == 0
   if not same or _cut(record):
     return None
-  grader = grader_flag(record)
   if rewards[0] == 0:
     more = 2 * int(finite(record.config.get("responses_per_prompt")) or 8)
     return Verdict(
       "never_rewarded",
       f"No response was ever rewarded: the reward is 0 in all {len(rewards)} steps.",
-      f"Check that the grader pays for a right answer ({grader}); if it does, try "
-      f"easier problems, a stronger --model or --responses_per_prompt={more}",
+      f"Check that the grader pays for a right answer ({grader(record)}). "
+      + attempt(record, "easier problems", "a stronger model", ("responses_per_prompt", more)),
     )
   return Verdict(
     "always_rewarded",
     f"Every response got the same reward, {number(rewards[0])}, in all {len(rewards)} steps, so "
     "there is nothing to learn.",
-    f"Check that the grader refuses a wrong answer ({grader}); if it does, try harder problems",
+    f"Check that the grader refuses a wrong answer ({grader(record)}). Try harder problems",
   )
 
 
@@ -193,7 +195,7 @@ def _cut(record: Evidence) -> Verdict | None:
     f"{share:.0%} of the newest responses are cut at the limit"
     + (f" of {limit} tokens" if limit else "")
     + ", so most never come to their answer.",
-    f"Try --max_new_tokens={2 * limit}" if limit else "Try a larger --max_new_tokens",
+    attempt(record, ("max_new_tokens", 2 * limit) if limit else "a higher limit"),
   )
 
 
@@ -212,7 +214,7 @@ def _bonus(record: Evidence) -> Verdict | None:
     "bonus_outweighs",
     f"The entropy bonus outweighs the reward: {number(coefficient)} x "
     f"{number(record.mean('entropy'), 2)} nats, against advantages of about 1.",
-    f"Try --loss.entropy_coef={number(coefficient / 30, 1)}",
+    attempt(record, ("loss.entropy_coef", coefficient / 30)),
   )
 
 
@@ -226,9 +228,9 @@ def _entropy_gone(record: Evidence) -> Verdict | None:
     return None
   coefficient = finite(record.config.get("loss.entropy_coef")) or 0.0
   bonus = 2 * coefficient if coefficient else (0.1 if entropies[0] > _NOISE else 0.01)
-  advice = f"Try --loss.entropy_coef={number(bonus)}, or a smaller --optimizer.learning_rate"
+  advice = attempt(record, ("loss.entropy_coef", bonus), lower_rate(record))
   if (finite(record.config.get("sampling.temperature")) or 1.0) <= 0.5:
-    advice = "Try --sampling.temperature=1"
+    advice = attempt(record, ("sampling.temperature", 1.0))
   return Verdict(
     "entropy_gone",
     f"The entropy is gone since step {since} ({number(record.mean('entropy'), 2)} nats per token): "
@@ -246,7 +248,11 @@ def _groups_agree(record: Evidence) -> Verdict | None:
     "groups_agree",
     f"Groups agree since step {since}: in {record.mean('frac_zero_std'):.0%} of them all "
     f"{group} responses have the same reward, which teaches nothing.",
-    f"Try --responses_per_prompt={max(8, 2 * group)}, or problems that the model sometimes solves",
+    attempt(
+      record,
+      ("responses_per_prompt", max(8, 2 * group)),
+      "problems that the model sometimes solves",
+    ),
   )
 
 
@@ -259,7 +265,7 @@ def _small_groups(record: Evidence) -> Verdict | None:
     "small_groups",
     f"In {share:.0%} of the groups all {group} responses have the same reward: groups this small "
     "rarely differ.",
-    "Try --responses_per_prompt=8",
+    attempt(record, ("responses_per_prompt", 8)),
   )
 
 
@@ -284,8 +290,8 @@ def _overlooked(record: Evidence) -> Verdict | None:
     "overlooked",
     f"The reward rose by {number(rise, 2)} while held-out accuracy went from {before} to {after}: "
     "the policy has found what the grader overlooks.",
-    f"Read the samples with the highest rewards, and correct the grader ({grader_flag(record)}); "
-    + f"or try {nearer(record)}",
+    f"Read the samples with the highest rewards, and correct the grader ({grader(record)}). "
+    + attempt(record, nearer(record)),
   )
 
 
@@ -305,7 +311,7 @@ def _by_heart(record: Evidence, held_out: tuple[float, float, float]) -> Verdict
     "by_heart",
     f"Of the training problems {right:.0%} are right, of the held-out ones {held_out[1]:.0%}: the "
     "model learns its problems by heart.",
-    "Try more problems, or fewer --steps",
+    "Try more problems, or fewer steps",
   )
 
 
@@ -318,12 +324,11 @@ def _unmoved(record: Evidence) -> Verdict | None:
   if moved or (known and known[-1][1] > known[0][2]):
     return None
   rate = finite(record.config.get("optimizer.learning_rate"))
-  higher = f"--optimizer.learning_rate={number(10 * rate, 2)}" if rate else "a higher learning rate"
   return Verdict(
     "unmoved",
     f"The reward has not moved in {len(rewards)} steps: {number(rise, 2)} from the first quarter "
     f"to the last, within its noise.",
-    f"Try {higher}, or more steps (--steps)",
+    attempt(record, ("optimizer.learning_rate", 10 * (rate or 1e-5)), "more steps"),
   )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from rl_llm.runs.console import number
-from rl_llm.runs.evidence import Evidence, Verdict, lower_rate, nearer, trend
+from rl_llm.runs.evidence import Evidence, Verdict, attempt, lower_rate, nearer, trend
 from rl_llm.runs.report_page import finite
 
 # Steps that a trend of the gradient takes.
@@ -30,7 +30,7 @@ def _exploding(record: Evidence) -> Verdict | None:
   return Verdict(
     "exploding",
     f"The gradient explodes: its norm grew from {number(first, 2)} to {number(last, 2)}.",
-    f"Try {lower_rate(record)}",
+    attempt(record, lower_rate(record)),
   )
 
 
@@ -41,7 +41,7 @@ def _step_kl(record: Evidence) -> Verdict | None:
     "step_kl",
     f"One step's updates move the policy by {number(record.mean('approx_kl'), 2)} nats per token "
     f"(over {_STEP_KL}), so its batch no longer describes it.",
-    f"Try {lower_rate(record)}, or fewer --epochs",
+    attempt(record, lower_rate(record), ("epochs", 1)),
   )
 
 
@@ -52,7 +52,7 @@ def _far(record: Evidence) -> Verdict | None:
     "far",
     f"The policy is {number(record.mean('kl_ref'), 2)} nats per token from the reference model "
     f"(over {number(_FAR)}), and few responses are right.",
-    f"Try {nearer(record)}",
+    attempt(record, nearer(record)),
   )
 
 
@@ -71,7 +71,7 @@ def memorised(record: Evidence) -> Verdict | None:
         f"The held-out loss was least at step {step} ({number(least)}, now "
         f"{number(losses[-1][1])}) while the training loss fell: the model learns its examples by "
         "heart.",
-        f"Try --steps={max(step, 1)}, more data, or a smaller --optimizer.learning_rate",
+        attempt(record, ("steps", max(step, 1)), "more data", lower_rate(record)),
       )
   return None
 
