@@ -36,8 +36,6 @@ EXTRAS = {
     "nbclient>=0.10",
     "ipykernel>=6.29",
     "setuptools>=75",
-    "nbclient>=0.10",
-    "ipykernel>=6.29",
   ],
   # Regenerating the committed goldens against transformers.
   "parity": ["torch>=2.6", "transformers>=4.57", "gguf>=0.17", "sentencepiece"],
