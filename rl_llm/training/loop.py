@@ -108,6 +108,11 @@ Sample = Callable[[Any, int, PhaseClock], Any]
 # (state, experience, step, clock) -> (state, learned). It donates the state's arrays, so it must
 # not be interrupted: it gets nothing with which to check for a signal.
 Learn = Callable[[Any, Any, int, PhaseClock], tuple[Any, Learned]]
+NO_SPREAD = (
+  "a step taught nothing: in each group all responses earned the same (frac_zero_std is 1); if "
+  "most steps are so, take easier or harder problems, or more responses to each"
+)
+
 # (step) -> why training cannot continue, "" if it can
 Record = Callable[[Step], str]
 
@@ -343,6 +348,8 @@ def open_record(
     for name in names
   )
 
+  warn_once = functools.cache(run.console.say)
+
   def record(step: Step) -> str:
     row, lines = step_rows(step)
     failure = failure_of(step, max_skipped=max_skipped) if step.learned else ""
@@ -358,6 +365,8 @@ def open_record(
       run.console.samples(step.number, trained)
     if step.learned:
       run.console.step(step.number, row)
+    if row.get("frac_zero_std") == 1:
+      warn_once(NO_SPREAD)
     if step.evaluation is not None:
       report(live=True)
     return failure
