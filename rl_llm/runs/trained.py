@@ -6,6 +6,7 @@ newest without a step.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.policy import join, merge_lora, split_lora
 from rl_llm.policy.load import LanguageModel
 from rl_llm.runs.checkpoint import Checkpointer, CheckpointError, leaves_of
-from rl_llm.runs.identity import find_run, json_object
+from rl_llm.runs.identity import find_run
 
 
 def checkpoint_of(run: str, *, setting: str) -> tuple[Path, int]:
@@ -60,7 +61,10 @@ def load_trained(
     ConfigError: as for `checkpoint_of`, or the run trained something else than a language model.
   """
   directory, step = checkpoint_of(run, setting=setting)
-  settings = json_object(directory / "config.json")
+  try:
+    settings = json.loads((directory / "config.json").read_bytes())
+  except ValueError:
+    raise ConfigError(setting, run, "a run whose config.json is whole") from None
   name, seed = settings.get("init_from") or settings["model"], settings["seed"]
   base = load_trained(name, load, setting=setting) if find_run(name) else load(name, seed)
   frozen, trained = None, base.params

@@ -169,7 +169,8 @@ def _refuse_to_begin_again(workdir: Path, done: int, steps: int) -> None:
   fix = "another --workdir begins anew"
   if steps > done:
     raise ConfigError("steps", steps, allowed, fix)
-  raise ConfigError("export", "true", f"given before {workdir} ends, which kept no checkpoint", fix)
+  allowed = "a run that has kept a checkpoint, from which its model is written"
+  raise ConfigError("workdir", str(workdir), allowed, fix)
 
 
 def open_console(total_steps: int) -> Console:
