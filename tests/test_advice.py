@@ -47,10 +47,7 @@ NEVER_SHOWN = {
   ("experiments.chat", "rl_llm.parallel.hosts"): "it joins no process",
   ("experiments.chat", "rl_llm.parallel.stderr_filter"): "as above",
   ("experiments.chat", "rl_llm.runs.compile_cache"): "its own directory is only warned about",
-  (
-    "experiments.chat",
-    "rl_llm.runs.identity.json_object",
-  ): "only directories of its own are opened",
+  ("experiments.chat", "rl_llm.runs.identity"): "it has no --init_from",
   ("experiments.chat", "rl_llm.runs.peer_names"): "only what names flags that it has",
   ("experiments.reward_model", "experiments.flags.Data"): "it asks for --data before",
   ("experiments.evaluate", "experiments.setup.load_task"): "it has no group eval, and asks itself",
