@@ -89,6 +89,7 @@ docs: $(VENV)/run-$(VERSION)
 	$(BIN)/python docs/make_index.py
 	$(BIN)/python docs/make_coming_from.py
 	$(BIN)/python docs/make_metrics.py
+	$(BIN)/python docs/make_recipes.py
 	$(BIN)/python docs/guide/make_figures.py
 
 site: $(VENV)/test-$(VERSION)

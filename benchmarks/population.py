@@ -119,7 +119,7 @@ def apart(configs: Sequence[grpo.Config], number: int, together: Path, alone: Pa
   """|u - v| / |v| of a member's first update u and its run's alone, v."""
   one = setup.split_weights(configs[number], load_model(configs[number].model.model).params).trained
   all_ = jax.tree.map(lambda x: jnp.stack([x] * len(configs)), one)
-  init = functools.partial(init_state, optimizer=setup.adamw(configs[0].optimizer))
+  init = functools.partial(init_state, optimizer=setup.make_optimizer(configs[0].optimizer))
 
   def restored(shapes: Any, workdir: Path) -> Any:
     return Checkpointer(workdir / "checkpoints").restore(shapes, 1)[1].params

@@ -192,7 +192,7 @@ def make_loss(config: Config, policy: setup.policy.Policy):
 
 def make_update(config: Config, policy: setup.policy.Policy, mesh):
   """The compiled update on a batch of pairs."""
-  loss_fn, optimizer = make_loss(config, policy), setup.adamw(config.optimizer)
+  loss_fn, optimizer = make_loss(config, policy), setup.make_optimizer(config.optimizer)
   return updates.make_update(loss_fn, optimizer, microbatches=config.pairs.microbatches, mesh=mesh)
 
 
@@ -397,7 +397,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       )
       checked = functools.partial(score, check=run.stop.check)
       update = make_update(config, model.policy, mesh)
-      init = functools.partial(states.init_state, optimizer=setup.adamw(config.optimizer))
+      init = functools.partial(states.init_state, optimizer=setup.make_optimizer(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       known = reference_of_file(config, run, model, loaded.training + held_out)
       if dataset:

@@ -22,7 +22,7 @@ from rl_llm.rollout import shaping
 from rl_llm.runs.config import check_divides, inline, option, or_function
 from rl_llm.runs.keywords import arrays, chosen, keyword_group
 from rl_llm.tasks import FORMS, TASKS, task_family
-from rl_llm.training import objective
+from rl_llm.training import control, objective
 
 ATTENTION_HELP = "kernel for rows of many keys: cudnn on a GPU, splash on a TPU, xla for none"
 KL_ESTIMATORS = Literal["k1", "k2", "k3"]
@@ -30,9 +30,7 @@ WEIGHTINGS = (
   *("token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"),
   "length_power",
 )
-PRESETS = Literal[
-  "none", "grpo", "dr_grpo", "dapo", "trl", "verl", "nexrl", "nemo", "tunix", "simply", "skyrl"
-]
+PRESETS = Literal["none", *presets.SOURCES, *presets.REFUSED]
 
 
 # What every run has.
@@ -188,10 +186,13 @@ class SampledRun(ExportedRun):
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW."""
+  """The optimiser."""
 
   NOTED = ("learning_rate",)
 
+  name: Literal["adamw", "adafactor", "muon", "sgd"] = option(
+    "adamw", "direction of an update; muon = Adam for embeddings and vectors, sgd = momentum b1"
+  )
   learning_rate: float = option(1.5e-5, "learning rate after the warm-up", above=0)
   schedule: Literal["constant", "linear", "cosine"] = option(
     "constant", "how the learning rate falls to 0 by the last step; constant = it does not"
@@ -200,13 +201,23 @@ class Optimizer:
   b1: float = option(0.9, "Adam's decay rate of the mean gradient", min=0, below=1)
   b2: float = option(0.95, "Adam's decay rate of the mean squared gradient", min=0, below=1)
   eps: float = option(1e-8, "added to the root of the mean squared gradient", above=0)
-  weight_decay: float = option(0.0, "decoupled weight decay of matrices", min=0)
+  weight_decay: float = option(0.0, "decoupled weight decay", min=0)
+  decayed: Literal["matrices", "layers", "all"] = option(
+    "matrices", "what decays; layers = matrices without embeddings"
+  )
   max_grad_norm: float = option(1.0, "gradients of a larger norm are scaled down; 0 = never", min=0)
   mu_dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of Adam's mean gradient")
   max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
 
   def check(self, config: Any) -> None:
-    """Refuses a warm-up that never ends."""
+    """Refuses a warm-up that never ends, and numbers that the optimiser does not have."""
+    unused = {"adafactor": ("b1", "b2", "eps", "mu_dtype"), "sgd": ("b2", "eps")}
+    for name in unused.get(self.name, ()):
+      if (value := getattr(self, name)) != getattr(Optimizer(), name):
+        raise ConfigError(f"optimizer.{name}", value, f"left out with --optimizer={self.name}")
+    if self.decayed != "matrices" and not self.weight_decay:
+      allowed = "left out without --optimizer.weight_decay"
+      raise ConfigError("optimizer.decayed", self.decayed, allowed)
     steps = config.run.steps
     if self.schedule != "constant" and self.warmup_steps >= steps:
       raise ConfigError("optimizer.warmup_steps", self.warmup_steps, f"less than steps ({steps})")
@@ -321,8 +332,11 @@ class Task:
 class Overlong:
   """DAPO's soft penalty for length, added to the rewards that are trained on."""
 
-  cache: int = option(
-    0, "tokens before the limit over which the penalty grows from 0 to 1; 0 = no penalty", min=0
+  cache: float = option(
+    0.0,
+    "tokens before the limit over which the penalty grows from 0 to 1, or below 1 a share of the "
+    "limit; 0 = no penalty",
+    min=0,
   )
   limit: int = option(
     0, "tokens from which a response has the full penalty; 0 = max_new_tokens", min=0
@@ -342,7 +356,22 @@ class Overlong:
   def penalty(self, config: Any) -> shaping.Overlong | None:
     """The penalty, with its limit in tokens; None if there is none."""
     limit = self.limit or config.prompts.max_new_tokens
-    return shaping.Overlong(limit, self.cache, self.coef) if self.cache else None
+    cache = self.cache if self.cache >= 1 else self.cache * limit
+    return shaping.Overlong(limit, cache, self.coef) if cache else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+  """Dynamic sampling: which groups of responses a step is made of."""
+
+  groups: Literal["any", "drop", "informative"] = option(
+    "any",
+    "drop = leave out groups whose responses do not differ in reward; informative = sample more "
+    "problems in their place",
+  )
+  max_rounds: int = option(
+    4, "rounds of prompts_per_step problems that informative samples, at most", min=1
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +386,7 @@ class RewardedTask(Task):
     )
   )
   overlong: Overlong = Overlong()
+  dynamic: Dynamic = Dynamic()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,6 +499,8 @@ class Updates:
   )
   correction: terms.Correction = terms.Correction()
   llds: terms.Llds = terms.Llds()
+  entropy: terms.Entropy = terms.Entropy()
+  clip: terms.Clip = terms.Clip()
 
   @property
   def per_step(self) -> int:
@@ -615,6 +647,15 @@ class KL:
   """The price of leaving the model that training began with."""
 
   coef: float = option(0.0, "0 keeps no reference model", min=0)
+  refresh: int = option(
+    0, "steps between refreshes of the reference, from the policy; 0 = never", min=0
+  )
+  keep: float = option(
+    0.0,
+    "share of the old reference that a refresh keeps; 0 = it becomes the policy",
+    min=0,
+    below=1,
+  )
   place: Literal["loss", "reward"] = option(
     "loss", "a term of the loss, or taken off the reward of each token"
   )
@@ -624,8 +665,17 @@ class KL:
     "loss", "how much each token counts in this term of the loss; loss = as --weighting.name has it"
   )
 
+  @property
+  def fixed_reference(self) -> bool:
+    """Whether the model that training began with is kept: a refreshed one is part of the state."""
+    return self.coef > 0 and not self.refresh
+
   def check(self, config: Any) -> None:
-    """Refuses settings of a term of the loss where there is none."""
+    """Refuses settings of a term, or of a reference, where there is none."""
+    if self.refresh and not self.coef:
+      raise ConfigError("kl.refresh", self.refresh, "0 without --kl.coef")
+    if self.keep and not self.refresh:
+      raise ConfigError("kl.keep", self.keep, "left out without --kl.refresh")
     for name in ("gradient", "weighting"):
       if self.place == "reward" and getattr(self, name) != getattr(KL(), name):
         allowed = "left out with --kl.place=reward"
@@ -683,20 +733,37 @@ def preset(parts: str) -> Any:
 
 
 def recipe(name: str, *parts: str) -> dict[str, Any]:
-  """What a published recipe changes in these groups: dotted path -> value."""
-  found = {} if name == "none" else presets.grpo(name)._asdict()
-  groups = {part: found[part] for part in parts if found}
+  """What a published recipe changes in these groups: dotted path -> value.
+
+  The part "kl" includes a KL in the reward, and "sampling" is which groups are trained on, and the
+  penalty for length.
+
+  Raises:
+    ConfigError: it is a recipe by name that these groups cannot express; the message says why.
+  """
+  if name == "none":
+    return {}
+  if name in presets.REFUSED:
+    raise ConfigError("preset", name, "another", presets.REFUSED[name])
+  recipe = presets.grpo(name)
+  groups = {part: getattr(recipe, part) for part in parts if part != "sampling"}
   if "loss" in groups:  # An entropy term is a setting of any surrogate.
-    groups["loss"] |= {"entropy_coef": found["entropy"]["coef"]}
-  return {f"{part}.{key}": value for part, own in groups.items() for key, value in own.items()}
+    groups["loss"] |= {"entropy_coef": recipe.entropy["coef"]}
+  if "kl" in groups and recipe.reward_kl:
+    groups["kl"] = recipe.reward_kl | {"place": "reward"}
+  found = {f"{part}.{key}": value for part, own in groups.items() for key, value in own.items()}
+  if "sampling" in parts:
+    found |= {"dynamic.groups": recipe.groups, "overlong.cache": recipe.overlong}
+  return found
 
 
-def shapes(config: Any) -> dict[str, Any]:
-  """What is added to a step's experience once it is graded: keywords of `shaping.shaped`."""
+def shape_of(config: Any) -> shaping.Shape:
+  """What is added to a step's experience once it is graded."""
   overlong = getattr(config.task, "overlong", None)
   advantage = getattr(config, "advantage", None)
   greedy = hasattr(advantage, "functions") and "greedy_rewards" in arrays(advantage)
-  return {"overlong": overlong and overlong.penalty(config), "greedy": greedy}
+  drop = getattr(config.task, "dynamic", Dynamic()).groups == "drop"
+  return shaping.Shape(overlong and overlong.penalty(config), drop, greedy)
 
 
 def objective_terms(config: Any) -> objective.Terms:
@@ -726,4 +793,19 @@ def policy_term_only(config: Any) -> bool:
   further = size.llds.coef or size.positive_nll_coef or config.loss.entropy_coef
   # A group's advantage does not have the KL in it yet.
   kl = config.kl.coef and (config.kl.place == "loss" or hasattr(config.advantage, "functions"))
-  return not (further or left or kl)
+  return not (further or left or kl or size.entropy.controller != "constant")
+
+
+def steering(config: Any) -> control.Steering:
+  """The controllers of the run, by the groups `entropy` and `clip`; none where it has neither."""
+  if not hasattr(config, "updates"):
+    return control.Steering()
+  entropy, clip = config.updates.entropy, config.updates.clip
+  numbers = {name: getattr(entropy, name) for name in ("target", "delta", "low", "high")}
+  bounds = {name: getattr(clip, name) for name in ("target", "delta", "high")}
+  return control.Steering(
+    entropy=numbers if entropy.controller in ("target", "lagged") else None,
+    lagged=entropy.controller == "lagged",
+    clip=bounds if clip.controller == "adaptive" else None,
+    scheduled=entropy.controller == "linear",
+  )

@@ -50,7 +50,7 @@ class Config:
   mesh: flags.SamplingMesh = flags.SamplingMesh()
   optimizer: flags.Optimizer = flags.Optimizer()
   eval: flags.Evaluation = flags.Evaluation()
-  preset: flags.PRESETS = flags.preset("advantage, weighting, loss and kl")
+  preset: flags.PRESETS = flags.preset("all parts of the objective, groups and length")
   advantage: flags.GroupAdvantage = flags.GroupAdvantage()
   loss: flags.PolicyLoss = flags.PolicyLoss()
   kl: flags.KL = flags.KL()
@@ -73,7 +73,7 @@ TINY = {
 def overrides(config: Config) -> dict[str, Any]:
   """What the model and the preset change, unless the command line says otherwise."""
   tiny = TINY if config.model.model == "tiny" else {}
-  return tiny | flags.recipe(config.preset, "advantage", "weighting", "loss", "kl")
+  return tiny | flags.recipe(config.preset, "advantage", "weighting", "loss", "kl", "sampling")
 
 
 def check(config: Config) -> None:
@@ -145,14 +145,14 @@ def learn(
   batch = setup.place_responses(config, model, experience)
   with clock("logprobs"):
     old, ref = flags.needs_old(config), config.kl.coef > 0
-    batch = minibatches.with_logprobs(batch, programs, weights, state.params, old=old, ref=ref)
+    batch = minibatches.with_logprobs(batch, programs, weights, state, old=old, ref=ref)
   if config.advantage.name == "maxrl" and np.any(scores.rewards[scores.ok] < 0):
     least, instead = scores.rewards[scores.ok].min(), "try --advantage=group_relative"
     raise configs.ConfigError("advantage", "maxrl", f"another, for a reward of {least}", instead)
   advantages = np.asarray(group_advantages(config.advantage, *minibatches.group_inputs(experience)))
   informative = np.any(advantages != 0, axis=1)
   batch, totals = setup.less_kl(config, batch._replace(advantages=advantages.reshape(-1)))
-  hparams, trained = setup.hyperparameters(config, step), []
+  hparams, trained = setup.hyperparameters(config, step, state.controls), []
   with clock("update"):
     for part in setup.minibatches(
       config, programs, batch, step, matters=informative, only=flags.policy_term_only(config)
@@ -176,10 +176,10 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
   with setup.open_run(config, workdir, export=config.run.export) as run:
     if run.result:
       return run.result
-    with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
+    with setup.open_sampling(config, run, reference=config.kl.fixed_reference) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
       programs = programs._replace(update=loop.announced(programs.update, run))
-      init = functools.partial(init_state, optimizer=setup.adamw(config.optimizer))
+      init = functools.partial(init_state, optimizer=setup.make_optimizer(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       bound = functools.partial(learn, config, model, programs)
       state = setup.train_loop(

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flags, grpo, setup
+from experiments import flags, grpo, setup, terms
 from rl_llm import evaluation
 from rl_llm.parallel import sharding
 from rl_llm.policy import Policy, join
@@ -53,23 +53,6 @@ MAY_DIFFER = (
   "advantage.",
   "weighting.",
 )
-
-# What a step of all members does not have, and what it is without.
-ALONE = {
-  "init_moments": False,
-  "overlong.cache": 0,
-  "weighting.shared_tokens": None,
-  "weighting.top_entropy": 1.0,
-  "correction.name": "none",
-  "correction.off_policy_mask": None,
-  "correction.second_moment_mask": None,
-  "correction.trust_region_mask": None,
-  "llds.coef": 0.0,
-  "positive_nll_coef": 0.0,
-  "target_kl": 0.0,
-  "kl.place": "loss",
-}
-COVARIANCE = [loss.__name__ for loss in flags.COVARIANCE_LOSSES]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +91,12 @@ def check(members: Sequence[grpo.Config]) -> None:
     if first[path] != allowed:
       fix = "whole members lie over the devices"
       raise configs.ConfigError(path, first[path], f"{allowed} in a population", fix)
-  fix = "sweep it with another --backend"
-  for member in map(configs.flatten, members):  # A step of all members has less than one of each.
-    for path, allowed in ALONE.items():
-      if member[path] != allowed:
-        said = "none" if allowed is None else allowed
-        raise configs.ConfigError(path, member[path], f"{said} in a population", fix)
-    for path, others in (("advantage.name", ["remax"]), ("loss.name", COVARIANCE)):
-      if member[path] in others:
-        raise configs.ConfigError(path, member[path], "another in a population", fix)
+  fix, without = "sweep it with another --backend", configs.flatten(grpo.Config())
+  refused = "remax", "clip_cov_loss", "kl_cov_loss"
+  for member in map(configs.flatten, members):
+    for path, value in member.items():
+      if path.startswith(terms.ALONE) and value != without[path] or value in refused:
+        raise configs.ConfigError(path, value, "as it is by default in a population", fix)
   if first["reward_isolation"] == "batch":  # All members' responses are graded at once.
     raise configs.ConfigError("reward_isolation", "batch", "auto, sample or group in a population")
 
@@ -341,7 +321,9 @@ def make_programs(config: grpo.Config, policy: Policy, tokenizer: Any, mesh: Any
   # Of all members on a device, as many logits exist at once as of one run alone.
   chunk_size = max(1, CHUNK_SIZE // (count // mesh.size))
   loss_fn, size = grpo.make_loss(config, policy, chunk_size=chunk_size), config.updates
-  update = make_update(loss_fn, setup.adamw(config.optimizer), microbatches=size.microbatches)
+  update = make_update(
+    loss_fn, setup.make_optimizer(config.optimizer), microbatches=size.microbatches
+  )
   return population.make_programs(
     policy,
     tokenizer,
@@ -372,7 +354,7 @@ def _train(
     "responses a problem": size.responses_per_prompt,
   }
   run.console.sizes(sizes | {"steps": config.run.steps, "directory": str(run.workdir)})
-  init = jax.vmap(functools.partial(init_state, optimizer=setup.adamw(config.optimizer)))
+  init = jax.vmap(functools.partial(init_state, optimizer=setup.make_optimizer(config.optimizer)))
   begun = loop.begin(
     run, init, first, steps=config.run.steps, mesh=mesh, lay_out=population.members_over
   )

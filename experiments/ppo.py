@@ -224,7 +224,7 @@ def make_before(config: Config, policy: policies.Policy):
 
 def policy_optimizer(config: Config):
   """AdamW; a value head among the policy's parameters keeps its own learning rate."""
-  adamw = setup.adamw(config.optimizer)
+  adamw = setup.make_optimizer(config.optimizer)
   if config.value.trunk == "own":
     return adamw
   scale = config.value.learning_rate / config.optimizer.learning_rate
@@ -234,7 +234,10 @@ def policy_optimizer(config: Config):
 def init_ppo(params, *, config: Config, width: int) -> State:
   """The state before the first step: a value network that says 0 of everything."""
   head, init = policies.zero_head(width), train_state.init_state
-  kl, adamw = controllers.AdaptiveKL(jnp.float32(config.kl.coef)), setup.adamw(config.optimizer)
+  kl, adamw = (
+    controllers.AdaptiveKL(jnp.float32(config.kl.coef)),
+    setup.make_optimizer(config.optimizer),
+  )
   if config.value.trunk == "shared":
     return State(init(params | {"head": head}, policy_optimizer(config)), None, kl)
   return State(init(params, adamw), init(policies.with_head(params, head), adamw), kl)
@@ -260,7 +263,7 @@ class Programs(NamedTuple):
 
 def make_programs(config: Config, policy: policies.Policy, mesh: jax.sharding.Mesh) -> Programs:
   """The compiled functions that a step calls after its rollout."""
-  value_loss_fn, adamw = make_value_loss(config, policy), setup.adamw(config.optimizer)
+  value_loss_fn, adamw = make_value_loss(config, policy), setup.make_optimizer(config.optimizer)
   of_policy, count = (make_loss(config, policy), policy_optimizer(config)), config.updates
   return Programs(
     setup.make_programs(config, policy, mesh, *of_policy),
@@ -286,7 +289,7 @@ def learn(
     values, old = programs.before(weights.whole(state.policy.params), tower, batch)
     batch = batch._replace(old_values=values, old_logprobs=old)
     batch = minibatches.with_logprobs(
-      batch, programs.policy, weights, None, old=False, ref=config.kl.coef > 0
+      batch, programs.policy, weights, state.policy, old=False, ref=config.kl.coef > 0
     )
   kl, totals = setup.reward_kl(config, batch)
   found, returns = token_advantages(
@@ -299,7 +302,7 @@ def learn(
   rate = setup.learning_rate(config, step) / config.optimizer.learning_rate
   value_rate = rate * config.value.learning_rate
   coefs = {"value_coef": config.value.coef, "kl_coef": state.kl.coef}
-  hparams = setup.hyperparameters(config, step, **coefs)
+  hparams = setup.hyperparameters(config, step, state.policy.controls, **coefs)
   policy, value, trained = state.policy, state.value, []
   with clock("update"):
     for part in setup.minibatches(config, programs.policy, batch, step):
@@ -338,7 +341,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
   with setup.open_run(config, workdir, export=config.run.export) as run:
     if run.result:
       return run.result
-    with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
+    with setup.open_sampling(config, run, reference=config.kl.fixed_reference) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
       update = loop.announced(programs.policy.update, run)
       programs = programs._replace(policy=programs.policy._replace(update=update))

@@ -193,7 +193,7 @@ def learn(
   batch = setup.place_responses(config, model, experience)
   with clock("logprobs"):
     old, ref = flags.needs_old(config), config.kl.coef > 0
-    batch = minibatches.with_logprobs(batch, programs, weights, policy.params, old=old, ref=ref)
+    batch = minibatches.with_logprobs(batch, programs, weights, policy, old=old, ref=ref)
   baseline = float(state.baseline / state.weight) if state.weight else 0.0
   kl, totals = setup.reward_kl(config, batch)
   per_token = token_advantages(
@@ -201,7 +201,7 @@ def learn(
   )
   batch = batch._replace(advantages=per_token)
   advantages, informative = minibatches.per_response(batch, scores.rewards.shape)
-  hparams = setup.hyperparameters(config, step)
+  hparams = setup.hyperparameters(config, step, policy.controls)
   with clock("update"):
     for part in setup.minibatches(
       config, programs, batch, step, matters=informative, only=flags.policy_term_only(config)
@@ -230,10 +230,10 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
   with setup.open_run(config, workdir, export=config.run.export) as run:
     if run.result:
       return run.result
-    with setup.open_sampling(config, run, reference=config.kl.coef > 0) as (model, problems):
+    with setup.open_sampling(config, run, reference=config.kl.fixed_reference) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
       programs = programs._replace(update=loop.announced(programs.update, run))
-      init = functools.partial(init_reinforce, optimizer=setup.adamw(config.optimizer))
+      init = functools.partial(init_reinforce, optimizer=setup.make_optimizer(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       bound = functools.partial(learn, config, model, programs)
       state = setup.train_loop(

@@ -211,7 +211,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       "held-out pairs scored": len(loaded.held_out[scored]),
     }
     setup.show_sizes(config, run, model.weights, sizes)
-    optimizer, loss_fn = setup.adamw(config.optimizer), make_loss(config, model.policy)
+    optimizer, loss_fn = setup.make_optimizer(config.optimizer), make_loss(config, model.policy)
     update = updates.make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
     width, seed = model.policy.config.width, config.run.seed
     statics = {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": mesh}

@@ -25,7 +25,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import load as models
 from rl_llm.rewards import InProcess, RewardPool, describe
-from rl_llm.rollout import ResponseBatch, collect, drawing, judge, shaping
+from rl_llm.rollout import ResponseBatch, collect, drawing, judge, refill, shaping
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, code, compile_cache, keywords
 from rl_llm.runs.config import changed, volatile
@@ -36,7 +36,7 @@ from rl_llm.runs.run_directory import Run, default_workdir, found_workdir, opene
 from rl_llm.runs.trained import checkpoint_of, load_trained, restore_part
 from rl_llm.text.conversations import resolve_format
 from rl_llm.text.tokenizers import Tokenizer
-from rl_llm.training import loop, objective, update
+from rl_llm.training import control, loop, objective, update
 from rl_llm.training import minibatches as responses
 from rl_llm.training.train_state import parameter_count
 
@@ -102,8 +102,18 @@ def begin(
   config: Any, run: Run, model: Model, init: Callable[[Any], Any]
 ) -> tuple[tuple[int, Any], Model]:
   """((step, state) to begin with, the model without the weights that the state has now)."""
-  weights = model.weights
-  step, state = loop.begin(run, init, weights.trained, steps=config.run.steps, mesh=model.mesh)
+  weights, kl, steering = model.weights, getattr(config, "kl", None), flags.steering(config)
+
+  def begin_with(trained: Any) -> Any:
+    state, own = init(trained), {}
+    if steering != control.Steering():
+      own["controls"] = control.init_controls(steering, coef=config.loss.entropy_coef)
+    if kl and kl.refresh:
+      own["reference"] = jax.tree.map(jnp.copy, loop.policy_state(state).params)
+    return loop.with_policy(state, **own) if own else state
+
+  steps, mesh = config.run.steps, model.mesh
+  step, state = loop.begin(run, begin_with, weights.trained, steps=steps, mesh=mesh)
   if config.run.init_moments and not step:
     state = with_moments(config, state)
   return (step, state), model._replace(weights=weights._replace(trained=None))
@@ -114,10 +124,7 @@ def with_moments(config: Any, state: Any) -> Any:
   run, setting = config.run.init_from, "init_from"
   own, (directory, step) = loop.policy_state(state), checkpoint_of(run, setting=setting)
   moments = restore_part(directory, step, "opt_state", own.opt_state)
-  moved = own._replace(opt_state=moments)
-  return jax.tree.map(
-    lambda part: moved if part is own else part, state, is_leaf=lambda part: part is own
-  )
+  return loop.with_policy(state, opt_state=moments)
 
 
 def train_loop(
@@ -139,9 +146,25 @@ def train_loop(
   def whole(state: Any) -> Any:
     return model.weights.whole(loop.policy_state(state).params)
 
+  steering, kl = flags.steering(config), getattr(config, "kl", None)
+
   def learn_at_a_rate(state: Any, drawn: Any, step: int, clock: PhaseClock) -> Any:
+    rate, entropy = {"learning_rate": learning_rate(config, step)}, drawn.metrics.get("entropy")
+    if steering.scheduled:
+      rate["entropy_coef"] = entropy_coef(config, step)
+    if (controls := loop.policy_state(state).controls) is not None:
+      controls = control.before_updates(steering, controls, entropy)
+      state = loop.with_policy(state, controls=controls)
+      rate |= {name: float(value) for name, value in steered(config, controls).items()}
+      # Copies: the updates donate what is in the state.
+      controls = jax.tree.map(jnp.copy, control.after_updates(steering, controls, entropy))
     state, learned = learn(state, drawn, step, clock)
-    rate = {"learning_rate": learning_rate(config, step)}
+    if controls is not None:
+      state = loop.with_policy(state, controls=controls)
+    if kl and kl.refresh and (step + 1) % kl.refresh == 0:
+      policy = loop.policy_state(state)
+      fresh = update.moved_towards(policy.reference, policy.params, keep=kl.keep)
+      state = loop.with_policy(state, reference=fresh)
     return state, learned._replace(metrics=learned.metrics | rate)
 
   with open_record_of(config, run, model.mesh, begun[0]) as record:
@@ -364,15 +387,18 @@ def open_problems(
     if held_out.overlong:
       run.console.say(f"{held_out.overlong} held-out prompts are over --max_prompt_tokens")
 
-    shapes = flags.shapes(config)
+    shape = flags.shape_of(config)
 
     def sample(params: Any, step: int, clock: PhaseClock) -> collect.Experience:
       sampling, parts = sampling_config(config.sampling), config.sampling.parts
-      sizes = {"prompts": prompts, "responses": responses, "parts": parts}
-      found = collect.collect(sampler, params, seed, step, clock, sampling=sampling, **sizes)
-      return shaping.shaped(
-        sampler, params, found, clock, seed=seed, step=step, sampling=sampling, **shapes
-      )
+      sizes = {"prompts": prompts, "responses": responses, "parts": parts, "sampling": sampling}
+      if (dynamic := getattr(config.task, "dynamic", None)) and dynamic.groups == "informative":
+        sizes["max_rounds"] = dynamic.max_rounds
+        found = refill.collect_informative(sampler, params, seed, step, clock, **sizes)
+      else:
+        found = collect.collect(sampler, params, seed, step, clock, **sizes)
+      of_step = {"seed": seed, "step": step, "sampling": sampling}
+      return shaping.shaped(sampler, params, found, clock, shape, **of_step)
 
     def evaluate(params: Any, step: int) -> evaluation.Evaluation:
       run.console.say(f"evaluating on {len(held_out.problems)} held-out problems")
@@ -487,9 +513,9 @@ def work_on_texts(model: Model, examples: Sequence[Any], *, predicts: bool = Tru
 # Updates.
 
 
-def adamw(options: flags.Optimizer) -> optax.GradientTransformation:
+def make_optimizer(options: flags.Optimizer) -> optax.GradientTransformation:
   """The optimiser that the flags describe, without its learning rate."""
-  names = ("b1", "b2", "eps", "weight_decay", "max_grad_norm")
+  names = ("name", "b1", "b2", "eps", "weight_decay", "decayed", "max_grad_norm")
   numbers = {name: getattr(options, name) for name in names}
   return update.make_optimizer(**numbers, mu_dtype=jnp.dtype(options.mu_dtype))
 
@@ -506,15 +532,36 @@ def learning_rate(config: Any, step: int) -> float:
   )
 
 
-def hyperparameters(config: Any, step: int, **further: float) -> dict[str, Any]:
+def hyperparameters(
+  config: Any, step: int, controls: control.Controls | None = None, **further: float
+) -> dict[str, Any]:
   """The numbers that a step's updates are computed with: data, so none recompiles."""
   numbers = {"learning_rate": learning_rate(config, step), "loss": keywords.given(config.loss)}
-  numbers["entropy_coef"], size = config.loss.entropy_coef, config.updates
+  numbers["entropy_coef"], size = entropy_coef(config, step), config.updates
+  found = steered(config, controls)
+  if "clip_high" in found:
+    numbers["loss"] |= {"clip_high": found.pop("clip_high")}
+  numbers |= jax.tree.map(jnp.copy, found)  # The state that they are in is donated.
   if config.kl.place == "loss":
     numbers["kl_coef"] = config.kl.coef
   terms = {"llds_coef": size.llds.coef, "nll_coef": size.positive_nll_coef}
   numbers |= {name: coef for name, coef in terms.items() if coef}
   return jax.tree.map(jnp.float32, numbers | further)
+
+
+def entropy_coef(config: Any, step: int) -> float:
+  """The coefficient of the entropy bonus in a step, where no controller with a state sets it."""
+  first, options = config.loss.entropy_coef, config.updates.entropy
+  if options.controller != "linear":
+    return first
+  return first + (options.final - first) * step / max(1, config.run.steps - 1)
+
+
+def steered(config: Any, controls: control.Controls | None) -> dict[str, Any]:
+  """The numbers that the run's controllers set in a step."""
+  low, known = config.loss.clip_low, keywords.settings(keywords.chosen(config.loss))
+  low = known["clip_low"][1] if low is None and "clip_low" in known else low
+  return control.steered(controls, clip_low=low)
 
 
 def weigh(config: Any) -> responses.Weigh:
@@ -542,7 +589,7 @@ def make_programs(
   optimizer: optax.GradientTransformation | None = None,
 ) -> responses.Programs:
   """`minibatches.make_programs` of a loss on responses; None: the optimiser that flags describe."""
-  optimizer, count = optimizer or adamw(config.optimizer), config.updates.microbatches
+  optimizer, count = optimizer or make_optimizer(config.optimizer), config.updates.microbatches
   updates = update.make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
   temperature = config.sampling.temperature
   return responses.make_programs(

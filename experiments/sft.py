@@ -257,7 +257,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         "held-out problems": len(problems.held_out.problems) if problems else 0,
       }
       setup.show_sizes(config, run, model.weights, sizes)
-      optimizer = setup.adamw(config.optimizer)
+      optimizer = setup.make_optimizer(config.optimizer)
       loss_fn, count = make_loss(config, model.policy), max(1, size // part)
       update = updates.make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
       init = functools.partial(states.init_state, optimizer=optimizer)

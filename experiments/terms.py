@@ -10,7 +10,15 @@ from typing import Any, Literal, NamedTuple
 
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import option
+from rl_llm.runs.keywords import chosen, settings
 from rl_llm.weighting import truncated_importance
+
+# What a step of a whole population does not have: groups and fields that stay at their defaults.
+ALONE = (
+  *("overlong.", "dynamic.", "correction.", "llds.", "entropy.", "clip.", "weighting.top_entropy"),
+  "weighting.shared_tokens",
+  *("positive_nll_coef", "target_kl", "kl.place", "kl.refresh", "init_moments"),
+)
 
 
 class Limits(NamedTuple):
@@ -105,3 +113,57 @@ class Llds:
     for name in ("level", "normalizer"):
       if not self.coef and getattr(self, name) != getattr(Llds(), name):
         raise ConfigError(f"llds.{name}", getattr(self, name), "left out without --llds.coef")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy:
+  """How the coefficient of the entropy bonus changes; --loss.entropy_coef is the first."""
+
+  controller: Literal["constant", "linear", "target", "lagged"] = option(
+    "constant",
+    "linear = towards `final` at the end; target = applied, and growing, only while the entropy is "
+    "below the target; lagged = the same, a step late, as TRL has it",
+  )
+  final: float = option(0.0, "last coefficient of linear", min=0)
+  target: float = option(0.2, "entropy to hold, in nats a token", above=0)
+  delta: float = option(0.005, "how far a step moves the coefficient", above=0)
+  low: float = option(0.0, "least coefficient", min=0)
+  high: float = option(1.0, "greatest coefficient", above=0)
+
+  def check(self, config: Any) -> None:
+    """Refuses numbers that the controller does not have."""
+    own = {"linear": ("final",), "target": ("target", "delta", "low", "high")}
+    own["lagged"] = own["target"]
+    for name in ("final", "target", "delta", "low", "high"):
+      value = getattr(self, name)
+      if name not in own.get(self.controller, ()) and value != getattr(Entropy(), name):
+        allowed = f"left out with --entropy.controller={self.controller}"
+        raise ConfigError(f"entropy.{name}", value, allowed)
+    if self.high < self.low:
+      raise ConfigError("entropy.high", self.high, f"at least entropy.low ({self.low})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """How the ratio's upper clip changes, for losses with a `clip_high` near 1."""
+
+  controller: Literal["none", "adaptive"] = option(
+    "none", "adaptive = up while the entropy is below the target, down above it"
+  )
+  target: float = option(0.3, "entropy to hold, in nats a token", above=0)
+  delta: float = option(0.25, "how far a step moves the upper clip", above=0)
+  high: float = option(2.5, "greatest distance of the upper clip from 1 / (1 - clip_low)", above=0)
+
+  def check(self, config: Any) -> None:
+    """Refuses a controller without a clip that it could move."""
+    known = settings(chosen(config.loss))
+    if self.controller == "adaptive" and "clip_high" not in known:
+      fix = "try --loss=ppo_loss"
+      raise ConfigError("clip.controller", "adaptive", "none for a loss without clip_high", fix)
+    if self.controller == "adaptive" and config.loss.clip_high is not None:
+      allowed = "left out with --clip.controller=adaptive, which sets it"
+      raise ConfigError("loss.clip_high", config.loss.clip_high, allowed)
+    for name in ("target", "delta", "high"):
+      if self.controller == "none" and getattr(self, name) != getattr(Clip(), name):
+        allowed = "left out without --clip.controller"
+        raise ConfigError(f"clip.{name}", getattr(self, name), allowed)

@@ -145,7 +145,7 @@ class Programs:
   @functools.cached_property
   def state(self) -> Any:
     """As training begins."""
-    init = functools.partial(init_state, optimizer=setup.adamw(self.settings.optimizer))
+    init = functools.partial(init_state, optimizer=setup.make_optimizer(self.settings.optimizer))
     if self.config.experiment == "ppo":
       init = functools.partial(ppo.init_ppo, config=self.settings, width=self.policy.config.width)
     return self.placed(init, self.weights.trained)

@@ -15,7 +15,7 @@ keywords, to read, print, change and pass to the function:
 from __future__ import annotations
 
 import difflib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Recipe(NamedTuple):
@@ -29,6 +29,10 @@ class Recipe(NamedTuple):
       no reference. A "weighting" names the function that makes this term's own weights; without it
       they are those of the loss.
     entropy: {"coef"}: the coefficient of `entropy_loss`, with the weights of the loss.
+    reward_kl: {"coef", "value"} of a KL that is taken off each token's reward; None: there is none.
+    groups: which groups of responses are trained on: "any"; "drop", those that teach something;
+      "informative", as many of those as a step has problems, by sampling further problems.
+    overlong: over which share of the length limit the soft penalty for length grows; 0: no penalty.
   """
 
   advantage: dict[str, Any]
@@ -36,6 +40,48 @@ class Recipe(NamedTuple):
   loss: dict[str, Any]
   kl: dict[str, Any]
   entropy: dict[str, Any]
+  reward_kl: dict[str, Any] | None = None
+  groups: Literal["any", "drop", "informative"] = "any"
+  overlong: float = 0.0
+
+
+class Source(NamedTuple):
+  """Where a recipe was read, and what of it the functions here do not have."""
+
+  where: str
+  version: str
+  lacks: str = ""  # "": nothing
+
+
+SOURCES = {
+  "grpo": Source("https://arxiv.org/abs/2402.03300", "2024"),
+  "dr_grpo": Source("https://arxiv.org/abs/2503.20783", "2025"),
+  "dapo": Source("https://arxiv.org/abs/2503.14476", "2025"),
+  "gspo": Source("https://arxiv.org/abs/2507.18071", "2025"),
+  "litepo": Source("https://arxiv.org/abs/2508.08221", "2025"),
+  "scalerl": Source(
+    "https://arxiv.org/abs/2510.13786",
+    "2025",
+    "prompts that are solved 9 times in 10 are drawn again; CISPO's bound is our default",
+  ),
+  "trl": Source("TRL", "1.16.0"),
+  "verl": Source("verl", "0.9.1"),
+  "nexrl": Source("NexRL", "6860191"),
+  "openrlhf": Source("OpenRLHF", "0.11.2, `group_norm`", "rewards are not clipped to +-10"),
+  "nemo": Source("NeMo RL", "7ea279a"),
+  "tunix": Source("Tunix", "0.1.7"),
+  "simply": Source("Simply", "0.3.9, e14c061"),
+  "skyrl": Source("SkyRL", "0.3.0"),
+}
+
+# Published under a name that is no recipe here, and why.
+REFUSED = {
+  "vapo": "its value network is trained first and has a lambda of its own, which ppo does not have",
+  "reinforce_plus_plus": (
+    "it is another algorithm: python -m experiments.reinforce --advantage=reinforce_plus_plus "
+    "--loss=ppo_loss --kl.coef=0.01"
+  ),
+}
 
 
 def grpo(name: str) -> Recipe:
@@ -45,7 +91,10 @@ def grpo(name: str) -> Recipe:
   |---|---|
   | grpo | nothing: (R - mean) / std, every response counts the same, clip 0.2, KL 0.04 * k3 |
   | dr_grpo | no division by std nor by own length, no KL; `constant_length` needs a `length` |
-  | dapo | token mean, clip 0.2 below and 0.28 above, no KL |
+  | dapo | token mean, clip 0.2 below and 0.28 above, no KL; refilled groups, a price for length |
+  | gspo | the ratio of a whole response, clip 3e-4 below and 4e-4 above, no KL |
+  | litepo | divides by the std of the whole batch, token mean, no KL |
+  | scalerl | CISPO, std of the whole batch, every prompt counts the same, no KL; drops groups |
   | trl | eps 1e-4, token mean, no KL (with a coefficient, pass `ratio` to `kl_loss`) |
   | verl | a lone response keeps its raw reward, token mean, dual clip 3, no KL |
   | nexrl | a lone response keeps its raw reward, token mean, no KL, entropy 1e-4 |
@@ -103,6 +152,8 @@ def grpo(name: str) -> Recipe:
     https://arxiv.org/abs/2503.14476
   """
   recipes = _recipes()
+  if name in REFUSED:
+    raise ValueError(f"name is {name!r}; it must be another: {REFUSED[name]}.")
   if name not in recipes:
     nearest = difflib.get_close_matches(str(name), recipes, n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -111,22 +162,67 @@ def grpo(name: str) -> Recipe:
 
 
 def _recipes() -> dict[str, Recipe]:
+  return _of_papers(*_usual()) | _of_systems(*_usual())
+
+
+def _usual() -> tuple[dict[str, Any], ...]:
+  """What most recipes have; new dicts, since a recipe is the caller's to change."""
   advantage = {"name": "group_relative", "scale": "std", "ddof": 1, "eps": 1e-6}
-  raw = advantage | {"singleton": "raw"}
   token_mean, sequence_mean = {"name": "token_mean"}, {"name": "sequence_mean"}
   clip = {"name": "grpo_loss", "clip_low": 0.2, "clip_high": 0.2}
   no_kl = {"coef": 0.0, "value": "k3", "gradient": "k3"}
   bonus = {"coef": 0.0}
+  return advantage, token_mean, sequence_mean, clip, no_kl, bonus
+
+
+def _of_papers(advantage, token_mean, sequence_mean, clip, no_kl, bonus) -> dict[str, Recipe]:
   return {
     "grpo": Recipe(advantage, sequence_mean, clip, no_kl | {"coef": 0.04}, bonus),
     "dr_grpo": Recipe(
       {"name": "group_relative", "scale": "none"}, {"name": "constant_length"}, clip, no_kl, bonus
     ),
-    "dapo": Recipe(advantage, token_mean, clip | {"clip_high": 0.28}, no_kl, bonus),
+    "dapo": Recipe(
+      advantage,
+      token_mean,
+      clip | {"clip_high": 0.28},
+      no_kl,
+      bonus,
+      groups="informative",
+      overlong=0.2,  # 4,096 of 20,480 tokens
+    ),
+    "gspo": Recipe(
+      advantage,
+      sequence_mean,
+      {"name": "gspo_loss", "clip_low": 3e-4, "clip_high": 4e-4},
+      no_kl,
+      bonus,
+    ),
+    "litepo": Recipe(advantage | {"scale": "batch"}, token_mean, clip, no_kl, bonus),
+    "scalerl": Recipe(
+      advantage | {"scale": "batch"},
+      {"name": "prompt_mean"},
+      {"name": "cispo_loss"},
+      no_kl,
+      bonus,
+      groups="drop",
+    ),
+  }
+
+
+def _of_systems(advantage, token_mean, sequence_mean, clip, no_kl, bonus) -> dict[str, Recipe]:
+  raw = advantage | {"singleton": "raw"}
+  return {
     "trl": Recipe(advantage | {"eps": 1e-4}, token_mean, clip, no_kl, bonus),
     "verl": Recipe(raw, token_mean, clip | {"dual_clip": 3.0}, no_kl, bonus),
     "nexrl": Recipe(raw, token_mean, clip, no_kl, {"coef": 1e-4}),
-    "openrlhf": Recipe(advantage | {"eps": 1e-9}, token_mean, clip, no_kl, bonus),
+    "openrlhf": Recipe(
+      advantage | {"eps": 1e-9},
+      token_mean,
+      clip,
+      no_kl,
+      bonus,
+      reward_kl={"coef": 0.01, "value": "k1"},
+    ),
     "nemo": Recipe(
       advantage | {"scale": "leave_one_out", "baseline": "leave_one_out"},
       token_mean,

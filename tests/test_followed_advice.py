@@ -126,6 +126,14 @@ SETTINGS = [
   (grpo, {"llds.coef": 0.2}, None),
   (grpo, {"llds.level": "token"}, {"llds.coef": 0.2, "epochs": 2}),
   (grpo, {"target_kl": 0.1}, None),
+  (grpo, {"clip.controller": "adaptive", "loss": "cispo_loss"}, None),
+  (grpo, {"clip.target": 0.5}, {"clip.controller": "adaptive"}),
+  (grpo, {"clip.controller": "adaptive", "loss.clip_high": 0.5}, {"loss.clip_high": None}),
+  (grpo, {"entropy.target": 0.5}, {"entropy.controller": "target"}),
+  (grpo, {"kl.refresh": 2}, {"kl.coef": 0.1}),
+  (grpo, {"kl.keep": 0.5}, {"kl.coef": 0.1, "kl.refresh": 2}),
+  (grpo, {"optimizer": "sgd", "optimizer.b2": 0.5}, {"optimizer.b2": 0.95}),
+  (grpo, {"optimizer.decayed": "all"}, {"optimizer.weight_decay": 0.1}),
   (grpo, {"correction.low": 0.5}, {"correction": "token"}),
   (grpo, {"loss.selected": 0.5}, {"loss": "kl_cov_loss"}),
   (grpo, {"kl.place": "reward", "kl.gradient": "k3"}, {"kl.gradient": "k2"}),
@@ -153,6 +161,13 @@ def follow_settings(said, path):
     assert further is not None or advised, message
     settings = settings | (further or {})
     checked(module, configured(module, settings, () if further else advised))
+
+
+def follow_a_recipe_of_another_script(said, path):
+  message = refused(said, grpo.Config, preset="reinforce_plus_plus")
+  advised = re.findall(r"--([\w.]+)=([\w.]*\w)", message.partition("experiments.reinforce")[2])
+  assert dict(advised)["advantage"] == "reinforce_plus_plus"
+  checked(reinforce, configured(reinforce, {}, advised))
 
 
 def follow_a_format(said, path):

@@ -1,26 +1,19 @@
 """Presets name real functions and real keywords, and reproduce what their papers say."""
 
 import inspect
+import pathlib
+import runpy
 
 import jax
 import numpy as np
 import pytest
 
+from experiments import grpo
 from rl_llm import advantages, kl, losses, presets, weighting
+from rl_llm.errors import ConfigError
 
-NAMES = (
-  "grpo",
-  "dr_grpo",
-  "dapo",
-  "trl",
-  "verl",
-  "nexrl",
-  "openrlhf",
-  "nemo",
-  "tunix",
-  "simply",
-  "skyrl",
-)
+NAMES = tuple(presets.SOURCES)
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -246,7 +239,7 @@ def test_every_recipe_says_how_it_differs_and_where_it_was_read():
     for part in tables
   ]
   assert tuple(rows[0]) == NAMES
-  assert tuple(rows[1]) == NAMES[3:]
+  assert tuple(rows[1]) == NAMES[6:]
 
 
 def test_a_recipe_is_the_callers_to_change():
@@ -258,3 +251,38 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all():
   with pytest.raises(ValueError, match="name is 'dr-grpo'.*Did you mean 'dr_grpo'") as error:
     presets.grpo("dr-grpo")
   assert all(name in str(error.value) for name in NAMES)
+
+
+def test_a_recipe_sets_the_groups_and_the_length_penalty_that_its_paper_has():
+  found = {name: (presets.grpo(name).groups, presets.grpo(name).overlong) for name in NAMES}
+  assert found.pop("dapo") == ("informative", 4096 / 20480)
+  assert found.pop("scalerl") == ("drop", 0)
+  assert set(found.values()) == {("any", 0)}
+  found = {name: presets.grpo(name).reward_kl for name in NAMES}
+  assert found.pop("openrlhf") == {"coef": 0.01, "value": "k1"}
+  assert set(found.values()) == {None}
+
+
+@pytest.mark.parametrize("name", presets.REFUSED)
+def test_a_recipe_that_cannot_be_expressed_is_refused_with_the_reason(name):
+  with pytest.raises(ValueError, match=f"name is '{name}'; it must be another: it"):
+    presets.grpo(name)
+
+
+def test_a_preset_sets_all_flags_of_its_recipe():
+  config = grpo.Config(preset="dapo", max_new_tokens=100)
+  assert (config.loss.clip_high, config.weighting.name) == (0.28, "token_mean")
+  assert config.task.dynamic.groups == "informative"
+  assert config.task.overlong.penalty(config) == (100, 20.0, 1.0)
+  config = grpo.Config(preset="openrlhf")
+  assert (config.kl.coef, config.kl.value, config.kl.place) == (0.01, "k1", "reward")
+  assert grpo.Config(preset="dapo", **{"dynamic.groups": "any"}).task.dynamic.groups == "any"
+  for name in NAMES:
+    grpo.check(grpo.Config(preset=name))
+  with pytest.raises(ConfigError, match="--preset=vapo: must be another; its value network"):
+    grpo.Config(preset="vapo")
+
+
+def test_the_page_of_recipes_is_up_to_date():
+  page = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
+  assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page, "run `make docs`"

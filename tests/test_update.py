@@ -8,7 +8,7 @@ import pytest
 
 from rl_llm.runs.metrics import add_metrics, finalize
 from rl_llm.training.train_state import init_state, parameter_count
-from rl_llm.training.update import make_optimizer, make_update, name_nonfinite
+from rl_llm.training.update import make_optimizer, make_update, moved_towards, name_nonfinite
 
 
 def regression_loss(params, batch, hparams):
@@ -230,3 +230,52 @@ def test_a_norm_may_overflow_though_every_leaf_is_finite():
 def test_parameters_are_counted():
   tree = {"a": jnp.zeros(2), "b": [jnp.ones(1), jnp.ones((1, 2))], "n": jnp.arange(2)}
   assert parameter_count(tree) == 7
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "sgd"])
+def test_every_optimiser_goes_downhill(name):
+  params, batch, hparams = make_problem()
+  params = {"p": params["p"], "b": params["b"], "m": jnp.ones((4, 4))}
+  optimizer = make_optimizer(name=name)
+  update = make_update(regression_loss, optimizer)
+  state, found = init_state(params, optimizer), []
+  for _ in range(30):
+    state, metrics = update(state, batch, hparams | {"learning_rate": jnp.float32(0.02)})
+    found.append(float(metrics["loss"][0]))
+  assert found[-1] < found[0] < 100
+
+
+def test_muon_moves_a_matrix_along_its_singular_directions_alone():
+  """Newton-Schulz leaves singular values near 1, where a gradient has them 100 apart."""
+  rng = np.random.default_rng(0)
+  left, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+  right, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+  gradient = jnp.asarray(left @ np.diag([100, 50, 20, 10, 5, 1.0]) @ right, jnp.float32)
+  grads = {"layer": {"weight": gradient}, "embed": {"embedding": gradient}}
+  optimizer = make_optimizer(name="muon", max_grad_norm=0)
+  moved, _ = optimizer.update(grads, optimizer.init(grads), grads)
+  values = np.linalg.svd(np.asarray(moved["layer"]["weight"]), compute_uv=False)
+  assert values.max() / values.min() < 3
+  assert np.sum(np.asarray(moved["layer"]["weight"]) * np.asarray(gradient)) > 0
+  sizes = np.asarray(moved["embed"]["embedding"]) * np.sign(gradient)  # Adam: one size for all.
+  np.testing.assert_allclose(sizes, sizes.mean(), rtol=1e-4)
+  assert sizes.mean() > 0
+
+
+@pytest.mark.parametrize(
+  ("decayed", "names"),
+  [("matrices", {"weight", "embedding"}), ("layers", {"weight"}), ("all", None)],
+)
+def test_what_decays_is_what_was_asked_for(decayed, names):
+  params = {"a": {"weight": jnp.ones((2, 2)), "scale": jnp.ones(2)}}
+  params["embed"] = {"embedding": jnp.ones((2, 2))}
+  optimizer = make_optimizer(name="sgd", weight_decay=0.5, decayed=decayed)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  moved, _ = optimizer.update(zeros, optimizer.init(params), params)
+  found = {key for part in moved.values() for key, x in part.items() if np.all(x == 0.5)}
+  assert found == (names or {"weight", "scale", "embedding"})
+
+
+def test_a_reference_moves_towards_the_policy():
+  old, new = {"p": jnp.array([0.0, 4.0])}, {"p": jnp.array([1.0, 0.0])}
+  assert moved_towards(old, new, keep=0.75)["p"].tolist() == [0.25, 3.0]

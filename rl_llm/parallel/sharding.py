@@ -40,9 +40,9 @@ ROWS = ("data", "fsdp")  # the axes over which the rows of a batch lie
 # counters, a scalar head) are whole on every device. The path of an optimiser moment ends with the
 # path of its weight, so it has the same layout. Weights are [out, in].
 RULES = (
+  (r"(^|/)(v|v_row|v_col)/", P()),  # Adafactor's factors do not have their weights' shapes.
   (r"embedding$", P("tensor", "fsdp")),
-  (r"attention/(query|key|value)/weight$", P("tensor", "fsdp")),
-  (r"mlp/(gate|up)/weight$", P("tensor", "fsdp")),
+  (r"(attention/(query|key|value)|mlp/(gate|up))/weight$", P("tensor", "fsdp")),
   (r"attention/output/weight$", P("fsdp", "tensor")),
   (r"mlp/down/weight$", P("fsdp", "tensor")),
   (r"attention/(query|key|value)/bias$", P("tensor")),

@@ -92,6 +92,19 @@ KEYS: dict[str, tuple[Key, ...]] = {
   ),
   "Grades": (
     Key("rewards_ok", "responses", "Graded."),
+    Key("overlong_penalty", "reward", "What --overlong.cache adds to a reward, mean."),
+    Key(
+      "greedy_reward_mean",
+      "reward",
+      "Mean reward of the greedy responses that ReMax compares with.",
+    ),
+    Key("dropped_groups", "fraction", "Groups without spread, with --dynamic.groups=drop."),
+    Key(
+      "refill/rounds", "rounds", "How often the step sampled, with --dynamic.groups=informative."
+    ),
+    Key("refill/lacked", "groups", "Groups that differ in reward, missing after the last round."),
+    Key("refill/tokens_beyond", "tokens", "Sampled in groups that were not trained on."),
+    Key("speed/refill_seconds", "seconds", "Time that the rounds after the first took."),
     Key(
       "rewards_not_applicable", "responses", "The grader had no opinion (None); they count nowhere."
     ),
@@ -157,6 +170,22 @@ KEYS: dict[str, tuple[Key, ...]] = {
     Key("residual", "reward", "How far that is from the advantage, mean over responses."),
     Key("kl_ref", "nats per token", "KL to the reference model, by the estimator --kl.value."),
     Key("kl_coef", "reward per nat", "Price of the KL, which a controller may change."),
+    Key(
+      "factor_mean",
+      "",
+      "What the surrogate's weights are multiplied by, mean over response tokens (--correction, "
+      "--weighting.top_entropy and the like).",
+    ),
+    Key(
+      "off_policy_fraction", "fraction", "Response tokens that --correction.off_policy_mask drops."
+    ),
+    Key(
+      "kl_old",
+      "nats per token",
+      "KL of the policy before the step's updates to the policy in them, with --target_kl.",
+    ),
+    Key("entropy_coef", "", "Coefficient of the entropy bonus, where a controller sets it."),
+    Key("clip_high", "", "Upper clip of the ratio, above 1, where a controller sets it."),
   ),
   "The value network (PPO)": (
     Key(

@@ -444,6 +444,15 @@ def policy_state(state: Any) -> TrainState:
   return train_states(state)[0][1]
 
 
+def with_policy(state: Any, **changes: Any) -> Any:
+  """The state with changed fields of the network that samples: see `policy_state`."""
+  if isinstance(state, TrainState):
+    return state._replace(**changes)
+  fields = state._asdict().items()
+  name = next(name for name, leaf in fields if isinstance(leaf, TrainState))
+  return state._replace(**{name: getattr(state, name)._replace(**changes)})
+
+
 def failure_of(step: Step, *, max_skipped: int) -> str:
   """Why training cannot continue, "" if it can: `max_skipped` updates in a row were not finite.
 

@@ -27,6 +27,7 @@ from rl_llm.policy.load import Weights
 from rl_llm.rollout import ResponseBatch, response_logprobs, take_prompts
 from rl_llm.rollout.collect import Experience, response_batch
 from rl_llm.runs.flops import Work, response_work, update_passes
+from rl_llm.training.train_state import TrainState
 
 Truncated = Literal["keep", "zero", "drop"]
 
@@ -191,22 +192,30 @@ def token_weights(
 
 
 def with_logprobs(
-  batch: ResponseBatch, programs: Programs, weights: Weights, params: Any, *, old: bool, ref: bool
+  batch: ResponseBatch,
+  programs: Programs,
+  weights: Weights,
+  state: TrainState,
+  *,
+  old: bool,
+  ref: bool,
 ) -> ResponseBatch:
   """The batch with the log-probs that updates compare with; each takes a pass over all responses.
 
   Args:
     batch: on the devices.
     programs: their `logprobs` is called.
-    weights: include the reference's.
-    params: the policy's trained weights before the step's updates.
+    weights: include the reference's, if it stays what it is.
+    state: of the policy before the step's updates, with the reference's weights if they change.
     old: whether the step has several updates; in the first, the policy is still the old policy.
     ref: whether anything compares with the reference.
   """
   if old:
-    batch = batch._replace(old_logprobs=programs.logprobs(weights.whole(params), batch)[0])
+    batch = batch._replace(old_logprobs=programs.logprobs(weights.whole(state.params), batch)[0])
   if ref:
-    batch = batch._replace(ref_logprobs=programs.logprobs(weights.reference, batch)[0])
+    fixed = state.reference is None
+    reference = weights.reference if fixed else weights.whole(state.reference)
+    batch = batch._replace(ref_logprobs=programs.logprobs(reference, batch)[0])
   return jax.block_until_ready(batch)
 
 

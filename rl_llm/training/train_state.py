@@ -18,6 +18,8 @@ class TrainState(NamedTuple):
   opt_state: Any  # the optimiser's moments
   skipped: chex.Array  # int32 scalar, updates skipped because a gradient was not finite
   skipped_in_a_row: chex.Array  # int32 scalar, number of consecutive skipped updates
+  controls: Any = None  # what the run's controllers know; None: it has none
+  reference: Any = None  # trained weights of a reference that is refreshed; None: it is not
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -7,14 +7,16 @@ of microbatches cannot change the result beyond rounding.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from rl_llm.parallel.sharding import constrain, constrain_rows
 from rl_llm.policy.lora import join
@@ -26,36 +28,72 @@ LossFn = Callable[[Any, Any, Any], tuple[chex.Array, dict[str, tuple[chex.Array,
 
 def make_optimizer(
   *,
+  name: Literal["adamw", "adafactor", "muon", "sgd"] = "adamw",
   b1: float = 0.9,
   b2: float = 0.95,
   eps: float = 1e-8,
   weight_decay: float = 0.0,
+  decayed: Literal["matrices", "layers", "all"] = "matrices",
   max_grad_norm: float = 1.0,
   mu_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
-  """AdamW's direction after clipping by global norm; the update applies the learning rate.
+  """An optimiser's direction after clipping by global norm; the update applies the learning rate.
 
   Without the learning rate in the optimiser, schedules and sweeps can change it without
   recompiling. Weight decay is decoupled and skips vectors (norms and biases).
 
   Args:
+    name: "adamw"; "adafactor", whose mean squares are factored, with steps relative to the size of
+      each weight; "muon", which orthogonalises the mean gradient of each matrix, and is Adam with
+      Nesterov's momentum for embeddings and vectors; or "sgd", with momentum `b1`.
     b1: decay of the mean gradient.
     b2: decay of the mean squared gradient; 0.95 forgets a bad batch sooner than 0.999.
     eps: added to the root of the mean square.
     weight_decay: fraction of each matrix subtracted per unit of learning rate.
+    decayed: what decays: "matrices", "layers" (matrices without embeddings), or "all".
     max_grad_norm: longer gradients are scaled to this L2 norm; 0 does not clip.
     mu_dtype: dtype of the mean gradient; bfloat16 takes 2 bytes per parameter instead of 4. The
       mean square stays float32: its changes are too small for bfloat16.
   """
 
-  def matrices(params):
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+  def mask(params):
+    return jax.tree.map_with_path(lambda path, p: _decays(path, p, decayed), params)
 
+  def muon_axes(params):
+    axes = contrib.MuonDimensionNumbers()
+    return jax.tree.map_with_path(lambda p, x: axes if _decays(p, x, "layers") else None, params)
+
+  match name:
+    case "adamw":
+      direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    case "adafactor":
+      parts = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+      direction = optax.chain(*parts, optax.scale_by_param_block_rms())
+    case "muon":
+      own = {"beta": b1, "eps": eps, "adam_b1": b1, "adam_b2": b2, "mu_dtype": mu_dtype}
+      # It ends in minus the learning rate, which the update applies.
+      direction = contrib.muon(-1.0, **own, muon_weight_dimension_numbers=muon_axes)
+    case "sgd":
+      direction = optax.trace(b1, accumulator_dtype=mu_dtype) if b1 else optax.identity()
+    case _:
+      raise ValueError(f"name: {name!r}; allowed: 'adamw', 'adafactor', 'muon', 'sgd'")
   return optax.chain(
     optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(),
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
-    optax.add_decayed_weights(weight_decay, mask=matrices) if weight_decay else optax.identity(),
+    direction,
+    optax.add_decayed_weights(weight_decay, mask=mask) if weight_decay else optax.identity(),
   )
+
+
+def _decays(path: Any, p: chex.Array, decayed: str) -> bool:
+  """Whether a leaf of the parameters is of this kind."""
+  is_embedding = "embed" in jax.tree_util.keystr(path)
+  return decayed == "all" or (p.ndim > 1 and not (decayed == "layers" and is_embedding))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def moved_towards(reference: Any, params: Any, *, keep: float) -> Any:
+  """The reference after a refresh: keep * reference + (1 - keep) * params, leaf by leaf."""
+  return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, reference, params)
 
 
 def scale_part(
@@ -166,7 +204,7 @@ def make_update(
 
     skipped = (~finite).astype(jnp.int32)
     one = jnp.ones((), jnp.float32)
-    new = TrainState(
+    new = state._replace(
       step=state.step + 1,
       params=keep(params, state.params),
       opt_state=keep(opt_state, state.opt_state),

@@ -109,7 +109,7 @@ def trained(changes, monkeypatch):
   batch = batch_of(config)
   log_ratio = -0.3 * np.cos(np.arange(P * G * T)).reshape(P * G, T)  # Ratios of 0.74 to 1.35.
   params = batch.old_logprobs + jnp.float32(log_ratio)
-  optimizer = setup.adamw(config.optimizer)
+  optimizer = setup.make_optimizer(config.optimizer)
   moments = optimizer.init(params)
   numbers = [setup.hyperparameters(config, n, kl_coef=config.kl.coef) for n in range(len(FACTORS))]
   gradient, _ = jax.grad(grpo.make_loss(config, None), has_aux=True)(params, batch, numbers[0])

@@ -35,6 +35,12 @@ SAMPLED = {  # of policy gradients
   "weighting.top_entropy",
   *("loss.coef", "loss.selected", "loss.covariance_low", "loss.covariance_high", "kl.place"),
 }
+SAMPLED |= {
+  *("entropy.controller", "entropy.final", "entropy.target", "entropy.delta", "entropy.low"),
+  *("entropy.high", "clip.controller", "clip.target", "clip.delta", "clip.high"),
+  *("kl.refresh", "kl.keep", "dynamic.groups", "dynamic.max_rounds"),
+}
+OPTIMIZER = {"optimizer.name", "optimizer.decayed"}
 REWARD_KL = {"kl.gradient", "kl.weighting"}  # Of the loss, where they had it in the reward alone.
 ADDED: dict[str, set[str]] = {
   "dpo": {"data_format", "loss.tail_weight", "max_rows", "reward_isolation"},
@@ -89,6 +95,7 @@ def test_flags_are_what_they_were(name):
   assert wanted.keys() - found.keys() == set()
   of_all = EVERYWHERE if {"seed", "workdir"} <= wanted.keys() else set()
   of_all = of_all | (TRAINED if "steps" in wanted and of_all else set())
+  of_all = of_all | (OPTIMIZER if "optimizer.b1" in wanted else set())
   of_all = of_all | GRADED if "reward_deadline" in wanted else of_all
   assert found.keys() - wanted.keys() == ADDED.get(name, set()) | of_all
   for flag, before in wanted.items():
