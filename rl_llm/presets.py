@@ -78,8 +78,8 @@ SOURCES = {
 REFUSED = {
   "vapo": "its value network is trained first and has a lambda of its own, which ppo does not have",
   "reinforce_plus_plus": (
-    "it is another algorithm: python -m experiments.reinforce --advantage=reinforce_plus_plus "
-    "--loss=ppo_loss --kl.coef=0.01"
+    "it is another algorithm, experiments.reinforce with its advantage of that name, "
+    "--loss=ppo_loss and --kl.coef=0.01"
   ),
 }
 

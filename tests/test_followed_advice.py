@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import linecache
 import re
 import types
 
@@ -31,12 +32,12 @@ from experiments import (
 from launch import halving, run, sweep
 from launch.backends import gke, slots, slurm, tpu
 from launch.backends import population as populations
-from rl_llm import evaluation, policy, tasks
+from rl_llm import evaluation, explain, policy, tasks
 from rl_llm.data import encoding, formats, held_out, loading, prompts
 from rl_llm.errors import UserError
 from rl_llm.parallel import sharding
 from rl_llm.policy import hf, load, model_files
-from rl_llm.rewards import RewardPool, RewardSource
+from rl_llm.rewards import InProcess, RewardPool, RewardSource, layers
 from rl_llm.rollout import collect, demonstrations, drawing, preferences
 from rl_llm.runs import config as configs
 from rl_llm.runs import finite, metrics, run_directory
@@ -51,9 +52,7 @@ from tests.test_advice import shown_texts
 
 # Texts that name a flag, by a part of "where: text": why no test here follows them.
 NOT_FOLLOWED = {
-  "rl_llm.parallel.binding:": "test_hosts.py gives wrong addresses and right ones",
-  "rl_llm.parallel.hosts:": "of several processes, which test_several_hosts.py starts",
-  "rl_llm.parallel.stderr_filter:": "as above",
+  "rl_llm.parallel.": "of several processes, which test_hosts.py and test_several_hosts.py start",
   "is not in \0 what it is in": "as above, and of several file systems",
   "unknown flag --": "test_command_line.py types some",
   "Lower --optimizer.learning_rate": "how far depends on the run; test_grpo.py lets one diverge",
@@ -62,11 +61,11 @@ NOT_FOLLOWED = {
   "launch.plan:": "test_plan.py compiles what the plan advises",
   "--parallel runs more trials": "it takes two launchers; test_search.py has them",
   "a larger --retries": "test_local.py retries",
-  "restore config.json, or give another --workdir": "test_origin.py does",
   "lower --checkpoint.keep": "it takes a full disk; test_origin.py imitates one",
 }
 # Where texts with flags are pages, scripts and names, and no errors.
 NO_ERRORS = {
+  ("rl_llm.runs.metric_keys", "KEYS"),
   ("rl_llm.runs.report_page", "_PAGE"),
   ("rl_llm.runs.run_directory", "started_with"),
   ("experiments.compare", "METHODS"),
@@ -434,6 +433,11 @@ def follow_directories(said, path):
   value = re.search(r"must be (\d+), as in the run", message)[1]
   opened(path / "run", replace(other, {"seed": int(value)}))
   opened(path / "other", other)
+  saved = (path / "run/config.json").rename(path / "saved.json")
+  assert "restore config.json" in refused(said, opened, path / "run", config)
+  opened(path / "third", config)
+  saved.rename(path / "run/config.json")
+  opened(path / "run", replace(other, {"seed": int(value)}))
   content = (path / "rows.jsonl").read_text()
   (path / "rows.jsonl").write_text(content * 2)
   refused(said, opened, path / "run", config)
@@ -587,6 +591,53 @@ def follow_unknown_flags(said, path):
 
   refused(said, config, "help")
   assert config("another_name") == {"another_name": 1}
+
+
+def follow_explanations(said, path):
+  refused(said, explain.grpo, rewards=(1.0,))
+  found = explain.grpo(rewards=(1.0, 0.0, 0.0, 0.0))
+  refused(said, explain.gae, rewards=(0.0, 0.0, 1.0), values=(0.4,))
+  explain.gae(rewards=(0.0, 0.0, 1.0), values=(0.4, 0.6, 0.8))
+  refused(said, explain.ppo, p_old=2.0)
+  explain.ppo(p_old=0.5)
+  refused(said, explain.kl, policy=(0.5, 0.5), reference=(0.2, 0.3, 0.5))
+  explain.kl(policy=(0.5, 0.5), reference=(0.25, 0.75))
+  refused(said, explain.entropy, coef=0.0)
+  explain.entropy(coef=0.5)
+  refused(said, explain.draw, found, path / "figure.png", lang="en")
+  explain.draw(found, path / "figure.svg", lang="en")
+
+
+def follow_graders_of_a_models_text(said, path):
+  """A function that runs text is for confined workers, and these for systems that can confine."""
+  file = path / "runs.py"
+  file.write_text("def reward(prompts, completions):\n  return [eval('1.0') for _ in prompts]\n")
+  names = {}
+  exec(compile(file.read_text(), str(file), "exec"), names)
+  linecache.cache[str(file)] = (0, None, file.read_text().splitlines(True), str(file))
+  refused(said, InProcess, names["reward"])
+  source = RewardSource(str(file))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(layers, "REQUIRED", (*layers.REQUIRED, "moon"))
+    refused(said, RewardPool, source._replace(runs_text=True))
+    with RewardPool(source._replace(runs_text=True), allow_weak_sandbox=True) as pool:
+      assert pool.score(["a"], ["b"], [{}], group_size=1)[0].value == 1.0
+
+
+def follow_files_of_a_reward_file(said, path):
+  data, file = path / "answers.txt", path / "reads.py"
+  file.write_text(
+    "def reward(prompts, completions):\n"
+    f"  return [float(open({str(data)!r}).read()) for _ in prompts]\n"
+  )
+
+  def grade(source):
+    with RewardPool(source) as pool:
+      return pool.score(["a"], ["b"], [{}], group_size=1)[0].value
+
+  refused(said, grade, RewardSource(str(file)))
+  data.write_text("0.5")
+  assert grade(RewardSource(str(file), files=(str(data),))) == 0.5
 
 
 def follow_names_of_other_systems(said, path):

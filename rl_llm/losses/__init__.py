@@ -62,7 +62,7 @@ from rl_llm.losses.unpaired import (
 # flags (`rl_llm.runs.keywords`). The first is the default. All of a tuple have one interface:
 # (logprobs, old_logprobs, advantages, weights, *, mask=None, ...), but for REINFORCE, which has no
 # old policy. A loss that is not 0 where the advantage is 0 must also be named in
-# `policy_term_only` of experiments/grpo.py, which leaves such responses out.
+# `policy_term_only` of experiments/flags.py, which leaves such responses out.
 POLICY_LOSSES = (
   grpo_loss,
   ppo_loss,
