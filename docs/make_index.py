@@ -277,6 +277,7 @@ CALLED = {
   "discounted_returns": ["reinforce --advantage=plain"],
   "entropy_loss": ["grpo --loss.entropy_coef=0.01"],
   "gae": ["ppo"],
+  "informative_groups": ["grpo --dynamic.groups=informative"],
   "kl_cov_mask": ["grpo --loss=kl_cov_loss"],
   "kl_loss": ["grpo --kl.coef=0.04", "reinforce --kl.coef=0.04 --kl.place=loss"],
   "llds_loss": ["grpo --epochs=2 --llds.coef=0.2"],
