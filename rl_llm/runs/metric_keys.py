@@ -237,6 +237,8 @@ KEYS: dict[str, tuple[Key, ...]] = {
     ),
     Key("rejected_reward", "reward", "The same of the rejected answers."),
     Key("margin", "reward", "Mean of chosen minus rejected reward."),
+    Key("chosen_logprobs", "nats", "Mean log-prob of a whole chosen answer."),
+    Key("rejected_logprobs", "nats", "Mean log-prob of a whole rejected answer."),
     Key("chosen_length", "tokens", "Mean length of the chosen answers."),
     Key("rejected_length", "tokens", "Mean length of the rejected answers."),
     Key("log_odds_ratio", "nats", "ORPO's log of the ratio of the two answers' odds."),

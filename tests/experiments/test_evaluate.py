@@ -251,7 +251,7 @@ def test_two_evaluations_do_not_mix(finished, files, changes, said):
 def test_what_changes_no_response_may_change_from_one_call_to_the_next():
   own = volatile(evaluate.Config())
   of_machines = {name for name in own if name.startswith(("mesh.", "distributed."))}
-  assert len(of_machines) == 10
+  assert len(of_machines) == 11
   assert own - of_machines == {"workdir", "code", "k", "reward_workers", "compile_cache"}
   pairs = volatile(make_preferences.Config())
   assert pairs - of_machines == {
