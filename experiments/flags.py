@@ -347,7 +347,7 @@ class Overlong:
     """Refuses a penalty that begins before the first token."""
     limit = self.limit or config.prompts.max_new_tokens
     if self.cache > limit:
-      raise ConfigError("overlong.cache", self.cache, f"at most the limit ({limit} tokens)")
+      raise ConfigError("overlong.cache", f"{self.cache:g}", f"at most the limit ({limit} tokens)")
     for name in ("limit", "coef"):
       if not self.cache and getattr(self, name) != getattr(Overlong(), name):
         allowed = "left out without --overlong.cache"
