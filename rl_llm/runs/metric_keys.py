@@ -323,7 +323,11 @@ KEYS: dict[str, tuple[Key, ...]] = {
     ),
     Key("speed/compile_seconds", "seconds", "Part of time/step spent compiling."),
   ),
-  "Populations": (Key("failure", "", "Why a member stopped, if it did."),),
+  "Populations": (
+    Key("failure", "", "Why a member stopped, if it did."),
+    Key("members", "members", "Members that still train."),
+    Key("reward_best", "reward", "The highest mean reward of a member."),
+  ),
   "Losses of other kinds": (
     Key("kl", "nats", "KL of the policy to the reference, as the loss estimates it."),
     Key("desirable_reward", "reward", "Mean implicit reward of answers known to be good."),

@@ -465,8 +465,8 @@ def test_a_reward_model_is_trained_on_and_the_grader_still_grades(
 @pytest.mark.parametrize(
   ("reward", "error", "message"),
   [
-    ("modle:x", ConfigError, "--reward=modle:x: must be task, or model:DIR"),
-    ("model:", ConfigError, "--reward=model:: must be task, or model:DIR"),
+    ("modle:x", ConfigError, "--reward=modle:x: must be task, FILE.py:function, or model:DIR"),
+    ("model:", ConfigError, "--reward=model:: must be task, FILE.py:function, or model:DIR"),
     ("model:nowhere", WeightsError, "nowhere: no such model directory"),
     ("model:{policy}", WeightsError, "has no reward head"),
     ("model:{judge}", ConfigError, "a reward model over the policy's vocabulary"),
