@@ -144,9 +144,9 @@ def test_a_record_is_what_it_was(name, tmp_path, small, files, data):
   texts = "texts of step 0"
   if found[texts] != wanted[texts]:
     pytest.skip("names and types are right; the values are not compared: another token was drawn")
-  # Of responses that are not on record an evaluation says how many were right, and no more.
-  # Before DPO's first update policy and reference are one, and rounding decides a pair's better one.
+  # Before DPO's first update policy and reference are equal: rounding decides the better answer.
   tied = ("pair_accuracy", "eval/pair_a", "eval/pair_l", "eval/pair_h") if "dpo" in name else ()
+  # Of responses that are not on record an evaluation says how many were right, and no more.
   for key, value in wanted["values of step 0"].items():
     if not key.startswith(tied) and not (found[texts] and key.startswith("eval/sampled")):
       assert found["values of step 0"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
