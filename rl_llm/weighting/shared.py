@@ -86,8 +86,9 @@ def shared_tokens(tokens, advantages, mask, *, group_size, positive=2.0) -> Arra
 def _runs(tokens, members, advantages, group_size):
   """[B, T] bool: the tokens before the first that no good, or no bad, response has at its place."""
   rows, width = tokens.shape
-  tokens, members = (x.reshape(-1, group_size, width) for x in (tokens, members))
-  advantages = advantages.reshape(-1, group_size)
+  groups = rows // group_size
+  tokens, members = (x.reshape(groups, group_size, width) for x in (tokens, members))
+  advantages = advantages.reshape(groups, group_size)
   same = tokens[:, :, None] == tokens[:, None]  # [P, G, G, T]
   same &= members[:, :, None] & members[:, None]
   good, bad = advantages > 0, advantages < 0
