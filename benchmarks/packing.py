@@ -70,7 +70,7 @@ def main(config: Config) -> int:
   policy, params, tokenizer = load_model(config.model)
   texts = make_texts(config, tokenizer.encode(STORY))
   rows = -(-config.texts // config.rows_at_once) * config.rows_at_once
-  loss_fn = sft.make_loss(policy)
+  loss_fn = sft.make_loss(sft.Config(), policy)
   add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right), donate_argnums=0)
   gradient = jax.jit(jax.grad(lambda params, part: loss_fn(params, part, {})[0]))
   batches = {
