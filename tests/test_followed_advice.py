@@ -165,8 +165,9 @@ def follow_settings(said, path):
 def follow_a_recipe_of_another_script(said, path):
   message = refused(said, grpo.Config, preset="reinforce_plus_plus")
   advised = re.findall(r"--([\w.]+)=([\w.]*\w)", message.partition("experiments.reinforce")[2])
-  assert dict(advised)["advantage"] == "reinforce_plus_plus"
-  checked(reinforce, configured(reinforce, {}, advised))
+  assert "advantage of that name" in message and dict(advised)["loss"] == "ppo_loss"
+  named = {"advantage": "reinforce_plus_plus"}
+  checked(reinforce, configured(reinforce, named, advised))
 
 
 def follow_a_format(said, path):

@@ -7,8 +7,10 @@ that this helps. The last test holds what was said against the texts of the sour
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import re
 import shutil
@@ -27,7 +29,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from experiments import evaluate
 from launch import report, results, run, state
 from launch.backends import population as populations
-from rl_llm import tasks
+from rl_llm import __main__, tasks
 from rl_llm.losses import action_ids_of
 from rl_llm.parallel import hosts, sharding
 from rl_llm.policy import make_policy, save_hf, tiny_config
@@ -36,7 +38,7 @@ from rl_llm.rewards import RewardPool, RewardSource, layers
 from rl_llm.rollout import demonstrations, generate, row_keys
 from rl_llm.rollout.reward_model import load_reward_model, save_reward_model
 from rl_llm.rollout.sampling import SamplingConfig
-from rl_llm.runs import checkpoint
+from rl_llm.runs import checkpoint, comparison, reading
 from rl_llm.runs import config as configs
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.text.tokenizers import ByteTokenizer
@@ -49,7 +51,7 @@ from tests.test_sharding import Device
 # Modules whose cures other tests follow.
 ELSEWHERE = ("rl_llm.policy", "rl_llm.data", "rl_llm.text")
 # Texts by a part of "where: text": why no test here follows them.
-NOT_FOLLOWED: dict[str, str] = {}
+NOT_FOLLOWED = {"rl_llm.parallel.hosts:": "test_several_hosts.py starts processes that differ"}
 
 # Of Orbax, where a state cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
@@ -423,6 +425,23 @@ def follow_other_launchers(said, path):
   assert hold() == "alive"  # We stopped it.
 
 
+def follow_pages_of_runs(said, path):
+  """A page that compares runs, and the result of one that has not finished."""
+  runs, page = [path / "a", path / "b"], path / "page.html"
+  for place in runs:
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    (place / "metrics.jsonl").write_text('{"step": 0, "reward_mean": 0.5}\n')
+  with contextlib.redirect_stderr(io.StringIO()) as error:
+    assert __main__.main(["report", str(runs[0]), "--output", str(page)]) == 2
+  said.append(error.getvalue().removeprefix("error: ").rstrip())
+  refused(said, comparison.write_comparison, [runs[0], runs[0]], page)
+  assert __main__.main(["report", *map(str, runs), "--output", str(page)]) == 0 and page.exists()
+  refused(said, reading.result, runs[0])
+  (runs[0] / "result.json").write_text("{}")
+  assert reading.result(runs[0]) == {}
+
+
 def follow_sweeps(said, path, monkeypatch):
   """A directory without a sweep, and one whose trial.json is broken."""
   (path / "sbatch").write_text("#!/bin/sh\n")
@@ -438,7 +457,7 @@ def follow_sweeps(said, path, monkeypatch):
   reported = functools.partial(report.main, report.Config(workdir=str(workdir)))
 
   def seeds():
-    return [row.config["seed"] for row in results.read_rows(workdir, metric="")[1]]
+    return [row.config["seed"] for row in results.rows_of(results.read_trials(workdir), "")]
 
   refused(said, reported)
   assert run.main(config) == 0
