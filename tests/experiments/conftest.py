@@ -55,7 +55,7 @@ def files(tmp_path_factory):
   return directory
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def every_key_is_explained():
   """Whatever a run of these tests writes to metrics.jsonl stands in docs/metrics.md."""
   made = loop.step_rows
