@@ -51,7 +51,7 @@ from tests.test_sharding import Device
 # Modules whose cures other tests follow.
 ELSEWHERE = ("rl_llm.policy", "rl_llm.data", "rl_llm.text")
 # Texts by a part of "where: text": why no test here follows them.
-NOT_FOLLOWED = {"rl_llm.parallel.hosts:": "test_several_hosts.py starts processes that differ"}
+NOT_FOLLOWED: dict[str, str] = {}
 
 # Of Orbax, where a state cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
@@ -68,9 +68,9 @@ def follow_masks(said, path):
 
 
 def follow_several_processes(said, path, monkeypatch):
-  """Two processes' values, as `exchange` brings them together."""
+  """Two processes' values, as `all_gather` brings them together."""
   given = [{"--seed": 3}, {"--seed": 4}]
-  monkeypatch.setattr(hosts, "exchange", lambda what, value: [value, given[1]])
+  monkeypatch.setattr(hosts, "all_gather", lambda what, value: [value, given[1]])
   refused(said, hosts.assert_equal, "settings", given[0])
   given[1] = given[0]
   hosts.assert_equal("settings", given[0])

@@ -192,7 +192,8 @@ def test_a_noted_setting_may_change_from_a_step_on(tmp_path):
   with pytest.raises(ConfigError, match="--batch=9: must be 8"):
     start(Measured(rate=0.125, batch=9))
   write_result(tmp_path, {"steps": 2})  # Nothing is left that another rate could compute.
-  start(Measured(rate=0.125), steps=2)
+  with pytest.raises(ConfigError, match="--rate=0.125: must be 0.25, .* more steps"):
+    start(Measured(rate=0.125), steps=2)
   assert len(said) == 1 and json.loads((tmp_path / "config.json").read_text())["rate"] == 0.25
 
 

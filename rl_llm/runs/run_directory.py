@@ -178,7 +178,13 @@ def open_run(
       workdir, now, config, volatile=set(volatile), new_code=new_code
     )
     # What other code and settings have computed to the end stays theirs.
-    if result is None or steps is None or result["steps"] < steps:
+    unfinished = result is None or steps is None or result["steps"] < steps
+    for path, (value, other) in () if unfinished else settings.items():
+      allowed = f"{value}, with which the run that {workdir} holds has finished"
+      raise ConfigError(
+        path, other, allowed, "more steps train on with it, another --workdir begins anew"
+      )
+    if unfinished:
       write_config(config, workdir)
       data = {name: hash for name, hash in before.items() if not identity.is_code(name, config)}
       now |= data  # Where a data file may change, its hash stays that of the beginning.

@@ -14,8 +14,7 @@ import pytest
 
 from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
-from rl_llm.rollout import generation as rollout
-from rl_llm.rollout import response_logprobs
+from rl_llm.rollout import response_logprobs, scoring
 from rl_llm.training.train_state import init_state
 from rl_llm.training.update import make_update
 from tests.eight_devices.test_update import DESCENT, distance, mesh_of, policy_loss, ragged_batch
@@ -76,12 +75,12 @@ def test_each_device_holds_as_many_logits_as_one_would(monkeypatch):
   """512 tokens' on one device are 4,096 on eight that share the rows, 2,048 on four."""
   seen = []
   monkeypatch.setattr(
-    rollout,
+    scoring,
     "chunked_logprobs_and_entropy",
     lambda hidden, table, tokens, *, chunk_size, **_: seen.append(chunk_size) or (tokens, tokens),
   )
   hidden, tokens = jnp.ones((8, 1, 64)), jnp.ones((8, 1))
   for mesh in (None, mesh_of((2, 4, 1)), mesh_of((2, 2, 2))):
     policy = make_policy(CONFIG, mesh=mesh)
-    rollout.logprobs_of_hidden(params(), hidden, tokens, tokens > 0, policy=policy)
+    scoring.logprobs_of_hidden(params(), hidden, tokens, tokens > 0, policy=policy)
   assert seen == [512, 4096, 2048]
