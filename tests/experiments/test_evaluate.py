@@ -252,16 +252,10 @@ def test_what_changes_no_response_may_change_from_one_call_to_the_next():
   own = volatile(evaluate.Config())
   of_machines = {name for name in own if name.startswith(("mesh.", "distributed."))}
   assert len(of_machines) == 11
-  assert own - of_machines == {"workdir", "code", "k", "reward_workers", "compile_cache"}
+  always = {"workdir", "code", "reward_workers", "reward_sandbox", "compile_cache"}
+  assert own - of_machines == always | {"k"}
   pairs = volatile(make_preferences.Config())
-  assert pairs - of_machines == {
-    "workdir",
-    "code",
-    "out",
-    "pairs_per_problem",
-    "reward_workers",
-    "compile_cache",
-  }
+  assert pairs - of_machines == always | {"out", "pairs_per_problem"}
 
 
 def test_weights_that_changed_under_one_name_do_not_mix(finished, files, models, monkeypatch):
