@@ -83,6 +83,39 @@ class Call(NamedTuple):
   frame: bytes  # what a worker is sent
 
 
+def responses_per_call(
+  unit: str,
+  prompts: Sequence[Prompt],
+  completions: Sequence[str],
+  columns: Sequence[dict[str, Any]],
+  completion_ids: Sequence[Sequence[int]] | None,
+  *,
+  group_size: int,
+) -> int:
+  """How many responses of a batch one call grades.
+
+  >>> responses_per_call("group", ["q"] * 4, ["a"] * 4, [{}] * 4, None, group_size=2)
+  2
+
+  Args:
+    unit: "sample", "group" or "batch".
+    prompts, completions, columns, completion_ids: as `RewardPool.score` takes them.
+    group_size: responses to each prompt.
+
+  Raises:
+    ValueError: there are not as many of each, or a group is not whole.
+  """
+  given = {"prompts": prompts, "completions": completions, "columns": columns}
+  if completion_ids is not None:
+    given["completion_ids"] = completion_ids
+  if len({len(values) for values in given.values()}) > 1:
+    found = ", ".join(f"{len(values)} {name}" for name, values in given.items())
+    raise ValueError(f"{found}: must be as many of each")
+  if len(prompts) % group_size:
+    raise ValueError(f"{len(prompts)} prompts: must be whole groups of group_size={group_size}")
+  return {"sample": 1, "group": group_size, "batch": len(prompts)}[unit]
+
+
 def make_requests(
   prompts: Sequence[Prompt],
   completions: Sequence[str],

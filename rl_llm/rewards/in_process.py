@@ -8,8 +8,15 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from rl_llm.rewards import grading
-from rl_llm.rewards.calls import Prompt, make_requests
-from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, read_reply
+from rl_llm.rewards.calls import Prompt, make_requests, responses_per_call
+from rl_llm.rewards.results import (
+  FAILED,
+  RewardError,
+  RewardResult,
+  failure_share,
+  read_reply,
+  too_many_failures,
+)
 
 _RUNS_TEXT = {"exec", "eval", "compile", "system", "popen", "Popen", "check_output", "subprocess"}
 
@@ -63,21 +70,16 @@ class InProcess:
     steps: int = 1,
   ) -> list[RewardResult]:
     """Grades a batch, as `RewardPool.score` does."""
+    batch = prompts, completions, columns, completion_ids
     unit = "group" if self._unit == "auto" else self._unit
-    responses = {"sample": 1, "group": group_size, "batch": len(prompts)}[unit]
+    responses = responses_per_call(unit, *batch, group_size=group_size)
     within = (-grading.MAX_ABSOLUTE, grading.MAX_ABSOLUTE)
     numbers = {"responses": responses, "step": step, "steps": steps}
     results: list[RewardResult] = []
-    for request in make_requests(prompts, completions, columns, completion_ids, **numbers):
+    for request in make_requests(*batch, **numbers):
       results += read_reply(self._grade(request), len(request["completions"]), within)
-    failed = [number for number, result in enumerate(results) if result.status in FAILED]
-    if failed and (failure_share(results, *FAILED) or 0.0) > self._max_failure_rate:
-      first = results[failed[0]]
-      raise RewardError(
-        f"reward function {self._name} failed on {len(failed)} of {len(results)} samples, "
-        f"more than max_failure_rate={self._max_failure_rate:g} allows; "
-        f"sample {failed[0]} {first.status}: {first.detail}"
-      )
+    if (failure_share(results, *FAILED) or 0.0) > self._max_failure_rate:
+      raise too_many_failures(self._name, results, self._max_failure_rate)
     return results
 
 

@@ -24,9 +24,16 @@ from dataclasses import dataclass, field
 from rl_llm.files import scratch
 from rl_llm.rewards import grading, layers
 from rl_llm.rewards import worker as protocol
-from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls
+from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls, responses_per_call
 from rl_llm.rewards.paths import import_path, readable_paths
-from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, read_reply
+from rl_llm.rewards.results import (
+  FAILED,
+  RewardError,
+  RewardResult,
+  failure_share,
+  read_reply,
+  too_many_failures,
+)
 
 
 @dataclass(eq=False)
@@ -232,17 +239,10 @@ class RewardPool:
       RewardError: every call returned something other than one reward per completion, or more
         than `max_failure_rate` of the batch failed, or workers cannot be started.
     """
-    given = {"prompts": prompts, "completions": completions, "columns": columns}
-    if completion_ids is not None:
-      given["completion_ids"] = completion_ids
-    if len({len(values) for values in given.values()}) > 1:
-      found = ", ".join(f"{len(values)} {name}" for name, values in given.items())
-      raise ValueError(f"{found}: must be as many of each")
-    if len(prompts) % group_size:
-      raise ValueError(f"{len(prompts)} prompts: must be whole groups of group_size={group_size}")
-    responses = {"sample": 1, "group": group_size, "batch": len(prompts)}[self._source.unit]
+    batch = prompts, completions, columns, completion_ids
+    responses = responses_per_call(self._source.unit, *batch, group_size=group_size)
     numbers = {"responses": responses, "step": step, "steps": steps}
-    calls = make_calls(prompts, completions, columns, completion_ids, **numbers)
+    calls = make_calls(*batch, **numbers)
     try:
       results = [result for call in self._grade(calls) for result in call]
     except BaseException:
@@ -254,20 +254,15 @@ class RewardPool:
 
   def _too_many_failures(self, results: Sequence[RewardResult], *, messages: bool) -> RewardError:
     """The message about a function that fails on most samples, and what to do about it."""
-    failed = [index for index, result in enumerate(results) if result.status in FAILED]
-    status, detail = results[failed[0]].status, results[failed[0]].detail
-    advice = ""
+    first = next(result for result in results if result.status in FAILED)
+    status, detail, advice = first.status, first.detail, ""
     if status == "timed_out":
       advice = "; raise --reward_deadline, or grade fewer at a time: --reward_isolation=sample"
     elif detail.startswith(("FileNotFoundError", "ModuleNotFoundError", "PermissionError")):
       advice = "; it sees the modules it imported at first, and files given with --reward_files"
     elif status == "raised" and messages and detail.startswith(("TypeError", "AttributeError")):
       advice = "; completions of prompts that are messages are messages: completion[0]['content']"
-    return RewardError(
-      f"reward function {self._name} failed on {len(failed)} of {len(results)} samples, "
-      f"more than max_failure_rate={self._max_failure_rate:g} allows; "
-      f"sample {failed[0]} {status}: {detail}{advice}"
-    )
+    return too_many_failures(self._name, results, self._max_failure_rate, advice)
 
   def close(self) -> None:
     """Ends all processes and removes the pool's directory."""

@@ -84,6 +84,26 @@ def failure_share(results: Sequence[RewardResult], *statuses: str) -> float | No
   return sum(status in statuses for status in opinions) / len(opinions) if opinions else None
 
 
+def too_many_failures(
+  name: str, results: Sequence[RewardResult], max_failure_rate: float, advice: str = ""
+) -> RewardError:
+  """The error of a function that fails on most samples, with the first failure in it.
+
+  Args:
+    name: of the function.
+    results: of a batch, some of them failed.
+    max_failure_rate: the share that may fail.
+    advice: what to do about it, from its semicolon on.
+  """
+  failed = [index for index, result in enumerate(results) if result.status in FAILED]
+  first = results[failed[0]]
+  return RewardError(
+    f"reward function {name} failed on {len(failed)} of {len(results)} samples, "
+    f"more than max_failure_rate={max_failure_rate:g} allows; "
+    f"sample {failed[0]} {first.status}: {first.detail}{advice}"
+  )
+
+
 def read_reply(reply: dict | None, count: int, within: tuple[float, float]) -> list[RewardResult]:
   """Judges a worker's answer, which the text it graded may have forged: nothing is trusted.
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import grpo
 from rl_llm.errors import ConfigError, UserError
-from rl_llm.rewards import RewardSource
+from rl_llm.rewards import InProcess, RewardSource
 from rl_llm.runs.functions import from_file
 from rl_llm.tasks import Problem, Task, load_task
 from tests.experiments.helpers import outcome, settings
@@ -116,3 +116,12 @@ def test_a_loss_of_ones_own_is_trained_with(tmp_path, small, files):
 
 def flat(params):
   return np.concatenate([np.ravel(params[name]) for name in sorted(params)])
+
+
+def test_a_batch_in_this_process_is_checked_as_a_pools_is():
+  """As many of each, in whole groups: a row too few would be graded with another's columns."""
+  with InProcess(lambda prompts, completions, **columns: [1.0] * len(prompts)) as grader:
+    with pytest.raises(ValueError, match="2 prompts, 2 completions, 1 columns: must be as many"):
+      grader.score(["q", "q"], ["a", "b"], [{}])
+    with pytest.raises(ValueError, match="3 prompts: must be whole groups of group_size=2"):
+      grader.score(["q"] * 3, ["a"] * 3, [{}] * 3, group_size=2)
