@@ -10,7 +10,17 @@ import typing
 import numpy as np
 import pytest
 
-from benchmarks import generation, grpo_step, logprobs, packing, population, rollout, timing, update
+from benchmarks import (
+  generation,
+  grpo_step,
+  logprobs,
+  packing,
+  population,
+  refill,
+  rollout,
+  timing,
+  update,
+)
 from benchmarks.grpo_step import BenchmarkError, Config, check_same, interpreters, main, table
 from benchmarks.peers import SIDES, side
 from benchmarks.side import memory_gbytes, prompt_texts, reward
@@ -271,3 +281,19 @@ def test_log_probs_in_blocks_are_timed_against_dense_ones(capsys):
   assert logprobs.main(config) == 0
   said = capsys.readouterr().out
   assert "24 tokens, D = 16, V = 40" in said and "times the floor" in said
+
+
+@pytest.mark.slow
+def test_refill_is_compared_at_equal_samples_and_at_equal_seconds(tmp_path, capsys):
+  config = refill.Config(model="tiny", task="copy", seeds=(0,), steps=4, workdir=str(tmp_path))
+  refill.measure_refill(config)
+  said = capsys.readouterr().out
+  assert "| | DAPO without refill | DAPO with refill |" in said
+  both = refill.measure(config)
+  plain, refilled = (runs[0] for runs in both.values())
+  assert plain["rounds"] == 1 and plain["points"][-1]["samples"] == 4 * 12 * 8
+  # Half the steps, each of at least one round.
+  assert refilled["points"][-1]["samples"] >= 2 * 12 * 8
+  budget = min(run["points"][-1]["samples"] for run in (plain, refilled))
+  assert f"accuracy within {budget:,.0f} samples, seed 0" in said
+  assert (tmp_path / "refill.svg").exists() and "refill.svg" in (tmp_path / "refill.md").read_text()

@@ -5,18 +5,26 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 def curve(rows: Sequence[dict], *, responses: int) -> list[dict[str, float]]:
-  """A run's evaluations: each accuracy, with the tokens and seconds of training before it."""
-  tokens = seconds = 0.0
+  """A run's evaluations: each accuracy, with the samples, tokens and seconds of training before it.
+
+  Args:
+    rows: of metrics.jsonl.
+    responses: sampled in each round of a step; a step that refills (DAPO) has several rounds.
+  """
+  samples = tokens = seconds = 0.0
   points = []
   for row in rows:
     if row.get("eval/sampled_accuracy") is not None:
       found = {name: row[f"eval/sampled_{name}"] for name in ("accuracy", "low", "high")}
-      points.append({"tokens": tokens, "seconds": seconds, **found})
-    tokens += responses * row.get("response_length_mean", 0.0)
+      points.append({"samples": samples, "tokens": tokens, "seconds": seconds, **found})
+    if "response_length_mean" in row:
+      sampled = responses * row.get("refill/rounds", 1)
+      samples += sampled
+      tokens += sampled * row["response_length_mean"]
     seconds += sum(row.get(f"time/{phase}", 0.0) for phase in phases([row]))
   return points
 
@@ -94,13 +102,20 @@ def markdown(columns: Sequence[Mapping[str, str]]) -> str:
   return "\n".join([lines[0], "|---" * (len(columns) + 1) + "|", *lines[1:], ""])
 
 
-def draw(methods: Mapping[str, Sequence[dict]], path: Path, *, target: float) -> None:
-  """Draws accuracy against tokens sampled, and against minutes of training; needs matplotlib.
+def draw(
+  methods: Mapping[str, Sequence[dict]],
+  path: Path,
+  *,
+  cost: Literal["tokens", "samples"] = "tokens",
+  target: float | None = None,
+) -> None:
+  """Draws accuracy against what was sampled, and against minutes of training; needs matplotlib.
 
   Args:
     methods: method name -> its trials; each has its `curve` as "points".
     path: the image file; its suffix sets the format. The same data give the same SVG.
-    target: an accuracy to mark.
+    cost: what the left half counts.
+    target: an accuracy to mark; None: none.
   """
   import matplotlib
 
@@ -110,7 +125,7 @@ def draw(methods: Mapping[str, Sequence[dict]], path: Path, *, target: float) ->
 
   figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
   for color, (method, trials) in enumerate(methods.items()):
-    for axis, key, scale in ((axes[0], "tokens", 1e3), (axes[1], "seconds", 60)):
+    for axis, key, scale in ((axes[0], cost, 1e3), (axes[1], "seconds", 60)):
       for number, trial in enumerate(trials):
         axis.plot(
           [point[key] / scale for point in trial["points"]],
@@ -121,10 +136,11 @@ def draw(methods: Mapping[str, Sequence[dict]], path: Path, *, target: float) ->
           linewidth=1.2,
           label=method if number == 0 else None,
         )
-  axes[0].set(xlabel="tokens sampled, thousands", ylabel="held-out accuracy at temperature 1")
+  axes[0].set(xlabel=f"thousands of {cost}", ylabel="held-out accuracy at temperature 1")
   axes[1].set(xlabel="minutes of training, evaluations left out", ylim=(0, 1))
   for axis in axes:
-    axis.axhline(target, color="0.7", linewidth=0.8, zorder=0)
+    if target is not None:
+      axis.axhline(target, color="0.7", linewidth=0.8, zorder=0)
     axis.spines[["top", "right"]].set_visible(False)
   axes[0].legend(frameon=False)
   figure.savefig(path, metadata={"Date": None})

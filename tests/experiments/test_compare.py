@@ -113,6 +113,12 @@ def test_the_curve_counts_what_was_sampled_and_what_trained():
   assert curves.tokens_to(points, 0.95) is None and curves.tokens_to(points, 0.1) == 0
 
 
+def test_the_curve_counts_every_round_of_a_step_that_refilled():
+  first, last = ROWS[0] | {"refill/rounds": 3}, ROWS[-1]
+  points = curves.curve([first, last], responses=10)
+  assert [(p["samples"], p["tokens"]) for p in points] == [(0, 0), (3 * 10, 3 * 10 * 5)]
+
+
 def test_the_table_has_a_column_a_method_and_a_row_a_seed(tmp_path):
   config = dataclasses.replace(
     TOY, methods=("dpo", "grpo"), seeds=(3,), variance_batches=0, workdir=str(tmp_path)
