@@ -92,7 +92,7 @@ HEAD = """# Performance
 
 `make bench` runs these one after another and writes this page: each command, and what it printed.
 Sides that are compared take turns within one run, so that whatever else the machine does meets both
-alike; ratios are medians. A floor is what the products alone would take at the rate of a large
+the same; ratios are medians. A floor is what the products alone would take at the rate of a large
 square product in the same run, or the bytes at the rate of memory where that is longer.
 """
 

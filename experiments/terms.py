@@ -1,6 +1,8 @@
 """Groups of flags of a policy gradient's further terms: what corrects, holds or stops its updates.
 
 They are parts of `experiments.flags.Updates`, so every script that updates from responses has them.
+What `--loss` and `--advantage` may name is not here: `POLICY_LOSSES` and `PREFERENCE_LOSSES` of
+rl_llm/losses/__init__.py, `GROUP_ADVANTAGES` of rl_llm/advantages/group.py.
 """
 
 from __future__ import annotations

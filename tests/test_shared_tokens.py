@@ -68,7 +68,7 @@ def test_groups_are_compared_within_and_token_advantages_by_their_sum():
 
 
 def test_a_shared_beginning_is_no_longer_pushed_down():
-  """Three wrong answers and a right one begin alike: GRPO lowers that token's log-prob."""
+  """Three wrong answers and a right one begin the same: GRPO lowers that token's log-prob."""
   tokens = np.array([[1, 2], [1, 3], [1, 3], [1, 4]])
   advantages, mask = np.array([0.5, -0.5, -0.5, -0.5]), np.ones((4, 2), bool)
   logprobs = jnp.log(jnp.full((4, 2), 0.5))

@@ -46,7 +46,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
 
 
 class Filling:
-  """A file on a disk with room for so many bytes more; a write takes what fits."""
+  """A file on a disk with room for `room` bytes more; a write takes what fits."""
 
   def __init__(self, file, room):
     self.file, self.room = file, room

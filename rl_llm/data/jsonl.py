@@ -55,7 +55,7 @@ class Bounds:
     self.max_bytes = max(_BYTES, _RATIO * os.path.getsize(path))
 
   def add(self, rows: int, size: int) -> None:
-    """Counts so many rows, and bytes of text.
+    """Counts rows that were read, and bytes of text.
 
     Raises:
       DataError: it is too much.

@@ -18,7 +18,8 @@ hosts. An objective is their sum, written out by the caller:
 >>> gradient.tolist()
 [[-0.5, -0.5]]
 
-Importing this package loads jax, numpy and chex, and nothing else.
+Importing this package loads jax, numpy and chex, and nothing else. To add a loss, write it in a
+file of its family, and name it below, where `POLICY_LOSSES` says what that does.
 """
 
 from rl_llm.losses.anchored import apo_down_loss, apo_zero_loss, bco_loss, nca_loss, sppo_loss

@@ -1,4 +1,7 @@
-"""Decoding: read prompts, then sample a token a step for every row that has not ended."""
+"""Decoding: read prompts, then sample a token a step for every row that has not ended.
+
+The draw itself, logits to a token, is `rl_llm.rollout.sampling.sample`.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,9 @@ response that has ended makes room for the next, so that short answers do not wa
 The loop's whole state is one documented pytree, `DecodeState`. Weights are arguments, so a rollout
 can never silently use stale weights. Each row has its own key, so its tokens depend only on its
 problem and its key, and on nothing else in the batch.
+
+`rl_llm/rollout/decoding.py` has the steps of the loop, `rl_llm/rollout/sampling.py` how each draws
+a token from its logits.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class _Header:
     return fields, tensors
 
   def refuse_over(self, size: int, what: str) -> None:
-    """Refuses so many bytes of something that the file ends before them."""
+    """Refuses a size in bytes that reaches beyond the end of the file."""
     if size > len(self.data) - self.at:
       raise ValueError(f"its {what} at byte {self.at} go past the end")
 

@@ -2,7 +2,11 @@
 
 An experiment provides its first state and two functions: `sample` returns a step's experience and
 may be interrupted; `learn` makes the step's updates from it and may not. Everything else that
-happens at a step follows from what these two return, in one place.
+happens at a step follows from what these two return, in one place: `train_loop`.
+
+At a kill: a step's lines are on record before a checkpoint includes it, and the run resumes from
+the newest checkpoint, bit for bit (docs/design.md, "What a checkpoint holds, and why a kill is
+harmless"). What SIGINT and SIGTERM do: `rl_llm/runs/signals.py`.
 """
 
 from __future__ import annotations
@@ -490,7 +494,9 @@ def announced(update: Callable, run: Run) -> Callable:
 def finish(run: Run, *, checkpoints_kept: int | None = None) -> dict[str, Any]:
   """Writes result.json, the last of a run's files; shows the result to a person.
 
-  Of the checkpoints so many stay; None: all.
+  Args:
+    run: its directory is written to.
+    checkpoints_kept: how many checkpoints to keep, the newest; None: all.
   """
   result = None
   if hosts.is_main():

@@ -167,7 +167,7 @@ def test_each_loss_sees_the_right_answers_on_the_right_side(name, monkeypatch):
 
 
 def test_tokens_past_the_shorter_answer_count_as_told(monkeypatch):
-  """LD-DPO, in the policy's and the reference's log-probs alike."""
+  """LD-DPO, in the log-probs of both the policy and the reference."""
   changes = {"loss.name": "dpo_loss", "loss.tail_weight": 0.25}
   loss, _, gradient, (logprobs, ref, mask) = objective(changes, monkeypatch)
   wanted, tails = 0.0, 0

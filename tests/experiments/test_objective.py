@@ -165,7 +165,7 @@ def test_a_factor_is_what_was_asked_for(tmp_path, small, files, monkeypatch, cha
 
 
 def test_shared_tokens_count_as_told():
-  """A right and a wrong response begin alike; a model of random weights hardly ever does."""
+  """A right and a wrong response begin with one token: those of random weights hardly ever do."""
   tokens, mask = np.array([[4, 5], [4, 6]]), np.ones((2, 2), bool)
   batch = ResponseBatch(
     np.zeros((1, 1), int), np.ones(1, int), tokens, mask, mask, advantages=np.array([1.0, -1.0])
