@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from rl_llm.parallel.sharding import shard
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import LanguageModel, load_model
+from rl_llm.runs.chips import find_peak
 from rl_llm.runs.metric_keys import explained
 from rl_llm.text.tokenizers import ByteTokenizer
 from rl_llm.training import loop
@@ -20,7 +22,10 @@ from tests.experiments.helpers import REWARD, Chatty
 
 @pytest.fixture
 def small(monkeypatch):
-  """In every experiment `--model=tiny` is one narrow layer and `Chatty`; reports are not drawn."""
+  """In every experiment `--model=tiny` is one narrow layer and `Chatty`.
+
+  Reports are not drawn, and the peak of the CPU is not measured: that takes longer than a step.
+  """
   config = dataclasses.replace(
     tiny_config(ByteTokenizer.vocab_size),
     n_layers=1,
@@ -42,6 +47,8 @@ def small(monkeypatch):
 
   monkeypatch.setattr("rl_llm.policy.load.load_model", load)
   monkeypatch.setattr("rl_llm.training.loop.write_report", lambda workdir, live: None)
+  quick = functools.partial(find_peak, measure=lambda device, dtype: 1e11)
+  monkeypatch.setattr("rl_llm.runs.chips.find_peak", quick)
   return policy
 
 

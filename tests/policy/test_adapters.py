@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -26,12 +27,16 @@ from tests.policy.make_goldens import adapted
 numpy_files = pytest.importorskip("safetensors.numpy")
 
 CONFIG = dataclasses.replace(tiny_config(32), qkv_bias=True)
-PARAMS = jax.jit(make_policy(CONFIG).init)(jax.random.key(0))
 ASKED = {"rank": 3, "alpha": 6.0, "targets": "attention/(query|value)"}
 
 
+@functools.cache  # At the first test, not when tests are collected.
+def weights():
+  return jax.jit(make_policy(CONFIG).init)(jax.random.key(0))
+
+
 def split(seed=1, **changes):
-  return split_lora(PARAMS, jax.random.key(seed), **(ASKED | changes))
+  return split_lora(weights(), jax.random.key(seed), **(ASKED | changes))
 
 
 def paths(tree):
@@ -43,7 +48,7 @@ def paths(tree):
 
 @pytest.fixture
 def saved(tmp_path):
-  save_adapter(tmp_path / "adapter", adapted(PARAMS, **ASKED), base="models/base")
+  save_adapter(tmp_path / "adapter", adapted(weights(), **ASKED), base="models/base")
   return tmp_path / "adapter"
 
 
@@ -85,7 +90,7 @@ def test_names_shapes_and_config_are_those_of_peft(saved):
 
 
 def test_what_was_saved_comes_back_bit_for_bit(saved):
-  wanted = adapted(PARAMS, **ASKED)
+  wanted = adapted(weights(), **ASKED)
   frozen, fresh = split()
   trained = load_adapter(saved, join(frozen, fresh))
   assert paths(trained) == paths(fresh)
@@ -96,7 +101,7 @@ def test_what_was_saved_comes_back_bit_for_bit(saved):
 @pytest.mark.parametrize("rank", [3, 7])
 def test_alpha_survives_its_division_by_the_rank(tmp_path, rank, alpha):
   asked = ASKED | {"rank": rank, "alpha": alpha}
-  save_adapter(tmp_path / "adapter", adapted(PARAMS, **asked), base="")
+  save_adapter(tmp_path / "adapter", adapted(weights(), **asked), base="")
   written = config_of(tmp_path / "adapter")["lora_alpha"]
   assert written == pytest.approx(alpha, rel=1e-6) and len(str(written)) <= 12
   load_adapter(tmp_path / "adapter", join(*split(rank=rank, alpha=alpha)))
@@ -105,7 +110,7 @@ def test_alpha_survives_its_division_by_the_rank(tmp_path, rank, alpha):
 def test_matrices_of_some_layers_are_named_in_full(tmp_path):
   """The last part of a name means every layer to PEFT."""
   asked = ASKED | {"targets": "layers_1/attention/query|up"}
-  save_adapter(tmp_path / "adapter", adapted(PARAMS, **asked), base="")
+  save_adapter(tmp_path / "adapter", adapted(weights(), **asked), base="")
   assert config_of(tmp_path / "adapter")["target_modules"] == [
     "model.layers.1.self_attn.q_proj",
     "up_proj",
@@ -115,7 +120,7 @@ def test_matrices_of_some_layers_are_named_in_full(tmp_path):
 def test_half_precision_becomes_float32(saved):
   rewrite(saved, lambda tensors: {n: t.astype(jnp.bfloat16) for n, t in tensors.items()})
   trained = load_adapter(saved, join(*split()))
-  wanted = adapted(PARAMS, **ASKED)["layers_1"]["attention"]["query"]["lora_a"]
+  wanted = adapted(weights(), **ASKED)["layers_1"]["attention"]["query"]["lora_a"]
   found = trained["layers_1"]["attention"]["query"]["lora_a"]
   assert found.dtype == jnp.float32
   np.testing.assert_array_equal(found, wanted.astype(jnp.bfloat16).astype(jnp.float32))
@@ -151,7 +156,7 @@ def test_other_adapters_than_those_asked_for_are_refused(saved, asked, message):
 )
 def test_what_the_refusal_names_is_what_the_adapter_has(tmp_path, targets):
   """An adapter of some layers, such as PEFT's layers_to_transform makes: its advice, followed."""
-  wanted = adapted(PARAMS, **ASKED | {"targets": targets})
+  wanted = adapted(weights(), **ASKED | {"targets": targets})
   save_adapter(tmp_path / "adapter", wanted, base="")
   with pytest.raises(WeightsError) as refused:
     load_adapter(tmp_path / "adapter", join(*split(rank=2, targets=".")))
@@ -170,7 +175,7 @@ def test_an_adapter_of_the_head_cannot_be_asked_for(saved):
 
 
 def test_an_adapter_of_another_model_is_refused(saved):
-  narrow = jax.tree.map(lambda x: x[:, :48] if x.shape[1:] == (64,) else x, PARAMS)
+  narrow = jax.tree.map(lambda x: x[:, :48] if x.shape[1:] == (64,) else x, weights())
   with pytest.raises(
     WeightsError,
     match=r"leaf 'layers_0/attention/query/lora_a' has shape \(3, 64\), the model's is \(3, 48\)",
@@ -215,7 +220,7 @@ def test_damaged_and_missing_files_are_refused(saved, tmp_path):
 
 def test_nothing_is_overwritten_and_weights_without_adapters_have_none(saved):
   with pytest.raises(WeightsError, match="already exists"):
-    save_adapter(saved, adapted(PARAMS, **ASKED), base="")
+    save_adapter(saved, adapted(weights(), **ASKED), base="")
   with pytest.raises(WeightsError, match="params: no adapters"):
-    save_adapter(saved.parent / "other", PARAMS, base="")
+    save_adapter(saved.parent / "other", weights(), base="")
   assert os.listdir(saved.parent) == ["adapter"]

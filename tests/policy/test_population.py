@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,25 @@ from rl_llm.rollout.sampling import SamplingConfig
 
 MEMBERS, PROMPTS, GROUP, STEPS = 3, 2, 2, 5
 POLICY = make_policy(dataclasses.replace(tiny_config(32), n_layers=1))
-# Sharper than random weights are, so that a member's tokens tell it from the others; three times as
-# large they make 3e-5 of rounding.
-PARAMS = jax.tree.map(lambda x: 2 * x, jax.jit(POLICY.init)(jax.random.key(0)))
+
+
+@functools.cache  # At the first test, not when tests are collected.
+def weights():
+  """Sharper than random weights are, so that a member's tokens tell it from the others.
+
+  Three times as large they make 3e-5 of rounding.
+  """
+  return jax.tree.map(lambda x: 2 * x, jax.jit(POLICY.init)(jax.random.key(0)))
+
+
+def with_adapters(number):
+  """(frozen, adapters as after some training: B is not 0)."""
+  return _with_adapters(weights(), number)
 
 
 @jax.jit
-def with_adapters(number):
-  """(frozen, adapters as after some training: B is not 0)."""
-  frozen, own = split_lora(PARAMS, jax.random.key(number), rank=2, alpha=8.0)
+def _with_adapters(params, number):
+  frozen, own = split_lora(params, jax.random.key(number), rank=2, alpha=8.0)
   shake = jax.random.key(100 + number)
   return frozen, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(shake, x.shape), own)
 
@@ -85,7 +96,7 @@ def test_a_decode_step_reads_each_shared_matrix_once():
   found = [with_adapters(number) for number in range(MEMBERS)]
   frozen = found[0][0]
   own = jax.tree.map(lambda *x: jnp.stack(x), *(own for _, own in found))
-  matrices = {leaf.shape for leaf in jax.tree.leaves(PARAMS) if leaf.ndim == 2}
+  matrices = {leaf.shape for leaf in jax.tree.leaves(weights()) if leaf.ndim == 2}
 
   def of_base(policy, params, rows):
     tokens = jnp.zeros((rows, 1), jnp.int32)
