@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import os
 import subprocess
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,13 +208,14 @@ def sources(path: Path, module: str = "") -> dict[str, Path]:
   module = module or ".".join(path.with_suffix("").relative_to(root).parts)
   found, left, seen = {module: path}, [(module, path)], set()
   while left:
-    wanted = set(_imports(*left.pop())) - seen
+    imported = set(_imports(*left.pop()))
+    wanted = {name for whole in imported for name in _and_packages(whole)} - seen
     seen |= wanted
     for name in sorted(wanted):
-      for new, place in _files(name, root):
-        if new not in found and place != path:
-          found[new] = place
-          left.append((new, place))
+      place = _file(name, root)
+      if place is not None and name not in found and place != path:
+        found[name] = place
+        left.append((name, place))
   return found
 
 
@@ -234,18 +236,23 @@ def _imports(name: str, file: Path) -> Iterator[str]:
     yield from (base, *(f"{base}.{name}" for name in names))
 
 
-def _files(name: str, root: Path) -> Iterable[tuple[str, Path]]:
-  """(module, file) of a module and of the packages around it, where they are ours."""
+def _and_packages(name: str) -> Iterator[str]:
+  """A module's dotted name, and those of the packages around it."""
+  parts = name.split(".")
+  return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def _file(name: str, root: Path) -> Path | None:
+  """The file of a module, if it is ours."""
   parts = name.split(".")
   foreign = "site-packages" in root.parts or root.is_relative_to(_STANDARD)
   roots = [] if foreign else [root]
   roots += [_LIBRARY] if parts[0] in _OF_LIBRARY else []
-  for count in range(1, len(parts) + 1):
-    for place in (folder.joinpath(*parts[:count]) for folder in roots):
-      file = next(filter(Path.is_file, (place / "__init__.py", place.with_suffix(".py"))), None)
-      if file is not None:
-        yield ".".join(parts[:count]), file.resolve()
-        break
+  for place in (str(folder.joinpath(*parts)) for folder in roots):
+    for file in (f"{place}/__init__.py", f"{place}.py"):
+      if os.path.isfile(file):
+        return Path(file).resolve()
+  return None
 
 
 def _commit(directory: Path) -> tuple[str, bool]:
