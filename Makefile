@@ -2,7 +2,7 @@
 # make test   the quick tests, minutes;  make test-slow  the slow ones: whole trainings, several processes, eight devices
 # make test-full  both, and the long trials (about an hour);  make lint
 # make test-slurm  an array of trials on a real Slurm, which it installs (Debian) and starts on this machine alone
-# make test-site  every page of the site in Chromium (Debian's), at a phone's width and a screen's
+# make test-site  every page of the site in Chromium, at a phone's width and a screen's; apt-get installs what it needs
 # make bench  all benchmarks, docs/results/performance.md; TRL and Tunix get virtual environments of their own
 # make bench-peers  only these environments: .venv-trl (about 1.5 GB) and .venv-tunix (about 1 GB)
 # make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
@@ -51,6 +51,9 @@ lint: $(VENV)/test-$(VERSION)
 	$(BIN)/ruff format --check --quiet .
 
 test-site: $(VENV)/test-$(VERSION)
+	@{ command -v chromium && fc-list :lang=ja | grep -q .; } >/dev/null 2>&1 || { $(SUDO) apt-get update -q && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+	  chromium fontconfig fonts-noto-cjk; }
 	RL_LLM_SITE=1 $(BIN)/python -m pytest -q tests/test_site.py tests/test_site_in_browser.py
 
 bench: $(VENV)/run-$(VERSION) bench-peers
