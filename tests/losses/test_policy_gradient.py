@@ -115,6 +115,16 @@ def test_the_clip_fractions_count_every_token_without_a_gradient(limit, bad):
   assert np.sum(stopped[1] & (log_ratios > 0)) == bad
 
 
+@pytest.mark.parametrize("advantage, ratio", [(1.0, 0.5), (1.0, 2.0), (-1.0, 0.5), (-1.0, 2.0)])
+def test_a_ratio_at_the_end_of_the_range_has_its_whole_slope(advantage, ratio):
+  logprobs, ones = jnp.log(jnp.array([[ratio]])), jnp.ones((1, 1))
+  assert jnp.exp(logprobs) == ratio  # so that both branches are equal
+  bounds = {"clip_low": 0.5, "clip_high": 1.0}
+  arrays = logprobs, jnp.zeros((1, 1)), jnp.array([advantage]), ones
+  (loss, _), slope = PPO(*arrays, **bounds)
+  assert loss == -ratio * advantage and slope == -ratio * advantage
+
+
 def test_at_ratio_one_ppo_has_the_gradient_of_reinforce():
   for weights in (WEIGHTS, np.asarray(weighting.token_mean(MASK))):
     _, reinforce = REINFORCE(OLD, ADVANTAGES, weights)
