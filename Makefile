@@ -3,6 +3,7 @@
 # make test-full  both, and the long trials (about an hour);  make lint
 # make test-slurm  an array of trials on a real Slurm, which it installs (Debian) and starts on this machine alone
 # make test-site  every page of the site in Chromium, at a phone's width and a screen's; apt-get installs what it needs
+# make faults  what a run must survive, F1 to F40, with all trials, up to two hours; docs/results/faults.*; ROWS=F1,F8: some
 # make bench  all benchmarks, docs/results/performance.md; TRL and Tunix get virtual environments of their own
 # make bench-peers  only these environments: .venv-trl (about 1.5 GB) and .venv-tunix (about 1 GB)
 # make compare REINFORCE, PPO, DPO and GRPO side by side, three seeds each, about two hours; docs/results/compare.*
@@ -24,7 +25,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-slow test-full test-slurm test-site lint bench bench-peers compare parity docs site clean
+.PHONY: run test test-slow test-full faults test-slurm test-site lint bench bench-peers compare parity docs site clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -38,6 +39,9 @@ test-slow: $(VENV)/test-$(VERSION)
 
 test-full: $(VENV)/test-$(VERSION)
 	RL_LLM_FULL=1 $(BIN)/python -m pytest -q tests
+
+faults: $(VENV)/test-$(VERSION)
+	$(BIN)/python -m tests.faults --rows=$(ROWS)
 
 # Debian's own packages, and no service of theirs: the tests start daemons of their own.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)

@@ -208,9 +208,21 @@ class Optimizer:
   max_grad_norm: float = option(1.0, "gradients of a larger norm are scaled down; 0 = never", min=0)
   mu_dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of Adam's mean gradient")
   max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
+  spike_window: int = option(
+    0,
+    "skip updates whose gradient's norm is above mean + spike_sigma * std of so many before; "
+    "0 = never",
+    min=0,
+  )
+  spike_sigma: float = option(6.0, "standard deviations; see spike_window", above=0)
 
   def check(self, config: Any) -> None:
     """Refuses a warm-up that never ends, and numbers that the optimiser does not have."""
+    if self.spike_window == 1:
+      raise ConfigError("optimizer.spike_window", 1, "0, or at least 2")
+    if not self.spike_window and self.spike_sigma != Optimizer().spike_sigma:
+      allowed = "left out without --optimizer.spike_window"
+      raise ConfigError("optimizer.spike_sigma", self.spike_sigma, allowed)
     unused = {"adafactor": ("b1", "b2", "eps", "mu_dtype"), "sgd": ("b2", "eps")}
     for name in unused.get(self.name, ()):
       if (value := getattr(self, name)) != getattr(Optimizer(), name):

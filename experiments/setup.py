@@ -36,7 +36,7 @@ from rl_llm.runs.run_directory import Run, default_workdir, found_workdir, opene
 from rl_llm.runs.trained import checkpoint_of, load_trained, restore_part
 from rl_llm.text.conversations import resolve_format
 from rl_llm.text.tokenizers import Tokenizer
-from rl_llm.training import control, loop, objective, update
+from rl_llm.training import control, loop, objective, spikes, update
 from rl_llm.training import minibatches as responses
 from rl_llm.training.train_state import parameter_count
 
@@ -517,7 +517,10 @@ def make_optimizer(options: flags.Optimizer) -> optax.GradientTransformation:
   """The optimiser that the flags describe, without its learning rate."""
   names = ("name", "b1", "b2", "eps", "weight_decay", "decayed", "max_grad_norm")
   numbers = {name: getattr(options, name) for name in names}
-  return update.make_optimizer(**numbers, mu_dtype=jnp.dtype(options.mu_dtype))
+  found = update.make_optimizer(**numbers, mu_dtype=jnp.dtype(options.mu_dtype))
+  if not options.spike_window:
+    return found
+  return spikes.skip_spikes(found, window=options.spike_window, sigma=options.spike_sigma)
 
 
 def learning_rate(config: Any, step: int) -> float:
@@ -546,7 +549,12 @@ def hyperparameters(
     numbers["kl_coef"] = config.kl.coef
   terms = {"llds_coef": size.llds.coef, "nll_coef": size.positive_nll_coef}
   numbers |= {name: coef for name, coef in terms.items() if coef}
-  return jax.tree.map(jnp.float32, numbers | further)
+  numbers = jax.tree.map(_float32, numbers | further)
+  return jax.device_put(numbers)  # By name: see `minibatches`.
+
+
+def _float32(number: Any) -> Any:
+  return (jnp if isinstance(number, jax.Array) else np).float32(number)
 
 
 def entropy_coef(config: Any, step: int) -> float:

@@ -290,7 +290,7 @@ def test_a_sound_step_is_never_overwritten(two_steps):
 # Damage (F8, F9, F10)
 
 
-def test_every_flipped_bit_is_detected(two_steps, errors):
+def test_every_flipped_bit_is_detected(two_steps, errors, record_property):
   """Raw Orbax restores flipped array data without a word."""
   rng = random.Random(0)
   files = [f for f in files_of(two_steps / "2") if f.stat().st_size]
@@ -306,11 +306,14 @@ def test_every_flipped_bit_is_detected(two_steps, errors):
     with pytest.raises(CheckpointError, match=file.name):
       Checkpointer(two_steps).restore(W, 2)
     file.write_bytes(good)
+    record_property("F8", 1)
   assert Checkpointer(two_steps).latest() == 2
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
-def test_every_missing_or_short_file_is_detected_and_told_once(two_steps, errors, damage):
+def test_every_missing_or_short_file_is_detected_and_told_once(
+  two_steps, errors, damage, record_property
+):
   shutil.copytree(two_steps / "2", two_steps.parent / "good")
   for file in files_of(two_steps / "2"):
     size = file.stat().st_size
@@ -327,6 +330,7 @@ def test_every_missing_or_short_file_is_detected_and_told_once(two_steps, errors
       assert f"has {size - 1} bytes, {size} were written" in errors[0]
     shutil.rmtree(two_steps / "2")
     shutil.copytree(two_steps.parent / "good", two_steps / "2")
+    record_property("F9", 1)
   assert Checkpointer(two_steps).latest() == 2
 
 
@@ -533,7 +537,7 @@ KILLS = """
 """
 
 
-def test_sigkill_inside_a_save_loses_nothing_finished(tmp_path):
+def test_sigkill_inside_a_save_loses_nothing_finished(tmp_path, record_property):
   """F2: the step last acknowledged, or the one under way, is there and loads, each time."""
   kills = 30 if FULL else 5
   done = run_python(KILLS.format(directory=str(tmp_path / "run"), kills=kills))
@@ -548,6 +552,7 @@ def test_sigkill_inside_a_save_loses_nothing_finished(tmp_path):
   }
   step, state, _ = checkpointer.restore(wanted)
   assert (state["w"] == step).all()
+  record_property("F2", kills)
 
 
 SMALL_DISK = """
@@ -636,20 +641,22 @@ def test_an_interrupted_save_leaves_nothing_and_can_be_repeated(two_steps, monke
   assert checkpointer.latest() == 3
 
 
-def test_saving_again_and_again_does_not_grow(tmp_path):
-  """F14. A leak of one state per save would add 16 times 16 MB."""
+def test_saving_again_and_again_does_not_grow(tmp_path, record_property):
+  """F14. A leak of one state per save would add 16 times 16 MB, or 180 times 50 MB."""
 
   def resident():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
   checkpointer = Checkpointer(tmp_path, keep=1)
-  states, warm = {"w": jnp.ones((4, 1024, 1024))}, 8
-  for step in range(24):
+  size, warm, saves = (50_000_000, 20, 200) if FULL else (16 << 20, 8, 24)
+  states = {"w": jnp.ones(size // 4)}
+  for step in range(saves):
     if step == warm:
       before = resident()
     checkpointer.save(step, states)
   assert resident() < 1.1 * before
+  record_property("F14", saves)
 
 
 def test_orbax_keeps_quiet(tmp_path):

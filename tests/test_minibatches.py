@@ -106,7 +106,7 @@ def test_a_problem_whose_greedy_response_failed_compares_nothing():
   )
   values, counted, lengths, baseline = group_inputs(experience)
   assert counted.tolist() == ok.tolist() and baseline is None
-  assert values is rewards and lengths.tolist() == [[3, 1], [2, 5]]
+  assert values.tolist() == rewards.tolist() and lengths.tolist() == [[3, 1], [2, 5]]
   experience.greedy = greedy
   _, counted, _, baseline = group_inputs(experience)
   assert counted.tolist() == [[True, False], [False, False]] and baseline.tolist() == [0.25, 0.0]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 
 import pytest
 
-from rl_llm.errors import ConfigError
+from rl_llm.errors import ConfigError, UserError
 from rl_llm.files import locked
 from rl_llm.runs.config import option, volatile
 from rl_llm.runs.run_directory import default_workdir, found_workdir, open_run, opened, write_result
@@ -69,6 +70,23 @@ def test_one_process_has_a_directory_to_itself_and_finds_its_result(tmp_path):
     assert free
     with pytest.raises(ConfigError, match="--workdir=.*that no other process trains in"):
       go()
+
+
+def test_a_directory_in_which_another_process_trains_is_not_written_into(tmp_path):
+  """Not even where the settings may change: the record is that of the run at work."""
+  with opened(tmp_path, Config(steps=3), volatile=("steps",), doing="trains in"):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="no other process trains in"):
+      with opened(tmp_path, Config(steps=9), volatile=("steps",), doing="trains in"):
+        raise AssertionError("two runs at work")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_error_is_told_also_where_the_directory_is_gone(tmp_path):
+  with pytest.raises(UserError, match="^the cause$"):
+    with opened(tmp_path / "run", Config(), volatile=(), doing="trains in"):
+      shutil.rmtree(tmp_path / "run")
+      raise UserError("the cause")
 
 
 @pytest.mark.parametrize(

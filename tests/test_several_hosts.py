@@ -140,22 +140,33 @@ def test_each_with_a_directory_of_its_own_is_refused(tmp_path):
     assert "is not in process 1" in process.errors[0], process
 
 
-@pytest.mark.skipif(not FULL, reason="three runs of two processes: RL_LLM_FULL=1")
-@pytest.mark.parametrize("one_of", [0, 1])
-def test_a_signal_to_one_stops_both_and_the_run_goes_on(tmp_path, one_of):
-  settings = SAMPLING | {"epochs": 2, "checkpoint.every": 100, "steps": 12}
-  two("grpo", tmp_path / "straight", settings)
+UNSAVED = SAMPLING | {"epochs": 2, "checkpoint.every": 100, "steps": 12}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  """A run of two processes that nothing stopped."""
+  directory = tmp_path_factory.mktemp("straight")
+  two("grpo", directory, UNSAVED)
+  return directory
+
+
+@pytest.mark.skipif(not FULL, reason="eleven runs of two processes: RL_LLM_FULL=1")
+@pytest.mark.parametrize("trial", range(5))
+def test_a_signal_to_one_stops_both_and_the_run_goes_on(tmp_path, straight, trial):
+  """F4: to the one or the other, after two steps or more."""
+  settings = UNSAVED
   started = begin_two("grpo", tmp_path / "cut", settings)
-  wait_for_rows(tmp_path / "cut", 3, started)
-  started[one_of].send_signal(signal.SIGTERM)
+  wait_for_rows(tmp_path / "cut", 2 + trial, started)
+  started[trial % 2].send_signal(signal.SIGTERM)
   found = [processes.ended(process) for process in started]
   assert [process.code for process in found] == [128 + signal.SIGTERM] * 2, found
   assert "saved at step" in found[0].out
   saved = len(records(tmp_path / "cut"))
-  assert 3 <= saved < 12
+  assert 2 + trial <= saved < 12
   found = two("grpo", tmp_path / "cut", settings)
   assert f"resuming from the checkpoint at step {saved}" in found[0].out
-  assert records(tmp_path / "cut") == records(tmp_path / "straight")
+  assert records(tmp_path / "cut") == records(straight)
 
 
 @pytest.mark.skipif(not FULL, reason="three runs of two processes: RL_LLM_FULL=1")

@@ -45,6 +45,12 @@ KEYS: dict[str, tuple[Key, ...]] = {
       "Updates of this step that were skipped because their gradient was not finite.",
     ),
     Key("updates_skipped", "updates", "How many were skipped since the run began."),
+    Key(
+      "spike_skipped",
+      "fraction",
+      "With --optimizer.spike_window: updates of this step skipped because their gradient was far "
+      "larger than those before.",
+    ),
   ),
   "Responses": (
     Key("reward_mean", "reward", "Mean over the responses that have a reward: what is trained on."),
@@ -207,6 +213,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
     Key("value_grad_norm", "", "Norm of its gradient before it is clipped."),
     Key("value_update_skipped", "fraction", "As update_skipped, of this network."),
     Key("value_updates_skipped", "updates", "As updates_skipped, of this network."),
+    Key("value_spike_skipped", "fraction", "As spike_skipped, of this network."),
   ),
   "Examples and pairs": (
     Key("nll", "nats per token", "Negative log-likelihood of the given answers' tokens."),

@@ -267,8 +267,8 @@ def add_metrics(
   """
   added = dict(totals)
   for name, (total, count) in metrics.items():
-    before = added.get(name, (0, 0))
-    added[name] = (before[0] + total, before[1] + count)
+    before = added.get(name)
+    added[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
   return added
 
 

@@ -73,10 +73,11 @@ def opened(
   with contextlib.ExitStack() as stack:
     result, new = None, not workdir.exists()
     if hosts.is_main():
+      # Before anything is written: another process may be at work there.
+      if not stack.enter_context(_locked(workdir)):
+        raise ConfigError("workdir", str(workdir), f"a directory that no other process {doing}")
       how = {"steps": steps, "new_code": new_code, "say": say}
       result = open_run(workdir, config, volatile=volatile, **how)
-      if not stack.enter_context(locked(workdir / ".lock")):
-        raise ConfigError("workdir", str(workdir), f"a directory that no other process {doing}")
     if hosts.count() > 1:
       result = hosts.broadcast("the run's directory", result)
       _refuse_own_directories(workdir)
@@ -84,8 +85,40 @@ def opened(
       yield result
     except UserError:
       if new and hosts.is_main() and not identity.recorded(workdir):
-        shutil.rmtree(workdir)  # A failed start leaves nothing behind.
+        shutil.rmtree(workdir, ignore_errors=True)  # A failed start leaves nothing behind.
       raise
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[bool]:
+  """Makes a run's directory and locks it while the body runs; yields False if another has it."""
+  with contextlib.ExitStack() as stack:
+    with _usable(workdir):
+      free = stack.enter_context(locked(workdir / ".lock"))
+    yield free
+
+
+@contextlib.contextmanager
+def _usable(workdir: Path) -> Iterator[None]:
+  """Makes a run's directory; what the body cannot read or write there is one line.
+
+  Raises:
+    ConfigError: it cannot be made, or is a model's.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / "config.json").exists() and not (workdir / "flags.txt").exists():
+      raise ConfigError(
+        "workdir",
+        str(workdir),
+        "a directory of its own: this one holds a config.json that no run wrote",
+        "a model's directory goes to --model",
+      )
+    yield
+  except OSError as error:
+    raise ConfigError(
+      "workdir", str(workdir), "a directory that can be written", str(error.strerror)
+    ) from None
 
 
 def started_with(config: Any, *, volatile: Iterable[str]) -> dict[str, Any]:
@@ -159,16 +192,7 @@ def open_run(
   Raises:
     ConfigError: the directory cannot be used, or holds a run with other settings or other code.
   """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    recorded = workdir / "config.json"
-    if recorded.exists() and not (workdir / "flags.txt").exists():
-      raise ConfigError(
-        "workdir",
-        str(workdir),
-        "a directory of its own: this one holds a config.json that no run wrote",
-        "a model's directory goes to --model",
-      )
+  with _usable(workdir):
     result = workdir / "result.json"
     result = identity.json_object(result) if result.exists() else None
     if steps is not None and result is not None and type(result.get("steps")) is not int:
@@ -193,10 +217,6 @@ def open_run(
       content = json.dumps(now, indent=2) + "\n"
       write_atomically(workdir / "inputs.json", content.encode("ascii"))
     return result
-  except OSError as error:
-    raise ConfigError(
-      "workdir", str(workdir), "a directory that can be written", str(error.strerror)
-    ) from None
 
 
 def default_workdir(

@@ -397,7 +397,9 @@ def reporter(run: Run) -> Callable[..., None]:
     started = time.monotonic()
     if not hosts.is_main() or (live and taken > MAY_TAKE * (started - ended)):
       return
-    if (run.workdir / "metrics.jsonl").stat().st_size:
+    recorded = run.workdir / "metrics.jsonl"
+    # If somebody deleted it, the run ends by an error that says so, which this must not hide.
+    if recorded.exists() and recorded.stat().st_size:
       write_report(run.workdir, live=live)
     ended = time.monotonic()
     taken = ended - started

@@ -71,7 +71,7 @@ def make_programs(
   return Programs(logprobs, take, update)
 
 
-def group_inputs(experience: Experience) -> tuple[np.ndarray, ...]:
+def group_inputs(experience: Experience) -> tuple[jax.Array | None, ...]:
   """What advantages of groups are computed from, in this order.
 
   Gives:
@@ -82,8 +82,8 @@ def group_inputs(experience: Experience) -> tuple[np.ndarray, ...]:
   scores, greedy = experience.scores, experience.greedy
   lengths = np.reshape(experience.rollout.lengths, scores.rewards.shape)
   if greedy is None:
-    return scores.rewards, scores.ok, lengths, None
-  return scores.rewards, scores.ok & greedy.ok, lengths, greedy.rewards[:, 0]
+    return jax.device_put((scores.rewards, scores.ok, lengths, None))
+  return jax.device_put((scores.rewards, scores.ok & greedy.ok, lengths, greedy.rewards[:, 0]))
 
 
 def weighed(batch: ResponseBatch, weights: dict[str, Any]) -> ResponseBatch:
@@ -223,7 +223,7 @@ class Minibatch(NamedTuple):
   """The responses of one update."""
 
   batch: ResponseBatch  # with the weights of its tokens
-  microbatches: int  # how many of its microbatches are computed; the rest add nothing
+  microbatches: jax.Array  # [] how many of its microbatches are computed; the rest add nothing
   problems: np.ndarray  # the problems that these responses answer
 
 
@@ -239,15 +239,19 @@ def minibatches(
 
   Args:
     take: from `Programs`.
-    batch: the whole batch, on the devices.
+    batch: the whole batch, on the devices; advantages may still be on the host.
     order: from `rl_llm.training.minibatches.problem_order`: the problems of each update, those that
       matter first, and how many of them do.
     microbatch_prompts: problems per microbatch.
     only: whether the loss has no other term, so that problems that do not matter can be left out.
   """
+  # What is not on the devices is put there by name: under `jax.transfer_guard("disallow")` nothing
+  # goes there by itself.
+  batch = jax.tree.map(lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x, batch)
   for chosen, used in order:
     used = used if only else len(chosen)
-    yield Minibatch(take(batch, chosen), -(-used // microbatch_prompts), chosen[:used])
+    rows, count = jax.device_put((chosen, np.int32(-(-used // microbatch_prompts))))
+    yield Minibatch(take(batch, rows), count, chosen[:used])
 
 
 @functools.partial(jax.jit, static_argnames="value")

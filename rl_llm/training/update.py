@@ -20,6 +20,7 @@ from optax import contrib
 
 from rl_llm.parallel.sharding import constrain, constrain_rows
 from rl_llm.policy.lora import join
+from rl_llm.training.spikes import spikes_skipped
 from rl_llm.training.train_state import TrainState
 
 # (params, microbatch, hparams) -> (scalar loss, {name: (sum, count)})
@@ -147,7 +148,7 @@ def make_update(
     loss. Metrics are (sum, count) pairs: the loss's own, summed over the microbatches computed,
     and "loss", "grad_norm", "update_skipped", and "nonfinite_leaves". The sum of the last is [N]: 1
     for each leaf of the gradient, in the order of `jax.tree.leaves`, that is not finite
-    (`name_nonfinite`).
+    (`name_nonfinite`). With `spikes.skip_spikes` also "spike_skipped".
 
   Raises:
     ValueError: at trace time, if the batch's rows are not divisible.
@@ -211,6 +212,10 @@ def make_update(
       skipped=state.skipped + skipped,
       skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
+    spikes = spikes_skipped(new.opt_state)
+    if spikes is not None:
+      spiked = spikes - spikes_skipped(state.opt_state)
+      metrics = {**metrics, "spike_skipped": (spiked.astype(jnp.float32), one)}
     return new if mesh is None else constrain(new, mesh), {
       **metrics,
       "loss": (loss, one),

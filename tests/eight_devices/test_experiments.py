@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path, files):  # noqa: F811
   assert distance < 1e-3 * np.linalg.norm(change(stayed))
 
 
-def test_a_state_is_the_same_bits_on_any_number_of_devices(tmp_path):
+def test_a_state_is_the_same_bits_on_any_number_of_devices(tmp_path, record_property):
   """From 1 device to 2, 4 and 8, and back."""
   params = first_params()
   shapes = jax.eval_shape(lambda: params)
@@ -133,6 +133,7 @@ def test_a_state_is_the_same_bits_on_any_number_of_devices(tmp_path):
       assert leaf.sharding.is_equivalent_to(sharding_of_leaf, leaf.ndim)
     assert helpers.equal(jax.tree.map(np.asarray, state), jax.tree.map(np.asarray, params))
     saved.save(step + 1, state)
+    record_property("F5", 1)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused_with_the_flag(tmp_path, files):  # noqa: F811

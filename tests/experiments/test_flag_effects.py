@@ -64,6 +64,8 @@ FLAGS = [
   {"optimizer.weight_decay": 0.1},
   {"optimizer.max_grad_norm": 0.01},
   {"optimizer.mu_dtype": "bfloat16"},
+  {"optimizer.spike_window": 2, "optimizer.spike_sigma": 0.5},
+  {"optimizer.spike_window": 2, "optimizer.spike_sigma": 0.1},
 ]
 # Equal where another is: the old name of a flag, and what is reported and not differentiated.
 SAME = [

@@ -25,6 +25,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.files import locked
 from rl_llm.rewards import RewardError
 from rl_llm.rollout import generate
+from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.config import flatten, replace
 from rl_llm.runs.metrics import read, without_timings
 from rl_llm.training.loop import Diverged
@@ -371,12 +372,18 @@ def spoil(monkeypatch, calls):
   monkeypatch.setattr(grpo, "group_advantages", group_advantages)
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, small, files, monkeypatch):
-  spoil(monkeypatch, {1})
-  found = run(tmp_path, settings(files, steps=4))
-  assert [row["update_skipped"] for row in found.metrics[:4]] == [0, 1, 0, 0]
-  assert [row["updates_skipped"] for row in found.metrics[:4]] == [0, 1, 1, 1]
+def test_an_update_that_is_not_finite_is_skipped_and_counted(
+  tmp_path, small, files, monkeypatch, record_property
+):
+  spoilt = {1, 4, 6, 9, 13} if FULL else {1}
+  spoil(monkeypatch, spoilt)
+  steps = max(spoilt) + 3
+  found = run(tmp_path, settings(files, steps=steps))
+  skipped = [int(step in spoilt) for step in range(steps)]
+  assert [row["update_skipped"] for row in found.metrics[:steps]] == skipped
+  assert [row["updates_skipped"] for row in found.metrics[:steps]] == np.cumsum(skipped).tolist()
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
+  record_property("F15", len(spoilt))
 
 
 def test_three_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, small, files, monkeypatch, capsys):
@@ -455,8 +462,9 @@ def test_the_update_itself_says_which_leaf_was_not_finite(
 
 
 @pytest.mark.slow
-def test_one_compilation_a_shape_over_forty_ragged_steps(tmp_path, small, files, caplog):
+def test_one_compilation_a_shape_over_ragged_steps(tmp_path, small, files, caplog, record_property):
   """Shapes as the samples say they were; nothing is compiled twice, nothing by step."""
+  steps = 300 if FULL else 40
   rows = [{"prompt": "abc"}, {"prompt": "a" * 20}, {"prompt": "b" * 7}, {"prompt": "c" * 11}]
   held_out = tmp_path / "held_out.jsonl"
   held_out.write_text(json.dumps({"prompt": "e"}) + "\n")
@@ -464,7 +472,7 @@ def test_one_compilation_a_shape_over_forty_ragged_steps(tmp_path, small, files,
   changes = {
     "task": f"jsonl:{tmp_path / 'rows.jsonl'}",
     "jsonl.held_out_file": str(held_out),
-    "steps": 40,
+    "steps": steps,
     "prompts_per_step": 1,
     "microbatch_prompts": 1,
     "max_new_tokens": 12,
@@ -475,7 +483,7 @@ def test_one_compilation_a_shape_over_forty_ragged_steps(tmp_path, small, files,
     found = run(tmp_path / "run", settings(files, **changes))
   compiled = collections.Counter(compiled_in(caplog.records))
   shapes = set()
-  for step in range(40):
+  for step in range(steps):
     rows = [row for row in found.samples if row["step"] == step and row["split"] == "train"]
     columns = min(bucket(max(row["length"] for row in rows)), 12)
     shapes.add((bucket(max(len(row["prompt"]) for row in rows)), columns))
@@ -484,6 +492,7 @@ def test_one_compilation_a_shape_over_forty_ragged_steps(tmp_path, small, files,
   assert generate._cache_size() - before == compiled["generate"] == len(widths)
   assert compiled["update"] == compiled["take"] == len(shapes)
   assert compiled["group_advantages"] == 1
+  record_property("F40", steps)
 
 
 # Interruptions, in processes of their own.
@@ -525,45 +534,69 @@ def wait_for_step(process, workdir, step):
   raise TimeoutError(f"no step {step}")
 
 
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
-  """(workdir, what an uninterrupted run left, what interrupted ones left, steps)."""
-  kills = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL]
-  if FULL:
-    kills += [signal.SIGTERM, *[signal.SIGKILL] * 8]
-  steps = 4 * (len(kills) + 1)
-  directory = tmp_path_factory.mktemp("interrupted")
+def interrupt(directory, signals, *, steps):
+  """Two runs of so many steps: `directory`/straight, and `directory`/cut, which gets these signals.
+
+  Each signal comes a random time after one of the next steps, or, every fifth SIGKILL, within the
+  seconds that a start takes. Gives, of each other signal, (steps that were saved and not yet on
+  record when it came, seconds until the end).
+  """
+  begun = time.monotonic()
   process = start(directory / "straight", steps)
+  wait_for_step(process, directory / "straight", 0)
+  starting = time.monotonic() - begun
   output = process.communicate(timeout=PATIENCE)[0]
   assert process.returncode == 0, output
   rng = np.random.default_rng(0)
-  for number, signum in enumerate(kills):
+  stopped = []
+  for number, signum in enumerate(signals):
     process = start(directory / "cut", steps)
-    wait_for_step(process, directory / "cut", 4 * number + int(rng.integers(1, 4)))
-    time.sleep(rng.uniform(0, 0.1))
+    if number % 5 == 4 and signum == signal.SIGKILL:
+      time.sleep(rng.uniform(0, starting))
+    else:
+      until = steps * number // (len(signals) + 1) + int(rng.integers(1, 4))
+      wait_for_step(process, directory / "cut", until)
+      time.sleep(rng.uniform(0, 0.1))
+    recorded = len(read(directory / "cut" / "metrics.jsonl"))
     process.send_signal(signum)
+    sent = time.monotonic()
     output = process.communicate(timeout=PATIENCE)[0]
     if signum == signal.SIGKILL:
       assert process.returncode == -signal.SIGKILL, output
     else:
       assert process.returncode == 128 + signum, output
-      assert re.search(
-        rf"{signum.name}: saved at step \d+ of {steps}; the same command resumes from it", output
-      )
+      said = rf"{signum.name}: saved at step (\d+) of {steps}; the same command resumes from it"
+      saved = int(re.search(said, output)[1])
+      assert Checkpointer(directory / "cut" / "checkpoints").latest() == saved
+      stopped.append((saved - recorded, time.monotonic() - sent))
   process = start(directory / "cut", steps)
   output = process.communicate(timeout=PATIENCE)[0]
   assert process.returncode == 0, output
   assert "resuming from the checkpoint at step" in output
+  return stopped
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+  """(workdir, what an uninterrupted run left, what interrupted ones left, steps)."""
+  directory, steps = tmp_path_factory.mktemp("interrupted"), 16
+  interrupt(directory, [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL], steps=steps)
   return (directory / "cut", outcome(directory / "straight"), outcome(directory / "cut"), steps)
 
 
-@pytest.mark.slow
-def test_interrupted_runs_end_as_an_uninterrupted_one(interrupted):
-  _, straight, cut, steps = interrupted
+def assert_as_uninterrupted(straight, cut, steps):
+  """Bit for bit, without a step too many or too few."""
   assert [row["step"] for row in straight.metrics] == list(range(steps + 1))
   assert cut.metrics == straight.metrics
   assert cut.samples == straight.samples
-  assert equal(cut.params, straight.params)
+  assert straight.state.keys() == cut.state.keys() and equal(straight.state, cut.state)
+
+
+@pytest.mark.slow
+def test_interrupted_runs_end_as_an_uninterrupted_one(interrupted, record_property):
+  _, *runs = interrupted
+  assert_as_uninterrupted(*runs)
+  record_property("F1", 2)
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES if FULL else ["reinforce", "reward_model"])
 def test_a_run_stopped_three_times_ends_as_one_that_was_not(
-  case, tmp_path, small, files, data, monkeypatch
+  case, tmp_path, small, files, data, monkeypatch, record_property
 ):
   experiment, changes = CASES[case](files, data)
   config = replace(experiment.Config(), changes)
@@ -134,6 +134,7 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(
   assert cut.metrics == straight.metrics
   assert cut.samples == straight.samples
   assert straight.state.keys() == cut.state.keys() and equal(straight.state, cut.state)
+  record_property("F6", len(points))
 
 
 @pytest.mark.parametrize("case", ["grpo", "reinforce", "ppo"] if FULL else ["grpo"])

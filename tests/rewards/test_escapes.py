@@ -53,7 +53,7 @@ def test_an_ordinary_grader_works(found):
   assert found["working"] == [[True, False], ["ok", "ok"]]
 
 
-def test_nothing_gets_through_a_layer_that_is_there(found):
+def test_nothing_gets_through_a_layer_that_is_there(found, record_property):
   """Where one is missing, what got through is of the kind that the line at the start names."""
   layers, opened = found["layers"], openings(found["layers"])
   assert not [name for name, layer in found["through"] if layer in layers]
@@ -63,6 +63,7 @@ def test_nothing_gets_through_a_layer_that_is_there(found):
     assert named[kind] in opened or "files" in opened, found["through"]
   for opening in opened:
     assert opening in found["says"]
+  record_property("F25", len(payloads.PAYLOADS) + len(payloads.PAIRS))
 
 
 def test_the_outside_saw_nothing(found):

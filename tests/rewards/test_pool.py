@@ -197,7 +197,7 @@ def test_the_library_s_own_graders_share_a_process_and_keep_every_status(source)
     assert pool.size == 1
 
 
-def test_hangs_cost_no_other_sample(source):
+def test_hangs_cost_no_other_sample(source, record_property):
   hangs = ["loop", "sleep", "power", "regex", "deaf", "loop", "sleep", "regex"]
   texts = ["fine"] * 64
   for index, hang in enumerate(hangs):
@@ -207,6 +207,7 @@ def test_hangs_cost_no_other_sample(source):
     assert graders.size == 2
     assert one(graders, "fine").value == 1.0
   assert [r.status for r in results] == ["timed_out" if text in hangs else "ok" for text in texts]
+  record_property("F22", len(hangs))
 
 
 def test_spares_do_not_crowd_out_a_grader_that_is_slow_on_every_sample(source):

@@ -83,7 +83,7 @@ def running(code):
 
 
 @pytest.mark.parametrize("name", EVALUATING)
-def test_payloads_stay_inside(pool, tmp_path, name):
+def test_payloads_stay_inside(pool, tmp_path, name, record_property):
   """These scorers run the response: it must reach no file, and no connection of any family."""
   missing = {"network", "files"} - set(pool.active_layers())
   if missing:
@@ -121,6 +121,7 @@ def test_payloads_stay_inside(pool, tmp_path, name):
         getattr(server, reached)(*[1] * (reached == "recv"))
   assert not marker.exists() and key.stat().st_mode & 0o777 == 0o600
   assert all(r.status in ("ok", "raised") and (r.value or 0.0) < 1.0 for r in results)
+  record_property("F24", len(payloads))
 
 
 @pytest.mark.parametrize("name", EVALUATING)

@@ -1,0 +1,1 @@
+"""Faults that a run must survive, as one table: `make faults`."""
