@@ -46,12 +46,20 @@ class Checkpoint:
   keep: int = option(
     2, "checkpoints kept; with two, a run whose newest one is damaged resumes from the other", min=1
   )
+  best: bool = option(
+    False, "keep the checkpoint of the best held-out accuracy too; it is saved as it is evaluated"
+  )
   keep_at_end: int | None = option(
     None,
     "checkpoints kept of a finished run: none = all of keep, 0 = nothing, so that it has only its "
     "record and what --export writes",
     min=0,
   )
+
+  def check(self, config: Any) -> None:
+    """Refuses to keep the best of what is never evaluated."""
+    if self.best and not config.eval.every:
+      raise ConfigError("checkpoint.best", "true", "left out with --eval.every=0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -292,6 +292,7 @@ def train(
       workdir,
       steps=config.run.steps,
       checkpoints_kept=config.run.checkpoint.keep,
+      keep_best=config.run.checkpoint.best,
       export=config.run.export,
       new_code=config.run.code == "changed",
     ) as run,

@@ -32,7 +32,7 @@ def free_port() -> int:
     return taken.getsockname()[1]
 
 
-def start(arguments, *, devices=1, **environment) -> subprocess.Popen:
+def start(arguments, *, devices=1, stdout=subprocess.PIPE, **environment) -> subprocess.Popen:
   """`python ARGUMENTS` on `devices` virtual devices of a CPU."""
   names = "PATH HOME TMPDIR LANG RL_LLM_FULL XLA_FLAGS".split()
   compiling = ("JAX_DISABLE_", "JAX_COMPILATION_CACHE_", "JAX_PERSISTENT_CACHE_")
@@ -43,8 +43,8 @@ def start(arguments, *, devices=1, **environment) -> subprocess.Popen:
     env=inherited
     | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     | environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
+    stdout=stdout,
+    stderr=subprocess.PIPE if stdout == subprocess.PIPE else subprocess.STDOUT,
     text=True,
   )
 

@@ -78,13 +78,14 @@ class Checkpointer:
     directory: where the steps go, on a mounted local or network file system; created if missing.
     keep: how many steps stay after a save, >= 1; older ones are deleted once the new one has been
       read back from the disk.
+    keep_best: whether the step that `protect` names stays too.
 
   Raises:
     CheckpointError: the directory cannot be made, or is an object-store address such as gs://.
     ValueError: keep < 1.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
+  def __init__(self, directory: str | os.PathLike, *, keep: int = 2, keep_best: bool = False):
     if keep < 1:
       raise ValueError(f"keep is {keep}; it must be at least 1, for the newest checkpoint")
     if "://" in str(directory):
@@ -93,7 +94,8 @@ class Checkpointer:
         "s3fs) and give the path of the mount"
       )
     self.directory = Path(directory).absolute()
-    self.keep = keep
+    self.keep, self.keep_best = keep, keep_best
+    self._best: int | None = None
     self._reported: set[int] = set()  # damaged steps, so that each is reported once
     python_logging.getLogger("absl").addFilter(_quiet_orbax)
     try:
@@ -268,13 +270,37 @@ class Checkpointer:
     """(bytes of one checkpoint, bytes of free disk that the saves to come need at most).
 
     A save writes the new step next to the `keep` that stay until it has been read back, so `keep`
-    + 1 lie there at once. Those that lie there already need no further room.
+    + 1 lie there at once, and one more with `keep_best`. Those that lie there already need no
+    further room.
 
     Args:
       shapes: a pytree of arrays or `jax.ShapeDtypeStruct`: the state.
     """
     size = sum(_bytes(leaf) for leaf in jax.tree.leaves(shapes))
-    return size, size * max(self.keep + 1 - len(self._steps()), 1)
+    return size, size * max(self.keep + self.keep_best + 1 - len(self._steps()), 1)
+
+  def steps(self) -> list[int]:
+    """The numbers of the steps that lie there, sound or not, in order."""
+    return self._steps()
+
+  def protect(self, step: int) -> None:
+    """Keeps this step, the best so far, whatever is newer; the one named before may go.
+
+    >>> import tempfile
+    >>> checkpointer = Checkpointer(tempfile.mkdtemp(), keep=1, keep_best=True)
+    >>> for step in range(3):
+    ...   checkpointer.save(step, {"w": jnp.ones(1)})
+    ...   if step == 1:
+    ...     checkpointer.protect(1)
+    >>> checkpointer.steps()
+    [1, 2]
+
+    Args:
+      step: one that has been saved.
+    """
+    self._best = step
+    if hosts.is_main() and (steps := self._steps()):
+      self._prune(steps[-1])
 
   def _steps(self) -> list[int]:
     return _steps_in(self.directory)
@@ -307,14 +333,15 @@ class Checkpointer:
           os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
   def keep_only(self, count: int) -> None:
-    """Deletes all but the newest `count` steps, of a run that has ended; 0 deletes all of them."""
+    """Deletes all but the newest `count` steps, of a run that has ended, and the protected one."""
     if hosts.is_main():
       steps = self._steps()
-      self._delete(steps[: max(0, len(steps) - count)])
+      older = steps[: max(0, len(steps) - count)]
+      self._delete([step for step in older if step != self._best])
 
   def _prune(self, step: int) -> None:
-    """Deletes all but the newest `keep` up to `step`; a step known to be damaged is not kept."""
-    older = [s for s in self._steps() if s < step]
+    """Deletes all but the newest `keep` up to `step` and the best; no damaged one is kept."""
+    older = [s for s in self._steps() if s < step and s != self._best]
     kept = sorted(set(older) - self._reported, reverse=True)[: self.keep - 1]
     self._delete([old for old in older if old not in kept])
 

@@ -34,6 +34,7 @@ from rl_llm.policy import TransformerConfig, merge_lora, save_adapter, save_hf
 from rl_llm.policy.hf import import_safetensors
 from rl_llm.rollout.reward_model import save_reward_model
 from rl_llm.runs import origin
+from rl_llm.runs.best import Best, best_recorded, better
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.chips import Peak
 from rl_llm.runs.config import volatile
@@ -128,6 +129,7 @@ def open_run(
   *,
   steps: int,
   checkpoints_kept: int = 2,
+  keep_best: bool = False,
   export: bool = False,
   new_code: bool = False,
 ) -> Iterator[Run]:
@@ -138,6 +140,7 @@ def open_run(
     workdir: the directory.
     steps: of the whole run: a finished run with fewer steps resumes.
     checkpoints_kept: how many checkpoints to keep.
+    keep_best: whether to keep the one of the best held-out accuracy too.
     export: whether to write a directory `model` at the end.
     new_code: as for `run_directory.open_run`.
 
@@ -153,7 +156,8 @@ def open_run(
     with opened(workdir, config, volatile=volatile(config), doing="trains in", **how) as result:
       exported = hosts.broadcast("the exported model", (workdir / "model").exists())
       if result is None or result["steps"] < steps or (export and not exported):
-        checkpoints = Checkpointer(workdir / "checkpoints", keep=checkpoints_kept)
+        kept = {"keep": checkpoints_kept, "keep_best": keep_best}
+        checkpoints = Checkpointer(workdir / "checkpoints", **kept)
         if result is not None and checkpoints.latest() is None:
           _refuse_to_begin_again(workdir, result["steps"], steps)
         said = origin.origin(workdir, config, volatile=volatile(config)) if hosts.is_main() else {}
@@ -256,7 +260,7 @@ def train_loop(
     Interrupted: SIGINT or SIGTERM arrived; everything up to then is saved.
     Diverged: `record` returned a reason.
   """
-  saved = start
+  saved, best = start, _best_so_far(run, start)
   with compile_clock() as compiled, trimmed(), _tracer(run, start, schedule) as trace:
     try:
       for step in range(start, schedule.steps + 1):
@@ -273,6 +277,12 @@ def train_loop(
             with done.clock("eval"):
               done = done._replace(evaluation=evaluate(state, step))
             run.console.evaluation(step, done.evaluation.metrics)
+            if found := _new_best(run, best, step, done.evaluation.metrics):
+              if step > saved:
+                with done.clock("checkpoint"):
+                  save(run, step, state)
+              saved, best = step, found
+              run.checkpoints.protect(step)
           if last:
             record(done._replace(state=state))
             break
@@ -296,6 +306,28 @@ def train_loop(
   return state
 
 
+def _best_so_far(run: Run, start: int) -> Best | None:
+  """The best step before `start` that has a checkpoint, which is kept from now on."""
+  found = None
+  if run.checkpoints.keep_best and start:
+    if hosts.is_main():
+      rows = [row for row in read(run.workdir / "metrics.jsonl") if row["step"] < start]
+      found = best_recorded(rows, run.checkpoints.steps())
+    found = hosts.broadcast("the best step so far", found and list(found))
+    found = found and Best(tuple(found[0]), found[1])
+  if found:
+    run.checkpoints.protect(found.step)
+  return found
+
+
+def _new_best(run: Run, best: Best | None, step: int, metrics: Mapping[str, Any]) -> Best | None:
+  """The step, if it is the best so far and the best is to be kept; says so."""
+  found = better(best, step, metrics) if run.checkpoints.keep_best else None
+  if found:
+    run.console.say(f"the best so far, kept as {run.workdir}@{step}")
+  return found
+
+
 def save(run: Run, step: int, state: Any) -> None:
   """Saves the state before a step, and with it what the run's directory holds by then."""
   recorded = origin.recorded(run.workdir, step) if hosts.is_main() else {}
@@ -311,7 +343,9 @@ def say_room(run: Run, shapes: Any) -> None:
   size, needed = run.checkpoints.bytes_needed(shapes)
   directory, keep = run.checkpoints.directory, run.checkpoints.keep
   free = shutil.disk_usage(directory).free
-  peak = f"{data_size(size * (keep + 1))} of disk for {keep} checkpoints and the one being written"
+  best = run.checkpoints.keep_best
+  others = f"{keep} checkpoints, the best one" if best else f"{keep} checkpoints"
+  peak = f"{data_size(size * (keep + best + 1))} of disk for {others} and the one being written"
   if needed > free:
     raise ConfigError(
       "workdir",

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -256,3 +258,43 @@ def test_credentials_are_nowhere_in_what_a_run_leaves(tmp_path, record_property)
     content = path.read_bytes()
     assert not [name for name, secret in secrets.items() if secret.encode() in content], path
   record_property("F32", 3)
+
+
+# What a long run leaves.
+
+
+def held(pid):
+  """(MB resident, open files and sockets, processes started) of a process."""
+  pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+  children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+  return pages * 4096 / 1e6, len(os.listdir(f"/proc/{pid}/fd")), len(children)
+
+
+@pytest.mark.skipif(not FULL, reason="5,000 steps: RL_LLM_FULL=1")
+def test_five_thousand_steps_grow_little_and_leave_nothing(tmp_path):
+  """F14: a save every ten steps; at most 8 MB for each 1,000 steps after the first 1,000."""
+  (tmp_path / "tmp").mkdir()
+  steps, every = 5000, 1000
+  given = {"model": "tiny", "task": "copy", "steps": steps, "workdir": tmp_path / "run"}
+  given |= {"prompts_per_step": 2, "responses_per_prompt": 2, "microbatch_prompts": 2}
+  given |= {"max_new_tokens": 2, "eval.every": 0, "checkpoint.every": 10, "samples_every": 1000}
+  command = ["-m", "experiments.grpo", *(f"--{name}={value}" for name, value in given.items())]
+  out = tmp_path / "out"
+  with open(out, "w") as file:
+    process = processes.start(command, stdout=file, TMPDIR=str(tmp_path / "tmp"))
+  seen = {}
+  record = tmp_path / "run" / "metrics.jsonl"
+  while process.poll() is None:
+    done = record.read_bytes().count(b"\n") if record.exists() else 0
+    if done >= every * (len(seen) + 1) and done < steps:
+      seen[done] = held(process.pid)
+    time.sleep(0.2)
+  assert process.returncode == 0, out.read_text()[-2000:]
+  points = list(seen.items())
+  print("step: MB, open files, processes:", {n: (round(mb), *rest) for n, (mb, *rest) in points})
+  (first, before), (last, after) = points[0], points[-1]
+  growth = (after[0] - before[0]) * 1000 / (last - first)
+  print(f"{growth:.2f} MB for each 1,000 steps")
+  assert growth < 8 and after[1:] == before[1:]
+  assert os.listdir(tmp_path / "tmp") == []
+  assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
