@@ -96,6 +96,15 @@ def policy_gradient(logprobs, old_logprobs, advantages, weights, mask):
   return logprobs, logprobs - old_logprobs, advantages, weights, mask
 
 
+def larger(first, second):
+  """The larger of two arrays. Where both are equal the gradient is the first's.
+
+  `jnp.maximum` takes half of each, and `jnp.clip` half of its slope at the ends of its range: there
+  three quarters of a clipped loss's slope would be left.
+  """
+  return jnp.where(first >= second, first, second)
+
+
 def ratio_of(log_ratio) -> Array:
   """exp(log_ratio), with the log-ratio limited to +-20 so that value and gradient stay finite."""
   return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))

@@ -132,9 +132,7 @@ def ppo_loss(
   ratio = _checks.ratio_of(log_ratio)
   unclipped = ratio if delta is None else jnp.minimum(ratio, delta)
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-  first, second = -unclipped * advantages, -clipped * advantages
-  # `jnp.maximum` halves the gradient where both are equal, as at the ends of the clip's range.
-  per_token = jnp.where(first >= second, first, second)
+  per_token = _checks.larger(-unclipped * advantages, -clipped * advantages)
   good, bad = advantages > 0, advantages < 0
   # The clip stops tokens pushed further away; only the other limits stop one that moves back.
   stopped_low = (bad & (ratio < 1 - clip_low)) | (good & (log_ratio < -LOG_RATIO_LIMIT))

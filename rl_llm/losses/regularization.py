@@ -136,7 +136,7 @@ def value_loss(values, old_values, returns, weights, *, clip=0.2) -> tuple[Array
   worst = error
   if clip is not None:
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
-    worst = jnp.maximum(error, jnp.square(clipped - returns))
+    worst = _checks.larger(error, jnp.square(clipped - returns))
   metrics = {
     "value_error": _checks.metric(error, mask),
     "value_clip_fraction": _checks.metric(worst > error, mask),

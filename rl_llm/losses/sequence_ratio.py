@@ -216,13 +216,14 @@ def gmpo_loss(
   _, log_ratio, advantages, weights, mask = _checks.policy_gradient(
     logprobs, old_logprobs, advantages, weights, mask
   )
-  clipped = jnp.where(
-    advantages > 0, jnp.minimum(log_ratio, clip_high), jnp.maximum(log_ratio, -clip_low)
-  )
+  above, below = log_ratio > clip_high, log_ratio < -clip_low
+  from_above = jnp.where(above, clip_high, log_ratio)
+  from_below = jnp.where(below, -clip_low, log_ratio)
+  clipped = jnp.where(advantages > 0, from_above, from_below)
   ratio = _checks.ratio_of(_row_mean(clipped, mask))
   metrics = _metrics(ratio, log_ratio, mask) | {
-    "clip_low_fraction": _checks.metric((advantages < 0) & (log_ratio < -clip_low), mask),
-    "clip_high_fraction": _checks.metric((advantages > 0) & (log_ratio > clip_high), mask),
+    "clip_low_fraction": _checks.metric((advantages < 0) & below, mask),
+    "clip_high_fraction": _checks.metric((advantages > 0) & above, mask),
   }
   return -jnp.sum(weights * ratio * advantages), metrics
 
@@ -320,7 +321,7 @@ def _row_mean(x, mask):
 def _clipped(ratio, of_response, log_ratio, advantages, weights, mask, clip_low, clip_high):
   """PPO's surrogate with a given [B, T] ratio, over each row the value of `of_response` [B, 1]."""
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-  per_token = jnp.maximum(-ratio * advantages, -clipped * advantages)
+  per_token = _checks.larger(-ratio * advantages, -clipped * advantages)
   metrics = _metrics(of_response, log_ratio, mask) | {
     "clip_low_fraction": _checks.metric((advantages < 0) & (ratio < 1 - clip_low), mask),
     "clip_high_fraction": _checks.metric((advantages > 0) & (ratio > 1 + clip_high), mask),

@@ -99,3 +99,11 @@ def test_a_value_that_moved_less_than_the_clip_is_not_counted_as_clipped():
     values, old, returns, weights, clip=0.2
   )
   assert float(metrics["value_clip_fraction"][0]) == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0])
+@pytest.mark.parametrize("returns", [-1.0, 3.0])
+def test_a_value_at_the_end_of_the_clips_range_has_its_whole_slope(value, returns):
+  of = jax.grad(lambda values: losses.value_loss(values, ones, returns * ones, ones, clip=1.0)[0])
+  ones = jnp.ones((1, 1))
+  assert of(value * ones)[0, 0] == value - returns

@@ -261,3 +261,14 @@ def test_metrics_match_their_formulas():
 def test_bad_settings_are_named(name, settings, message):
   with pytest.raises(ValueError, match=message):
     getattr(losses, f"{name}_loss")(LOGPROBS, OLD, ADVANTAGES, WEIGHTS, **settings)
+
+
+@pytest.mark.parametrize("advantage, ratio", [(1.0, 0.5), (1.0, 2.0), (-1.0, 0.5), (-1.0, 2.0)])
+@pytest.mark.parametrize("name", ["gspo", "gspo_token", "gmpo"])
+def test_a_ratio_at_the_end_of_the_range_has_its_whole_slope(name, advantage, ratio):
+  logprobs, ones = np.log(np.float32([[ratio]])), np.ones((1, 1), np.float32)
+  # GMPO's range is that of the log-ratio.
+  low, high = (np.float32(math.log(2)),) * 2 if name == "gmpo" else (0.5, 1.0)
+  arrays = logprobs, np.zeros((1, 1), np.float32), np.float32([advantage]), ones
+  (loss, _), slope = F[name](*arrays, clip_low=low, clip_high=high)
+  np.testing.assert_allclose([float(loss), slope[0, 0]], -ratio * advantage, rtol=1e-6)
