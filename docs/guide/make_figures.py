@@ -1,6 +1,6 @@
 """Makes the guide's figures from the library's own functions: `make docs`.
 
-All but the last two are the figures of `python -m rl_llm explain`. Each is made in both languages.
+All but the last four are the figures of `python -m rl_llm explain`. Each is made in both languages.
 """
 
 from __future__ import annotations
@@ -67,6 +67,61 @@ def certainty() -> Explanation:
   return Explanation(title, {}, (), figure)
 
 
+def baseline() -> Explanation:
+  """Mean and variance of one draw of the two-armed bandit, over the baseline."""
+  probability, reward = jnp.array([1 / 4, 3 / 4]), jnp.array([3.0, 1.0])
+
+  def mean_and_variance(baseline):
+    advantage = advantages.remax(reward[:, None], jnp.full(2, baseline))[:, 0]
+
+    def loss(x, arm):
+      logprob = jax.nn.log_sigmoid(jnp.array([x, -x]))[arm]
+      return losses.reinforce_loss(logprob[None, None], advantage[arm][None], jnp.ones((1, 1)))[0]
+
+    draws = -jax.vmap(jax.grad(loss), in_axes=(None, 0))(jnp.log(1 / 3), jnp.arange(2))
+    mean = jnp.sum(probability * draws)
+    return mean, jnp.sum(probability * draws**2) - mean**2
+
+  def figure():
+    baselines = np.round(np.arange(0, 4.01, 0.05), 2)
+    means, variances = jax.jit(jax.vmap(mean_and_variance))(jnp.asarray(baselines, jnp.float32))
+    marked = [(b, float(variances[np.argmin(abs(baselines - b))])) for b in (0, 1.5, 2.5)]
+    return Figure(
+      Text("baseline", "ベースライン"),
+      (
+        Curve(Text("mean of a draw", "一回引いた値の平均"), baselines, means),
+        Curve(Text("variance of a draw", "一回引いた値の分散"), baselines, variances),
+      ),
+      marked,
+    )
+
+  title = Text("A baseline takes away noise", "ベースラインは雑音を減らす")
+  return Explanation(title, {}, (), figure)
+
+
+def comparison() -> Explanation:
+  """Loss of a reward model, and its slope, over the difference of a pair's scores."""
+
+  def loss(chosen):
+    return losses.reward_model_loss(chosen[None], jnp.zeros(1), jnp.ones(1))[0]
+
+  def figure():
+    differences = np.round(np.arange(-4, 4.01, 0.1), 1)
+    values, slopes = jax.vmap(jax.value_and_grad(loss))(jnp.asarray(differences, jnp.float32))
+    at = int(np.argmin(abs(differences - 1)))
+    return Figure(
+      Text("score of the chosen - score of the rejected", "好まれた方の得点 - 退けられた方の得点"),
+      (
+        Curve(Text("loss", "損失"), differences, values),
+        Curve(Text("slope, chosen score", "好まれた方の得点に関する傾き"), differences, slopes),
+      ),
+      ((1.0, float(values[at])), (1.0, float(slopes[at]))),
+    )
+
+  title = Text("A reward model and one comparison", "報酬モデルと一つの比較")
+  return Explanation(title, {}, (), figure)
+
+
 # file -> what is drawn
 FIGURES = {
   "reinforce": functools.partial(explain.reinforce, p=0.25, reward=3.0),
@@ -78,6 +133,8 @@ FIGURES = {
   "entropy": functools.partial(explain.entropy, p=0.881, gap=1.0, coef=0.5),
   "collapse": shared_token,
   "certainty": certainty,
+  "baseline": baseline,
+  "comparison": comparison,
 }
 
 
