@@ -272,16 +272,20 @@ COLUMNS = ("reward", "value network", "reference", "several responses")
 
 # Functions that no flag's choices name, and the commands that call them. The others are derived.
 CALLED = {
-  "bco_shift": ["dpo --loss=bco_loss --loss.shift=batch"],
+  "bco_shift": ["kto --loss=bco_unpaired_loss", "dpo --loss=bco_loss --loss.shift=batch"],
+  "chunked_gkd_loss": ["distill"],
   "clip_cov_mask": ["grpo --loss=clip_cov_loss"],
   "discounted_returns": ["reinforce --advantage=plain"],
   "entropy_loss": ["grpo --loss.entropy_coef=0.01"],
   "gae": ["ppo"],
   "informative_groups": ["grpo --dynamic.groups=informative"],
+  "kto_baseline": ["kto"],
   "kl_cov_mask": ["grpo --loss=kl_cov_loss"],
   "kl_loss": ["grpo --kl.coef=0.04", "reinforce --kl.coef=0.04 --kl.place=loss"],
+  "length_adaptive_lambda": ["ppo --advantage.alpha=0.05"],
   "llds_loss": ["grpo --epochs=2 --llds.coef=0.2"],
   "llds_weights": ["grpo --epochs=2 --llds.coef=0.2"],
+  "optimal_advantage": ["online_dpo --loss=astar_po_loss"],
   "overlong_penalty": ["grpo --overlong.cache=4"],
   "positive_nll_loss": ["grpo --positive_nll_coef=0.1"],
   "reward_model_loss": ["reward_model"],
@@ -295,10 +299,11 @@ CALLED = {
   "truncated_importance": ["grpo --correction=token"],
   "trust_region_mask": ["grpo --correction.trust_region_mask=0.1"],
   "value_loss": ["ppo"],
+  "wpo_weights": ["dpo --loss.wpo=true"],
 }
 # The groups of flags that have a function's keywords, where it is not chosen by the group itself.
 GROUPS = {"kl_loss": "kl", "truncated_importance": "correction", "sequence_logprobs": "loss"}
-SCRIPTS = ("grpo", "reinforce", "ppo", "sft", "dpo", "reward_model")
+SCRIPTS = ("grpo", "reinforce", "ppo", "sft", "dpo", "reward_model", "kto", "online_dpo", "distill")
 
 
 def needs(function):

@@ -64,6 +64,7 @@ Loss = keywords.keyword_group(
     "logprobs": (Summed, configs.option("auto", "sum or mean; auto = mean in IPO, SimPO, ORPO")),
     "sft_coef": (float, configs.option(0.0, "RPO: factor of the chosen answers' NLL", min=0)),
     "tail_weight": (float, TAIL),
+    "wpo": (bool, configs.option(False, "WPO: pairs count by how likely the policy writes them")),
   },
 )
 
@@ -77,14 +78,10 @@ class Config:
   model: flags.Model = configs.inline(flags.Model())
   data: flags.Data = configs.inline(flags.Data(data="on_policy"))
   pairs: flags.Pairs = configs.inline(flags.Pairs())
-  task: flags.Task = configs.inline(flags.Task())
+  task: flags.JudgedTask = configs.inline(flags.JudgedTask())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
   held_out_examples: int = configs.option(256, "held-out pairs to evaluate on; 0 = all", min=0)
-  reference_cache: str = configs.option(
-    "",
-    "where the reference's log-probs are kept, by a hash of weights and pairs; empty = workdir",
-    volatile=True,
-  )
+  reference_cache: str = flags.reference_cache()
   responses_per_prompt: int = configs.option(8, "G, responses a problem, on policy", min=2)
   sampling: flags.Sampling = flags.Sampling()
   loss: Loss = Loss()
@@ -123,6 +120,9 @@ def check(config: Config) -> None:
     allowed = f"at least pairs_per_step ({config.pairs.per_step}) with --loss={loss.name}"
     fix = "it compares the pairs of a batch with each other"
     raise configs.ConfigError("microbatch_pairs", part, allowed, fix)
+  if config.task.reward != "task" and not on_policy:
+    allowed = "task with a file of pairs, which says itself what is better"
+    raise configs.ConfigError("reward", config.task.reward, allowed, "--data=on_policy samples")
   if loss.shift and loss.name != "bco_loss":
     allowed = f"left out with --loss={loss.name}"
     raise configs.ConfigError("loss.shift", loss.shift, allowed, "bco_loss has it")
@@ -256,6 +256,10 @@ def learn(
     batch, given = with_constants(
       config.loss, batch, drawn.ref_logprobs, lambda: score(params, flat)
     )
+    if config.loss.wpo:
+      half = config.sampling.temperature / 2
+      both = score(params, flat), score(params, flat, temperature=half)
+      batch = batch._replace(pairs=pair_lib.policy_weighted(batch.pairs, *both))
   numbers = {"learning_rate": setup.learning_rate(config, step), "sft_coef": config.loss.sft_coef}
   hparams = jax.tree.map(jnp.float32, numbers) | {"loss": given}
   with clock("update"):
@@ -312,27 +316,6 @@ def of_file(
   return Drawn([loaded.training[index] for index in chosen], refs, counts)
 
 
-def reference_of_file(
-  config: Config, run: loop.Run, model: setup.Model, pairs: abc.Sequence[encoding.Pair]
-) -> list[np.ndarray]:
-  """The reference's log-probs of both answers of all pairs, computed once and kept on disk."""
-  if model.weights.reference is None or not pairs:
-    return []
-  say = functools.cache(run.console.say)
-
-  def progress(done: int, total: int) -> None:
-    say(f"log-probs of the reference: {10 * (10 * done // total)} % of {total} sequences")
-    if done < total:
-      run.stop.check()
-
-  statics = {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": model.mesh}
-  sizes = {"temperature": config.sampling.temperature, "rows_per_batch": 2 * config.pairs.per_step}
-  where, params = config.reference_cache or run.workdir, model.weights.reference
-  return reference.reference_logprobs(
-    where, params, encoding.flat(pairs), **statics, **sizes, progress=progress
-  )
-
-
 def pair_figures(
   options: Loss,
   held_out: abc.Sequence[encoding.Pair],
@@ -378,9 +361,11 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     pad_id, loaded = model.tokenizer.pad_id, loading.Loaded([], [], {}, "", [], [])
     if dataset:
       loaded = setup.load_pairs(config, run, model, dataset, layout)
-    responses, slots = 0 if dataset else config.responses_per_prompt, config.sampling.slots
+    further = {"slots": config.sampling.slots, "reward": config.task.reward}
+    further |= {"responses": 0 if dataset else config.responses_per_prompt}
+    further |= {"rows_at_once": size.microbatch_pairs * config.responses_per_prompt}
     with setup.open_problems(
-      config, run, model, task, prompts=size.per_step, responses=responses, slots=slots
+      config, run, model, task, prompts=size.per_step, **further
     ) as problems:
       held_out = loaded.held_out[: config.held_out_examples or None]
       sizes = {
@@ -399,7 +384,11 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       update = make_update(config, model.policy, mesh)
       init = functools.partial(states.init_state, optimizer=setup.make_optimizer(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
-      known = reference_of_file(config, run, model, loaded.training + held_out)
+      known = []
+      if model.weights.reference is not None and dataset:
+        flat, how = encoding.flat(loaded.training + held_out), {"rows_per_batch": 2 * size.per_step}
+        how["temperature"] = config.sampling.temperature
+        known = setup.reference_of_file(config, run, model, flat, **how)
       if dataset:
         model = model._replace(weights=model.weights._replace(reference=None))
         sample = functools.partial(of_file, config, loaded, known)

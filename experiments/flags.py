@@ -30,6 +30,7 @@ WEIGHTINGS = (
   *("token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"),
   "length_power",
 )
+TOKEN_WEIGHTINGS = Literal["token_mean", "sequence_mean", "sequence_sum", "prompt_mean"]
 PRESETS = Literal["none", *presets.SOURCES, *presets.REFUSED]
 
 
@@ -395,7 +396,31 @@ class Dynamic:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardedTask(Task):
+class TrainedTask(Task):
+  """The task, and its grader."""
+
+  laps: bool = option(
+    False, "take the rows of a task's file in turn, each once a lap; else every step draws anew"
+  )
+
+  def check(self, config: Any) -> None:
+    """Refuses laps of a file whose rows come in turn anyway, and such as would skip rows."""
+    super().check(config)
+    data = getattr(getattr(config, "data", None), "data", "task")
+    if self.laps and data not in ("task", "on_policy"):
+      allowed = "left out with a file of examples, whose rows always come in turn"
+      raise ConfigError("laps", "true", allowed)
+    for name, value, allowed in (
+      ("dynamic.groups", getattr(self, "dynamic", Dynamic()).groups, ("any", "drop")),
+      ("overlong_prompt", config.prompts.overlong_prompt, ("error", "truncate_left")),
+    ):
+      if self.laps and value not in allowed:
+        why = "rows would be skipped, or come twice"
+        raise ConfigError(name, value, f"{' or '.join(allowed)} with --laps", why)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedTask(TrainedTask):
   """The task, and the reward that training uses."""
 
   reward: str = or_function(
@@ -405,6 +430,12 @@ class RewardedTask(Task):
       "FILE.py:<function> = that function's, in the place of the grader",
     )
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardedTask(JudgedTask):
+  """The task, and the reward that training uses."""
+
   overlong: Overlong = Overlong()
   dynamic: Dynamic = Dynamic()
 
@@ -481,7 +512,8 @@ class Sampling(Drawing):
 
   def check(self, config: Any) -> None:
     """Refuses what cannot be sampled, or would train on another distribution unasked."""
-    problems = (config.updates if hasattr(config, "updates") else config.pairs).per_step
+    groups = "updates", "batches", "pairs"
+    problems = next(getattr(config, name) for name in groups if hasattr(config, name)).per_step
     longest, fix = config.prompts.max_new_tokens, "--sampling.allow_truncated does it all the same"
     off = "off while training: it samples from another distribution than the one that is trained"
     for name, refused, allowed, further in (
@@ -495,8 +527,8 @@ class Sampling(Drawing):
 
 
 @dataclasses.dataclass(frozen=True)
-class Updates:
-  """How a step's responses become updates."""
+class Batches:
+  """What a step samples, and how many updates it makes of it."""
 
   prompts_per_step: int = option(16, "P, problems a step", min=1)
   responses_per_prompt: int = option(8, "G, responses a problem", min=1)
@@ -508,19 +540,6 @@ class Updates:
     "minibatches, or is more than that",
     min=1,
   )
-  target_kl: float = option(
-    0.0,
-    "end a step's updates after the first that finds the policy further than this from the old "
-    "one, in nats a token; 0 = never",
-    min=0,
-  )
-  positive_nll_coef: float = option(
-    0.0, "factor of the likelihood of right answers; VAPO has 0.1; 0 = no such term", min=0
-  )
-  correction: terms.Correction = terms.Correction()
-  llds: terms.Llds = terms.Llds()
-  entropy: terms.Entropy = terms.Entropy()
-  clip: terms.Clip = terms.Clip()
 
   @property
   def per_step(self) -> int:
@@ -537,9 +556,36 @@ class Updates:
     return max(1, self.prompts_per_step // self.minibatches // self.microbatch_prompts)
 
   def check(self, config: Any) -> None:
-    """Refuses sizes that do not divide, and several updates by a loss that assumes every sample is
-    the policy's own."""
-    prompts, count, loss = self.prompts_per_step, self.minibatches, config.loss.name
+    """Refuses sizes that do not divide."""
+    prompts, count = self.prompts_per_step, self.minibatches
+    if prompts % count:
+      raise ConfigError("minibatches", count, f"a divisor of prompts_per_step ({prompts})")
+    update = prompts // count
+    of = f"the {update} problems of an update (prompts_per_step / minibatches)"
+    check_divides("microbatch_prompts", update, self.microbatch_prompts, of)
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates(Batches):
+  """How a step's responses become updates."""
+
+  target_kl: float = option(
+    0.0,
+    "end a step's updates after the first that finds the policy further than this from the old "
+    "one, in nats a token; 0 = never",
+    min=0,
+  )
+  positive_nll_coef: float = option(
+    0.0, "factor of the likelihood of right answers; VAPO has 0.1; 0 = no such term", min=0
+  )
+  correction: terms.Correction = terms.Correction()
+  llds: terms.Llds = terms.Llds()
+  entropy: terms.Entropy = terms.Entropy()
+  clip: terms.Clip = terms.Clip()
+
+  def check(self, config: Any) -> None:
+    """Refuses, too, several updates by a loss that assumes every sample is the policy's own."""
+    loss = config.loss.name
     if loss == "reinforce_loss" and self.count > 1:
       allowed = "a loss with a ratio where a step has several updates (epochs * minibatches > 1)"
       fix = "after the first the samples are another policy's: try --loss=ppo_loss"
@@ -553,11 +599,7 @@ class Updates:
     if self.target_kl and self.count < 2:
       allowed = "0 with one update a step, which ends after it"
       raise ConfigError("target_kl", self.target_kl, allowed, "try --epochs=2")
-    if prompts % count:
-      raise ConfigError("minibatches", count, f"a divisor of prompts_per_step ({prompts})")
-    update = prompts // count
-    of = f"the {update} problems of an update (prompts_per_step / minibatches)"
-    check_divides("microbatch_prompts", update, self.microbatch_prompts, of)
+    super().check(config)
 
 
 # Files of examples.
@@ -603,6 +645,15 @@ class Data:
       raise ConfigError("held_out_fraction", 0, allowed, "--eval.every=0 does without")
 
 
+def reference_cache() -> Any:
+  """A setting of scripts that compare with a reference on a file's rows."""
+  return option(
+    "",
+    "where the reference's log-probs are kept, by a hash of weights and rows; empty = workdir",
+    volatile=True,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
   """How many pairs make an update."""
@@ -630,7 +681,38 @@ class Pairs:
     check_divides("microbatch_pairs", self.pairs_per_step, self.microbatch_pairs, of)
 
 
+@dataclasses.dataclass(frozen=True)
+class Duels:
+  """How many duels make an update."""
+
+  prompts_per_step: int = option(16, "P, problems a step", min=1)
+  responses_per_prompt: int = option(
+    4, "G, duels a problem: responses of the policy, and as many of its opponent", min=1
+  )
+  microbatch_prompts: int = option(
+    2,
+    "problems whose responses' activations are held at once; divides prompts_per_step, or is more "
+    "than that",
+    min=1,
+  )
+
+  @property
+  def per_step(self) -> int:
+    return self.prompts_per_step
+
+  @property
+  def microbatches(self) -> int:
+    return max(1, self.prompts_per_step // self.microbatch_prompts)
+
+  def check(self, config: Any) -> None:
+    """Refuses sizes that do not divide."""
+    of = f"prompts_per_step ({self.prompts_per_step})"
+    check_divides("microbatch_prompts", self.prompts_per_step, self.microbatch_prompts, of)
+
+
 # The objective.
+
+Baseline, Gae = terms.Baseline, terms.Gae  # of REINFORCE and of PPO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -710,26 +792,27 @@ def _of_tokens(config: Any, name: str) -> np.ndarray:
 # They select tokens first: `rl_llm.training.objective.select_tokens`.
 COVARIANCE_LOSSES = (losses.clip_cov_loss, losses.kl_cov_loss)
 _SELECTED = " [clip_cov_loss, kl_cov_loss]"
-PolicyLoss = keyword_group(
-  "loss",
-  "The surrogate, and its keywords; none = the default of the loss.",
-  (*losses.POLICY_LOSSES, *COVARIANCE_LOSSES),
-  shape=_of_tokens,
-  further={
-    "entropy_coef": (float, option(0.0, "entropy bonus per nat, with any loss")),
-    "selected": (
-      float | None,
-      option(None, f"share of a step's tokens to hold back{_SELECTED}", above=0, max=1),
-    ),
-    "covariance_low": (
-      float | None,
-      option(None, "least covariance of a token to hold back [clip_cov_loss]"),
-    ),
-    "covariance_high": (
-      float | None,
-      option(None, "greatest covariance of a token to hold back [clip_cov_loss]"),
-    ),
-  },
+_FURTHER = {
+  "entropy_coef": (float, option(0.0, "entropy bonus per nat, with any loss")),
+  "selected": (
+    float | None,
+    option(None, f"share of a step's tokens to hold back{_SELECTED}", above=0, max=1),
+  ),
+  "covariance_low": (
+    float | None,
+    option(None, "least covariance of a token to hold back [clip_cov_loss]"),
+  ),
+  "covariance_high": (
+    float | None,
+    option(None, "greatest covariance of a token to hold back [clip_cov_loss]"),
+  ),
+}
+_SURROGATE = "The surrogate, and its keywords; none = the default of the loss."
+_SURROGATES = (*losses.POLICY_LOSSES, *COVARIANCE_LOSSES)
+PolicyLoss = keyword_group("loss", _SURROGATE, _SURROGATES, shape=_of_tokens, further=_FURTHER)
+# With those on the whole responses to a problem: `rl_llm.training.objective.group_loss`.
+GroupLoss = keyword_group(
+  "loss", _SURROGATE, (*_SURROGATES, losses.tpo_loss), shape=_of_tokens, further=_FURTHER
 )
 
 
@@ -806,10 +889,10 @@ def needs_old(config: Any) -> bool:
 
 
 def policy_term_only(config: Any) -> bool:
-  """Whether a response with advantage 0 adds nothing: DRO's loss has a term left, and one of a
-  person's own may have."""
+  """Whether a response with advantage 0 adds nothing: DRO's loss has a term left, TPO's holds its
+  group to the old policy, and one of a person's own may have."""
   size, name = config.updates, config.loss.name
-  left = name == "dro_loss" or name not in config.loss.functions
+  left = name in ("dro_loss", "tpo_loss") or name not in config.loss.functions
   further = size.llds.coef or size.positive_nll_coef or config.loss.entropy_coef
   # A group's advantage does not have the KL in it yet.
   kl = config.kl.coef and (config.kl.place == "loss" or hasattr(config.advantage, "functions"))

@@ -52,7 +52,7 @@ class Config:
   eval: flags.Evaluation = flags.Evaluation()
   preset: flags.PRESETS = flags.preset("all parts of the objective, groups and length")
   advantage: flags.GroupAdvantage = flags.GroupAdvantage()
-  loss: flags.PolicyLoss = flags.PolicyLoss()
+  loss: flags.GroupLoss = flags.GroupLoss()
   kl: flags.KL = flags.KL()
 
 
@@ -81,6 +81,9 @@ def check(config: Config) -> None:
   configs.check(config)
   if config.updates.responses_per_prompt < 2 and config.advantage.name != "remax":
     raise configs.ConfigError("responses_per_prompt", 1, "at least 2, to compare responses")
+  if config.loss.name == "tpo_loss" and config.kl.coef and config.kl.place == "reward":
+    allowed = "loss with --loss=tpo_loss, which knows whole responses alone"
+    raise configs.ConfigError("kl.place", "reward", allowed)
 
 
 def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
@@ -95,16 +98,20 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
     one_update = batch.old_logprobs is None
     old_logprobs = jax.lax.stop_gradient(logprobs) if one_update else batch.old_logprobs
     weights, found = objective.surrogate_weights(terms, logprobs, batch)
-    loss, of_loss = keywords.call(
-      config.loss,
-      keywords=hparams["loss"],
-      logprobs=logprobs,
-      old_logprobs=old_logprobs,
-      advantages=batch.advantages,
-      selected=batch.selected,
-      weights=weights,
-      mask=batch.mask,
-    )
+    if config.loss.name == "tpo_loss":
+      of_tokens = logprobs, old_logprobs, batch, weights
+      loss, of_loss = objective.group_loss(losses.tpo_loss, *of_tokens, **hparams["loss"])
+    else:
+      loss, of_loss = keywords.call(
+        config.loss,
+        keywords=hparams["loss"],
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=batch.advantages,
+        selected=batch.selected,
+        weights=weights,
+        mask=batch.mask,
+      )
     found |= of_loss
     if terms.kl is not None and batch.ref_logprobs is not None:
       weights = batch.weights if batch.kl_weights is None else batch.kl_weights

@@ -42,15 +42,6 @@ from rl_llm.training import loop, minibatches, objective, train_state, update, v
 
 
 @dataclasses.dataclass(frozen=True)
-class Advantage:
-  """Generalised advantage estimation."""
-
-  discount: float = configs.option(1.0, "discount factor per token", min=0, max=1)
-  gae_lambda: float = configs.option(0.95, "1 trusts rewards, 0 the values", min=0, max=1)
-  whiten: bool = configs.option(True, "scale the step's advantages to mean 0 and variance 1")
-
-
-@dataclasses.dataclass(frozen=True)
 class Value:
   """The value network."""
 
@@ -108,7 +99,7 @@ class Config:
   optimizer: flags.Optimizer = flags.Optimizer()
   eval: flags.Evaluation = flags.Evaluation()
   preset: flags.PRESETS = flags.preset("weighting and loss")
-  advantage: Advantage = Advantage()
+  advantage: flags.Gae = flags.Gae()
   loss: flags.PolicyLoss = flags.PolicyLoss(name="ppo_loss")
   kl: KL = KL(place="reward", value="k1")
   value: Value = Value()
@@ -234,22 +225,22 @@ def policy_optimizer(config: Config):
 def init_ppo(params, *, config: Config, width: int) -> State:
   """The state before the first step: a value network that says 0 of everything."""
   head, init = policies.zero_head(width), train_state.init_state
-  kl, adamw = (
-    controllers.AdaptiveKL(jnp.float32(config.kl.coef)),
-    setup.make_optimizer(config.optimizer),
-  )
+  kl = controllers.AdaptiveKL(jnp.float32(config.kl.coef))
+  adamw = setup.make_optimizer(config.optimizer)
   if config.value.trunk == "shared":
     return State(init(params | {"head": head}, policy_optimizer(config)), None, kl)
   return State(init(params, adamw), init(policies.with_head(params, head), adamw), kl)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def token_advantages(options: Advantage, rewards, values, mask, kl, kl_coef):
+def token_advantages(options: flags.Gae, rewards, values, mask, kl, kl_coef):
   """Advantages and returns [B, T], of rewards [B], and values and KL [B, T]."""
   per_token = estimators.token_rewards(rewards, mask, kl=kl, kl_coef=kl_coef)
-  found, returns = estimators.gae(
-    per_token, values, mask, discount=options.discount, gae_lambda=options.gae_lambda
-  )
+  gae = functools.partial(estimators.gae, per_token, values, mask, discount=options.discount)
+  found, returns = gae(gae_lambda=options.gae_lambda)
+  if options.alpha is not None:
+    of_length = estimators.length_adaptive_lambda(mask, alpha=options.alpha)
+    found, returns = gae(gae_lambda=of_length)[0], gae(gae_lambda=1.0)[1]
   return masked.whiten(found, mask) if options.whiten else found, returns
 
 

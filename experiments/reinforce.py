@@ -7,6 +7,8 @@ It only needs a grader. The baseline of a reward removes noise without changing 
   leave_one_out                  RLOO: the mean of the other responses to the same problem
   reinforce_plus_plus            REINFORCE++: the whole batch's mean and spread
   reinforce_plus_plus_baseline   its group's mean, then the whole batch's spread
+  track_values                   SPO: how often the problem was solved before; needs one response
+  role_baseline                  RAE: the mean reward before of its role, a column of the problems
 
   python -m experiments.reinforce                           SmolLM2-135M learns to add, 2 CPU cores
   python -m experiments.reinforce --epochs=2 --loss=ppo_loss     several updates need a ratio
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,28 +38,8 @@ from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.runs import config as configs
 from rl_llm.runs import keywords, metrics
-from rl_llm.training import loop, minibatches, objective
+from rl_llm.training import loop, minibatches, objective, trackers
 from rl_llm.training.train_state import TrainState, init_state
-
-REINFORCE_PLUS_PLUS = "reinforce_plus_plus", "reinforce_plus_plus_baseline"
-BASELINES = Literal["plain", "moving_average", "leave_one_out", *REINFORCE_PLUS_PLUS]
-
-
-@dataclasses.dataclass(frozen=True)
-class Advantage:
-  """What a reward is compared with."""
-
-  name: BASELINES = configs.option("leave_one_out", "the baseline; see above")
-  decay: float = configs.option(0.9, "share of moving_average that a step keeps", min=0, below=1)
-  discount: float = configs.option(1.0, "discount factor per token", min=0, max=1)
-
-  def check(self, config: Config) -> None:
-    """Refuses settings that leave_one_out cannot handle."""
-    error = functools.partial(configs.ConfigError, "advantage.name", self.name)
-    if self.name == "leave_one_out" and config.updates.responses_per_prompt == 1:
-      raise error("another one with --responses_per_prompt=1", "try --advantage=moving_average")
-    if self.name == "leave_one_out" and self.discount != 1:
-      raise error("another one with --advantage.discount", "try --advantage=reinforce_plus_plus")
 
 
 class State(NamedTuple):
@@ -66,11 +48,13 @@ class State(NamedTuple):
   policy: TrainState
   baseline: jax.Array  # float32 scalar, the decayed sum of the mean rewards of the steps before
   weight: jax.Array  # float32 scalar, the same sum of ones: their quotient is the moving average
+  tracked: Any = None  # the table of `rl_llm.training.trackers`, for baselines that have one
 
 
-def init_reinforce(params, *, optimizer) -> State:
+def init_reinforce(params, *, optimizer, options: flags.Baseline) -> State:
   """The state before the first step."""
-  return State(init_state(params, optimizer), jnp.zeros(()), jnp.zeros(()))
+  tracked = trackers.first(options.name, options.rows)
+  return State(init_state(params, optimizer), jnp.zeros(()), jnp.zeros(()), tracked)
 
 
 @configs.experiment
@@ -89,7 +73,7 @@ class Config:
   optimizer: flags.Optimizer = flags.Optimizer()
   eval: flags.Evaluation = flags.Evaluation()
   preset: flags.PRESETS = flags.preset("weighting and loss")
-  advantage: Advantage = Advantage()
+  advantage: flags.Baseline = flags.Baseline()
   loss: flags.PolicyLoss = flags.PolicyLoss(name="reinforce_loss")
   kl: flags.KL = flags.KL(place="reward", value="k1")
 
@@ -157,13 +141,15 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def token_advantages(options: Advantage, rewards, ok, mask, kl, kl_coef, baseline):
+def token_advantages(options: flags.Baseline, rewards, ok, mask, kl, kl_coef, baseline):
   """[B, T]: the rewards [P, G], less the KL [B, T], compared with what the flags say."""
   if options.name == "leave_one_out":
     total = rewards - kl_coef * jnp.sum(kl, axis=1).reshape(rewards.shape)
     return jnp.where(mask, estimators.leave_one_out(total, where=ok).reshape(-1, 1), 0)
   if options.name == "reinforce_plus_plus_baseline":
     rewards = estimators.group_relative(rewards, scale="none", where=ok)
+  if options.name in trackers.NAMES:
+    rewards = trackers.compared(options.name, rewards, ok, baseline)
   per_token = estimators.token_rewards(rewards.reshape(-1), mask, kl=kl, kl_coef=kl_coef)
   if options.name.startswith("reinforce_plus_plus"):
     found = estimators.reinforce_plus_plus(per_token, mask, discount=options.discount)
@@ -195,6 +181,10 @@ def learn(
     old, ref = flags.needs_old(config), config.kl.coef > 0
     batch = minibatches.with_logprobs(batch, programs, weights, policy, old=old, ref=ref)
   baseline = float(state.baseline / state.weight) if state.weight else 0.0
+  if (tracked := state.tracked) is not None:
+    problems, column = experience.drawn.problems, config.advantage.role
+    known = trackers.rows_of(problems, config.advantage.rows, column=column)
+    baseline = trackers.baselines(tracked, known)
   kl, totals = setup.reward_kl(config, batch)
   per_token = token_advantages(
     config.advantage, scores.rewards, scores.ok, batch.mask, kl, config.kl.coef, baseline
@@ -217,8 +207,13 @@ def learn(
   reward = np.mean(scores.rewards[scores.ok]) if scores.ok.any() else baseline
   decay = config.advantage.decay
   averages = decay * state.baseline + (1 - decay) * reward, decay * state.weight + (1 - decay)
-  totals |= {"baseline": baseline}
-  return State(policy, *averages), loop.Learned(totals, advantages, work)
+  totals |= {"baseline": float(np.mean(baseline))}
+  if tracked is not None:
+    after = programs.logprobs(weights.whole(policy.params), batch)[0]
+    moved = metrics.finalize(jax.device_get(minibatches.logprob_gap(after, batch)))
+    how = {"moved": moved["logprob_gap_mean"] or 0.0, "decay": decay}
+    tracked = trackers.remembered(tracked, known, scores.rewards, scores.ok, **how)
+  return State(policy, *averages, tracked), loop.Learned(totals, advantages, work)
 
 
 def train(config: Config, workdir: str) -> dict[str, Any]:
@@ -233,7 +228,8 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
     with setup.open_sampling(config, run, reference=config.kl.fixed_reference) as (model, problems):
       programs = make_programs(config, model.policy, model.mesh)
       programs = programs._replace(update=loop.announced(programs.update, run))
-      init = functools.partial(init_reinforce, optimizer=setup.make_optimizer(config.optimizer))
+      optimizer, options = setup.make_optimizer(config.optimizer), config.advantage
+      init = functools.partial(init_reinforce, optimizer=optimizer, options=options)
       begun, model = setup.begin(config, run, model, init)
       bound = functools.partial(learn, config, model, programs)
       state = setup.train_loop(

@@ -35,8 +35,8 @@ from rl_llm.runs.metrics import PhaseClock
 from rl_llm.runs.run_directory import Run, default_workdir, found_workdir, opened
 from rl_llm.runs.trained import checkpoint_of, load_trained, restore_part
 from rl_llm.text.conversations import resolve_format
-from rl_llm.text.tokenizers import Tokenizer
-from rl_llm.training import control, loop, objective, spikes, update
+from rl_llm.text.tokenizers import Tokenizer, vocabulary
+from rl_llm.training import control, loop, objective, reference_cache, spikes, update
 from rl_llm.training import minibatches as responses
 from rl_llm.training.train_state import parameter_count
 
@@ -61,6 +61,7 @@ class Problems(NamedTuple):
   evaluate: Callable[[Any, int], evaluation.Evaluation]
   held_out: drawing.Drawn
   prompt_format: str  # as laid out: "chat" or "plain"
+  sampler: collect.Sampler | None = None
 
 
 # A run and its end.
@@ -237,14 +238,12 @@ def load_language_model(
   config: Any, run: Run, mesh: jax.sharding.Mesh | None
 ) -> models.LanguageModel:
   """The model that the group `model` names, over the mesh; None: on the first device."""
-  options, say, names = config.model, run.console.say, ("remat", "scan_layers", "attention")
+  options, say = config.model, run.console.say
   if mesh is not None:
     how = f", matmul precision {found}" if (found := precision(options)) else ""
     kind = mesh.devices.flat[0].device_kind
     say(f"loading {options.model} on {mesh.size} x {kind}, {options.dtype}{how}")
-  further = {name: getattr(options, name) for name in names if hasattr(options, name)}
-  further |= {"seed": config.run.seed, "dtype": jnp.dtype(options.dtype), "mesh": mesh}
-  load = functools.partial(models.load_model, say=say, **further)
+  load = _loader(config, run, mesh)
   if begun := getattr(config.run, "init_from", ""):
     name = json_object(checkpoint_of(begun, setting="init_from")[0] / "config.json")["model"]
     if name != options.model:
@@ -253,6 +252,37 @@ def load_language_model(
     trained, setting = begun or options.model, "init_from" if begun else "model"
     return load_trained(trained, lambda name, seed: load(name, seed=seed), setting=setting)
   return load(options.model)
+
+
+def _loader(
+  config: Any, run: Run, mesh: jax.sharding.Mesh | None
+) -> Callable[..., models.LanguageModel]:
+  """`load_model` with what the group `model` says of any model."""
+  options, names = config.model, ("remat", "scan_layers", "attention")
+  further = {name: getattr(options, name) for name in names if hasattr(options, name)}
+  further |= {"seed": config.run.seed, "dtype": jnp.dtype(options.dtype), "mesh": mesh}
+  return functools.partial(models.load_model, say=run.console.say, **further)
+
+
+def load_teacher(config: Any, run: Run, student: Model) -> models.LanguageModel:
+  """The model that the setting `teacher` names, over the student's mesh.
+
+  Raises:
+    ConfigError: it has not the student's vocabulary, so that its ids mean other texts.
+  """
+  name, load = config.teacher, _loader(config, run, student.mesh)
+  run.console.say(f"loading the teacher, {name}")
+  if find_run(name):
+    teacher = load_trained(name, lambda own, seed: load(own, seed=seed), setting="teacher")
+  else:
+    teacher = load(name)
+  rows, own = teacher.policy.config.vocab_size, student.policy.config.vocab_size
+  same = vocabulary(teacher.tokenizer) == vocabulary(student.tokenizer)
+  if not same or rows < own:
+    allowed = f"a model with the vocabulary of {config.model.model}, whose ids it is to read"
+    fix = f"its embedding has {rows} rows and the student's {own}" if same else "see --model"
+    raise ConfigError("teacher", name, allowed, fix)
+  return teacher
 
 
 def load_model(
@@ -293,7 +323,16 @@ def load_task(config: Any) -> tasks.Task | None:
   task = tasks.load_task(group.task, *how, **options)
   if hasattr(config, "eval") and config.eval.every:
     tasks.check_held_out(task, otherwise="--eval.every=0")
+  if getattr(group, "laps", False):
+    return tasks.in_laps(task, problems_a_step(config))
   return task
+
+
+def problems_a_step(config: Any) -> int:
+  """How many problems a step takes: of whatever the script calls them."""
+  groups = (getattr(config, name, None) for name in ("updates", "batches", "pairs"))
+  found = next(filter(None, groups), None)
+  return found.per_step if found else config.examples_per_step
 
 
 def open_grader(group: flags.Task, task: tasks.Task, say: Callable[[str], None]) -> Any:
@@ -405,7 +444,8 @@ def open_problems(
       sizes = {"samples": config.eval.samples, "prompts_per_batch": prompts}
       return evaluation.evaluate(sampler, params, held_out, step=step, **sizes)
 
-    yield Problems(sample, evaluate, held_out, sampler.encode.keywords["prompt_format"])
+    how = sampler.encode.keywords["prompt_format"]
+    yield Problems(sample, evaluate, held_out, how, sampler)
 
 
 @contextlib.contextmanager
@@ -494,6 +534,25 @@ def load_pairs(
   settings = {"prompt_format": prompt_format, "system_prompt": layout.system_prompt}
   encode = functools.partial(encoding.encode_pair, tokenizer=tokenizer, **settings)
   return load_data(config, run, model, dataset, encode, encoding.limit_pairs)
+
+
+def reference_of_file(
+  config: Any, run: Run, model: Model, rows: Sequence[Any], **how: Any
+) -> list[np.ndarray]:
+  """The reference's log-probs of all rows, computed once and kept on disk.
+
+  `how`: the temperature and `rows_per_batch`, as for `reference_cache.reference_logprobs`.
+  """
+  say = functools.cache(run.console.say)
+
+  def progress(done: int, total: int) -> None:
+    say(f"log-probs of the reference: {10 * (10 * done // total)} % of {total} sequences")
+    if done < total:
+      run.stop.check()
+
+  how |= {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": model.mesh}
+  where, params = config.reference_cache or run.workdir, model.weights.reference
+  return reference_cache.reference_logprobs(where, params, rows, **how, progress=progress)
 
 
 def update_once(

@@ -54,7 +54,7 @@ class Config:
   run: flags.ExportedRun = configs.inline(flags.ExportedRun(steps=32))
   model: flags.Model = configs.inline(flags.Model())
   data: flags.Data = configs.inline(flags.Data(data="task"))
-  task: flags.Task = configs.inline(flags.Task())
+  task: flags.TrainedTask = configs.inline(flags.TrainedTask())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
   held_out_examples: int = configs.option(
     256, "held-out examples whose loss is taken; 0 = all", min=0

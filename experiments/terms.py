@@ -8,11 +8,13 @@ rl_llm/losses/__init__.py, `GROUP_ADVANTAGES` of rl_llm/advantages/group.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import option
 from rl_llm.runs.keywords import chosen, settings
+from rl_llm.training import trackers
 from rl_llm.weighting import truncated_importance
 
 # What a step of a whole population does not have: groups and fields that stay at their defaults.
@@ -115,6 +117,62 @@ class Llds:
     for name in ("level", "normalizer"):
       if not self.coef and getattr(self, name) != getattr(Llds(), name):
         raise ConfigError(f"llds.{name}", getattr(self, name), "left out without --llds.coef")
+
+
+REINFORCE_PLUS_PLUS = "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+BASELINES = Literal[
+  "plain", "moving_average", "leave_one_out", *REINFORCE_PLUS_PLUS, *trackers.NAMES
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+  """What a reward is compared with."""
+
+  name: BASELINES = option("leave_one_out", "the baseline; see above")
+  decay: float = option(
+    0.9, "share of moving_average or role_baseline that a step keeps", min=0, below=1
+  )
+  role: str = option("", "the column of problems whose values are role_baseline's roles")
+  rows: int = option(
+    65536, "rows of the table of problems or roles, which are found by a hash", min=1
+  )
+  discount: float = option(1.0, "discount factor per token", min=0, max=1)
+
+  def check(self, config: Any) -> None:
+    """Refuses settings that leave_one_out cannot handle."""
+    error = functools.partial(ConfigError, "advantage.name", self.name)
+    if self.name == "leave_one_out" and config.updates.responses_per_prompt == 1:
+      raise error("another one with --responses_per_prompt=1", "try --advantage=moving_average")
+    if (self.name == "role_baseline") != bool(self.role):
+      allowed = "a column's name with --advantage=role_baseline, and left out without"
+      raise ConfigError("advantage.role", self.role, allowed)
+    if self.rows != Baseline().rows and self.name not in trackers.NAMES:
+      allowed = f"left out with --advantage={self.name}"
+      raise ConfigError("advantage.rows", self.rows, allowed)
+    if self.name == "leave_one_out" and self.discount != 1:
+      raise error("another one with --advantage.discount", "try --advantage=reinforce_plus_plus")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gae:
+  """Generalised advantage estimation."""
+
+  discount: float = option(1.0, "discount factor per token", min=0, max=1)
+  gae_lambda: float = option(0.95, "1 trusts rewards, 0 the values", min=0, max=1)
+  alpha: float | None = option(
+    None,
+    "instead of gae_lambda: the share of a response over which advantages look ahead, while values "
+    "learn with lambda 1; VAPO has 0.05",
+    above=0,
+  )
+  whiten: bool = option(True, "scale the step's advantages to mean 0 and variance 1")
+
+  def check(self, config: Any) -> None:
+    """Refuses two lambdas."""
+    if self.alpha is not None and self.gae_lambda != Gae().gae_lambda:
+      allowed = "left out with --advantage.alpha"
+      raise ConfigError("advantage.gae_lambda", self.gae_lambda, allowed)
 
 
 @dataclasses.dataclass(frozen=True)

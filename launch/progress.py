@@ -21,9 +21,11 @@ FIGURES = (
   "eval/sampled_accuracy",
   "eval/greedy_accuracy",
   "eval/pair_accuracy",
+  "eval/label_auc",
   "reward_mean",
   "eval/token_loss",
   "eval/pair_loss",
+  "eval/reverse_kl",
   "loss",
 )
 

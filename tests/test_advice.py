@@ -50,6 +50,8 @@ NEVER_SHOWN = {
   ("experiments.chat", "rl_llm.runs.identity"): "it has no --init_from",
   ("experiments.chat", "rl_llm.runs.peer_names"): "only what names flags that it has",
   ("experiments.reward_model", "experiments.flags.Data"): "it asks for --data before",
+  ("experiments.kto", "rl_llm.rollout.judge.make_judge"): "as of experiments.dpo",
+  ("experiments.distill", "rl_llm.rollout.judge.make_judge"): "as of experiments.dpo",
   ("experiments.evaluate", "experiments.setup.load_task"): "it has no group eval, and asks itself",
   ("experiments.make_preferences", "experiments.setup.load_task"): "it has no group eval",
   (
@@ -188,6 +190,7 @@ def test_who_may_show_what():
   assert "experiments.sft" not in shown_by(("experiments.ppo", "KL"))
   assert set(shown_by(("rl_llm.data.formats", "recognise"))) == {
     "experiments.dpo",
+    "experiments.kto",
     "experiments.reward_model",
     "experiments.sft",
   }

@@ -672,7 +672,11 @@ def test_a_part_that_does_not_divide_gets_the_nearest_that_does(whole, part, sai
 
 
 @pytest.mark.parametrize(
-  "name", ["grpo", "reinforce", "ppo", "dpo", "sft", "reward_model", "evaluate", "make_preferences"]
+  "name",
+  [
+    *("grpo", "reinforce", "ppo", "dpo", "sft", "reward_model", "evaluate", "make_preferences"),
+    *("kto", "distill", "online_dpo"),
+  ],
 )
 @pytest.mark.parametrize("changes", [{}, {"model": "tiny"}, {"model": "tiny", "seed": 3}])
 def test_a_config_made_in_python_is_that_of_the_command_line(name, changes):

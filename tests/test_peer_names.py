@@ -13,7 +13,18 @@ from rl_llm.runs import peer_names
 from rl_llm.runs.config import flatten, replace
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ("grpo", "reinforce", "ppo", "dpo", "sft", "reward_model", "evaluate")
+SCRIPTS = (
+  "grpo",
+  "reinforce",
+  "ppo",
+  "dpo",
+  "sft",
+  "reward_model",
+  "evaluate",
+  "kto",
+  "distill",
+  "online_dpo",
+)
 FLAGS = {
   name: set(flatten(importlib.import_module(f"experiments.{name}").Config())) for name in SCRIPTS
 }

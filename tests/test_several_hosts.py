@@ -193,7 +193,11 @@ def test_a_run_of_which_one_was_killed_goes_on(tmp_path, killed):
 @pytest.mark.skipif(not FULL, reason="runs of every experiment: RL_LLM_FULL=1")
 @pytest.mark.parametrize("mesh", [{}, {"mesh.data": 1, "mesh.fsdp": 8}], ids=str)
 @pytest.mark.parametrize(
-  "experiment", ["grpo", "reinforce", "ppo", "sft", "dpo", "dpo on data", "reward_model"]
+  "experiment",
+  [
+    *("grpo", "reinforce", "ppo", "sft", "dpo", "dpo on data", "reward_model"),
+    *("kto", "distill", "online_dpo"),
+  ],
 )
 def test_every_experiment_is_that_of_one_process(tmp_path, data, experiment, mesh):
   settings = {
@@ -204,6 +208,9 @@ def test_every_experiment_is_that_of_one_process(tmp_path, data, experiment, mes
     "dpo": {"task": "copy", "pairs_per_step": 16, "microbatch_pairs": 8, "eval.problems": 12},
     "dpo on data": PAIRS | {"data": data / "pairs.jsonl", "task": "none"},
     "reward_model": PAIRS | {"data": data / "pairs.jsonl"},
+    "kto": {"data": data / "pairs.jsonl", "examples_per_step": 16, "microbatch_rows": 8},
+    "distill": SAMPLING | {"teacher": "tiny"},
+    "online_dpo": SAMPLING | {"loss.name": "nash_md_loss"},
   }[experiment] | mesh
   settings["optimizer.learning_rate"] = 1e-5
   if "lora.rank" in settings and mesh:

@@ -10,7 +10,6 @@ of `{"role", "content"}` messages), the same throughout a row.
     unpaired             prompt, completion, label (true or 1: wanted, false or 0: unwanted)
     text, messages       text or messages: language modelling, every assistant's turn is trained on
 
-No script trains on `unpaired`: it is for callers of `rl_llm.losses.kto_loss` and similar losses.
 What else a row or a message may hold, such as tools and weights, is in `rl_llm.text.messages`.
 
 Plain text that begins with "\n\nHuman:" is a transcript in the style of Anthropic's HH data, and
@@ -161,6 +160,34 @@ def read_dataset(
   rows = read_table(path, check=check, strict=strict, max_rows=max_rows)
   examples = tuple(_example(row, chosen) for row in rows.rows)
   return Dataset(chosen, examples, rows.lines, rows.errors)
+
+
+def labelled(dataset: Dataset) -> Dataset:
+  """Single answers, each with its label among its columns: of a pair, the better one is wanted.
+
+  >>> pair = Preference("2+2=", "4", "5", {"level": 1})
+  >>> for row in labelled(Dataset("preference", (pair,), (1,), ())).examples:
+  ...   print(row.completion, row.columns)
+  4 {'level': 1, 'label': True}
+  5 {'level': 1, 'label': False}
+
+  Args:
+    dataset: of the format unpaired, preference or implicit_preference.
+
+  Returns:
+    Of the format unpaired; both answers of a pair have the pair's line.
+  """
+  rows, lines = [], []
+  for example, line in zip(dataset.examples, dataset.lines, strict=True):
+    if isinstance(example, Unpaired):
+      answers = [(example.completion, example.label)]
+    else:
+      answers = [(example.chosen, True), (example.rejected, False)]
+    for completion, label in answers:
+      columns = example.columns | {"label": label}
+      rows.append(Unpaired(example.prompt, completion, label, columns))
+      lines.append(line)
+  return Dataset("unpaired", tuple(rows), tuple(lines), dataset.errors)
 
 
 def recognise(columns: Iterable[str]) -> Format:

@@ -85,7 +85,7 @@ def unread_note(dataset: Dataset, *, read: Collection[str] = ()) -> str:
     read: columns that the experiment reads, in addition to those that every encoder does.
   """
   names = {name for example in dataset.examples for name in example.columns}
-  names -= {*read, *messages.COLUMNS}
+  names -= {*read, *COLUMNS[dataset.format], *messages.COLUMNS}
   return f"; columns that nothing reads: {', '.join(sorted(names))}" if names else ""
 
 

@@ -101,10 +101,14 @@ PREFERENCE_LOSSES = (
   orpo_loss,
 )
 
+# On single answers, good or bad: AOT's compares one list of each.
+UNPAIRED_LOSSES = (kto_loss, bco_unpaired_loss, aot_unpaired_loss)
+
 __all__ = [
   "BATCH_COUPLED",
   "POLICY_LOSSES",
   "PREFERENCE_LOSSES",
+  "UNPAIRED_LOSSES",
   "action_ids_of",
   "alphapo_loss",
   "aot_loss",

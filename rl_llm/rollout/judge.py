@@ -16,7 +16,7 @@ from rl_llm.rollout.reward_model import load_reward_model, score_responses
 from rl_llm.rollout.scoring import ResponseBatch
 from rl_llm.runs.finite import cause_in
 from rl_llm.runs.functions import Function
-from rl_llm.text.tokenizers import ModelTokenizer, Tokenizer
+from rl_llm.text.tokenizers import Tokenizer, vocabulary
 
 # (prompts, rollout) -> rewards [B]
 Judge = Callable[[PromptBatch, Rollout], np.ndarray]
@@ -55,7 +55,7 @@ def make_judge(
     )
   model = load_reward_model(directory)
   params = model.params if mesh is None else shard(model.params, mesh)
-  if _vocabulary(model.tokenizer) != _vocabulary(tokenizer):
+  if vocabulary(model.tokenizer) != vocabulary(tokenizer):
     raise ConfigError(
       "reward",
       reward,
@@ -87,8 +87,3 @@ def make_judge(
     return rewards
 
   return judge
-
-
-def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-  """The id of each text in a model's tokenizer; all byte tokenizers have the same ids."""
-  return tokenizer.backend.get_vocab() if isinstance(tokenizer, ModelTokenizer) else {}

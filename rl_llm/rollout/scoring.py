@@ -45,6 +45,7 @@ class ResponseBatch(NamedTuple):
   factors: chex.Array | None = None  # [B, T], what the surrogate's weights are multiplied by
   llds_weights: chex.Array | None = None  # [B, T], of the term that holds up likelihood
   nll_weights: chex.Array | None = None  # [B, T], of the likelihood of right answers
+  teacher_hidden: chex.Array | None = None  # [B, T, E], a teacher's states that predict the tokens
   old_values: chex.Array | None = None  # [B, T], of a value network before this batch's updates
   returns: chex.Array | None = None  # [B, T], what the values should have been
 

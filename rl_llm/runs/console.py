@@ -229,7 +229,7 @@ class Console:
     self.table(f"samples of step {step}", ("prompt", "response", "reward", "advantage"), cells)
 
   def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Shows the held-out accuracies and losses of a step.
+    """Shows the held-out accuracies, losses and divergences of a step.
 
     Args:
       step: how many steps the evaluated weights have been trained.
@@ -241,7 +241,7 @@ class Console:
         accuracy = number(metrics[f"eval/{kind}_accuracy"], 2)
         self.say(f"step {step} held-out accuracy, {kind}: {accuracy} (95% {low} to {high})")
     for key in sorted(metrics):
-      if key.startswith("eval/") and key.endswith("_loss"):
+      if key.startswith("eval/") and key.endswith(("_loss", "_auc", "_kl")):
         name = key.removeprefix("eval/").replace("_", " ")
         self.say(f"step {step} held-out {name}: {number(metrics[key])}")
     if self._live is not None:

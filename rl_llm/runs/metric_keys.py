@@ -174,6 +174,12 @@ KEYS: dict[str, tuple[Key, ...]] = {
     ),
     Key("implicit_reward", "reward", "A*-PO's beta times the log-ratio, mean over responses."),
     Key("residual", "reward", "How far that is from the advantage, mean over responses."),
+    Key(
+      "opponent_reward_mean",
+      "reward",
+      "Mean reward of the opponent's responses to the same problems.",
+    ),
+    Key("own_texts", "fraction", "Texts of the step that the student itself wrote."),
     Key("kl_ref", "nats per token", "KL to the reference model, by the estimator --kl.value."),
     Key("kl_coef", "reward per nat", "Price of the KL, which a controller may change."),
     Key(
@@ -248,6 +254,12 @@ KEYS: dict[str, tuple[Key, ...]] = {
     Key("rejected_logprobs", "nats", "Mean log-prob of a whole rejected answer."),
     Key("chosen_length", "tokens", "Mean length of the chosen answers."),
     Key("rejected_length", "tokens", "Mean length of the rejected answers."),
+    Key("desirable_reward", "reward", "Mean implicit reward of answers whose label is true."),
+    Key("undesirable_reward", "reward", "The same of those whose label is false."),
+    Key("desirable_logprobs", "nats", "Mean log-prob of a whole answer whose label is true."),
+    Key("undesirable_logprobs", "nats", "The same of those whose label is false."),
+    Key("desirable_fraction", "fraction", "Answers of the step whose label is true."),
+    Key("shift", "reward", "BCO's reward shift, its running mean over the steps."),
     Key("log_odds_ratio", "nats", "ORPO's log of the ratio of the two answers' odds."),
     Key(
       "data_broken",
@@ -280,6 +292,24 @@ KEYS: dict[str, tuple[Key, ...]] = {
     Key("eval/timed_out_fraction", "fraction", "Responses whose grade timed out."),
     Key("eval/token_loss", "nats per token", "Negative log-likelihood of held-out answers."),
     Key("eval/pair_loss", "nats", "The preference or reward model's loss on held-out pairs."),
+    Key("eval/answer_loss", "nats", "The loss on held-out answers with labels."),
+    Key(
+      "eval/label_auc",
+      "fraction",
+      "Of a held-out answer that is wanted and one that is not, how often the first has the larger "
+      "reward; a tie counts half.",
+    ),
+    Key("eval/desirable_reward", "reward", "As desirable_reward, held out."),
+    Key("eval/undesirable_reward", "reward", "As undesirable_reward, held out."),
+    Key("eval/desirable_logprobs", "nats", "As desirable_logprobs, held out."),
+    Key("eval/undesirable_logprobs", "nats", "As undesirable_logprobs, held out."),
+    Key(
+      "eval/reverse_kl",
+      "nats per token",
+      "KL of the student from its teacher, over all tokens of the vocabulary, along the student's "
+      "own responses to held-out problems.",
+    ),
+    Key("eval/forward_kl", "nats per token", "KL of the teacher from the student, there."),
     Key("eval/margin", "reward", "As margin, held out."),
     Key("eval/chosen_reward", "reward", "As chosen_reward, held out."),
     Key("eval/rejected_reward", "reward", "As rejected_reward, held out."),
@@ -337,9 +367,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
   ),
   "Losses of other kinds": (
     Key("kl", "nats", "KL of the policy to the reference, as the loss estimates it."),
-    Key("desirable_reward", "reward", "Mean implicit reward of answers known to be good."),
-    Key("undesirable_reward", "reward", "The same of answers known to be bad."),
-    Key("preference", "fraction", "Mean probability that an answer beats the mixture's."),
+    Key("preference", "fraction", "Mean probability that an answer beats the opponent's."),
     Key("reference_logprob", "nats", "Mean log-prob that the reference gives to an answer."),
     Key("divergence", "nats", "Distillation's divergence from the teacher, per token."),
     Key("reverse_kl", "nats", "KL from the student to the teacher at the student's own tokens."),

@@ -50,7 +50,11 @@ PLOTS = (
   Plot(
     "Held-out loss",
     "nats",
-    (("eval/token_loss", "per token"), ("eval/pair_loss", "per pair")),
+    (
+      ("eval/token_loss", "per token"),
+      ("eval/pair_loss", "per pair"),
+      ("eval/answer_loss", "per answer"),
+    ),
     "On examples that training never sees: once it rises while the training loss falls, the model"
     " learns its examples by heart.",
   ),
@@ -64,16 +68,44 @@ PLOTS = (
     1.0,
   ),
   Plot(
+    "Wanted and unwanted answers told apart",
+    "fraction",
+    (("eval/label_auc", "held out"),),
+    "Of a wanted and an unwanted answer, how often the wanted one has the larger reward: 0.5 is"
+    " what a coin would get.",
+    0.0,
+    1.0,
+  ),
+  Plot(
+    "Divergence from the teacher",
+    "nats per token",
+    (("eval/reverse_kl", "student from teacher"), ("eval/forward_kl", "teacher from student")),
+    "Along the student's own answers to held-out problems: towards 0 the student writes as its"
+    " teacher would.",
+    0.0,
+  ),
+  Plot(
     "Log-probs of held-out answers",
     "nats per answer",
-    (("eval/chosen_logprobs", "chosen"), ("eval/rejected_logprobs", "rejected")),
+    (
+      ("eval/chosen_logprobs", "chosen"),
+      ("eval/rejected_logprobs", "rejected"),
+      ("eval/desirable_logprobs", "wanted"),
+      ("eval/undesirable_logprobs", "unwanted"),
+    ),
     "The gap is all that most preference losses see, so both may fall; where the chosen answers"
     " fall far, the model comes to prefer answers that are in no pair.",
   ),
   Plot(
     "Rewards of the two answers",
     "reward",
-    (("chosen_reward", "chosen"), ("rejected_reward", "rejected"), ("margin", "margin")),
+    (
+      ("chosen_reward", "chosen"),
+      ("rejected_reward", "rejected"),
+      ("margin", "margin"),
+      ("desirable_reward", "wanted"),
+      ("undesirable_reward", "unwanted"),
+    ),
     "Implicit (beta times the log-ratio to the reference) or modelled: the margin should rise, and"
     " the chosen answers' own reward tells how.",
   ),

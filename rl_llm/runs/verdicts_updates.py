@@ -58,7 +58,7 @@ def _far(record: Evidence) -> Verdict | None:
 
 def memorised(record: Evidence) -> Verdict | None:
   """The held-out loss of examples turned, while the training loss fell."""
-  for key in ("eval/token_loss", "eval/pair_loss"):
+  for key in ("eval/token_loss", "eval/pair_loss", "eval/answer_loss"):
     losses = [(row["step"], finite(row.get(key))) for row in record.evaluated]
     losses = [(step, loss) for step, loss in losses if loss is not None]
     if len(losses) < 3:

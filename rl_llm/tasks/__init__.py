@@ -12,7 +12,7 @@ from rl_llm.tasks.arithmetic import ArithmeticOptions, arithmetic_task
 from rl_llm.tasks.copy_text import CopyOptions, copy_task
 from rl_llm.tasks.gsm8k import Gsm8kOptions, gsm8k_task
 from rl_llm.tasks.jsonl import JsonlOptions, jsonl_task
-from rl_llm.tasks.problem import Problem, Task, TaskError
+from rl_llm.tasks.problem import Problem, Task, TaskError, in_laps
 from rl_llm.tasks.reasoning_gym import ReasoningGymOptions, reasoning_gym_task
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
   "check_held_out",
   "copy_task",
   "gsm8k_task",
+  "in_laps",
   "jsonl_task",
   "load_task",
   "reasoning_gym_task",

@@ -225,4 +225,5 @@ def jsonl_task(
       f"{overlap} left out of training as held out{_unread(source, problems)}"
     ),
     answer_of=_answer_of(options),
+    rows=tuple(training),
   )

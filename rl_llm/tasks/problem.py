@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rl_llm.data.batches import batch_indices
 from rl_llm.data.held_out import hashed
 from rl_llm.errors import UserError
 from rl_llm.rewards import RewardSource
@@ -50,6 +51,7 @@ class Task:
       grader reads it: equal texts get the same grade, so responses can vote. None where it commits
       to nothing. Tasks whose grader does not define this have no such function.
     difficulty: `difficulty(problem)` names a class of problems, such as "3 steps", or None.
+    rows: all training problems, where there is an end to them; None where they are made.
   """
 
   name: str
@@ -60,6 +62,40 @@ class Task:
   note: str = ""
   answer_of: Callable[[Problem, str], str | None] | None = None
   difficulty: Callable[[Problem], str] | None = None
+  rows: tuple[Problem, ...] | None = None
+
+
+def in_laps(task: Task, size: int) -> Task:
+  """The task whose steps take its rows in turn: each once in a lap, in another order every lap.
+
+  By itself a task draws every step anew, so that after as many draws as there are rows about a
+  third (1/e) has not come yet. Which rows a step takes depends on (seed, step) alone, see
+  `rl_llm.data.batches.batch_indices`.
+
+  >>> rows = tuple(Problem(text, {}, text) for text in "abcde")
+  >>> task = in_laps(Task("letters", None, (), None, rows=rows), 2)
+  >>> drawn = [problem.prompt for step in range(5) for problem in task.sample(0, step, 2)]
+  >>> sorted(drawn[:5]) == sorted(drawn[5:]) == list("abcde")
+  True
+
+  Args:
+    task: with rows.
+    size: problems a step; a step may be asked for fewer.
+
+  Raises:
+    TaskError: the task makes its problems.
+  """
+  if (rows := task.rows) is None:
+    fix = "leave it out, or take --task=jsonl:FILE"
+    raise TaskError(f"laps=True: {task.name} makes its problems, of which there is no end; {fix}")
+
+  def sample(seed: int, step: int, count: int) -> list[Problem]:
+    if count > size:
+      raise ValueError(f"count={count}: must be at most the {size} problems of a step")
+    chosen = batch_indices(len(rows), batch_size=size, seed=seed, step=step)
+    return [rows[index] for index in chosen[:count]]
+
+  return replace(task, sample=sample)
 
 
 def check_option(name: str, value: object, fits: bool, allowed: str) -> None:

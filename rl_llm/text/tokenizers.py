@@ -347,6 +347,15 @@ def _template_of(directory: pathlib.Path, config: dict[str, Any]) -> str | None:
   return template
 
 
+def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+  """The id of each text in a model's tokenizer: models with the same one read each other's ids.
+
+  >>> vocabulary(ByteTokenizer())  # All byte tokenizers have the same ids.
+  {}
+  """
+  return tokenizer.backend.get_vocab() if isinstance(tokenizer, ModelTokenizer) else {}
+
+
 def fit_embedding(tokenizer: Tokenizer, rows: int) -> Tokenizer:
   """The tokenizer for a model whose embedding has this many rows, possibly fewer than ids.
 

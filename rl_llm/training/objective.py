@@ -8,7 +8,7 @@ The scripts write out the first three; here are the weights of the first, and th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rl_llm import losses, weighting
 from rl_llm.checks import LOG_RATIO_LIMIT
+from rl_llm.logprobs import sequence_logprobs
 from rl_llm.masked import masked_mean
 from rl_llm.rollout import ResponseBatch
 from rl_llm.training.minibatches import logprob_gap
@@ -101,6 +102,35 @@ def surrogate_weights(
     weights = weights * kept
     found["off_policy_fraction"] = count - jnp.sum(kept), count
   return weights, found
+
+
+def group_loss(
+  loss: Callable,
+  logprobs: jax.Array,
+  old_logprobs: jax.Array,
+  batch: ResponseBatch,
+  weights: jax.Array,
+  **numbers: Any,
+) -> tuple[jax.Array, dict[str, tuple]]:
+  """A loss on whole responses to each problem, such as `rl_llm.losses.tpo_loss`, of a microbatch.
+
+  Args:
+    loss: (logprobs, old_logprobs, advantages, weights, *, mask, ...), all [P, G]; log-probs are
+      sums over a response.
+    logprobs: [B, T] float, of the policy being trained.
+    old_logprobs: [B, T] float, of the policy before this step's updates.
+    batch: the rows, with advantages [B].
+    weights: [B, T] of the tokens. A response counts the sum of its tokens' times G, so that under
+      `sequence_mean` it is 1 / P.
+    **numbers: keywords of the loss.
+  """
+  shape = (len(batch.prompts), -1)
+  sums = (sequence_logprobs(x, batch.mask).reshape(shape) for x in (logprobs, old_logprobs))
+  per_response = jnp.sum(weights, axis=1).reshape(shape)
+  count = per_response.shape[1]
+  members = jnp.any(batch.mask, axis=1).reshape(shape)
+  rows = *sums, batch.advantages.reshape(shape), count * per_response
+  return loss(*rows, mask=members, **numbers)
 
 
 def _moved(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) -> tuple:

@@ -19,11 +19,14 @@ from rl_llm.data.batches import (
   PackedShares,
   SequenceBatch,
   packed_shares,
+  pad_values,
   padding_fraction,
-  pair_batch,
+  sequence_batch,
 )
-from rl_llm.data.encoding import Pair, flat
+from rl_llm.data.encoding import Encoded, Pair, flat
 from rl_llm.data.packing import unpack
+from rl_llm.logprobs import sequence_logprobs
+from rl_llm.losses import wpo_weights
 from rl_llm.policy import Policy
 from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
 from rl_llm.weighting import token_mean
@@ -35,7 +38,8 @@ class PairBatch(NamedTuple):
   Attributes:
     sequences: each answer in its own row; if answers are packed, only the mask is kept.
     packed: several answers per row, each microbatch packed separately; None: not packed.
-    weights: [R] float32, how much each pair counts: 1 / pairs, or 0 if there is no pair.
+    weights: [R] float32, how much each pair counts: 1 / pairs, or 0 if there is no pair. Of single
+      answers [2 R], in the same way.
   """
 
   sequences: SequenceBatch
@@ -61,16 +65,40 @@ def make_pair_batch(
     packing: tokens of a row that several answers share; 0: each answer has its own row.
     shares: microbatches, each packed separately.
   """
-  sequences = pair_batch(pairs, pad_id=pad_id, rows=2 * rows)
-  weights = np.zeros(rows, np.float32)
-  weights[: len(pairs)] = 1 / len(pairs)
+  how = {"pad_id": pad_id, "packing": packing, "shares": shares}
+  batch, padding = make_answer_batch(flat(pairs), rows=2 * rows, **how)
+  return batch._replace(weights=_equal(len(pairs), rows)), padding
+
+
+def make_answer_batch(
+  answers: Sequence[Encoded], *, pad_id: int, rows: int, packing: int = 0, shares: int = 1
+) -> tuple[PairBatch, float]:
+  """`make_pair_batch` of single answers, for losses that compare nothing: a weight for each.
+
+  >>> from rl_llm.data.encoding import Encoded
+  >>> batch, _ = make_answer_batch([Encoded([4, 5], [False, True], 1)], pad_id=0, rows=2)
+  >>> batch.weights.tolist()
+  [1.0, 0.0]
+
+  Args:
+    answers: at most `rows`.
+    pad_id, packing, shares: as for `make_pair_batch`.
+    rows: answers of a full batch.
+  """
+  sequences = sequence_batch(answers, pad_id=pad_id, rows=rows)
+  weights = _equal(len(answers), rows)
   if not packing:
     return PairBatch(sequences, None, weights), padding_fraction(sequences.segment_ids)
   packed = packed_shares(
-    flat(pairs), shares=shares, per_share=2 * rows // shares, length=packing, pad_id=pad_id
+    answers, shares=shares, per_share=rows // shares, length=packing, pad_id=pad_id
   )
   only_mask = SequenceBatch(None, sequences.mask, None, None)
   return PairBatch(only_mask, packed, weights), padding_fraction(packed.packed.segment_ids)
+
+
+def _equal(count: int, size: int) -> np.ndarray:
+  """[size] float32: 1 / count, and 0 after the first `count`."""
+  return np.where(np.arange(size) < count, 1 / max(count, 1), 0).astype(np.float32)
 
 
 def chosen_token_weights(batch: PairBatch) -> np.ndarray:
@@ -98,6 +126,28 @@ def pair_logprobs(
   logprobs, _ = score(*packed)
   rows = rows % len(logprobs)  # Row numbers count over all microbatches.
   return unpack(logprobs, rows, starts, lengths, width=batch.sequences.mask.shape[1])
+
+
+def policy_weighted(
+  batch: PairBatch, logprobs: Sequence[np.ndarray], at_half: Sequence[np.ndarray]
+) -> PairBatch:
+  """The pairs with WPO's weights, from the policy's log-probs of all answers.
+
+  At half the temperature a token's log-prob less that at the temperature is its log-prob less
+  log sum_v p(v)^2, how certain the policy is in its place.
+
+  Args:
+    batch: R pairs.
+    logprobs: of the tokens of each answer under the policy, in nats.
+    at_half: the same at half the temperature.
+  """
+  mask = batch.sequences.mask
+  aligned = [half - own for half, own in zip(at_half, logprobs, strict=True)]
+  padded = pad_values(aligned, width=mask.shape[1])
+  padded = np.pad(padded, ((0, len(mask) - len(padded)), (0, 0)))
+  means = sequence_logprobs(padded, mask, average=True)
+  weights = wpo_weights(means[0::2], means[1::2], batch.weights)
+  return batch._replace(weights=np.asarray(weights))
 
 
 def shorter_lengths(mask: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
+from experiments import dpo, grpo, kto, ppo, reinforce, reward_model, sft
 from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import LanguageModel
@@ -23,7 +23,7 @@ from tests.experiments.helpers import FULL, Chatty
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 TRIALS = [(grpo, (2, 2, 2))]
 if FULL:
-  TRIALS = list(itertools.product([grpo, ppo, dpo, reinforce, sft, reward_model], MESHES))
+  TRIALS = list(itertools.product([grpo, ppo, dpo, kto, reinforce, sft, reward_model], MESHES))
 
 
 class Padded(Chatty):
@@ -52,7 +52,7 @@ def settings(experiment, files, sizes, **changes):  # noqa: F811
   found = helpers.settings(files, steps=3, prompts_per_step=8, microbatch_prompts=8)
   if experiment is dpo:
     del found["prompts_per_step"], found["microbatch_prompts"], found["responses_per_prompt"]
-  if experiment in (sft, reward_model):
+  if experiment in (kto, sft, reward_model):
     found = {"model": "tiny", "prompt_format": "plain", "steps": 3, "held_out_fraction": 0.3}
     found["data"] = str(files / f"{experiment.__name__}.jsonl")
     answers = ["completion"] if experiment is sft else ["chosen", "rejected"]
@@ -62,6 +62,7 @@ def settings(experiment, files, sizes, **changes):  # noqa: F811
         file.write(json.dumps({"prompt": chr(97 + i) * (i % 5 + 1)} | row) + "\n")
   found |= {
     sft: {"task": "none", "examples_per_step": 8, "microbatch_rows": 8},
+    kto: {"examples_per_step": 8, "microbatch_rows": 8},
     reward_model: {"pairs_per_step": 8, "microbatch_pairs": 8},
     dpo: {"pairs_per_step": 8, "microbatch_pairs": 8, "responses_per_prompt": 4},
     ppo: {"kl.coef": 0.1, "prompts_per_step": 16},

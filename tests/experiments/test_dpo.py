@@ -18,6 +18,7 @@ from rl_llm.data.encoding import Encoded, Pair, flat
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
 from rl_llm.runs.signals import Interrupted
+from rl_llm.training import pairs as pairs_lib
 from rl_llm.training import reference_cache
 from rl_llm.training.pairs import PairBatch
 from tests.experiments.helpers import FULL, equal, run, settings
@@ -526,3 +527,30 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(
   assert cut.metrics == straight.metrics
   assert cut.samples == straight.samples
   assert equal(cut.state, straight.state)
+
+
+def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them():
+  """From whole distributions of three tokens: log p(token) - log sum_v p(v)^2, mean per token."""
+  rng = np.random.default_rng(0)
+  lengths, temperature = [2, 1, 3, 2], 0.7
+  mask = np.arange(3) < np.array([*lengths, 0, 0])[:, None]
+  logits = [rng.normal(size=(size, 3)) * 2 for size in lengths]
+  logprobs = lambda t: [jax.nn.log_softmax(x / t)[:, 0] for x in logits]  # noqa: E731
+  weights = np.float32([0.5, 0.5, 0])
+  made = PairBatch(SequenceBatch(None, mask, None, None), None, weights)
+  both = (logprobs(temperature), logprobs(temperature / 2))
+  found = pairs_lib.policy_weighted(made, *(list(map(np.asarray, each)) for each in both)).weights
+  means = []
+  for x in logits:
+    p = np.exp(x / temperature) / np.exp(x / temperature).sum(1, keepdims=True)
+    means.append(np.mean(np.log(p[:, 0]) - np.log((p**2).sum(1))))
+  wanted = [0.5 * min(1, np.exp(means[i] + means[i + 1])) for i in (0, 2)]
+  np.testing.assert_allclose(found, [*wanted, 0], rtol=1e-5)
+
+
+def test_wpo_changes_what_is_learned(data, tmp_path):
+  plain = run(dpo, tmp_path / "plain", offline(data))
+  wpo = run(dpo, tmp_path / "wpo", offline(data, **{"loss.wpo": True}))
+  # On the same pairs, most of which the policy would hardly have written: it moves less.
+  norms = [found.metrics[0]["grad_norm"] for found in (plain, wpo)]
+  assert norms[1] < norms[0]

@@ -629,3 +629,12 @@ def test_the_tiny_model_learns_to_copy(tmp_path, seed):
   result = grpo.train(replace(grpo.Config(), changes), str(tmp_path))
   assert result["before"]["eval/greedy_accuracy"] < 0.1
   assert result["after"]["eval/greedy_accuracy"] >= 0.9
+
+
+def test_laps_take_each_row_once(tmp_path, small, files):
+  """Over as many steps as a lap has, of a run that began anew in between."""
+  changes = settings(files, laps=True, steps=3, **{"jsonl.held_out_fraction": 0.3, "eval.every": 0})
+  run(grpo, tmp_path, changes | {"steps": 1})
+  found = run(grpo, tmp_path, changes)
+  asked = [row["problem"] for row in found.samples if row["split"] == "train"][::4]
+  assert len(asked) == len({*asked}) == 12

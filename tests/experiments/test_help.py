@@ -43,15 +43,23 @@ SAMPLED |= {
 OPTIMIZER = {"optimizer.name", "optimizer.decayed"}
 REWARD_KL = {"kl.gradient", "kl.weighting"}  # Of the loss, where they had it in the reward alone.
 ADDED: dict[str, set[str]] = {
-  "dpo": {"data_format", "loss.tail_weight", "max_rows", "reward_isolation"},
+  "dpo": {
+    *("data_format", "loss.tail_weight", "loss.wpo", "max_rows", "reward", "reward_isolation")
+  },
   "evaluate": {"reward_isolation"},
   "grpo": {
     *("advantage.alpha", "advantage.k", "advantage.name", "kl.weighting", "reward_isolation"),
-    *("weighting.truncated", *SAMPLED, *LOSSES),
+    *("weighting.truncated", "loss.temperature", *SAMPLED, *LOSSES),
   },
   "make_preferences": {"reward_isolation"},
-  "ppo": {"reward_isolation", "weighting.truncated"} | SAMPLED | REWARD_KL | LOSSES,
-  "reinforce": {"kl.value", "reward", "reward_isolation", "weighting.truncated"}
+  "ppo": {"advantage.alpha", "reward_isolation", "weighting.truncated"}
+  | SAMPLED
+  | REWARD_KL
+  | LOSSES,
+  "reinforce": {
+    *("advantage.role", "advantage.rows"),
+    *("kl.value", "reward", "reward_isolation", "weighting.truncated"),
+  }
   | (SAMPLED | REWARD_KL | LOSSES),
   "reward_model": {"data_format", "max_rows"},
   "sft": {"data_format", "loss", "max_rows", "reward_isolation"},

@@ -8,7 +8,18 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from experiments import dpo, grpo, ppo, reinforce, reward_model, setup, sft
+from experiments import (
+  distill,
+  dpo,
+  grpo,
+  kto,
+  online_dpo,
+  ppo,
+  reinforce,
+  reward_model,
+  setup,
+  sft,
+)
 from rl_llm.parallel.sharding import make_mesh
 from rl_llm.policy import make_policy
 from rl_llm.policy.load import load_model
@@ -48,12 +59,16 @@ def test_each_flag_comes_to_the_model(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "experiment", [dpo, grpo, ppo, reinforce, reward_model, sft], ids=lambda module: module.__name__
+  "experiment",
+  [distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model, sft],
+  ids=lambda module: module.__name__,
 )
 def test_every_experiment_comes_there_with_its_config(tmp_path, monkeypatch, experiment):
   monkeypatch.setattr("rl_llm.policy.load.load_model", load)
   changes = FLAGS | {"mesh.data": 1, "task": "copy"}
-  if experiment is reward_model:
+  if experiment is distill:
+    changes["teacher"] = "tiny"
+  if experiment in (kto, reward_model):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     del changes["task"]

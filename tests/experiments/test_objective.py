@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import grpo, reinforce, setup
+from rl_llm import losses
 from rl_llm.errors import ConfigError
 from rl_llm.rollout import ResponseBatch
 from rl_llm.runs.config import replace
+from rl_llm.training import objective
 from tests.experiments import helpers
 from tests.experiments.helpers import settings
 
@@ -268,3 +271,29 @@ def test_the_kl_is_in_the_loss_or_in_the_reward_of_any_script(tmp_path, small, f
 def test_what_would_do_nothing_is_refused(changes, message):
   with pytest.raises(ConfigError, match=message):
     grpo.check(replace(grpo.Config(), changes))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tpo_is_about_whole_responses_and_adds_up_over_microbatches(parts):
+  """softmax over a group's responses against the tilted old ones, in plain Python."""
+  rng = np.random.default_rng(4)
+  mask = np.arange(5) < rng.integers(1, 6, (6, 1))
+  logprobs, old = (np.where(mask, -rng.uniform(0, 2, mask.shape), 0) for _ in range(2))
+  advantages = rng.normal(size=6)
+  weights = np.where(mask, 1 / mask.sum(1, keepdims=True) / 6, 0)  # sequence_mean
+  total = 0.0
+  for part in range(parts):
+    rows, asked = slice(part * 6 // parts, (part + 1) * 6 // parts), 2 // parts
+    batch = ResponseBatch(
+      np.zeros((asked, 1)), np.ones(asked), mask[rows], mask[rows], mask[rows],
+      advantages=jnp.asarray(advantages[rows]),
+    )  # fmt: skip
+    given = jnp.asarray(logprobs[rows]), jnp.asarray(old[rows]), batch, jnp.asarray(weights[rows])
+    total += float(objective.group_loss(losses.tpo_loss, *given, temperature=0.5)[0])
+  wanted = 0.0
+  for p in range(2):
+    own, before = (x.sum(1)[3 * p : 3 * p + 3] for x in (logprobs, old))
+    tilted = np.exp(before + advantages[3 * p : 3 * p + 3] / 0.5)
+    log_p = own - np.log(np.exp(own).sum())
+    wanted -= (tilted / tilted.sum() * log_p).sum() / 2
+  assert total == pytest.approx(wanted, rel=1e-5)

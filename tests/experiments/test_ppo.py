@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grpo, ppo, reinforce
+from experiments import grpo, ppo, reinforce, terms
 from rl_llm.errors import ConfigError, UserError
 from rl_llm.policy import WeightsError, make_policy, save_hf, tiny_config
 from rl_llm.policy.scalar_head import normal_head, with_head
@@ -172,10 +172,29 @@ def test_advantages_are_gae_of_rewards_less_the_price_of_the_kl(whiten):
   if whiten:
     spread = np.sqrt(advantages[MASK].var(ddof=1))
     advantages = np.where(MASK, (advantages - advantages[MASK].mean()) / spread, 0)
-  options = ppo.Advantage(discount=gamma, gae_lambda=lam, whiten=whiten)
+  options = terms.Gae(discount=gamma, gae_lambda=lam, whiten=whiten)
   found = ppo.token_advantages(options, rewards, values, MASK, kl, coef)
   np.testing.assert_allclose(found[0], advantages, rtol=0, atol=1e-5)
   np.testing.assert_allclose(found[1], returns, rtol=0, atol=1e-5)
+
+
+def test_alpha_looks_ahead_over_a_share_of_the_response_and_values_learn_with_lambda_1():
+  """As two calls with numbers: each row's own lambda, and 1."""
+  rng = np.random.default_rng(3)
+  rewards, zero = rng.random(len(MASK)).astype(np.float32), np.zeros(MASK.shape, np.float32)
+  values = rng.normal(size=MASK.shape).astype(np.float32)
+  given = rewards, values, MASK, zero, 0.0
+  alpha = 0.7
+  found, returns = ppo.token_advantages(terms.Gae(alpha=alpha, whiten=False), *given)
+  for row, n in enumerate(MASK.sum(axis=1)):
+    lam = max(0.0, 1 - 1 / (alpha * n))
+    alone, _ = ppo.token_advantages(terms.Gae(gae_lambda=lam, whiten=False), *given)
+    np.testing.assert_allclose(found[row], alone[row], atol=1e-6)
+  _, of_one = ppo.token_advantages(terms.Gae(gae_lambda=1.0, whiten=False), *given)
+  np.testing.assert_allclose(returns, of_one, atol=1e-6)
+  with pytest.raises(ConfigError, match="left out with --advantage.alpha"):
+    changes = {"advantage.alpha": 0.05, "advantage.gae_lambda": 0.9}
+    ppo.check(replace(ppo.Config(), changes))
 
 
 def test_both_trunks_read_the_same_values_and_none_knows_its_own_token(params, small, head):
@@ -483,7 +502,7 @@ def test_a_reward_that_cannot_be_used_is_refused_before_a_rollout(
     save_hf(tmp_path / "policy", config, params)
   if "{judge}" in reward:
     vocabularies = iter([{"a": 0}, {"b": 0}])
-    name = "rl_llm.rollout.judge._vocabulary"
+    name = "rl_llm.rollout.judge.vocabulary"
     monkeypatch.setattr(name, lambda tokenizer: next(vocabularies))
   reward = reward.format(policy=tmp_path / "policy", judge=judge_directory)
   changes = settings(files) | {"reward": reward}

@@ -6,7 +6,19 @@ import json
 
 import pytest
 
-from experiments import dpo, evaluate, grpo, make_preferences, ppo, reinforce, reward_model, sft
+from experiments import (
+  distill,
+  dpo,
+  evaluate,
+  grpo,
+  kto,
+  make_preferences,
+  online_dpo,
+  ppo,
+  reinforce,
+  reward_model,
+  sft,
+)
 from rl_llm.data import DataError
 from rl_llm.runs.config import replace
 
@@ -29,8 +41,9 @@ PROMPTS = {
 @pytest.mark.parametrize(
   ("experiment", "kind"),
   [
-    *[(script, "task") for script in (grpo, ppo, reinforce, evaluate, make_preferences)],
-    (dpo, "pairs"), (reward_model, "pairs"), (sft, "answers"),
+    *[(script, "task") for script in (distill, grpo, online_dpo, ppo, reinforce)],
+    *[(script, "task") for script in (evaluate, make_preferences)],
+    (dpo, "pairs"), (reward_model, "pairs"), (sft, "answers"), (kto, "pairs"),
   ],
 )  # fmt: skip
 def test_a_prompt_that_cannot_be_asked(tmp_path, monkeypatch, experiment, kind, said):
@@ -43,6 +56,8 @@ def test_a_prompt_that_cannot_be_asked(tmp_path, monkeypatch, experiment, kind, 
     changes = {"model": "tiny", "task": f"jsonl:{file}", "jsonl.reward_function": "gsm8k"}
   if experiment is reward_model:
     del changes["task"]
+  if experiment is distill:
+    changes["teacher"] = "tiny"
   config = replace(experiment.Config(), changes)
   names = ("train", "measure", "make")
   start = next(getattr(experiment, name) for name in names if hasattr(experiment, name))

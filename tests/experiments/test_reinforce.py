@@ -7,11 +7,12 @@ import functools
 import numpy as np
 import pytest
 
-from experiments import reinforce
+from experiments import reinforce, terms
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, settings
+from tests.experiments.test_sft import STOPS, stopped
 
 run = functools.partial(helpers.run, reinforce)
 
@@ -87,7 +88,7 @@ def test_advantages_are_those_of_the_formulas(name, discount, ok, coef):
   mask &= ok.reshape(-1, 1)
   kl = np.random.default_rng(0).normal(size=mask.shape).astype(np.float32)
   found = reinforce.token_advantages(
-    reinforce.Advantage(name=name, discount=discount),
+    terms.Baseline(name=name, discount=discount),
     np.where(ok, REWARDS, 0),
     ok,
     mask,
@@ -101,6 +102,63 @@ def test_advantages_are_those_of_the_formulas(name, discount, ok, coef):
     wanted[row, : len(values)] = values
   assert np.any(wanted)
   np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["track_values", "role_baseline"])
+def test_remembered_baselines_come_off_their_problem_s_rewards(name):
+  mask = np.arange(8) < np.array(LENGTHS)[:, None]
+  mask &= FAILED.reshape(-1, 1)
+  baseline = np.float32([0.5, 0.25])
+  options = terms.Baseline(name=name, role="r")
+  rewards = np.where(FAILED, REWARDS, 0)
+  zero = np.zeros(mask.shape, np.float32)
+  found = reinforce.token_advantages(options, rewards, FAILED, mask, zero, 0.0, baseline)
+  wanted = REWARDS - baseline[:, None]
+  if name == "track_values":  # Whitened over all responses of the step.
+    known = wanted[FAILED]
+    wanted = (wanted - known.mean()) / np.sqrt(known.var(ddof=1))
+  np.testing.assert_allclose(found, np.where(mask, wanted.reshape(-1, 1), 0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"advantage.name": "track_values", "responses_per_prompt": 1},
+    {"advantage.name": "role_baseline", "advantage.role": "side", "advantage.rows": 8},
+  ],
+  ids=["track_values", "role_baseline"],
+)
+def test_a_remembered_baseline_is_of_the_steps_before_and_survives_a_stop(
+  changes, tmp_path, small, files, monkeypatch
+):
+  changes = settings(files, steps=6, **{"checkpoint.every": 2, "eval.every": 4}, **changes)
+  changes |= {"optimizer.learning_rate": 0.01}
+  found = run(tmp_path / "straight", changes)
+  first, *later = found.metrics[:-1]
+  assert first["baseline"] == (0.5 if "track" in changes["advantage.name"] else 0)
+  assert len({row["baseline"] for row in later}) == 5
+  cut = stopped(monkeypatch, reinforce, tmp_path / "cut", changes, STOPS)
+  assert cut.metrics == found.metrics and cut.samples == found.samples
+  assert equal(cut.state, found.state)
+
+
+def test_a_reward_that_is_no_share_of_right_is_refused(tmp_path, small, files):
+  changes = {"advantage.name": "track_values", "jsonl.reward_function": "signed"}
+  with pytest.raises(ConfigError, match="it counts right and wrong.*moving_average"):
+    run(tmp_path, settings(files, **changes))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"advantage.name": "role_baseline"},
+    {"advantage.name": "plain", "advantage.role": "side"},
+    {"advantage.name": "plain", "advantage.rows": 8},
+  ],
+)
+def test_settings_of_remembered_baselines_go_with_them(changes, files):
+  with pytest.raises(ConfigError, match="advantage.ro"):
+    reinforce.check(replace(reinforce.Config(), settings(files, **changes)))
 
 
 # The baseline.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
+from experiments import dpo, grpo, kto, ppo, reinforce, reward_model, sft
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read
@@ -98,6 +98,10 @@ CASES = {
   "reward_model": lambda files, data: (
     reward_model,
     on_data(data / "pairs.jsonl", pairs_per_step=4, microbatch_pairs=2),
+  ),
+  "kto": lambda files, data: (
+    kto,
+    on_data(data / "pairs.jsonl", examples_per_step=8, microbatch_rows=4),
   ),
   "dpo": lambda files, data: (
     dpo,

@@ -1,0 +1,193 @@
+"""Distillation: objectives against whole distributions, training, interruptions, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import distill, sft
+from rl_llm import rollout
+from rl_llm.errors import ConfigError
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.runs.config import replace
+from rl_llm.text.tokenizers import ByteTokenizer
+from tests.experiments import helpers
+from tests.experiments.helpers import equal, run, wrap_seams
+from tests.experiments.test_sft import STOPS, stopped
+
+P, G, T, V = 2, 2, 5, 16
+
+
+def settings(files, teacher, **changes):
+  base = helpers.settings(files) | {"teacher": str(teacher), "responses_per_prompt": 4}
+  return base | {"optimizer.learning_rate": 0.01} | changes
+
+
+@pytest.fixture
+def teacher(tmp_path, small):
+  """A run of another seed: its model is not the student's."""
+  changes = {"model": "tiny", "task": "copy", "steps": 1, "eval.every": 0, "seed": 5}
+  run(sft, tmp_path / "teacher", changes | {"prompt_format": "plain"})
+  return tmp_path / "teacher"
+
+
+def models():
+  """Student and teacher: other widths, and a teacher with more rows than the student's."""
+  student = make_policy(tiny_config(V))
+  teacher = make_policy(dataclasses.replace(tiny_config(V + 4), width=32, mlp_width=64))
+  return [(each, each.init(jax.random.key(n))) for n, each in enumerate((student, teacher))]
+
+
+def batch():
+  rng = np.random.default_rng(0)
+  mask = np.arange(T) < np.array([5, 2, 3, 1])[:, None]
+  return rollout.ResponseBatch(
+    prompts=np.int32([[1, 2, 3], [0, 4, 5]]),
+    prompt_lengths=np.int32([3, 2]),
+    tokens=rng.integers(0, V, (P * G, T)).astype(np.int32),
+    attended=mask,
+    mask=mask,
+    sampler_logprobs=np.where(mask, -rng.uniform(1, 3, mask.shape), 0).astype(np.float32),
+  )
+
+
+def logits(policy, params, made):
+  """[B, T, rows]: what the model says at each place, without sharing prompts or chunks."""
+  hidden = rollout.response_hidden(params, made, policy=policy)
+  return np.asarray(hidden @ policy.unembed(params).T, np.float64)
+
+
+def softmax(x):
+  e = np.exp(x - x.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_gkd_compares_the_two_distributions_over_the_student_s_vocabulary(beta):
+  (student, params), (teacher, teacher_params) = models()
+  config = replace(distill.Config(), {"teacher": "x", "loss.beta": beta})
+  programs = distill.make_programs(config, student, teacher, None)
+  taken = programs.take(programs.read(teacher_params, batch()), jnp.arange(P))
+  hparams = {"loss": {"beta": beta}, "teacher_unembedding": teacher.unembed(teacher_params)[:V]}
+  loss, found = distill.make_loss(config, student, teacher)(params, taken, hparams)
+  q = softmax(logits(student, params, batch()))
+  p = softmax(logits(teacher, teacher_params, batch())[..., :V])
+  m = beta * p + (1 - beta) * q
+  kl = lambda a, b: (a * np.log(a / b)).sum(-1)  # noqa: E731
+  each = {0.0: kl(p, q), 1.0: kl(q, p)}.get(beta, beta * kl(p, m) + (1 - beta) * kl(q, m))
+  assert float(loss) == pytest.approx(each[batch().mask].mean(), rel=1e-4)
+  assert int(found["divergence"][1]) == batch().mask.sum()
+  both = programs.divergence(params, teacher_params, batch())
+  for name, value in (("forward", kl(p, q)), ("reverse", kl(q, p))):
+    total, count = both[f"eval/{name}_kl"]
+    assert float(total / count) == pytest.approx(value[batch().mask].mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5])
+def test_minillm_charges_each_token_for_what_follows(discount):
+  (student, params), (teacher, teacher_params) = models()
+  changes = {"teacher": "x", "loss.name": "minillm_advantages", "loss.discount": discount}
+  config = replace(distill.Config(), changes)
+  read = distill.make_programs(config, student, teacher, None).read(teacher_params, batch())
+  assert np.array_equal(read.mask, batch().mask)
+  gaps = np.where(batch().mask, np.asarray(read.ref_logprobs) - batch().sampler_logprobs, 0)
+  wanted, following = np.zeros_like(gaps), 0
+  for t in reversed(range(T)):
+    following = wanted[:, t] = gaps[:, t] + discount * following
+  np.testing.assert_allclose(np.where(batch().mask, wanted, 0), read.advantages, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gkd_loss", "on_policy_distillation_loss", "minillm_advantages"])
+def test_the_held_out_kl_of_a_two_layer_student_falls_by_half(name, tmp_path):
+  """The teacher is the tiny model after SFT on copying; the student, another seed's."""
+  taught = {"model": "tiny", "task": "copy", "prompt_format": "plain", "max_new_tokens": 4}
+  steps = {"steps": 60, "optimizer.learning_rate": 3e-3, "eval.every": 0}
+  steps |= {"examples_per_step": 64, "microbatch_rows": 64}
+  run(sft, tmp_path / "teacher", taught | steps)
+  # One number a token says less than a distribution over all of them.
+  count = 60 if name == "gkd_loss" else 200
+  changes = {"teacher": str(tmp_path / "teacher"), "seed": 1, "loss.name": name, "steps": count}
+  changes |= {"prompts_per_step": 32, "microbatch_prompts": 32, "responses_per_prompt": 4}
+  changes |= {"optimizer.learning_rate": 3e-3, "eval.every": count, "eval.samples": 3}
+  found = run(distill, tmp_path / "student", taught | changes)
+  first, last = found.metrics[0], found.metrics[-1]
+  assert last["eval/reverse_kl"] < first["eval/reverse_kl"] / 2
+  assert last["eval/forward_kl"] < first["eval/forward_kl"] / 2
+
+
+def test_a_killed_run_resumes_bit_for_bit(files, small, teacher, tmp_path, monkeypatch):
+  """With right answers in about half of the steps."""
+  changes = settings(files, teacher, steps=6, own_share=0.5, task="copy")
+  changes |= {"checkpoint.every": 2, "eval.every": 4, "epochs": 2}
+  straight = run(distill, tmp_path / "straight", changes)
+  cut = stopped(monkeypatch, distill, tmp_path / "cut", changes, STOPS)
+  assert cut.metrics == straight.metrics and cut.samples == straight.samples
+  assert equal(cut.state, straight.state)
+  assert {row.get("own_texts") for row in straight.metrics[:-1]} == {0, 1}
+
+
+def test_microbatches_add_up_to_the_whole(files, small, teacher, tmp_path):
+  for name in ("gkd_loss", "on_policy_distillation_loss"):
+    changes = settings(files, teacher, **{"loss.name": name, "eval.every": 0})
+    whole = run(distill, tmp_path / f"{name} whole", changes)
+    parts = run(distill, tmp_path / f"{name} parts", changes | {"microbatch_prompts": 1})
+    for one, two in zip(whole.metrics[:-1], parts.metrics[:-1], strict=True):
+      assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-6)
+
+
+def test_a_text_without_a_grade_is_learned_from_all_the_same(
+  files, small, teacher, tmp_path, monkeypatch
+):
+  masks = []
+
+  def wrap(sample):
+    def noting(state, step, clock):
+      found = sample(state, step, clock)
+      masks.append((found.batch.mask, found.batch.attended, found.metrics))
+      return found
+
+    return noting
+
+  wrap_seams(monkeypatch, sample=wrap)
+  changes = {"jsonl.reward_function": "lonely", "reward_isolation": "sample", "eval.every": 0}
+  run(distill, tmp_path / "run", settings(files, teacher, steps=1, **changes))
+  [(mask, attended, found)] = masks
+  assert found["rewards_not_applicable"] > 0 and np.array_equal(mask, attended)
+
+
+def test_another_vocabulary_is_refused_in_one_line(files, small, teacher, tmp_path, monkeypatch):
+  class Other(ByteTokenizer):
+    pass
+
+  known = {ByteTokenizer: {}, Other: {"a": 0}}
+  monkeypatch.setattr("experiments.setup.vocabulary", lambda own: known[type(own)])
+  original = distill.setup.load_teacher
+
+  def other(config, run, student):
+    return original(config, run, student._replace(tokenizer=Other()))
+
+  monkeypatch.setattr(distill.setup, "load_teacher", other)
+  with pytest.raises(ConfigError, match="a model with the vocabulary of tiny") as error:
+    run(distill, tmp_path / "run", settings(files, teacher))
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("changes", "says"),
+  [
+    ({"teacher": ""}, "a model to learn from"),
+    ({"own_share": 0.5, "loss.name": "minillm_advantages"}, "gkd_loss takes any text"),
+    ({"epochs": 2, "loss.name": "minillm_advantages"}, "on_policy_distillation_loss"),
+    ({"minibatches": 3}, "minibatches"),
+    ({"loss.discount": 0.5}, "loss.discount"),
+    ({"loss.beta": 1.5}, "loss.beta"),
+  ],
+)
+def test_refused(changes, says, files):
+  with pytest.raises(ConfigError, match=says):
+    distill.check(replace(distill.Config(), settings(files, "somewhere") | changes))
