@@ -316,7 +316,8 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       at_once={"microbatch_prompts": size.microbatch_prompts},
       minibatches=size.minibatches,
     )
-    task, model = setup.load_task(config), setup.load_model(config, run, mesh)
+    task = setup.load_training_task(config, prompts)
+    model = setup.load_model(config, run, mesh)
     loaded = setup.load_teacher(config, run, model)
     teacher = Teacher(loaded.policy, loaded.params)
     with setup.open_problems(

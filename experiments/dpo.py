@@ -354,7 +354,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       return run.result
     size, layout = config.pairs, config.prompts.layout
     mesh = setup.open_pair_mesh(config)
-    task, dataset = setup.load_task(config), None
+    task, dataset = setup.load_training_task(config, size.per_step), None
     if config.data.data != "on_policy":
       dataset = setup.read_data(config, "preference", "implicit_preference")
     model = setup.load_model(config, run, mesh, reference=needs_reference(config.loss))

@@ -712,7 +712,8 @@ class Duels:
 
 # The objective.
 
-Baseline, Gae = terms.Baseline, terms.Gae  # of REINFORCE and of PPO
+Baseline = terms.Baseline  # of REINFORCE
+Gae = terms.Gae  # of PPO
 
 
 @dataclasses.dataclass(frozen=True)

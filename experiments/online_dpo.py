@@ -260,7 +260,8 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
     prompts, group, part = size.prompts_per_step, size.responses_per_prompt, size.microbatch_prompts
     per_step, at_once = {"prompts_per_step": prompts}, {"microbatch_prompts": part}
     mesh = setup.open_mesh(config, per_step=per_step, at_once=at_once)
-    task, model = setup.load_task(config), setup.load_model(config, run, mesh, reference=True)
+    task = setup.load_training_task(config, prompts)
+    model = setup.load_model(config, run, mesh, reference=True)
     further = {"slots": slots, "reward": config.task.reward, "rows_at_once": part * group}
     with setup.open_problems(
       config, run, model, task, prompts=prompts, responses=group, **further

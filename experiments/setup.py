@@ -323,16 +323,13 @@ def load_task(config: Any) -> tasks.Task | None:
   task = tasks.load_task(group.task, *how, **options)
   if hasattr(config, "eval") and config.eval.every:
     tasks.check_held_out(task, otherwise="--eval.every=0")
-  if getattr(group, "laps", False):
-    return tasks.in_laps(task, problems_a_step(config))
   return task
 
 
-def problems_a_step(config: Any) -> int:
-  """How many problems a step takes: of whatever the script calls them."""
-  groups = (getattr(config, name, None) for name in ("updates", "batches", "pairs"))
-  found = next(filter(None, groups), None)
-  return found.per_step if found else config.examples_per_step
+def load_training_task(config: Any, size: int) -> tasks.Task | None:
+  """`load_task` of what is trained on, `size` problems a step; in laps, if the config says so."""
+  task = load_task(config)
+  return tasks.in_laps(task, size) if task and config.task.laps else task
 
 
 def open_grader(group: flags.Task, task: tasks.Task, say: Callable[[str], None]) -> Any:
@@ -459,7 +456,7 @@ def open_sampling(config: Any, run: Run, *, reference: bool) -> Iterator[tuple[M
     at_once={"microbatch_prompts": part},
     minibatches=size.minibatches,
   )
-  task = load_task(config)
+  task = load_training_task(config, prompts)
   model = load_model(config, run, mesh, reference=reference)
   rewards = {"reward": config.task.reward, "rows_at_once": part * group}
   with open_problems(

@@ -242,7 +242,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     mesh = setup.open_mesh(
       config, per_step={"examples_per_step": size}, at_once={"microbatch_rows": part}
     )
-    task, dataset = setup.load_task(config), None
+    task, dataset = setup.load_training_task(config, size), None
     if config.data.data != "task":
       dataset = setup.read_data(config, "prompt_completion", "messages", "text")
     model = setup.load_model(config, run, mesh)

@@ -21,7 +21,7 @@ from rl_llm.weighting import truncated_importance
 ALONE = (
   *("overlong.", "dynamic.", "correction.", "llds.", "entropy.", "clip.", "weighting.top_entropy"),
   "weighting.shared_tokens",
-  *("positive_nll_coef", "target_kl", "kl.place", "kl.refresh", "init_moments"),
+  *("laps", "positive_nll_coef", "target_kl", "kl.place", "kl.refresh", "init_moments"),
 )
 
 

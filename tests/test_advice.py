@@ -50,15 +50,11 @@ NEVER_SHOWN = {
   ("experiments.chat", "rl_llm.runs.identity"): "it has no --init_from",
   ("experiments.chat", "rl_llm.runs.peer_names"): "only what names flags that it has",
   ("experiments.reward_model", "experiments.flags.Data"): "it asks for --data before",
-  ("experiments.kto", "rl_llm.rollout.judge.make_judge"): "as of experiments.dpo",
-  ("experiments.distill", "rl_llm.rollout.judge.make_judge"): "as of experiments.dpo",
+  ("experiments.kto", "rl_llm.rollout.judge.make_judge"): "without --reward it is the grader",
+  ("experiments.distill", "rl_llm.rollout.judge.make_judge"): "as above",
   ("experiments.evaluate", "experiments.setup.load_task"): "it has no group eval, and asks itself",
   ("experiments.make_preferences", "experiments.setup.load_task"): "it has no group eval",
-  (
-    "experiments.dpo",
-    "rl_llm.rollout.judge.make_judge",
-  ): "without --reward it is the task's grader",
-  ("experiments.sft", "rl_llm.rollout.judge.make_judge"): "as above",
+  ("experiments.sft", "rl_llm.rollout.judge.make_judge"): "without --reward it is the grader",
   ("experiments.evaluate", "rl_llm.rollout.judge.make_judge"): "as above",
   ("experiments.make_preferences", "rl_llm.rollout.judge.make_judge"): "as above",
 }
