@@ -280,7 +280,7 @@ def load_teacher(config: Any, run: Run, student: Model) -> models.LanguageModel:
   same = vocabulary(teacher.tokenizer) == vocabulary(student.tokenizer)
   if not same or rows < own:
     allowed = f"a model with the vocabulary of {config.model.model}, whose ids it is to read"
-    fix = f"its embedding has {rows} rows and the student's {own}" if same else "see --model"
+    fix = f"its embedding has {rows} rows, fewer than {own}" if same else "the tokenizers differ"
     raise ConfigError("teacher", name, allowed, fix)
   return teacher
 

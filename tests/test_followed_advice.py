@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 
 from experiments import (
+  distill,
   dpo,
   evaluate,
   grpo,
+  kto,
   make_preferences,
+  online_dpo,
   population,
   ppo,
   reinforce,
@@ -45,7 +48,7 @@ from rl_llm.runs.config import _leaves, _parse, replace
 from rl_llm.text import turn_end
 from rl_llm.text.conversations import format_prompts
 from rl_llm.text.tokenizers import ByteTokenizer
-from rl_llm.training import loop
+from rl_llm.training import loop, trackers
 from tests import advice
 from tests.experiments.helpers import Chatty
 from tests.test_advice import shown_texts
@@ -102,6 +105,8 @@ def write(path, *rows):
   return str(path)
 
 
+LABELLED = {"data": "rows.jsonl"}
+SEVEN, EIGHT = ({"examples_per_step": n, "microbatch_rows": n} for n in (7, 8))
 # Settings that a script refuses, and what else to set; None: what the error itself says to.
 SETTINGS = [
   (grpo, {"init_moments": True}, {"init_from": "runs/earlier"}),
@@ -149,6 +154,26 @@ SETTINGS = [
   (reward_model, {"data": "rows.jsonl", "held_out_fraction": 0.0}, None),
   (reward_model, {}, {"data": "pairs.jsonl"}),
   (evaluate, {"k": (1, 16)}, None),
+  (kto, {**LABELLED, "loss": "aot_unpaired_loss", "microbatch_rows": 8}, {"microbatch_rows": 32}),
+  (kto, {**LABELLED, "loss.decay": 0.5}, {"loss": "bco_unpaired_loss"}),
+  (kto, {**LABELLED, **SEVEN, "balanced": True}, EIGHT),
+  (kto, {**LABELLED, **SEVEN, "loss": "aot_unpaired_loss"}, EIGHT),
+  (distill, {}, {"teacher": "tiny"}),
+  (
+    distill,
+    {"teacher": "tiny", "own_share": 0.5, "loss": "minillm_advantages"},
+    {"loss": "gkd_loss"},
+  ),
+  (distill, {"teacher": "tiny", "epochs": 2, "loss": "minillm_advantages"}, None),
+  (online_dpo, {"loss.alpha": 0.1}, {"loss": "xpo_loss"}),
+  (online_dpo, {"preference_scale": 1.0, "loss": "astar_po_loss"}, {"preference_scale": None}),
+  (grpo, {"loss": "tpo_loss", "kl.coef": 0.1, "kl.place": "reward"}, {"kl.place": "loss"}),
+  (ppo, {"advantage.alpha": 0.05, "advantage.gae_lambda": 0.9}, {"advantage.gae_lambda": 0.95}),
+  (reinforce, {"advantage": "role_baseline"}, {"advantage.role": "side"}),
+  (reinforce, {"advantage.rows": 8}, {"advantage": "track_values"}),
+  (grpo, {"laps": True, "overlong_prompt": "drop"}, {"overlong_prompt": "error"}),
+  (sft, {"laps": True, "data": "rows.jsonl", "task": "none"}, {"laps": False}),
+  (dpo, {"reward": "model:x", "data": "pairs.jsonl"}, None),
   (evaluate, {"split": "train"}, {"problems": 3}),
 ]
 
@@ -402,6 +427,38 @@ def follow_columns_of_pairs(said, path):
   problem = tasks.Problem("q", {"text": "x"}, "q")
   assert "rename it" in refused(said, preferences.check_columns, "jsonl:a", [problem])
   preferences.check_columns("jsonl:a", [problem._replace(columns={"the_text": "x"})])
+
+
+def follow_laps(said, path):
+  """A task that makes its problems has none; rows of a file have."""
+  refused(said, tasks.in_laps, tasks.load_task("copy"), 2)
+  rows = write(path / "rows.jsonl", {"prompt": "q"}, {"prompt": "r"})
+  how = {"reward_function": "exact_match", "held_out_fraction": 0.0}
+  tasks.in_laps(tasks.load_task(f"jsonl:{rows}", **how), 2).sample(0, 0, 2)
+
+
+def follow_rewards_that_count_nothing(said, path):
+  one = np.ones((1, 1))
+  how = {"moved": 0.0, "decay": 0.9}
+  counts = trackers.no_counts(4)
+  message = refused(said, trackers.remembered, counts, np.array([1]), 2 * one, one > 0, **how)
+  advised = re.findall(r"--([\w.]+)=([\w.]*\w)", message.partition("; ")[2])
+  checked(reinforce, configured(reinforce, {}, advised))
+
+
+def follow_labels(said, path):
+  """All the same: there is nothing to tell apart. Of one prompt: KTO's baseline has no answers."""
+  model = types.SimpleNamespace(tokenizer=ByteTokenizer(), policy=None)
+  model.policy = types.SimpleNamespace(config=types.SimpleNamespace(length_note=lambda size: ""))
+  nothing = types.SimpleNamespace(check=lambda: None, say=print)
+  run = types.SimpleNamespace(console=nothing, stop=nothing)
+  for labels, instead in (((1, 1), sft), ((1, 0), kto)):
+    rows = [{"prompt": "q", "completion": f"{n}", "label": label} for n, label in enumerate(labels)]
+    given = {"data": write(path / "rows.jsonl", *rows), "held_out_fraction": 0.0, "eval.every": 0}
+    message = refused(said, kto.open_answers, configured(kto, given), run, model)
+    advised = re.findall(r"--([\w.]+)=([\w.]*\w)", message.rpartition("; ")[2])
+    assert ("experiments.sft" in message) == (instead is sft)
+    checked(instead, configured(instead, given | {"task": "none"}, advised))
 
 
 def follow_answers_that_cannot_be_paired(said, path):
