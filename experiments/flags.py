@@ -19,6 +19,7 @@ from rl_llm.data.jsonl import MAX_ROWS
 from rl_llm.errors import ConfigError
 from rl_llm.policy.attention import AttentionName
 from rl_llm.rollout import shaping
+from rl_llm.runs import bucket
 from rl_llm.runs.config import check_divides, inline, option, or_function
 from rl_llm.runs.keywords import arrays, chosen, keyword_group
 from rl_llm.tasks import FORMS, TASKS, task_family
@@ -50,6 +51,11 @@ class Checkpoint:
   best: bool = option(
     False, "keep the checkpoint of the best held-out accuracy too; it is saved as it is evaluated"
   )
+  copy_to: str = option(
+    "",
+    "gs://BUCKET/PATH or s3://BUCKET/PATH: each checkpoint is copied there; a run whose directory "
+    "has none begins with the newest copy",
+  )
   keep_at_end: int | None = option(
     None,
     "checkpoints kept of a finished run: none = all of keep, 0 = nothing, so that it has only its "
@@ -58,7 +64,9 @@ class Checkpoint:
   )
 
   def check(self, config: Any) -> None:
-    """Refuses to keep the best of what is never evaluated."""
+    """Refuses to keep the best of what is never evaluated, and addresses of no bucket."""
+    if self.copy_to:
+      bucket.parse(self.copy_to)
     if self.best and not config.eval.every:
       raise ConfigError("checkpoint.best", "true", "left out with --eval.every=0")
 

@@ -293,6 +293,7 @@ def train(
       steps=config.run.steps,
       checkpoints_kept=config.run.checkpoint.keep,
       keep_best=config.run.checkpoint.best,
+      copy_to=config.run.checkpoint.copy_to,
       export=config.run.export,
       new_code=config.run.code == "changed",
     ) as run,

@@ -87,7 +87,8 @@ def main(
 def open_run(config: Any, workdir: str, *, export: bool = False) -> Iterator[Run]:
   """The run's directory, opened for this process alone while a `with` lasts."""
   sizes = {"steps": config.run.steps, "checkpoints_kept": config.run.checkpoint.keep}
-  sizes |= {"keep_best": config.run.checkpoint.best, "new_code": config.run.code == "changed"}
+  sizes |= {"keep_best": config.run.checkpoint.best, "copy_to": config.run.checkpoint.copy_to}
+  sizes["new_code"] = config.run.code == "changed"
   with jax.default_matmul_precision(precision(config.model)):
     with loop.open_run(config, workdir, export=export, **sizes) as run:
       yield run

@@ -28,6 +28,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from rl_llm.errors import UserError
+from rl_llm.errors import ConfigError, UserError
 from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import gather_to_host, make_mesh, replicate
+from rl_llm.runs.bucket import Bucket, BucketError
 
 FORMAT_VERSION = 1
 
@@ -79,23 +81,27 @@ class Checkpointer:
     keep: how many steps stay after a save, >= 1; older ones are deleted once the new one has been
       read back from the disk.
     keep_best: whether the step that `protect` names stays too.
+    copy_to: gs:// or s3:// address to which each step is copied once it is on disk; see `fetch`.
 
   Raises:
     CheckpointError: the directory cannot be made, or is an object-store address such as gs://.
     ValueError: keep < 1.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int = 2, keep_best: bool = False):
+  def __init__(
+    self, directory: str | os.PathLike, *, keep: int = 2, keep_best: bool = False, copy_to: str = ""
+  ):
     if keep < 1:
       raise ValueError(f"keep is {keep}; it must be at least 1, for the newest checkpoint")
     if "://" in str(directory):
       raise CheckpointError(
-        f"directory is {directory}; a file system path is needed: mount the bucket (gcsfuse, "
-        "s3fs) and give the path of the mount"
+        f"directory is {directory}; a file system path is needed; checkpoints are copied to a "
+        "bucket by --checkpoint.copy_to"
       )
     self.directory = Path(directory).absolute()
     self.keep, self.keep_best = keep, keep_best
     self._best: int | None = None
+    self._copies = Bucket(copy_to) if copy_to and hosts.is_main() else None
     self._reported: set[int] = set()  # damaged steps, so that each is reported once
     python_logging.getLogger("absl").addFilter(_quiet_orbax)
     try:
@@ -189,6 +195,44 @@ class Checkpointer:
           self._prune(step)
       except OSError as error:
         logging.warning("step %d is saved; older ones could not be deleted: %s", step, error)
+      self._copy(step)
+
+  def _copy(self, step: int) -> None:
+    """Copies a step to the bucket, and deletes there what is not here any more."""
+    try:
+      if self._copies is not None:
+        self._copies.upload(self.directory, step)
+        for old in set(self._copies.steps()) - set(self._steps()):
+          self._copies.delete(old)
+    except BucketError as error:
+      where = self.directory / str(step)
+      logging.error("step %d is saved in %s and could not be copied: %s", step, where, error)
+
+  def fetch(self, origin: Mapping[str, Any]) -> int | None:
+    """Fetches the newest copy if it is newer than all that lies here; its step, or None.
+
+    Its files are not verified here: `latest` and `restore` do that, as for every step.
+
+    Args:
+      origin: what `extra` of this run's steps says; what it says otherwise there is another run's.
+
+    Raises:
+      BucketError: it cannot be read.
+      ConfigError: it is another run's.
+    """
+    if self._copies is None:
+      return None
+    copies, here = self._copies.steps(), self._steps()
+    if not copies or (here and here[-1] >= copies[-1]):
+      return None
+    found = self._copies.manifest(copies[-1])["extra"]
+    if any(found.get(name, value) != value for name, value in origin.items()):
+      address, allowed = self._copies.address, "an address of this run alone"
+      raise ConfigError(
+        "checkpoint.copy_to", address, allowed, "another run's checkpoints are there"
+      )
+    self._copies.download(self.directory, copies[-1])
+    return copies[-1]
 
   def latest(self) -> int | None:
     """The newest step that verifies, or None.

@@ -130,6 +130,7 @@ def open_run(
   steps: int,
   checkpoints_kept: int = 2,
   keep_best: bool = False,
+  copy_to: str = "",
   export: bool = False,
   new_code: bool = False,
 ) -> Iterator[Run]:
@@ -141,6 +142,7 @@ def open_run(
     steps: of the whole run: a finished run with fewer steps resumes.
     checkpoints_kept: how many checkpoints to keep.
     keep_best: whether to keep the one of the best held-out accuracy too.
+    copy_to: address of a bucket to copy them to; empty: none.
     export: whether to write a directory `model` at the end.
     new_code: as for `run_directory.open_run`.
 
@@ -156,7 +158,7 @@ def open_run(
     with opened(workdir, config, volatile=volatile(config), doing="trains in", **how) as result:
       exported = hosts.broadcast("the exported model", (workdir / "model").exists())
       if result is None or result["steps"] < steps or (export and not exported):
-        kept = {"keep": checkpoints_kept, "keep_best": keep_best}
+        kept = {"keep": checkpoints_kept, "keep_best": keep_best, "copy_to": copy_to}
         checkpoints = Checkpointer(workdir / "checkpoints", **kept)
         if result is not None and checkpoints.latest() is None:
           _refuse_to_begin_again(workdir, result["steps"], steps)
@@ -209,6 +211,8 @@ def begin(
     ConfigError: the run is already past `steps`.
     ShardingError: the state cannot be divided as the mesh asks.
   """
+  if (fetched := run.checkpoints.fetch(run.origin)) is not None:
+    run.console.say(f"fetched the copy of the checkpoint at step {fetched}")
   start = run.checkpoints.latest()
   wanted = lay_out(jax.eval_shape(init_state, *args), mesh)
   say_room(run, wanted)
