@@ -65,8 +65,9 @@ class Checkpoint:
 
   def check(self, config: Any) -> None:
     """Refuses to keep the best of what is never evaluated, and addresses of no bucket."""
-    if self.copy_to:
-      bucket.parse(self.copy_to)
+    if self.copy_to and not bucket.is_address(self.copy_to):
+      allowed = "gs://BUCKET/PATH or s3://BUCKET/PATH"
+      raise ConfigError("checkpoint.copy_to", self.copy_to, allowed)
     if self.best and not config.eval.every:
       raise ConfigError("checkpoint.best", "true", "left out with --eval.every=0")
 

@@ -274,7 +274,7 @@ def test_bad_arguments_are_named(tmp_path):
       checkpointer.save(1, {"w": jnp.ones(3)}, extra)
   with pytest.raises(ValueError, match="keep is 0; it must be at least 1"):
     Checkpointer(tmp_path, keep=0)
-  with pytest.raises(CheckpointError, match="gs://.*--checkpoint.copy_to"):
+  with pytest.raises(CheckpointError, match="gs://.*as copy_to"):
     Checkpointer("gs://bucket/run")
   (tmp_path / "file").write_text("x")
   with pytest.raises(CheckpointError, match="cannot make the checkpoint directory .*/file/run"):

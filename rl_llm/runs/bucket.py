@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rl_llm.errors import ConfigError, UserError
+from rl_llm.errors import UserError
 
 MANIFEST = "manifest.json"
 _ADDRESS = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,221})((?:/[^/\s?#]+)*)/?")
@@ -26,6 +26,11 @@ _RETRIES = {"max_retries": 4, "initial_delay": "500ms", "max_delay": "10s"}
 
 class BucketError(UserError):
   """An object store that cannot be read or written; the message says where, and what to do."""
+
+
+def is_address(text: str) -> bool:
+  """Whether a text is an address that `parse` reads."""
+  return _ADDRESS.fullmatch(text) is not None
 
 
 def parse(address: str) -> tuple[str, str, str]:
@@ -38,12 +43,11 @@ def parse(address: str) -> tuple[str, str, str]:
     address: gs://BUCKET/PATH or s3://BUCKET/PATH.
 
   Raises:
-    ConfigError: it is neither.
+    BucketError: it is neither.
   """
   found = _ADDRESS.fullmatch(address)
   if found is None:
-    allowed = "gs://BUCKET/PATH or s3://BUCKET/PATH"
-    raise ConfigError("checkpoint.copy_to", address, allowed, "or left out")
+    raise BucketError(f"{address}: must be gs://BUCKET/PATH or s3://BUCKET/PATH")
   scheme, bucket, path = found.groups()
   return scheme, bucket, f"{path.strip('/')}/" if path.strip("/") else ""
 

@@ -39,7 +39,7 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from rl_llm.errors import ConfigError, UserError
+from rl_llm.errors import UserError
 from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import gather_to_host, make_mesh, replicate
 from rl_llm.runs.bucket import Bucket, BucketError
@@ -95,8 +95,8 @@ class Checkpointer:
       raise ValueError(f"keep is {keep}; it must be at least 1, for the newest checkpoint")
     if "://" in str(directory):
       raise CheckpointError(
-        f"directory is {directory}; a file system path is needed; checkpoints are copied to a "
-        "bucket by --checkpoint.copy_to"
+        f"directory is {directory}; a file system path is needed: give the address of a bucket "
+        "as copy_to"
       )
     self.directory = Path(directory).absolute()
     self.keep, self.keep_best = keep, keep_best
@@ -217,8 +217,7 @@ class Checkpointer:
       origin: what `extra` of this run's steps says; what it says otherwise there is another run's.
 
     Raises:
-      BucketError: it cannot be read.
-      ConfigError: it is another run's.
+      BucketError: it cannot be read, or is another run's.
     """
     if self._copies is None:
       return None
@@ -227,9 +226,8 @@ class Checkpointer:
       return None
     found = self._copies.manifest(copies[-1])["extra"]
     if any(found.get(name, value) != value for name, value in origin.items()):
-      address, allowed = self._copies.address, "an address of this run alone"
-      raise ConfigError(
-        "checkpoint.copy_to", address, allowed, "another run's checkpoints are there"
+      raise BucketError(
+        f"{self._copies.address}/{copies[-1]} is another run's; give an address of this run alone"
       )
     self._copies.download(self.directory, copies[-1])
     return copies[-1]
