@@ -34,6 +34,7 @@ EXTRAS = {
     "mkdocs-material>=9.6,<10",
     "mkdocs-static-i18n>=1.3",
     "latex2mathml>=3.78",
+    "ziamath>=0.12",
     "mini-racer>=0.12",
     "nbclient>=0.10",
     "ipykernel>=6.29",

@@ -1,22 +1,26 @@
 """Hooks of mkdocs.yml: lines of Japanese join without a space, and formulas become MathML.
 
-Browsers draw MathML by themselves, so a page shows its formulas without a script, a font of its
-own or a network.
+Browsers draw MathML by themselves, so a page shows its formulas without a script or a network. The
+site has a font for them, STIX Two Math, which the package ziamath carries.
 
 >>> on_page_markdown("報酬は、\\n微分されない。\\n\\nlog p\\nand")
 '報酬は、微分されない。\\n\\nlog p\\nand'
->>> formula = '<span class="arithmatex">\\\\(p_i\\\\)</span>'
+>>> formula = '<span class="arithmatex">\\\\(\\\\log p\\\\)</span>'
 >>> on_page_content(formula).partition("<mrow>")[2]
-'<msub><mi>p</mi><mi>i</mi></msub></mrow></math>'
+'<mi class="name">log</mi><mspace width="0.167em"/><mi>p</mi></mrow></math>'
 """
 
 import html as entities
+import importlib.util
+import pathlib
 import re
+import shutil
 
 from latex2mathml.converter import convert
 from mkdocs.utils import get_relative_url
 
 WIDE = r"[\u3000-\u9fff\uff00-\uffef]"
+FONT = "STIXTwoMath-Regular.ttf"
 CALCULATOR = [f"guide/calculator/{name}.js" for name in ("tokens", "outcomes", "form")]
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 # What TeX spaces and the converter does not: names of functions, a minus that is a sign, a slash.
@@ -41,6 +45,12 @@ def on_page_content(html: str, page=None, **_) -> str:
     scripts = "".join(f'<script src="{address}"></script>' for address in addresses)
     html = html.replace("<!-- calculator -->", f'<div id="calculator"></div>{scripts}')
   return _FORMULA.sub(lambda found: mathml(found[2], inline=found[1] == "span"), html)
+
+
+def on_post_build(config, **_) -> None:
+  """Puts the font of the formulas next to site.css, which names it."""
+  (package,) = importlib.util.find_spec("ziamath").submodule_search_locations
+  shutil.copy(pathlib.Path(package) / "fonts" / FONT, pathlib.Path(config.site_dir) / FONT)
 
 
 def mathml(tex: str, *, inline: bool) -> str:

@@ -75,6 +75,12 @@ def test_nothing_is_asked_of_another_host(site):
     assert hosts == [], each
 
 
+def test_what_the_style_asks_for_is_there(site):
+  style = (site[0] / "site.css").read_text(encoding="utf-8")
+  asked = re.findall(r"url\(\"([^\"]+)\"\)", style)
+  assert asked and all((site[0] / name).is_file() for name in asked)
+
+
 def test_no_link_or_anchor_is_broken(site):
   for each, page in site[1].items():
     for address in [*page.links, *page.loads]:

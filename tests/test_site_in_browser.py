@@ -24,8 +24,7 @@ pytestmark = pytest.mark.skipif(
 # Opens pages one by one in a frame, and posts what is wrong with each.
 CHECK = r"""<!doctype html><meta charset="utf-8"><iframe height="800"></iframe><script>
 const asked = __ASKED__, frame = document.querySelector("iframe"), drawn = {};
-const canvas = Object.assign(document.createElement("canvas"), { width: 48, height: 48 });
-const pen = canvas.getContext("2d", { willReadFrequently: true });
+let pen;  // draws with the page's fonts
 
 // A missing glyph looks like that of U+0378, which no script has.
 function drawing(font, character) {
@@ -61,6 +60,8 @@ function* texts(page) {
 }
 
 function faultsOf(page) {
+  const canvas = Object.assign(page.createElement("canvas"), { width: 48, height: 48 });
+  pen = canvas.getContext("2d", { willReadFrequently: true });
   const faults = [], width = page.documentElement.scrollWidth;
   if (width > frame.clientWidth) faults.push(`${width} pixels wide`);
   for (const image of page.images)
@@ -83,6 +84,9 @@ function faultsOf(page) {
       if (above.bottom > below.top + 1) faults.push("a fraction is not drawn as one");
     }
   }
+  if (page.querySelector("math"))
+    if (![...page.fonts].some(({ family, status }) => /Math/.test(family) && status === "loaded"))
+      faults.push("the font of formulas is not loaded");
   const prose = page.querySelector("article")?.cloneNode(true);
   prose?.querySelectorAll("code, pre, script").forEach((each) => each.remove());
   if (/\$|\\[a-z]+[{ ]/.test(prose?.textContent)) faults.push("TeX is left as text");
@@ -105,6 +109,7 @@ async function walk() {
     let loaded = next();
     frame.src = name;
     await loaded;
+    await frame.contentDocument.fonts.ready;
     found[name] = faultsOf(frame.contentDocument);
     const link = frame.contentDocument.querySelector(`.md-select a[hreflang="${asked.other}"]`);
     if (!link) { found[name].push("no switch"); continue; }
@@ -195,3 +200,4 @@ def test_the_check_finds_faults(site, server, tmp_path):  # noqa: F811
     assert any(kind in fault for fault in faults), kind
   assert "TeX is left as text" in faults and "a formula takes no room" in faults
   assert "no glyph for \ue123" in faults and "the switch leads to /ja/index.html" in faults
+  assert "the font of formulas is not loaded" in faults
