@@ -3,6 +3,7 @@
   python -m tests.faults                      all rows, up to two hours on two cores
   python -m tests.faults --rows=F1,F8         these alone
   python -m tests.faults --short --rows=F8    with the few trials of `make test-slow`
+  python -m tests.faults --trials=10          at most so many kills in F1 and F3
 
 Each row is a process of pytest. After each one, docs/results/faults.json and faults.md have its
 line anew; the lines of other rows stay, with the date and the machine that they were made on.
@@ -68,10 +69,11 @@ def counted(row: str, junit: str) -> Counted:
   return Counted(trials, survived, tuple(dict.fromkeys(skipped)), tuple(failed))
 
 
-def run(row: Row, *, short: bool) -> dict[str, Any]:
+def run(row: Row, *, short: bool, trials: int = 0) -> dict[str, Any]:
   """Runs a row's tests in a process of their own; the entry of faults.json."""
   environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")
   environment |= {} if short else {"RL_LLM_FULL": "1"}
+  environment |= {"RL_LLM_TRIALS": str(trials)} if trials else {}
   if row.devices > 1:
     environment |= {"JAX_NUM_CPU_DEVICES": str(row.devices), "XLA_FLAGS": PATIENT_COLLECTIVES}
   cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -192,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   parser.add_argument("--rows", default="", help="such as F1,F8; none: all")
   parser.add_argument("--short", action="store_true", help="few trials, as in make test-slow")
+  parser.add_argument("--trials", type=int, default=0, help="at most so many kills; 0: all")
   parser.add_argument("--out", type=Path, default=RESULTS, help="directory of faults.json and .md")
   given = parser.parse_args(arguments)
   names = [name.strip().upper() for name in given.rows.split(",") if name.strip()]
@@ -206,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
   for row in ROWS:
     if names and row.name not in names:
       continue
-    own = found[row.name] = run(row, short=given.short)
+    own = found[row.name] = run(row, short=given.short, trials=given.trials)
     write(given.out, found)
     good &= own["survived"] == own["trials"] and bool(own["trials"] or own["skipped"])
     trials, survived, seconds = line(row, own)

@@ -28,6 +28,7 @@ from tests.experiments import helpers
 from tests.experiments.conftest import files, small  # noqa: F401  fixtures
 from tests.experiments.helpers import FULL, outcome
 from tests.experiments.test_grpo import assert_as_uninterrupted, interrupt
+from tests.faults import trials
 from tests.processes import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.skipif(not FULL, reason="52 starts of a run: RL_LLM_FULL=1")
 def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(tmp_path, record_property):
   """F1: among its steps, and while it starts."""
-  kills, steps = 50, 204
+  kills = trials(50)
+  steps = 4 * (kills + 1)
   interrupt(tmp_path, [signal.SIGKILL] * kills, steps=steps)
   assert_as_uninterrupted(outcome(tmp_path / "straight"), outcome(tmp_path / "cut"), steps)
   record_property("F1", kills)
@@ -47,7 +49,8 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(tmp_path, recor
 @pytest.mark.skipif(not FULL, reason="22 starts of a run: RL_LLM_FULL=1")
 def test_stopped_at_random_steps_a_run_saves_the_step_in_flight(tmp_path, record_property):
   """F3: and no more than that one, in a few seconds."""
-  stops, steps = 20, 84
+  stops = trials(20)
+  steps = 4 * (stops + 1)
   stopped = interrupt(tmp_path, [signal.SIGTERM] * stops, steps=steps)
   assert_as_uninterrupted(outcome(tmp_path / "straight"), outcome(tmp_path / "cut"), steps)
   # The record that was read a moment before the signal may lack a step that ended meanwhile.
