@@ -7,6 +7,7 @@ It only needs a grader. The baseline of a reward removes noise without changing 
   leave_one_out                  RLOO: the mean of the other responses to the same problem
   reinforce_plus_plus            REINFORCE++: the whole batch's mean and spread
   reinforce_plus_plus_baseline   its group's mean, then the whole batch's spread
+  optimal_token_baseline         each token's own, of the least variance; takes two passes more
   track_values                   SPO: how often the problem was solved before; needs one response
   role_baseline                  RAE: the mean reward before of its role, a column of the problems
 
@@ -189,6 +190,10 @@ def learn(
   per_token = token_advantages(
     config.advantage, scores.rewards, scores.ok, batch.mask, kl, config.kl.coef, baseline
   )
+  if config.advantage.name == "optimal_token_baseline":
+    given = weights.whole(policy.params), batch, per_token
+    how = {"temperature": config.sampling.temperature, "group_size": scores.rewards.shape[1]}
+    per_token = minibatches.less_optimal_baseline(*given, policy=model.policy, **how)
   batch = batch._replace(advantages=per_token)
   advantages, informative = minibatches.per_response(batch, scores.rewards.shape)
   hparams = setup.hyperparameters(config, step, policy.controls)

@@ -121,7 +121,9 @@ class Llds:
 
 REINFORCE_PLUS_PLUS = "reinforce_plus_plus", "reinforce_plus_plus_baseline"
 BASELINES = Literal[
-  "plain", "moving_average", "leave_one_out", *REINFORCE_PLUS_PLUS, *trackers.NAMES
+  *("plain", "moving_average", "leave_one_out", "optimal_token_baseline"),
+  *REINFORCE_PLUS_PLUS,
+  *trackers.NAMES,
 ]
 
 
@@ -140,9 +142,10 @@ class Baseline:
   discount: float = option(1.0, "discount factor per token", min=0, max=1)
 
   def check(self, config: Any) -> None:
-    """Refuses settings that leave_one_out cannot handle."""
+    """Refuses settings that the baseline cannot handle."""
     error = functools.partial(ConfigError, "advantage.name", self.name)
-    if self.name == "leave_one_out" and config.updates.responses_per_prompt == 1:
+    compares = self.name in ("leave_one_out", "optimal_token_baseline")
+    if compares and config.updates.responses_per_prompt == 1:
       raise error("another one with --responses_per_prompt=1", "try --advantage=moving_average")
     if (self.name == "role_baseline") != bool(self.role):
       allowed = "a column's name with --advantage=role_baseline, and left out without"

@@ -33,7 +33,6 @@ EXPERIMENTS = distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model,
 
 HELPERS = {
   "gdpo": "takes several rewards a response; a grader gives one",
-  "optimal_token_baseline": "takes the sum of all tokens' squared probabilities, a pass of its own",
   "ppo_clipped": "tokens for `clip_cov_mask` to leave out; there are none before a step's updates",
   "action_ids_of": "how `llds_loss` numbers actions where it is given none",
   "kl_penalty": "what `kl_loss` sums",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm import kl, weighting
-from rl_llm.advantages import discounted_returns, token_rewards
+from rl_llm.advantages import discounted_returns, optimal_token_baseline, token_rewards
 from rl_llm.losses import llds_weights
 from rl_llm.masked import masked_mean
 from rl_llm.parallel import sharding
@@ -286,6 +286,37 @@ def less_kl(batch: ResponseBatch, kl: jax.Array, coef: float) -> ResponseBatch:
   rewards = token_rewards(batch.advantages, batch.mask, kl=kl, kl_coef=coef)
   found = discounted_returns(rewards, batch.mask)
   return batch._replace(advantages=jnp.where(batch.mask, found, 0))
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "group_size"))
+def less_optimal_baseline(
+  params: Any,
+  batch: ResponseBatch,
+  returns: jax.Array,
+  *,
+  policy: Policy,
+  temperature: float,
+  group_size: int,
+) -> jax.Array:
+  """[B, T]: the returns, less `rl_llm.advantages.optimal_token_baseline` of their group.
+
+  It takes two passes over the responses: a token's log-prob at half the temperature gives the sum
+  of all tokens' squared probabilities in its place.
+
+      log sum_v p(v)^2 = 2 * log p(token) - log p(token) at half the temperature
+
+  Args:
+    params: the policy's weights before the step's updates.
+    batch: all rows of a step.
+    returns: [B, T] of its tokens.
+    policy: as for `response_logprobs`.
+    temperature: the sampler's.
+    group_size: G.
+  """
+  score = functools.partial(response_logprobs, params, batch, policy=policy)
+  own, half = (score(temperature=t)[0] for t in (temperature, temperature / 2))
+  squares = jnp.exp(2 * own - half)
+  return optimal_token_baseline(returns, own, squares, batch.mask, group_size=group_size)
 
 
 def per_response(batch: ResponseBatch, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

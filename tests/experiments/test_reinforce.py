@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import reinforce, terms
 from rl_llm.errors import ConfigError
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.rollout import ResponseBatch, response_hidden
 from rl_llm.runs.config import replace
+from rl_llm.training import minibatches
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, settings
 from tests.experiments.test_sft import STOPS, stopped
@@ -118,6 +123,36 @@ def test_remembered_baselines_come_off_their_problem_s_rewards(name):
     known = wanted[FAILED]
     wanted = (wanted - known.mean()) / np.sqrt(known.var(ddof=1))
   np.testing.assert_allclose(found, np.where(mask, wanted.reshape(-1, 1), 0), atol=1e-6)
+
+
+def test_the_optimal_token_baseline_reads_whole_distributions():
+  """Squared probabilities from all logits, at the temperature, against the passes of the run."""
+  policy = make_policy(dataclasses.replace(tiny_config(12), width=32, n_layers=1))
+  params, rng = policy.init(jax.random.key(2)), np.random.default_rng(2)
+  mask = np.arange(4) < np.array([4, 2, 3, 1])[:, None]
+  batch = ResponseBatch(
+    prompts=np.int32([[1, 2], [0, 3]]),
+    prompt_lengths=np.int32([2, 1]),
+    tokens=rng.integers(0, 12, (4, 4)).astype(np.int32),
+    attended=mask,
+    mask=mask,
+  )
+  returns = np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32)
+  how = {"policy": policy, "temperature": 0.7, "group_size": 2}
+  found = minibatches.less_optimal_baseline(params, batch, returns, **how)
+  logits = response_hidden(params, batch, policy=policy) @ policy.unembed(params).T
+  p = np.asarray(jax.nn.softmax(logits / 0.7), np.float64)
+  own = np.take_along_axis(p, np.asarray(batch.tokens)[..., None], axis=2)[..., 0]
+  moved = np.cumsum(np.where(mask, 1 - 2 * own + (p**2).sum(axis=2), 0), axis=1) * mask
+  wanted = np.zeros(mask.shape)
+  for b in range(4):
+    for t in range(4):
+      rows = [j for j in (b // 2 * 2, b // 2 * 2 + 1) if mask[j, t]]
+      if mask[b, t] and len(rows) == 2:
+        shares = [moved[j, t] for j in rows]
+        wanted[b, t] = returns[b, t] - np.dot(shares, [returns[j, t] for j in rows]) / sum(shares)
+  assert np.any(wanted)
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -307,3 +342,12 @@ def test_presets_set_weighting_and_loss(tmp_path):
   assert changes["loss.clip_high"] == 0.28 and changes["weighting.name"] == "token_mean"
   assert not any(name.startswith(("advantage", "kl")) for name in changes)
   reinforce.check(replace(typed, changes))
+
+
+def test_a_run_with_the_optimal_token_baseline_moves_less_than_one_without(tmp_path, small, files):
+  """Its advantages are what is left of the returns: of less variance than the rewards alone."""
+  base = settings(files, steps=1, **{"eval.every": 0, "optimizer.max_grad_norm": 0.0})
+  names = "plain", "optimal_token_baseline"
+  plain, found = (run(tmp_path / n, base | {"advantage.name": n}).metrics[0] for n in names)
+  assert plain["reward_mean"] == found["reward_mean"]
+  assert 0 < found["grad_norm"] < plain["grad_norm"]
