@@ -130,6 +130,30 @@ walk()
 </script>"""
 
 
+# Types a word into the search of a page, and posts the pages that it finds.
+SEARCH = """<!doctype html><meta charset="utf-8"><iframe width="1400" height="800"></iframe><script>
+const asked = __ASKED__, frame = document.querySelector("iframe");
+const every = (wait) => new Promise((done) => setTimeout(done, wait));
+async function search() {
+  frame.src = asked.page;
+  await new Promise((done) => (frame.onload = done));
+  const page = frame.contentDocument, field = page.querySelector(".md-search__input");
+  for (let tries = 0; tries < 300; tries++) {
+    field.focus();
+    field.value = asked.word;
+    field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }));
+    await every(100);
+    const links = [...page.querySelectorAll(".md-search-result__link")];
+    if (links.length) return links.map((link) => link.href);
+  }
+  return [];
+}
+search()
+  .catch((error) => [String(error)])
+  .then((found) => fetch("/found", { method: "POST", body: JSON.stringify(found) }));
+</script>"""
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
   """Serves the site, and keeps what the checking page posts."""
 
@@ -154,12 +178,11 @@ def server(site):  # noqa: F811
     server.shutdown()
 
 
-def found_by_chromium(server, path, profile, names, *, width, other):
-  """What is wrong with each of these pages of the site at `path`: name -> faults."""
+def found_by_chromium(server, path, profile, check, **asked):
+  """What a checking page, put into the site at `path`, posts; it reads what is asked."""
   chromium = shutil.which("chromium") or shutil.which("chromium-browser")
   assert chromium, "no Chromium; on Debian: apt-get install chromium"
-  asked = json.dumps({"names": names, "width": width, "other": other})
-  (path / "check.html").write_text(CHECK.replace("__ASKED__", asked), encoding="utf-8")
+  (path / "check.html").write_text(check.replace("__ASKED__", json.dumps(asked)), encoding="utf-8")
   command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
   command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
   command += [f"--user-data-dir={profile}", "--window-size=1500,900"]
@@ -180,9 +203,21 @@ def test_every_page_is_complete(site, server, tmp_path, lang, other, width):  # 
   path, pages = site
   names = [each.relative_to(path) for each in pages]
   names = sorted(name.as_posix() for name in names if (name.parts[0] == "ja") == (lang == "ja"))
-  found = found_by_chromium(server, path, tmp_path, names, width=width, other=other)
+  found = found_by_chromium(server, path, tmp_path, CHECK, names=names, width=width, other=other)
   assert sorted(found) == names and len(names) > 20
   assert {page: faults for page, faults in found.items() if faults} == {}
+
+
+@pytest.mark.parametrize(
+  "page, word, lesson",
+  [
+    ("index.html", "baseline", "/guide/reinforce.html"),
+    ("ja/index.html", "方策勾配", "/ja/guide/policy_gradient.html"),
+  ],
+)
+def test_the_search_finds_a_lesson(site, server, tmp_path, page, word, lesson):  # noqa: F811
+  found = found_by_chromium(server, site[0], tmp_path, SEARCH, page=page, word=word)
+  assert any(lesson in address for address in found), found
 
 
 def test_the_check_finds_faults(site, server, tmp_path):  # noqa: F811
@@ -193,9 +228,8 @@ def test_the_check_finds_faults(site, server, tmp_path):  # noqa: F811
     '<div class="md-select"><a hreflang="ja" href="ja/index.html">b</a></div>',
     encoding="utf-8",
   )
-  (faults,) = found_by_chromium(
-    server, path, tmp_path, ["bad.html"], width=400, other="ja"
-  ).values()
+  asked = {"names": ["bad.html"], "width": 400, "other": "ja"}
+  (faults,) = found_by_chromium(server, path, tmp_path, CHECK, **asked).values()
   for kind in ("pixels wide", "no image", "asked for http://elsewhere", "no heading"):
     assert any(kind in fault for fault in faults), kind
   assert "TeX is left as text" in faults and "a formula takes no room" in faults
