@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from rl_llm.policy import Policy, join
 from rl_llm.rollout import CHUNK_SIZE, Rollout, collect, drawing, take_prompts
 from rl_llm.rollout.collect import Sampler, response_batch
 from rl_llm.runs import config as configs
-from rl_llm.runs import metrics
+from rl_llm.runs import metrics, origin
 from rl_llm.runs.flops import Work
 from rl_llm.runs.report import write_report
 from rl_llm.runs.run_directory import opened, write_result
@@ -318,6 +318,14 @@ def open_members(of: Population, start: int) -> Iterator[list[list[metrics.Metri
     ]
 
 
+def say_missing(of: Population, start: int, state: Any, say: Callable[[str], Any]) -> None:
+  """Names what the records of members that train on have lost of the steps before `start`."""
+  for number in np.flatnonzero(~of.failed(state)) if start else ():
+    for hole in origin.missing(of.directories[number], start, {}):
+      name = of.directories[number].name
+      say(f"{name}: {hole}: the run resumes without them, and its result says so")
+
+
 def make_programs(config: grpo.Config, policy: Policy, tokenizer: Any, mesh: Any, count: int):
   """What a step of `count` members runs on the devices."""
   # Of all members on a device, as many logits exist at once as of one run alone.
@@ -364,6 +372,7 @@ def _train(
   first = None
   of = Population(members, directories, policy, tokenizer, mesh, frozen, reference)
   announce = functools.cache(say)
+  say_missing(of, *begun, say)
 
   def generate(own, prompts, keys, sampling, group) -> Rollout:
     announce(f"compiling the rollout: {len(prompts.tokens)} prompts x {group} responses")

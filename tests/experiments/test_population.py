@@ -148,6 +148,34 @@ def test_a_kill_changes_nothing_and_what_is_done_is_left(tmp_path, small, files,
 
 
 @pytest.mark.slow
+def test_lost_lines_of_a_member_are_named(tmp_path, small, files, monkeypatch, capfd):
+  """At the resume, and in the result of that member alone."""
+  trials = members(files, steps=4, **{"eval.every": 2, "checkpoint.every": 2})
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "StopSignals", Stopping)
+    # The first member's record: it has a line when the population's has.
+    first = plan("experiments.grpo", trials)[0].id
+    Stopping.record = tmp_path / "work" / first / "metrics.jsonl"
+    Stopping.rows, Stopping.extra = 3, 1
+    Stopping.error = Killed()
+    with pytest.raises(Killed):
+      sweep(tmp_path, trials)
+  ids = [trial.id for trial in plan("experiments.grpo", trials)]
+  capfd.readouterr()
+  places = [tmp_path / "work" / id / "metrics.jsonl" for id in ids]
+  places[0].write_text("".join(places[0].read_text().splitlines(keepends=True)[1:]))
+  places[1].unlink()
+  assert sweep(tmp_path, trials)[0] == 0
+  said = [line for line in capfd.readouterr().out.splitlines() if "missing" in line]
+  assert [line.partition(": the run resumes")[0] for line in said] == [
+    f"{ids[0]}: line 0 of metrics.jsonl is missing",
+    f"{ids[1]}: lines 0 to 1 of metrics.jsonl are missing",
+  ]
+  results = [json.loads((place.parent / "result.json").read_text()) for place in places]
+  assert [result.get("steps_missing") for result in results] == ["0", "0 to 1", None]
+
+
+@pytest.mark.slow
 def test_a_member_that_diverges_fails_alone(tmp_path, small, files):
   trials = members(files, **TWICE | {"steps": 3, "optimizer.max_skipped": 1})
   ids = sweep(tmp_path / "well", trials)[1]
