@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -363,6 +364,41 @@ def test_too_many_failures_stop_the_run(source):
     ):
       half.score(["p"] * 4, texts[:2] + ["raise"] * 2, [{}] * 4)
     assert half.score([], [], []) == []
+
+
+def test_each_worker_has_ipc_objects_of_its_own(tmp_path):
+  """As a number of its namespace, of two workers that answer at the same time."""
+  (tmp_path / "grader.py").write_text(
+    "import os, time\n"
+    "def reward(prompts, completions, **columns):\n"
+    "  time.sleep(0.5)\n"
+    "  return [float(os.stat('/proc/self/ns/ipc').st_ino % 10**6)]\n"
+  )
+  own = float(os.stat("/proc/self/ns/ipc").st_ino % 10**6)
+  with RewardPool(RewardSource(str(tmp_path / "grader.py")), workers=2) as made:
+    needs(made, "ipc")
+    found = {r.value for r in made.score(["p"] * 4, ["x"] * 4, [{}] * 4)}
+  assert None not in found and len(found) >= 2 and own not in found
+
+
+def test_keys_of_the_session_are_out_of_reach():
+  """In a process of its own, on a session keyring of its own."""
+  program = f"""
+import ctypes, os, sys
+sys.path.insert(0, {os.getcwd()!r})
+from rl_llm.rewards import sandbox, seccomp
+call = ctypes.CDLL(None, use_errno=True).syscall
+add, keyctl = (seccomp._NUMBERS[n][os.uname().machine != "x86_64"] for n in ("add_key", "keyctl"))
+if not sandbox.own_keyring() or call(add, b"user", b"rl_llm_test", b"x", 1, -3) < 0:
+  sys.exit(77)
+find = lambda: call(keyctl, 10, -3, b"user", b"rl_llm_test", 0)  # KEYCTL_SEARCH
+assert find() > 0
+assert sandbox.own_keyring() and find() == -1
+"""
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  if done.returncode == 77:
+    pytest.skip("this kernel has no keyrings, or they are refused here")
+  assert done.returncode == 0, done.stderr
 
 
 def test_a_killed_server_is_replaced(source):
