@@ -303,11 +303,10 @@ def answer_figures(
 
 
 def open_answers(
-  config: Config, run: loop.Run, model: setup.Model
+  config: Config, run: loop.Run, model: setup.Model, dataset: formats.Dataset
 ) -> tuple[Answers, Answers, setup.loading.Loaded]:
   """The answers of the file, to train on and held out, and what was loaded."""
-  wanted = "unpaired", "preference", "implicit_preference"
-  dataset, layout = setup.read_data(config, *wanted), config.prompts.layout
+  layout = config.prompts.layout
   encode = functools.partial(
     encoding.encode,
     tokenizer=model.tokenizer,
@@ -360,8 +359,9 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       config, per_step={"examples_per_step": size}, at_once={"microbatch_rows": part}
     )
     task = setup.load_task(config)
+    dataset = setup.read_data(config, "unpaired", "preference", "implicit_preference")
     model = setup.load_model(config, run, mesh, reference=True)
-    training, held_out, loaded = open_answers(config, run, model)
+    training, held_out, loaded = open_answers(config, run, model, dataset)
     model = model._replace(weights=model.weights._replace(reference=None))
     pad_id, counts = model.tokenizer.pad_id, {f"data_{k}": n for k, n in loaded.counts.items()}
     with setup.open_problems(config, run, model, task, prompts=size) as problems:

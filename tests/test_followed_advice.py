@@ -30,6 +30,7 @@ from experiments import (
   ppo,
   reinforce,
   reward_model,
+  setup,
   sft,
 )
 from launch import halving, run, sweep
@@ -153,6 +154,8 @@ SETTINGS = [
   (sft, {"task": "none", "data": "rows.jsonl", "held_out_fraction": 0.0}, None),
   (reward_model, {"data": "rows.jsonl", "held_out_fraction": 0.0}, None),
   (reward_model, {}, {"data": "pairs.jsonl"}),
+  (grpo, {"checkpoint.best": True, "eval.every": 0}, {"eval.every": 16}),
+  (grpo, {"optimizer.spike_sigma": 3.0}, {"optimizer.spike_window": 10}),
   (evaluate, {"k": (1, 16)}, None),
   (kto, {**LABELLED, "loss": "aot_unpaired_loss", "microbatch_rows": 8}, {"microbatch_rows": 32}),
   (kto, {**LABELLED, "loss.decay": 0.5}, {"loss": "bco_unpaired_loss"}),
@@ -455,7 +458,10 @@ def follow_labels(said, path):
   for labels, instead in (((1, 1), sft), ((1, 0), kto)):
     rows = [{"prompt": "q", "completion": f"{n}", "label": label} for n, label in enumerate(labels)]
     given = {"data": write(path / "rows.jsonl", *rows), "held_out_fraction": 0.0, "eval.every": 0}
-    message = refused(said, kto.open_answers, configured(kto, given), run, model)
+    config = configured(kto, given)
+    message = refused(
+      said, kto.open_answers, config, run, model, setup.read_data(config, "unpaired")
+    )
     advised = re.findall(r"--([\w.]+)=([\w.]*\w)", message.rpartition("; ")[2])
     assert ("experiments.sft" in message) == (instead is sft)
     checked(instead, configured(instead, given | {"task": "none"}, advised))

@@ -22,7 +22,9 @@ GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
 EVERYWHERE = {"code", "compile_cache", "distributed.bind", "matmul_precision"}
-TRAINED = {"checkpoint.keep_at_end", "init_from", "init_moments"}  # where something is trained
+TRAINED = {  # where something is trained
+  *("checkpoint.best", "checkpoint.copy_to", "checkpoint.keep_at_end", "init_from", "init_moments")
+}
 GRADED = {"reward_files", "reward_sandbox"}  # where a task's grader is called
 GRADED |= {"gsm8k.max_rows", "jsonl.max_rows"}
 LOSSES = {"loss.threshold"}  # keywords of losses that came later
