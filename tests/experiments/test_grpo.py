@@ -634,7 +634,7 @@ def test_the_tiny_model_learns_to_copy(tmp_path, seed):
 def test_laps_take_each_row_once(tmp_path, small, files):
   """Over as many steps as a lap has, of a run that began anew in between."""
   changes = settings(files, laps=True, steps=3, **{"jsonl.held_out_fraction": 0.3, "eval.every": 0})
-  run(grpo, tmp_path, changes | {"steps": 1})
-  found = run(grpo, tmp_path, changes)
+  run(tmp_path, changes | {"steps": 1})
+  found = run(tmp_path, changes)
   asked = [row["problem"] for row in found.samples if row["split"] == "train"][::4]
   assert len(asked) == len({*asked}) == 12
