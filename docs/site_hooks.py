@@ -25,8 +25,9 @@ CALCULATOR = [f"guide/calculator/{name}.js" for name in ("tokens", "outcomes", "
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 # What TeX spaces and the converter does not: names of functions, a minus that is a sign, a slash.
 _NAME = r'<mi class="name">[A-Za-z]+</mi>'
+_UPRIGHT = re.compile(r'<mrow>((?:<mi mathvariant="normal">[A-Za-z]</mi>){2,})</mrow>')
 _SPACE = '<mspace width="0.167em"/>'
-_SIGN = re.compile(r"(<mo[^>]*>(?:[=(,[{|∑∇·]|max|min)</mo>)<mo>(−|∇)</mo>")
+_SIGN = re.compile(r"(<mo[^>]*>[=(,[{|∑∇·]</mo>(?:<mspace[^>]*>)?)<mo>(−|∇)</mo>")
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -68,6 +69,7 @@ def mathml(tex: str, *, inline: bool) -> str:
   made = re.sub(r"&#x0*([0-9A-Fa-f]+);", _character, made)
   if re.search(r">(?:\\[^<]*|&|&amp;)<", made):
     raise ValueError(f"this formula has a command that has no MathML: {tex}")
+  made = _UPRIGHT.sub(lambda found: f"<mi>{re.sub('<[^>]+>', '', found[1])}</mi>", made)
   made = re.sub(r"<m[io]>([A-Za-z]{2,})</m[io]>", r'<mi class="name">\1</mi>', made)
   made = re.sub(rf"(</(?:mi|mn|msub|msup|mfrac)>|\)</mo>)(?={_NAME})", rf"\1{_SPACE}", made)
   made = re.sub(rf"({_NAME})(?=<m(?:i|n|sub|sup|frac|row)\b)", rf"\1{_SPACE}", made)
