@@ -316,6 +316,16 @@ def of_file(
   return Drawn([loaded.training[index] for index in chosen], refs, counts)
 
 
+def known_logprobs(
+  config: Config, run: loop.Run, model: setup.Model, pairs: abc.Sequence[encoding.Pair]
+) -> list[np.ndarray]:
+  """The reference's log-probs of both answers of a file's pairs, kept on disk."""
+  if model.weights.reference is None or not pairs:
+    return []
+  how = {"temperature": config.sampling.temperature, "rows_per_batch": 2 * config.pairs.per_step}
+  return setup.reference_of_file(config, run, model, encoding.flat(pairs), **how)
+
+
 def pair_figures(
   options: Loss,
   held_out: abc.Sequence[encoding.Pair],
@@ -384,11 +394,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       update = make_update(config, model.policy, mesh)
       init = functools.partial(states.init_state, optimizer=setup.make_optimizer(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
-      known = []
-      if model.weights.reference is not None and dataset:
-        flat, how = encoding.flat(loaded.training + held_out), {"rows_per_batch": 2 * size.per_step}
-        how["temperature"] = config.sampling.temperature
-        known = setup.reference_of_file(config, run, model, flat, **how)
+      known = known_logprobs(config, run, model, loaded.training + held_out)
       if dataset:
         model = model._replace(weights=model.weights._replace(reference=None))
         sample = functools.partial(of_file, config, loaded, known)
