@@ -143,6 +143,66 @@ def test_samples_that_are_cold_by_choice_are_to_be_warmer():
   assert found.name == "entropy_gone" and found.advice == "Try --sampling.temperature=1"
 
 
+def test_samples_that_are_cold_from_the_start_are_the_cause_of_no_reward():
+  nothing = {"reward_mean": 0.0, "accuracy": lambda s: 0.0, "frac_zero_std": 1.0, "entropy": 1e-3}
+  rows = record(**nothing)
+  (found,) = verdicts(rows, CONFIG | {"sampling.temperature": 0.01})
+  assert found.name == "cold" and found.advice == "Try --sampling.temperature=1"
+  assert verdicts(rows, CONFIG)[0].name == "never_rewarded"
+
+
+def test_what_never_ends_is_told_of_the_setting_that_keeps_it_from_ending():
+  rows = record(truncated_fraction=1.0, accuracy=lambda s: 0.0, reward_mean=lambda s: 0.1 + s)
+  rows = [row | {"accuracy": 0.0} for row in rows]
+  (found,) = verdicts(rows, CONFIG | {"sampling.min_new_tokens": 16})
+  assert found.name == "cut_short" and found.says.startswith("No response ever ended")
+  assert found.advice.startswith("Try --sampling.min_new_tokens=0;")
+  (found,) = verdicts(rows, CONFIG)
+  assert found.advice.startswith("Try --max_new_tokens=32;")
+  right = record(truncated_fraction=1.0)  # The grader reads an answer that never ends.
+  assert verdicts(right, CONFIG) == []
+
+
+def test_a_reward_that_rises_while_nothing_is_ever_right_is_one_for_something_else():
+  rows = record(accuracy=lambda s: 0.0, reward_mean=lambda s: -0.3 + min(s, 0.3))
+  for row in rows:
+    row.update({key: 0.0 for key in row if key.startswith("eval/")}, accuracy=0.0)
+  (found,) = verdicts(rows, CONFIG)
+  assert found.name == "overlooked" and "not one response was ever right" in found.says
+  assert "its sign (--jsonl.reward_file=mine.py)" in found.advice
+
+
+@pytest.mark.parametrize(
+  ("changes", "name", "advice"),
+  [
+    ({"kl.coef": 100.0}, "held_back", "Try --kl.coef=0.01"),
+    ({"kl.coef": 0.05}, "unmoved", "Try --optimizer.learning_rate=0.0001, or more steps"),
+    ({"sampling.temperature": 5.0}, "hot", "Try --sampling.temperature=1"),
+    ({}, "unmoved", "Try --optimizer.learning_rate=0.0001, or more steps"),
+  ],
+)
+def test_what_keeps_a_reward_where_it_is(changes, name, advice):
+  rows = record(accuracy=flat, entropy=1.2)
+  (found,) = verdicts(rows, CONFIG | changes)
+  assert (found.name, found.advice) == (name, advice)
+
+
+def test_a_reward_that_the_policy_has_no_part_in_is_the_grader_s():
+  rows = record(accuracy=flat, frac_zero_std=0.0, entropy=lambda s: 1.2 - 0.4 * s)
+  (found,) = verdicts(rows, CONFIG)
+  assert found.name == "unlearnable" and "--jsonl.reward_file=mine.py" in found.advice
+
+
+def test_a_reward_that_falls_is_said_with_what_undoes_it():
+  rows = record(accuracy=lambda s: 0.5 - 0.4 * s)
+  (found,) = verdicts(rows, CONFIG)
+  assert found.name == "fell" and found.advice == "Try --optimizer.learning_rate=1e-6"
+  (found,) = verdicts(rows, CONFIG | {"optimizer.weight_decay": 100.0})
+  assert found.advice == "Try --optimizer.weight_decay=0.01"
+  recovers = record(accuracy=lambda s: 0.5 - 0.4 * math.sin(math.pi * s) + 0.3 * s)
+  assert verdicts(recovers, CONFIG) == []
+
+
 def test_groups_of_two_are_told_to_be_larger():
   rows = record(accuracy=lambda s: 0.05 + 0.2 * s, frac_zero_std=0.75)
   (found,) = verdicts(rows, CONFIG | {"responses_per_prompt": 2})
@@ -195,9 +255,13 @@ def test_a_model_of_noise_is_not_said_to_be_cut():
   assert [verdict.name for verdict in verdicts(rows, CONFIG)] == ["unmoved"]
   nothing = {"reward_mean": 0.0, "accuracy": lambda s: 0.0, "frac_zero_std": 1.0}
   none = record(truncated_fraction=1.0, **nothing)
+  none = [row | {"accuracy": 0.0} for row in none]
   noise = [row | {"entropy": 5.0} for row in none]
-  found = [verdicts(rows, CONFIG)[0].name for rows in (none, noise)]
-  assert found == ["cut_short", "never_rewarded"]
+  some = [row | {"truncated_fraction": 0.98} for row in noise]
+  found = [verdicts(rows, CONFIG)[0].name for rows in (none, noise, some)]
+  assert found == ["cut_short", "cut_short", "never_rewarded"]
+  few_responses = [row | {"rewards_ok": 8} for row in noise]
+  assert verdicts(few_responses, CONFIG)[0].name == "never_rewarded"
 
 
 def test_responses_that_are_cut_before_any_answer_are_the_cause_of_a_collapse():

@@ -27,6 +27,7 @@ from rl_llm.runs.evidence import (
   truth,
 )
 from rl_llm.runs.report_page import finite
+from rl_llm.runs.verdicts_settings import cold, fell, never_ends, unmoved
 from rl_llm.runs.verdicts_updates import UPDATES, memorised
 
 # Fewer steps say nothing of a trend.
@@ -285,6 +286,13 @@ def _overlooked(record: Evidence) -> Verdict | None:
     return None
   if (trend(record.series("accuracy")) if record.series("accuracy") else (0.0, 0.0))[0] > _FEW:
     return _by_heart(record, known[-1])
+  if not any([*record.series("accuracy"), *(ends[1] for ends in known)]):
+    return Verdict(
+      "overlooked",
+      f"The reward rose by {number(rise, 2)}, to {number(record.mean('reward_mean'), 2)}, and not "
+      "one response was ever right: the grader pays for something else.",
+      f"Check what it pays for, and its sign ({grader(record)}): samples.jsonl has every reward",
+    )
   before, after = (number(ends[1], 2) for ends in (known[0], known[-1]))
   return Verdict(
     "overlooked",
@@ -315,24 +323,7 @@ def _by_heart(record: Evidence, held_out: tuple[float, float, float]) -> Verdict
   )
 
 
-def _unmoved(record: Evidence) -> Verdict | None:
-  rewards, known = record.series("reward_mean"), truth(record)
-  if len(rewards) < 2 * _ENOUGH or record.share_done() < 0.5:
-    return None
-  rise, error = trend(rewards)
-  moved = abs(rise) > max(_ERRORS * error, 0.02 * (max(rewards) - min(rewards)))
-  if moved or (known and known[-1][1] > known[0][2]):
-    return None
-  rate = finite(record.config.get("optimizer.learning_rate"))
-  return Verdict(
-    "unmoved",
-    f"The reward has not moved in {len(rewards)} steps: {number(rise, 2)} from the first quarter "
-    f"to the last, within its noise.",
-    attempt(record, ("optimizer.learning_rate", 10 * (rate or 1e-5)), "more steps"),
-  )
-
-
-_BROKEN = (_skipped, _grader_failed, _constant, _first_updates)
+_BROKEN = (_skipped, _grader_failed, cold, never_ends, _constant, _first_updates)
 _LEARNING = (
   _bonus,
   _paid_in_full,
@@ -340,7 +331,8 @@ _LEARNING = (
   _entropy_gone,
   _cut,
   _overlooked,
+  fell,
   _groups_agree,
   _small_groups,
-  _unmoved,
+  unmoved,
 )

@@ -1,0 +1,111 @@
+"""Rules of `rl_llm.runs.verdicts` about runs in which a setting leaves nothing to learn from."""
+
+from __future__ import annotations
+
+from rl_llm.runs.console import number
+from rl_llm.runs.evidence import Evidence, Verdict, attempt, grader, lower_rate, trend, truth
+from rl_llm.runs.report_page import finite
+
+# Steps that a trend takes.
+_ENOUGH = 20
+# Responses of which not one has ended: with fewer, a model of noise may just have been unlucky.
+_RESPONSES = 2000
+# A temperature up to this is "cold", where nearly all groups agree and the entropy is below this.
+_COLD, _AGREE, _NATS = 0.3, 0.9, 0.05
+# A temperature from this on samples noise.
+_HOT = 2.0
+# A price of the KL, in reward per nat, and a weight decay, that hold a policy where it is.
+_DEAR, _DECAY = 0.5, 0.3
+# A reward has "fallen" by this many standard errors, and this share of what it was.
+_ERRORS, _LOST = 4.0, 0.1
+# The policy has "moved" where its entropy changed by this share.
+_MOVED = 0.1
+
+
+def cold(record: Evidence) -> Verdict | None:
+  """Samples so cold that all of a group are the same from the first step on."""
+  temperature = finite(record.config.get("sampling.temperature")) or 1.0
+  agree, entropies = record.mean("frac_zero_std") >= _AGREE, record.series("entropy")
+  if temperature > _COLD or len(entropies) < 5 or not agree or max(entropies[-5:]) > _NATS:
+    return None
+  return Verdict(
+    "cold",
+    f"At temperature {number(temperature)} all samples of a problem are the same "
+    f"({number(record.mean('entropy'), 2)} nats per token), so nothing tells a better one.",
+    attempt(record, ("sampling.temperature", 1.0)),
+  )
+
+
+def never_ends(record: Evidence) -> Verdict | None:
+  """All responses cut, in all steps: not one was ever ended, and none was right."""
+  cut, responses = record.series("truncated_fraction"), sum(record.series("rewards_ok"))
+  if responses < _RESPONSES or min(cut, default=0.0) < 1 or max(record.series("accuracy") or [1.0]):
+    return None
+  limit = int(finite(record.config.get("max_new_tokens")) or 0)
+  least = int(finite(record.config.get("sampling.min_new_tokens")) or 0)
+  options = [("max_new_tokens", 2 * limit) if limit else "a higher limit"]
+  if least and least >= limit / 2:
+    options = [("sampling.min_new_tokens", 0)]
+  return Verdict(
+    "cut_short",
+    f"No response ever ended by itself: all {responses:.0f} are cut at the limit"
+    + (f" of {limit} tokens" if limit else "")
+    + ", and none is right.",
+    attempt(record, *options)
+    + "; check that the model's end-of-sequence token is the one it knows",
+  )
+
+
+def fell(record: Evidence) -> Verdict | None:
+  """The reward is lower than it was in the beginning."""
+  rewards, known = record.series("reward_mean"), truth(record)
+  if len(rewards) < _ENOUGH or (known and known[-1][1] > known[0][2]) or record.rising():
+    return None
+  rise, error = trend(rewards)
+  first = sum(rewards[: len(rewards) // 4]) / (len(rewards) // 4)
+  if -rise <= max(_ERRORS * error, _LOST * abs(first), 1e-9):
+    return None
+  decay = finite(record.config.get("optimizer.weight_decay")) or 0.0
+  option = ("optimizer.weight_decay", 0.01) if decay >= _DECAY else lower_rate(record)
+  return Verdict(
+    "fell",
+    f"The reward fell from {number(first, 2)} to {number(first + rise, 2)} and has not come back: "
+    "the updates undo what the model could do.",
+    attempt(record, option),
+  )
+
+
+def unmoved(record: Evidence) -> Verdict | None:
+  """The reward is what it was, within its noise: because of a setting, the grader, or the rate."""
+  rewards, known = record.series("reward_mean"), truth(record)
+  if len(rewards) < _ENOUGH or record.share_done() < 0.5:
+    return None
+  rise, error = trend(rewards)
+  moved = abs(rise) > max(_ERRORS * error, 0.02 * (max(rewards) - min(rewards)))
+  if moved or (known and known[-1][1] > known[0][2]):
+    return None
+  said = f"The reward has not moved in {len(rewards)} steps"
+  config = record.config
+  price = finite(config.get("kl.coef")) or 0.0
+  temperature = finite(config.get("sampling.temperature")) or 1.0
+  if price >= _DEAR:
+    held = f"{said}: a KL that costs {number(price)} a nat holds the policy where it began."
+    return Verdict("held_back", held, attempt(record, ("kl.coef", min(price / 30, 0.01))))
+  if temperature >= _HOT:
+    hot = f"{said}: at temperature {number(temperature)} the samples are noise."
+    return Verdict("hot", hot, attempt(record, ("sampling.temperature", 1.0)))
+  change, _ = trend(record.series("entropy") or [0.0])
+  first = (record.series("entropy") or [0.0])[0]
+  if record.mean("frac_zero_std") < 0.5 and abs(change) > _MOVED * first > 0:
+    return Verdict(
+      "unlearnable",
+      f"{said}, although the policy has (entropy {number(first, 2)} to "
+      f"{number(record.mean('entropy'), 2)}): what the grader pays for does not depend on it.",
+      f"Check the grader ({grader(record)}): equal responses should earn the same",
+    )
+  given = finite(config.get("optimizer.learning_rate")) or 1e-5
+  return Verdict(
+    "unmoved",
+    f"{said}: {number(rise, 2)} from the first quarter to the last, within its noise.",
+    attempt(record, ("optimizer.learning_rate", 10 * given), "more steps"),
+  )
