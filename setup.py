@@ -8,13 +8,19 @@ import setuptools
 INIT = pathlib.Path(__file__).parent / "rl_llm" / "__init__.py"
 EXTRAS = {
   # Hugging Face checkpoints, tokenizers and chat templates.
-  "hf": ["tokenizers>=0.21", "safetensors>=0.5", "jinja2>=3.1.6"],
+  "hf": ["tokenizers>=0.21", "safetensors>=0.5", "jinja2>=3.1.6", "huggingface_hub>=0.34"],
   # GGUF files, such as the demo model's.
   "gguf": ["gguf>=0.17", "tokenizers>=0.21", "jinja2>=3.1.6"],
   # `--task=reasoning_gym:<name>`.
   "tasks": ["reasoning-gym>=0.1.23"],
+  # `--jsonl.reward_function=math_verify`.
+  "math": ["math-verify>=0.8"],
   # Data sets in Parquet files.
   "parquet": ["pyarrow>=18"],
+  # `--track=`.
+  "tensorboard": ["tensorboardX>=2.6.2"],
+  "wandb": ["wandb>=0.19"],
+  "trackio": ["trackio>=0.43"],
   # `launch.run --search.trials`.
   "optuna": ["optuna>=5"],
   # The figure of experiments/compare.py.

@@ -270,7 +270,8 @@ ALGORITHMS = {
 
 COLUMNS = ("reward", "value network", "reference", "several responses")
 
-# Functions that no flag's choices name, and the commands that call them. The others are derived.
+# Functions that no flag's choices name, or that need a further flag, and the commands that call
+# them. The others are derived.
 CALLED = {
   "bco_shift": ["kto --loss=bco_unpaired_loss", "dpo --loss=bco_loss --loss.shift=batch"],
   "chunked_gkd_loss": ["distill"],
@@ -278,6 +279,7 @@ CALLED = {
   "discounted_returns": ["reinforce --advantage=plain"],
   "entropy_loss": ["grpo --loss.entropy_coef=0.01"],
   "gae": ["ppo"],
+  "gdpo": ["grpo --advantage=gdpo --reward=task,FILE.py:f*0.2"],
   "informative_groups": ["grpo --dynamic.groups=informative"],
   "kto_baseline": ["kto"],
   "kl_cov_mask": ["grpo --loss=kl_cov_loss"],
@@ -400,7 +402,8 @@ def commands(name):
     if path := named.get(name):
       flag = [] if defaults[path] == name else [f"--{path.removesuffix('.name')}={name}"]
       found.append(" ".join([script, *flag]))
-  return found + CALLED.get(name, [])
+  more = CALLED.get(name, [])
+  return [each for each in found if not any(m.startswith(f"{each} ") for m in more)] + more
 
 
 def reached_by(name):

@@ -18,8 +18,9 @@ from rl_llm.data.formats import COLUMNS
 from rl_llm.data.jsonl import MAX_ROWS
 from rl_llm.errors import ConfigError
 from rl_llm.policy.attention import AttentionName
+from rl_llm.rewards import terms as terms_of
 from rl_llm.rollout import shaping
-from rl_llm.runs import bucket
+from rl_llm.runs import bucket, tracking
 from rl_llm.runs.config import check_divides, inline, option, or_function
 from rl_llm.runs.keywords import arrays, chosen, keyword_group
 from rl_llm.tasks import FORMS, TASKS, task_family
@@ -165,6 +166,12 @@ class Run(Record):
     volatile=True,
   )
   checkpoint: Checkpoint = Checkpoint()
+  track: tuple[str, ...] = option(
+    (),
+    "trackers that get every row of metrics.jsonl and some samples too, each with its package",
+    choices=tracking.TRACKERS,
+    volatile=True,
+  )
   init_from: str = option(
     "", "begin with the weights of RUN or RUN@STEP, a run's directory and a step it has kept"
   )
@@ -173,7 +180,8 @@ class Run(Record):
   )
 
   def check(self, config: Any) -> None:
-    """Refuses moments of no run, or of adapters that are merged."""
+    """Refuses moments of no run, or of adapters that are merged, and a tracker without package."""
+    tracking.check_installed(self.track)
     if self.init_moments and not self.init_from:
       raise ConfigError("init_moments", "true", "left out without --init_from=RUN")
     if self.init_moments and config.model.lora.rank:
@@ -276,8 +284,13 @@ class Weights:
 
   model: str = option(
     "smollm2",
-    "smollm2, tiny, a Hugging Face directory, a .gguf file, or RUN or RUN@STEP: a run's directory, "
-    "and which of its checkpoints",
+    "smollm2, tiny, a Hugging Face directory, a .gguf file, OWNER/NAME on the Hugging Face Hub, or "
+    "RUN or RUN@STEP: a run's directory, and which of its checkpoints",
+  )
+  fetch: bool = option(
+    False,
+    "download --model=OWNER/NAME from huggingface.co where this machine does not have it",
+    volatile=True,
   )
   dtype: Literal["float32", "bfloat16"] = option(
     "float32", "dtype of the arithmetic; weights, their gradients' sum and log-probs stay float32"
@@ -436,7 +449,8 @@ class JudgedTask(TrainedTask):
     option(
       "task",
       "reward that training uses: task = the grader's, model:<dir> = a reward model's score, "
-      "FILE.py:<function> = that function's, in the place of the grader",
+      "FILE.py:<function> = that function's, in the place of the grader; several, added: "
+      "task,FILE.py:<function>*0.2",
     )
   )
 
@@ -828,7 +842,31 @@ GroupLoss = keyword_group(
 
 def _of_groups(config: Any, name: str) -> np.ndarray:
   """An advantage's array: of two problems, and of the responses that a step has to each."""
-  return np.zeros((2,) if name == "greedy_rewards" else (2, config.updates.responses_per_prompt))
+  separate = separate_rewards(config)
+  if name == "weights":
+    return separate
+  several = () if separate is None or name != "rewards" else separate.shape
+  responses = () if name == "greedy_rewards" else (config.updates.responses_per_prompt,)
+  return np.zeros((2, *responses, *several))
+
+
+def separate_rewards(config: Any) -> np.ndarray | None:
+  """[K] the weights of several rewards, where the advantage takes them one by one; else None.
+
+  Raises:
+    ConfigError: it takes several, and there is one.
+  """
+  if config.advantage.name != "gdpo":
+    return None
+  weights = [term.weight for term in terms_of(config.task.reward)]
+  if not weights:
+    allowed = "another where there is one reward"
+    fix = "give several: --reward=task,FILE.py:function*0.2"
+    raise ConfigError("advantage", "gdpo", allowed, fix)
+  if config.task.overlong.cache:
+    allowed = "0 with --advantage=gdpo, which would not normalise the penalty"
+    raise ConfigError("overlong.cache", config.task.overlong.cache, allowed)
+  return np.asarray(weights, np.float32)
 
 
 GroupAdvantage = keyword_group(

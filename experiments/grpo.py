@@ -128,9 +128,10 @@ def make_loss(config: Config, policy: Policy, *, chunk_size: int | None = None):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def group_advantages(options: flags.GroupAdvantage, rewards, ok, lengths=None, greedy=None):
-  """[P, G]: how each reward compares with the others of its group."""
-  return keywords.call(options, rewards=rewards, where=ok, lengths=lengths, greedy_rewards=greedy)
+def group_advantages(options, rewards, ok, lengths=None, greedy=None, weights=None):
+  """[P, G]: how each reward compares with the others of its group, by `flags.GroupAdvantage`."""
+  arrays = {"where": ok, "lengths": lengths, "greedy_rewards": greedy, "weights": weights}
+  return keywords.call(options, rewards=rewards, **arrays)
 
 
 def make_programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> minibatches.Programs:
@@ -156,7 +157,8 @@ def learn(
   if config.advantage.name == "maxrl" and np.any(scores.rewards[scores.ok] < 0):
     least, instead = scores.rewards[scores.ok].min(), "try --advantage=group_relative"
     raise configs.ConfigError("advantage", "maxrl", f"another, for a reward of {least}", instead)
-  advantages = np.asarray(group_advantages(config.advantage, *minibatches.group_inputs(experience)))
+  inputs = minibatches.group_inputs(experience, flags.separate_rewards(config))
+  advantages = np.asarray(group_advantages(config.advantage, *inputs))
   informative = np.any(advantages != 0, axis=1)
   batch, totals = setup.less_kl(config, batch._replace(advantages=advantages.reshape(-1)))
   hparams, trained = setup.hyperparameters(config, step, state.controls), []

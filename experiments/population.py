@@ -174,7 +174,11 @@ def learn(
   """One step's updates of all members: for each of them, what GRPO does alone."""
   over, size, mesh = of.failed(state), of.config.updates, of.mesh
   member_advantages = [
-    np.asarray(grpo.group_advantages(member.advantage, *minibatches.group_inputs(own)))
+    np.asarray(
+      grpo.group_advantages(
+        member.advantage, *minibatches.group_inputs(own, flags.separate_rewards(member))
+      )
+    )
     for member, own in zip(of.members, each, strict=True)
   ]
   # Without a finite gradient a member's weights stay, and so does what the state says of it.
@@ -371,13 +375,13 @@ def _train(
   reference = first if any(member.kl.coef for member in members) else None
   first = None
   of = Population(members, directories, policy, tokenizer, mesh, frozen, reference)
-  announce = functools.cache(say)
   say_missing(of, *begun, say)
 
   def generate(own, prompts, keys, sampling, group) -> Rollout:
-    announce(f"compiling the rollout: {len(prompts.tokens)} prompts x {group} responses")
     batch = sharding.shard_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh)
-    return programs.generate(frozen, own, *batch, group)
+    shape = f"{len(prompts.tokens)} prompts x {group} responses"
+    with run.console.timed(f"compiling the rollout: {shape}"):
+      return programs.generate(frozen, own, *batch, group)
 
   alone, rows = setup.Model(policy, tokenizer, None, None), size.microbatch_prompts
   rewards = {"reward": config.task.reward, "rows_at_once": rows * size.responses_per_prompt}

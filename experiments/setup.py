@@ -24,7 +24,7 @@ from rl_llm.data import Dataset, encoding, loading
 from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import load as models
-from rl_llm.rewards import InProcess, RewardPool, describe
+from rl_llm.rewards import InProcess, RewardPool, RewardSource, Several, describe
 from rl_llm.rollout import ResponseBatch, collect, drawing, judge, refill, shaping
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, code, compile_cache, keywords
@@ -191,8 +191,8 @@ def open_record_of(config: Any, run: Run, mesh: jax.sharding.Mesh, start: int) -
   """The record of a run that begins or resumes with this step, open while a `with` lasts."""
   how, dtype = precision(config.model), config.model.dtype
   peak = chips.find_peak(list(mesh.devices.flat), dtype, precision=how)
-  tables, skipped = getattr(config.run, "samples_every", 0), config.optimizer.max_skipped
-  return loop.open_record(run, start, samples_every=tables, max_skipped=skipped, peak=peak)
+  how = {"max_skipped": config.optimizer.max_skipped, "peak": peak, "track": config.run.track}
+  return loop.open_record(run, start, samples_every=getattr(config.run, "samples_every", 0), **how)
 
 
 def finish(config: Any, run: Run, model: Model, state: Any) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _loader(
   config: Any, run: Run, mesh: jax.sharding.Mesh | None
 ) -> Callable[..., models.LanguageModel]:
   """`load_model` with what the group `model` says of any model."""
-  options, names = config.model, ("remat", "scan_layers", "attention")
+  options, names = config.model, ("remat", "scan_layers", "attention", "fetch")
   further = {name: getattr(options, name) for name in names if hasattr(options, name)}
   further |= {"seed": config.run.seed, "dtype": jnp.dtype(options.dtype), "mesh": mesh}
   return functools.partial(models.load_model, say=run.console.say, **further)
@@ -334,12 +334,23 @@ def load_training_task(config: Any, size: int) -> tasks.Task | None:
 
 
 def open_grader(group: flags.Task, task: tasks.Task, say: Callable[[str], None]) -> Any:
-  """The processes of a task's grader; or the function, where it is one of this process."""
-  if callable(task.reward):
+  """The processes of a task's grader, or graders; or the function, if it is of this process."""
+  if isinstance(task.reward, RewardSource) or callable(task.reward):
+    return _open_one(group, task.reward, say)
+  once, named = functools.cache(say), [term[:2] for term, _ in task.reward]
+  with contextlib.ExitStack() as opened:  # One that does not open ends those before it.
+    graders = [opened.enter_context(_open_one(group, each, once)) for _, each in task.reward]
+    opened.pop_all()
+  return Several(graders, named)
+
+
+def _open_one(group: flags.Task, source: Any, say: Callable[[str], None]) -> Any:
+  """The processes of one grader, or the function in this process."""
+  if callable(source):
     say("rewards come from a function in this process: nothing isolates it, and it has no deadline")
-    return InProcess(task.reward, unit=group.reward_isolation)
+    return InProcess(source, unit=group.reward_isolation)
   pool = RewardPool(
-    task.reward._replace(files=group.reward_files),
+    source._replace(files=group.reward_files),
     workers=group.reward_workers,
     deadline=group.reward_deadline,
     allow_weak_sandbox=group.reward_sandbox == "weak",
@@ -371,6 +382,7 @@ def open_sampler(
     max_new_tokens=prompts.max_new_tokens,
     slots=slots,
     say=run.console.say,
+    timed=run.console.timed,
     mesh=mesh,
     gather=config.mesh.gather,
   )

@@ -7,14 +7,20 @@ each figure where it comes from.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+import sys
 from typing import NamedTuple
 
 import jax
 
+from launch.chips import find_chip
+from launch.models import find_model
 from launch.plan_flags import Config
 from launch.programs import cache_bytes, itemsize, updates_of, work
 from rl_llm import rollout
+from rl_llm.parallel import sharding
 from rl_llm.policy import TransformerConfig, make_policy
 from rl_llm.rollout import teacher_forcing
 from rl_llm.runs.flops import update_passes
@@ -157,11 +163,13 @@ def add(a: tuple[int, float], b: tuple[int, float]) -> tuple[int, float]:
 def meshes(config: Config, shape: TransformerConfig, devices: int) -> list[Sizes]:
   """All sizes whose product is the number of devices and that divide what they cut.
 
-  >>> from launch.plan_flags import Config
-  >>> from rl_llm.policy import tiny_config
-  >>> config = Config(prompts_per_step=2, microbatch_prompts=2)
-  >>> [tuple(sizes) for sizes in meshes(config, tiny_config(64), 4)]
-  [(1, 1, 4), (1, 2, 2), (2, 1, 2)]
+    >>> from launch.chips import find_chip
+  from launch.models import find_model
+  from launch.plan_flags import Config
+    >>> from rl_llm.policy import tiny_config
+    >>> config = Config(prompts_per_step=2, microbatch_prompts=2)
+    >>> [tuple(sizes) for sizes in meshes(config, tiny_config(64), 4)]
+    [(1, 1, 4), (1, 2, 2), (2, 1, 2)]
   """
   found = []
   for tensor in divisors(devices):
@@ -176,6 +184,36 @@ def meshes(config: Config, shape: TransformerConfig, devices: int) -> list[Sizes
         continue
       found.append(Sizes(shards // fsdp, fsdp, tensor))
   return sorted(found)
+
+
+def mesh_sizes(config: Config) -> Sizes:
+  """The mesh's axes; -1 is what the other axes leave."""
+  count = find_chip(config.topology)[1] * config.num_slices
+  sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
+  rest = count // math.prod(size for size in sizes.values() if size != -1)
+  return Sizes(**{name: rest if size == -1 else size for name, size in sizes.items()})
+
+
+def settled(config: Config) -> Config:
+  """The config with a microbatch: the largest that fits by formula, where none is given."""
+  if config.microbatch_prompts:
+    return config
+  whole = dataclasses.replace(config, microbatch_prompts=config.prompts_per_step)
+  update = config.prompts_per_step // updates_of(whole).minibatches
+  shape, (chip, _) = (
+    find_model(config.model, vocab_size=config.vocab_size),
+    find_chip(config.topology),
+  )
+  sizes = mesh_sizes(config)
+  rows, fitting = sizes.data * sizes.fsdp, []
+  possible = [size for size in divisors(update) if size % rows == 0] or [update]
+  for size in possible:
+    found = estimate(dataclasses.replace(config, microbatch_prompts=size), shape, sizes)
+    if chip is None or found[0].arguments + found[0].temporaries <= chip.hbm:
+      fitting.append(size)
+  chosen = max(fitting, default=possible[0])
+  print(f"--microbatch_prompts={chosen}, the most that fit by formula", file=sys.stderr, flush=True)
+  return dataclasses.replace(config, microbatch_prompts=chosen)
 
 
 def divisors(number: int) -> list[int]:

@@ -12,6 +12,7 @@ each chip would need.
   python -m launch.plan --topology=v5e:16x16 --num_slices=2 --mesh.data=2 --mesh.fsdp=256
   python -m launch.plan --topology=h100:8 --model=qwen2.5-7b     by formula without jax[cuda12]
   python -m launch.plan --topology=cpu:8 --model=tiny --vocab_size=264     needs no libtpu
+  python -m launch.plan --topology=v5e:4x4 --model=DIR --flagfile=RUN/flags.txt   a run's own flags
 
 It compiles what the experiment runs: its updates, its rollout, and its passes for log-probs and
 values, with the same mesh and the same flags (dpo: on a file of pairs). Weights and Adam's moments
@@ -27,11 +28,15 @@ The three times are lower bounds: the largest binds, and a real step takes longe
 assume that all programs reach --efficiency of their bounds. Nothing is run, so nothing here is
 measured on such a chip. Compile time is in CPU seconds. Links between the slices of --num_slices
 are slower than those within a slice, but are counted as equally fast.
+
+The experiment's own flags are taken too, those of a flagfile as well: what decides memory or speed
+is planned, and the rest is named and left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -50,13 +55,16 @@ from launch import estimate
 from launch.chips import find_chip, find_devices, has_compiler
 from launch.hlo import collectives
 from launch.models import find_model
+from launch.own_flags import translated
 from launch.plan_flags import Config
-from launch.programs import Lowering, programs, updates_of
-from rl_llm.errors import ConfigError
+from launch.programs import Lowering, command, programs, updates_of
+from launch.quiet import noise_in
+from rl_llm.errors import ConfigError, UserError
 from rl_llm.parallel import sharding
 from rl_llm.policy import TransformerConfig, make_policy
 from rl_llm.runs.chips import Chip
 from rl_llm.runs.config import run
+from rl_llm.runs.console import timed
 
 
 class Program(NamedTuple):
@@ -128,15 +136,11 @@ def check(config: Config) -> None:
 
 def by_formula(config: Config, shape: TransformerConfig) -> list[Program]:
   """The figures of `launch.estimate`, on a mesh that is checked like a real one."""
-  count = find_chip(config.topology)[1] * config.num_slices
-  sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
-  rest = count // math.prod(size for size in sizes.values() if size != -1)
-  sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
-  found = estimate.Sizes(**sizes)
+  count, found = find_chip(config.topology)[1] * config.num_slices, estimate.mesh_sizes(config)
   if math.prod(found) != count or found not in estimate.meshes(config, shape, count):
     raise sharding.ShardingError(
-      f"mesh {' x '.join(f'{name}={size}' for name, size in sizes.items())}: does not divide "
-      f"{count} devices, the model or prompts_per_step ({config.prompts_per_step})"
+      f"mesh {' x '.join(f'{name}={size}' for name, size in found._asdict().items())}: does not "
+      f"divide {count} devices, the model or prompts_per_step ({config.prompts_per_step})"
     )
   return [
     Program(
@@ -157,10 +161,11 @@ def by_formula(config: Config, shape: TransformerConfig) -> list[Program]:
 
 def compile_program(lowering: Lowering, mesh: jax.sharding.Mesh) -> Program:
   """Compiles, and reads off what the compiler says."""
-  print(f"compiling the {lowering.name} for {mesh.size} devices", file=sys.stderr, flush=True)
   begin = time.process_time()
+  line = f"compiling the {lowering.name} for {mesh.size} devices{usual_time(lowering, mesh)}"
   try:
-    compiled = lowering.lower().compile()
+    with timed(line, functools.partial(print, file=sys.stderr, flush=True)):
+      compiled = lowering.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -179,6 +184,18 @@ def compile_program(lowering: Lowering, mesh: jax.sharding.Mesh) -> Program:
     lowering.resident,
     lowering.calls,
   )
+
+
+def usual_time(lowering: Lowering, mesh: jax.sharding.Mesh) -> str:
+  """How long such programs took to compile, of the models of docs/results/plan.md on 2 cores.
+
+  An update took 262 s for 16 devices, 466 and 530 for 64, 430 to 672 for 256; a rollout a third.
+  """
+  if mesh.devices.flat[0].platform == "cpu":
+    return ""
+  update = 70 * math.log2(mesh.size + 1)
+  seconds = update if "update" in lowering.name else update / 3
+  return f", about {max(1, round(seconds / 60))} min of CPU time for a model of 30 to 80 layers"
 
 
 def too_large(lowering: Lowering, said: str, seconds: float) -> Program:
@@ -291,6 +308,7 @@ def table(config: Config, found: Sequence[Program], chip: Chip | None) -> list[s
   lines.append(throughput(config, found, chip))
   worst = max(found, key=lambda program: program.peak)
   if fits(found, chip):
+    lines.append(f"set: {command(config)}")
     lines.append(f"fits: {worst.peak / 1e9:.1f} of {chip.hbm / 1e9:.0f} GB a chip ({worst.name})")
     return lines
   lines.append(
@@ -356,12 +374,15 @@ def main(config: Config) -> int:
   if config.search:
     if chip is None:
       raise ConfigError("search", True, "off for a CPU, whose limits are not known here")
-    found = search(config, chip)
+    with noise_in(config.topology):
+      found = search(dataclasses.replace(config, microbatch_prompts=1), chip)
     for trial, programs_of in found:
       print(flags(trial), *table(trial, programs_of, chip), "", sep="\n")
     best = found[0]
   else:
-    best = config, plan(config)
+    config = estimate.settled(config)
+    with noise_in(config.topology):
+      best = config, plan(config)
     print(*table(*best, chip), sep="\n")
   if config.json:
     write_json(config.json, *best)
@@ -369,4 +390,9 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-  run(main, Config)
+  try:
+    words = translated(sys.argv)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  run(main, Config, argv=words)

@@ -27,7 +27,9 @@ class Config:
   epochs: int = option(1, "passes over a step's responses", min=1)
   minibatches: int = option(0, "optimiser updates a pass; 0 = as the experiment has it", min=0)
   microbatch_prompts: int = option(
-    256, "problems, or pairs, whose activations are held at once", min=1
+    0,
+    "problems, or pairs, whose activations are held at once; 0 = as many as fit by formula",
+    min=0,
   )
   remat: bool = option(True, "compute activations twice instead of holding them")
   scan_layers: bool = option(True, "compile one layer and loop over all: compiles sooner")

@@ -32,6 +32,7 @@ ALIASES = {
   "microbatch_prompts": "microbatch_pairs",
   "kl_coef": "kl.coef",
   "value_trunk": "value.trunk",
+  "prompt_tokens": "max_prompt_tokens",
 }
 
 
@@ -56,6 +57,17 @@ def settings_of(config: Config) -> Any:
   values |= {alias: values[path] for path, alias in ALIASES.items()}
   values["lora.adapter"] = ""  # Saved ones have the same shapes.
   return replace(own, {path: value for path, value in values.items() if path in known})
+
+
+def command(config: Config) -> str:
+  """The experiment's command with these sizes: all flags that differ from its defaults, and what
+  it holds at once."""
+  default = flatten(EXPERIMENTS[config.experiment].Config())
+  said = [f"python -m experiments.{config.experiment} --model=DIR"]
+  for path, value in flatten(settings_of(config)).items():
+    if path != "model" and (value != default[path] or path.startswith("microbatch_")):
+      said.append(f"--{path}={str(value).lower() if isinstance(value, bool) else value}")
+  return " ".join(said)
 
 
 def updates_of(config: Config) -> flags.Updates:

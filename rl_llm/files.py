@@ -89,6 +89,9 @@ def leads_outside(directory: str | os.PathLike, name: str) -> bool:
   >>> leads_outside("/models/a", "../b"), leads_outside("/models/a", "config.json")
   (True, False)
 
+  A snapshot in the Hugging Face cache is links into the blobs of its own repository,
+  `models--X--Y/snapshots/REVISION/config.json -> ../../blobs/HASH`, which lead nowhere else.
+
   Args:
     directory: the directory; it may be reached through a link itself.
     name: of a file in it, which may be missing. No file has a name with NUL in it.
@@ -97,7 +100,12 @@ def leads_outside(directory: str | os.PathLike, name: str) -> bool:
     return True
   directory = Path(directory)
   try:
-    return not (directory / name).resolve().is_relative_to(directory.resolve())
+    found, within = (directory / name).resolve(), directory.resolve()
+    repository = within.parent.parent
+    cached = within.parent.name == "snapshots" and repository.name.startswith("models--")
+    own = [within] + [(repository / "blobs").resolve()] * cached
+    own = [place for place in own if place.is_relative_to(repository) or place == within]
+    return not any(found.is_relative_to(place) for place in own)
   except (OSError, RuntimeError):  # A loop of links.
     return True
 

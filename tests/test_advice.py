@@ -19,6 +19,7 @@ from tests import advice
 FOREIGN = {
   "help",
   "helpfull",
+  "logdir",
   "flagfile",
   "no-deps",
   "signal",

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,41 @@ def test_nothing_is_lost_on_a_real_terminal_either():
   text = re.sub(r"\x1b\[[0-9;]*m", "", out.decode())
   assert "last words" in text and "step 3/5" in text and "reward 0.5" in text
   assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_a_compilation_says_how_long_it_has_taken_so_far():
+  stream = io.StringIO()
+  with Console(stream, total_steps=5) as console:
+    with console.timed("compiling", every=0.05):
+      time.sleep(0.3)
+    before = stream.getvalue()
+    with console.timed("compiling", every=0.05):
+      time.sleep(0.15)
+  lines = before.splitlines()
+  assert lines[0] == "compiling" and set(lines[1:]) == {"compiling: 0s so far"}
+  assert 2 <= len(lines) <= 7 and stream.getvalue() == before, "once: it is not compiled again"
+
+
+def test_on_a_terminal_the_time_counts_up_while_it_compiles(monkeypatch):
+  stream, now = Terminal(), [100.0]
+  monkeypatch.setattr("rl_llm.runs.console.time.monotonic", lambda: now[0])
+  with Console(stream, total_steps=5) as console:
+    console.step(1, {"reward_mean": 0.25})
+    with console.timed("compiling [x]"):
+      now[0] += 41
+      console._live.refresh()
+    during = len(stream.getvalue())
+    console._live.refresh()
+  assert "compiling [x]: 41s" in stream.getvalue()[:during]
+  assert "reward 0.25" in stream.getvalue()[during:], "the figures are back"
+
+
+def test_what_fails_while_it_is_timed_ends_the_clock():
+  stream = io.StringIO()
+  with Console(stream, total_steps=5) as console:
+    with pytest.raises(ValueError):
+      with console.timed("compiling", every=0.02):
+        raise ValueError
+    said = stream.getvalue()
+    time.sleep(0.1)
+  assert stream.getvalue() == said

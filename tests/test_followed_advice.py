@@ -12,6 +12,7 @@ import functools
 import json
 import linecache
 import re
+import sys
 import types
 
 import jax
@@ -40,7 +41,7 @@ from rl_llm import evaluation, explain, policy, tasks
 from rl_llm.data import encoding, formats, held_out, loading, prompts
 from rl_llm.errors import UserError
 from rl_llm.parallel import sharding
-from rl_llm.policy import hf, load, model_files
+from rl_llm.policy import hf, hub, load, model_files
 from rl_llm.rewards import InProcess, RewardPool, RewardSource, layers
 from rl_llm.rollout import collect, demonstrations, drawing, preferences
 from rl_llm.runs import config as configs
@@ -75,6 +76,7 @@ NO_ERRORS = {
   ("experiments.compare", "METHODS"),
   ("launch.backends.slurm", "lines"),
   ("launch.backends.tpu", "lines"),
+  ("launch.backends.tpu", "install"),
 }
 
 
@@ -113,6 +115,12 @@ SETTINGS = [
   (grpo, {"init_moments": True}, {"init_from": "runs/earlier"}),
   (grpo, {"init_moments": True, "init_from": "runs/earlier", "lora.rank": 2}, {"lora.rank": 0}),
   (grpo, {"microbatch_prompts": 3}, None),
+  (grpo, {"advantage": "gdpo"}, {"reward": "task,mine.py:short*0.2"}),
+  (
+    grpo,
+    {"advantage": "gdpo", "reward": "task,mine.py:short*0.2", "overlong.cache": 2.0},
+    {"overlong.cache": 0.0},
+  ),
   (
     grpo,
     {"optimizer.schedule": "linear", "optimizer.warmup_steps": 24},
@@ -707,6 +715,38 @@ def follow_files_of_a_reward_file(said, path):
   refused(said, grade, RewardSource(str(file)))
   data.write_text("0.5")
   assert grade(RewardSource(str(file), files=(str(data),))) == 0.5
+
+
+def follow_a_grader_that_wants_a_network(said, path):
+  data, file = path / "scores.txt", path / "asks.py"
+  asks = "import urllib.request as r\ndef reward(prompts, completions):\n  return "
+  file.write_text(asks + "[float(r.urlopen('http://127.0.0.1:9').read()) for _ in prompts]\n")
+
+  def grade(source):
+    with RewardPool(source) as pool:
+      return pool.score(["a"], ["b"], [{}], group_size=1)[0].value
+
+  refused(said, grade, RewardSource(str(file)))
+  data.write_text("0.5")
+  file.write_text(asks + f"[float(open({str(data)!r}).read()) for _ in prompts]\n")
+  assert grade(RewardSource(str(file), files=(str(data),))) == 0.5
+
+
+def follow_models_of_the_hub(said, path):
+  name, given = "Somebody/Small", str(path / "fetched")
+
+  def download(name, *, local_files_only=False, allow_patterns):
+    if local_files_only:
+      raise FileNotFoundError
+    return given
+
+  hub_package = types.SimpleNamespace(snapshot_download=download)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, "huggingface_hub", None)
+    refused(said, hub.local_model, name)
+    patch.setitem(sys.modules, "huggingface_hub", hub_package)
+    refused(said, hub.local_model, name)
+    assert hub.local_model(name, fetch=True) == given
 
 
 def follow_names_of_other_systems(said, path):

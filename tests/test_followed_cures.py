@@ -27,18 +27,18 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from experiments import evaluate
-from launch import report, results, run, state
+from launch import own_flags, report, results, run, state
 from launch.backends import population as populations
 from rl_llm import __main__, tasks
 from rl_llm.losses import action_ids_of
 from rl_llm.parallel import hosts, sharding
 from rl_llm.policy import make_policy, save_hf, tiny_config
 from rl_llm.policy.scalar_head import normal_head, with_head
-from rl_llm.rewards import RewardPool, RewardSource, layers
+from rl_llm.rewards import RewardPool, RewardSource, layers, terms
 from rl_llm.rollout import demonstrations, generate, row_keys
 from rl_llm.rollout.reward_model import load_reward_model, save_reward_model
 from rl_llm.rollout.sampling import SamplingConfig
-from rl_llm.runs import checkpoint, comparison, reading
+from rl_llm.runs import checkpoint, comparison, reading, tracking
 from rl_llm.runs import config as configs
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.text.tokenizers import ByteTokenizer
@@ -471,6 +471,49 @@ def follow_sweeps(said, path, monkeypatch):
     else:
       trial.parent.rename(path / "aside")
     assert reported() == 0 and seeds() == ([0, 1] if cure == "again" else [1])
+
+
+def follow_several_rewards(said, path):
+  for text, cure in (("a.py:f,task*much", "a.py:f,task*0.2"), ("task,task*2", "task*2")):
+    refused(said, terms, text)
+    assert terms(cure)
+
+
+def follow_trackers(said, path, monkeypatch):
+  """Of a tracker whose package is missing, and of one that does not open."""
+  (path / "config.json").write_text("{}")
+  (path / "metrics.jsonl").write_text("")
+  for name, package in tracking.PACKAGES.items():
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused(said, tracking.check_installed, (name,))
+    monkeypatch.undo()
+    asked = re.search(r"pip install (\w+)", message)[1]
+    assert asked == package == re.split("[><=]", extras()[name][0])[0]
+
+  def opened(*names):
+    with tracking.tracking(names, path, say=print) as track:
+      track(0, {"loss": 1.0}, ())
+
+  monkeypatch.setitem(tracking.TRACKERS, "wandb", lambda *given: 1 / 0)
+  refused(said, opened, "wandb")
+  opened()
+
+
+def follow_flagfiles(said, path):
+  refused(said, own_flags.translated, ["plan", f"--flagfile={path}/flags.txt"])
+  (path / "flags.txt").write_text("--prompts_per_step=8\n")
+  found = own_flags.translated(["plan", f"--flagfile={path}/flags.txt"])
+  assert found == ["plan", "--prompts_per_step=8"]
+
+
+def follow_mathematics(said, path, monkeypatch):
+  file = write(path / "rows.jsonl", *({"prompt": f"{n}?", "answer": str(n)} for n in range(9)))
+  load = functools.partial(tasks.load_task, f"jsonl:{file}", reward_function="math_verify")
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  message = refused(said, load)
+  assert re.search(r"pip install ([\w-]+)", message)[1] in extras()["math"][0]
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+  assert load().reward.function == "math_verify"
 
 
 CASES = {name: case for name, case in list(globals().items()) if name.startswith("follow_")}

@@ -49,7 +49,8 @@ def test_every_curve_of_a_report_is_explained():
 def test_verdicts_read_no_key_that_is_not_explained():
   folder = ROOT / "rl_llm" / "runs"
   text = "".join(
-    (folder / name).read_text() for name in ("verdicts.py", "verdicts_updates.py", "evidence.py")
+    (folder / name).read_text()
+    for name in ("verdicts.py", "verdicts_settings.py", "verdicts_updates.py", "evidence.py")
   )
   read = set(re.findall(r'(?:series|mean|late|row\.get)\(f?"([a-z_/]+)"', text))
   assert len(read) > 8 and not {key for key in read if not explained(key)}

@@ -104,9 +104,9 @@ def test_a_problem_whose_greedy_response_failed_compares_nothing():
     scores=Scores(rewards, ok, {}, []),
     greedy=None,
   )
-  values, counted, lengths, baseline = group_inputs(experience)
+  values, counted, lengths, baseline, _ = group_inputs(experience)
   assert counted.tolist() == ok.tolist() and baseline is None
   assert values.tolist() == rewards.tolist() and lengths.tolist() == [[3, 1], [2, 5]]
   experience.greedy = greedy
-  _, counted, _, baseline = group_inputs(experience)
+  _, counted, _, baseline, _ = group_inputs(experience)
   assert counted.tolist() == [[True, False], [False, False]] and baseline.tolist() == [0.25, 0.0]

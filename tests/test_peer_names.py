@@ -72,7 +72,8 @@ def test_a_field_of_another_system(script, typed, said):
   "flag, said",
   [
     ("--num_generations=16", "did you mean --responses_per_prompt?"),
-    ("--report_to=wandb", "every run writes metrics.jsonl and report.html"),
+    ("--report_to=wandb", "did you mean --track?"),
+    ("--logging_steps=1", "metrics.jsonl has every step"),
     ("--advantage=rloo", "did you mean leave_one_out?"),
   ],
 )

@@ -32,7 +32,6 @@ ROOT = Path(__file__).parent.parent
 EXPERIMENTS = distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model, sft
 
 HELPERS = {
-  "gdpo": "takes several rewards a response; a grader gives one",
   "ppo_clipped": "tokens for `clip_cov_mask` to leave out; there are none before a step's updates",
   "action_ids_of": "how `llds_loss` numbers actions where it is given none",
   "kl_penalty": "what `kl_loss` sums",

@@ -147,12 +147,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, micro
   jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
   jax.tree.map(np.testing.assert_array_equal, state.opt_state, before.opt_state)
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (2, 1, 1)
-  assert float(metrics["update_skipped"][0]) == 1
   state, _ = update(state, poisoned, hparams)
   assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 2)
   state, metrics = update(state, batch, hparams)
   assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 0)
-  assert float(metrics["update_skipped"][0]) == 0
   assert not np.array_equal(state.params["p"], before.params["p"])
 
 

@@ -18,6 +18,7 @@ from launch.sweep import Trial
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import option
 
+ARCHIVE = "/tmp/rl_llm.tar.gz"
 # cloud.google.com/tpu/docs/runtimes
 RUNTIMES = {
   "v4": "tpu-ubuntu2204-base",
@@ -49,32 +50,20 @@ def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[
   end = place(options)
   spot = ["--spot"] if options.spot else []
   queued = ["gcloud", "compute", "tpus", "queued-resources"]
-  install = f"cd {shlex.quote(options.directory)} && pip install -q '.[tpu]'"
   text = ["# 1. ask for the slices, and wait until describe says ACTIVE"]
   for name in names:
     wanted = [f"--accelerator-type={options.type}", f"--runtime-version={RUNTIMES[family]}"]
     text.append(shlex.join([*queued, "create", name, f"--node-id={name}", *wanted, *spot, *end]))
     text.append(shlex.join([*queued, "describe", name, "--format=value(state.state)", *end]))
-  text.append("# 2. copy this directory to their hosts, and install it")
+  text.append(
+    "# 2. copy what git tracks here to their hosts, and install it; they need Python 3.11"
+  )
+  text.append("#    to 3.13, and Ubuntu 22.04 brings 3.10: see the error's command, and --python")
+  text.append(f"git ls-files -z | tar --create --gzip --null --files-from=- --file={ARCHIVE}")
+  copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", ARCHIVE]
   for name in names:
-    there = f"{name}:{options.directory}"
-    text.append(
-      shlex.join(
-        [
-          "gcloud",
-          "compute",
-          "tpus",
-          "tpu-vm",
-          "scp",
-          "--recurse",
-          ".",
-          there,
-          "--worker=all",
-          *end,
-        ]
-      )
-    )
-    text.append(shlex.join(ssh(options, name, install)))
+    text.append(shlex.join([*copy, f"{name}:{Path(ARCHIVE).name}", "--worker=all", *end]))
+    text.append(shlex.join(ssh(options, name, install(options.directory, python))))
   text.append(f"# 3. {len(trials)} trials; --execute runs each on the next slice that is free")
   for number, trial in enumerate(trials):
     name = names[number % len(names)]
@@ -82,6 +71,19 @@ def lines(config: Any, workdir: Path, trials: list[Trial], python: str) -> list[
   text.append("# 4. give them back")
   text += [shlex.join([*queued, "delete", name, "--force", "--quiet", *end]) for name in names]
   return text
+
+
+def install(directory: str, python: str) -> str:
+  """What a host runs to unpack the archive and install it, by a Python that is new enough."""
+  there, name = shlex.quote(directory), shlex.quote(python)
+  old = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
+  fix = "sudo apt-get install -y python3.11 python3.11-venv && python3.11 -m ensurepip --user"
+  said = f"{python} is not Python 3.11 to 3.13: {fix}, and give --python=python3.11"
+  return (
+    f"mkdir -p {there} && tar -xzf {Path(ARCHIVE).name} -C {there} && cd {there} && "
+    f"{{ {name} -c {shlex.quote(old)} || {{ echo {shlex.quote(said)} >&2; exit 2; }}; }} && "
+    f"{name} -m pip install -q '.[tpu]'"
+  )
 
 
 def places(config: Any, workdir: Path, python: str) -> tuple:

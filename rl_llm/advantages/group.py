@@ -375,7 +375,15 @@ def pass_at_k(
   return advantages
 
 
-def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Array:
+def gdpo(
+  rewards,
+  weights,
+  *,
+  scale: Literal["std", "batch", "leave_one_out", "none"] = "std",
+  ddof=1,
+  eps=1e-6,
+  where=None,
+) -> Array:
   """GDPO's advantage: each of several rewards is normalised separately, then they are added.
 
       A_k        = group_relative(rewards[..., k])
@@ -430,7 +438,9 @@ def gdpo(rewards, weights, *, scale="std", ddof=1, eps=1e-6, where=None) -> Arra
   total = jnp.matmul(each, at_least_float32(weights), precision=jax.lax.Precision.HIGHEST)
   valid = jnp.any(where, axis=2)
   std = _std(total, valid, None, ddof)
-  return jnp.where(valid, (total - masked_mean(total, valid)) / (std + eps), 0)
+  # The mean is 0 but for rounding, which must not make a group without spread teach anything.
+  teaches = valid & jnp.any(each != 0, axis=(1, 2))[:, None]
+  return jnp.where(teaches, (total - masked_mean(total, valid)) / (std + eps), 0)
 
 
 def informative_groups(rewards, *, where=None) -> Array:
@@ -464,7 +474,7 @@ def informative_groups(rewards, *, where=None) -> Array:
 
 # What an experiment offers by name, the usual one first: of the rewards, of more than the rewards.
 REWARD_ADVANTAGES = (group_relative, leave_one_out, maxrl, gpg, pass_at_k)
-GROUP_ADVANTAGES = (*REWARD_ADVANTAGES, opo, remax)
+GROUP_ADVANTAGES = (*REWARD_ADVANTAGES, opo, remax, gdpo)
 
 
 def _groups(rewards, where, name="rewards", where_name="where"):

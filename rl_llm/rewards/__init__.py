@@ -5,6 +5,7 @@ from rl_llm.rewards.in_process import InProcess
 from rl_llm.rewards.layers import describe
 from rl_llm.rewards.pool import RewardPool
 from rl_llm.rewards.results import FAILED, RewardError, RewardResult, failure_share, to_arrays
+from rl_llm.rewards.several import Several, Term, terms
 
 __all__ = [
   "FAILED",
@@ -14,9 +15,12 @@ __all__ = [
   "RewardPool",
   "RewardResult",
   "RewardSource",
+  "Several",
+  "Term",
   "completion_text",
   "describe",
   "failure_share",
   "isolated",
+  "terms",
   "to_arrays",
 ]

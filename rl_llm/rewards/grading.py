@@ -25,6 +25,8 @@ import inspect
 import itertools
 import json
 import math
+import os
+import sys
 import types
 from collections.abc import Callable, Sequence
 
@@ -32,6 +34,7 @@ MAX_REPLY = 1 << 16  # bytes of a reply, plus this many for each response that w
 MAX_EXTRA = 1 << 13  # what `log_extra` may keep of one, as JSON
 MAX_DETAIL = 2000  # characters of an exception that are kept
 MAX_ABSOLUTE = 1e6  # of a reward
+NO_NETWORK = "; a grader has no network"
 
 
 def reply_limit(count: int) -> int:
@@ -193,7 +196,39 @@ def grade(function: Callable, takes: Sequence[str], request: dict) -> dict:
       return {"broken": f"returned {what}, must return one per completion"}
     return {"values": [reward_value(value) for value in rewards]} | log.reply()
   except BaseException as error:  # SystemExit too: a grader must not end quietly
-    return {"raised": f"{type(error).__name__}: {error}"[:MAX_DETAIL]}
+    return {"raised": described(error, sys.modules.get(getattr(function, "__module__", "")))}
+
+
+def described(error: BaseException, module: types.ModuleType | None = None) -> str:
+  """An error in one line: what it is, where in the grader's file, and whether it wanted a network.
+
+  Args:
+    error: as it was caught.
+    module: whose file is meant; None: that of the last frame.
+  """
+  frames, trace = [], error.__traceback__
+  while trace is not None:
+    frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+    trace = trace.tb_next
+  if isinstance(error, SyntaxError) and error.filename:
+    frames.append((error.filename, error.lineno))
+  file = getattr(module, "__file__", None) or (frames[-1][0] if frames else None)
+  own = [(os.path.basename(name), line) for name, line in frames if name == file]
+  place = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
+  text = f"{type(error).__name__}: {error}"[: MAX_DETAIL - 200]
+  return text + place + (NO_NETWORK if _wants_network(error) else "")
+
+
+def _wants_network(error: BaseException | None) -> bool:
+  """Whether it, or what it follows from, was raised by Python's sockets."""
+  for _ in range(10):
+    trace = getattr(error, "__traceback__", None)
+    while trace is not None:
+      if os.path.basename(trace.tb_frame.f_code.co_filename) == "socket.py":
+        return True
+      trace = trace.tb_next
+    error = getattr(error, "__cause__", None) or getattr(error, "__context__", None)
+  return False
 
 
 def _iterable(value: object) -> bool:

@@ -258,6 +258,8 @@ class RewardPool:
     status, detail, advice = first.status, first.detail, ""
     if status == "timed_out":
       advice = "; raise --reward_deadline, or grade fewer at a time: --reward_isolation=sample"
+    elif grading.NO_NETWORK in detail:
+      advice = ": have what it needs in a file, and name that with --reward_files"
     elif detail.startswith(("FileNotFoundError", "ModuleNotFoundError", "PermissionError")):
       advice = "; it sees the modules it imported at first, and files given with --reward_files"
     elif status == "raised" and messages and detail.startswith(("TypeError", "AttributeError")):

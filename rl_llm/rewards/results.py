@@ -34,6 +34,7 @@ class RewardResult(NamedTuple):
       `detail` says why.
     extra: what the function logged about the response with `log_extra`, by column.
     metrics: what it logged about the call with `log_metric`, by name.
+    parts: of several rewards, each by its name, None where it has no value; `value` is their sum.
   """
 
   value: float | None
@@ -42,6 +43,7 @@ class RewardResult(NamedTuple):
   unreadable: bool = False
   extra: dict[str, Any] | None = None
   metrics: dict[str, float] | None = None
+  parts: dict[str, float | None] | None = None
 
 
 def to_arrays(results: Sequence[RewardResult]) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:

@@ -292,8 +292,8 @@ def serve(control: socket.socket) -> None:
     os.makedirs(config["root"], exist_ok=True)
     root.build(config["root"], config["readable"])
   except BaseException as error:
-    why = f"{type(error).__name__}: {error}"[: grading.MAX_DETAIL]
-    write_frame(control.sendall, {"error": why})
+    own = types.SimpleNamespace(__file__=config["location"])
+    write_frame(control.sendall, {"error": grading.described(error, own)})
     return
   gc.collect()
   gc.freeze()  # A call's child then copies no page because its collector has looked at it.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,7 +20,16 @@ from rl_llm.policy import Policy
 from rl_llm.rewards import RewardPool, RewardResult, failure_share
 from rl_llm.rollout.drawing import Drawn, draw_problems
 from rl_llm.rollout.generation import STOP_LENGTH, Rollout, gather_weights, generate, row_keys
-from rl_llm.rollout.grading import Scores, as_scores, grade, logged_metrics, owners_of, sample_rows
+from rl_llm.rollout.grading import (
+  Scores,
+  as_scores,
+  grade,
+  is_correct,
+  logged_metrics,
+  owners_of,
+  reward_parts,
+  sample_rows,
+)
 from rl_llm.rollout.judge import Judge
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.rollout.scoring import ResponseBatch
@@ -66,6 +77,7 @@ def make_generate(
   max_new_tokens: int,
   slots: int = 0,
   say: Callable[[str], None],
+  timed: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
   mesh: jax.sharding.Mesh | None = None,
   gather: Literal["step", "token"] = "step",
 ) -> Generate:
@@ -77,6 +89,7 @@ def make_generate(
     max_new_tokens: T.
     slots: responses decoded at once; 0: all.
     say: shows a line.
+    timed: opens a block in which a line is shown, such as `Console.timed`.
     mesh: the devices for the weights and the rows; None: the first device.
     gather: when a device gathers the weights that the mesh's `fsdp` cuts. "step": all before the
       first token, and keeps them; "token": each matrix at every token.
@@ -89,21 +102,22 @@ def make_generate(
 
   def generate_responses(params, prompts, keys, sampling, group):
     rows, columns = prompts.tokens.shape
-    announce(f"compiling the rollout: {rows} prompts of up to {columns} tokens x {group} responses")
     if beyond := policy.config.length_note(int(max(prompts.lengths)) + max_new_tokens):
       announce(beyond)
     if whole:
       params = gather_weights(params, dtype=policy.dtype, mesh=mesh)
-    return generate(
-      params,
-      *shard_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh),
-      policy=policy,
-      responses_per_prompt=group,
-      max_new_tokens=max_new_tokens,
-      eos_ids=tokenizer.eos_ids,
-      pad_id=tokenizer.pad_id,
-      slots=slots,
-    )
+    shape = f"{rows} prompts of up to {columns} tokens x {group} responses"
+    with timed(f"compiling the rollout: {shape}"):
+      return generate(
+        params,
+        *shard_rows((prompts.tokens, prompts.lengths, keys, sampling), mesh),
+        policy=policy,
+        responses_per_prompt=group,
+        max_new_tokens=max_new_tokens,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        slots=slots,
+      )
 
   return generate_responses
 
@@ -327,10 +341,11 @@ def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str
   rollout, scores, grades = experience.rollout, experience.scores, experience.grades
   mask = rollout.mask & scores.ok.reshape(-1, 1)
   row = {"grade_mean": _mean(grades.rewards, grades.ok)} if grades is not scores else {}
-  row |= logged_metrics(grades.results)
+  row |= logged_metrics(grades.results) | reward_parts(grades.results)
+  right = [is_correct(result, max_reward) for result in grades.results if result.status == "ok"]
   return row | {
     "reward_mean": _mean(scores.rewards, scores.ok),
-    "accuracy": _mean(grades.rewards >= max_reward, grades.ok),
+    "accuracy": float(np.mean(right)) if right else None,
     "entropy": _mean(rollout.entropies, mask),
     "response_length_mean": float(np.mean(rollout.lengths)),
     "truncated_fraction": float(np.mean(rollout.stop_reason == STOP_LENGTH)),

@@ -99,13 +99,26 @@ def score(
 def is_correct(grade: RewardResult, max_reward: float) -> bool | None:
   """Whether a response is right: False if its grade failed, None if the grader has no opinion.
 
+  Of several rewards the first says so.
+
   >>> [is_correct(grade, 1.0) for grade in (RewardResult(1.0, "ok"), RewardResult(None, "raised"),
   ...                                       RewardResult(None, "not_applicable"))]
   [True, False, None]
   """
   if grade.status == "not_applicable":
     return None
-  return grade.value is not None and grade.value >= max_reward
+  value = grade.value if grade.parts is None else next(iter(grade.parts.values()))
+  return value is not None and value >= max_reward
+
+
+def reward_parts(results: Sequence[RewardResult]) -> dict[str, float | None]:
+  """The mean over responses of each of several rewards, as "reward_NAME"; {} where there is one."""
+  found: dict[str, float | None] = {}
+  for name in next((result.parts for result in results if result.parts), {}):
+    values = [result.parts[name] for result in results if result.parts]
+    values = [value for value in values if value is not None]
+    found[f"reward_{name}"] = float(np.mean(values)) if values else None
+  return found
 
 
 def logged_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
@@ -160,5 +173,6 @@ def sample_rows(
     if grade.unreadable:
       row["unreadable"] = True
     row |= {f"extra/{name}": value for name, value in (grade.extra or {}).items()}
+    row |= {f"reward_{name}": value for name, value in (grade.parts or {}).items()}
     rows.append(row)
   return rows

@@ -10,7 +10,7 @@ import numpy as np
 from rl_llm.data.prompts import PromptBatch
 from rl_llm.errors import ConfigError
 from rl_llm.parallel.sharding import shard
-from rl_llm.rewards import RewardError
+from rl_llm.rewards import RewardError, terms
 from rl_llm.rollout.generation import Rollout
 from rl_llm.rollout.reward_model import load_reward_model, score_responses
 from rl_llm.rollout.scoring import ResponseBatch
@@ -47,7 +47,7 @@ def make_judge(
     TokenizerError: its tokenizer cannot be used.
   """
   kind, _, directory = reward.partition(":")
-  if reward == "task" or isinstance(reward, Function) or ".py:" in reward:
+  if reward == "task" or isinstance(reward, Function) or ".py:" in reward or terms(reward):
     return None
   if kind != "model" or not directory:
     raise ConfigError(

@@ -7,10 +7,14 @@ of it is shown literally, with control characters escaped and long texts shorten
 
 from __future__ import annotations
 
+import contextlib
+import html
 import os
 import sys
+import threading
+import time
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import rich.box
@@ -112,11 +116,67 @@ def duration(seconds: float) -> str:
   return f"{seconds / 60:.0f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
 
 
+class _Elapsed:
+  """A line with the seconds since it was made: a live view draws it anew, and they count up."""
+
+  def __init__(self, line: str):
+    self._line, self._since = line, time.monotonic()
+
+  def __str__(self) -> str:
+    return f"{self._line}: {duration(time.monotonic() - self._since)}"
+
+  def __rich__(self) -> rich.text.Text:
+    return rich.text.Text(str(self))
+
+
+@contextlib.contextmanager
+def timed(line: str, say: Callable[[str], Any], *, every: float = 30.0) -> Iterator[None]:
+  """Says a line, and while the block lasts how long it has taken so far.
+
+  Args:
+    line: what happens in the block.
+    say: called with each line, from another thread too.
+    every: seconds between two lines.
+  """
+  say(line)
+  elapsed, ended = _Elapsed(line), threading.Event()
+
+  def tell() -> None:
+    while not ended.wait(every):
+      say(f"{elapsed} so far")
+
+  teller = threading.Thread(target=tell, daemon=True)
+  teller.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    teller.join()
+
+
+def _notebook(stream: TextIO) -> Callable[[str, float], None] | None:
+  """A function that shows a line and a bar in a notebook, in the place of the last one; or None."""
+  shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+  if stream is not sys.stdout or type(shell).__name__ != "ZMQInteractiveShell":
+    return None
+  from IPython.display import display
+
+  handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+  def show(line: str, share: float) -> None:
+    bar = f'<progress max="1" value="{share:.4f}" style="width:100%"></progress>'
+    page = f"{bar}<br><code>{html.escape(line)}</code>"
+    handle.update({"text/plain": line, "text/html": page}, raw=True)
+
+  return show
+
+
 class Console:
   """Shows a run on a stream. Flushes everything at once, so an interrupted run loses no output.
 
   On a terminal, a progress bar with the latest figures stays at the bottom, and other lines scroll
-  above it. Anywhere else (a pipe, a file, a dumb terminal), each step is one plain line.
+  above it. In a notebook the latest figures replace those before. Anywhere else (a pipe, a file, a
+  dumb terminal), each step is one plain line.
 
       with Console(total_steps=100) as console:
         console.say("compiling on 2 CPU cores")
@@ -143,7 +203,9 @@ class Console:
       highlight=False,
       emoji=False,
     )
-    self._live = None
+    self._live, self._figures_shown = None, None
+    self._timed: set[str] = set()
+    self._notebook = _notebook(self._stream)
     if terminal:
       self._bar = rich.progress.Progress(
         rich.progress.SpinnerColumn("line"),
@@ -177,6 +239,30 @@ class Console:
     """
     self._rich.print(self._text(line, keep_newlines=True), soft_wrap=True)
     self._stream.flush()
+
+  @contextlib.contextmanager
+  def timed(self, line: str, *, every: float = 30.0) -> Iterator[None]:
+    """Shows a line, and how long the block takes while it lasts; nothing if it was shown before.
+
+    Args:
+      line: what happens in the block, such as a compilation, which is done once.
+      every: seconds between two lines where there is no live view.
+    """
+    if line in self._timed:
+      yield
+      return
+    self._timed.add(line)
+    if not self._live:
+      with timed(line, self.say, every=every):
+        yield
+      return
+    self.say(line)
+    self._live.update(rich.console.Group(self._bar, _Elapsed(printable(line))))
+    try:
+      yield
+    finally:
+      if self._live:
+        self._live.update(self._figures_shown or self._bar)
 
   def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Shows a table that fits the screen: texts wrap, numbers are right-aligned.
@@ -255,11 +341,15 @@ class Console:
       metrics: its line of metrics.jsonl; figures it lacks are left out.
     """
     figures = self._figures(step, metrics)
-    if self._live is None:
-      self.say(f"step {step}/{self._total_steps} {figures}")
-    else:
+    line = f"step {step}/{self._total_steps} {figures}"
+    if self._live is not None:
       self._bar.update(self._task, completed=step)
-      self._live.update(rich.console.Group(self._bar, self._text(figures)))
+      self._figures_shown = rich.console.Group(self._bar, self._text(figures))
+      self._live.update(self._figures_shown)
+    elif self._notebook:
+      self._notebook(printable(line), min(1.0, step / max(1, self._total_steps)))
+    else:
+      self.say(line)
 
   def _figures(self, step: int, metrics: Mapping[str, Any]) -> str:
     names = {

@@ -62,20 +62,29 @@ def broken(workdir: Path, name: str, what: str) -> ConfigError:
 def hashes(config: Any) -> dict[str, str]:
   """{setting: hash} of the files that settings name, as PATH, KIND:PATH or PATH:FUNCTION.
 
-  Of a Python file it is that of its code and of what it imports from its directory, else SHA-256.
-  A run that is named stands for the manifest of its checkpoint.
+  Of a Python file it is that of its code and of what it imports from its directory, else SHA-256;
+  of several files, that of their hashes. A run that is named stands for the manifest of its
+  checkpoint.
   """
   found = {}
   for name, value in flatten(config).items():
     if isinstance(value, str):
       paths = value, value.partition(":")[2], value.rpartition(":")[0]
       path = next(filter(os.path.isfile, (*paths, *_checkpoint(value))), None)
-      if path is not None and path.endswith(".py"):
-        found[name] = code.digest_of_file(Path(path))
-      elif path is not None:
-        with open(path, "rb") as file:
-          found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+      listed = [part.rpartition(":")[0].strip() for part in value.split(",")]
+      if path is not None:
+        found[name] = _hash(path)
+      elif files := [file for file in listed if file.endswith(".py") and os.path.isfile(file)]:
+        hashed = " ".join(_hash(file) for file in files)
+        found[name] = hashlib.sha256(hashed.encode()).hexdigest() if files[1:] else hashed
   return found
+
+
+def _hash(path: str) -> str:
+  if path.endswith(".py"):
+    return code.digest_of_file(Path(path))
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checkpoint(name: str) -> list[str]:

@@ -40,11 +40,10 @@ KEYS: dict[str, tuple[Key, ...]] = {
     ),
     Key("learning_rate", "", "Of the step's updates, by the schedule."),
     Key(
-      "update_skipped",
-      "fraction",
-      "Updates of this step that were skipped because their gradient was not finite.",
+      "updates_skipped",
+      "updates",
+      "How many were skipped since the run began, because their gradient was not finite.",
     ),
-    Key("updates_skipped", "updates", "How many were skipped since the run began."),
     Key(
       "spike_skipped",
       "fraction",
@@ -54,6 +53,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
   ),
   "Responses": (
     Key("reward_mean", "reward", "Mean over the responses that have a reward: what is trained on."),
+    Key("reward_<name>", "reward", "Mean of one of several rewards, before its weight."),
     Key(
       "accuracy",
       "fraction",
@@ -217,7 +217,6 @@ KEYS: dict[str, tuple[Key, ...]] = {
     ),
     Key("value_learning_rate", "", "Of its updates."),
     Key("value_grad_norm", "", "Norm of its gradient before it is clipped."),
-    Key("value_update_skipped", "fraction", "As update_skipped, of this network."),
     Key("value_updates_skipped", "updates", "As updates_skipped, of this network."),
     Key("value_spike_skipped", "fraction", "As spike_skipped, of this network."),
   ),

@@ -106,8 +106,22 @@ class MetricsWriter:
 def _line(step: int, row: Mapping[str, Any]) -> str:
   if "step" in row:
     raise ValueError('a row has its own "step"; the step is the first argument of write')
-  values = {"step": step} | {key: _scalar(key, row[key]) for key in sorted(row)}
-  return json.dumps(values, allow_nan=False)
+  return json.dumps({"step": step} | plain(row), allow_nan=False)
+
+
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+  """A row as a record holds it: sorted, its numbers such as JSON has, its texts redacted.
+
+  >>> plain({"loss": np.float32(0.5), "key": "hf_abcdefghijklmnopqrstuvwx", "kl": float("inf")})
+  {'key': '[redacted]', 'kl': 'inf', 'loss': 0.5}
+
+  Args:
+    row: as for `MetricsWriter.write`.
+
+  Raises:
+    TypeError: a value is not a scalar; the message names its key.
+  """
+  return {key: _scalar(key, row[key]) for key in sorted(row)}
 
 
 def _scalar(key: str, value: Any) -> Any:

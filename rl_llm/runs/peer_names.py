@@ -335,11 +335,11 @@ KNOWN = (
     ("actor_rollout_ref.actor.data_loader_seed",),
     ("train.seed",),
   ),
+  Known("trackers", ("track",), ("report_to",), ("trainer.logger",), also=("logger",)),
 )
 
 # Settings that have no flag here, and why.
 INSTEAD = {
-  "report_to": "every run writes metrics.jsonl and report.html",
   "logging_steps": "metrics.jsonl has every step",
   "log_completions": "samples.jsonl has every response",
   "use_vllm": "the model that is trained also samples",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rl_llm.runs.console import number
 from rl_llm.runs.report_page import counted, finite
-from rl_llm.runs.report_plots import PLOTS, Plot
+from rl_llm.runs.report_plots import PLOTS, Plot, several_rewards
 from rl_llm.runs.speed import phases_of
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 62, 18, 10, 38
@@ -18,7 +18,7 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 62, 18, 10, 38
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
   """The figures of all curves on record; those of training that never change are folded."""
   shown, flat = [], []
-  for plot in PLOTS:
+  for plot in (*PLOTS, *several_rewards(rows)):
     known = [(key, name) for key, name in plot.curves if any(key in row for row in rows)]
     if known:
       # That a held-out figure stays where it is says much.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rl_llm.runs.speed import MFU_MEANS
 
@@ -240,3 +241,21 @@ PLOTS = (
     0.0,
   ),
 )
+
+
+def several_rewards(rows: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+  """The figure of several rewards, each by its name; () where a run has one.
+
+  >>> several_rewards([{"reward_mean": 1.2, "reward_right": 1.0, "reward_short": 1.0}])[0].curves
+  (('reward_right', 'right'), ('reward_short', 'short'))
+
+  Args:
+    rows: of metrics.jsonl.
+  """
+  names = {key.removeprefix("reward_") for row in rows for key in row if key.startswith("reward_")}
+  curves = tuple((f"reward_{name}", name) for name in sorted(names - {"mean", "best"}))
+  said = (
+    "Each reward for itself, before its weight: one that rises while another falls is bought at "
+    "its price, and the weights decide whether that is worth it."
+  )
+  return (Plot("Each of several rewards", "mean of the batch", curves, said),) if curves else ()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Callable
 
-from rl_llm.rewards import RewardSource, isolated
+from rl_llm.rewards import RewardSource, isolated, terms
 from rl_llm.runs import functions
 from rl_llm.tasks.arithmetic import ArithmeticOptions, arithmetic_task
 from rl_llm.tasks.copy_text import CopyOptions, copy_task
@@ -130,7 +131,8 @@ def load_task(
       function, that returns a `Task`.
     reward_isolation: which responses its grader gets in one call, of `rl_llm.rewards.ISOLATION`.
     reward: another grader than the task's: FILE.py:function, which workers call, or a
-      `functions.Function`, which is called in this process; any other text changes nothing.
+      `functions.Function`, which is called in this process; or several of them, for
+      `rl_llm.rewards.terms`. Any other text changes nothing.
     **options: fields of the task's options in `TASKS`.
 
   Raises:
@@ -140,7 +142,8 @@ def load_task(
   """
   family = task_family(spec)
   file, _, function = reward.rpartition(":")
-  own = isinstance(reward, functions.Function) or file.endswith(".py")
+  listed = () if isinstance(reward, functions.Function) else terms(reward)
+  own = not listed and (isinstance(reward, functions.Function) or file.endswith(".py"))
   if not family:
     task = _own_task(spec)
   else:
@@ -153,16 +156,29 @@ def load_task(
         raise TaskError(
           f"{family}.{name}: no such option;{guess} must be one of {', '.join(known)}"
         )
-    if own and "reward_file" in known:  # Another function takes the place of this one.
+    unused = own or (listed and all(term.spec != "task" for term in listed))
+    if unused and "reward_file" in known:  # Another function takes the place of this one.
       options |= {"reward_file": file if file.endswith(".py") else "function.py"}
     rest = spec.partition(":")[2]
     task = make(*[rest] * bool(rest), kind(**options))
   if own:  # What it reads in a completion is not known.
     source = getattr(reward, "function", None) or RewardSource(file, function)
     task = dataclasses.replace(task, reward=source, answer_of=None)
-  if reward_isolation == "auto" or callable(task.reward):
-    return task
-  return dataclasses.replace(task, reward=isolated(task.reward, reward_isolation))
+
+  def alone(source: RewardSource | Callable) -> RewardSource | Callable:
+    apart = reward_isolation == "auto" or callable(source)
+    return source if apart else isolated(source, reward_isolation)
+
+  if not listed:
+    same = reward_isolation == "auto" or callable(task.reward)
+    return task if same else dataclasses.replace(task, reward=alone(task.reward))
+  sources = [
+    task.reward if term.spec == "task" else RewardSource(*term.spec.rpartition(":")[::2])
+    for term in listed
+  ]
+  weighted = tuple(zip(listed, map(alone, sources), strict=True))
+  answer_of = task.answer_of if listed[0].spec == "task" else None
+  return dataclasses.replace(task, reward=weighted, answer_of=answer_of)
 
 
 def _own_task(spec: str) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,10 @@ class JsonlOptions:
   )
   reward_function: str = field(
     default="reward",
-    metadata={"help": "the function's name in reward_file; without a file: gsm8k or exact_match"},
+    metadata={
+      "help": "the function's name in reward_file; without a file: gsm8k, exact_match or "
+      "math_verify"
+    },
   )
   max_reward: float = field(
     default=1.0, metadata={"help": "a response counts as correct if its reward is at least this"}
@@ -89,17 +93,24 @@ def _source(options: JsonlOptions) -> RewardSource:
       "the path of a Python file ending in .py",
     )
     return RewardSource(options.reward_file, options.reward_function)
+  if options.reward_function == "math_verify":
+    if importlib.util.find_spec("math_verify") is None:
+      raise TaskError(
+        "jsonl.reward_function='math_verify' needs the package math-verify: pip install math-verify"
+      )
+    return RewardSource("rl_llm.rewards.math_answers", "math_verify", True, own_grader=True)
   if options.reward_function not in graders.FUNCTIONS:
+    names = ", ".join((*graders.FUNCTIONS, "math_verify"))
     raise TaskError(
       f"jsonl.reward_function={options.reward_function!r} without jsonl.reward_file: must be "
-      f"one of {', '.join(graders.FUNCTIONS)}; or give a file with --jsonl.reward_file=FILE.py"
+      f"one of {names}; or give a file with --jsonl.reward_file=FILE.py"
     )
   return RewardSource("rl_llm.rewards.graders", options.reward_function, own_grader=True)
 
 
 def _answer_of(options: JsonlOptions) -> Callable[[Problem, str], str | None] | None:
   """What a completion commits to, if the grader is one of ours; unknown for other graders."""
-  if options.reward_file:
+  if options.reward_file or options.reward_function == "math_verify":
     return None
   if options.reward_function == "exact_match":
     return lambda problem, text: text.strip()

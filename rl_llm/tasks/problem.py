@@ -12,7 +12,7 @@ import numpy as np
 from rl_llm.data.batches import batch_indices
 from rl_llm.data.held_out import hashed
 from rl_llm.errors import UserError
-from rl_llm.rewards import RewardSource
+from rl_llm.rewards import RewardSource, Term
 
 
 class TaskError(UserError, ValueError):
@@ -44,7 +44,8 @@ class Task:
       arguments, so a resumed run gets the same problems, and asking for more does not change the
       first ones.
     held_out: problems for evaluation, the same for every seed, whose keys `sample` never draws.
-    reward: where the reward function is, for `RewardPool`; or the function, for `InProcess`.
+    reward: where the reward function is, for `RewardPool`; or the function, for `InProcess`; or
+      pairs of a `Term` and one of these, for `Several`.
     max_reward: a response counts as correct if and only if its reward is at least this.
     note: one line for the log: sizes, and what was left out.
     answer_of: `answer_of(problem, completion)` is what the completion commits to, read as the
@@ -57,7 +58,7 @@ class Task:
   name: str
   sample: Callable[[int, int, int], list[Problem]]
   held_out: tuple[Problem, ...]
-  reward: RewardSource | Callable
+  reward: RewardSource | Callable | tuple[tuple[Term, RewardSource | Callable], ...]
   max_reward: float = 1.0
   note: str = ""
   answer_of: Callable[[Problem, str], str | None] | None = None

@@ -48,11 +48,13 @@ from rl_llm.runs.report_samples import before_after
 from rl_llm.runs.run_directory import Run, opened, write_result
 from rl_llm.runs.signals import Interrupted, StopSignals
 from rl_llm.runs.speed import rate_lines, rates, speed_metrics, step_table, steps_counted
+from rl_llm.runs.tracking import tracking
 from rl_llm.runs.verdicts import verdicts
 from rl_llm.text.tokenizers import Tokenizer, save_tokenizer, token_ids
 from rl_llm.training.train_state import TrainState
 from rl_llm.training.update import name_nonfinite
 
+TRACKED = 8  # samples of each kind in a tracker's table
 MAY_TAKE = 0.05  # of the time of a run in progress, for writing its report
 
 
@@ -372,7 +374,13 @@ def _tracer(run: Run, start: int, schedule: Schedule) -> StepTracer:
 
 @contextmanager
 def open_record(
-  run: Run, start: int, *, samples_every: int, max_skipped: int, peak: Peak | None = None
+  run: Run,
+  start: int,
+  *,
+  samples_every: int,
+  max_skipped: int,
+  peak: Peak | None = None,
+  track: Sequence[str] = (),
 ) -> Iterator[Record]:
   """The record of a run, open while the block lasts: one function that writes a step's lines.
 
@@ -384,6 +392,7 @@ def open_record(
     samples_every: steps between tables of samples on the console; 0: none.
     max_skipped: consecutive updates without a finite gradient after which training stops.
     peak: of the devices, for the MFU; None: not known.
+    track: names of `rl_llm.runs.tracking.TRACKERS`, which get the lines too.
   """
   names = ("metrics.jsonl", "samples.jsonl")
   metrics_file, samples_file = (
@@ -404,7 +413,10 @@ def open_record(
     samples_file.write(step.number, *lines)
     metrics_file.write(step.number, row)  # Written last: this line puts the step on record.
     trained = [line for line in lines if line["split"] == "train"]
-    if trained and samples_every and step.number % samples_every == 0:
+    due = bool(trained and samples_every and step.number % samples_every == 0)
+    evaluated = [line for line in lines if line["split"] == "eval"]
+    tracked(step.number, row, evaluated[:TRACKED] + trained[: TRACKED * due])
+    if due:
       run.console.samples(step.number, trained)
     if step.learned:
       run.console.step(step.number, row)
@@ -416,7 +428,8 @@ def open_record(
 
   report = reporter(run)
   try:
-    with metrics_file, samples_file:
+    names = track if hosts.is_main() else ()
+    with metrics_file, samples_file, tracking(names, run.workdir, say=run.console.say) as tracked:
       yield record
   finally:
     report(live=False)
@@ -519,14 +532,13 @@ def diagnosis(params: Any, nonfinite_leaves: Any, skipped: int) -> str:
 
 
 def announced(update: Callable, run: Run) -> Callable:
-  """The update, with a line on the console whenever it compiles for a new width."""
-  say = functools.cache(run.console.say)
+  """The update, with a line on the console, and the time, while it compiles for a new width."""
 
   def announced_update(state: Any, batch: Any, *further: Any) -> Any:
     masks = (leaf for leaf in jax.tree.leaves(batch) if leaf.dtype == bool and leaf.ndim > 1)
     width = max(mask.shape[1] for mask in masks)
-    say(f"compiling the update: rows of up to {width} tokens")
-    return update(state, batch, *further)
+    with run.console.timed(f"compiling the update: rows of up to {width} tokens"):
+      return update(state, batch, *further)
 
   return announced_update
 

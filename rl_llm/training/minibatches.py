@@ -71,19 +71,38 @@ def make_programs(
   return Programs(logprobs, take, update)
 
 
-def group_inputs(experience: Experience) -> tuple[jax.Array | None, ...]:
+def group_inputs(
+  experience: Experience, separate: np.ndarray | None = None
+) -> tuple[jax.Array | None, ...]:
   """What advantages of groups are computed from, in this order.
+
+  Args:
+    experience: of a step.
+    separate: [K], the weights of several rewards that the advantage takes one by one; None: it
+      takes their sum.
 
   Gives:
     [P, G] rewards; [P, G] bool, which of them to count; [P, G] lengths in tokens; and the reward
     [P] of each problem's greedy response, or None if none was sampled. Where that has no reward,
-    those of its problem do not count.
+    those of its problem do not count. With `separate` the first two are [P, G, K], and the fifth
+    are these weights; else it is None.
   """
   scores, greedy = experience.scores, experience.greedy
   lengths = np.reshape(experience.rollout.lengths, scores.rewards.shape)
+  if separate is not None:
+    shape = (*scores.rewards.shape, len(separate))
+    values = [
+      [float("nan") if value is None else value for value in result.parts.values()]
+      for result in scores.results
+    ]
+    values = np.reshape(np.asarray(values, np.float32), shape)
+    counted = np.isfinite(values) & scores.ok[..., None]
+    weights = np.asarray(separate, np.float32)
+    return jax.device_put((np.where(counted, values, 0), counted, lengths, None, weights))
   if greedy is None:
-    return jax.device_put((scores.rewards, scores.ok, lengths, None))
-  return jax.device_put((scores.rewards, scores.ok & greedy.ok, lengths, greedy.rewards[:, 0]))
+    return jax.device_put((scores.rewards, scores.ok, lengths, None, None))
+  ok = scores.ok & greedy.ok
+  return jax.device_put((scores.rewards, ok, lengths, greedy.rewards[:, 0], None))
 
 
 def weighed(batch: ResponseBatch, weights: dict[str, Any]) -> ResponseBatch:

@@ -146,9 +146,9 @@ def make_update(
   Returns:
     The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is for the
     loss. Metrics are (sum, count) pairs: the loss's own, summed over the microbatches computed,
-    and "loss", "grad_norm", "update_skipped", and "nonfinite_leaves". The sum of the last is [N]: 1
-    for each leaf of the gradient, in the order of `jax.tree.leaves`, that is not finite
-    (`name_nonfinite`). With `spikes.skip_spikes` also "spike_skipped".
+    and "loss", "grad_norm" and "nonfinite_leaves". The sum of the last is [N]: 1 for each leaf of
+    the gradient, in the order of `jax.tree.leaves`, that is not finite (`name_nonfinite`). With
+    `spikes.skip_spikes` also "spike_skipped". How many updates were skipped is in the state.
 
   Raises:
     ValueError: at trace time, if the batch's rows are not divisible.
@@ -220,7 +220,6 @@ def make_update(
       **metrics,
       "loss": (loss, one),
       "grad_norm": (grad_norm, one),
-      "update_skipped": (skipped.astype(jnp.float32), one),
       "nonfinite_leaves": ((~jnp.isfinite(squares)).astype(jnp.float32), one),
     }
 

@@ -380,7 +380,6 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
   steps = max(spoilt) + 3
   found = run(tmp_path, settings(files, steps=steps))
   skipped = [int(step in spoilt) for step in range(steps)]
-  assert [row["update_skipped"] for row in found.metrics[:steps]] == skipped
   assert [row["updates_skipped"] for row in found.metrics[:steps]] == np.cumsum(skipped).tolist()
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
   record_property("F15", len(spoilt))

@@ -21,9 +21,10 @@ from rl_llm.runs.config import _leaves
 GOLDENS = Path(__file__).parent / "goldens" / "flags.json"
 
 # Flags that came after the goldens, by script.
-EVERYWHERE = {"code", "compile_cache", "distributed.bind", "matmul_precision"}
+EVERYWHERE = {"code", "compile_cache", "distributed.bind", "fetch", "matmul_precision"}
 TRAINED = {  # where something is trained
-  *("checkpoint.best", "checkpoint.copy_to", "checkpoint.keep_at_end", "init_from", "init_moments")
+  *("checkpoint.best", "checkpoint.copy_to", "checkpoint.keep_at_end", "init_from", "init_moments"),
+  "track",
 }
 GRADED = {"reward_files", "reward_sandbox"}  # where a task's grader is called
 GRADED |= {"gsm8k.max_rows", "jsonl.max_rows"}
@@ -46,6 +47,7 @@ OPTIMIZER = {"optimizer.name", "optimizer.decayed"}
 OPTIMIZER |= {"optimizer.spike_sigma", "optimizer.spike_window"}
 REWARD_KL = {"kl.gradient", "kl.weighting"}  # Of the loss, where they had it in the reward alone.
 ADDED: dict[str, set[str]] = {
+  "chat": {"fetch"},
   "dpo": {
     *("data_format", "loss.tail_weight", "loss.wpo", "max_rows", "reward", "reward_isolation"),
     "laps",

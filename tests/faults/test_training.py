@@ -92,7 +92,7 @@ def test_degenerate_groups_teach_nothing_and_are_said_once(
   for row in found.metrics[:3]:
     assert row["frac_zero_std"] == (1 if graded else None)
     assert all(np.isfinite(value) for value in row.values() if isinstance(value, float))
-    assert row["update_skipped"] == 0
+    assert row["updates_skipped"] == 0
   first = helpers.run(grpo, tmp_path / "first", given | {"steps": 1, "checkpoint.every": 1})
   assert helpers.equal(first.params, found.params), "three steps moved what one did: nothing"
   out = capfd.readouterr().out

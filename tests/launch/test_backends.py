@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -146,7 +147,7 @@ def test_tpu_slices(trials):
   )
   text = tpu.lines(config, WORKDIR, trials, "python3")
   end = "--zone=us-east5-b --project=p"
-  assert [line for line in text if "create" in line] == [
+  assert [line for line in text if " create " in line] == [
     f"gcloud compute tpus queued-resources create sweep-{i} --node-id=sweep-{i} "
     f"--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot {end}"
     for i in range(2)
@@ -161,6 +162,12 @@ def test_tpu_slices(trials):
   )
   assert [shlex.split(line)[5] for line in runs] == ["sweep-0", "sweep-1", "sweep-0"]
   assert sum("delete" in line for line in text) == 2
+  assert "git ls-files -z | tar --create" in "\n".join(text), "neither .venv nor runs"
+  copies = [line for line in text if " scp " in line]
+  assert copies == [
+    f"gcloud compute tpus tpu-vm scp /tmp/rl_llm.tar.gz sweep-{i}:rl_llm.tar.gz --worker=all {end}"
+    for i in range(2)
+  ]
   # What --execute drives: a slot per slice, the same command in each.
   slots, commands = tpu.places(config, WORKDIR, "python3")
   assert [slot.name for slot in slots] == ["sweep-0", "sweep-1"]
@@ -382,3 +389,30 @@ def test_within_a_job_a_trial_is_asked_once(monkeypatch, prefix, received, asked
 
   slurm.asks(prefix)(Process(), received)
   assert said == [asked] * bool(asked)
+
+
+@pytest.mark.slow
+def test_a_slice_s_host_gets_what_git_tracks_if_its_python_is_new_enough(tmp_path):
+  source, host = tmp_path / "source", tmp_path / "host"
+  for place in (source, host):
+    place.mkdir()
+  (source / "tracked.py").write_text("x = 1\n")
+  (source / ".venv").mkdir()
+  (source / ".venv" / "huge").write_text("x")
+  for words in (["init", "-q"], ["add", "tracked.py"]):
+    subprocess.run(["git", *words], cwd=source, check=True)
+  packed = tmp_path / "rl_llm.tar.gz"
+  line = f"git ls-files -z | tar --create --gzip --null --files-from=- --file={packed}"
+  subprocess.run(line, shell=True, cwd=source, check=True)
+  shutil.copy(packed, host)
+  for version, code in (("3.10", 2), ("3.12", 0)):
+    python = tmp_path / f"python{version}"
+    told = f'case "$1" in -c) exit {1 if code else 0};; esac; echo "$@" > {host}/installed\n'
+    python.write_text(f"#!/bin/sh\n{told}")
+    python.chmod(0o755)
+    script = tpu.install("rl_llm", str(python))
+    done = subprocess.run(["sh", "-c", script], cwd=host, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert ("give --python=python3.11" in done.stderr) == bool(code)
+  assert {path.name for path in (host / "rl_llm").iterdir()} == {"tracked.py"}
+  assert (host / "installed").read_text() == "-m pip install -q .[tpu]\n"

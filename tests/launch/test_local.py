@@ -249,7 +249,7 @@ def test_what_fails_once_gets_done(tmp_path):
 @pytest.mark.slow
 def test_a_failure_is_remembered_by_the_next_launcher(tmp_path):
   sweep = Sweep(tmp_path, {"fault": ["raise"]}, steps=3)
-  assert sweep.run("--retries=0")[0] == 1
+  assert sweep.run("--retries=0", "--backoff=0.1")[0] == 1
   ((trial, status),) = sweep.status().items()
   assert status["failures"] == 1
   assert sweep.run("--retries=1", "--backoff=0")[0] == 1
@@ -518,3 +518,26 @@ def test_no_clock_makes_a_wait_longer_than_it_was(failed, wait, moved):
   assert 0 <= left <= wait
   if failed + moved < failed:
     assert left == 0
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_retried_with_changed_code_does_not_resume_unasked(tmp_path, monkeypatch):
+  """As a run that is started by hand: refused in one line, and resumed once the code is back."""
+  code = (ROOT / "tests" / "launch" / "standin.py").read_text()
+  (tmp_path / "counts.py").write_text(code)
+  monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+  shared = {"journal": str(tmp_path / "journal"), "fault": "killed", "faults": 1}
+  sweep = Sweep(tmp_path, experiment="counts", **shared)
+  assert sweep.run("--retries=0", "--backoff=0.1")[0] == 1
+  (trial,) = sweep.status()
+  assert [event for _, event, _ in sweep.events()[trial]] == ["begin", "step"]
+  changed = code.replace("learning_rate * step + 0.01", "learning_rate * step + 0.02")
+  assert changed != code
+  (tmp_path / "counts.py").write_text(changed)
+  assert sweep.run("--retries=1", "--backoff=0.1")[0] == 1
+  assert any("--code=" in line for line in sweep.status()[trial]["lines"])
+  assert [event for _, event, _ in sweep.events()[trial]] == ["begin", "step"], "it did not resume"
+  (tmp_path / "counts.py").write_text("# Comments do not count.\n" + code)
+  assert sweep.run("--retries=2", "--backoff=0.1")[0] == 0
+  numbers = [number for _, event, number in sweep.events()[trial] if event == "step"]
+  assert numbers == [0, 1, 2, 3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,14 +14,15 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import grpo
 from experiments.flags import Lora, SamplingMesh
-from launch import chips, estimate, plan
+from launch import chips, estimate, own_flags, plan, quiet
 from launch.chips import NETWORK_CARD, find_chip
 from launch.hlo import collectives
 from launch.models import MODELS, find_model
 from launch.programs import Lowering
 from rl_llm import rollout
-from rl_llm.errors import ConfigError
+from rl_llm.errors import ConfigError, UserError
 from rl_llm.parallel.sharding import ShardingError
 from rl_llm.policy import make_policy
 from rl_llm.rollout import teacher_forcing
@@ -398,3 +400,76 @@ def test_a_search_orders_by_time_what_fits_and_compiles_a_few(monkeypatch, capsy
   )
   with pytest.raises(ConfigError, match="by formula no mesh and no microbatch fits"):
     plan.search(dataclasses.replace(config, model="llama-3.1-70b"), chip)
+
+
+# The microbatch, the command, an experiment's own flags, and the compiler's noise.
+
+
+def test_the_default_microbatch_is_the_largest_that_fits_by_formula(capsys):
+  config = plan.Config(topology="v5e:4x4", model="qwen2.5-1.5b")
+  chosen = estimate.settled(config)
+  chip, _ = find_chip("v5e:4x4")
+
+  def update(size):
+    each = dataclasses.replace(config, microbatch_prompts=size)
+    return plan.by_formula(each, find_model("qwen2.5-1.5b"))[0].peak
+
+  assert update(chosen.microbatch_prompts) <= chip.hbm < update(2 * chosen.microbatch_prompts)
+  assert f"--microbatch_prompts={chosen.microbatch_prompts}, the most" in capsys.readouterr().err
+  assert estimate.settled(chosen) == chosen
+  small = estimate.settled(dataclasses.replace(SMALL, microbatch_prompts=0))
+  assert small.microbatch_prompts == SMALL.prompts_per_step, "a CPU has no limit here"
+
+
+def test_a_plan_that_fits_says_what_to_set():
+  lines = plan.table(SMALL, [FITS], Chip(1e12, 1e12, 1e12, 1e12))
+  (said,) = [line for line in lines if line.startswith("set: python -m experiments.grpo")]
+  for flag in ("--microbatch_prompts=2", "--prompts_per_step=4", "--remat=true"):
+    assert flag in said.split()
+  config = grpo.Config(**{"microbatch_prompts": 2, "prompts_per_step": 4, "max_new_tokens": 6})
+  assert config.updates.microbatches == 2
+
+
+def test_an_experiment_s_own_flags_are_taken(tmp_path, capsys):
+  lines = ["--task=copy", "--kl.coef=0.1", "--remat=false", "--max_prompt_tokens=64", "--seed=3"]
+  (tmp_path / "flags.txt").write_text("\n".join(lines) + "\n")
+  words = ["plan", f"--flagfile={tmp_path}/flags.txt", "--topology=v5e:2x2", "--nosuch=1"]
+  assert own_flags.translated(words) == [
+    "plan",
+    "--kl_coef=0.1",
+    "--remat=false",
+    "--prompt_tokens=64",
+    "--topology=v5e:2x2",
+    "--nosuch=1",
+  ]
+  assert capsys.readouterr().err == "of no use to a plan: --task, --seed\n"
+  pairs = ["plan", "--experiment=dpo", "--pairs_per_step=8", "--noscan_layers"]
+  assert own_flags.translated(pairs)[2:] == ["--prompts_per_step=8", "--noscan_layers"]
+  with pytest.raises(UserError, match="--flagfile=nowhere: no such file"):
+    own_flags.translated(["plan", "--flagfile=nowhere"])
+
+
+def test_the_compiler_s_noise_goes_to_a_file(capfd):
+  with quiet.noise_in("v5e:2x2"):
+    os.write(2, b"W0000 no such chip\n")
+    print("compiling", file=sys.stderr)
+  said = capfd.readouterr().err
+  assert "no such chip" not in said and said.startswith("compiling\n")
+  log = said.strip().rpartition(" ")[2]
+  with open(log) as file:
+    assert file.read() == "W0000 no such chip\n"
+  os.unlink(log)
+  with quiet.noise_in("v5e:2x2"):
+    pass
+  with quiet.noise_in("h100:8"):
+    os.write(2, b"seen\n")
+  os.write(2, b"and after\n")
+  assert capfd.readouterr().err == "seen\nand after\n"
+
+
+def test_a_failure_within_it_is_still_told(capfd):
+  with pytest.raises(ValueError):
+    with quiet.noise_in("v5e:2x2"):
+      raise ValueError
+  print("here", file=sys.stderr)
+  assert capfd.readouterr().err == "here\n"

@@ -167,6 +167,17 @@ def test_columns_arrive_by_name_as_lists(graders):
   assert one(graders, "columns", answer="12").value == 1.0
 
 
+def test_an_error_names_the_file_and_the_line(tmp_path):
+  path = tmp_path / "bad3.py"
+  path.write_text("def reward(prompts, completions, **c):\n\n  return [1 / len(prompts[9:])]\n")
+  with RewardPool(RewardSource(str(path)), workers=1, max_failure_rate=1.0) as made:
+    assert one(made, "x").detail == "ZeroDivisionError: division by zero (bad3.py:3)"
+  for text, place in (("x = 1\n1 / 0\n", "bad3.py:2"), ("x = 1\n\ndef reward(:\n", "bad3.py:3")):
+    path.write_text(text)
+    with pytest.raises(RewardError, match=re.escape(f"({place})")):
+      RewardPool(RewardSource(str(path)), workers=1)
+
+
 @pytest.mark.parametrize(
   "text, status, detail",
   [
@@ -303,8 +314,18 @@ class TestEscapes:
         server.accept()
     assert one(graders, "udp", port=port).status == "raised"
 
+  def test_one_that_wants_a_network_is_told_that_there_is_none(self, tmp_path):
+    path = tmp_path / "asks.py"
+    lines = ["import urllib.request", "", "def reward(prompts, completions, **c):"]
+    lines += ['  return urllib.request.urlopen("http://127.0.0.1:9/score")', ""]
+    path.write_text("\n".join(lines))
+    with RewardPool(RewardSource(str(path)), workers=1) as made:
+      needs(made, "network")
+      with pytest.raises(RewardError, match=r"\(asks.py:4\); a grader has no network: have what"):
+        made.score(["p"], ["x"], [{}])
+
   def test_environment_is_empty(self, graders):
-    names = set(one(graders, "environment").detail.partition(": ")[2].split())
+    names = set(one(graders, "environment").detail.partition(": ")[2].partition(" (")[0].split())
     assert names == {"HOME", "LC_ALL", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TMPDIR"}
 
   def test_no_other_process_is_in_reach(self, graders):
