@@ -77,6 +77,7 @@ NO_ERRORS = {
   ("launch.backends.slurm", "lines"),
   ("launch.backends.tpu", "lines"),
   ("launch.backends.tpu", "install"),
+  ("launch.programs", "command"),
 }
 
 

@@ -173,12 +173,14 @@ def test_a_program_that_the_compiler_gives_up_does_not_fit(capsys):
 
   def compiled(said):
     lowering = Lowering("gather", lambda: lower(said), 1, 1, 1.0, 2.0, 3e9)
-    return plan.compile_program(lowering, SimpleNamespace(size=64))
+    chips = np.array([SimpleNamespace(platform="tpu")])
+    return plan.compile_program(lowering, SimpleNamespace(size=64, devices=chips))
 
   full = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
   program = compiled(full + "temporaries (120.02G) exceeds available HBM (95.74G).")
   assert program.temporaries == 120.02 * 2**30 and not plan.fits([program], TPUS["v5p"])
-  assert "Ran out of memory on HBM" in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "Ran out of memory on HBM" in said and "for 64 devices, about 2 min of CPU time" in said
   assert compiled("RESOURCE_EXHAUSTED: no room").temporaries == float("inf")
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
     compiled("INTERNAL: RET_CHECK failure")
@@ -193,7 +195,7 @@ FITS = plan.Program("update", 2e9, 3e9, 0.0, {"all-gather": (4, 3e8)}, 1e12, 2e9
 def test_the_limit_that_binds_is_named_and_so_is_what_to_change():
   assert FITS.times(CHIP) == {"compute": 1.0, "HBM": 2.0, "network": 3.0}
   lines = plan.table(SMALL, [FITS], CHIP)
-  assert "update: at least 3.00 s, bound by network" in lines[-3]
+  assert "update: at least 3.00 s, bound by network" in lines[-4]
   assert lines[-1] == "fits: 5.0 of 10 GB a chip (update)"
   lines = plan.table(SMALL, [FITS, FITS._replace(name="rollout", temporaries=9e9)], CHIP)
   assert "does NOT fit: the rollout needs 11.0 of 10 GB a chip" in lines[-2]
