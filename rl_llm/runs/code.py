@@ -116,7 +116,7 @@ def digest_of_text(text: str) -> str:
     tree = ast.parse(textwrap.dedent(text))
   except (SyntaxError, ValueError):
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
-  return _digest_of_tree(tree)
+  return _digest_of_tree(tree)[0]
 
 
 def digest_of_file(path: Path) -> str:
@@ -145,42 +145,52 @@ def _version(path: Path) -> tuple[int, int]:
 @functools.cache
 def _read(path: Path, *_: int) -> tuple[str, tuple[tuple[int, str, tuple[str, ...]], ...]]:
   """A file's hash, and its imports: (level, module, names)."""
-  content, imports = path.read_bytes(), []
+  content = path.read_bytes()
   try:
     tree = ast.parse(content)
   except (SyntaxError, ValueError):
     return hashlib.sha256(content).hexdigest(), ()
-  for node in ast.walk(tree):
+  digest, nodes = _digest_of_tree(tree)
+  imports: list[tuple[int, str, tuple[str, ...]]] = []
+  for node in nodes:
     if isinstance(node, ast.Import):
       imports += [(0, alias.name, ()) for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
+    else:
       imports.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
-  return _digest_of_tree(tree), tuple(imports)
+  return digest, tuple(imports)
 
 
-def _digest_of_tree(tree: ast.Module) -> str:
+_Import = ast.Import | ast.ImportFrom
+
+
+def _digest_of_tree(tree: ast.Module) -> tuple[str, list[_Import]]:
+  """The hash of a syntax tree, and the imports in it."""
   parts: list[str] = []
-  _spell(tree, parts)
-  return hashlib.sha256("\n".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
+  imports: list[_Import] = []
+  _spell(tree, parts, imports)
+  text = "\n".join(parts).encode("utf-8", "backslashreplace")
+  return hashlib.sha256(text).hexdigest(), imports
 
 
-def _spell(node: Any, parts: list[str]) -> None:
+def _spell(node: Any, parts: list[str], imports: list[_Import]) -> None:
   """Appends a syntax tree's words, without docstrings, places, and whatever a field leaves empty,
-  so that Python versions that add fields agree."""
+  so that Python versions that add fields agree; and its imports."""
   if isinstance(node, list):
     parts.append("[")
     for item in node:
-      _spell(item, parts)
+      _spell(item, parts, imports)
     parts.append("]")
   elif isinstance(node, ast.AST):
     parts.append(type(node).__name__)
+    if isinstance(node, _Import):
+      imports.append(node)
     for name in node._fields:
       value = getattr(node, name, None)
       if name == "body" and isinstance(node, _DOCUMENTED) and _has_docstring(value):
         value = value[1:]
       if value is not None and value != []:
         parts.append(name)
-        _spell(value, parts)
+        _spell(value, parts, imports)
     parts.append(";")
   else:
     parts.append(repr(node))

@@ -26,6 +26,7 @@ def copy_of_grpo(path, old, new):
   return module
 
 
+@pytest.mark.slow
 def test_a_copy_with_another_advantage_does_not_resume(tmp_path, small, files, monkeypatch):
   monkeypatch.setitem(sys.modules, "mine", None)
   call = "  return keywords.call(options,"
@@ -65,6 +66,7 @@ def test_a_learning_rate_holds_from_the_step_that_a_run_resumes_at(tmp_path, sma
   }
 
 
+@pytest.mark.slow
 def test_a_finished_run_keeps_the_checkpoints_that_it_is_to_keep(tmp_path, small, files, capfd):
   def train(**changes):
     config = replace(grpo.Config(), settings(files) | changes)

@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import json, os, runpy, sys
 import jax, experiments.grpo
+from rl_llm.runs import code
+
+code.program(experiments.grpo.Config())  # Parses all that a run imports: once, for all forks.
 
 def compiled(event, *_, **__):
   if event == "/jax/core/compile/backend_compile_duration":

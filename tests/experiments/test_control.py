@@ -12,13 +12,14 @@ from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
 from tests.experiments import helpers
 from tests.experiments.helpers import equal, settings
+from tests.representatives import mostly_slow
 
 run = functools.partial(helpers.run, grpo)
 
 FAST = {"optimizer.learning_rate": 0.03, "steps": 4, "eval.every": 0}
 
 
-@pytest.mark.parametrize("controller", ["target", "lagged"])
+@pytest.mark.parametrize("controller", mostly_slow(["target", "lagged"], quick=[1]))
 def test_the_entropy_bonus_grows_while_the_entropy_is_too_low(tmp_path, small, files, controller):
   base = settings(files, **FAST)
   plain = run(tmp_path / "plain", base).metrics
@@ -51,6 +52,7 @@ def test_a_linear_bonus_ends_at_its_last_coefficient(tmp_path, small, files):
   assert [row["entropy_coef"] for row in found[:4]] == pytest.approx([0.3, 0.2, 0.1, 0.0])
 
 
+@pytest.mark.slow
 def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path, small, files):
   base = settings(files, **FAST) | {"kl.coef": 0.1}
   never, whole, half = (
@@ -62,7 +64,7 @@ def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path, small, files
   assert whole[3] > 1e-5
 
 
-@pytest.mark.parametrize("experiment", [grpo, reinforce, ppo])
+@pytest.mark.parametrize("experiment", mostly_slow([grpo, reinforce, ppo], quick=[0]))
 def test_what_controllers_know_and_the_reference_resume(tmp_path, small, files, experiment):
   changes = {"entropy.controller": "lagged", "entropy.target": 100.0, "kl.coef": 0.1}
   base = settings(files, **FAST) | changes | {"kl.refresh": 3, "kl.keep": 0.25}
@@ -77,7 +79,7 @@ def test_what_controllers_know_and_the_reference_resume(tmp_path, small, files, 
   assert equal(straight.state, resumed.state)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon", "sgd"])
+@pytest.mark.parametrize("name", mostly_slow(["adafactor", "muon", "sgd"], quick=[1]))
 def test_other_optimisers_train(tmp_path, small, files, name):
   base = settings(files, **FAST) | {"steps": 2}
   adamw, found = (run(tmp_path / n, base | {"optimizer.name": n}) for n in ("adamw", name))

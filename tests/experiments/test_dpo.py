@@ -333,6 +333,7 @@ def test_the_shift_of_bco_is_that_of_the_whole_batch(tmp_path, small, data, monk
   assert abs(in_training[-1][0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_reference_is_scored_once_and_kept(tmp_path, small, data, monkeypatch):
   cache = tmp_path / "cache"
   base = offline(data, reference_cache=str(cache))
@@ -432,6 +433,7 @@ def test_on_policy_pairs_are_the_best_against_the_worst(tmp_path, small, files, 
         assert len(sequence.tokens) == sequence.prompt_length + row["length"]
 
 
+@pytest.mark.slow
 def test_where_all_grades_are_equal_nothing_is_learned(tmp_path, small, files):
   changes = {"jsonl.reward_function": "lonely"}  # 1, or no grade at all
   found = run(dpo, tmp_path / "run", online(files, **changes))

@@ -76,6 +76,7 @@ def test_the_moments_come_along_where_they_are_asked_for(tmp_path, earlier, file
   assert updates("continued", init_moments=True) == {3}
 
 
+@pytest.mark.slow
 def test_adapters_are_merged(tmp_path, small, files):
   changes = settings(files, steps=1, **RATE) | {"lora.rank": 2}
   helpers.run(grpo, tmp_path / "adapted", changes)
@@ -85,6 +86,7 @@ def test_adapters_are_merged(tmp_path, small, files):
   assert differ and all("attention" in name or "mlp" in name for name in differ)
 
 
+@pytest.mark.slow
 def test_a_policy_among_several_networks_is_found(tmp_path, small, files):
   helpers.run(ppo, tmp_path / "ppo", settings(files, steps=1, **RATE))
   weights = loaded(model=str(tmp_path / "ppo"))
@@ -109,6 +111,7 @@ def test_what_cannot_be_begun_with_is_refused(tmp_path, earlier, files):
       grpo.check(replace(grpo.Config(), changes))
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_on_meanwhile_is_not_the_one_that_another_began_with(
   tmp_path, earlier, files
 ):

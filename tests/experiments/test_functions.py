@@ -32,6 +32,7 @@ def trained(workdir, **changes):
   return outcome(workdir), json.loads((workdir / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_reward_is_the_same_from_a_file_a_flag_and_a_function(tmp_path, small, files, capfd):
   common = settings(files, **{"jsonl.held_out_fraction": 0.3})
   by_file, _ = trained(tmp_path / "file", **common)
@@ -51,6 +52,7 @@ def test_a_reward_is_the_same_from_a_file_a_flag_and_a_function(tmp_path, small,
     trained(tmp_path / "function", reward=other, **common | {"steps": 3})
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_is_trained_on(tmp_path, small):
   (tmp_path / "mine.py").write_text(TASK)
   changes = {"model": "tiny", "steps": 1, "prompts_per_step": 4, "responses_per_prompt": 4}

@@ -33,6 +33,7 @@ from rl_llm.training.minibatches import problem_order
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, outcome, settings
 from tests.processes import PATIENCE
+from tests.representatives import mostly_slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,7 +153,8 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
 
 
 def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, files):
-  base = settings(files) | {"jsonl.reward_function": "lonely", "responses_per_prompt": 2}
+  base = settings(files, steps=1, **{"eval.every": 0})
+  base |= {"jsonl.reward_function": "lonely", "responses_per_prompt": 2}
   runs = {
     kind: run(tmp_path / kind, base | {"advantage.singleton": kind}) for kind in ("zero", "raw")
   }
@@ -234,7 +236,7 @@ def test_two_processes_do_not_share_a_directory(tmp_path, small, files):
     grpo.train(config, str(tmp_path))
 
 
-@pytest.mark.parametrize("overlong", ["drop", "truncate_left"])
+@pytest.mark.parametrize("overlong", mostly_slow(["drop", "truncate_left"], quick=[0]))
 def test_overlong_prompts_are_dropped_or_cut_and_counted(tmp_path, small, files, overlong):
   changes = {"overlong_prompt": overlong, "max_prompt_tokens": 12}
   found = run(tmp_path, settings(files, **changes))
@@ -247,6 +249,7 @@ def test_overlong_prompts_are_dropped_or_cut_and_counted(tmp_path, small, files,
       assert row["overlong_prompts"] == sum(length > 12 for length in lengths) / 4 > 0
 
 
+@pytest.mark.slow
 def test_kl_value_is_what_is_reported_and_nothing_else(tmp_path, small, files):
   """But for rounding: they are two programs. Of `eps` see below."""
   base = settings(files, **BUSY) | {"optimizer.eps": 1e-2}
@@ -256,6 +259,7 @@ def test_kl_value_is_what_is_reported_and_nothing_else(tmp_path, small, files):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing(tmp_path, small, files):
   # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.
   base = settings(files, **BUSY) | {"optimizer.eps": 1e-2, "weighting.name": "sequence_mean"}

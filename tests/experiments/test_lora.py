@@ -99,6 +99,7 @@ def test_the_model_written_is_the_merged_one_and_the_reference_stays(tmp_path, s
   assert entries["base_model_name_or_path"] == "tiny"
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_adapters_of_another_and_refers_to_them(tmp_path, small, files):
   given = settings(grpo, files, None) | {"export": True, "kl.coef": 0.1}
   first = helpers.run(grpo, tmp_path / "first", given)

@@ -16,6 +16,7 @@ from rl_llm.runs.config import replace
 from rl_llm.training import objective
 from tests.experiments import helpers
 from tests.experiments.helpers import settings
+from tests.representatives import mostly_slow
 
 run = functools.partial(helpers.run, grpo)
 
@@ -50,12 +51,15 @@ def best_of_four(rewards, lengths):
 
 @pytest.mark.parametrize(
   ("changes", "formula"),
-  [
-    ({"advantage.name": "gpg"}, gpg),
-    ({"advantage.name": "opo"}, opo),
-    ({"advantage.name": "pass_at_k", "advantage.scale": "none"}, best_of_four),
-    ({"advantage.name": "pass_at_k", "advantage.k": 4, "advantage.scale": "none"}, best_of_four),
-  ],
+  mostly_slow(
+    [
+      ({"advantage.name": "gpg"}, gpg),
+      ({"advantage.name": "opo"}, opo),
+      ({"advantage.name": "pass_at_k", "advantage.scale": "none"}, best_of_four),
+      ({"advantage.name": "pass_at_k", "advantage.k": 4, "advantage.scale": "none"}, best_of_four),
+    ],
+    quick=[1, 3],
+  ),
   ids=["gpg", "opo", "pass_at_k", "pass_at_4"],
 )
 def test_an_advantage_chosen_by_name_is_that_of_its_formula(
@@ -70,7 +74,7 @@ def test_an_advantage_chosen_by_name_is_that_of_its_formula(
   np.testing.assert_allclose(column(found, "advantage"), wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("responses", [4, 1])
+@pytest.mark.parametrize("responses", mostly_slow([4, 1], quick=[0]))
 def test_remax_subtracts_the_reward_of_a_greedy_response(tmp_path, small, files, responses):
   """The greedy responses of step 0 are also those of an evaluation of the first weights."""
   changes = {"advantage.name": "remax", "responses_per_prompt": responses, "steps": 1}
@@ -109,6 +113,7 @@ def test_the_overlong_penalty_grows_over_the_last_tokens_before_the_limit(tmp_pa
   assert row["accuracy"] == before["accuracy"] and row["grade_mean"] == before["reward_mean"]
 
 
+@pytest.mark.slow
 def test_a_penalty_for_length_makes_responses_shorter(tmp_path, small, files):
   changes = {"overlong.cache": 8, "steps": 12, "optimizer.learning_rate": 0.02, "eval.every": 0}
   changes |= {"jsonl.reward_function": "alike", "prompts_per_step": 8, "responses_per_prompt": 8}
@@ -148,15 +153,18 @@ def shifted(monkeypatch, by):
 
 @pytest.mark.parametrize(
   ("changes", "factor"),
-  [
-    ({"correction.name": "token"}, np.exp(0.5)),
-    ({"correction.name": "token", "correction.high": 1.25}, 1.25),
-    ({"correction.name": "geometric", "correction.high": 2.0}, 1.0),
-    ({"correction.name": "icepop", "correction.high": 1.25}, 0.0),
-    ({"correction.second_moment_mask": 0.2}, 0.0),
-    ({"correction.trust_region_mask": 0.2}, 1.0),  # k3 of 0.5 is 0.107, or 0.149 the other way.
-    ({"weighting.top_entropy": 0.25}, 0.25),
-  ],
+  mostly_slow(
+    [
+      ({"correction.name": "token"}, np.exp(0.5)),
+      ({"correction.name": "token", "correction.high": 1.25}, 1.25),
+      ({"correction.name": "geometric", "correction.high": 2.0}, 1.0),
+      ({"correction.name": "icepop", "correction.high": 1.25}, 0.0),
+      ({"correction.second_moment_mask": 0.2}, 0.0),
+      ({"correction.trust_region_mask": 0.2}, 1.0),  # k3 of 0.5 is 0.107, or 0.149 the other way.
+      ({"weighting.top_entropy": 0.25}, 0.25),
+    ],
+    quick=[1, 4, 5, 6],
+  ),
 )
 def test_a_factor_is_what_was_asked_for(tmp_path, small, files, monkeypatch, changes, factor):
   """The trainer's probabilities are e^0.5 times those that the sampler reports."""
@@ -196,7 +204,7 @@ def test_responses_that_the_policy_has_left_are_dropped(tmp_path, small, files, 
 BUSY = {"epochs": 2, "optimizer.learning_rate": 0.03, "steps": 2, "eval.every": 0}
 
 
-@pytest.mark.parametrize("loss", ["clip_cov_loss", "kl_cov_loss"])
+@pytest.mark.parametrize("loss", mostly_slow(["clip_cov_loss", "kl_cov_loss"], quick=[0]))
 def test_as_many_tokens_are_held_back_as_asked(tmp_path, small, files, loss):
   changes = {"loss.name": loss, "loss.selected": 0.25, "microbatch_prompts": 1}
   if loss == "clip_cov_loss":  # All that there are.
@@ -237,19 +245,17 @@ def test_a_step_ends_once_the_policy_has_moved_far_enough(tmp_path, small, files
   assert updates == {0.0: 8, 1e-6: 4, 1e6: 8}
 
 
-def test_the_kl_is_in_the_loss_or_in_the_reward_of_any_script(tmp_path, small, files):
+@pytest.mark.parametrize("experiment", mostly_slow([grpo, reinforce], quick=[1]))
+def test_the_kl_is_in_the_loss_or_in_the_reward_of_any_script(tmp_path, small, files, experiment):
   """In the reward it is measured before the updates; in the loss it is a metric of each."""
-  for experiment in (grpo, reinforce):
-    weights = []
-    for place in ("loss", "reward"):
-      changes = {"kl.coef": 0.5, "kl.place": place, "kl.value": "k1", **BUSY}
-      workdir = tmp_path / experiment.__name__ / place
-      found = helpers.run(
-        experiment, workdir, settings(files) | {"loss.name": "ppo_loss"} | changes
-      )
-      assert abs(found.metrics[1]["kl_ref"]) > 1e-3
-      weights.append(found.params)
-    assert not helpers.equal(*weights)
+  weights = []
+  for place in ("loss", "reward"):
+    changes = {"kl.coef": 0.5, "kl.place": place, "kl.value": "k1", **BUSY}
+    base = settings(files) | {"loss.name": "ppo_loss"}
+    found = helpers.run(experiment, tmp_path / place, base | changes)
+    assert abs(found.metrics[1]["kl_ref"]) > 1e-3
+    weights.append(found.params)
+  assert not helpers.equal(*weights)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from experiments import grpo, ppo
 from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read
 from tests.experiments.helpers import outcome
+from tests.representatives import mostly_slow
 
 RUNS = Path(__file__).parent / "goldens"
 STOPPED = 2
@@ -65,7 +66,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, quick=[list(CASES).index("grpo")]))
 def test_an_old_run_goes_on(name, tmp_path):
   experiment, settings = CASES[name]
   with tarfile.open(RUNS / f"{name}.tar.gz") as archive:

@@ -15,6 +15,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
 from tests.experiments.helpers import run
 from tests.experiments.test_dpo import online, ready
+from tests.representatives import mostly_slow
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,9 @@ def test_loss_and_gradient_are_those_of_a_row_each(small):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("experiment", [dpo, reward_model], ids=["dpo", "reward_model"])
+@pytest.mark.parametrize(
+  "experiment", mostly_slow([dpo, reward_model], quick=[1]), ids=["dpo", "reward_model"]
+)
 def test_a_run_is_the_same(experiment, data, small, tmp_path):
   changes = {
     "model": "tiny",
@@ -98,6 +101,7 @@ def test_a_run_is_the_same(experiment, data, small, tmp_path):
 PROMPTS = {"max_prompt_tokens": 23, "max_new_tokens": 8, "microbatch_pairs": 2, "steps": 1}
 
 
+@pytest.mark.slow
 def test_on_policy_rows_that_a_response_fits_into_train(small, files, tmp_path):
   plain = run(dpo, tmp_path / "plain", online(files, **PROMPTS))
   for packing in (31, 64):

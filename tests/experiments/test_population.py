@@ -72,7 +72,8 @@ def test_the_first_step_is_that_of_the_run_alone(tmp_path, small, files, changes
   code, ids = sweep(tmp_path, trials)
   assert code == 0
   together = helpers.outcome(population_of(tmp_path))
-  for number, (trial, id) in enumerate(zip(trials, ids, strict=True)):
+  for number in range(len(trials)) if helpers.FULL else (len(trials) - 1,):
+    trial, id = trials[number], ids[number]
     config = resolve(grpo.Config, trial, overrides=grpo.overrides)[0]
     grpo.train(config, str(tmp_path / f"alone{number}"))
     alone = helpers.outcome(tmp_path / f"alone{number}")

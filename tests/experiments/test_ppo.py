@@ -343,6 +343,7 @@ class Killed(BaseException):
   """As if the process had gone."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["own", "shared"] if FULL else ["own"])
 def test_stopped_at_three_points_it_ends_as_an_uninterrupted_run(
   tmp_path, small, files, monkeypatch, trunk

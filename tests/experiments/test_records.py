@@ -22,6 +22,7 @@ import pytest
 from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
 from rl_llm.runs.metrics import read
 from tests.experiments.helpers import run, settings, write_examples
+from tests.representatives import mostly_slow
 
 GOLDENS = Path(__file__).parent / "goldens" / "records.json"
 WRITING = "RL_LLM_WRITE_RECORDS"  # A variable of the environment: write the goldens.
@@ -125,7 +126,12 @@ def described(workdir, outcome):
   }
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("grpo", "reinforce", "ppo", "dpo", "sft", "reward_model")  # One of each script.
+
+
+@pytest.mark.parametrize(
+  "name", mostly_slow(RUNS, quick=[i for i, name in enumerate(RUNS) if name in QUICK])
+)
 def test_a_record_is_what_it_was(name, tmp_path, small, files, data):
   experiment, changes = RUNS[name](files, data)
   found = described(tmp_path, run(experiment, tmp_path, changes))

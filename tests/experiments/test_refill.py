@@ -49,6 +49,7 @@ def test_what_lacks_is_counted_and_filled(tmp_path, small, files):
   assert len(groups(found, 0)) == 3 and row["reward_mean"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_refilled_run_resumes_bit_for_bit(tmp_path, small, files):
   base = settings(files) | REFILL | {"jsonl.reward_function": "spread_for_some", "steps": 3}
   base |= {"microbatch_prompts": 3, "optimizer.learning_rate": 0.03}
@@ -59,6 +60,7 @@ def test_a_refilled_run_resumes_bit_for_bit(tmp_path, small, files):
   assert equal(straight.state, resumed.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("responses", [2])
 def test_a_penalty_for_length_does_not_make_a_group_teach(tmp_path, small, files, responses):
   changes = {"jsonl.reward_function": "alike", "overlong.cache": 8, "dynamic.max_rounds": 1}

@@ -225,6 +225,7 @@ def test_the_kl_is_in_the_reward_and_counts_from_the_first_weights(tmp_path, sma
   assert any(abs(r["advantage"] - r["reward"]) > 1e-3 for r in rows if r["step"] == 2)
 
 
+@pytest.mark.slow
 def test_the_estimator_of_the_kl_is_what_is_reported_and_priced(tmp_path, small, files):
   changes = {"advantage.name": "plain", "kl.coef": 0.5, "optimizer.learning_rate": 0.03}
   rows, priced = {}, {}
@@ -297,6 +298,7 @@ def test_without_a_ratio_a_step_is_the_gradient_of_the_first_update(tmp_path, sm
     np.testing.assert_allclose(leaf, clipped[path], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_groups_whose_responses_are_alike_are_left_out_and_change_nothing(tmp_path, small, files):
   """A term that every token feels, too small to matter, has all of them computed."""
   base = settings(files) | {

@@ -110,6 +110,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES if FULL else ["reinforce", "reward_model"])
 def test_a_run_stopped_three_times_ends_as_one_that_was_not(
   case, tmp_path, small, files, data, monkeypatch, record_property
@@ -141,6 +142,7 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(
   record_property("F6", len(points))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["grpo", "reinforce", "ppo"] if FULL else ["grpo"])
 def test_a_signal_within_a_step_s_updates_waits_until_all_are_made_and_on_record(
   case, tmp_path, small, files, monkeypatch

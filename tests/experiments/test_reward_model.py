@@ -99,6 +99,7 @@ def test_the_first_loss_is_that_of_the_formula(tmp_path, small, data):
   assert row["eval/pair_accuracy"] == np.mean(rewards[:, 0] > rewards[:, 1])
 
 
+@pytest.mark.slow
 def test_it_learns_and_what_is_written_scores_alike(tmp_path, small, data):
   found = run(tmp_path, settings(data, steps=30))
   last = found.metrics[-1]
@@ -156,6 +157,7 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, data):
     assert not same, (changes, ["base", *FLAGS][same[0]])
 
 
+@pytest.mark.slow
 def test_what_only_shows_changes_no_weight(tmp_path, small, data):
   """How often and on how many pairs it is scored; microbatches change rounding alone."""
   # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.

@@ -159,6 +159,7 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, data):
     assert not same, (changes, ["base", *flags][same[0]])
 
 
+@pytest.mark.slow
 def test_microbatches_and_packing_change_nothing(tmp_path, small, data):
   # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.
   base = settings(data) | {"optimizer.eps": 1e-2, "weighting": "sequence_mean"}

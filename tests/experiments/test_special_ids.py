@@ -89,6 +89,7 @@ def measured(files, model, workdir):
   return result["all"]["greedy"]["value"], read(workdir / "samples.jsonl")
 
 
+@pytest.mark.slow
 def test_what_is_trained_as_the_end_is_where_the_sampler_stops(trained):
   directory, result = trained
   assert result["before"]["eval/greedy_accuracy"] == 0

@@ -18,6 +18,7 @@ from rl_llm.runs.flops import forward_flops, text_flops, trunk_flops
 from rl_llm.runs.metrics import read
 from tests.experiments import helpers
 from tests.experiments.helpers import settings
+from tests.representatives import mostly_slow
 
 EXPERIMENTS = [dpo, grpo, ppo, reinforce, reward_model, sft]
 
@@ -67,8 +68,8 @@ def trunk(shape, found):
   "experiment, changes",
   [
     (grpo, {"loss.entropy_coef": 0.1, "epochs": 2, "minibatches": 2}),
-    (reinforce, {"loss.entropy_coef": 0.1}),
-    (ppo, {"value.trunk": "own"}),
+    pytest.param(reinforce, {"loss.entropy_coef": 0.1}, marks=pytest.mark.slow),
+    pytest.param(ppo, {"value.trunk": "own"}, marks=pytest.mark.slow),
     pytest.param(ppo, {"value.trunk": "shared"}, marks=pytest.mark.slow),
   ],
   ids=["grpo", "reinforce", "ppo own", "ppo shared"],
@@ -96,7 +97,7 @@ def test_all_responses_are_sampled_once_and_trained_on_in_each_epoch(
   assert 0 < row["speed/compile_seconds"] < row["time/step"]
 
 
-@pytest.mark.parametrize("experiment", [grpo, reinforce])
+@pytest.mark.parametrize("experiment", mostly_slow([grpo, reinforce], quick=[0]))
 def test_groups_that_teach_nothing_and_responses_without_a_reward_are_not_trained_on(
   tmp_path, small, files, experiment
 ):
@@ -135,8 +136,13 @@ def given(experiment, tmp_path):
   return found | ({"task": "none"} if experiment is dpo else {})
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing": 64}, {"lora.rank": 2}], ids=str)
-@pytest.mark.parametrize("experiment", [sft, dpo, reward_model])
+@pytest.mark.parametrize(
+  ("experiment", "changes"),
+  mostly_slow(
+    itertools.product([sft, dpo, reward_model], [{}, {"packing": 64}, {"lora.rank": 2}]),
+    quick=[0, 4, 8],
+  ),
+)
 def test_whole_texts_are_read_once_and_their_answers_trained_on(
   tmp_path, small, experiment, changes
 ):

@@ -125,6 +125,7 @@ def test_the_other_script_that_evaluates_names_its_own_way_out(tmp_path):
     evaluate.measure(replace(evaluate.Config(), changes), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_members_of_a_population_need_none_either(tmp_path, small):
   changes = sampled(tmp_path, **{"eval.every": 0, "lora.rank": 2, "steps": 1})
   members = [replace(grpo.Config(), changes | {"optimizer.learning_rate": x}) for x in (0.1, 0.2)]

@@ -15,6 +15,7 @@ from rl_llm import kl
 from rl_llm.losses import _checks, policy_gradient
 from rl_llm.weighting import factors
 from tests.losses import battery, modes
+from tests.representatives import mostly_slow
 
 every = pytest.mark.parametrize("name", modes.PUBLIC)
 
@@ -71,16 +72,24 @@ def test_widths_may_be_mixed(name):
     jax.eval_shape(modes.with_gradients(case), *modes.split(arrays))
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in modes.PUBLIC if name not in battery.PUBLIC])
 def test_no_nan_on_the_way(name):
-  """With `jax_debug_nans` any operation that makes a nan raises, even one that no result shows."""
-  of_losses = name in battery.PUBLIC  # What their settings add are elementary operations.
+  """With `jax_debug_nans` any operation that makes a nan raises, even one that no result shows.
+
+  The battery calls losses so.
+  """
   with jax.debug_nans(True):
-    for case in modes.cases(name)[: 1 if of_losses else None]:
+    for case in modes.cases(name):
       case.function(**case.arrays)
 
 
-@pytest.mark.parametrize("name", [name for name in modes.PUBLIC if "where" in modes.keywords(name)])
+GROUPED = [name for name in modes.PUBLIC if "where" in modes.keywords(name)]
+
+
+@pytest.mark.parametrize(
+  "name",
+  mostly_slow(GROUPED, quick=[i for i, name in enumerate(GROUPED) if name in ("gdpo", "opo")]),
+)
 def test_no_nan_in_the_slope_of_a_group_without_spread(name):
   """The root of a variance of 0 has an infinite slope, and 0 times it is nan."""
   case = modes.cases(name)[-1]
@@ -204,6 +213,7 @@ def test_ranges_are_read_from_the_docstrings():
     assert (name, key) in stated
 
 
+@pytest.mark.slow
 def test_every_limit_of_a_log_ratio_is_said(monkeypatch):
   """A function that another limit would change says in its docstring that there is one."""
   far = {}
