@@ -92,10 +92,8 @@ def packed_rows(vocabulary, length=24):
   return tokens, positions, segments
 
 
-@pytest.mark.parametrize(
-  ("family", "scan_layers"),
-  [pytest.param("gemma2", False, marks=pytest.mark.slow), ("gemma3", True)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "scan_layers"), [("gemma2", False), ("gemma3", True)])
 def test_a_model_reads_packed_rows_alike_with_and_without_the_kernel(family, scan_layers):
   config, params = family_model(family)
   rows = packed_rows(config.vocab_size)

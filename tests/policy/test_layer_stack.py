@@ -14,6 +14,7 @@ from rl_llm.policy import join, make_policy, split_lora
 from rl_llm.policy.layer_stack import Layer, run_layers
 from rl_llm.rollout import ResponseBatch, response_hidden
 from tests.policy.make_goldens import family_model, family_tokens
+from tests.representatives import mostly_slow
 
 # Full layers alone; QK norm; full and sliding layers by turns, with another RoPE, and with caps.
 KINDS = (
@@ -58,7 +59,7 @@ def assert_close(found, wanted, limit=1e-5):
     assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("apply", [hidden_of, responses_of])
+@pytest.mark.parametrize("apply", mostly_slow([hidden_of, responses_of], quick=[1]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loop_has_the_states_and_gradients_of_layers_one_by_one(kind, apply):
   config, params = family_model(kind)
@@ -66,7 +67,7 @@ def test_a_loop_has_the_states_and_gradients_of_layers_one_by_one(kind, apply):
   assert_close(found, value_and_gradient(apply, params, config=config))
 
 
-@pytest.mark.parametrize("apply", [hidden_of, responses_of])
+@pytest.mark.parametrize("apply", mostly_slow([hidden_of, responses_of], quick=[0]))
 @pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_so_it_is_with_remat(apply, scan_layers):
   config, params = family_model("gemma3")
@@ -74,13 +75,8 @@ def test_so_it_is_with_remat(apply, scan_layers):
   assert_close(found, value_and_gradient(apply, params, config=config))
 
 
-@pytest.mark.parametrize(
-  "targets",
-  [
-    "layers_[12]/mlp",
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("attention|mlp", "layers_0")),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["layers_[12]/mlp", "attention|mlp", "layers_0"])
 def test_so_it_is_with_adapters_on_all_layers_or_some(targets):
   config, params = family_model("qwen3")
   frozen, trained = split_lora(params, jax.random.key(0), rank=2, alpha=4.0, targets=targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,17 @@ from rl_llm.training.train_state import init_state, parameter_count
 from rl_llm.training.update import make_update
 
 POLICY = make_policy(dataclasses.replace(tiny_config(32), qkv_bias=True))
-PARAMS = jax.jit(POLICY.init)(jax.random.key(0))
-TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, 32)
-POSITIONS = jnp.tile(jnp.arange(7), (2, 1))
+TOKENS = np.random.default_rng(1).integers(0, 32, (2, 7))
+POSITIONS = np.tile(np.arange(7), (2, 1))
+
+
+@functools.cache  # At the first test, not when tests are collected.
+def weights():
+  return jax.jit(POLICY.init)(jax.random.key(0))
 
 
 def split(**changes):
-  return split_lora(PARAMS, jax.random.key(2), **({"rank": 3, "alpha": 6.0} | changes))
+  return split_lora(weights(), jax.random.key(2), **({"rank": 3, "alpha": 6.0} | changes))
 
 
 def shaken(trained):
@@ -36,8 +41,8 @@ def logits(params):
 
 def test_new_adapters_change_nothing():
   frozen, trained = split()
-  np.testing.assert_array_equal(logits(join(frozen, trained)), logits(PARAMS))
-  np.testing.assert_array_equal(logits(frozen), logits(PARAMS))  # The reference.
+  np.testing.assert_array_equal(logits(join(frozen, trained)), logits(weights()))
+  np.testing.assert_array_equal(logits(frozen), logits(weights()))  # The reference.
 
 
 def test_adapters_compute_what_the_formula_says():
@@ -47,8 +52,8 @@ def test_adapters_compute_what_the_formula_says():
   up, merged = joined["layers_1"]["mlp"]["up"], merge_lora(joined)
   wanted = np.asarray(up["weight"]) + 6 / 3 * np.asarray(up["lora_b"]) @ np.asarray(up["lora_a"])
   np.testing.assert_allclose(merged["layers_1"]["mlp"]["up"]["weight"], wanted, atol=1e-6)
-  assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
-  assert np.max(np.abs(logits(joined) - logits(PARAMS))) > 0.1
+  assert jax.tree.structure(merged) == jax.tree.structure(weights())
+  assert np.max(np.abs(logits(joined) - logits(weights()))) > 0.1
   np.testing.assert_allclose(logits(joined), logits(merged), atol=2e-5)
 
 

@@ -302,6 +302,7 @@ def test_of_a_layer_neither_scores_nor_gated_halves_are_kept(cached):
   assert not [shape for shape in kept if shape[-1:] == (n_keys,) and rows & {*shape[-2:-1]}], kept
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_nothing_else():
   config = dataclasses.replace(tiny_config(32), n_layers=6)
   tokens = jnp.arange(2048).reshape(16, 128) % 32
