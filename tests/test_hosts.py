@@ -89,6 +89,7 @@ np.testing.assert_array_equal(data, jax.random.key_data(keys))
   assert [process.errors for process in found] == [[], []]
 
 
+@pytest.mark.slow
 def test_each_grades_the_rows_that_its_devices_hold():
   """Rows that tensor parallelism lays on both are graded by one; all get all rewards."""
   found = ends(
@@ -127,6 +128,7 @@ except sharding.ShardingError as error:
   assert [process.code for process in found] == [2, 2], found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("program", "message"),
   [

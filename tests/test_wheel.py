@@ -12,6 +12,7 @@ import zipfile
 
 import pytest
 
+from tests.representatives import mostly_slow
 from tests.test_importing import PROGRAMS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -84,19 +85,23 @@ def test_the_wheel_holds_the_library_alone(wheel):
   assert held == wanted
 
 
+@pytest.mark.slow
 def test_nothing_else_can_be_imported_from_it(installed, tmp_path):
   for name in ("experiments", "launch", "benchmarks", "tests"):
     said = run(installed, f"import {name}", tmp_path / "empty")
     assert f"No module named '{name}'" in said.stderr
 
 
-@pytest.mark.parametrize("name, program, printed", PROGRAMS, ids=[p[0] for p in PROGRAMS])
+@pytest.mark.parametrize(
+  "name, program, printed", mostly_slow(PROGRAMS, quick=[0]), ids=[p[0] for p in PROGRAMS]
+)
 def test_the_import_page_runs_against_it(installed, tmp_path, name, program, printed):
   del name
   said = run(installed, program, tmp_path / "empty")
   assert (said.stdout, said.returncode) == (printed, 0), said.stderr
 
 
+@pytest.mark.slow
 def test_an_editable_install_finds_the_experiments_from_anywhere(clone, tmp_path):
   python = environment(tmp_path / "env", build("build_editable", clone, tmp_path / "out"))
   code = "import experiments, launch, rl_llm; print(experiments.__file__, rl_llm.__file__)"

@@ -15,10 +15,11 @@ from rl_llm.rollout import generate
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.rollout.streaming import stream
 from rl_llm.text.tokenizers import ByteTokenizer
+from tests.representatives import mostly_slow
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("limit", [1, 24])
+@pytest.mark.parametrize("limit", mostly_slow([1, 24], quick=[1]))
 def test_the_tokens_are_those_of_a_rollout(small, temperature, limit):
   tokenizer, sampling = ByteTokenizer(), SamplingConfig(temperature, top_k=50)
   params = jax.jit(small.init)(jax.random.key(0))

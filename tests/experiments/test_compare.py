@@ -47,6 +47,7 @@ def test_the_variance_is_that_of_whole_batches():
     assert (given.run.checkpoint.every, given.run.checkpoint.keep) == (1, 3)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_independent_batches_at_unmoved_parameters(tmp_path, small, files):
   kept = ("optimizer.", "checkpoint.", "steps", "eval.")
   given = compare.variance_settings(TOY, "grpo")

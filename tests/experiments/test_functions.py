@@ -94,6 +94,7 @@ def flipped(logprobs, old_logprobs, advantages, weights):
 '''
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_is_trained_with(tmp_path, small, files):
   path = tmp_path / "mine.py"
   path.write_text(LOSS)

@@ -49,6 +49,7 @@ def test_every_product_of_float32_is_float32_on_a_gpu():
   assert not any("HIGHEST" in line for line in products(policy, flags.Weights(), "cpu"))
 
 
+@pytest.mark.slow
 def test_a_run_multiplies_as_it_was_told(tmp_path, small, monkeypatch):
   """Within a run, sampling, evaluation and updates all use it; afterwards nothing is left of it."""
   seen = []

@@ -234,6 +234,7 @@ def test_right_answers_become_likelier(tmp_path, small, files):
   assert 0 < nll[1.0] < nll[1e-9]  # Over both of a step's epochs.
 
 
+@pytest.mark.slow
 def test_a_step_ends_once_the_policy_has_moved_far_enough(tmp_path, small, files):
   changes = settings(files, **BUSY) | {"epochs": 4}
   updates = {}

@@ -66,6 +66,7 @@ def test_loss_and_gradient_are_those_of_a_row_each(small):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "experiment", mostly_slow([dpo, reward_model], quick=[1]), ids=["dpo", "reward_model"]
 )

@@ -127,6 +127,7 @@ def test_no_figure_of_an_evaluation_counts_what_has_no_opinion(
     assert row["accuracy"] in (1.0, None)
 
 
+@pytest.mark.slow
 def test_an_isolation_that_does_not_fit_is_refused_before_a_model_is_loaded(
   tmp_path, files, monkeypatch
 ):

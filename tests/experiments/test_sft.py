@@ -191,6 +191,7 @@ def test_held_out_examples_bounds_what_is_evaluated_and_nothing_else(tmp_path, s
   assert every.metrics[0]["eval/token_loss"] != one.metrics[0]["eval/token_loss"]
 
 
+@pytest.mark.slow
 def test_answers_of_a_task_are_learned_and_graded(tmp_path, small):
   changes = {
     "model": "tiny",

@@ -116,6 +116,7 @@ def padded(trained, tmp_path_factory):
   return model
 
 
+@pytest.mark.slow
 def test_padding_beyond_the_embedding_changes_nothing(files, trained, padded, tmp_path):
   plain = measured(files, trained[0] / "model", tmp_path / "plain")
   found = measured(files, padded, tmp_path / "padded")

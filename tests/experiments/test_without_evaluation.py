@@ -14,6 +14,7 @@ from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read
 from rl_llm.runs.report import write_report
 from rl_llm.tasks import TaskError
+from tests.representatives import mostly_slow
 
 SUMS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n} for n in range(3)]
 
@@ -83,7 +84,8 @@ def read_to_five(small, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("experiment", "settings"), [(grpo, sampled), (sft, learned), (reward_model, preferred)]
+  ("experiment", "settings"),
+  mostly_slow([(grpo, sampled), (sft, learned), (reward_model, preferred)], quick=[1]),
 )
 def test_it_trains_and_records_no_evaluation(tmp_path, read_to_five, experiment, settings, capsys):
   changes = settings(tmp_path, **{"eval.every": 0})

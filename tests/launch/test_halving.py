@@ -106,6 +106,7 @@ def test_a_killed_search_goes_on(tmp_path):
   assert len(last) == 3 and first.items() <= last.items()
 
 
+@pytest.mark.slow
 def test_a_failed_trial_takes_its_setting_out(tmp_path):
   sweep = Sweep(tmp_path, {"optimizer.learning_rate": [0.1, 0.9]})
   spec = (sweep.path / "spec.py").read_text()

@@ -499,6 +499,7 @@ def test_a_trial_whose_leases_are_deleted_is_tried_again(tmp_path, monkeypatch):
   assert state.read_status(directory)["seconds"] < 60
 
 
+@pytest.mark.slow
 def test_a_status_that_somebody_wrote_is_read_for_what_it_is_worth(tmp_path):
   sweep = Sweep(tmp_path, {"seed": [0]}, steps=2)
   assert sweep.run()[0] == 0

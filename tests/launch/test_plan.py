@@ -116,6 +116,7 @@ def test_grpo_holds_weights_moments_and_a_batch(capsys):
   assert "tiny: 0.00B parameters on cpu:1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_kl_holds_a_reference_and_reads_it():
   programs = by_name(dataclasses.replace(SMALL, kl_coef=0.1))
   weights = 4 * count()
@@ -141,6 +142,7 @@ def test_ppo_has_two_networks_or_two_heads():
   assert 0 < shared["update"].arguments - 3 * (weights + head) < 3000
 
 
+@pytest.mark.slow
 def test_reinforce_and_dpo_have_their_own():
   reinforce = by_name(dataclasses.replace(SMALL, experiment="reinforce"))
   assert list(reinforce) == ["update", "rollout"]
@@ -150,6 +152,7 @@ def test_reinforce_and_dpo_have_their_own():
   assert dpo["update"].flops == pytest.approx(4 * dpo["reference"].flops)  # F, twice B, remat.
 
 
+@pytest.mark.slow
 def test_adapters_have_moments_and_weights_do_not():
   update, rollout = planned(dataclasses.replace(SMALL, lora=Lora(rank=1), kl_coef=0.1))[:2]
   assert update.arguments + update.resident < 1.2 * 4 * count()  # Nor is there a second reference.
@@ -379,6 +382,7 @@ def test_the_formula_counts_the_logits_that_the_update_of_the_experiment_holds(e
   assert found[1] - found[0] == pytest.approx(4 * added + 3 * 4 * chunk * 1000)
 
 
+@pytest.mark.slow
 def test_a_search_orders_by_time_what_fits_and_compiles_a_few(monkeypatch, capsys):
   config = dataclasses.replace(POD, topology="v5e:4x4", candidates=2)
   chip = TPUS["v5e"]

@@ -10,7 +10,10 @@ def test_no_loss_is_forgotten():
 
 
 # Of what compiles a program of its own, and depends on the checks that a family shares.
-FIRST_OF_FAMILY = {"check_bfloat16_is_computed_in_float32"}
+FIRST_OF_FAMILY = {
+  "check_bfloat16_is_computed_in_float32",
+  "check_settings_may_be_traced_and_vmapped_and_do_not_recompile",
+}
 FIRST = {loss.__module__: name for name, loss in reversed(battery.PUBLIC.items())}.values()
 
 

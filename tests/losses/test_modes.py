@@ -119,6 +119,7 @@ def spoilt():
   return jax.jit(program)({name: modes.cases(name)[0].arrays for name in modes.PUBLIC})
 
 
+@pytest.mark.slow
 @every
 def test_a_nan_among_the_members_is_seen(name):
   """A comparison with nan is False: written carelessly it drops the token, and the loss is 0."""
