@@ -29,6 +29,7 @@ from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem
 from rl_llm.text.tokenizers import ByteTokenizer, TokenizerError, fit_embedding, from_gguf
 from rl_llm.training.reference_cache import compute_logprobs
+from tests.representatives import mostly_slow
 from tests.test_tokenizers import TOKENS, write_gguf
 
 ROWS = 24
@@ -72,7 +73,7 @@ def same(one, other):
 # Padding.
 
 
-@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("slots", mostly_slow([0, 2], quick=[0]))
 def test_a_rollout_does_not_depend_on_what_pads_it(params, slots):
   _, wanted = roll(params, 3, slots=slots)
   assert not wanted.mask.all() and np.isfinite(wanted.sampler_logprobs).all()

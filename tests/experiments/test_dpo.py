@@ -227,6 +227,7 @@ def test_the_objective_is_the_formula_from_the_logits_on(small):
 # Pairs of a file.
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_log_2_and_then_margins_rise(tmp_path, small, data):
   found = run(dpo, tmp_path / "run", offline(data, steps=12, **{"loss.beta": 0.5}))
   steps = found.metrics[:-1]

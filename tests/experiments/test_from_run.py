@@ -66,6 +66,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, earlier, files):
   assert [row["step"] for row in later.metrics] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_moments_come_along_where_they_are_asked_for(tmp_path, earlier, files):
   def updates(name, **changes):
     changes = settings(files, steps=1, init_from=str(earlier), **RATE) | changes

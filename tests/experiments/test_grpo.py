@@ -152,6 +152,7 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
     assert not same, (changes, ["base", *FLAGS][same[0]])
 
 
+@pytest.mark.slow
 def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, files):
   base = settings(files, steps=1, **{"eval.every": 0})
   base |= {"jsonl.reward_function": "lonely", "responses_per_prompt": 2}
@@ -408,6 +409,7 @@ def compiled_in(records):
   return [match[1] for match in found if match]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "experiment, loss",
   [

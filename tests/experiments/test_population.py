@@ -66,14 +66,14 @@ def population_of(path):
 ALONE = {"adapters": ADAPTERS} | ({"all weights, two updates": TWICE} if helpers.FULL else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", ALONE.values(), ids=ALONE)
 def test_the_first_step_is_that_of_the_run_alone(tmp_path, small, files, changes):
   trials = members(files, **changes)
   code, ids = sweep(tmp_path, trials)
   assert code == 0
   together = helpers.outcome(population_of(tmp_path))
-  for number in range(len(trials)) if helpers.FULL else (len(trials) - 1,):
-    trial, id = trials[number], ids[number]
+  for number, (trial, id) in enumerate(zip(trials, ids, strict=True)):
     config = resolve(grpo.Config, trial, overrides=grpo.overrides)[0]
     grpo.train(config, str(tmp_path / f"alone{number}"))
     alone = helpers.outcome(tmp_path / f"alone{number}")

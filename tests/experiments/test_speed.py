@@ -219,6 +219,7 @@ class Unread:
     raise AssertionError(f"{name} of a metric was read while updates were made")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_metrics_stay_on_the_devices_until_all_updates_are_made_and_are_fetched_once(
   tmp_path, small, files, monkeypatch, name
@@ -267,6 +268,7 @@ def test_a_run_may_go_on_with_another_profile(experiment):
   assert config.run.profile == 0 and "profile" in volatile(config)
 
 
+@pytest.mark.slow
 def test_a_trace_is_written_and_changes_nothing(tmp_path, small, capsys):
   config = given(sft, tmp_path) | {"max_tokens": 16, "steps": 3}
   rows = []

@@ -15,12 +15,13 @@ from rl_llm.policy.attention import attend, attention_mask
 from rl_llm.policy.modules import FEW_ROWS, times_transposed
 from rl_llm.policy.positions import apply_rope, rope_frequencies
 from tests.policy.make_goldens import N_TOKENS, family_model, family_tokens
+from tests.representatives import mostly_slow
 
 # Between them: both attention paths, full and sliding layers, soft caps, QK norm, local RoPE.
 KINDS = ("gemma2", "gemma3")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=mostly_slow(KINDS, quick=[1]))
 def model(request):
   config, params = family_model(request.param)
   policy = make_policy(config)
