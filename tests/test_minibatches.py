@@ -8,7 +8,13 @@ import numpy as np
 from rl_llm import weighting
 from rl_llm.rollout import ResponseBatch
 from rl_llm.rollout.grading import Scores
-from rl_llm.training.minibatches import all_weights, group_inputs, less_kl, make_programs
+from rl_llm.training.minibatches import (
+  all_weights,
+  group_inputs,
+  less_kl,
+  make_programs,
+  minibatches,
+)
 
 MASK = np.array([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
 ROWS = np.zeros(MASK.shape, np.int32)
@@ -110,3 +116,16 @@ def test_a_problem_whose_greedy_response_failed_compares_nothing():
   experience.greedy = greedy
   _, counted, _, baseline, _ = group_inputs(experience)
   assert counted.tolist() == [[True, False], [False, False]] and baseline.tolist() == [0.25, 0.0]
+
+
+def test_a_microbatch_that_is_filled_in_part_is_computed():
+  """Three problems matter, two fit into a microbatch: the second one holds the third problem."""
+  order = [(np.array([2, 0, 1, 3]), used) for used in (3, 2, 1, 0)]
+  given = {"take": lambda batch, chosen: batch, "batch": BATCH, "microbatch_prompts": 2}
+  parts = list(minibatches(order=iter(order), only=True, **given))
+  assert [part.microbatches for part in parts] == [2, 1, 1, 0]
+  assert [part.problems.tolist() for part in parts] == [[2, 0, 1], [2, 0], [2], []]
+  # Where another term counts too, all are computed.
+  parts = list(minibatches(order=iter(order), only=False, **given))
+  assert [part.microbatches for part in parts] == [2, 2, 2, 2]
+  assert all(part.problems.tolist() == [2, 0, 1, 3] for part in parts)
