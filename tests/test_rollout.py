@@ -44,9 +44,8 @@ GROUP, STEPS = 3, 8
 
 @pytest.fixture(scope="module")
 def tiny():
-  """One layer, and an embedding 15 times as large: some tokens are likely, most are not."""
-  policy = make_policy(dataclasses.replace(tiny_config(259), n_layers=1))
-  params = jax.jit(policy.init)(jax.random.key(0))
+  """The tiny model with an embedding 15 times as large: some tokens are likely, most are not."""
+  policy, params, _ = load_model("tiny")
   return policy, params | {"embed": jax.tree.map(lambda x: 15 * x, params["embed"])}
 
 
