@@ -41,12 +41,14 @@ def test_a_step_is_refilled_with_groups_that_teach(tmp_path, small, files):
   assert teaching and all([r["response"] for r in group] in said for group in teaching)
 
 
-def test_what_lacks_is_counted_and_filled(tmp_path, small, files):
-  changes = {"jsonl.reward_function": "alike", "dynamic.max_rounds": 2, "steps": 1}
+@pytest.mark.parametrize(("function", "mean"), [("alike", 0.5), ("lonely", 1.0)])
+def test_what_lacks_is_counted_and_filled(tmp_path, small, files, function, mean):
+  """Nor does a group teach in which the responses that have a reward all have the same one."""
+  changes = {"jsonl.reward_function": function, "dynamic.max_rounds": 2, "steps": 1}
   found = run(tmp_path, settings(files) | REFILL | changes | {"microbatch_prompts": 3})
   row = found.metrics[0]
   assert (row["refill/rounds"], row["refill/lacked"]) == (2, 3)
-  assert len(groups(found, 0)) == 3 and row["reward_mean"] == 0.5
+  assert len(groups(found, 0)) == 3 and row["reward_mean"] == mean
 
 
 @pytest.mark.slow
