@@ -13,7 +13,7 @@ import os
 import signal
 import time
 
-_PERIOD = 0.05  # seconds
+PERIOD = 0.05  # seconds
 
 
 def yield_first() -> None:
@@ -51,12 +51,13 @@ def held(process: int) -> int:
   return sum(int(size.split()[0]) for size in sizes) << 10
 
 
-def watch(worker: int, megabytes: int) -> None:
+def watch(worker: int, megabytes: int, *, idle_period: float = PERIOD) -> None:
   """Waits for the end of a child, and kills its descendants whenever they hold too much.
 
   Args:
     worker: the child; it is idle at first.
     megabytes: what all of its descendants may hold together.
+    idle_period: seconds between two looks while it has no descendants.
   """
   shared = None
   while os.waitpid(worker, os.WNOHANG) == (0, 0):
@@ -69,4 +70,4 @@ def watch(worker: int, megabytes: int) -> None:
           os.kill(each, signal.SIGKILL)
         except OSError:  # it has ended
           pass
-    time.sleep(_PERIOD)
+    time.sleep(PERIOD if processes else idle_period)

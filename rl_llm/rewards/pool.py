@@ -15,15 +15,12 @@ import os
 import selectors
 import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rl_llm.files import scratch
-from rl_llm.rewards import grading, layers
-from rl_llm.rewards import worker as protocol
+from rl_llm.rewards import grading, layers, memory
 from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls, responses_per_call
 from rl_llm.rewards.paths import import_path, readable_paths
 from rl_llm.rewards.results import (
@@ -34,6 +31,7 @@ from rl_llm.rewards.results import (
   read_reply,
   too_many_failures,
 )
+from rl_llm.rewards.server import Server
 
 
 @dataclass(eq=False)
@@ -176,7 +174,7 @@ class RewardPool:
     self._selector = selectors.DefaultSelector()
     self._held = contextlib.ExitStack()
     self._directory = str(self._held.enter_context(scratch("rl_llm_rewards_")))
-    self._server: subprocess.Popen | None = None
+    self._server: Server | None = None
     try:
       self._start_server()
       for _ in range(workers):
@@ -271,90 +269,45 @@ class RewardPool:
     for worker in list(self._live):
       self._forget(worker)
     if self._server is not None:
-      self._control.close()  # the server ends, and with it every minder and worker
-      try:
-        self._server.wait(timeout=5)
-      except subprocess.TimeoutExpired:
-        self._server.kill()
-        self._server.wait()
+      self._server.close()
       self._server = None
     self._selector.close()
     self._held.close()
 
   def _start_server(self) -> None:
-    self._control, theirs = socket.socketpair()
-    command = [sys.executable, "-I", "-S", "-B", protocol.__file__, str(theirs.fileno())]
-    self._server = subprocess.Popen(
-      command,
-      env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-      cwd=self._directory,
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-      pass_fds=[theirs.fileno()],
-      start_new_session=True,  # an interrupt typed at the terminal is the trainer's to handle
+    config = {
+      "location": self._source.location,
+      "function": self._source.function,
+      "sys_path": import_path(self._source),
+      "readable": readable_paths(self._source),
+      "directory": self._directory,
+      "memory_mb": self._memory_mb,
+      "file_mb": 16,
+      "processes": 64,
+      "idle_period": memory.PERIOD,
+      "own_grader": self._source.own_grader,
+      "shared": self._source.shares_process,
+      "start_deadline": self._start_deadline,
+    }
+    deadline = self._start_deadline
+    self._server = Server(
+      f"reward function {self._name}", config, directory=self._directory, start_deadline=deadline
     )
-    theirs.close()
-    self._control.settimeout(self._start_deadline)
-    try:
-      config = {
-        "location": self._source.location,
-        "function": self._source.function,
-        "sys_path": import_path(self._source),
-        "readable": readable_paths(self._source),
-        "directory": self._directory,
-        "memory_mb": self._memory_mb,
-        "file_mb": 16,
-        "own_grader": self._source.own_grader,
-        "shared": self._source.shares_process,
-        "start_deadline": self._start_deadline,
-      }
-      protocol.write_frame(self._control.sendall, config)
-      reply = protocol.read_frame(self._control.recv)
-    except TimeoutError:
-      raise RewardError(
-        f"reward function {self._name}: importing it took over {self._start_deadline} s; "
-        "give it less to do, or from Python a larger start_deadline"
-      ) from None
-    except OSError:
-      reply = None
-    if reply is None:
-      raise RewardError(
-        f"reward function {self._name}: the process died while importing it "
-        f"(code {self._server.wait()})"
-      )
-    if "error" in reply:
-      raise RewardError(f"reward function {self._name}: {reply['error']}")
-    self._range = tuple(reply["range"])
+    self._range = tuple(self._server.reply["range"])
 
   def _start_worker(self) -> None:
-    ours, theirs = socket.socketpair()
-    try:
-      socket.send_fds(
-        self._control, [protocol.COMMAND.pack(b"S", self._next_number)], [theirs.fileno()]
-      )
-    except OSError:
-      ours.close()
-      raise RewardError(
-        f"reward function {self._name}: the process that starts workers has died"
-      ) from None
-    finally:
-      theirs.close()
-    ours.setblocking(False)
-    worker = _Worker(self._next_number, ours, time.monotonic())
+    connection = self._server.start(self._next_number)
+    worker = _Worker(self._next_number, connection, time.monotonic())
     self._next_number += 1
     self._live.append(worker)
-    self._selector.register(ours, selectors.EVENT_READ, worker)
+    self._selector.register(connection, selectors.EVENT_READ, worker)
 
   def _forget(self, worker: _Worker) -> None:
     """Kills a worker with everything it started."""
     self._live.remove(worker)
     self._selector.unregister(worker.connection)
     worker.connection.close()
-    try:
-      self._control.sendall(protocol.COMMAND.pack(b"E", worker.number))
-    except OSError:  # the server has ended, and with it all workers
-      pass
+    self._server.end(worker.number)
 
   def _slow_after(self) -> tuple[float, int]:
     """The seconds after which a call counts as slow, and how many spares that may call in.
@@ -454,7 +407,7 @@ class RewardPool:
     calls = [worker.call for worker in self._live if worker.call is not None]
     for worker in list(self._live):
       self._forget(worker)
-    self._control.close()
+    self._server.close()
     self._start_server()
     return calls
 

@@ -1,4 +1,4 @@
-"""The processes that graders run in; started by `rl_llm.rewards.pool`, not imported by it.
+"""The processes that graders run in; started by `rl_llm.rewards.server`, not imported by it.
 
     trainer --- server          imports the reward function once; never sees text
                   `- minder     one per worker: its end is the worker's end; it watches memory
@@ -10,6 +10,9 @@ A fork costs a millisecond, an import of the grader up to seconds, so a worker k
 deadline is replaced at once. Frames are four bytes of length (big endian), then JSON. Standard
 library only: `python -I -S -B worker.py FD`. `rl_llm.rewards.grading` describes the contents of the
 frames to and from a worker.
+
+Another program than a grader has a file with `prepare(config) -> (reply, live)`, named in the
+config as `program`: `rl_llm/tasks/environments/process.py` is one.
 """
 
 from __future__ import annotations
@@ -29,17 +32,21 @@ import types
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
+
+def load_file(path: str, name: str) -> types.ModuleType:
+  """Runs a Python file as the module of this name, without a package."""
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module
+  spec.loader.exec_module(module)
+  return module
+
+
 if __name__ == "__main__":  # run as a file, where no package is importable yet
-
-  def _beside(name: str) -> types.ModuleType:
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-  grading, memory, root, sandbox, seccomp = map(
-    _beside, ("grading", "memory", "root", "sandbox", "seccomp")
+  _FOLDER = os.path.dirname(os.path.abspath(__file__))
+  grading, memory, root, sandbox, seccomp = (
+    load_file(os.path.join(_FOLDER, name + ".py"), "_rl_llm_" + name)
+    for name in ("grading", "memory", "root", "sandbox", "seccomp")
   )
 else:
   from rl_llm.rewards import grading, memory, root, sandbox, seccomp
@@ -87,10 +94,7 @@ def read_frame(read: Callable[[int], bytes], limit: int | None = None) -> object
 def load_function(location: str, function: str) -> tuple[Callable, tuple[float, float]]:
   """Imports the reward function from a `.py` file or a module; gives it and its rewards' range."""
   if location.endswith(".py"):
-    spec = importlib.util.spec_from_file_location("reward_file", location)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reward_file"] = module
-    spec.loader.exec_module(module)
+    module = load_file(location, "reward_file")
   else:
     module = importlib.import_module(location)
   found = getattr(module, function, None)
@@ -191,10 +195,32 @@ def imported_files() -> list[str]:
   return sorted(file for file in found if isinstance(file, str))
 
 
+Live = Callable[[socket.socket, Confinement], None]
+
+
+def prepare_grader(config: dict) -> tuple[dict, Live]:
+  """Imports the reward function; gives the server's answer and what its workers do."""
+  function, rewards = load_function(config["location"], config["function"])
+  grade = grading.grader(function)
+
+  def live(connection: socket.socket, confined: Confinement) -> None:
+    """Makes one call after another."""
+
+    def apart(request: dict) -> dict:
+      return grade_in_child(grade, request, confined)
+
+    isolated = grade if config["shared"] else apart
+    while (request := read_frame(connection.recv)) is not None:
+      reply = grading.grade_text(isolated, request) if config["own_grader"] else isolated(request)
+      write_frame(connection.sendall, reply)
+
+  return {"range": rewards}, live
+
+
 def work(
-  grade: grading.Grade, connection: socket.socket, config: dict, layers: list[str], alone: bool
+  live: Live, connection: socket.socket, config: dict, layers: list[str], alone: bool
 ) -> None:
-  """A worker's life: the last restrictions, then one call after another."""
+  """A worker's life: the last restrictions, then what the program does."""
   sandbox.die_with_parent()
   sandbox.adopt_orphans()
   if alone:  # A call that kills its group does not kill the minder, whose end ends this process.
@@ -223,24 +249,16 @@ def work(
   # Since Linux 5.14 processes are counted per user namespace; before, all of the user's are.
   release = re.match(r"(\d+)\.(\d+)", os.uname().release)
   counted_apart = "user" in layers and tuple(map(int, release.groups())) >= (5, 14)
-  processes = 64 if counted_apart else others + 512
+  processes = config["processes"] if counted_apart else others + 512
   sandbox.limit_resources(memory_mb=config["memory_mb"], file_mb=config["file_mb"])
   layers.append("limits")
   write_frame(connection.sendall, {"layers": layers})
 
-  confined = Confinement(connection.fileno(), alone, children, processes, kept or [])
-
-  def apart(request: dict) -> dict:
-    return grade_in_child(grade, request, confined)
-
-  isolated = grade if config["shared"] else apart
-  while (request := read_frame(connection.recv)) is not None:
-    reply = grading.grade_text(isolated, request) if config["own_grader"] else isolated(request)
-    write_frame(connection.sendall, reply)
+  live(connection, Confinement(connection.fileno(), alone, children, processes, kept or []))
 
 
 def start_worker(
-  grade: grading.Grade, control: socket.socket, fd: int, config: dict, layers: list[str]
+  live: Live, control: socket.socket, fd: int, config: dict, layers: list[str]
 ) -> int:
   """Forks a minder and, under it, a worker that talks on `fd`; returns the minder's id."""
   minder = os.fork()
@@ -257,13 +275,13 @@ def start_worker(
     alone = sandbox.next_child_is_init()
     worker = os.fork()
     if worker == 0:
-      work(grade, socket.socket(fileno=fd), config, layers, alone)
+      work(live, socket.socket(fileno=fd), config, layers, alone)
     else:
       os.close(fd)
       if config["shared"]:  # no forks, so that the limit on a process is one on all
         os.waitpid(worker, 0)
       else:
-        memory.watch(worker, config["memory_mb"])
+        memory.watch(worker, config["memory_mb"], idle_period=config["idle_period"])
   finally:
     os._exit(0)
 
@@ -283,8 +301,9 @@ def serve(control: socket.socket) -> None:
     sandbox.no_network()
     layers += ["ipc"] if sandbox.no_shared_names() else []
     sys.path.extend(path for path in config["sys_path"] if path not in sys.path)
-    function, rewards = load_function(config["location"], config["function"])
-    grade = grading.grader(function)
+    program = config.get("program")
+    prepare = load_file(program, "_rl_llm_program").prepare if program else prepare_grader
+    reply, live = prepare(config)
     # Lists the directories of sys.path, for modules among reward_files: Landlock forbids it later.
     importlib.util.find_spec("_no_such_module")
     config["readable"] += imported_files()
@@ -298,7 +317,7 @@ def serve(control: socket.socket) -> None:
   gc.collect()
   gc.freeze()  # A call's child then copies no page because its collector has looked at it.
   signal.alarm(0)
-  write_frame(control.sendall, {"range": rewards})
+  write_frame(control.sendall, reply)
   sandbox.adopt_orphans()
   children, minders = sandbox.children_list(), {}
   while True:
@@ -309,7 +328,7 @@ def serve(control: socket.socket) -> None:
     kind, number = COMMAND.unpack(command)
     if kind == b"S":
       own = config | {"name": str(number)}
-      minders[number] = start_worker(grade, control, fds[0], own, layers)
+      minders[number] = start_worker(live, control, fds[0], own, layers)
     elif number in minders:
       # A minder stays a zombie until here, so its process id cannot have passed to another process.
       minder = minders.pop(number)
