@@ -284,6 +284,7 @@ class RewardPool:
       "memory_mb": self._memory_mb,
       "file_mb": 16,
       "processes": 64,
+      "together": 0,
       "idle_period": memory.PERIOD,
       "own_grader": self._source.own_grader,
       "shared": self._source.shares_process,

@@ -153,6 +153,8 @@ def enter(root: str, megabytes: int, *, own_processes: bool) -> list[str] | None
     return None
   try:
     _own_mounts()
+    # In a user namespace below that of `build` its mounts are locked, and a view of them is not.
+    _mount(root, root, None, _BIND | _RECURSIVE)
     spare = root + _SPARE
     options = f"size={megabytes}m,nr_inodes=4096,mode=700"
     _mount("tmpfs", spare, "tmpfs", _NOSUID | _NODEV, options)

@@ -260,6 +260,11 @@ def no_tracing() -> bool:
   return _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
 
 
+def traceable() -> bool:
+  """Undoes `no_tracing`, which a change of user does as well: needed to map ids once more."""
+  return _call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0) == 0
+
+
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
 _TRUNCATE, _IOCTL = 1 << 14, 1 << 15
 

@@ -269,6 +269,10 @@ def start_worker(
     sandbox.die_with_parent()
     control.close()
     os.setsid()
+    if config["together"]:  # Processes are counted by user namespace: each minder has its own.
+      sandbox.traceable()
+      if not sandbox.own_user():
+        config["processes"] += 2 * config["together"]
     # Of each worker. The calls of one need none of their own: the filter refuses them all of it.
     sandbox.own_keyring()
     sandbox.no_shared_names()

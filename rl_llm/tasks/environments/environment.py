@@ -77,6 +77,7 @@ class Kind(NamedTuple):
         "start_deadline": 60,
         "memory_mb": 2048,
         "processes": 64,
+        "together": 1,
         "idle_period": 0.25,
         "episode_deadline": 60.0,
       } | limits

@@ -112,11 +112,7 @@ class Episodes:
     self.environment = environment
     self._deadline, self._episode_deadline = deadline, episode_deadline
     self._answer_chars, self._most = answer_chars, most
-    self._limits = {
-      "memory_mb": memory_mb,
-      "processes": 64 + 2 * most,  # the limit counts the processes of all episodes together
-      "episode_deadline": episode_deadline,
-    }
+    self._limits = {"memory_mb": memory_mb, "together": most, "episode_deadline": episode_deadline}
     self._held = contextlib.ExitStack()
     self._servers: dict[str, Server] = {}
     self._episodes: list[_Episode] = []

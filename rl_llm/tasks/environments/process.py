@@ -130,9 +130,12 @@ def live(
     worker.seccomp.refuse_signals()
   seconds = int(config["episode_deadline"]) + 10
   resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-  episode = Episode(made, tools)
+  connection.set_inheritable(False)  # a program that a tool starts must not hold it
+  episode, own = Episode(made, tools), os.getpid()
   while (request := worker.read_frame(connection.recv)) is not None:
     reply = {"n": request["n"]} | episode.answer(request)
+    if os.getpid() != own:  # a fork that a tool has made and that came back from it
+      os._exit(0)
     worker.write_frame(connection.sendall, reply)
 
 
