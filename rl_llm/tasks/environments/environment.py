@@ -26,8 +26,15 @@ from rl_llm.tasks.environments.calls import PROTOCOLS
 _BUILTIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "builtin")
 
 # name -> (file of `builtin`, class); one with a part after a colon, as in "search:DIR", names it.
-BUILTIN = {"calculator": ("calculator", "Calculator"), "guess": ("guess", "Guess")}
-_REST: dict[str, str] = {}
+BUILTIN = {
+  "calculator": ("calculator", "Calculator"),
+  "python": ("python", "Python"),
+  "search": ("search", "Search"),
+  "guess": ("guess", "Guess"),
+  "wordle": ("wordle", "Wordle"),
+  "reasoning_gym": ("reasoning_gym", "ReasoningGym"),
+}
+_REST = {"search": "DIR", "reasoning_gym": "name"}
 FORMS = (*(f"{n}:<{_REST[n]}>" if n in _REST else n for n in BUILTIN), "FILE.py:<Class>")
 
 
