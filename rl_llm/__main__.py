@@ -3,6 +3,7 @@
 python -m rl_llm                   the commands
 python -m rl_llm report RUN        writes RUN/report.html anew, also while the run is in progress
 python -m rl_llm report RUN RUN    also compares the runs on one page
+python -m rl_llm episode RUN       shows an episode of a run with tools, turn by turn
 python -m rl_llm explain TOPIC     works through a loss or an estimator, in English or Japanese
 """
 
@@ -20,6 +21,7 @@ from rl_llm.errors import UserError
 from rl_llm.explain.command import add_topics, explain
 from rl_llm.runs.comparison import write_comparison
 from rl_llm.runs.report import is_live, write_report
+from rl_llm.runs.transcripts import add_episode, show_episode
 
 PACKAGES = ("experiments", "launch", "benchmarks")
 
@@ -39,6 +41,7 @@ def overview() -> str:
   lines = [f"rl_llm {rl_llm.__version__}: reinforcement learning for language models in JAX", ""]
   found = [
     ("python -m rl_llm report RUN ...", "Writes the reports of runs, and compares them."),
+    ("python -m rl_llm episode RUN", "Shows an episode of a run with tools, turn by turn."),
     ("python -m rl_llm explain TOPIC", "Works through a loss or an estimator, line by line."),
   ]
   own = len(found)
@@ -69,6 +72,9 @@ def main(arguments: Sequence[str]) -> int:
     metavar="FILE",
     help="the page that compares runs; by default comparison.html in the directory that holds them",
   )
+  add_episode(
+    subparsers.add_parser("episode", help="show an episode of a run with tools, turn by turn")
+  )
   add_topics(subparsers.add_parser("explain", help="work through a loss or an estimator"))
   given = parser.parse_args(arguments)
   if given.command is None:
@@ -77,6 +83,9 @@ def main(arguments: Sequence[str]) -> int:
   if given.command == "explain":
     return explain(given)
   try:
+    if given.command == "episode":
+      show_episode(given)
+      return 0
     for run in given.runs:
       print(f"report: {write_report(run, live=is_live(run))}")
     if len(given.runs) > 1:

@@ -26,6 +26,8 @@ import rich.text
 
 from rl_llm.errors import redact
 
+TRAINED, UNTRAINED = "green", "cyan"  # the model's words, and the environment's
+
 
 def printable(text: str, *, limit: int | None = None, keep_newlines: bool = False) -> str:
   r"""The text in a form that is safe to show anywhere: every character is visible, none acts.
@@ -270,19 +272,20 @@ class Console:
     Args:
       title: its heading.
       columns: names of the columns.
-      rows: one sequence of cells per row; a cell is a text, a number or None.
+      rows: one sequence of cells per row; a cell is a text, a number or None, or a text in colours
+        that is printable already.
     """
     rows = [list(row) for row in rows]
     table = rich.table.Table(
       title=self._text(title), title_justify="left", box=rich.box.HORIZONTALS, show_lines=True
     )
     for index, column in enumerate(columns):
-      numeric = bool(rows) and not any(isinstance(row[index], str) for row in rows)
+      texts = str | rich.text.Text
+      numeric = bool(rows) and not any(isinstance(row[index], texts) for row in rows)
       justify = "right" if numeric else "left"
       table.add_column(self._text(column), justify=justify, no_wrap=numeric, overflow="fold")
     for row in rows:
-      cells = [cell if isinstance(cell, str) else number(cell) for cell in row]
-      table.add_row(*(self._text(cell, limit=240) for cell in cells))
+      table.add_row(*(self._cell(cell) for cell in row))
     self._rich.print(table)
     self._stream.flush()
 
@@ -306,7 +309,7 @@ class Console:
     cells = [
       (
         row["prompt"],
-        row["response"],
+        self._response(row),
         row["status"] if row.get("reward") is None else row["reward"],
         row.get("advantage"),
       )
@@ -373,6 +376,25 @@ class Console:
       left = sum(self._seconds) / len(self._seconds) * max(self._total_steps - step, 0)
       parts += [f"{number(self._seconds[-1], 2)}s/step", f"ETA {duration(left)}"]
     return " ".join(parts)
+
+  def _response(self, row: Mapping[str, Any]) -> str | rich.text.Text:
+    """What the model wrote; of an episode its turns and what the environment said to them."""
+    if not row.get("turns"):
+      return row["response"]
+    said = []
+    for turn in row["turns"]:
+      said += [
+        self._text(turn["text"], limit=240),
+        self._text(turn.get("observation", ""), limit=240),
+      ]
+      said[-2].stylize(TRAINED)
+      said[-1].stylize(UNTRAINED)
+    return rich.text.Text("\n").join(text for text in said if text)
+
+  def _cell(self, cell: Any) -> rich.text.Text:
+    if isinstance(cell, rich.text.Text):
+      return cell
+    return self._text(cell if isinstance(cell, str) else number(cell), limit=240)
 
   def _text(self, text: str, **how: Any) -> rich.text.Text:
     shown = printable(text, **how)

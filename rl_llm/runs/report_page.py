@@ -82,6 +82,9 @@ code, .text { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, m
 .tab { display: none; } .tabs { margin-top: 18px; } .tabs label { margin: 0 12px 0 3px; }
 .best { font-weight: 650; } .wide figure { max-width: 760px; }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
+.model { border-left: 3px solid var(--right); padding-left: 5px; display: inline-block; }
+.environment { border-left: 3px solid var(--soft); color: var(--soft); padding-left: 5px;
+  display: inline-block; }
 </style>
 </head>
 <body><main>

@@ -7,6 +7,7 @@ from typing import Any
 
 from rl_llm.runs.console import number
 from rl_llm.runs.report_page import counted, escaped, finite, section
+from rl_llm.runs.transcripts import is_episode, parts
 
 _STEPS_SHOWN = 24  # with samples
 
@@ -16,7 +17,13 @@ _PAIRS_SHOWN = 12  # before and after
 
 _SURPRISES_SHOWN = 8
 
-_TEXT_SHOWN = 1500  # characters of a prompt or a response
+_TEXT_SHOWN = 1500  # characters of a prompt, a response or a turn
+
+_LEGEND = (
+  '<p>An episode has several turns: <span class="model">what the model wrote</span>, which is '
+  'trained on, and <span class="environment">what its environment said</span>, which it only '
+  "reads.</p>"
+)
 
 
 def before_after(samples: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping, Mapping]]:
@@ -55,6 +62,18 @@ def _text_cell(text: str, mark: bool | None = None) -> str:
   return f'<td class="text">{marks[mark]}{escaped(text, _TEXT_SHOWN)}</td>'
 
 
+def _response_cell(row: Mapping[str, Any]) -> str:
+  """What the model wrote; of an episode its turns, and what the environment said to them."""
+  if not is_episode(row):
+    return _text_cell(row["response"], row.get("correct"))
+  said = "\n".join(
+    f'<span class="{part.who}" title="{part.who}, {escaped(part.note)}">'
+    f"{escaped(part.text, _TEXT_SHOWN)}</span>"
+    for part in parts(row)[1:]
+  )
+  return _text_cell("", row.get("correct")).removesuffix("</td>") + f"{said}</td>"
+
+
 def pairs_section(pairs: Sequence[tuple[Mapping, Mapping]]) -> str:
   """Held-out answers before and after: the first ones, and those that changed or are still wrong.
 
@@ -86,8 +105,7 @@ def pairs_section(pairs: Sequence[tuple[Mapping, Mapping]]) -> str:
 
 def _pairs_table(pairs: Sequence[tuple[Mapping, Mapping]]) -> str:
   lines = "".join(
-    f"<tr>{_text_cell(before['prompt'])}{_text_cell(before['response'], before.get('correct'))}"
-    f"{_text_cell(after['response'], after.get('correct'))}</tr>"
+    f"<tr>{_text_cell(before['prompt'])}{_response_cell(before)}{_response_cell(after)}</tr>"
     for before, after in pairs[:_PAIRS_SHOWN]
   )
   ends = [f"step {row['step']}" for row in pairs[0]]
@@ -159,8 +177,9 @@ def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
       f"{counted(len(rows), 'sample')}{more}</summary>{_table(lines)}</details>"
     )
   left = len(by_step) - len(steps)
+  legend = _LEGEND if any(map(is_episode, samples)) else ""
   note = f"<p>{left} steps in between are left out; samples.jsonl has them.</p>" if left else ""
-  return section("Samples from training", note + "".join(folds) if folds else "")
+  return section("Samples from training", legend + note + "".join(folds) if folds else "")
 
 
 def _table(lines: str, *, step: bool = False) -> str:
@@ -177,7 +196,7 @@ def _sample_line(row: Mapping[str, Any], *, step: bool = False) -> str:
   tokens = f"{number(row.get('length'))}{' (cut)' if row.get('stop_reason') == 'length' else ''}"
   first = f'<td class="number">{row["step"]}</td>' if step else ""
   return (
-    f"<tr>{first}{_text_cell(row['prompt'])}{_text_cell(row['response'], row.get('correct'))}"
+    f"<tr>{first}{_text_cell(row['prompt'])}{_response_cell(row)}"
     f'<td class="number">{shown}</td><td class="number">{advantage}</td>'
     f'<td class="number">{tokens}</td></tr>'
   )

@@ -135,3 +135,25 @@ def test_each_has_problems_of_which_it_keeps_some(name):
 
 def test_a_grader_without_an_opinion_gives_none():
   assert owned_by_environment(["p"] * 2, ["a"] * 2, secret=[1, 2]) == [None, None]
+
+
+def test_programs_need_barriers(monkeypatch):
+  environment = load("python", protocol="text")
+  with Episodes(environment) as episodes:
+    monkeypatch.setattr(Episodes, "_received", without_network(Episodes._received))
+    with pytest.raises(EnvironmentError, match="cannot bar them from network; .*weak"):
+      episodes.start([{}])
+  with Episodes(environment, allow_weak_sandbox=True) as episodes:
+    episodes.start([{}])
+    assert episodes.turn({0: "call python: print(1)"})[0].text == "1"
+
+
+def without_network(received):
+  """As on a system that cannot bar a process from the network."""
+
+  def found(self, episode):
+    answer = received(self, episode)
+    self.layers = tuple(layer for layer in self.layers if layer != "network")
+    return answer
+
+  return found

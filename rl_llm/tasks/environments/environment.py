@@ -34,6 +34,7 @@ BUILTIN = {
   "wordle": ("wordle", "Wordle"),
   "reasoning_gym": ("reasoning_gym", "ReasoningGym"),
 }
+_RUN_TEXT = ("python", "reasoning_gym")  # Some of that package's scorers run the answer.
 _REST = {"search": "DIR", "reasoning_gym": "name"}
 FORMS = (*(f"{n}:<{_REST[n]}>" if n in _REST else n for n in BUILTIN), "FILE.py:<Class>")
 
@@ -53,6 +54,7 @@ class Kind(NamedTuple):
     argument: what follows the name of a built-in one, such as a directory.
     tools: JSON schemas.
     owns_reward: whether the class has `get_reward`.
+    runs_text: whether it runs what a model wrote as a program.
   """
 
   name: str
@@ -62,6 +64,7 @@ class Kind(NamedTuple):
   argument: str = ""
   tools: tuple[dict[str, Any], ...] = ()
   owns_reward: bool = False
+  runs_text: bool = False
 
   @contextmanager
   def server(self, **limits: Any) -> Iterator[Server]:
@@ -200,7 +203,8 @@ def _kind(text: str, functions: tuple[tuple[str, str], ...]) -> Kind:
     form = FORMS[list(BUILTIN).index(name)]
     raise EnvironmentError(f"env={text!r}: must be written {form}")
   file, made = BUILTIN[name]
-  return Kind(text, os.path.join(_BUILTIN, f"{file}.py"), made, functions, rest)
+  path = os.path.join(_BUILTIN, f"{file}.py")
+  return Kind(text, path, made, functions, rest, runs_text=name in _RUN_TEXT)
 
 
 def _file_and_name(flag: str, text: str) -> tuple[str, str]:

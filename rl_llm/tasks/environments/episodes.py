@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rl_llm.data.held_out import hashed
-from rl_llm.rewards import RewardResult
+from rl_llm.rewards import RewardResult, layers
 from rl_llm.rewards import worker as protocol
 from rl_llm.rewards.results import read_reply
 from rl_llm.rewards.server import Server
 from rl_llm.tasks.environments import process
 from rl_llm.tasks.environments.calls import MAX_CALLS, Call, parse_calls
-from rl_llm.tasks.environments.environment import Environment, Kind
+from rl_llm.tasks.environments.environment import Environment, EnvironmentError, Kind
 
 # From the best to the worst: a turn has that of its worst call.
 STATUSES = ("ok", "malformed", "tool_error", "timed_out", "died")
@@ -97,6 +97,7 @@ class Episodes:
     memory_mb: what an episode's processes may hold.
     answer_chars: characters of an answer that are kept; the rest is cut, and said to be.
     most: how many episodes there may be at once.
+    allow_weak_sandbox: run a model's programs even where files or network stay open to them.
   """
 
   def __init__(
@@ -108,6 +109,7 @@ class Episodes:
     memory_mb: int = 1024,
     answer_chars: int = 2000,
     most: int = 1024,
+    allow_weak_sandbox: bool = False,
   ):
     self.environment = environment
     self._deadline, self._episode_deadline = deadline, episode_deadline
@@ -117,7 +119,8 @@ class Episodes:
     self._servers: dict[str, Server] = {}
     self._episodes: list[_Episode] = []
     self._lock, self._next_number = threading.Lock(), 0
-    self.layers: tuple[str, ...] = ()
+    self.layers: tuple[str, ...] = ()  # of its processes, as `RewardPool.active_layers`
+    self._allow_weak = allow_weak_sandbox
     for kind in environment.kinds:
       self._server_of(kind)
 
@@ -143,7 +146,8 @@ class Episodes:
       N observations: `text` goes to the end of the last user message.
 
     Raises:
-      EnvironmentError: a row names no environment.
+      EnvironmentError: a row names no environment, or one would run a model's programs without the
+        barriers that needs.
       ValueError: a column is not of JSON types, or there are more than `most` rows.
     """
     if len(rows) > self._most:
@@ -156,6 +160,7 @@ class Episodes:
       seed = hashed(json.dumps(row, sort_keys=True))
       requests[index] = {"do": "reset", "columns": dict(row), "seed": seed}
     asked = self._ask(requests, _START_SECONDS)
+    self._check_barriers(kinds)
     found = []
     for index, episode in enumerate(self._episodes):
       text, seconds = self._reset_text(episode, asked[index]), asked[index].seconds
@@ -163,6 +168,17 @@ class Episodes:
       status = {"raised": "tool_error"}.get(episode.status, episode.status)
       found.append(Observation(text, done, status, 0, seconds))
     return found
+
+  def _check_barriers(self, kinds: Sequence[Kind]) -> None:
+    """Refuses to run a model's programs where they could reach files or the network."""
+    missing = [layer for layer in layers.REQUIRED if layer not in self.layers]
+    running = next((kind.name for kind in kinds if kind.runs_text), None)
+    if running and missing and not self._allow_weak:
+      raise EnvironmentError(
+        f"environment {running} runs a model's programs, and this system cannot bar them from "
+        f"{' and '.join(missing)}; run on Linux 5.13+ with user namespaces, or give "
+        "--reward_sandbox=weak where there is nothing to protect"
+      )
 
   def _reset_text(self, episode: _Episode, asked: _Asked) -> str:
     if asked.reply is None:
