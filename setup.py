@@ -15,6 +15,8 @@ EXTRAS = {
   "tasks": ["reasoning-gym>=0.1.23"],
   # `--jsonl.reward_function=math_verify`.
   "math": ["math-verify>=0.8"],
+  # `--env=search:DIR`.
+  "search": ["bm25s>=0.2"],
   # Data sets in Parquet files.
   "parquet": ["pyarrow>=18"],
   # `--track=`.
