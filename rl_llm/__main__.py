@@ -4,6 +4,7 @@ python -m rl_llm                   the commands
 python -m rl_llm report RUN        writes RUN/report.html anew, also while the run is in progress
 python -m rl_llm report RUN RUN    also compares the runs on one page
 python -m rl_llm episode RUN       shows an episode of a run with tools, turn by turn
+python -m rl_llm demonstrations    plays an environment, as data for experiments.sft
 python -m rl_llm explain TOPIC     works through a loss or an estimator, in English or Japanese
 """
 
@@ -22,6 +23,7 @@ from rl_llm.explain.command import add_topics, explain
 from rl_llm.runs.comparison import write_comparison
 from rl_llm.runs.report import is_live, write_report
 from rl_llm.runs.transcripts import add_episode, show_episode
+from rl_llm.tasks.environments.demonstrations import add_demonstrations, write_demonstrations
 
 PACKAGES = ("experiments", "launch", "benchmarks")
 
@@ -42,6 +44,7 @@ def overview() -> str:
   found = [
     ("python -m rl_llm report RUN ...", "Writes the reports of runs, and compares them."),
     ("python -m rl_llm episode RUN", "Shows an episode of a run with tools, turn by turn."),
+    ("python -m rl_llm demonstrations", "Plays an environment, as data for experiments.sft."),
     ("python -m rl_llm explain TOPIC", "Works through a loss or an estimator, line by line."),
   ]
   own = len(found)
@@ -75,6 +78,9 @@ def main(arguments: Sequence[str]) -> int:
   add_episode(
     subparsers.add_parser("episode", help="show an episode of a run with tools, turn by turn")
   )
+  add_demonstrations(
+    subparsers.add_parser("demonstrations", help="play an environment, as data for experiments.sft")
+  )
   add_topics(subparsers.add_parser("explain", help="work through a loss or an estimator"))
   given = parser.parse_args(arguments)
   if given.command is None:
@@ -85,6 +91,9 @@ def main(arguments: Sequence[str]) -> int:
   try:
     if given.command == "episode":
       show_episode(given)
+      return 0
+    if given.command == "demonstrations":
+      print(write_demonstrations(given))
       return 0
     for run in given.runs:
       print(f"report: {write_report(run, live=is_live(run))}")

@@ -20,6 +20,7 @@ from rl_llm.rewards import (
   RewardSource,
   layers,
   pool,
+  server,
   to_arrays,
 )
 from tests.processes import PATIENCE
@@ -580,7 +581,7 @@ def test_without_the_kernels_help_hangs_still_end(source, tmp_path, monkeypatch)
       text = file.read()
     text = re.sub(r"(?m)^_libc = .*", "_libc = None", text)
     (tmp_path / name).write_text(text.replace('sys.platform == "linux"', "False"))
-  monkeypatch.setattr(pool.protocol, "__file__", str(tmp_path / "worker.py"))
+  monkeypatch.setattr(server.protocol, "__file__", str(tmp_path / "worker.py"))
   with RewardPool(source, deadline=0.5, max_failure_rate=1.0) as made:
     assert made.active_layers() == ("limits",)
     texts = ["fine", "loop", "os exit", "4 GB", "sleep", "fine"]

@@ -168,6 +168,15 @@ def observation_ids(
   return tokenizer.encode_with_places(text, follows=True)[0]
 
 
+def environment_role(tokenizer: Tokenizer) -> str:
+  """The role in which the chat template shows an answer: "tool" where it knows that.
+
+  Raises:
+    ChatTemplateError: the template knows none.
+  """
+  return _frame(tokenizer).role
+
+
 def check_prefix(tokenizer: Tokenizer, *, layout: str = "auto") -> None:
   """Refuses a chat template with which the trained tokens could not be the sampled ones.
 
