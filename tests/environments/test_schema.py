@@ -36,6 +36,30 @@ def pick(colour: str) -> str:
   """
 
 
+def many(
+  a: list[list[int]],
+  b: dict[str, list[bool]],
+  c: int | str,
+  d: float | None,
+  e: Literal[1, 2],
+  f: tuple[int, str],
+  g: dict = None,
+  h: str = "x",
+):
+  """Takes many types.
+
+  Args:
+    a: Lists.
+    b: Objects.
+    c: Either.
+    d: Or null.
+    e: One or two.
+    f: A pair.
+    g: Anything.
+    h: Text.
+  """
+
+
 def test_a_documented_function():
   assert tool_schema(weather, "x")["function"] == {
     "name": "weather",
@@ -84,7 +108,7 @@ def test_types(hint, schema):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="no transformers")
-@pytest.mark.parametrize("function", [weather, pick])
+@pytest.mark.parametrize("function", [weather, pick, many])
 def test_the_schema_is_that_of_transformers(function):
   from transformers.utils import get_json_schema
 

