@@ -1,5 +1,8 @@
 """Episodes as TRL's documentation writes environments, each in a process of its own."""
 
+import os
+import resource
+
 import pytest
 
 from rl_llm.tasks.environments import EnvironmentError, Episodes, load
@@ -185,3 +188,16 @@ def test_what_is_wrong_is_said_in_a_line(mine, env, tools, fix):
 def test_several_without_problems_ask_for_them(mine):
   with pytest.raises(EnvironmentError, match="--task=jsonl:FILE"):
     default_task(load(f"{mine}:Owner"))
+
+
+def test_more_episodes_than_open_files_are_refused():
+  environment = load("guess", protocol="text")
+  with Episodes(environment) as episodes:
+    own = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+      resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 6, own[1]))
+      with pytest.raises(EnvironmentError, match="ulimit -n 8192, or .*--prompts_per_step"):
+        episodes.start([{"secret": 1}] * 20)
+    finally:
+      resource.setrlimit(resource.RLIMIT_NOFILE, own)
+    assert len(episodes.start([{"secret": 1}] * 20)) == 20

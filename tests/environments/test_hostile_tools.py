@@ -94,7 +94,7 @@ def attacked(tmp_path_factory):
     path = folder / "tools.py"
     path.write_text(source)
     environment = load(f"{path}:Hostile", protocol="text")
-    limits = {"deadline": 4.0, "memory_mb": 512, "most": 64}
+    limits = {"deadline": 4.0, "memory_mb": 512}
     with Episodes(environment, **limits) as episodes:
       count = len(HOSTILE) + 1
       episodes.start([{}] * count)

@@ -156,7 +156,7 @@ def test_no_token_of_the_models_is_encoded_again(tmp_path, make, layout, wanted)
   problems = [Problem("Say.", {"number": i}, str(i)) for i in range(ROWS)]
   writer = Writer(tokenizer, protocol, seed=0)
   statuses, changed, rounds = set(), 0, 0
-  with Episodes(environment, most=ROWS) as episodes:
+  with Episodes(environment) as episodes:
     while writer.count < wanted:
       writer.wrote, writer.heard = [[[] for _ in range(ROWS)] for _ in range(2)]
       played = play(

@@ -123,7 +123,7 @@ def demonstrate(
   protocol = turn_text.choose_protocol(environment.protocol, tokenizer)
   environment = environment._replace(protocol=protocol)
   problems = default_task(environment).sample(seed, step, count)
-  with Episodes(environment, most=max(count, 1)) as episodes:
+  with Episodes(environment) as episodes:
     return _played(episodes, expert, problems, tokenizer)
 
 

@@ -9,6 +9,7 @@ others never notice, and a training step is never lost.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import selectors
@@ -27,37 +28,9 @@ from rl_llm.rewards.server import Server
 from rl_llm.tasks.environments import process
 from rl_llm.tasks.environments.calls import MAX_CALLS, Call, parse_calls
 from rl_llm.tasks.environments.environment import Environment, EnvironmentError, Kind
+from rl_llm.tasks.environments.observations import Observation, Turn
 
-# From the best to the worst: a turn has that of its worst call.
-STATUSES = ("ok", "malformed", "tool_error", "timed_out", "died")
 _START_SECONDS = 60.0
-
-
-class Observation(NamedTuple):
-  """What the environment said to a turn.
-
-  Attributes:
-    text: all of it, as a person reads it.
-    done: whether the episode has ended: the turn had no call, the environment said so, or its
-      process is gone.
-    status: of `STATUSES`.
-    calls: how many calls the turn had, malformed ones included.
-    seconds: that its tools took.
-    reward: of this turn, from `get_turn_reward`; None where there is no such method.
-    answers: one text per call.
-    malformed: calls that could not be made.
-    errors: calls whose tool raised, exceeded its deadline or died.
-  """
-
-  text: str
-  done: bool
-  status: str = "ok"
-  calls: int = 0
-  seconds: float = 0.0
-  reward: float | None = None
-  answers: tuple[str, ...] = ()
-  malformed: int = 0
-  errors: int = 0
 
 
 @dataclass(eq=False)
@@ -96,7 +69,6 @@ class Episodes:
     episode_deadline: seconds that all calls of an episode may take.
     memory_mb: what an episode's processes may hold.
     answer_chars: characters of an answer that are kept; the rest is cut, and said to be.
-    most: how many episodes there may be at once.
     allow_weak_sandbox: run a model's programs even where files or network stay open to them.
   """
 
@@ -108,13 +80,12 @@ class Episodes:
     episode_deadline: float = 60.0,
     memory_mb: int = 1024,
     answer_chars: int = 2000,
-    most: int = 1024,
     allow_weak_sandbox: bool = False,
   ):
     self.environment = environment
     self._deadline, self._episode_deadline = deadline, episode_deadline
-    self._answer_chars, self._most = answer_chars, most
-    self._limits = {"memory_mb": memory_mb, "together": most, "episode_deadline": episode_deadline}
+    self._answer_chars = answer_chars
+    self._limits = {"memory_mb": memory_mb, "together": 1024, "episode_deadline": episode_deadline}
     self._held = contextlib.ExitStack()
     self._servers: dict[str, Server] = {}
     self._episodes: list[_Episode] = []
@@ -147,14 +118,14 @@ class Episodes:
 
     Raises:
       EnvironmentError: a row names no environment, or one would run a model's programs without the
-        barriers that needs.
-      ValueError: a column is not of JSON types, or there are more than `most` rows.
+        barriers that needs; or there are more episodes than this process may have open files.
+      TypeError: a column is not of JSON types.
     """
-    if len(rows) > self._most:
-      raise ValueError(f"{len(rows)} episodes: must be at most most={self._most}")
     self._end(self._episodes)
     kinds = [self.environment.kind_of(row) for row in rows]
-    self._episodes = [self._forked(kind) for kind in kinds]
+    self._episodes = []
+    for kind in kinds:
+      self._episodes.append(self._forked(kind))
     requests = {}
     for index, row in enumerate(rows):
       seed = hashed(json.dumps(row, sort_keys=True))
@@ -198,7 +169,7 @@ class Episodes:
     Returns:
       By episode what the environment says to it.
     """
-    turns = {index: _Turn(self._calls(index, text)) for index, text in texts.items()}
+    turns = {index: Turn(self._calls(index, text)) for index, text in texts.items()}
     while True:
       requests = {}
       for index, turn in turns.items():
@@ -221,7 +192,7 @@ class Episodes:
       calls = [*calls[:MAX_CALLS], Call("", {}, fault)]
     return calls
 
-  def _take(self, episode: _Episode, turn: _Turn, asked: _Asked) -> None:
+  def _take(self, episode: _Episode, turn: Turn, asked: _Asked) -> None:
     """Notes what a tool answered."""
     turn.seconds += asked.seconds
     if asked.reply is None:
@@ -289,7 +260,15 @@ class Episodes:
     server = self._server_of(kind)
     with self._lock:
       number, self._next_number = self._next_number, self._next_number + 1
-      return _Episode(kind, number, server.start(number))
+      try:
+        return _Episode(kind, number, server.start(number))
+      except OSError as error:
+        if error.errno != errno.EMFILE:
+          raise
+        raise EnvironmentError(
+          f"{number + 1} episodes are more than this process may have open files; raise that with "
+          "ulimit -n 8192, or sample fewer at once: --prompts_per_step"
+        ) from None
 
   def _end(self, episodes: Iterable[_Episode]) -> None:
     for episode in episodes:
@@ -375,46 +354,6 @@ class Episodes:
       else:
         return None, True
     return None, ended
-
-
-class _Turn:
-  """A turn's calls, and what has been answered."""
-
-  def __init__(self, calls: Sequence[Call]):
-    self._calls = list(calls)
-    self._answers: list[str] = []
-    self._statuses: list[str] = []
-    self.done, self.seconds, self.reward = not calls, 0.0, None
-
-  def next_call(self) -> Call | None:
-    """The call to make now; None where all have been."""
-    made = len(self._answers)
-    return self._calls[made] if made < len(self._calls) else None
-
-  def answer(self, text: str, status: str) -> None:
-    """Notes the answer to a call."""
-    self._answers.append(text)
-    self._statuses.append(status)
-
-  def stop(self, text: str, status: str) -> None:
-    """Notes that the episode has ended in this call, and drops the calls after it."""
-    self.answer(text, status if status in STATUSES else "tool_error")
-    self._calls = self._calls[: len(self._answers)]
-    self.done = True
-
-  def observation(self) -> Observation:
-    """What the environment says to the turn."""
-    return Observation(
-      text="\n".join(self._answers),
-      done=self.done,
-      status=max(self._statuses, key=STATUSES.index, default="ok"),
-      calls=len(self._calls),
-      seconds=self.seconds,
-      reward=self.reward,
-      answers=tuple(self._answers),
-      malformed=self._statuses.count("malformed"),
-      errors=sum(status in STATUSES[2:] for status in self._statuses),
-    )
 
 
 def _send(episode: _Episode, request: dict, end: float) -> None:
