@@ -122,6 +122,7 @@ def _scalar(value: object) -> object:
   return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
+ENVIRONMENTS = "environments"  # the column with the attributes of each response's environment
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
@@ -137,7 +138,10 @@ def call(function: Callable, takes: Sequence[str], request: dict, log: Log) -> o
     "log_metric": log.metric,
   }
   given = {name: given[name] for name in takes if given[name] is not None}
-  found = function(**given, **request["columns"])
+  columns = dict(request["columns"])
+  if ENVIRONMENTS in columns:
+    columns[ENVIRONMENTS] = [types.SimpleNamespace(**each) for each in columns[ENVIRONMENTS]]
+  found = function(**given, **columns)
   if hasattr(found, "__await__"):
     import asyncio  # where it is needed: most functions are not asynchronous
 

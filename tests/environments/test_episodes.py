@@ -5,6 +5,7 @@ import resource
 
 import pytest
 
+from rl_llm.rewards import RewardPool, RewardSource
 from rl_llm.tasks.environments import EnvironmentError, Episodes, load
 from rl_llm.tasks.environments.problems import default_task
 
@@ -201,3 +202,19 @@ def test_more_episodes_than_open_files_are_refused():
     finally:
       resource.setrlimit(resource.RLIMIT_NOFILE, own)
     assert len(episodes.start([{"secret": 1}] * 20)) == 20
+
+
+def test_a_reward_function_reads_the_environments_as_trls_does(mine, tmp_path):
+  path = tmp_path / "reward.py"
+  path.write_text(
+    "def reward(completions, environments, **columns):\n"
+    "  return [environment.reward + environment.value for environment in environments]\n"
+  )
+  with Episodes(load(f"{mine}:Counter", protocol="text")) as episodes:
+    episodes.start([{"goal": 9}] * 2)
+    episodes.turn({0: "call add: 2", 1: "call add: 1\ncall add: 4"})
+    assert episodes.finish([0, 1]) == [None, None]
+    columns = [{"environments": state} for state in episodes.attributes([0, 1])]
+  with RewardPool(RewardSource(str(path), "reward"), workers=1) as pool:
+    found = pool.score(["p"] * 2, ["a"] * 2, columns, group_size=2)
+  assert [result.value for result in found] == [3.0, 7.0]
