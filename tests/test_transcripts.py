@@ -3,11 +3,13 @@
 import io
 import json
 
+import numpy as np
 import pytest
 
 from rl_llm.__main__ import main
 from rl_llm.errors import UserError
 from rl_llm.runs.console import Console
+from rl_llm.runs.metrics import MetricsWriter
 from rl_llm.runs.report_samples import samples_section
 from rl_llm.runs.transcripts import find, parts, show
 
@@ -102,3 +104,12 @@ def test_a_run_without_episodes_says_how_to_get_one(tmp_path):
   (tmp_path / "samples.jsonl").write_text(json.dumps(episode(turns=None)) + "\n")
   with pytest.raises(UserError, match="--env=calculator"):
     find(tmp_path)
+
+
+def test_turns_are_written_and_read(tmp_path):
+  with MetricsWriter(tmp_path / "samples.jsonl") as writer:
+    writer.write(3, {k: v for k, v in episode(reward=np.float32(0.5)).items() if k != "step"})
+    with pytest.raises(TypeError, match="turns, tokens' is a list"):
+      writer.write(3, {"turns": [{"tokens": [1]}]})
+  found = find(tmp_path)
+  assert found["turns"] == TURNS and found["reward"] == 0.5

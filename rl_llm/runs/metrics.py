@@ -72,7 +72,8 @@ class MetricsWriter:
 
     Args:
       step: the step, not before the last step written.
-      rows: dicts of scalars: numbers (Python, NumPy or JAX), bools, strings or None.
+      rows: dicts of scalars: numbers (Python, NumPy or JAX), bools, strings or None. A sample that
+        is an episode also has a list of such dicts, one for each turn.
 
     Raises:
       ValueError: the step is before the last one written.
@@ -121,7 +122,14 @@ def plain(row: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     TypeError: a value is not a scalar; the message names its key.
   """
-  return {key: _scalar(key, row[key]) for key in sorted(row)}
+  return {key: _value(key, row[key]) for key in sorted(row)}
+
+
+def _value(key: str, value: Any) -> Any:
+  """A scalar, or a list of dicts of scalars."""
+  if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+    return [{name: _scalar(f"{key}, {name}", each[name]) for name in each} for each in value]
+  return _scalar(key, value)
 
 
 def _scalar(key: str, value: Any) -> Any:
