@@ -42,6 +42,7 @@ class Config:
   model: flags.Weights = configs.inline(flags.Weights())
   task: flags.Task = configs.inline(flags.Task())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
+  agents: flags.Environments = configs.inline(flags.Environments())
   split: Literal["held_out", "train"] = option("held_out", "whose problems are used")
   problems: int = option(0, "problems to sample; 0 = all that are held out", min=0)
   difficulty_column: str = option(
@@ -59,6 +60,7 @@ class Config:
 def overrides(config: Config) -> dict[str, Any]:
   """What the model and the samples change, unless the command line says otherwise."""
   changes = {"max_new_tokens": 4} if config.model.model == "tiny" else {}
+  changes |= flags.of_episodes(config)
   return changes | {"k": tuple(k for k in config.k if k <= config.samples)}
 
 

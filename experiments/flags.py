@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import terms
+from experiments import agents, terms
 from rl_llm import losses, presets
 from rl_llm.advantages.group import GROUP_ADVANTAGES
 from rl_llm.data.formats import COLUMNS
@@ -33,6 +33,7 @@ WEIGHTINGS = (
   "length_power",
 )
 TOKEN_WEIGHTINGS = Literal["token_mean", "sequence_mean", "sequence_sum", "prompt_mean"]
+Agents, Environments, of_episodes = agents.Agents, agents.Environments, agents.overrides
 PRESETS = Literal["none", *presets.SOURCES, *presets.REFUSED]
 
 
@@ -367,7 +368,9 @@ class Task:
 
   def check(self, config: Any) -> None:
     """Refuses a task that there is not."""
-    if self.task != "none" or not hasattr(config, "data"):
+    if self.task == agents.OWN_TASK and not getattr(config, "agents", Environments()).given:
+      raise ConfigError("task", self.task, "another without --env", "whose problems it names")
+    if self.task != agents.OWN_TASK and (self.task != "none" or not hasattr(config, "data")):
       task_family(self.task)
 
 

@@ -31,7 +31,7 @@ from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.runs import config as configs
 from rl_llm.runs import keywords, metrics
-from rl_llm.training import loop, minibatches, objective
+from rl_llm.training import credit, loop, minibatches, objective
 from rl_llm.training.train_state import TrainState, init_state
 
 
@@ -44,6 +44,7 @@ class Config:
   model: flags.Model = configs.inline(flags.Model())
   task: flags.RewardedTask = configs.inline(flags.RewardedTask())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
+  agents: flags.Agents = configs.inline(flags.Agents())
   updates: flags.Updates = configs.inline(flags.Updates())
   sampling: flags.Sampling = flags.Sampling()
   weighting: flags.Weighting = flags.Weighting()
@@ -72,8 +73,8 @@ TINY = {
 
 def overrides(config: Config) -> dict[str, Any]:
   """What the model and the preset change, unless the command line says otherwise."""
-  tiny = TINY if config.model.model == "tiny" else {}
-  return tiny | flags.recipe(config.preset, "advantage", "weighting", "loss", "kl", "sampling")
+  own = (TINY if config.model.model == "tiny" else {}) | flags.of_episodes(config)
+  return own | flags.recipe(config.preset, "advantage", "weighting", "loss", "kl", "sampling")
 
 
 def check(config: Config) -> None:
@@ -161,6 +162,11 @@ def learn(
   advantages = np.asarray(group_advantages(config.advantage, *inputs))
   informative = np.any(advantages != 0, axis=1)
   batch, totals = setup.less_kl(config, batch._replace(advantages=advantages.reshape(-1)))
+  if config.agents.credit == "turn":
+    by_turn = credit.turn_inputs(experience)
+    of_turns = [group_advantages(config.advantage, *of_turn) for of_turn in by_turn]
+    batch = credit.with_turn_advantages(batch, of_turns)
+    advantages, informative = minibatches.per_response(batch, scores.rewards.shape)
   hparams, trained = setup.hyperparameters(config, step, state.controls), []
   with clock("update"):
     for part in setup.minibatches(

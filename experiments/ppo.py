@@ -92,6 +92,7 @@ class Config:
   model: flags.Model = configs.inline(flags.Model())
   task: flags.RewardedTask = configs.inline(flags.RewardedTask())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
+  agents: flags.Agents = configs.inline(flags.Agents())
   updates: flags.Updates = configs.inline(flags.Updates(minibatches=2))
   sampling: flags.Sampling = flags.Sampling()
   weighting: flags.Weighting = flags.Weighting()
@@ -122,8 +123,8 @@ TINY = {
 
 def overrides(config: Config) -> dict[str, Any]:
   """What the model and the preset change, unless the command line says otherwise."""
-  tiny = TINY if config.model.model == "tiny" else {}
-  return tiny | flags.recipe(config.preset, "weighting", "loss")
+  own = (TINY if config.model.model == "tiny" else {}) | flags.of_episodes(config)
+  return own | flags.recipe(config.preset, "weighting", "loss")
 
 
 def check(config: Config) -> None:
@@ -233,10 +234,14 @@ def init_ppo(params, *, config: Config, width: int) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def token_advantages(options: flags.Gae, rewards, values, mask, kl, kl_coef):
-  """Advantages and returns [B, T], of rewards [B], and values and KL [B, T]."""
-  per_token = estimators.token_rewards(rewards, mask, kl=kl, kl_coef=kl_coef)
-  gae = functools.partial(estimators.gae, per_token, values, mask, discount=options.discount)
+def token_advantages(options: flags.Gae, rewards, values, mask, kl, kl_coef, turns=None):
+  """Advantages and returns [B, T], of rewards [B] or of turns [B, N], and values and KL [B, T]."""
+  if turns is None:
+    per_token = estimators.token_rewards(rewards, mask, kl=kl, kl_coef=kl_coef)
+    gae = functools.partial(estimators.gae, per_token, values, mask)
+  else:
+    gae = functools.partial(value_network.turn_gae, rewards, values, turns, mask, kl, kl_coef)
+  gae = functools.partial(gae, discount=options.discount)
   found, returns = gae(gae_lambda=options.gae_lambda)
   if options.alpha is not None:
     of_length = estimators.length_adaptive_lambda(mask, alpha=options.alpha)
@@ -283,8 +288,9 @@ def learn(
       batch, programs.policy, weights, state.policy, old=False, ref=config.kl.coef > 0
     )
   kl, totals = setup.reward_kl(config, batch)
+  rewards, turns = minibatches.rewards_by_credit(experience, batch, credit=config.agents.credit)
   found, returns = token_advantages(
-    config.advantage, scores.rewards.reshape(-1), batch.old_values, batch.mask, kl, state.kl.coef
+    config.advantage, rewards, batch.old_values, batch.mask, kl, state.kl.coef, turns
   )
   batch = batch._replace(advantages=found, returns=returns)
   advantages, _ = minibatches.per_response(batch, scores.rewards.shape)

@@ -67,6 +67,7 @@ class Config:
   model: flags.Model = configs.inline(flags.Model())
   task: flags.RewardedTask = configs.inline(flags.RewardedTask())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
+  agents: flags.Environments = configs.inline(flags.Environments())
   updates: flags.Updates = configs.inline(flags.Updates())
   sampling: flags.Sampling = flags.Sampling()
   weighting: flags.Weighting = flags.Weighting()
@@ -95,8 +96,8 @@ TINY = {
 
 def overrides(config: Config) -> dict[str, Any]:
   """What the model and the preset change, unless the command line says otherwise."""
-  tiny = TINY if config.model.model == "tiny" else {}
-  return tiny | flags.recipe(config.preset, "weighting", "loss")
+  own = (TINY if config.model.model == "tiny" else {}) | flags.of_episodes(config)
+  return own | flags.recipe(config.preset, "weighting", "loss")
 
 
 def check(config: Config) -> None:

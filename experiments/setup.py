@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import flags
+from experiments import agents, flags
 from rl_llm import evaluation, policy, tasks
 from rl_llm.data import Dataset, encoding, loading
 from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import load as models
 from rl_llm.rewards import InProcess, RewardPool, RewardSource, Several, describe
-from rl_llm.rollout import ResponseBatch, collect, drawing, judge, refill, shaping
+from rl_llm.rollout import ResponseBatch, collect, drawing, episodes, judge, refill, shaping
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, code, compile_cache, keywords
 from rl_llm.runs.config import changed, volatile
@@ -34,6 +34,7 @@ from rl_llm.runs.identity import find_run, json_object
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.runs.run_directory import Run, default_workdir, found_workdir, opened
 from rl_llm.runs.trained import checkpoint_of, load_trained, restore_part
+from rl_llm.tasks.environments.problems import default_task
 from rl_llm.text.conversations import resolve_format
 from rl_llm.text.tokenizers import Tokenizer, vocabulary
 from rl_llm.training import control, loop, objective, reference_cache, spikes, update
@@ -75,7 +76,7 @@ def main(
   It is named after the model, and after the `data`, the data `file`, or else the task.
   """
   name = code.experiment(type(config))[0].removeprefix("experiments.")
-  model, data = model or config.model.model, data or Path(file).name or config.task.task
+  model, data = model or config.model.model, data or Path(file).name or agents.data_name(config)
   base = functools.partial(default_workdir, name, model=model, data=data, seed=config.run.seed)
   workdir = config.run.workdir or found_workdir(config, base(changed=changed(config)), base())
   distributed = config.run.distributed.joined()
@@ -318,10 +319,13 @@ def load_task(config: Any) -> tasks.Task | None:
   """The task with its own options, and held-out problems if the run evaluates; None for "none"."""
   if (group := config.task).task == "none":
     return None
-  family = tasks.task_family(group.task)
-  options = vars(getattr(group.families, family)) if family else {}
-  how = group.reward_isolation, getattr(group, "reward", "task")
-  task = tasks.load_task(group.task, *how, **options)
+  if group.task == agents.OWN_TASK:
+    task = default_task(agents.load(config.agents))
+  else:
+    family = tasks.task_family(group.task)
+    options = vars(getattr(group.families, family)) if family else {}
+    how = group.reward_isolation, getattr(group, "reward", "task")
+    task = tasks.load_task(group.task, *how, **options)
   if hasattr(config, "eval") and config.eval.every:
     tasks.check_held_out(task, otherwise="--eval.every=0")
   return task
@@ -394,9 +398,20 @@ def open_sampler(
     overlong=prompts.overlong_prompt,
   )
   judged = judge.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
-  with open_grader(group, task, run.console.say) as pool:
+  played = agents.opened(
+    getattr(config, "agents", None),
+    policy,
+    tokenizer,
+    turn_tokens=prompts.max_new_tokens,
+    prompt_format=encode.keywords["prompt_format"],
+    weak=group.reward_sandbox == "weak",
+    say=run.console.say,
+    mesh=mesh,
+    gather=config.mesh.gather,
+  )
+  with open_grader(group, task, run.console.say) as pool, played as episodic:
     further, steps = (pool, judged, mesh, run.stop.check), getattr(config.run, "steps", 1)
-    yield collect.Sampler(task, tokenizer, encode, generate, *further, steps)
+    yield collect.Sampler(task, tokenizer, encode, generate, *further, steps, episodic)
 
 
 def held_out_problems(config: Any, sampler: collect.Sampler) -> drawing.Drawn:
@@ -441,7 +456,9 @@ def open_problems(
     def sample(params: Any, step: int, clock: PhaseClock) -> collect.Experience:
       sampling, parts = sampling_config(config.sampling), config.sampling.parts
       sizes = {"prompts": prompts, "responses": responses, "parts": parts, "sampling": sampling}
-      if (dynamic := getattr(config.task, "dynamic", None)) and dynamic.groups == "informative":
+      if sampler.episodic is not None:
+        found = episodes.collect_episodes(sampler, params, seed, step, clock, **sizes)
+      elif (dynamic := getattr(config.task, "dynamic", None)) and dynamic.groups == "informative":
         sizes["max_rounds"] = dynamic.max_rounds
         found = refill.collect_informative(sampler, params, seed, step, clock, **sizes)
       else:

@@ -22,6 +22,7 @@ ALONE = (
   *("overlong.", "dynamic.", "correction.", "llds.", "entropy.", "clip.", "weighting.top_entropy"),
   "weighting.shared_tokens",
   *("laps", "positive_nll_coef", "target_kl", "kl.place", "kl.refresh", "init_moments"),
+  *("env", "tools"),
 )
 
 

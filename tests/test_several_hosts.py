@@ -190,6 +190,49 @@ def test_a_run_of_which_one_was_killed_goes_on(tmp_path, killed):
   assert records(tmp_path / "cut") == records(tmp_path / "straight")
 
 
+# Random weights, whose turns end often and are calls: what they sampled says of what.
+AGENT = """
+import functools
+from experiments import agents, grpo, setup
+from rl_llm.runs import config
+from rl_llm.text.tokenizers import ByteTokenizer
+
+def decode_turn(tokenizer, ids):
+  number = sum(ids) % 16
+  return "Done." if number < 3 else f"call calculate: {number}*{len(ids)}"
+
+ByteTokenizer.eos_ids = tuple(range(0, 259, 3))
+agents.turn_text.decode_turn = decode_turn
+config.run(functools.partial(setup.main, grpo.train), grpo.Config, overrides=grpo.overrides)
+"""
+
+
+def test_episodes_of_two_processes_are_those_of_one(tmp_path):
+  """Each process has the environments of its own rows."""
+  sizes = ("prompts_per_step", "responses_per_prompt", "microbatch_prompts")
+  settings = {name: SAMPLING[name] for name in sizes} | {"samples_every": 100, "eval.problems": 12}
+  settings |= {"env": "calculator", "eval.samples": 3, "max_new_tokens": 6, "max_turns": 3}
+  settings |= {"episode_tokens": 48, "steps": 2, "sampling.parts": 2}
+
+  def started(workdir, devices, further=()):
+    _, _, *flags = command("grpo", tmp_path / workdir, settings, further)
+    return processes.start(["-c", AGENT, *flags], devices=devices)
+
+  port = processes.free_port()
+  found = [processes.ended(started("one", 8))]
+  both = [started("two", 4, processes.flags(me, port=port)) for me in (0, 1)]
+  found += [processes.ended(process) for process in both]
+  assert [process.code for process in found] == [0, 0, 0], found
+  gap = largest_gap(records(tmp_path / "two"), records(tmp_path / "one"))
+  print("largest relative gap:", gap)
+  assert gap[0] < 1e-5, gap
+  one, two_of_them = (records(tmp_path / name, "samples.jsonl") for name in ("one", "two"))
+  assert len(one) == len(two_of_them) and max(len(row["turns"]) for row in one) == 3
+  for ours, theirs in zip(two_of_them, one, strict=True):
+    for name in ("step", "problem", "turns", "reward", "status", "stop_reason"):
+      assert ours[name] == theirs[name], (name, ours, theirs)
+
+
 @pytest.mark.skipif(not FULL, reason="runs of every experiment: RL_LLM_FULL=1")
 @pytest.mark.parametrize("mesh", [{}, {"mesh.data": 1, "mesh.fsdp": 8}], ids=str)
 @pytest.mark.parametrize(

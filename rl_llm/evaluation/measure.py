@@ -27,6 +27,7 @@ from rl_llm.rewards import FAILED
 from rl_llm.rollout import Rollout, row_keys
 from rl_llm.rollout.collect import Sampler, checked, response_ids, response_texts, trim
 from rl_llm.rollout.drawing import Drawn, assert_same_data
+from rl_llm.rollout.episodes import episode_rows, play
 from rl_llm.rollout.grading import owners_of, sample_rows, score
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.checkpoint import fingerprint
@@ -146,6 +147,12 @@ def graded_responses(
     `len(problems) * G` rows, problem by problem.
   """
   missing = len(keys) // group_size - len(problems)
+  if sampler.episodic is not None:
+    filled = [*problems, *[problems[0]] * missing]
+    how = {"group": group_size, "columns": columns, "step": step}
+    played = play(sampler, params, filled, keys, sampling, **how)
+    lines = episode_rows(played, split="eval", max_reward=sampler.task.max_reward)
+    return lines[: len(problems) * group_size]
   batch = pad_prompts(
     [*prompts, *[prompts[0]] * missing], pad_id=sampler.tokenizer.pad_id, columns=columns
   )

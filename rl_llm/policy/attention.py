@@ -61,7 +61,7 @@ def attention_mask(
     key_segments: [B, S] int32, -1 = never seen.
     query_positions: [B, T] int32.
     key_positions: [B, S] int32.
-    first_column: the key column that holds the first query's own key.
+    first_column: the key column that holds the first query's own key; [B] where rows differ.
     window: how many positions back a query sees, its own included; None for all.
 
   Returns:
@@ -69,7 +69,7 @@ def attention_mask(
   """
   query, key = query_segments[:, :, None], key_segments[:, None, :]
   # Columns from the first query's key to each key. Those past the queries were written earlier too.
-  behind = (jnp.arange(key_segments.shape[1]) - first_column)[None, :]
+  behind = jnp.arange(key_segments.shape[1]) - jnp.reshape(first_column, (-1, 1, 1))
   length = query_segments.shape[1]
   causal = (behind <= jnp.arange(length)[:, None]) | (behind >= length)
   seen = (key != -1) & ((key == query) | (key == 0)) & causal

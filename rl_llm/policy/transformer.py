@@ -37,7 +37,7 @@ from rl_llm.policy.shared_prefix import Fork
 class Cache(NamedTuple):
   """What has been read, so that a decode step computes one token: S columns, `cursor` written.
 
-  Every leaf but `cursor` has the batch first, so rows can be repeated or gathered with
+  Every leaf but a scalar `cursor` has the batch first, so rows can be repeated or gathered with
   `jax.tree.map`. Keys and values are stored in the order in which a decode step multiplies them:
   with heads after columns, or keys with columns first, a CPU rearranges the whole cache per token.
   """
@@ -46,7 +46,7 @@ class Cache(NamedTuple):
   values: tuple[chex.Array, ...]  # one a layer, [B, K, S, H] in the compute dtype
   segment_ids: chex.Array  # [B, S] int32, -1 = padding or not yet written
   positions: chex.Array  # [B, S] int32
-  cursor: chex.Array  # int32 scalar, the column the next token goes to, the same for all rows
+  cursor: chex.Array  # int32, the column the next token goes to: of all rows, or [B] of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Policy:
   # hidden(params, tokens [B, T], positions [B, T], segment_ids=None [B, T], cache=None)
   #   -> (hidden [B, T, D] in the compute dtype, cache). Without segment_ids nothing is padding.
   #   With a cache the T tokens are written at columns cursor .. cursor + T, which the caller keeps
-  #   within the cache's length, and also see what it holds.
+  #   within the cache's length (each row's own cursor drops what is beyond), and see what it holds.
   hidden: Callable[..., tuple[chex.Array, Cache | None]]
   # shared_hidden(params, prompts, following) -> (hidden [P, L, D], hidden [B, T, D]), B = P * G
   #   Each of the two is (tokens, positions, segment_ids). Row b of `following` also sees row b // G
@@ -199,8 +199,8 @@ def hidden(
   key_segments, key_positions, cursor, cached = segment_ids, positions, 0, None
   if cache is not None:
     cursor, cached = cache.cursor, list(zip(cache.keys, cache.values, strict=True))
-    key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cursor))
-    key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cursor))
+    key_segments = _written(cache.segment_ids, segment_ids, cursor, axis=1)
+    key_positions = _written(cache.positions, positions, cursor, axis=1)
   geometry = make_geometry(
     setup.config, segment_ids, key_segments, positions, key_positions, cursor
   )
@@ -318,6 +318,18 @@ def _final_norm(setup: Setup, params: Params, x: chex.Array) -> chex.Array:
   return RMSNorm(setup.config).apply({"params": params["final_norm"]}, x)
 
 
+def _written(kept: chex.Array, new: chex.Array, cursor: chex.Array, *, axis: int) -> chex.Array:
+  """A cache's array with `new` in the columns from `cursor` on, along `axis`."""
+  if jnp.ndim(cursor) == 0:
+    return jax.lax.dynamic_update_slice_in_dim(kept, new, cursor, axis=axis)
+  columns = cursor[:, None] + jnp.arange(new.shape[axis])
+
+  def of_row(kept: chex.Array, new: chex.Array, columns: chex.Array) -> chex.Array:
+    return kept.at[(slice(None),) * (axis - 1) + (columns,)].set(new, mode="drop")
+
+  return jax.vmap(of_row)(kept, new, columns)
+
+
 def _layers(
   setup: Setup, params: Params, cached: list[tuple[chex.Array, chex.Array]] | None = None
 ) -> list[Layer]:
@@ -361,8 +373,8 @@ def _cached_layer(
     if cached is None:
       return attend_layer(query, key, value, visible), None
     keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-    keys = jax.lax.dynamic_update_slice(cached[0], keys, (0, 0, 0, cursor))
-    values = jax.lax.dynamic_update_slice(cached[1], values, (0, 0, cursor, 0))
+    keys = _written(cached[0], keys, cursor, axis=3)
+    values = _written(cached[1], values, cursor, axis=2)
     if keys.shape[-1] == query.shape[1]:  # Nothing was read before.
       return attend_layer(query, key, value, visible), (keys, values)
     out = rematerialized_attention(query, keys, values, visible.mask, config=setup.config)

@@ -33,6 +33,7 @@ from rl_llm.rollout.grading import (
 from rl_llm.rollout.judge import Judge
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.rollout.scoring import ResponseBatch
+from rl_llm.rollout.turns import Turns
 from rl_llm.runs.finite import check_finite
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem, Task
@@ -54,6 +55,7 @@ class Experience(NamedTuple):
   metrics: dict[str, Any]  # what the step's row says about it
   samples: list[dict[str, Any]]  # [P * G] its lines of samples.jsonl
   greedy: Scores | None = None  # [P, 1], of a greedy response to each problem; None: none
+  turns: Turns | None = None  # of episodes; None: each response is one turn
 
 
 class Sampler(NamedTuple):
@@ -68,6 +70,7 @@ class Sampler(NamedTuple):
   mesh: jax.sharding.Mesh | None = None  # the mesh of `generate`
   check: Callable[[], None] = lambda: None  # called between phases; raises to stop
   steps: int = 1  # of the run, passed to reward functions; 1 if nothing is trained
+  episodic: Any = None  # `rl_llm.rollout.episodes.Episodic`; None: a response is one turn
 
 
 def make_generate(
@@ -264,15 +267,16 @@ def response_batch(experience: Experience) -> ResponseBatch:
 
   A response without a reward counts as not sampled: none of its tokens is trained on.
   """
-  rollout = experience.rollout
+  rollout, turns = experience.rollout, experience.turns
   return ResponseBatch(
     prompts=experience.prompts.tokens,
     prompt_lengths=experience.prompts.lengths,
     tokens=rollout.tokens,
-    attended=rollout.mask,
+    attended=np.arange(rollout.tokens.shape[1]) < np.reshape(rollout.lengths, (-1, 1)),
     mask=rollout.mask & experience.scores.ok.reshape(-1, 1),
     sampler_logprobs=rollout.sampler_logprobs,
     truncated=rollout.stop_reason == STOP_LENGTH,
+    turns=None if turns is None else turns.ids,
   )
 
 

@@ -109,13 +109,13 @@ def prefill(
   last = jnp.repeat(hidden[:, -1], decoding.responses_per_prompt, axis=0)
   rows = len(last)
 
-  def draw(hidden: chex.Array, row: chex.Array) -> Sample:
-    return _draw(params, hidden, row, jnp.zeros_like(row), requests, decoding=decoding)
+  def first(hidden: chex.Array, row: chex.Array) -> Sample:
+    return draw(params, hidden, row, jnp.zeros_like(row), requests, decoding=decoding)
 
   if slots == rows:
-    return Prefilled(params, cache, draw(last, jnp.arange(rows)))
+    return Prefilled(params, cache, first(last, jnp.arange(rows)))
   parts = jnp.minimum(jnp.arange(-(-rows // slots) * slots), rows - 1).reshape(-1, slots)
-  drawn = jax.lax.map(lambda row: draw(last[row], row), parts)
+  drawn = jax.lax.map(lambda row: first(last[row], row), parts)
   return Prefilled(params, cache, jax.tree.map(lambda x: x.reshape(-1)[:rows], drawn))
 
 
@@ -139,8 +139,8 @@ def decode_step(
   hidden, cache = decoding.policy.hidden(
     params, state.last[:, None], position[:, None], jnp.zeros((decoding.slots, 1), jnp.int32), cache
   )
-  drawn = _draw(params, hidden[:, 0], state.row, state.length, requests, decoding=decoding)
-  ended = _ends(drawn.token, decoding)
+  drawn = draw(params, hidden[:, 0], state.row, state.length, requests, decoding=decoding)
+  ended = ends(drawn.token, decoding)
   # Writes to rows beyond the last are dropped.
   row = jnp.where(state.alive, state.row, rows)
   at = row, state.length
@@ -201,7 +201,7 @@ def admit(state: DecodeState, prefilled: Prefilled, *, decoding: Decoding) -> De
   )
 
 
-def _draw(
+def draw(
   params: Any,
   hidden: chex.Array,
   row: chex.Array,
@@ -209,19 +209,32 @@ def _draw(
   requests: Requests,
   *,
   decoding: Decoding,
+  written: chex.Array | None = None,
 ) -> Sample:
-  """Token number `length` of these rows, from the hidden states [S, D] that predict it."""
+  """Draws token number `length` of these rows.
+
+  Args:
+    params: the policy's weights.
+    hidden: [S, D], the states that predict the tokens.
+    row: [S] int32, which of the requests each belongs to.
+    length: [S] int32, tokens of the row so far: its key is folded with this number.
+    requests: of all B rows.
+    decoding: the loop's settings.
+    written: [S] int32, tokens of the turn so far, for a minimum length; None: `length`.
+  """
   logits = decoding.policy.logits(params, hidden)
   sampling, suppress = requests.sampling, None
   if decoding.eos_ids and sampling.min_new_tokens:
     is_eos = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(decoding.eos_ids))
-    suppress = is_eos & (length < sampling.min_new_tokens)[:, None]
+    written = length if written is None else written
+    suppress = is_eos & (written < sampling.min_new_tokens)[:, None]
   sampling = dataclasses.replace(sampling, temperature=sampling.temperature[row])
   keys = jax.vmap(jax.random.fold_in)(requests.keys[row], length)
   return sample(keys, logits, sampling, suppress=suppress)
 
 
-def _ends(tokens: chex.Array, decoding: Decoding) -> chex.Array:
+def ends(tokens: chex.Array, decoding: Decoding) -> chex.Array:
+  """Which of these tokens end a response, or a turn of it."""
   return jnp.isin(tokens, jnp.array(decoding.eos_ids, jnp.int32))
 
 
@@ -245,7 +258,7 @@ def first_state(prefilled: Prefilled, *, pad_id: int, decoding: Decoding) -> Dec
     mask=first_column(jnp.ones((rows,), bool), False),
     logprobs=first_column(prefilled.first.logprob, 0),
     entropies=first_column(prefilled.first.entropy, 0),
-    ended=_ends(prefilled.first.token, decoding),
+    ended=ends(prefilled.first.token, decoding),
   )
 
 
@@ -256,14 +269,14 @@ def admit_all(state: DecodeState, prefilled: Prefilled, *, decoding: Decoding) -
   copies = jax.tree.map(lambda x: share(x) if x.ndim else x, prefilled.cache)
   return state._replace(
     waiting=jnp.int32(rows),
-    cache=_pad_to(state.cache, copies),
+    cache=pad_to(state.cache, copies),
     row=jnp.arange(rows),
     last=prefilled.first.token,
     alive=~state.ended & (max_new_tokens > 1),
   )
 
 
-def _pad_to(room: Any, cache: Any) -> Any:
+def pad_to(room: Any, cache: Any) -> Any:
   """The cache, extended by the columns that `room` has beyond it, not yet written."""
 
   def put(empty: chex.Array, x: chex.Array) -> chex.Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ def grade(
   owners: np.ndarray | None = None,
   step: int = 0,
   steps: int = 1,
+  environments: Mapping[int, Mapping[str, Any]] = types.MappingProxyType({}),
 ) -> list[RewardResult]:
   """Grades P * G responses; row p * G + g answers problem p.
 
@@ -54,14 +56,17 @@ def grade(
     owners: [P * G] which process grades each response, from `owners_of`; the same for all of a
       group. Every process gets all results. None: this process grades all.
     step, steps: of the run, and how many it has; passed to reward functions.
+    environments: by row of this process the attributes of its environment, which reward functions
+      get as the column `environments`.
   """
+  columns = {row: {"environments": state} for row, state in environments.items()}
   repeated = [problem for problem in problems for _ in range(group_size)]
   shared = hosts.count() > 1 and owners is not None
   own = np.flatnonzero(owners == hosts.index()) if shared else range(len(texts))
   results = pool.score(
     [repeated[row].prompt for row in own],
     [texts[row] for row in own],
-    [repeated[row].columns for row in own],
+    [repeated[row].columns | columns.get(row, {}) for row in own],
     [ids[row] for row in own],
     group_size=group_size,
     step=step,

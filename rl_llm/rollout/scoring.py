@@ -48,6 +48,7 @@ class ResponseBatch(NamedTuple):
   teacher_hidden: chex.Array | None = None  # [B, T, E], a teacher's states that predict the tokens
   old_values: chex.Array | None = None  # [B, T], of a value network before this batch's updates
   returns: chex.Array | None = None  # [B, T], what the values should have been
+  turns: chex.Array | None = None  # [B, T] int32, an agent's turn that each of its tokens is in
 
 
 def take_prompts(batch: Any, chosen: chex.Array) -> Any:

@@ -96,6 +96,34 @@ KEYS: dict[str, tuple[Key, ...]] = {
       "compared with.",
     ),
   ),
+  "Episodes (--env)": (
+    Key("episode/turns", "turns", "Turns of the model, mean over episodes."),
+    Key(
+      "episode/tool_calls",
+      "calls",
+      "Calls of tools in an episode, malformed ones included, mean over episodes.",
+    ),
+    Key(
+      "episode/malformed",
+      "calls",
+      "Calls in an episode that could not be made: no such tool, or not in the form of a call.",
+    ),
+    Key(
+      "episode/tool_errors",
+      "calls",
+      "Calls in an episode whose tool raised, exceeded its deadline or died.",
+    ),
+    Key(
+      "episode/environment_tokens",
+      "tokens",
+      "What the environment said in an episode: read by the model, and never trained on.",
+    ),
+    Key(
+      "speed/environment_seconds",
+      "seconds",
+      "What the tools of all episodes took, summed; many run at once.",
+    ),
+  ),
   "Grades": (
     Key("rewards_ok", "responses", "Graded."),
     Key("overlong_penalty", "reward", "What --overlong.cache adds to a reward, mean."),

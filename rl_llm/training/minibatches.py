@@ -105,6 +105,21 @@ def group_inputs(
   return jax.device_put((scores.rewards, ok, lengths, greedy.rewards[:, 0], None))
 
 
+def rewards_by_credit(
+  experience: Experience, batch: ResponseBatch, *, credit: str
+) -> tuple[np.ndarray, jax.Array | None]:
+  """The rewards of whole episodes [B] and None; or of their turns [B, N], and the batch's turns.
+
+  Args:
+    experience: of the step.
+    batch: its responses, on the devices.
+    credit: "trajectory" or "turn".
+  """
+  if credit == "turn":
+    return experience.turns.rewards, batch.turns
+  return experience.scores.rewards.reshape(-1), None
+
+
 def weighed(batch: ResponseBatch, weights: dict[str, Any]) -> ResponseBatch:
   """An update's rows with the weights of their tokens, without what only these were made from."""
   spent = {"truncated": None, "entropies": None}
@@ -367,7 +382,7 @@ def step_work(
     adapters: whether only adapters are trained, not all weights.
     towers: as for `rl_llm.runs.flops.response_work`.
   """
-  return response_work(
+  work = response_work(
     shape,
     experience.prompts.lengths,
     experience.rollout.lengths,
@@ -376,6 +391,8 @@ def step_work(
     passes=update_passes(adapters=adapters),
     towers=towers,
   )
+  # What an environment said has been read, but nobody generated it.
+  return work._replace(generated_tokens=int(np.sum(experience.rollout.mask)))
 
 
 def without_spread(informative: np.ndarray, ok: np.ndarray) -> float | None:

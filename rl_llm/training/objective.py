@@ -56,7 +56,8 @@ def further_terms(
   total, found = 0.0, logprob_gap(logprobs, batch)
   if terms.llds is not None:
     arrays = logprobs, old_logprobs, batch.advantages, batch.llds_weights
-    lost, of_llds = losses.llds_loss(*arrays, mask=batch.mask, **terms.llds)
+    actions = {"mask": batch.mask, "action_ids": batch.turns}
+    lost, of_llds = losses.llds_loss(*arrays, **actions, **terms.llds)
     total = total + hparams["llds_coef"] * lost
     found |= of_llds
   if terms.positive_nll:

@@ -8,10 +8,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rl_llm import advantages
 from rl_llm.masked import masked_mean, masked_var
 from rl_llm.policy import Policy
 from rl_llm.policy.scalar_head import apply_head
 from rl_llm.rollout import ResponseBatch, response_hidden
+from rl_llm.training.credit import of_tokens
 
 
 def response_values(params: Any, batch: ResponseBatch, *, policy: Policy) -> chex.Array:
@@ -103,3 +105,55 @@ def value_statistics(
     "values_mean": masked_mean(values, mask),
     "returns_mean": masked_mean(returns, mask),
   }
+
+
+def turn_gae(
+  rewards: jax.Array,
+  values: jax.Array,
+  turns: jax.Array,
+  mask: jax.Array,
+  kl: jax.Array | None = None,
+  kl_coef: jax.Array | float = 0.0,
+  *,
+  discount: jax.Array | float = 1.0,
+  gae_lambda: jax.Array | float = 0.95,
+) -> tuple[jax.Array, jax.Array]:
+  """Generalised advantage estimation over turns: an action is a turn, not a token.
+
+      delta_k = r_k + discount * V_{k+1} - V_k        V_k: the value at turn k's first token
+      A_k     = delta_k + discount * gae_lambda * A_{k+1}
+
+  Over tokens, gae_lambda^n fades a reward away over the n tokens of a long turn, and most of them
+  are no decision. All tokens of a turn have its advantage. Two turns of two tokens with values 0.4
+  and 0.6 at their beginnings, and a reward of 1 for the second:
+
+  >>> turns, mask = jnp.array([[0, 0, 1, 1]]), jnp.ones((1, 4), bool)
+  >>> values = jnp.array([[0.4, 9.0, 0.6, 9.0]])
+  >>> found, returns = turn_gae(jnp.array([[0.0, 1.0]]), values, turns, mask, gae_lambda=0.5)
+  >>> found.round(3).tolist(), returns.round(3).tolist()
+  ([[0.4, 0.4, 0.4, 0.4]], [[0.8, 0.8, 1.0, 1.0]])
+
+  Args:
+    rewards: [B, N] float, of each turn.
+    values: [B, T] float, the value network's, before each token.
+    turns: [B, T] int32, the turn that a token is in.
+    mask: [B, T] bool, the tokens that the policy wrote.
+    kl: None, or [B, T] float, in nats; a turn pays for all of its tokens.
+    kl_coef: the price of a nat.
+    discount, gae_lambda: per turn.
+
+  Returns:
+    Advantages and returns [B, T], 0 outside the mask.
+  """
+  count = rewards.shape[1]
+  before = jnp.pad(turns, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]
+  of_turn = mask[:, :, None] & (turns[:, :, None] == jnp.arange(count))
+  begins = of_turn & (turns != before)[:, :, None]
+  first = jnp.sum(jnp.where(begins, values[:, :, None], 0), axis=1)
+  if kl is not None:
+    rewards = rewards - kl_coef * jnp.sum(jnp.where(of_turn, kl[:, :, None], 0), axis=1)
+  found = advantages.gae(
+    rewards, first, jnp.any(of_turn, axis=1), discount=discount, gae_lambda=gae_lambda
+  )
+  by_token = (of_tokens(by_turn, turns, mask) for by_turn in found)
+  return next(by_token), next(by_token)

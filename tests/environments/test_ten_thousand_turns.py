@@ -17,12 +17,11 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from rl_llm.rollout.episodes import Episodic, play
-from rl_llm.rollout.turns import NO_TURN, Running, TurnState
-
 from rl_llm.rollout.collect import Sampler
 from rl_llm.rollout.drawing import encode_problems
+from rl_llm.rollout.episodes import Episodic, play
 from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.rollout.turns import NO_TURN, Running, TurnState
 from rl_llm.tasks import Problem, Task
 from rl_llm.tasks.environments import Episodes, load, turn_text
 from rl_llm.tasks.environments.demonstrations import write_call

@@ -220,6 +220,31 @@ def test_incremental_equals_teacher_forced(model):
   )
 
 
+def test_rows_read_on_from_columns_of_their_own(model):
+  """Row 0 has read 10 tokens and row 1 has read 7; both read on, and the last does not fit."""
+  policy, params, hidden = model
+  tokens, begun = jnp.asarray(family_tokens()), np.array([10, 7])
+  full, _ = hidden(params, tokens, columns(tokens), jnp.zeros_like(tokens))
+  read = columns(tokens)[:, :10] < begun[:, None]
+  _, cache = hidden(
+    params,
+    tokens[:, :10],
+    columns(tokens)[:, :10],
+    jnp.where(read, 0, -1),
+    policy.init_cache(2, 15),
+  )
+  following = begun[:, None] + np.arange(6)
+  cache = cache._replace(cursor=jnp.asarray(begun))
+  more = jnp.take_along_axis(tokens, following, axis=1)
+  out, cache = hidden(params, more, following, jnp.zeros_like(more), cache)
+  for row in range(2):
+    kept = following[row, : 15 - begun[row]]  # What is dropped cannot be seen.
+    np.testing.assert_allclose(out[row, : len(kept)], full[row, kept], atol=1e-4, rtol=0)
+  assert cache.cursor.tolist() == [16, 13]
+  assert cache.segment_ids.tolist() == [[0] * 15, [0] * 13 + [-1] * 2]
+  assert cache.positions[1, :13].tolist() == list(range(13))
+
+
 @pytest.mark.parametrize("left, right", [(5, 0), (0, 5), (2, 3)])
 def test_padding_changes_nothing(model, left, right):
   _, params, hidden = model

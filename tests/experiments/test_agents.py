@@ -1,0 +1,171 @@
+"""Runs whose responses are episodes: what they record, and that a kill in one changes nothing."""
+
+from __future__ import annotations
+
+import signal
+
+import numpy as np
+import pytest
+
+from experiments import agents, evaluate, grpo, ppo, reinforce
+from rl_llm.errors import ConfigError
+from rl_llm.runs.checkpoint import Checkpointer
+from rl_llm.runs.config import check, replace
+from rl_llm.runs.metrics import read
+from rl_llm.runs.signals import Interrupted, StopSignals
+from rl_llm.training import loop
+from tests.experiments import helpers
+from tests.experiments.helpers import equal, outcome
+
+COUNTER = '''
+class Counter:
+  """Adds up what it is told."""
+
+  def reset(self, **columns) -> str | None:
+    self.total, self.last = 0, 0
+    return None
+
+  def add(self, number: int) -> str:
+    """Adds a number.
+
+    Args:
+      number: What to add.
+    """
+    if number % 5 == 4:
+      raise ValueError("not this one")
+    self.total, self.last = self.total + number, number
+    return str(self.total)
+
+  def get_turn_reward(self) -> float:
+    return self.last / 8
+
+  def get_reward(self) -> float:
+    return float(self.total % 3)
+'''
+
+
+@pytest.fixture
+def counting(tmp_path, small, files, monkeypatch):
+  """Settings of episodes whose calls are made from the ids of random turns."""
+
+  def decode_turn(tokenizer, ids):
+    number = sum(ids) % 16
+    return {0: "call subtract: 1", 1: "Done."}.get(number, f"call add: {number}")
+
+  monkeypatch.setattr(agents.turn_text, "decode_turn", decode_turn)
+  path = tmp_path / "counter.py"
+  path.write_text(COUNTER)
+  episodes = {"env": f"{path}:Counter", "max_turns": 3, "episode_tokens": 40}
+  return helpers.settings(files) | episodes
+
+
+def test_a_run_learns_from_episodes(counting, tmp_path):
+  settings = counting | {"epochs": 2, "llds.coef": 0.1, "sampling.parts": 2, "eval.every": 2}
+  found = helpers.run(grpo, tmp_path / "run", settings)
+  first = found.metrics[0]
+  assert first["logprob_gap_mean"] < 1e-5 and first["grad_norm"] > 0
+  assert 1 < first["episode/turns"] < 3 and first["episode/environment_tokens"] > 1
+  assert first["episode/malformed"] > 0 and first["episode/tool_errors"] > 0
+  assert 0 < first["truncated_fraction"] < 1
+  train = [row for row in found.samples if row["split"] == "train" and row["step"] == 0]
+  assert {len(row["turns"]) for row in train} == {1, 2, 3}
+  for row in train:
+    paid = sum(turn.get("reward") or 0 for turn in row["turns"])
+    assert (row["reward"] - paid) % 1 < 1e-6  # get_reward's whole number, and what turns earned
+  assert {row["split"] for row in found.samples} == {"train", "eval"}
+  assert found.metrics[-1]["eval/failed_grades"] == 0
+
+
+def test_credit_by_turn_is_another_update(counting, tmp_path):
+  by = {
+    credit: helpers.run(grpo, tmp_path / credit, counting | {"credit": credit, "steps": 1})
+    for credit in ("trajectory", "turn")
+  }
+  assert by["turn"].samples != by["trajectory"].samples  # Their advantages.
+  rewards = [[row["reward"] for row in found.samples] for found in by.values()]
+  assert rewards[0] == rewards[1]
+  assert not equal(by["turn"].params, by["trajectory"].params)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"max_turns": 3}, "max_turns=3: .*left out without --env"),
+    ({"credit": "turn"}, "credit=turn: .*left out without --env"),
+    ({"env": "guess", "episode_tokens": 4}, "episode_tokens=4: .*at least max_new_tokens"),
+    ({"env": "guess", "sampling.slots": 4}, "sampling.slots=4: .*left out with --env"),
+    ({"env": "guess", "dynamic.groups": "informative"}, "dynamic.groups=informative: .*left out"),
+    ({"env": "guess", "overlong.cache": 0.5}, "overlong.cache=0.5: .*left out with --env"),
+    ({"env": "guess", "reward": "model:x"}, "reward=model:x: .*left out with --env"),
+    ({"env": "guess", "advantage.name": "remax"}, "advantage=remax: .*another with --env"),
+    ({"task": "env"}, "task=env: .*another without --env"),
+    (
+      {"env": "guess", "credit": "turn", "kl.coef": 0.1, "kl.place": "reward"},
+      "credit=turn: .*trajectory with --kl.place=reward",
+    ),
+  ],
+)
+def test_what_episodes_do_not_have_is_refused(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    check(replace(grpo.Config(), changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", [reinforce, ppo])
+def test_the_other_scripts_learn_from_episodes(experiment, counting, tmp_path):
+  settings = counting | ({"kl.coef": 0.1, "credit": "turn"} if experiment is ppo else {})
+  found = helpers.run(experiment, tmp_path / "run", settings)
+  assert found.metrics[0]["logprob_gap_mean"] < 1e-5 and found.metrics[0]["episode/turns"] > 1
+  assert np.isfinite([row["loss"] for row in found.metrics[:-1]]).all()
+
+
+@pytest.mark.slow
+def test_an_evaluation_plays_episodes(counting, tmp_path):
+  names = ("model", "task", "jsonl.reward_file", "jsonl.reward_function", "prompt_format")
+  names += ("jsonl.held_out_fraction", "max_new_tokens", "env", "max_turns", "episode_tokens")
+  changes = {name: counting[name] for name in names} | {"samples": 2, "k": (1, 2), "problems": 5}
+  result = evaluate.measure(replace(evaluate.Config(), changes), str(tmp_path / "run"))
+  assert result["failed_grades"] == 0 and result["responses"] == 15
+  assert {len(row["turns"]) for row in read(tmp_path / "run" / "samples.jsonl")} == {1, 2, 3}
+
+
+class Killed(BaseException):
+  """As if the process had ended here: nothing is saved, only what was open is closed."""
+
+
+class Stopping(StopSignals):
+  """Stops at the check number `extra` after the record has `rows` lines."""
+
+  def check(self):
+    if self.record.exists() and len(read(self.record)) >= Stopping.rows:
+      Stopping.extra -= 1
+      if Stopping.extra < 0:
+        raise self.error
+
+
+@pytest.mark.slow
+def test_a_run_killed_within_episodes_ends_as_one_that_was_not(counting, tmp_path, monkeypatch):
+  changes = {"steps": 6, "epochs": 2, "kl.coef": 0.1, "checkpoint.every": 2, "eval.every": 3}
+  settings = counting | changes | {"sampling.parts": 2}
+  straight = helpers.run(grpo, tmp_path / "straight", settings)
+  config, cut = replace(grpo.Config(), settings), tmp_path / "cut"
+  # Between two turns of an episode but for the first, which is between two steps.
+  points = (
+    (Interrupted(signal.SIGTERM), 1, 0),
+    (Killed(), 2, 3),
+    (Interrupted(signal.SIGTERM), 3, 2),
+    (Killed(), 4, 5),
+    (Killed(), 5, 4),
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "StopSignals", Stopping)
+    Stopping.record = cut / "metrics.jsonl"
+    for Stopping.error, Stopping.rows, Stopping.extra in points:
+      with pytest.raises(type(Stopping.error)):
+        grpo.train(config, str(cut))
+      assert Checkpointer(cut / "checkpoints").latest() is not None
+  grpo.train(config, str(cut))
+  again = outcome(cut)
+  assert [row["step"] for row in straight.metrics] == list(range(7))
+  assert again.metrics == straight.metrics and again.samples == straight.samples
+  assert straight.state.keys() == again.state.keys() and equal(straight.state, again.state)
