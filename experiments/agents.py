@@ -83,6 +83,9 @@ class Agents(Environments):
       raise ConfigError(
         "credit", "turn", "trajectory with --kl.place=reward", "try --kl.place=loss"
       )
+    if self.credit == "turn" and getattr(config.advantage, "alpha", None) is not None:
+      allowed = "trajectory with --advantage.alpha"
+      raise ConfigError("credit", "turn", allowed, "its lambda is by tokens")
     if self.given and getattr(config.advantage, "name", "") == "remax":
       allowed = "another with --env: its greedy responses are single turns"
       raise ConfigError("advantage", "remax", allowed, "try --advantage=group_relative")

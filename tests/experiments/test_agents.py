@@ -63,7 +63,7 @@ def test_a_run_learns_from_episodes(counting, tmp_path):
   settings = counting | {"epochs": 2, "llds.coef": 0.1, "sampling.parts": 2, "eval.every": 2}
   found = helpers.run(grpo, tmp_path / "run", settings)
   first = found.metrics[0]
-  assert first["logprob_gap_mean"] < 1e-5 and first["grad_norm"] > 0
+  assert first["grad_norm"] > 0
   assert 1 < first["episode/turns"] < 3 and first["episode/environment_tokens"] > 1
   assert first["episode/malformed"] > 0 and first["episode/tool_errors"] > 0
   assert 0 < first["truncated_fraction"] < 1
@@ -82,6 +82,8 @@ def test_credit_by_turn_is_another_update(counting, tmp_path):
     for credit in ("trajectory", "turn")
   }
   assert by["turn"].samples != by["trajectory"].samples  # Their advantages.
+  for found in by.values():  # One update a step: trainer and sampler have the same weights.
+    assert found.metrics[0]["logprob_gap_mean"] < 1e-5
   rewards = [[row["reward"] for row in found.samples] for found in by.values()]
   assert rewards[0] == rewards[1]
   assert not equal(by["turn"].params, by["trajectory"].params)
