@@ -14,7 +14,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.policy import Policy
 from rl_llm.rollout import episodes, turns
 from rl_llm.runs.config import option
-from rl_llm.tasks import environments
+from rl_llm.tasks import Problem, environments
 from rl_llm.tasks.environments import turn_text
 from rl_llm.text.tokenizers import Tokenizer
 
@@ -79,11 +79,11 @@ class Agents(Environments):
   def check(self, config: Any) -> None:
     """Refuses credit by turn with what has one number a response."""
     super().check(config)
-    if self.credit == "turn" and config.kl.coef and config.kl.place == "reward":
-      raise ConfigError(
-        "credit", "turn", "trajectory with --kl.place=reward", "try --kl.place=loss"
-      )
-    if self.credit == "turn" and getattr(config.advantage, "alpha", None) is not None:
+    of_groups = hasattr(config.advantage, "functions")
+    if self.credit == "turn" and of_groups and config.kl.coef and config.kl.place == "reward":
+      allowed = "trajectory with --kl.place=reward"
+      raise ConfigError("credit", "turn", allowed, "try --kl.place=loss")
+    if self.credit == "turn" and not of_groups and config.advantage.alpha is not None:
       allowed = "trajectory with --advantage.alpha"
       raise ConfigError("credit", "turn", allowed, "its lambda is by tokens")
     if self.given and getattr(config.advantage, "name", "") == "remax":
@@ -128,7 +128,7 @@ def opened(
     return
   turn_text.check_prefix(tokenizer, layout=prompt_format)
   environment = load(options)
-  protocol = turn_text.choose_protocol(environment.protocol, tokenizer)
+  protocol = turn_text.choose_protocol(environment.protocol, tokenizer, layout=prompt_format)
   environment = environment._replace(protocol=protocol)
   begin = turns.make_begin(
     policy,
@@ -140,8 +140,10 @@ def opened(
     gather=gather,
   )
 
-  def opening(prompt: Any, said: str) -> tuple[Any, dict[str, Any]]:
-    return turn_text.opening(prompt, said, environment.tools, tokenizer, protocol=protocol)
+  def opening(problem: Problem, said: str) -> tuple[Any, dict[str, Any]]:
+    tools = environment.kind_of(problem.columns).tools
+    how = {"protocol": protocol, "layout": prompt_format}
+    return turn_text.opening(problem.prompt, said, tools, tokenizer, **how)
 
   def observation_ids(observation: environments.Observation) -> list[int]:
     return turn_text.observation_ids(tokenizer, observation.answers, layout=prompt_format)

@@ -98,8 +98,8 @@ def sampler_for(policy, environments, *, max_turns=4, turn_tokens=6, episode_tok
   def sample(seed, step, count):
     return [Problem("x" * (1 + i), {"answer": str(i)}, str(i)) for i in range(count)]
 
-  def opening(prompt, said):
-    return prompt + said, {}
+  def opening(problem, said):
+    return problem.prompt + said, {}
 
   def observation_ids(observation):
     return list("".join(observation.answers).encode())

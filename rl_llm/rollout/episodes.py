@@ -44,8 +44,8 @@ class Episodic(NamedTuple):
   begin: turns.Begin  # from `rl_llm.rollout.turns.make_begin`
   # the processes of all episodes at once, `rl_llm.tasks.environments.Episodes`
   environments: Any
-  # (prompt, what the environment said first) -> the prompt with it, names for its template
-  opening: Callable[[Any, str], tuple[Any, dict[str, Any]]]
+  # (problem, what its environment said first) -> the prompt with it, names for its template
+  opening: Callable[[Problem, str], tuple[Any, dict[str, Any]]]
   # (a turn's ids) -> its text, as calls are found in it
   decode: Callable[[Sequence[int]], str]
   # (observation) -> the ids of what the environment says, and nothing else
@@ -240,7 +240,7 @@ def _as_begun(
         "compared, so reset must return the same text for the same columns"
       )
   opened = [
-    (problem, *sampler.episodic.opening(problem.prompt, first[number * group].text))
+    (problem, *sampler.episodic.opening(problem, first[number * group].text))
     for number, problem in enumerate(problems)
   ]
   drawn = sampler.encode(

@@ -190,9 +190,9 @@ def sampler_for(tokenizer, layout, episodes, writer):
     encode_problems, tokenizer=tokenizer, prompt_format=layout, max_prompt_tokens=1000
   )
 
-  def opening(prompt, said):
+  def opening(problem, said):
     return turn_text.opening(
-      prompt, said, environment.tools, tokenizer, protocol=environment.protocol
+      problem.prompt, said, environment.tools, tokenizer, protocol=environment.protocol
     )
 
   def observation_ids(observation):

@@ -13,9 +13,11 @@ from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.config import check, replace
 from rl_llm.runs.metrics import read
 from rl_llm.runs.signals import Interrupted, StopSignals
+from rl_llm.tasks import Problem
 from rl_llm.training import loop
 from tests.experiments import helpers
 from tests.experiments.helpers import equal, outcome
+from tests.test_tokenizer_families import loaded
 
 COUNTER = '''
 class Counter:
@@ -171,3 +173,15 @@ def test_a_run_killed_within_episodes_ends_as_one_that_was_not(counting, tmp_pat
   assert [row["step"] for row in straight.metrics] == list(range(7))
   assert again.metrics == straight.metrics and again.samples == straight.samples
   assert straight.state.keys() == again.state.keys() and equal(straight.state, again.state)
+
+
+@pytest.mark.parametrize("prompt_format", ["chat", "plain"])
+def test_a_prompt_shows_the_tools_of_its_own_environment(prompt_format):
+  options = agents.Environments(env="guess,wordle")
+  how = {"turn_tokens": 8, "prompt_format": prompt_format, "weak": False, "say": print}
+  with agents.opened(options, None, loaded("zephyr"), **how, mesh=None, gather="step") as episodic:
+    for name, kind in (("guess", "integer"), ("wordle", "string")):
+      problem = Problem([{"role": "user", "content": "Find it."}], {"environment": name}, name)
+      [message], names = episodic.opening(problem, "Go.")
+      assert message["content"].endswith("Find it.\nGo.") and names == {}
+      assert (f"({kind}" in message["content"].replace(": ", "(")) == (prompt_format == "chat")

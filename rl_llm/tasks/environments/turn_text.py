@@ -23,7 +23,7 @@ _SAID = {"role": "assistant", "content": _WORDS}
 _ROLES = ("tool", "ipython", "user")  # The first that the template writes is the environment's.
 
 
-def choose_protocol(protocol: str, tokenizer: Tokenizer) -> str:
+def choose_protocol(protocol: str, tokenizer: Tokenizer, *, layout: str = "auto") -> str:
   """How a model writes its calls; "auto": as its chat template does, else as plain text.
 
   >>> from rl_llm.text.tokenizers import ByteTokenizer
@@ -33,8 +33,9 @@ def choose_protocol(protocol: str, tokenizer: Tokenizer) -> str:
   Args:
     protocol: of `calls.PROTOCOLS`, or "auto".
     tokenizer: the model's.
+    layout: "plain" uses no template.
   """
-  template = tokenizer.chat_template or ""
+  template = _template(tokenizer, layout) or ""
   if protocol != "auto":
     return protocol
   if "<tool_call>" in template:
@@ -83,6 +84,7 @@ def opening(
   tokenizer: Tokenizer,
   *,
   protocol: str,
+  layout: str = "auto",
 ) -> tuple[str | list[dict[str, Any]], dict[str, Any]]:
   """A prompt with what the environment says first, and with its tools.
 
@@ -97,12 +99,13 @@ def opening(
       described in the last user's message. A model without a template is shown none.
     tokenizer: the model's.
     protocol: of `calls.PROTOCOLS`.
+    layout: "plain" uses no template.
 
   Returns:
     The prompt, and the names for the chat template, both for
     `rl_llm.text.conversations.format_prompts`.
   """
-  template = tokenizer.chat_template
+  template = _template(tokenizer, layout)
   shown = bool(template) and "tools" in template
   describes = describe_tools(tools, protocol) if template and tools and not shown else ""
   names = {"tools": list(tools)} if shown and tools else {}
@@ -116,6 +119,11 @@ def opening(
   parts = (describes, messages[last]["content"], said)
   messages[last]["content"] = "\n".join(part for part in parts if part)
   return messages, names
+
+
+def _template(tokenizer: Tokenizer, layout: str) -> str | None:
+  """The chat template, if it is used."""
+  return None if layout == "plain" else tokenizer.chat_template
 
 
 def decode_turn(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -158,7 +166,7 @@ def observation_ids(
   Raises:
     ChatTemplateError: the template fails.
   """
-  if layout == "plain" or tokenizer.chat_template is None:
+  if _template(tokenizer, layout) is None:
     lines = "".join(f"answer: {answer}\n" for answer in answers)
     return tokenizer.encode_with_places(f"\n{lines}", follows=True)[0]
   frame = _frame(tokenizer)
@@ -193,7 +201,7 @@ def check_prefix(tokenizer: Tokenizer, *, layout: str = "auto") -> None:
   Raises:
     EnvironmentError: the template is not like that; the message says where it first differs.
   """
-  if layout == "plain" or tokenizer.chat_template is None:
+  if _template(tokenizer, layout) is None:
     return
   try:
     check_turn_end(tokenizer)
