@@ -105,7 +105,7 @@ def test_an_episode_of_one_turn_is_a_response(tiny, temperature):
     eos_ids=EOS,
     pad_id=PAD,
   )
-  assert len(set(found.lengths.tolist())) >= 3
+  assert not temperature or len(set(found.lengths.tolist())) >= 3
   np.testing.assert_array_equal(state.tokens, found.tokens)
   np.testing.assert_array_equal(state.mask, found.mask)
   np.testing.assert_array_equal(state.length, found.lengths)
