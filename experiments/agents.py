@@ -88,7 +88,7 @@ class Agents(Environments):
       raise ConfigError("credit", "turn", allowed, "its lambda is by tokens")
     if self.given and getattr(config.advantage, "name", "") == "remax":
       allowed = "another with --env: its greedy responses are single turns"
-      raise ConfigError("advantage", "remax", allowed, "try --advantage=group_relative")
+      raise ConfigError("advantage", "remax", allowed)
 
 
 def overrides(config: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def overrides(config: Any) -> dict[str, Any]:
 
 def data_name(config: Any) -> str:
   """What a run is named after: its task, or the environment that brings its problems."""
-  own = config.task.task == OWN_TASK
+  own = config.task.task == OWN_TASK and hasattr(config, "agents")
   return config.agents.env or "tools" if own else config.task.task
 
 

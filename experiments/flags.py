@@ -368,9 +368,10 @@ class Task:
 
   def check(self, config: Any) -> None:
     """Refuses a task that there is not."""
-    if self.task == agents.OWN_TASK and not getattr(config, "agents", Environments()).given:
-      raise ConfigError("task", self.task, "another without --env", "whose problems it names")
-    if self.task != agents.OWN_TASK and (self.task != "none" or not hasattr(config, "data")):
+    given = getattr(config, "agents", Environments()).given
+    if not (given and self.task == agents.OWN_TASK) and (
+      self.task != "none" or not hasattr(config, "data")
+    ):
       task_family(self.task)
 
 

@@ -319,7 +319,7 @@ def load_task(config: Any) -> tasks.Task | None:
   """The task with its own options, and held-out problems if the run evaluates; None for "none"."""
   if (group := config.task).task == "none":
     return None
-  if group.task == agents.OWN_TASK:
+  if group.task == agents.OWN_TASK and hasattr(config, "agents"):
     task = default_task(agents.load(config.agents))
   else:
     family = tasks.task_family(group.task)

@@ -41,8 +41,17 @@ FOREIGN = {
   "requeue",
   "name",  # as in "write every setting as --name=value"
 }
+PLAY_NONE = "distill dpo kto make_preferences online_dpo sft".split()
+OF_EPISODES = (
+  "experiments.agents",
+  *(f"rl_llm.tasks.environments.{name}" for name in ("environment", "problems", "episodes")),
+)
 # Texts that a command leads to and never shows, by (command, where): why.
 NEVER_SHOWN = {
+  **{(f"experiments.{c}", where): "it has no --env" for c in PLAY_NONE for where in OF_EPISODES},
+  ("experiments.evaluate", "experiments.agents.Agents"): "it has `Environments`",
+  ("experiments.reinforce", "experiments.agents.Agents"): "as above",
+  ("experiments.ppo", "experiments.agents.Agents"): "what compares groups is GRPO's",
   ("experiments.compare", "rl_llm.parallel.hosts"): "it starts other commands and joins no process",
   ("experiments.compare", "rl_llm.parallel.stderr_filter"): "as above",
   ("experiments.chat", "rl_llm.parallel.hosts"): "it joins no process",

@@ -197,7 +197,7 @@ def test_more_episodes_than_open_files_are_refused():
     own = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
       resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 6, own[1]))
-      with pytest.raises(EnvironmentError, match="ulimit -n 8192, or .*--prompts_per_step"):
+      with pytest.raises(EnvironmentError, match="ulimit -n 8192, or sample fewer"):
         episodes.start([{"secret": 1}] * 20)
     finally:
       resource.setrlimit(resource.RLIMIT_NOFILE, own)

@@ -162,7 +162,7 @@ def load(env: str, tools: str = "", *, protocol: str = "auto") -> Environment:
       docstring, or some of several own the reward; the message says what to write.
   """
   if protocol not in ("auto", *PROTOCOLS):
-    raise EnvironmentError(f"env_protocol={protocol}: must be one of auto, {', '.join(PROTOCOLS)}")
+    raise EnvironmentError(f"protocol={protocol}: must be one of auto, {', '.join(PROTOCOLS)}")
   functions = tuple(_file_and_name("tools", each) for each in _listed(tools))
   kinds = [_kind(each, functions) for each in _listed(env)]
   if not kinds and not functions:

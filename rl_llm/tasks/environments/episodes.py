@@ -267,7 +267,7 @@ class Episodes:
           raise
         raise EnvironmentError(
           f"{number + 1} episodes are more than this process may have open files; raise that with "
-          "ulimit -n 8192, or sample fewer at once: --prompts_per_step"
+          "ulimit -n 8192, or sample fewer at once"
         ) from None
 
   def _end(self, episodes: Iterable[_Episode]) -> None:
