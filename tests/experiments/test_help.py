@@ -43,6 +43,8 @@ SAMPLED |= {
   *("entropy.high", "clip.controller", "clip.target", "clip.delta", "clip.high"),
   *("kl.refresh", "kl.keep", "dynamic.groups", "dynamic.max_rounds", "laps"),
 }
+EPISODES = {"env", "tools", "max_turns", "episode_tokens"}
+SAMPLED |= EPISODES
 OPTIMIZER = {"optimizer.name", "optimizer.decayed"}
 OPTIMIZER |= {"optimizer.spike_sigma", "optimizer.spike_window"}
 REWARD_KL = {"kl.gradient", "kl.weighting"}  # Of the loss, where they had it in the reward alone.
@@ -52,13 +54,13 @@ ADDED: dict[str, set[str]] = {
     *("data_format", "loss.tail_weight", "loss.wpo", "max_rows", "reward", "reward_isolation"),
     "laps",
   },
-  "evaluate": {"reward_isolation"},
+  "evaluate": {"reward_isolation"} | EPISODES,
   "grpo": {
     *("advantage.alpha", "advantage.k", "advantage.name", "kl.weighting", "reward_isolation"),
-    *("weighting.truncated", "loss.temperature", *SAMPLED, *LOSSES),
+    *("weighting.truncated", "loss.temperature", "credit", *SAMPLED, *LOSSES),
   },
   "make_preferences": {"reward_isolation"},
-  "ppo": {"advantage.alpha", "reward_isolation", "weighting.truncated"}
+  "ppo": {"advantage.alpha", "credit", "reward_isolation", "weighting.truncated"}
   | SAMPLED
   | REWARD_KL
   | LOSSES,
