@@ -22,6 +22,9 @@ These identities hold for each token given the tokens before it, and for respons
 longer responses a token also decides which contexts follow. A loss term does not account for that;
 k1 in the reward of each token (`token_rewards(kl=...)`, with returns) does, and its expected
 gradient is exactly that of the whole response's KL.
+
+A run calls them through `losses.kl_loss`, or with `--kl.place=reward` through
+`rl_llm.training.minibatches.reward_kl`.
 """
 
 from __future__ import annotations

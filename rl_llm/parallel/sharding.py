@@ -37,8 +37,8 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes over which the rows of a batch lie
 
 # The first rule whose pattern is found in a leaf's path gives its layout; all other leaves (norms,
-# counters, a scalar head) are whole on every device. The path of an optimiser moment ends with the
-# path of its weight, so it has the same layout. Weights are [out, in].
+# counters, adapters, a scalar head) are whole on every device. The path of an optimiser moment ends
+# with the path of its weight, so it has the same layout. Weights are [out, in].
 RULES = (
   (r"(^|/)(v|v_row|v_col)/", P()),  # Adafactor's factors do not have their weights' shapes.
   (r"embedding$", P("tensor", "fsdp")),

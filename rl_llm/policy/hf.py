@@ -1,5 +1,6 @@
 """Reads and writes Hugging Face's files: model directories (`config.json` and safetensors, single
-or sharded), and PEFT's directories that hold only adapters."""
+or sharded), and PEFT's directories that hold only adapters. `model_files.py` opens them, and
+`hf_names.py` knows which weight has which name there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rewards: graders in isolated worker processes, with a deadline and a status per sample."""
+"""Rewards: graders in isolated worker processes, with a deadline and a status per sample.
+
+A Python function given as `reward=` is the exception: it runs in the trainer's process.
+"""
 
 from rl_llm.rewards.calls import ISOLATION, RewardSource, completion_text, isolated
 from rl_llm.rewards.in_process import InProcess

@@ -330,8 +330,12 @@ def test_microbatches_change_nothing(tmp_path, small, files):
 
 
 def test_the_coefficient_follows_the_kl(tmp_path, small, files):
-  found = run(tmp_path, settings(files, steps=4, **BUSY, **ADAPTIVE))
+  linear = {"optimizer.schedule": "linear", "optimizer.learning_rate": 4e-3}
+  found = run(tmp_path, settings(files, steps=4, **BUSY, **ADAPTIVE) | linear)
   rows = found.metrics[:4]
+  # Both networks follow the schedule.
+  rates = [row["value_learning_rate"] / rows[0]["value_learning_rate"] for row in rows]
+  np.testing.assert_allclose(rates, [1, 3 / 4, 1 / 2, 1 / 4], rtol=1e-6)
   assert rows[0]["kl_coef"] == pytest.approx(0.1) and abs(rows[0]["kl_ref"]) < 1e-4
   for before, after in zip(rows, rows[1:], strict=False):
     error = np.clip(before["kl_ref"] / 0.01 - 1, -0.2, 0.2)
