@@ -15,8 +15,8 @@ line is a hash of the rest), and only then renamed to its number. It is read onl
 has been hashed again and the tree of leaves compared with the one asked for.
 
 What is in `state`: `rl_llm.training.train_state.TrainState`, or an experiment's `State` that holds
-one (experiments/ppo.py, reinforce.py). What is in `extra`: `rl_llm/runs/origin.py`. When it is written, and why a
-kill loses nothing: docs/design.md, "What a checkpoint holds".
+one (experiments/ppo.py, reinforce.py). What is in `extra`: `rl_llm/runs/origin.py`. When it is
+written, and why a kill loses nothing: docs/design.md, "What a checkpoint holds".
 """
 
 from __future__ import annotations
