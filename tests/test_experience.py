@@ -18,14 +18,12 @@ from rl_llm.rollout.collect import (
   collect,
   make_generate,
   response_batch,
-  response_ids,
-  response_texts,
   sampled_pairs,
   split_experience,
   step_keys,
-  trim,
 )
 from rl_llm.rollout.drawing import Drawn, draw_problems, encode_problems, prompt_text
+from rl_llm.rollout.generation import response_ids, response_texts, trim
 from rl_llm.rollout.grading import as_scores, sample_rows, score
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.metrics import PhaseClock

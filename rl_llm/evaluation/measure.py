@@ -25,9 +25,10 @@ from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import row_shards
 from rl_llm.rewards import FAILED
 from rl_llm.rollout import Rollout, row_keys
-from rl_llm.rollout.collect import Sampler, checked, response_ids, response_texts, trim
+from rl_llm.rollout.collect import Sampler
 from rl_llm.rollout.drawing import Drawn, assert_same_data
 from rl_llm.rollout.episodes import episode_rows, play
+from rl_llm.rollout.generation import checked, response_ids, response_texts, trim
 from rl_llm.rollout.grading import owners_of, sample_rows, score
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.checkpoint import fingerprint

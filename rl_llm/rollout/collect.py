@@ -14,12 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.data.encoding import Encoded, Pair
-from rl_llm.data.prompts import PromptBatch, bucket, pad_prompts
-from rl_llm.parallel.sharding import gather_to_host, shard_rows, whole_along_fsdp
+from rl_llm.data.prompts import PromptBatch, pad_prompts
+from rl_llm.parallel.sharding import shard_rows, whole_along_fsdp
 from rl_llm.policy import Policy
 from rl_llm.rewards import RewardPool, RewardResult, failure_share
 from rl_llm.rollout.drawing import Drawn, draw_problems
-from rl_llm.rollout.generation import STOP_LENGTH, Rollout, gather_weights, generate, row_keys
+from rl_llm.rollout.generation import (
+  STOP_LENGTH,
+  Rollout,
+  checked,
+  gather_weights,
+  generate,
+  response_ids,
+  response_texts,
+  row_keys,
+  trim,
+)
 from rl_llm.rollout.grading import (
   Scores,
   as_scores,
@@ -34,7 +44,6 @@ from rl_llm.rollout.judge import Judge
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.rollout.scoring import ResponseBatch
 from rl_llm.rollout.turns import Turns
-from rl_llm.runs.finite import check_finite
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem, Task
 from rl_llm.text.tokenizers import Tokenizer
@@ -362,51 +371,3 @@ def experience_metrics(experience: Experience, *, max_reward: float) -> dict[str
 def _mean(values: np.ndarray, where: np.ndarray) -> float | None:
   """The mean of the values where `where` is True; None if there are none."""
   return float(np.mean(values[where])) if where.any() else None
-
-
-def to_host(rollout: Rollout) -> Rollout:
-  """The whole rollout as NumPy arrays; waits until the devices have finished it."""
-  return Rollout(*(np.asarray(x) for x in gather_to_host(rollout)))
-
-
-def checked(rollout: Rollout, params: Any) -> Rollout:
-  """`to_host` of a rollout, after checking that its log-probs are finite.
-
-  Args:
-    rollout: sampled with `params`.
-    params: the policy's weights, to name the cause in the error; None: not known.
-
-  Raises:
-    NotFiniteError: a sampled token's log-prob is not finite.
-  """
-  rollout = to_host(rollout)
-  check_finite(rollout.sampler_logprobs, params, what="the log-probs of the sampled tokens")
-  return rollout
-
-
-def trim(rollout: Rollout) -> Rollout:
-  """Brings a rollout to the host, without the columns that no response reached.
-
-  The width is rounded up to a bucket, so an update compiles for few widths, and short responses do
-  not cost as much as the longest response allowed.
-  """
-  rollout = to_host(rollout)
-  width = min(bucket(int(rollout.lengths.max())), rollout.tokens.shape[1])
-  return rollout._replace(
-    tokens=rollout.tokens[:, :width],
-    mask=rollout.mask[:, :width],
-    sampler_logprobs=rollout.sampler_logprobs[:, :width],
-    entropies=rollout.entropies[:, :width],
-  )
-
-
-def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-  """The responses as text, without special tokens; lengths come from the sampler."""
-  return [tokenizer.decode(tokens) for tokens in response_ids(rollout)]
-
-
-def response_ids(rollout: Rollout) -> list[list[int]]:
-  """The responses' tokens as they were sampled, including the token that ended them."""
-  return [
-    tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)
-  ]

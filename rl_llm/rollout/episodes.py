@@ -24,9 +24,9 @@ from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import gather_to_host
 from rl_llm.rewards import RewardResult
 from rl_llm.rollout import turns
-from rl_llm.rollout.collect import Experience, Sampler, make_experience, step_keys, trim
+from rl_llm.rollout.collect import Experience, Sampler, make_experience, step_keys
 from rl_llm.rollout.drawing import Drawn, draw_problems
-from rl_llm.rollout.generation import STOP_EOS, STOP_LENGTH, Rollout
+from rl_llm.rollout.generation import STOP_EOS, STOP_LENGTH, Rollout, trim
 from rl_llm.rollout.grading import as_scores, grade, owners_of, sample_rows
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.finite import check_finite

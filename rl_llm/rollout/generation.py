@@ -7,6 +7,7 @@ The loop's whole state is one documented pytree, `DecodeState`. Weights are argu
 can never silently use stale weights. Each row has its own key, so its tokens depend only on its
 problem and its key, and on nothing else in the batch.
 
+Functions at the end bring a rollout to the host: checked, cut to its longest response, as text.
 `rl_llm/rollout/decoding.py` has the steps of the loop, `rl_llm/rollout/sampling.py` how each draws
 a token from its logits.
 """
@@ -20,8 +21,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rl_llm.parallel.sharding import constrain
+from rl_llm.data.prompts import bucket
+from rl_llm.parallel.sharding import constrain, gather_to_host
 from rl_llm.policy import Policy
 from rl_llm.policy.layer_stack import cast_weights
 from rl_llm.rollout.decoding import (
@@ -36,6 +39,8 @@ from rl_llm.rollout.decoding import (
   prefill,
 )
 from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.runs.finite import check_finite
+from rl_llm.text.tokenizers import Tokenizer
 
 # The row ended with an end-of-sequence token, which belongs to the response and is trained on.
 STOP_EOS = 0
@@ -191,3 +196,51 @@ def generate(
     lengths=jnp.sum(state.mask, axis=-1, dtype=jnp.int32),
     stop_reason=jnp.where(state.ended, STOP_EOS, STOP_LENGTH).astype(jnp.int32),
   )
+
+
+def to_host(rollout: Rollout) -> Rollout:
+  """The whole rollout as NumPy arrays; waits until the devices have finished it."""
+  return Rollout(*(np.asarray(x) for x in gather_to_host(rollout)))
+
+
+def checked(rollout: Rollout, params: Any) -> Rollout:
+  """`to_host` of a rollout, after checking that its log-probs are finite.
+
+  Args:
+    rollout: sampled with `params`.
+    params: the policy's weights, to name the cause in the error; None: not known.
+
+  Raises:
+    NotFiniteError: a sampled token's log-prob is not finite.
+  """
+  rollout = to_host(rollout)
+  check_finite(rollout.sampler_logprobs, params, what="the log-probs of the sampled tokens")
+  return rollout
+
+
+def trim(rollout: Rollout) -> Rollout:
+  """Brings a rollout to the host, without the columns that no response reached.
+
+  The width is rounded up to a bucket, so an update compiles for few widths, and short responses do
+  not cost as much as the longest response allowed.
+  """
+  rollout = to_host(rollout)
+  width = min(bucket(int(rollout.lengths.max())), rollout.tokens.shape[1])
+  return rollout._replace(
+    tokens=rollout.tokens[:, :width],
+    mask=rollout.mask[:, :width],
+    sampler_logprobs=rollout.sampler_logprobs[:, :width],
+    entropies=rollout.entropies[:, :width],
+  )
+
+
+def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+  """The responses as text, without special tokens; lengths come from the sampler."""
+  return [tokenizer.decode(tokens) for tokens in response_ids(rollout)]
+
+
+def response_ids(rollout: Rollout) -> list[list[int]]:
+  """The responses' tokens as they were sampled, including the token that ended them."""
+  return [
+    tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths, strict=True)
+  ]

@@ -12,10 +12,10 @@ import numpy as np
 
 from rl_llm.data.encoding import encode
 from rl_llm.data.prompts import bucket, pad_prompts
-from rl_llm.rollout.collect import Sampler, checked, trim
+from rl_llm.rollout.collect import Sampler
 from rl_llm.rollout.demonstrations import demonstrations
 from rl_llm.rollout.drawing import draw_problems
-from rl_llm.rollout.generation import row_keys
+from rl_llm.rollout.generation import checked, row_keys, trim
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.rollout.scoring import ResponseBatch
 
