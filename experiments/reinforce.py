@@ -39,7 +39,7 @@ from rl_llm.policy import Policy
 from rl_llm.rollout import ResponseBatch, response_logprobs
 from rl_llm.runs import config as configs
 from rl_llm.runs import keywords, metrics
-from rl_llm.training import loop, minibatches, objective, trackers
+from rl_llm.training import credit, loop, minibatches, objective, trackers
 from rl_llm.training.train_state import TrainState, init_state
 
 
@@ -194,7 +194,7 @@ def learn(
   if config.advantage.name == "optimal_token_baseline":
     given = weights.whole(policy.params), batch, per_token
     how = {"temperature": config.sampling.temperature, "group_size": scores.rewards.shape[1]}
-    per_token = minibatches.less_optimal_baseline(*given, policy=model.policy, **how)
+    per_token = credit.less_optimal_baseline(*given, policy=model.policy, **how)
   batch = batch._replace(advantages=per_token)
   advantages, informative = minibatches.per_response(batch, scores.rewards.shape)
   hparams = setup.hyperparameters(config, step, policy.controls)

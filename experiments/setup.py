@@ -37,7 +37,7 @@ from rl_llm.runs.trained import checkpoint_of, load_trained, restore_part
 from rl_llm.tasks.environments.problems import default_task
 from rl_llm.text.conversations import resolve_format
 from rl_llm.text.tokenizers import Tokenizer, vocabulary
-from rl_llm.training import control, loop, objective, reference_cache, spikes, update
+from rl_llm.training import control, credit, loop, objective, reference_cache, spikes, update
 from rl_llm.training import minibatches as responses
 from rl_llm.training.train_state import parameter_count
 
@@ -699,10 +699,10 @@ def place_responses(config: Any, model: Model, experience: collect.Experience) -
 
 
 def reward_kl(config: Any, batch: ResponseBatch) -> tuple[jax.Array, dict[str, tuple]]:
-  """`minibatches.reward_kl`; 0 where the KL is a term of the loss."""
+  """`credit.reward_kl`; 0 where the KL is a term of the loss."""
   if config.kl.place == "loss":
     batch = batch._replace(ref_logprobs=None)
-  return responses.reward_kl(batch, value=config.kl.value)
+  return credit.reward_kl(batch, value=config.kl.value)
 
 
 def less_kl(config: Any, batch: ResponseBatch) -> tuple[ResponseBatch, dict[str, tuple]]:
@@ -710,7 +710,7 @@ def less_kl(config: Any, batch: ResponseBatch) -> tuple[ResponseBatch, dict[str,
   if config.kl.place == "loss" or not config.kl.coef:
     return batch, {}
   kl, found = reward_kl(config, batch)
-  return responses.less_kl(batch, kl, config.kl.coef), found
+  return credit.less_kl(batch, kl, config.kl.coef), found
 
 
 def moved_too_far(config: Any, found: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ k1 in the reward of each token (`token_rewards(kl=...)`, with returns) does, and
 gradient is exactly that of the whole response's KL.
 
 A run calls them through `losses.kl_loss`, or with `--kl.place=reward` through
-`rl_llm.training.minibatches.reward_kl`.
+`rl_llm.training.credit.reward_kl`.
 """
 
 from __future__ import annotations

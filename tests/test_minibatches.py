@@ -8,13 +8,8 @@ import numpy as np
 from rl_llm import weighting
 from rl_llm.rollout import ResponseBatch
 from rl_llm.rollout.grading import Scores
-from rl_llm.training.minibatches import (
-  all_weights,
-  group_inputs,
-  less_kl,
-  make_programs,
-  minibatches,
-)
+from rl_llm.training.credit import less_kl
+from rl_llm.training.minibatches import all_weights, group_inputs, make_programs, minibatches
 
 MASK = np.array([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
 ROWS = np.zeros(MASK.shape, np.int32)

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm import kl, weighting
-from rl_llm.advantages import discounted_returns, optimal_token_baseline, token_rewards
+from rl_llm import weighting
 from rl_llm.losses import llds_weights
 from rl_llm.masked import masked_mean
 from rl_llm.parallel import sharding
@@ -286,71 +285,6 @@ def minibatches(
     used = used if only else len(chosen)
     rows, count = jax.device_put((chosen, np.int32(-(-used // microbatch_prompts))))
     yield Minibatch(take(batch, rows), count, chosen[:used])
-
-
-@functools.partial(jax.jit, static_argnames="value")
-def reward_kl(batch: ResponseBatch, *, value: str) -> tuple[jax.Array, dict[str, tuple]]:
-  """The KL as a part of the reward: [B, T], and the metric "kl_ref"; 0 without a reference.
-
-  It uses the sampler's log-probs as the policy's, since a reward has no gradient.
-
-  Args:
-    batch: with or without reference log-probs.
-    value: the estimator, "k1", "k2" or "k3".
-  """
-  if batch.ref_logprobs is None:
-    return jnp.zeros_like(batch.sampler_logprobs), {}
-  estimate = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}[value]
-  prices = estimate(batch.sampler_logprobs, batch.ref_logprobs)
-  prices = jnp.where(batch.mask, prices, 0)
-  return prices, {"kl_ref": (jnp.sum(prices), jnp.sum(batch.mask))}
-
-
-@jax.jit
-def less_kl(batch: ResponseBatch, kl: jax.Array, coef: float) -> ResponseBatch:
-  """Advantages [B] of responses as [B, T] of their tokens, less the KL from each token on.
-
-      advantages[b, t] = advantages[b] - coef * sum_{s >= t} kl[b, s]
-
-  Args:
-    batch: with advantages [B].
-    kl: [B, T] from `reward_kl`.
-    coef: the price of a nat.
-  """
-  rewards = token_rewards(batch.advantages, batch.mask, kl=kl, kl_coef=coef)
-  found = discounted_returns(rewards, batch.mask)
-  return batch._replace(advantages=jnp.where(batch.mask, found, 0))
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "group_size"))
-def less_optimal_baseline(
-  params: Any,
-  batch: ResponseBatch,
-  returns: jax.Array,
-  *,
-  policy: Policy,
-  temperature: float,
-  group_size: int,
-) -> jax.Array:
-  """[B, T]: the returns, less `rl_llm.advantages.optimal_token_baseline` of their group.
-
-  It takes two passes over the responses: a token's log-prob at half the temperature gives the sum
-  of all tokens' squared probabilities in its place.
-
-      log sum_v p(v)^2 = 2 * log p(token) - log p(token) at half the temperature
-
-  Args:
-    params: the policy's weights before the step's updates.
-    batch: all rows of a step.
-    returns: [B, T] of its tokens.
-    policy: as for `response_logprobs`.
-    temperature: the sampler's.
-    group_size: G.
-  """
-  score = functools.partial(response_logprobs, params, batch, policy=policy)
-  own, half = (score(temperature=t)[0] for t in (temperature, temperature / 2))
-  squares = jnp.exp(2 * own - half)
-  return optimal_token_baseline(returns, own, squares, batch.mask, group_size=group_size)
 
 
 def per_response(batch: ResponseBatch, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import ResponseBatch, response_hidden
 from rl_llm.runs.config import replace
-from rl_llm.training import minibatches
+from rl_llm.training import credit
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, settings
 from tests.experiments.test_sft import STOPS, stopped
@@ -139,7 +139,7 @@ def test_the_optimal_token_baseline_reads_whole_distributions():
   )
   returns = np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32)
   how = {"policy": policy, "temperature": 0.7, "group_size": 2}
-  found = minibatches.less_optimal_baseline(params, batch, returns, **how)
+  found = credit.less_optimal_baseline(params, batch, returns, **how)
   logits = response_hidden(params, batch, policy=policy) @ policy.unembed(params).T
   p = np.asarray(jax.nn.softmax(logits / 0.7), np.float64)
   own = np.take_along_axis(p, np.asarray(batch.tokens)[..., None], axis=2)[..., 0]
