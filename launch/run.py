@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch import halving, search, state
-from launch.backends import gke, local, population, slurm, tpu
+from launch.backends import gke, local, population, slurm, starts, tpu
 from launch.backends.slots import Slot, find_devices, share_out
 from launch.progress import Progress
 from launch.sweep import Trial, described, load, plan
@@ -154,7 +154,7 @@ def places(config: Config, workdir: Path, python: str) -> tuple:
     joined = bool(config.prefix) and tasks > 1
     command = trial.command(workdir, python=python, joined=joined)
     command = [*shlex.split(config.prefix), *command]
-    return local.ranks(command, config.processes, port=local.free_port())
+    return starts.ranks(command, config.processes, port=starts.free_port())
 
   return slots, commands
 
@@ -173,7 +173,7 @@ def drive(
   if names is None:
     names = dict(zip([trial.id for trial in trials], described(trials), strict=True))
   # Only what slurmd has started has this variable.
-  ask = slurm.asks(config.prefix) if "SLURM_TASK_PID" in os.environ else local.ask
+  ask = slurm.asks(config.prefix) if "SLURM_TASK_PID" in os.environ else starts.ask
   return local.drive(
     trials,
     workdir,

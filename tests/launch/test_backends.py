@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import run
-from launch.backends import gke, local, slurm, tpu
+from launch.backends import gke, slurm, starts, tpu
 from launch.sweep import plan
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
@@ -336,8 +336,8 @@ def test_gke_jobs(trials):
 
 
 def test_several_processes_of_a_trial_meet_on_loopback():
-  assert local.ranks(["python", "-m", "x"], 1, port=5) == [["python", "-m", "x"]]
-  assert local.ranks(["python", "-m", "x"], 2, port=5) == [
+  assert starts.ranks(["python", "-m", "x"], 1, port=5) == [["python", "-m", "x"]]
+  assert starts.ranks(["python", "-m", "x"], 2, port=5) == [
     [
       "python",
       "-m",
