@@ -15,15 +15,13 @@ from rl_llm.tasks import load_task
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
-# The Japanese lessons have the English ones' examples, which tests/test_guide.py compares.
 LESSONS = sorted((ROOT / "docs" / "guide").glob("*.md"))
+# The Japanese lessons have the English ones' examples, which tests/test_guide.py compares. Only the
+# first page has one of its own, which prints Japanese.
+SHARED = [p for p in LESSONS if p.name.endswith(".ja.md") and p.name != "index.ja.md"]
 GUIDES = [README, ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GUIDES += [path for path in LESSONS if not path.name.endswith(".ja.md")]
-PAGES = [
-  *GUIDES,
-  *(path for path in LESSONS if path.name.endswith(".ja.md")),
-  *sorted((ROOT / "docs" / "results").glob("*.md")),
-]
+GUIDES += [path for path in LESSONS if path not in SHARED]
+PAGES = [*GUIDES, *SHARED, *sorted((ROOT / "docs" / "results").glob("*.md"))]
 # Flags of other programs (pip) and of absl itself, and the mistake that launch/README.md shows.
 FOREIGN_FLAGS = {
   "no-deps",
