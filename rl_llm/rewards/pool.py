@@ -13,11 +13,9 @@ import contextlib
 import math
 import os
 import selectors
-import socket
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from rl_llm.files import scratch
 from rl_llm.rewards import grading, layers, memory
@@ -31,46 +29,7 @@ from rl_llm.rewards.results import (
   read_reply,
   too_many_failures,
 )
-from rl_llm.rewards.server import Server
-
-
-@dataclass(eq=False)
-class _Worker:
-  """One worker process, seen from the trainer; `call` is None while it has no work."""
-
-  number: int
-  connection: socket.socket
-  since: float
-  ready: bool = False
-  call: int | None = None
-  count: int = 0  # responses of that call
-  received: bytearray = field(default_factory=bytearray)
-
-  def replies(self) -> tuple[list[dict | None], bool]:
-    """Reads what has arrived: the complete messages, and whether the other side has ended."""
-    ended = False
-    try:
-      data = self.connection.recv(1 << 20)
-      self.received += data
-      ended = not data
-    except BlockingIOError:
-      pass
-    except OSError:
-      ended = True
-    found = []
-    while len(self.received) >= 4:
-      length = int.from_bytes(self.received[:4], "big")
-      if length > grading.reply_limit(self.count):
-        return found, True
-      if len(self.received) < 4 + length:
-        break
-      body = bytes(self.received[4 : 4 + length])
-      del self.received[: 4 + length]
-      reply = grading.decode_reply(body)
-      if reply is None:
-        return found, True
-      found.append(reply)
-    return found, ended
+from rl_llm.rewards.server import Server, Worker
 
 
 def _check(
@@ -168,7 +127,7 @@ class RewardPool:
     self._memory_mb, self._start_deadline = memory_mb, start_deadline
     self._max_failure_rate = max_failure_rate
     self._durations: collections.deque[float] = collections.deque(maxlen=64)
-    self._live: list[_Worker] = []
+    self._live: list[Worker] = []
     self._next_number = 0
     self._layers: tuple[str, ...] = ()
     self._selector = selectors.DefaultSelector()
@@ -298,12 +257,12 @@ class RewardPool:
 
   def _start_worker(self) -> None:
     connection = self._server.start(self._next_number)
-    worker = _Worker(self._next_number, connection, time.monotonic())
+    worker = Worker(self._next_number, connection, time.monotonic())
     self._next_number += 1
     self._live.append(worker)
     self._selector.register(connection, selectors.EVENT_READ, worker)
 
-  def _forget(self, worker: _Worker) -> None:
+  def _forget(self, worker: Worker) -> None:
     """Kills a worker with everything it started."""
     self._live.remove(worker)
     self._selector.unregister(worker.connection)
@@ -334,7 +293,7 @@ class RewardPool:
       if overdue or len(self._live) < self._workers:
         raise RewardError(f"reward function {self._name}: a worker did not start")
 
-  def _listen(self, timeout: float) -> list[tuple[_Worker, dict | None]]:
+  def _listen(self, timeout: float) -> list[tuple[Worker, dict | None]]:
     """Waits; returns what busy workers sent, None for one that ended, and drops the ended."""
     events = []
     for key, _ in self._selector.select(timeout):
@@ -354,7 +313,7 @@ class RewardPool:
         self._forget(worker)
     return events
 
-  def _send(self, worker: _Worker, number: int, call: Call) -> None:
+  def _send(self, worker: Worker, number: int, call: Call) -> None:
     worker.call, worker.count, worker.since = number, call.count, time.monotonic()
     worker.connection.settimeout(self._deadline)
     try:

@@ -1,7 +1,8 @@
 """The process that imports a program once, and forks a confined process for each connection.
 
 `rl_llm.rewards.worker` is what runs in it. Graders (`rl_llm.rewards.pool`) and the environments of
-agents (`rl_llm.tasks.environments`) are such programs.
+agents (`rl_llm.tasks.environments`) are such programs. `Server` is the process as the trainer sees
+it, and `Worker` one that it has forked to grade.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from rl_llm.rewards import grading
 from rl_llm.rewards import worker as protocol
 from rl_llm.rewards.results import RewardError
 
@@ -117,3 +120,42 @@ class Server:
     except subprocess.TimeoutExpired:
       self._process.kill()
       self._process.wait()
+
+
+@dataclass(eq=False)
+class Worker:
+  """One worker process, seen from the trainer; `call` is None while it has no work."""
+
+  number: int
+  connection: socket.socket
+  since: float
+  ready: bool = False
+  call: int | None = None
+  count: int = 0  # responses of that call
+  received: bytearray = field(default_factory=bytearray)
+
+  def replies(self) -> tuple[list[dict | None], bool]:
+    """Reads what has arrived: the complete messages, and whether the other side has ended."""
+    ended = False
+    try:
+      data = self.connection.recv(1 << 20)
+      self.received += data
+      ended = not data
+    except BlockingIOError:
+      pass
+    except OSError:
+      ended = True
+    found = []
+    while len(self.received) >= 4:
+      length = int.from_bytes(self.received[:4], "big")
+      if length > grading.reply_limit(self.count):
+        return found, True
+      if len(self.received) < 4 + length:
+        break
+      body = bytes(self.received[4 : 4 + length])
+      del self.received[: 4 + length]
+      reply = grading.decode_reply(body)
+      if reply is None:
+        return found, True
+      found.append(reply)
+    return found, ended
