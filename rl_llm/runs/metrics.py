@@ -213,21 +213,6 @@ def extent(path: str | os.PathLike, end: int) -> tuple[list[int], int]:
   return [step for step, _ in kept], sum(size for _, size in kept)
 
 
-def missing_steps(steps: Iterable[int], end: int) -> str:
-  """The steps from 0 to end - 1 that are not there, as ranges; "" if all are.
-
-  >>> missing_steps([0, 1, 4, 6], 9)
-  '2 to 3, 5, 7 to 8'
-  """
-  ranges: list[list[int]] = []
-  for step in sorted(set(range(end)) - set(steps)):
-    if ranges and step == ranges[-1][1] + 1:
-      ranges[-1][1] = step
-    else:
-      ranges.append([step, step])
-  return ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in ranges)
-
-
 def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
   """The rows without the keys that depend on the clock, "time/..." and "speed/...": the part that
   an interrupted and an uninterrupted run must share.

@@ -23,7 +23,7 @@ from typing import Any
 
 from rl_llm.errors import redact
 from rl_llm.runs.config import flatten
-from rl_llm.runs.metrics import extent, missing_steps
+from rl_llm.runs.metrics import extent
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 
@@ -79,3 +79,18 @@ def missing(workdir: Path, start: int, extra: Mapping[str, Any]) -> list[str]:
     elif size < written:
       said.append(f"{written - size} of {written} bytes of {name} are missing")
   return said
+
+
+def missing_steps(steps: Iterable[int], end: int) -> str:
+  """The steps from 0 to end - 1 that are not there, as ranges; "" if all are.
+
+  >>> missing_steps([0, 1, 4, 6], 9)
+  '2 to 3, 5, 7 to 8'
+  """
+  ranges: list[list[int]] = []
+  for step in sorted(set(range(end)) - set(steps)):
+    if ranges and step == ranges[-1][1] + 1:
+      ranges[-1][1] = step
+    else:
+      ranges.append([step, step])
+  return ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in ranges)

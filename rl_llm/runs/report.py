@@ -23,6 +23,7 @@ from typing import Any
 from rl_llm.files import locked
 from rl_llm.runs import metrics as metrics_lib
 from rl_llm.runs.console import duration
+from rl_llm.runs.origin import missing_steps
 from rl_llm.runs.report_figures import curves, step_seconds
 from rl_llm.runs.report_page import escaped, finite, page, section
 from rl_llm.runs.report_samples import (
@@ -137,7 +138,7 @@ def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any], comma
   cards.append(_card("Time", duration(seconds), "compiling, sampling, updating, evaluating"))
   line = f"<p>{escaped(', '.join(what), 300)}</p>" if what else ""
   line += f"<p><code>{escaped(command, 1500)}</code></p>" if command else ""
-  if missing := metrics_lib.missing_steps((row["step"] for row in rows), steps):
+  if missing := missing_steps((row["step"] for row in rows), steps):
     line += f"<p>metrics.jsonl has lost the lines of steps {missing}</p>"
   return f'<header><h1>{escaped(name)}</h1>{line}<div class="cards">{"".join(cards)}</div></header>'
 

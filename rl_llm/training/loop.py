@@ -41,7 +41,7 @@ from rl_llm.runs.config import volatile
 from rl_llm.runs.console import Console, data_size, number
 from rl_llm.runs.flops import Work
 from rl_llm.runs.heap import trimmed
-from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, missing_steps, read
+from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, read
 from rl_llm.runs.profiling import StepTracer, compile_clock
 from rl_llm.runs.report import read_settings, write_report
 from rl_llm.runs.report_samples import before_after
@@ -627,7 +627,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
   """
   evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)] or [{}]
   result = {"steps": rows[-1]["step"], "seconds": sum(row["time/step"] for row in rows)}
-  if missing := missing_steps((row["step"] for row in rows), rows[-1]["step"]):
+  if missing := origin.missing_steps((row["step"] for row in rows), rows[-1]["step"]):
     result["steps_missing"] = missing
     evaluated = ([{}] if rows[0]["step"] else []) + evaluated
   for name, row in (("before", evaluated[0]), ("after", evaluated[-1])):
