@@ -150,22 +150,6 @@ def init_kto(params, *, optimizer) -> State:
   return State(states.init_state(params, optimizer), jnp.zeros(()), jnp.zeros(()))
 
 
-class Answers(typing.NamedTuple):
-  """N answers, and all about them that never changes."""
-
-  rows: list[encoding.Encoded]
-  desirable: np.ndarray  # [N] bool
-  ref_answers: np.ndarray  # [N] the reference's log-probs of the answers, in nats
-  others: list[encoding.Encoded]  # the same prompts with other prompts' answers; KTO's alone
-  ref_others: np.ndarray  # [N] the reference's log-probs of those
-
-  def take(self, indices: abc.Sequence[int]) -> Answers:
-    others = [self.others[index] for index in indices] if self.others else []
-    ref_others = self.ref_others[indices] if self.others else self.ref_others
-    known = self.desirable[indices], self.ref_answers[indices]
-    return Answers([self.rows[index] for index in indices], *known, others, ref_others)
-
-
 class Batch(typing.NamedTuple):
   """What the loss reads of R answers."""
 
@@ -216,7 +200,7 @@ def make_loss(config: Config, policy: setup.policy.Policy):
   return loss_fn
 
 
-def make_batch(drawn: Answers, point: float, **sizes: int) -> tuple[Batch, float]:
+def make_batch(drawn: unpaired.Answers, point: float, **sizes: int) -> tuple[Batch, float]:
   """The batch of an update, and how much of it is padding; sizes as for `make_answer_batch`."""
   made, padding = pair_lib.make_answer_batch(drawn.rows, **sizes)
   free = sizes["rows"] - len(drawn.rows)
@@ -230,7 +214,9 @@ def beta_of(options: Loss) -> float:
   return keywords.given(options).get("beta", known["beta"][1])
 
 
-def point_of(options: Loss, score: abc.Callable, params: typing.Any, drawn: Answers) -> float:
+def point_of(
+  options: Loss, score: abc.Callable, params: typing.Any, drawn: unpaired.Answers
+) -> float:
   """What the answers' rewards are compared with, over all of them: before the batch is split."""
   summed = lambda rows: np.array([np.sum(own) for own in score(params, rows)], np.float32)  # noqa: E731
   if options.name == "kto_loss":
@@ -244,7 +230,7 @@ def point_of(options: Loss, score: abc.Callable, params: typing.Any, drawn: Answ
 class Drawn(typing.NamedTuple):
   """The answers of a step."""
 
-  answers: Answers
+  answers: unpaired.Answers
   metrics: dict[str, typing.Any]
   samples: abc.Sequence[dict[str, typing.Any]] = ()
 
@@ -284,7 +270,7 @@ def learn(
 
 
 def answer_figures(
-  options: Loss, held_out: Answers, score: abc.Callable, pad_id: int, params: typing.Any
+  options: Loss, held_out: unpaired.Answers, score: abc.Callable, pad_id: int, params: typing.Any
 ) -> dict[str, float]:
   """Figures on held-out answers: the rewards that the policy implies, and the loss."""
   logprobs = np.array([np.sum(own) for own in score(params, held_out.rows)], np.float32)
@@ -304,7 +290,7 @@ def answer_figures(
 
 def open_answers(
   config: Config, run: loop.Run, model: setup.Model, dataset: formats.Dataset
-) -> tuple[Answers, Answers, setup.loading.Loaded]:
+) -> tuple[unpaired.Answers, unpaired.Answers, setup.loading.Loaded]:
   """The answers of the file, to train on and held out, and what was loaded."""
   layout = config.prompts.layout
   encode = functools.partial(
@@ -339,8 +325,8 @@ def open_answers(
     sums, np.cumsum([len(part) for part in parts[:-1]])
   )
   return (
-    Answers(sides[0], labels[0], ref, others[0], ref_others),
-    Answers(sides[1], labels[1], ref_held_out, others[1], ref_others_held_out),
+    unpaired.Answers(sides[0], labels[0], ref, others[0], ref_others),
+    unpaired.Answers(sides[1], labels[1], ref_held_out, others[1], ref_others_held_out),
     loaded,
   )
 

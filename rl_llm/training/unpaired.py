@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rl_llm.data.batches import batch_indices
 from rl_llm.data.encoding import Encoded, limit_sequences
+
+
+class Answers(NamedTuple):
+  """N answers, and all about them that never changes."""
+
+  rows: list[Encoded]
+  desirable: np.ndarray  # [N] bool
+  ref_answers: np.ndarray  # [N] the reference's log-probs of the answers, in nats
+  others: list[Encoded]  # the same prompts with other prompts' answers; KTO's alone
+  ref_others: np.ndarray  # [N] the reference's log-probs of those
+
+  def take(self, indices: Sequence[int]) -> Answers:
+    """The answers with these numbers, in this order."""
+    others = [self.others[index] for index in indices] if self.others else []
+    ref_others = self.ref_others[indices] if self.others else self.ref_others
+    known = self.desirable[indices], self.ref_answers[indices]
+    return Answers([self.rows[index] for index in indices], *known, others, ref_others)
 
 
 def drawn_answers(

@@ -14,7 +14,7 @@ from rl_llm.data import DataError
 from rl_llm.data.batches import SequenceBatch
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
-from rl_llm.training import reference_cache
+from rl_llm.training import reference_cache, unpaired
 from rl_llm.training.pairs import PairBatch
 from tests.experiments.helpers import equal, run
 from tests.experiments.test_sft import STOPS, stopped, write
@@ -55,7 +55,7 @@ def test_the_baseline_and_the_shift_are_of_the_whole_batch_before_it_is_split():
   ref = np.array([-3.0, -2.0, -5.0, -4.0], np.float32)
   rows, others = ["r0", "r1", "r2", "r3"], ["o0", "o1", "o2", "o3"]
   policy = {"r": [-1.0, -2.5, -5.5, -3.0], "o": [-1.0, -2.0, -3.5, -4.0]}
-  answers = kto.Answers(rows, desirable, ref, others, np.float32([-2.0, -2.0, -3.0, -5.0]))
+  answers = unpaired.Answers(rows, desirable, ref, others, np.float32([-2.0, -2.0, -3.0, -5.0]))
 
   def score(params, asked):
     # Two tokens each: the answer's log-prob is their sum.
