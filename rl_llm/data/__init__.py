@@ -12,8 +12,8 @@ from rl_llm.data.formats import (
   count_reasons,
   read_dataset,
   recognise,
-  transcript_messages,
 )
+from rl_llm.data.hh_transcripts import transcript_messages
 from rl_llm.data.jsonl import DataError, Rows, read_rows
 from rl_llm.data.parquet import read_parquet, read_table
 

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from rl_llm.data.hh_transcripts import transcripts_to_messages
 from rl_llm.data.jsonl import MAX_ROWS, DataError
 from rl_llm.data.parquet import read_table
 from rl_llm.text.messages import (
@@ -55,8 +56,6 @@ COLUMNS = {
   "messages": ("messages",),
 }
 _CONTENT = {name for names in COLUMNS.values() for name in names} - {"label"}
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Prompt(NamedTuple):
@@ -238,28 +237,6 @@ def count_reasons(errors: Iterable[str]) -> dict[str, int]:
   return dict(Counter(map(reason, errors)).most_common())
 
 
-def transcript_messages(text: str) -> list[dict[str, str]]:
-  r"""The messages of an HH-style transcript; a last turn that is only "Assistant:" is left out.
-
-  >>> transcript_messages("\n\nHuman: 2+2?\n\nAssistant: 4")
-  [{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}]
-
-  Raises:
-    DataError: the text does not begin with "Human:" or "Assistant:" (after line breaks).
-  """
-  text = "\n\n" + text.lstrip("\n")
-  start, *pieces = _TURN.split(text)
-  if start or not pieces:
-    raise DataError("a transcript that does not begin with a turn; begin with '\\n\\nHuman: '")
-  messages = [
-    {"role": _ROLES[name], "content": content.strip()}
-    for name, content in zip(pieces[::2], pieces[1::2], strict=True)
-  ]
-  if messages[-1] == {"role": "assistant", "content": ""}:
-    messages.pop()
-  return messages
-
-
 def _recognise_file(path: str, max_rows: int) -> Format:
   """The format of most rows; the first error message if no row has a format."""
   found, first = Counter(), ""
@@ -316,7 +293,7 @@ def _example(row: Mapping[str, Any], format: Format) -> Example:
       f"'label' is {row['label']!r:.40}; write true or false, or, if it is a column of your own, "
       "let --data_format=prompt_completion leave it alone"
     )
-  texts = _transcripts_to_messages(texts)
+  texts = transcripts_to_messages(texts)
   if format == "implicit_preference":
     texts = _split_common_prompt(texts["chosen"], texts["rejected"])
   for name, content in texts.items():
@@ -371,24 +348,6 @@ def _check_turns(name: str, messages: list[dict[str, Any]]) -> None:
     raise DataError(
       f"{name!r} has no answer of the assistant that is trained on; add one, or remove the row"
     )
-
-
-def _transcripts_to_messages(texts: dict[str, Content]) -> dict[str, Content]:
-  """Replaces HH-style text by messages. A completion continues where its prompt ends."""
-  if not any(isinstance(text, str) and text.startswith("\n\nHuman:") for text in texts.values()):
-    return texts
-  if "prompt" not in texts:
-    return {name: transcript_messages(text) for name, text in texts.items()}
-  start = texts["prompt"].rstrip()
-  prompt = transcript_messages(start)
-  if not start.endswith("\n\nAssistant:"):
-    start += "\n\nAssistant:"
-  result = {"prompt": prompt}
-  for name, text in texts.items():
-    if name != "prompt":
-      text = text.lstrip().removeprefix("Assistant:")
-      result[name] = transcript_messages(f"{start} {text}")[len(prompt) :]
-  return result
 
 
 def _split_common_prompt(chosen: Content, rejected: Content) -> dict[str, Content]:
