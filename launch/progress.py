@@ -12,9 +12,7 @@ from typing import Any, TextIO
 
 from launch import state
 from rl_llm.errors import redact
-from rl_llm.runs.console import duration, number, printable
-
-__all__ = ["Progress", "duration"]
+from rl_llm.runs.formatting import duration, number, printable
 
 # Metrics that show how a run is doing; the first one in its record counts.
 FIGURES = (

@@ -28,7 +28,7 @@ from launch.sweep import varying
 from rl_llm.errors import ConfigError, UserError, redact
 from rl_llm.files import write_atomically
 from rl_llm.runs.config import option, run
-from rl_llm.runs.console import duration, number, printable
+from rl_llm.runs.formatting import duration, number, printable
 from rl_llm.runs.metrics import RecordError
 from rl_llm.runs.report import write_report
 

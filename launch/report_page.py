@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from launch.results import Group, Row, shown
 from launch.sweep import varying
 from rl_llm.errors import ConfigError
-from rl_llm.runs.console import duration, number
+from rl_llm.runs.formatting import duration, number
 from rl_llm.runs.report_figures import overlay
 from rl_llm.runs.report_page import page, section, tabs
 from rl_llm.runs.report_plots import Plot

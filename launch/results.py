@@ -13,7 +13,7 @@ from launch import state
 from launch.progress import FIGURES
 from launch.sweep import varying
 from rl_llm.errors import ConfigError
-from rl_llm.runs.console import number, printable
+from rl_llm.runs.formatting import number, printable
 from rl_llm.runs.metrics import RecordError, read
 from rl_llm.runs.report_page import finite
 

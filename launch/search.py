@@ -35,7 +35,7 @@ from launch import halving, state
 from launch.sweep import Settings, Trial, load_function, plan
 from rl_llm.errors import ConfigError
 from rl_llm.files import locked
-from rl_llm.runs import console
+from rl_llm.runs import formatting
 from rl_llm.runs.config import option
 from rl_llm.runs.metrics import read
 from rl_llm.runs.report_page import finite
@@ -118,7 +118,7 @@ class Study:
     self._asked.append(Asked(handle, trial._replace(order=number)))
     self.trials.setdefault(trial.id, self._asked[-1].trial)
     self.names[trial.id] = " ".join(
-      f"{key}={console.number(value, 4) if isinstance(value, float) else value}"
+      f"{key}={formatting.number(value, 4) if isinstance(value, float) else value}"
       for key, value in handle.params.items()
     )
     return self.trials[trial.id]

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from rl_llm.runs import console as console_lib
-from rl_llm.runs.console import Console, printable
+from rl_llm.runs import formatting
+from rl_llm.runs.console import Console
+from rl_llm.runs.formatting import printable
 
 ROOT = str(Path(console_lib.__file__).parents[1])
 
@@ -59,7 +61,7 @@ METRICS = {
 
 
 def test_doctests():
-  assert doctest.testmod(console_lib).failed == 0
+  assert doctest.testmod(formatting).failed == 0
 
 
 def test_a_step_is_one_plain_line_where_there_is_no_terminal():

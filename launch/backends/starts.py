@@ -19,9 +19,9 @@ from pathlib import Path
 
 from launch import state
 from launch.backends.slots import Slot
-from launch.progress import duration
 from launch.sweep import Trial
 from rl_llm.errors import redact
+from rl_llm.runs.formatting import duration
 
 HOPELESS = "hopeless"  # why a search ended a trial
 

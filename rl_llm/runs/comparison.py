@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rl_llm.errors import UserError
 from rl_llm.files import write_atomically
-from rl_llm.runs.console import duration, number
+from rl_llm.runs.formatting import duration, number
 from rl_llm.runs.metrics import read
 from rl_llm.runs.report import read_settings
 from rl_llm.runs.report_figures import overlay, step_seconds

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rl_llm.runs.console import number
+from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
 # A run with this share of right responses has learned its task.

@@ -22,7 +22,7 @@ from typing import Any
 
 from rl_llm.files import locked
 from rl_llm.runs import metrics as metrics_lib
-from rl_llm.runs.console import duration
+from rl_llm.runs.formatting import duration
 from rl_llm.runs.origin import missing_steps
 from rl_llm.runs.report_figures import curves, step_seconds
 from rl_llm.runs.report_page import escaped, finite, page, section

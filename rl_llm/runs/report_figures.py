@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rl_llm.runs.console import number
+from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import counted, finite
 from rl_llm.runs.report_plots import PLOTS, Plot, several_rewards
 from rl_llm.runs.speed import phases_of

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rl_llm.runs.console import printable
+from rl_llm.runs.formatting import printable
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rl_llm.runs.console import number
+from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import counted, escaped, finite, section
 from rl_llm.runs.transcripts import is_episode, parts
 

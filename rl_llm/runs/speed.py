@@ -21,8 +21,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rl_llm.runs.console import number
 from rl_llm.runs.flops import Work
+from rl_llm.runs.formatting import number
 
 PHASES = ("rollout", "reward", "logprobs", "update", "eval", "checkpoint")
 _PART_OF_COMPILING = 0.1  # of a step's time: with more, the step says nothing about the others

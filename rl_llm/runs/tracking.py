@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from rl_llm.errors import ConfigError, redact
 from rl_llm.files import write_atomically
-from rl_llm.runs.console import printable
+from rl_llm.runs.formatting import printable
 from rl_llm.runs.metrics import plain, read
 
 PROJECT = "rl_llm"  # unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise

@@ -16,7 +16,8 @@ import rich.console
 import rich.text
 
 from rl_llm.errors import UserError
-from rl_llm.runs.console import TRAINED, UNTRAINED, number, printable
+from rl_llm.runs.console import TRAINED, UNTRAINED
+from rl_llm.runs.formatting import number, printable
 from rl_llm.runs.metrics import read
 
 _STYLES = {"prompt": "", "model": TRAINED, "environment": UNTRAINED}

@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl_llm.runs.console import number
 from rl_llm.runs.evidence import (
   Evidence,
   Verdict,
@@ -26,6 +25,7 @@ from rl_llm.runs.evidence import (
   trend,
   truth,
 )
+from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 from rl_llm.runs.verdicts_settings import cold, fell, never_ends, unmoved
 from rl_llm.runs.verdicts_updates import UPDATES, memorised

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rl_llm.runs.console import number
 from rl_llm.runs.evidence import Evidence, Verdict, attempt, grader, lower_rate, trend, truth
+from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
 # Steps that a trend takes.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from rl_llm.runs.console import number
 from rl_llm.runs.evidence import Evidence, Verdict, attempt, lower_rate, nearer, trend
+from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
 # Steps that a trend of the gradient takes.

@@ -38,8 +38,9 @@ from rl_llm.runs.best import Best, best_recorded, better
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.chips import Peak
 from rl_llm.runs.config import volatile
-from rl_llm.runs.console import Console, data_size, number
+from rl_llm.runs.console import Console
 from rl_llm.runs.flops import Work
+from rl_llm.runs.formatting import data_size, number
 from rl_llm.runs.heap import trimmed
 from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, read
 from rl_llm.runs.profiling import StepTracer, compile_clock
