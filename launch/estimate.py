@@ -163,13 +163,10 @@ def add(a: tuple[int, float], b: tuple[int, float]) -> tuple[int, float]:
 def meshes(config: Config, shape: TransformerConfig, devices: int) -> list[Sizes]:
   """All sizes whose product is the number of devices and that divide what they cut.
 
-    >>> from launch.chips import find_chip
-  from launch.models import find_model
-  from launch.plan_flags import Config
-    >>> from rl_llm.policy import tiny_config
-    >>> config = Config(prompts_per_step=2, microbatch_prompts=2)
-    >>> [tuple(sizes) for sizes in meshes(config, tiny_config(64), 4)]
-    [(1, 1, 4), (1, 2, 2), (2, 1, 2)]
+  >>> from rl_llm.policy import tiny_config
+  >>> config = Config(prompts_per_step=2, microbatch_prompts=2)
+  >>> [tuple(sizes) for sizes in meshes(config, tiny_config(64), 4)]
+  [(1, 1, 4), (1, 2, 2), (2, 1, 2)]
   """
   found = []
   for tensor in divisors(devices):

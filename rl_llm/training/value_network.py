@@ -130,8 +130,8 @@ def turn_gae(
   >>> turns, mask = jnp.array([[0, 0, 1, 1]]), jnp.ones((1, 4), bool)
   >>> values = jnp.array([[0.4, 9.0, 0.6, 9.0]])
   >>> found, returns = turn_gae(jnp.array([[0.0, 1.0]]), values, turns, mask, gae_lambda=0.5)
-  >>> found.round(3).tolist(), returns.round(3).tolist()
-  ([[0.4, 0.4, 0.4, 0.4]], [[0.8, 0.8, 1.0, 1.0]])
+  >>> print(found.round(3), returns.round(3))
+  [[0.4 0.4 0.4 0.4]] [[0.8 0.8 1.  1. ]]
 
   Args:
     rewards: [B, N] float, of each turn.
