@@ -16,6 +16,7 @@ import rl_llm
 NEEDS = {
   "rl_llm.text.chat_template": "jinja2",
   "rl_llm.tasks.reasoning_gym_reward": "reasoning_gym",
+  "rl_llm.rewards.math_answers": "math_verify",
 }
 
 PACKAGES = (rl_llm, launch, experiments, benchmarks)

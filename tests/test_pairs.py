@@ -82,7 +82,8 @@ def test_both_answers_have_the_log_probs_that_each_has_alone(model, pairs, alone
   # One microbatch has its own rows, and finds its answers there without the others.
   parts = [jax.tree.map(lambda x, i=i: np.split(x, shares)[i], batch) for i in range(shares)]
   for found in (whole, np.concatenate([logprobs_of(model, part) for part in parts])):
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    # Rows of another shape round differently: a few of float32's steps, which are 2e-6 at 20 nats.
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-5)
     assert (found[~batch.sequences.mask] == 0).all()
 
 

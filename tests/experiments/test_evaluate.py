@@ -57,7 +57,7 @@ def models():
   policy = make_policy(config)
   init = jax.jit(policy.init)
 
-  def load(name, *, seed, dtype=jnp.float32, mesh=None, say=None):
+  def load(name, *, seed, dtype=jnp.float32, mesh=None, say=None, fetch=False):
     params = init(jax.random.key(seed + (name == "tiny2")))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
     return LanguageModel(make_policy(config, dtype=dtype), params, Terse())
@@ -252,7 +252,7 @@ def test_what_changes_no_response_may_change_from_one_call_to_the_next():
   own = volatile(evaluate.Config())
   of_machines = {name for name in own if name.startswith(("mesh.", "distributed."))}
   assert len(of_machines) == 11
-  always = {"workdir", "code", "reward_workers", "reward_sandbox", "compile_cache"}
+  always = {"workdir", "code", "reward_workers", "reward_sandbox", "compile_cache", "fetch"}
   assert own - of_machines == always | {"k"}
   pairs = volatile(make_preferences.Config())
   assert pairs - of_machines == always | {"out", "pairs_per_problem"}

@@ -53,7 +53,7 @@ def test_each_flag_comes_to_the_model(monkeypatch):
       setup.load_language_model(config, run, mesh)
     name, given = loaded.value.args
     wanted = {"model": "smollm2", "seed": 0, "dtype": "float32", "remat": False}
-    wanted |= {"scan_layers": False, "attention": "auto"} | changes
+    wanted |= {"scan_layers": False, "attention": "auto", "fetch": False} | changes
     assert given.pop("mesh") is mesh and given.pop("say") is print
     assert {"model": name} | given | {"dtype": jnp.dtype(given["dtype"]).name} == wanted
 
