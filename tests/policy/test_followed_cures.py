@@ -22,12 +22,21 @@ import pytest
 
 from rl_llm import policy
 from rl_llm.parallel.sharding import AXES
-from rl_llm.policy import config_from_hf, load_adapter, load_hf, load_weights, save_adapter, save_hf
+from rl_llm.policy import (
+  config_from_hf,
+  hub,
+  load_adapter,
+  load_hf,
+  load_weights,
+  save_adapter,
+  save_hf,
+)
 from rl_llm.policy.attention import Kernel, find_kernel, takes
 from rl_llm.policy.configs import RopeScaling
 from rl_llm.policy.hf import leaf_shapes
 from rl_llm.policy.peft import _NOT_PLAIN_LORA
 from tests import advice
+from tests.policy import test_hub
 from tests.policy.make_goldens import FAMILIES
 from tests.policy.test_weights import assert_equal, edit_json, write_gguf
 
@@ -217,6 +226,50 @@ def follow_packages(said, path):
     assert package in [re.match(r"[\w-]+", wanted)[0] for wanted in extras[extra]]
     importlib.import_module(package)
     assert_equal(load_weights(path / model)[1], weights())
+
+
+def follow_models_of_the_hub(said, path, monkeypatch):
+  """Of a Hub that is a directory here: no network at first, and no one logged in."""
+  constants, name, open_to = test_hub.constants, test_hub.NAME, set()
+  save_hf(path / "theirs", CONFIG, weights())
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(path / "hub"))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  cached = test_hub.huggingface_hub.snapshot_download
+
+  def download(asked, *, local_files_only=False, **given):
+    if local_files_only:
+      return cached(asked, local_files_only=True, **given)
+    if "network" not in open_to:
+      raise ConnectionError("no route to the host")
+    if asked != name:
+      raise LookupError(f"404: there is no {asked}")
+    if "login" not in open_to:
+      raise PermissionError(f"401: {asked} is gated")
+    return str(test_hub.put(path / "hub", path / "theirs"))
+
+  with monkeypatch.context() as patch:
+    patch.setitem(sys.modules, "huggingface_hub", None)
+    message = refused(said, hub.local_model, name)
+  package, command, asked = re.search(r"install (\w+); then (hf download) (\S+)", message).groups()
+  assert asked == name and message.endswith("and so does --fetch")
+  assert importlib.import_module(package) is test_hub.huggingface_hub
+  monkeypatch.setattr(test_hub.huggingface_hub, "snapshot_download", download)
+  silent = functools.partial(hub.local_model, fetch=True, say=lambda line: None)
+  for wrong, model, cure in (
+    ("no route", name, "network"),
+    ("there is no", f"{name}-Instruct", None),
+    ("is gated", name, "login"),
+  ):
+    message = refused(said, silent, model)
+    assert wrong in message and "check its name and the network, and for a gated model" in message
+    open_to.add(cure)
+  login = re.search(r"for a gated model (hf auth login)$", message)[1]
+  monkeypatch.setenv("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+  for line in (command, login):  # What they do needs a network; that there are such commands, none.
+    hf, *words = line.split()
+    subprocess.run([f"{sys.prefix}/bin/{hf}", *words, "--help"], check=True, capture_output=True)
+  for found in (silent(name), hub.local_model(name)):
+    assert_equal(load_hf(found)[1], weights())
 
 
 # Models of another kind.
