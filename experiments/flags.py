@@ -237,7 +237,7 @@ class Optimizer:
   max_skipped: int = option(3, "updates in a row with NaN or infinity after which to stop", min=1)
   spike_window: int = option(
     0,
-    "skip updates whose gradient's norm is above mean + spike_sigma * std of so many before; "
+    "skip updates whose gradient's norm is above mean + spike_sigma * std of this many before; "
     "0 = never",
     min=0,
   )

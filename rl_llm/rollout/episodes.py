@@ -100,7 +100,7 @@ def play(
     step: of the run, passed to reward functions.
 
   Raises:
-    EpisodeError: the episodes of a problem did not begin alike.
+    EpisodeError: the episodes of a problem did not begin with the same text.
     PromptTooLong: a prompt is over the limit with what its environment adds.
     Whatever `sampler.check` raises.
   """
