@@ -1,4 +1,4 @@
-"""The cures that errors name without a flag, followed: of all but policies, data and text.
+"""The cures that errors name without a flag, followed: not those of `ELSEWHERE`.
 
 As in test_followed_advice.py, each `follow_...` brings an error about, does what it says, and sees
 that this helps. The last test holds what was said against the texts of the sources.
@@ -38,18 +38,18 @@ from rl_llm.rewards import RewardPool, RewardSource, layers, terms
 from rl_llm.rollout import demonstrations, generate, row_keys
 from rl_llm.rollout.reward_model import load_reward_model, save_reward_model
 from rl_llm.rollout.sampling import SamplingConfig
-from rl_llm.runs import checkpoint, comparison, reading, tracking
+from rl_llm.runs import bucket, checkpoint, comparison, reading, tracking, transcripts
 from rl_llm.runs import config as configs
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.text.tokenizers import ByteTokenizer
 from rl_llm.training.train_state import init_state
 from rl_llm.training.update import make_update
-from tests import advice
+from tests import advice, object_store
 from tests.test_followed_advice import configured, refused, write
 from tests.test_sharding import Device
 
 # Modules whose cures other tests follow.
-ELSEWHERE = ("rl_llm.policy", "rl_llm.data", "rl_llm.text")
+ELSEWHERE = ("rl_llm.policy", "rl_llm.data", "rl_llm.text", "rl_llm.tasks.environments")
 # Texts by a part of "where: text": why no test here follows them.
 NOT_FOLLOWED: dict[str, str] = {}
 
@@ -338,6 +338,41 @@ def follow_a_state_that_cannot_be_read(said, path, monkeypatch):
   assert read(1).tolist() == [0, 1, 2]
 
 
+def follow_copies_in_buckets(said, path, monkeypatch):
+  """In a store on loopback, of which one thing after another is wrong: each is in the message."""
+  address, state = "s3://mine/runs/a", {"w": jnp.arange(3.0)}
+  monkeypatch.setitem(bucket._RETRIES, "max_retries", 0)
+  with object_store.served() as server:
+    for name, value in server.environment.items():
+      if name.startswith("AWS_"):
+        monkeypatch.setenv(name, value)
+    message = refused(said, Checkpointer, address)
+    cure = re.search(r"give the address of a bucket as (\w+)", message)[1]
+
+    def copied(run, to=address):
+      return Checkpointer(path / run, **{cure: to})
+
+    with copied("first") as first:
+      first.save(4, state, {"seed": 1})
+    assert "runs/a/4/manifest.json" in server.objects
+    with monkeypatch.context() as patch:
+      server.full = 0  # As for one whose credentials let it read alone.
+      upload = functools.partial(first._copies.upload, path / "first", 4)
+      messages = [refused(said, upload)]
+      server.full = 10**6
+      upload()
+      messages.append(refused(said, copied, "second", "s3://yours/runs/a"))
+      patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+      messages.append(refused(said, copied, "second"))
+    for message in messages:
+      assert message.endswith("; check the name, the network and the credentials")
+    message = refused(said, copied("second").fetch, {"seed": 2})
+    assert message == f"{address}/4 is another run's; give an address of this run alone"
+    assert copied("second", "s3://mine/runs/b").fetch({"seed": 2}) is None
+    assert copied("third").fetch({"seed": 1}) == 4  # Of the same run.
+  assert Checkpointer(path / "third").restore(W)[1]["w"].tolist() == [0, 1, 2]
+
+
 def follow_configs(said, path):
   def flags(frozen, value):
     made = dataclasses.make_dataclass("Config", [("steps", int, value)], frozen=frozen)
@@ -440,6 +475,14 @@ def follow_pages_of_runs(said, path):
   refused(said, reading.result, runs[0])
   (runs[0] / "result.json").write_text("{}")
   assert reading.result(runs[0]) == {}
+
+
+def follow_episodes_of_runs(said, path):
+  row = {"step": 3, "prompt": "1+1?", "turns": [{"text": "2", "tokens": 1}]}
+  (path / "run").mkdir()
+  write(path / "run/samples.jsonl", row)
+  assert refused(said, transcripts.find, path).endswith("give a run's directory")
+  assert transcripts.find(path / "run") == row
 
 
 def follow_sweeps(said, path, monkeypatch):

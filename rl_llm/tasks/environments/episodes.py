@@ -266,8 +266,8 @@ class Episodes:
         if error.errno != errno.EMFILE:
           raise
         raise EnvironmentError(
-          f"{number + 1} episodes are more than this process may have open files; raise that with "
-          "ulimit -n 8192, or sample fewer at once"
+          f"{len(self._episodes) + 1} episodes are more than this process may have open files; "
+          "raise that with ulimit -n 8192, or sample fewer at once"
         ) from None
 
   def _end(self, episodes: Iterable[_Episode]) -> None:
