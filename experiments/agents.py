@@ -88,7 +88,7 @@ class Agents(Environments):
       raise ConfigError("credit", "turn", allowed, "its lambda is by tokens")
     if self.given and getattr(config.advantage, "name", "") == "remax":
       allowed = "another with --env: its greedy responses are single turns"
-      raise ConfigError("advantage", "remax", allowed)
+      raise ConfigError("advantage", "remax", allowed, "try --advantage=group_relative")
 
 
 def overrides(config: Any) -> dict[str, Any]:

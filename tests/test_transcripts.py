@@ -89,8 +89,8 @@ def test_the_command_shows_it(run, capsys):
 @pytest.mark.parametrize(
   ("arguments", "fix"),
   [
-    (["--step=7"], "there are some of 1 to 2"),
-    (["--count=3"], "step 2 has 2 episodes; must be 1 to that"),
+    (["--step=7"], "the nearest is --step=2"),
+    (["--count=3"], "--count=3: must be 1 to 2, the episodes of step 2"),
   ],
 )
 def test_what_is_not_there_is_said(run, capsys, arguments, fix):

@@ -116,11 +116,10 @@ def find(run: Path, *, step: int | None = None, count: int = 1) -> Mapping[str, 
   wanted = steps[-1] if step is None else step
   found = [row for row in rows if row["step"] == wanted]
   if not found:
-    raise UserError(
-      f"--step={wanted}: no episode of that step; there are some of {steps[0]} to {steps[-1]}"
-    )
+    nearest = min(steps, key=lambda step: abs(step - wanted))
+    raise UserError(f"--step={wanted}: no episode of that step; the nearest is --step={nearest}")
   if not 1 <= count <= len(found):
-    raise UserError(f"--count={count}: step {wanted} has {len(found)} episodes; must be 1 to that")
+    raise UserError(f"--count={count}: must be 1 to {len(found)}, the episodes of step {wanted}")
   return found[count - 1]
 
 

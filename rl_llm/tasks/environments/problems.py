@@ -42,8 +42,8 @@ def default_task(environment: Environment) -> Task:
   if len(environment.kinds) > 1 or name not in _TASKS:
     names = ", ".join(kind.name for kind in environment.kinds)
     raise EnvironmentError(
-      f"env={names}: has no problems of its own; give them with --task=jsonl:FILE, whose columns "
-      "reset gets"
+      f"{names}: no problems come with it; give some with --task=jsonl:FILE, whose columns reset "
+      "gets"
     )
   return _TASKS[name](rest)
 
