@@ -227,6 +227,27 @@ def test_the_point_is_marked_on_its_curve(tmp_path):
   assert len(circles) == len(figure.points) == 2
 
 
+@pytest.mark.parametrize("lang", explain.LANGUAGES)
+def test_a_row_of_tokens_has_a_full_box_where_a_mark_is_true(lang, tmp_path):
+  word = explain.Text
+  parts = [(word("asked", "問い"), ["a"]), (word("written", "答え"), ["b<", "c" * 9])]
+  marks = [(word("seen", "見える"), [True] * 3), (word("meant", "狙い"), [False, True, False])]
+  example = explain.ppo()._replace(figure=lambda: explain.TokenRow(parts, marks))
+  explain.draw(example, tmp_path / "a.svg", lang=lang)
+  drawn = list(ElementTree.parse(tmp_path / "a.svg").getroot().iter())
+  names = [getattr(name, lang) for name, _ in (*parts, *marks)]
+  texts = [e.text for e in drawn if e.tag.endswith("}text")]
+  assert sorted(texts) == sorted([*names, "a", "b<", "c" * 9])
+  boxes = [e.attrib for e in drawn if e.tag.endswith("}rect")]
+  lines = [[box["fill"] != "none" for box in boxes[i : i + 3]] for i in (0, 3, 6)]
+  assert lines == [[False] * 3, *(list(found) for _, found in marks)]
+  for line in (boxes[:3], boxes[3:6], boxes[6:]):
+    left, right = ([float(box["x"]) + float(box["width"]) * end for box in line] for end in (0, 1))
+    assert all(a < b for a, b in zip(right, left[1:], strict=False)) and right[-1] <= 720
+    assert len({box["y"] for box in line}) == 1
+  assert len({box["y"] for box in boxes}) == 3
+
+
 @pytest.mark.parametrize(
   "arguments, named",
   [

@@ -1,6 +1,7 @@
 """The guide answers what its readers asked, and its figures are the library's numbers."""
 
 import json
+import math
 import re
 import runpy
 import xml.etree.ElementTree as ElementTree
@@ -68,12 +69,15 @@ IN_JAPANESE = {
 }
 
 
+NUMBER = r"-?\d+\.\d"  # of a drawing
+
+
 def text_of(page):
   return (GUIDE / page).read_text(encoding="utf-8")
 
 
 def numbers_in(text):
-  return [float(x) for x in re.findall(r"-?\d+\.\d", text)]
+  return [float(x) for x in re.findall(NUMBER, text)]
 
 
 @pytest.mark.parametrize("question", ANSWERS)
@@ -146,6 +150,26 @@ def test_a_figure_is_what_the_library_computes(name, tmp_path):
       assert (new.tag, new.text, list(new.attrib)) == (old.tag, old.text, list(old.attrib))
       for key, value in new.attrib.items():
         assert numbers_in(value) == pytest.approx(numbers_in(old.attrib[key]), abs=0.2)
+        rest, kept_rest = (re.sub(NUMBER, "", text) for text in (value, old.attrib[key]))
+        assert rest == kept_rest
+
+
+@pytest.mark.slow
+def test_all_of_an_episode_is_attended_and_what_the_policy_wrote_is_trained_on():
+  (parts, ((_, attended), (_, trained))) = FIGURES["agents"]().figure()
+  wrote = [name.en.startswith("policy") for name, tokens in parts for _ in tokens]
+  assert [name.en for name, _ in parts] == ["prompt", "policy, turn 1", "tool", "policy, turn 2"]
+  assert parts[2][1] == ["answer:", str(86 * 67)] and parts[1][1][-1] == parts[3][1][-1] == "</s>"
+  assert all(attended) and trained == wrote and len(attended) == len(wrote) == 13
+
+
+@pytest.mark.slow
+def test_the_optimum_is_the_sigmoid_of_the_difference_over_the_coefficient():
+  figure = FIGURES["nex_n1"]().figure()
+  for curve, coef, point in zip(figure.curves, (1e-4, 1e-3), figure.points, strict=True):
+    wanted = [1 / (1 + math.exp(-gap / coef)) for gap in curve.x]
+    assert list(curve.y) == pytest.approx(wanted, abs=1e-5) and max(curve.x) == pytest.approx(1e-3)
+    assert point == pytest.approx((coef, 1 / (1 + math.exp(-1))), abs=1e-6)
 
 
 @pytest.mark.parametrize("page", ["collapse.md", "collapse.ja.md"])

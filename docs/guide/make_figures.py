@@ -1,21 +1,34 @@
 """Makes the guide's figures from the library's own functions: `make docs`.
 
-All but the last four are the figures of `python -m rl_llm explain`. Each is made in both languages.
+All but the last six are the figures of `python -m rl_llm explain`. Each is made in both languages.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_llm import advantages, explain, losses, weighting
-from rl_llm.explain import Curve, Explanation, Figure, Text
+from rl_llm import advantages, explain, losses, presets, weighting
+from rl_llm.data.prompts import PromptBatch
+from rl_llm.explain import Curve, Explanation, Figure, Text, TokenRow
+from rl_llm.logprobs import token_logprobs
+from rl_llm.policy import make_policy, tiny_config
+from rl_llm.rollout import STOP_EOS, ResponseBatch, Rollout
+from rl_llm.rollout.collect import Experience, response_batch
+from rl_llm.rollout.grading import Scores
+from rl_llm.rollout.sampling import SamplingConfig
+from rl_llm.rollout.turns import NO_TURN, Turns, make_begin
+from rl_llm.tasks.environments.builtin.calculator import Calculator
 
+END = "</s>"  # ends a turn
 FOLDER = pathlib.Path(__file__).parent / "figures"
 
 
@@ -122,6 +135,87 @@ def comparison() -> Explanation:
   return Explanation(title, {}, (), figure)
 
 
+def played(prompt, call, answer, last) -> tuple[ResponseBatch, list[str]]:
+  """An episode of words, sampled and read as a step does it: (its arrays, each id's word).
+
+  The policy is certain of the word that comes next; the words of `call` and `last` are its own.
+  """
+  words = sorted({*prompt, *call, *answer, *last})
+  ids = {word: i for i, word in enumerate(words)}
+  table = np.zeros((len(words), len(words)), np.float32)
+  for before, said in ((prompt[-1], call), (answer[-1], last)):
+    for word, after in zip((before, *said), said, strict=False):
+      table[ids[word], ids[after]] = 100.0
+  policy = dataclasses.replace(
+    make_policy(tiny_config(len(words))),
+    hidden=lambda params, tokens, positions, segment_ids, cache: (params["table"][tokens], cache),
+    logits=lambda params, hidden: hidden,
+  )
+  begin = make_begin(
+    policy,
+    types.SimpleNamespace(eos_ids=(ids[END],), pad_id=ids[END]),
+    turn_tokens=8,
+    episode_tokens=len((*call, *answer, *last)),
+    say=lambda _: None,
+  )
+  prompts = PromptBatch(np.array([[ids[word] for word in prompt]]), np.array([len(prompt)]))
+  params, keys = {"table": jnp.asarray(table)}, jax.random.split(jax.random.key(0), 1)
+  state, resume = begin(params, prompts, keys, SamplingConfig(1.0), 1)
+  state = jax.device_get(resume(state, {0: [ids[word] for word in answer]}))
+  sampled = Rollout(
+    state.tokens, state.mask, state.logprobs, state.entropies, state.length, np.array([STOP_EOS])
+  )
+  scores, turns = Scores(np.ones((1, 1)), np.ones((1, 1), bool), {}, []), np.ones((1, 2))
+  learned = Experience(None, prompts, sampled, [], scores, scores, {}, [])
+  return response_batch(learned._replace(turns=Turns(state.turns, turns))), words
+
+
+def episode() -> Explanation:
+  """Of which tokens an episode is made, and which are attended and trained on."""
+  expression = "86*67"
+  answer = Calculator().calculate(expression)
+
+  def figure():
+    batch, words = played(
+      ("What", "is", f"{expression}?"),
+      ("call", "calculate:", expression, END),
+      ("answer:", answer),
+      ("It", "is", f"{answer}.", END),
+    )
+    parts = [(Text("prompt", "プロンプト"), [words[i] for i in batch.prompts[0]])]
+    row = zip(batch.turns[0].tolist(), batch.tokens[0].tolist(), strict=True)
+    for turn, own in itertools.groupby(row, key=lambda pair: pair[0]):
+      policy = Text(f"policy, turn {turn + 1}", f"方策、ターン {turn + 1}")
+      name = Text("tool", "ツール") if turn == NO_TURN else policy
+      parts.append((name, [words[i] for _, i in own]))
+    prompt = np.ones(batch.prompts.shape[1], bool)
+    attended = Text("attended", "見える"), [*prompt, *batch.attended[0]]
+    trained = Text("trained on", "訓練する"), [*~prompt, *batch.mask[0]]
+    return TokenRow(parts, [attended, trained])
+
+  title = Text("An episode, token by token", "エピソードのトークン")
+  return Explanation(title, {}, (), figure)
+
+
+def coefficient() -> Explanation:
+  """Where two coefficients of the entropy put the optimum of two responses."""
+
+  def best(gap, coef):
+    return jnp.exp(token_logprobs(jnp.stack([gap, 0.0]), jnp.array(0), temperature=coef))
+
+  def figure():
+    own = presets.grpo("nexrl").entropy["coef"]
+    gaps, curves, points = np.linspace(0, 10 * own, 101), [], []
+    for coef in (own, 10 * own):
+      optima = jax.vmap(functools.partial(best, coef=coef))(jnp.asarray(gaps, jnp.float32))
+      curves.append(Curve(Text(f"optimum, c = {coef:g}", f"最適点、c = {coef:g}"), gaps, optima))
+      points.append((coef, float(best(jnp.asarray(coef), coef))))
+    return Figure(Text("difference in reward", "報酬の差"), curves, points)
+
+  title = Text("The best probability of the better response", "良い方の応答の最適な確率")
+  return Explanation(title, {}, (), figure)
+
+
 # file -> what is drawn
 FIGURES = {
   "reinforce": functools.partial(explain.reinforce, p=0.25, reward=3.0),
@@ -135,6 +229,8 @@ FIGURES = {
   "certainty": certainty,
   "baseline": baseline,
   "comparison": comparison,
+  "agents": episode,
+  "nex_n1": coefficient,
 }
 
 

@@ -13,7 +13,7 @@ It has already fallen below 1 - 0.2 times: this batch pushes it down no further.
 """
 
 from rl_llm.explain.estimates import gae, grpo
-from rl_llm.explain.explanation import LANGUAGES, Curve, Explanation, Figure, Text, render
+from rl_llm.explain.explanation import LANGUAGES, Curve, Explanation, Figure, Text, TokenRow, render
 from rl_llm.explain.figure import draw
 from rl_llm.explain.policies import dpo, entropy, kl
 from rl_llm.explain.tokens import clip, ppo, reinforce
@@ -29,6 +29,7 @@ __all__ = [
   "Explanation",
   "Figure",
   "Text",
+  "TokenRow",
   "clip",
   "dpo",
   "draw",

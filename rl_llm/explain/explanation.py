@@ -42,6 +42,18 @@ class Figure(NamedTuple):
   stepped: bool = False
 
 
+class TokenRow(NamedTuple):
+  """A row of tokens, and what is true of each.
+
+  Fields:
+    parts: (who wrote them, the tokens), in the order of the row.
+    marks: (what may be true of a token, whether it is true of each of the row).
+  """
+
+  parts: Sequence[tuple[Text, Sequence[str]]]
+  marks: Sequence[tuple[Text, Sequence[bool]]]
+
+
 class Explanation(NamedTuple):
   """A worked example.
 
@@ -50,13 +62,13 @@ class Explanation(NamedTuple):
     values: the numbers by name, each an argument or what a function of the library returned; a
       tuple where there is one for each response, token or outcome.
     lines: the computation, a line a step; the last says in words what it will do.
-    figure: makes the figure of how the numbers depend on one of them.
+    figure: makes the figure, most often of how the numbers depend on one of them.
   """
 
   title: Text
   values: Mapping[str, Any]
   lines: Sequence[Text]
-  figure: Callable[[], Figure]
+  figure: Callable[[], Figure | TokenRow]
 
 
 def render(explanation: Explanation, *, lang: str = "en") -> str:

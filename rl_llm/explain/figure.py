@@ -10,7 +10,7 @@ import numpy as np
 
 from rl_llm.checks import check_choice
 from rl_llm.errors import ConfigError
-from rl_llm.explain.explanation import LANGUAGES, Explanation
+from rl_llm.explain.explanation import LANGUAGES, Explanation, Figure, TokenRow
 from rl_llm.runs.report_figures import ticks
 
 # Legible on white and on black, as the page behind the figure is either.
@@ -18,6 +18,7 @@ _COLORS = ("#2f7ed8", "#d9730d", "#2e9e5b", "#a05fd0", "#c8385a", "#8a8a2a", "#5
 _INK = "#808080"
 _WIDTH, _HEIGHT = 720, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 500, 16, 290
+_LINE, _BOX = 32, 24  # of a row of tokens: heights of a line, and of the boxes in it
 
 
 def draw(explanation: Explanation, path: Path, *, lang: str = "en") -> None:
@@ -41,6 +42,18 @@ def draw(explanation: Explanation, path: Path, *, lang: str = "en") -> None:
 
 def _svg(explanation: Explanation, lang: str) -> str:
   figure = explanation.figure()
+  of_tokens = isinstance(figure, TokenRow)
+  parts, height = _token_row(figure, lang) if of_tokens else (_curves(figure, lang), _HEIGHT)
+  title = html.escape(getattr(explanation.title, lang))
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
+    f'font-family="sans-serif" font-size="13" fill="{_INK}">\n<title>{title}</title>\n'
+    + "\n".join(parts)
+    + "\n</svg>\n"
+  )
+
+
+def _curves(figure: Figure, lang: str) -> list[str]:
   xs = [x for curve in figure.curves for x in curve.x] + [x for x, _ in figure.points]
   ys = [y for curve in figure.curves for y in curve.y] + [y for _, y in figure.points]
   x_of, x_ticks = _scale(xs, _LEFT, _RIGHT, pad=0.06 if figure.stepped else 0.0)
@@ -64,14 +77,32 @@ def _svg(explanation: Explanation, lang: str) -> str:
     height = _TOP + 14 + 22 * i
     parts.append(_line(_RIGHT + 14, _RIGHT + 34, height - 4, height - 4, color, 3))
     parts.append(_text(_RIGHT + 40, height, getattr(curve.name, lang), "start"))
-  parts += [_dot(x_of(x), y_of(y), _INK) for x, y in figure.points]
-  title = html.escape(getattr(explanation.title, lang))
-  return (
-    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-    f'font-family="sans-serif" font-size="13" fill="{_INK}">\n<title>{title}</title>\n'
-    + "\n".join(parts)
-    + "\n</svg>\n"
-  )
+  return parts + [_dot(x_of(x), y_of(y), _INK) for x, y in figure.points]
+
+
+def _token_row(row: TokenRow, lang: str) -> tuple[list[str], int]:
+  """The tokens in boxes, who wrote them above, a line of marks below for each; and the height.
+
+  A token that a mark is true of has a full box in its line, another one an empty box.
+  """
+  tokens = [token for _, own in row.parts for token in own]
+  ends = np.cumsum([0.0, *(len(token) + 2 for token in tokens)])  # in characters
+  edges = _LEFT + 16 + (_WIDTH - _LEFT - 24) * ends / ends[-1]
+  parts, first, top = [], 0, _TOP + 22
+  for name, own in row.parts:
+    left, right = edges[first] + 2, edges[first + len(own)] - 2
+    parts.append(_text((left + right) / 2, _TOP, getattr(name, lang), "middle"))
+    parts.append(_line(left, right, _TOP + 10, _TOP + 10))
+    first += len(own)
+  for i, token in enumerate(tokens):
+    parts.append(_box(edges[i], edges[i + 1], top, None))
+    parts.append(_text((edges[i] + edges[i + 1]) / 2, top + 16, token, "middle"))
+  for i, (name, found) in enumerate(row.marks):
+    top += _LINE
+    parts.append(_text(_LEFT + 8, top + 16, getattr(name, lang), "end"))
+    for left, right, true in zip(edges[:-1], edges[1:], found, strict=True):
+      parts.append(_box(left, right, top, _COLORS[i] if true else None))
+  return parts, top + _LINE
 
 
 def _scale(values: Sequence[float], start: float, end: float, *, pad: float):
@@ -90,6 +121,12 @@ def _line(x1: float, x2: float, y1: float, y2: float, color: str = _INK, width: 
 
 def _dot(x: float, y: float, color: str) -> str:
   return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"/>'
+
+
+def _box(left: float, right: float, top: float, color: str | None) -> str:
+  """Full of a color, or an outline without one."""
+  place = f'x="{left + 2:.1f}" y="{top:.1f}" width="{right - left - 4:.1f}" height="{_BOX}" rx="3"'
+  return f'<rect {place} fill="{color or "none"}" stroke="{color or _INK}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
