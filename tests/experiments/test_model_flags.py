@@ -33,6 +33,7 @@ FLAGS = {
   "remat": True,
   "scan_layers": True,
   "attention": "xla",
+  "fetch": True,
 }
 
 
