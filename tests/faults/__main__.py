@@ -114,7 +114,7 @@ def machine() -> str:
   model = re.search(r"model name\s*:\s*(.+)", read("/proc/cpuinfo"))
   name = model[1].strip() if model else platform.machine()
   cores = len(os.sched_getaffinity(0))
-  system = f"{platform.system()} {platform.release()}"
+  system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
   return f"{name}, {cores} cores, {system}, Python {platform.python_version()}"
 
 
