@@ -543,8 +543,8 @@ def interrupt(directory, signals, *, steps):
   """Two runs of so many steps: `directory`/straight, and `directory`/cut, which gets these signals.
 
   Each signal comes a random time after one of the next steps, or, every fifth SIGKILL, within the
-  seconds that a start takes. Gives, of each other signal, (steps that were saved and not yet on
-  record when it came, seconds until the end).
+  seconds that a start takes, and at the latest with its first step. Gives, of each other signal,
+  (steps that were saved and not yet on record when it came, seconds until the end).
   """
   begun = time.monotonic()
   process = start(directory / "straight", steps)
@@ -552,17 +552,20 @@ def interrupt(directory, signals, *, steps):
   starting = time.monotonic() - begun
   output = process.communicate(timeout=PATIENCE)[0]
   assert process.returncode == 0, output
-  rng = np.random.default_rng(0)
+  rng, record = np.random.default_rng(0), directory / "cut" / "metrics.jsonl"
   stopped = []
   for number, signum in enumerate(signals):
     process = start(directory / "cut", steps)
     if number % 5 == 4 and signum == signal.SIGKILL:
-      time.sleep(rng.uniform(0, starting))
+      # A start may take less time than the first did: do not wait until the run has ended.
+      known, until = len(read(record)), time.monotonic() + rng.uniform(0, starting)
+      while time.monotonic() < until and len(read(record)) <= known:
+        time.sleep(0.01)
     else:
       until = steps * number // (len(signals) + 1) + int(rng.integers(1, 4))
       wait_for_step(process, directory / "cut", until)
       time.sleep(rng.uniform(0, 0.1))
-    recorded = len(read(directory / "cut" / "metrics.jsonl"))
+    recorded = len(read(record))
     process.send_signal(signum)
     sent = time.monotonic()
     output = process.communicate(timeout=PATIENCE)[0]
