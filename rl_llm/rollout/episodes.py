@@ -32,6 +32,7 @@ from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.finite import check_finite
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem
+from rl_llm.tasks.environments import Observation
 
 
 class EpisodeError(UserError, RuntimeError):
@@ -58,7 +59,7 @@ class Said(NamedTuple):
 
   text: str
   ids: list[int]
-  observation: Any  # `rl_llm.tasks.environments.Observation`; None: a turn that was cut off
+  observation: Observation | None  # None: a turn that was cut off
   read: int  # tokens of the observation that the model was given to read
 
 
@@ -110,7 +111,8 @@ def play(
   own = np.flatnonzero(owners == hosts.index()).tolist()
   of_row = [problems[row // group] for row in range(parts * rows)]
   begun = episodic.environments.start([of_row[row].columns for row in own])
-  first = _shared("the environments' first words", own, begun)
+  begun = dict(zip(own, begun, strict=True))
+  first = [*_of_all("the environments' first words", begun, Observation).values()]
   problems, prompts = _as_begun(sampler, problems, first, group)
   batch = pad_prompts(prompts, pad_id=sampler.tokenizer.pad_id, columns=columns)
 
@@ -136,7 +138,8 @@ def play(
   state = jax.tree.map(lambda *x: np.concatenate(x), *[state for state, _ in ended])
   check_finite(state.logprobs, params, what="the log-probs of the sampled tokens")
   finished = episodic.environments.finish(range(len(own)))
-  found = _shared("the environments' rewards", own, finished)
+  finished = dict(zip(own, finished, strict=True))
+  found = [*_of_all("the environments' rewards", finished, RewardResult).values()]
   states = episodic.environments.attributes(range(len(own)))
   how = {"group_size": group, "owners": owners, "step": step, "steps": sampler.steps}
   how["environments"] = dict(zip(own, states, strict=True))
@@ -178,11 +181,8 @@ def _episodes(
     tools = pool.submit(episodic.environments.turn, asked)
     yield tools
     answers = {rows[number]: observation for number, observation in tools.result().items()}
-    if hosts.count() > 1:
-      gathered = hosts.all_gather("what the environments said", answers)
-      answers = {row: answer for of_one in gathered for row, answer in of_one.items()}
     read = {}
-    for row, observation in sorted(answers.items()):
+    for row, observation in _of_all("what the environments said", answers, Observation).items():
       said[row][-1] = said[row][-1]._replace(observation=observation)
       if observation.done or len(said[row]) == episodic.max_turns:
         continue
@@ -220,12 +220,17 @@ def _in_turn(parts: list[Generator], check: Callable[[], None]) -> list[Any]:
   return [returned[number] for number in range(len(parts))]
 
 
-def _shared(what: str, own: Sequence[int], values: Sequence[Any]) -> list[Any]:
-  """All rows' values, in their order, of which this process has its own."""
-  found = dict(zip(own, values, strict=True))
+def _of_all(what: str, own: Mapping[int, Any], kind: type) -> dict[int, Any]:
+  """Every row's named tuple of this kind, or None, in the rows' order; `own` are this process's.
+
+  Processes exchange JSON, which knows neither numbers as keys nor named tuples.
+  """
+  found = dict(own)
   if hosts.count() > 1:
-    found = {row: x for of_one in hosts.all_gather(what, found) for row, x in of_one.items()}
-  return [found[row] for row in range(len(found))]
+    gathered = hosts.all_gather(what, list(own.items()))
+    pairs = [pair for of_one in gathered for pair in of_one]
+    found = {row: None if fields is None else kind(*fields) for row, fields in pairs}
+  return dict(sorted(found.items()))
 
 
 def _as_begun(
