@@ -12,7 +12,7 @@ import pytest
 from rl_llm.policy import TransformerConfig, make_policy
 from rl_llm.policy.load import load_model
 from rl_llm.rollout import ResponseBatch, generate, response_logprobs, row_keys, turns
-from rl_llm.rollout.decoding import Decoding
+from rl_llm.rollout.decoding import Decoding, requests_of
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.flops import forward_flops, prediction_flops
 
@@ -48,7 +48,7 @@ def begin(model, settings, *, seed=0, temperature=1.0, min_new_tokens=0):
   policy, params = model
   sampling = SamplingConfig(temperature, min_new_tokens=min_new_tokens)
   keys = row_keys(jax.random.key(seed), len(PROMPTS), GROUP)
-  requests = turns.requests_of(prompts()[1], keys, sampling, GROUP)
+  requests = requests_of(prompts()[1], keys, sampling, GROUP)
   state = turns.start(params, *prompts(), requests, settings=settings)
   return turns.decode_turns(params, state, requests, settings=settings), requests
 
@@ -203,7 +203,7 @@ def test_a_turn_costs_its_own_tokens(tiny):
   params = jax.eval_shape(policy.init, jax.random.key(0))
   settings = turns.TurnDecoding(Decoding(policy, 1, tokens, EOS, rows), written, PAD)
   keys = row_keys(jax.random.key(0), rows, 1)
-  requests = turns.requests_of(np.full(rows, columns), keys, SamplingConfig(1.0), 1)
+  requests = requests_of(np.full(rows, columns), keys, SamplingConfig(1.0), 1)
   batch = jnp.zeros((rows, columns), jnp.int32), jnp.full((rows,), columns)
   state = jax.eval_shape(
     functools.partial(turns.start, settings=settings), params, *batch, requests

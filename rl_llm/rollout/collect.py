@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.data.encoding import Encoded, Pair
 from rl_llm.data.prompts import PromptBatch, pad_prompts
-from rl_llm.parallel.sharding import shard_rows, whole_along_fsdp
+from rl_llm.parallel.sharding import shard_rows
 from rl_llm.policy import Policy
 from rl_llm.rewards import RewardPool, RewardResult, failure_share
 from rl_llm.rollout.drawing import Drawn, draw_problems
@@ -23,11 +21,11 @@ from rl_llm.rollout.generation import (
   STOP_LENGTH,
   Rollout,
   checked,
-  gather_weights,
   generate,
   response_ids,
   response_texts,
   row_keys,
+  sampling_layout,
   trim,
 )
 from rl_llm.rollout.grading import (
@@ -103,21 +101,16 @@ def make_generate(
     say: shows a line.
     timed: opens a block in which a line is shown, such as `Console.timed`.
     mesh: the devices for the weights and the rows; None: the first device.
-    gather: when a device gathers the weights that the mesh's `fsdp` cuts. "step": all before the
-      first token, and keeps them; "token": each matrix at every token.
+    gather: as for `rl_llm.rollout.generation.sampling_layout`.
   """
   announce = functools.cache(say)
-  whole = gather == "step" and mesh is not None and mesh.shape["fsdp"] > 1
-  if whole:
-    mesh = whole_along_fsdp(mesh)
-    policy = policy.over(mesh)
+  policy, mesh, before = sampling_layout(policy, mesh, gather=gather)
 
   def generate_responses(params, prompts, keys, sampling, group):
     rows, columns = prompts.tokens.shape
     if beyond := policy.config.length_note(int(max(prompts.lengths)) + max_new_tokens):
       announce(beyond)
-    if whole:
-      params = gather_weights(params, dtype=policy.dtype, mesh=mesh)
+    params = before(params)
     shape = f"{rows} prompts of up to {columns} tokens x {group} responses"
     with timed(f"compiling the rollout: {shape}"):
       return generate(
@@ -205,9 +198,7 @@ def answer(
     prompts = pad_prompts(drawn.prompts, pad_id=sampler.tokenizer.pad_id)
   size = len(drawn.problems) // parts  # Problems per part.
   rows = size * responses
-  # The type must be that of evaluation, or the same shape compiles twice.
-  temperature = jnp.full(rows, sampling.temperature, jnp.float32)
-  sampling = dataclasses.replace(sampling, temperature=temperature)
+  sampling = sampling.per_row(rows)
   owners = owners_of(sampler.mesh, rows)
   grading = {"group_size": responses, "owners": owners, "step": step, "steps": sampler.steps}
 

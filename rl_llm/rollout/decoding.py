@@ -73,6 +73,21 @@ class Requests(NamedTuple):
   sampling: SamplingConfig  # its temperature is [B] float32
 
 
+def requests_of(
+  prompt_lengths: chex.Array, keys: chex.Array, sampling: SamplingConfig, responses_per_prompt: int
+) -> Requests:
+  """The requests of B = P * G rows.
+
+  Args:
+    prompt_lengths: [P] int32.
+    keys: [B] typed keys; each row's token number t is drawn with fold_in(key, t).
+    sampling: its temperature may be [B].
+    responses_per_prompt: G.
+  """
+  lengths = jnp.repeat(jnp.asarray(prompt_lengths), responses_per_prompt, axis=0)
+  return Requests(lengths, keys, sampling.per_row(len(keys)))
+
+
 class Prefilled(NamedTuple):
   """The result of `prefill`. The decode loop reads it and does not change it."""
 
@@ -265,21 +280,21 @@ def first_state(prefilled: Prefilled, *, pad_id: int, decoding: Decoding) -> Dec
 def admit_all(state: DecodeState, prefilled: Prefilled, *, decoding: Decoding) -> DecodeState:
   """`admit` of the first state if every row has a slot: nothing in the cache must be kept."""
   rows, max_new_tokens = state.tokens.shape
-  share = functools.partial(jnp.repeat, repeats=decoding.responses_per_prompt, axis=0)
-  copies = jax.tree.map(lambda x: share(x) if x.ndim else x, prefilled.cache)
   return state._replace(
     waiting=jnp.int32(rows),
-    cache=pad_to(state.cache, copies),
+    cache=shared_out(prefilled, state.cache, decoding=decoding),
     row=jnp.arange(rows),
     last=prefilled.first.token,
     alive=~state.ended & (max_new_tokens > 1),
   )
 
 
-def pad_to(room: Any, cache: Any) -> Any:
-  """The cache, extended by the columns that `room` has beyond it, not yet written."""
+def shared_out(prefilled: Prefilled, room: Any, *, decoding: Decoding) -> Any:
+  """Each prompt's cache in all of its G rows, with the columns that `room` has beyond it, not yet
+  written."""
 
   def put(empty: chex.Array, x: chex.Array) -> chex.Array:
-    return jax.lax.dynamic_update_slice(empty, x, (0,) * x.ndim)
+    copies = jnp.repeat(x, decoding.responses_per_prompt, axis=0) if x.ndim else x
+    return jax.lax.dynamic_update_slice(empty, copies, (0,) * x.ndim)
 
-  return jax.tree.map(put, room, cache)
+  return jax.tree.map(put, room, prefilled.cache)

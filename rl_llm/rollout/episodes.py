@@ -319,8 +319,7 @@ def collect_episodes(
   with clock("rollout"):
     drawn = draw_problems(sampler.task, seed, step, prompts, sampler.encode)
     keys = step_keys(seed, step, prompts, responses)
-    temperature = jnp.full(prompts * responses, sampling.temperature, jnp.float32)
-    sampling = dataclasses.replace(sampling, temperature=temperature)
+    sampling = sampling.per_row(prompts * responses)
     how = {"group": responses, "parts": parts, "step": step}
     played = play(sampler, params, drawn.problems, keys, sampling, **how)
   rollout = trim(played.rollout)

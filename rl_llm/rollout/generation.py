@@ -14,9 +14,9 @@ a token from its logits.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.data.prompts import bucket
-from rl_llm.parallel.sharding import constrain, gather_to_host
+from rl_llm.parallel.sharding import constrain, gather_to_host, whole_along_fsdp
 from rl_llm.policy import Policy
 from rl_llm.policy.layer_stack import cast_weights
 from rl_llm.rollout.decoding import (
@@ -37,6 +37,7 @@ from rl_llm.rollout.decoding import (
   decode_step,
   first_state,
   prefill,
+  requests_of,
 )
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.finite import check_finite
@@ -73,6 +74,24 @@ def gather_weights(params: Any, *, dtype: Any, mesh: jax.sharding.Mesh) -> Any:
     mesh: the mesh to lay them over.
   """
   return constrain(cast_weights(params, dtype), mesh)
+
+
+def sampling_layout(
+  policy: Policy, mesh: jax.sharding.Mesh | None, *, gather: Literal["step", "token"]
+) -> tuple[Policy, jax.sharding.Mesh | None, Callable[[Any], Any]]:
+  """The policy and the mesh to sample with, and what is done to the weights before each rollout.
+
+  Args:
+    policy: the model's functions.
+    mesh: the devices for the weights and the rows; None: the first device.
+    gather: when a device gathers the weights that the mesh's `fsdp` cuts. "step": all before the
+      first token, and keeps them; "token": each matrix at every token.
+  """
+  if gather == "token" or mesh is None or mesh.shape["fsdp"] == 1:
+    return policy, mesh, lambda params: params
+  mesh = whole_along_fsdp(mesh)
+  policy = policy.over(mesh)
+  return policy, mesh, functools.partial(gather_weights, dtype=policy.dtype, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("prompts", "responses"))
@@ -179,12 +198,7 @@ def generate(
 
   slots = min(slots or rows, rows)
   decoding = Decoding(policy, responses_per_prompt, max_new_tokens, eos_ids, slots)
-  temperatures = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (rows,))
-  requests = Requests(
-    prompt_lengths=jnp.repeat(prompt_lengths, responses_per_prompt, axis=0),
-    keys=keys,
-    sampling=dataclasses.replace(sampling, temperature=temperatures),
-  )
+  requests = requests_of(prompt_lengths, keys, sampling, responses_per_prompt)
   prefilled = prefill(params, prompts, prompt_lengths, requests, decoding=decoding)
   state = first_state(prefilled, pad_id=pad_id, decoding=decoding)
   state = _decode_all(state, prefilled, requests, decoding=decoding)

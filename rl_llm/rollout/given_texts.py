@@ -6,16 +6,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.data.encoding import encode
 from rl_llm.data.prompts import bucket, pad_prompts
-from rl_llm.rollout.collect import Sampler
+from rl_llm.rollout.collect import Sampler, step_keys
 from rl_llm.rollout.demonstrations import demonstrations
 from rl_llm.rollout.drawing import draw_problems
-from rl_llm.rollout.generation import checked, row_keys, trim
+from rl_llm.rollout.generation import checked, trim
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.rollout.scoring import ResponseBatch
 
@@ -76,8 +74,7 @@ def sampled_batch(
     On the host, with tokens and masks alone: P * G rows.
   """
   asked = pad_prompts(prompts, pad_id=sampler.tokenizer.pad_id)
-  keys = row_keys(jax.random.fold_in(jax.random.key(seed), HELD_OUT), len(prompts), responses)
-  temperature = jnp.full(len(keys), sampling.temperature, jnp.float32)
-  sampling = SamplingConfig(temperature, sampling.top_k, sampling.top_p, sampling.min_new_tokens)
+  keys = step_keys(seed, HELD_OUT, len(prompts), responses)
+  sampling = sampling.per_row(len(keys))
   rollout = trim(checked(sampler.generate(params, asked, keys, sampling, responses), params))
   return ResponseBatch(asked.tokens, asked.lengths, rollout.tokens, rollout.mask, rollout.mask)

@@ -40,6 +40,15 @@ class SamplingConfig:
   top_p: float = 1.0
   min_new_tokens: int = 0
 
+  def per_row(self, rows: int) -> SamplingConfig:
+    """The same with one temperature a row, [rows] float32: one type, so that a shape compiles once.
+
+    >>> SamplingConfig(0.5).per_row(2).temperature.tolist()
+    [0.5, 0.5]
+    """
+    temperature = jnp.broadcast_to(jnp.asarray(self.temperature, jnp.float32), (rows,))
+    return dataclasses.replace(self, temperature=temperature)
+
 
 class Sample(NamedTuple):
   """One token for each row, with its log-prob and the entropy of the distribution."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from rl_llm.rollout.decoding import (
   decode_step,
   first_state,
   prefill,
+  requests_of,
 )
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.text.tokenizers import Tokenizer
@@ -55,10 +55,7 @@ def stream(
   """
   padded = pad_prompts([prompt], pad_id=tokenizer.pad_id)
   decoding = Decoding(policy, 1, max_new_tokens, tuple(tokenizer.eos_ids), 1)
-  temperature = jnp.full(1, sampling.temperature, jnp.float32)
-  requests = Requests(
-    jnp.asarray(padded.lengths), key[None], dataclasses.replace(sampling, temperature=temperature)
-  )
+  requests = requests_of(padded.lengths, key[None], sampling, 1)
   batch = jnp.asarray(padded.tokens), requests.prompt_lengths, requests
   prefilled, state = _begin(params, *batch, pad_id=tokenizer.pad_id, decoding=decoding)
   yield int(prefilled.first.token[0])

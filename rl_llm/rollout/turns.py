@@ -14,7 +14,6 @@ hidden from all that follows (segment -1), and its own next token overwrites it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -25,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.data.prompts import PromptBatch, bucket
-from rl_llm.parallel.sharding import constrain_rows, shard_rows, whole_along_fsdp
+from rl_llm.parallel.sharding import constrain_rows, shard_rows
 from rl_llm.policy import Policy
 from rl_llm.policy.layer_stack import cast_weights
-from rl_llm.rollout.decoding import Decoding, Requests, draw, ends, pad_to, prefill
-from rl_llm.rollout.generation import gather_weights
+from rl_llm.rollout.decoding import Decoding, Requests, draw, ends, prefill, requests_of, shared_out
+from rl_llm.rollout.generation import sampling_layout
 from rl_llm.rollout.sampling import Sample, SamplingConfig
 from rl_llm.text.tokenizers import Tokenizer
 
@@ -81,25 +80,6 @@ class Running(NamedTuple):
 Begin = Callable[[Any, PromptBatch, jax.Array, SamplingConfig, int], Running]
 
 
-def requests_of(
-  prompt_lengths: chex.Array, keys: chex.Array, sampling: SamplingConfig, responses_per_prompt: int
-) -> Requests:
-  """The requests of B = P * G rows, as `start`, `decode_turns` and `append` read them.
-
-  Args:
-    prompt_lengths: [P] int32.
-    keys: [B] typed keys; each row's token number t is drawn with fold_in(key, t).
-    sampling: its temperature may be [B].
-    responses_per_prompt: G.
-  """
-  temperature = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), keys.shape)
-  return Requests(
-    prompt_lengths=jnp.repeat(jnp.asarray(prompt_lengths), responses_per_prompt, axis=0),
-    keys=keys,
-    sampling=dataclasses.replace(sampling, temperature=temperature),
-  )
-
-
 @functools.partial(jax.jit, static_argnames="settings")
 def start(
   params: Any,
@@ -115,19 +95,16 @@ def start(
     params: the policy's weights.
     prompts: [P, L] int32, left-padded.
     prompt_lengths: [P] int32, from 1 to L.
-    requests: from `requests_of`.
+    requests: from `rl_llm.rollout.decoding.requests_of`.
     settings: of the episodes.
   """
   decoding = settings.decoding
   rows, tokens = len(requests.keys), decoding.max_new_tokens
   prefilled = prefill(params, prompts, prompt_lengths, requests, decoding=decoding)
-  share = functools.partial(jnp.repeat, repeats=decoding.responses_per_prompt, axis=0)
-  copies = jax.tree.map(lambda x: share(x) if x.ndim else x, prefilled.cache)
-  columns = prompts.shape[1]
-  empty = decoding.policy.init_cache(rows, columns + tokens)
+  empty = decoding.policy.init_cache(rows, prompts.shape[1] + tokens)
   none = jnp.zeros((rows,), jnp.int32)
   state = TurnState(
-    cache=pad_to(empty, copies)._replace(cursor=none),
+    cache=shared_out(prefilled, empty, decoding=decoding)._replace(cursor=none),
     length=none,
     written=none,
     turn=none - 1,
@@ -288,21 +265,17 @@ def make_begin(
     turn_tokens: the most tokens of a turn.
     episode_tokens: T, of an episode, what its environment says included.
     say: shows a line.
-    mesh, gather: as for `rl_llm.rollout.collect.make_generate`.
+    mesh, gather: as for `rl_llm.rollout.generation.sampling_layout`.
   """
   announce = functools.cache(say)
-  whole = gather == "step" and mesh is not None and mesh.shape["fsdp"] > 1
-  if whole:
-    mesh = whole_along_fsdp(mesh)
-    policy = policy.over(mesh)
+  policy, mesh, before = sampling_layout(policy, mesh, gather=gather)
 
   def begin(params, prompts, keys, sampling, group):
     (count, columns), rows = prompts.tokens.shape, len(keys)
     announce(f"compiling the episodes: {count} prompts of up to {columns} tokens x {group} rows")
     if beyond := policy.config.length_note(int(max(prompts.lengths)) + episode_tokens):
       announce(beyond)
-    if whole:
-      params = gather_weights(params, dtype=policy.dtype, mesh=mesh)
+    params = before(params)
     decoding = Decoding(policy, group, episode_tokens, tokenizer.eos_ids, rows)
     settings = TurnDecoding(decoding, turn_tokens, tokenizer.pad_id, mesh)
     requests = requests_of(np.asarray(prompts.lengths), keys, sampling, group)
