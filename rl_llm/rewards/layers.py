@@ -23,9 +23,14 @@ def describe(layers: Sequence[str]) -> str:
   )
 
 
+def missing(layers: Sequence[str]) -> list[str]:
+  """Which of `REQUIRED` do not hold."""
+  return [layer for layer in REQUIRED if layer not in layers]
+
+
 def openings(layers: Sequence[str]) -> list[str]:
   """What text that runs in a grader could reach, through the layers that are missing."""
-  found = [layer for layer in REQUIRED if layer not in layers]
+  found = missing(layers)
   if "files" in layers and "own file system" not in layers:
     found.append("names and sizes of files")
   if "processes" not in layers:

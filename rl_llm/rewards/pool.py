@@ -139,7 +139,7 @@ class RewardPool:
       for _ in range(workers):
         self._start_worker()
       self._wait_until_ready()
-      missing = [layer for layer in layers.REQUIRED if layer not in self._layers]
+      missing = layers.missing(self._layers)
       if source.runs_text and missing and not allow_weak_sandbox:
         raise RewardError(
           f"reward function {self._name} runs model text as a program, and this system cannot "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,39 @@ class Server:
       self._process.wait()
 
 
+def receive(connection: socket.socket, received: bytearray) -> bool:
+  """Adds what has arrived to `received`, without waiting; whether the other side has ended."""
+  try:
+    data = connection.recv(1 << 20)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return True
+  received += data
+  return not data
+
+
+def taken(received: bytearray, *, limit: int) -> Iterator[dict | None]:
+  """Takes the complete messages off what has arrived, one by one.
+
+  Yields None, and then nothing, where one is over `limit` bytes or no message: what wrote it is not
+  what was asked.
+  """
+  while len(received) >= 4:
+    length = int.from_bytes(received[:4], "big")
+    if length > limit:
+      yield None
+      return
+    if len(received) < 4 + length:
+      return
+    body = bytes(received[4 : 4 + length])
+    del received[: 4 + length]
+    message = grading.decode_reply(body)
+    yield message
+    if message is None:
+      return
+
+
 @dataclass(eq=False)
 class Worker:
   """One worker process, seen from the trainer; `call` is None while it has no work."""
@@ -136,25 +169,8 @@ class Worker:
 
   def replies(self) -> tuple[list[dict | None], bool]:
     """Reads what has arrived: the complete messages, and whether the other side has ended."""
-    ended = False
-    try:
-      data = self.connection.recv(1 << 20)
-      self.received += data
-      ended = not data
-    except BlockingIOError:
-      pass
-    except OSError:
-      ended = True
-    found = []
-    while len(self.received) >= 4:
-      length = int.from_bytes(self.received[:4], "big")
-      if length > grading.reply_limit(self.count):
-        return found, True
-      if len(self.received) < 4 + length:
-        break
-      body = bytes(self.received[4 : 4 + length])
-      del self.received[: 4 + length]
-      reply = grading.decode_reply(body)
+    found, ended = [], receive(self.connection, self.received)
+    for reply in taken(self.received, limit=grading.reply_limit(self.count)):
       if reply is None:
         return found, True
       found.append(reply)

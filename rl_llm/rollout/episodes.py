@@ -24,7 +24,7 @@ from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import gather_to_host
 from rl_llm.rewards import RewardResult
 from rl_llm.rollout import turns
-from rl_llm.rollout.collect import Experience, Sampler, make_experience, step_keys
+from rl_llm.rollout.collect import Experience, Sampler, experience_metrics, step_keys
 from rl_llm.rollout.drawing import Drawn, draw_problems
 from rl_llm.rollout.generation import STOP_EOS, STOP_LENGTH, Rollout, trim
 from rl_llm.rollout.grading import as_scores, grade, owners_of, sample_rows
@@ -328,20 +328,20 @@ def collect_episodes(
   ids = [
     row[len(row) - n :].tolist() for row, n in zip(played.prompts.tokens, lengths, strict=True)
   ]
-  found = make_experience(
+  width, best = rollout.tokens.shape[1], sampler.task.max_reward
+  found = Experience(
     Drawn(played.problems, ids, drawn.overlong),
     played.prompts,
     rollout,
     [turn.text for turn in last],
     scores,
     scores,
-    max_reward=sampler.task.max_reward,
-  )
-  width = rollout.tokens.shape[1]
-  return found._replace(
+    metrics={},
+    samples=episode_rows(played, split="train", max_reward=best),
     turns=turns.Turns(played.turn_ids[:, :width], played.turn_rewards),
-    metrics=found.metrics | episode_metrics(played),
-    samples=episode_rows(played, split="train", max_reward=sampler.task.max_reward),
+  )
+  return found._replace(
+    metrics=experience_metrics(found, max_reward=best) | episode_metrics(played)
   )
 
 

@@ -149,7 +149,7 @@ class Checkpointer:
     extra = _checked_extra(extra)
     _refuse_nonfinite(step, leaves)
     final, aside = self.directory / str(step), self.directory / f"{_SAVING}{step}"
-    taken = hosts.is_main() and step in self._steps() and bool(self._sound(step))
+    taken = hosts.is_main() and step in self.steps() and bool(self._sound(step))
     if hosts.broadcast(f"the checkpoint of step {step}", taken):
       raise CheckpointError(
         f"{final} holds a sound checkpoint already; save under another number, or move that "
@@ -202,7 +202,7 @@ class Checkpointer:
     try:
       if self._copies is not None:
         self._copies.upload(self.directory, step)
-        for old in set(self._copies.steps()) - set(self._steps()):
+        for old in set(self._copies.steps()) - set(self.steps()):
           self._copies.delete(old)
     except BucketError as error:
       where = self.directory / str(step)
@@ -221,7 +221,7 @@ class Checkpointer:
     """
     if self._copies is None:
       return None
-    copies, here = self._copies.steps(), self._steps()
+    copies, here = self._copies.steps(), self.steps()
     if not copies or (here and here[-1] >= copies[-1]):
       return None
     found = self._copies.manifest(copies[-1])["extra"]
@@ -319,11 +319,11 @@ class Checkpointer:
       shapes: a pytree of arrays or `jax.ShapeDtypeStruct`: the state.
     """
     size = sum(_bytes(leaf) for leaf in jax.tree.leaves(shapes))
-    return size, size * max(self.keep + self.keep_best + 1 - len(self._steps()), 1)
+    return size, size * max(self.keep + self.keep_best + 1 - len(self.steps()), 1)
 
   def steps(self) -> list[int]:
     """The numbers of the steps that lie there, sound or not, in order."""
-    return self._steps()
+    return _steps_in(self.directory)
 
   def protect(self, step: int) -> None:
     """Keeps this step, the best so far, whatever is newer; the one named before may go.
@@ -341,11 +341,8 @@ class Checkpointer:
       step: one that has been saved.
     """
     self._best = step
-    if hosts.is_main() and (steps := self._steps()):
+    if hosts.is_main() and (steps := self.steps()):
       self._prune(steps[-1])
-
-  def _steps(self) -> list[int]:
-    return _steps_in(self.directory)
 
   def _sound(self, step: int) -> dict | None:
     """The step's manifest if the step verifies, else None; reports a damaged step once."""
@@ -361,7 +358,7 @@ class Checkpointer:
     """The manifest of the newest sound step; the first process reads it for all."""
     found = None
     if hosts.is_main():
-      sound = (self._sound(step) for step in reversed(self._steps()))
+      sound = (self._sound(step) for step in reversed(self.steps()))
       found = next((manifest for manifest in sound if manifest is not None), None)
     found, reported = hosts.broadcast("the newest checkpoint", [found, sorted(self._reported)])
     self._reported = set(reported)
@@ -377,13 +374,13 @@ class Checkpointer:
   def keep_only(self, count: int) -> None:
     """Deletes all but the newest `count` steps, of a run that has ended, and the protected one."""
     if hosts.is_main():
-      steps = self._steps()
+      steps = self.steps()
       older = steps[: max(0, len(steps) - count)]
       self._delete([step for step in older if step != self._best])
 
   def _prune(self, step: int) -> None:
     """Deletes all but the newest `keep` up to `step` and the best; no damaged one is kept."""
-    older = [s for s in self._steps() if s < step and s != self._best]
+    older = [s for s in self.steps() if s < step and s != self._best]
     kept = sorted(set(older) - self._reported, reverse=True)[: self.keep - 1]
     self._delete([old for old in older if old not in kept])
 

@@ -24,7 +24,7 @@ from rl_llm.data.held_out import hashed
 from rl_llm.rewards import RewardResult, layers
 from rl_llm.rewards import worker as protocol
 from rl_llm.rewards.results import read_reply
-from rl_llm.rewards.server import Server
+from rl_llm.rewards.server import Server, receive, taken
 from rl_llm.tasks.environments import process
 from rl_llm.tasks.environments.calls import MAX_CALLS, Call, parse_calls
 from rl_llm.tasks.environments.environment import Environment, EnvironmentError, Kind
@@ -142,7 +142,7 @@ class Episodes:
 
   def _check_barriers(self, kinds: Sequence[Kind]) -> None:
     """Refuses to run a model's programs where they could reach files or the network."""
-    missing = [layer for layer in layers.REQUIRED if layer not in self.layers]
+    missing = layers.missing(self.layers)
     running = next((kind.name for kind in kinds if kind.runs_text), None)
     if running and missing and not self._allow_weak:
       raise EnvironmentError(
@@ -327,24 +327,8 @@ class Episodes:
 
     What breaks the format is the end of it as well: something has gone wrong inside.
     """
-    ended = False
-    try:
-      data = episode.connection.recv(1 << 20)
-      episode.received += data
-      ended = not data
-    except BlockingIOError:
-      pass
-    except OSError:
-      ended = True
-    while len(episode.received) >= 4:
-      length = int.from_bytes(episode.received[:4], "big")
-      if length > process.MAX_FRAME:
-        return None, True
-      if len(episode.received) < 4 + length:
-        break
-      body = bytes(episode.received[4 : 4 + length])
-      del episode.received[: 4 + length]
-      reply = protocol.grading.decode_reply(body)
+    ended = receive(episode.connection, episode.received)
+    for reply in taken(episode.received, limit=process.MAX_FRAME):
       if reply is None:
         return None, True
       if not episode.ready and "layers" in reply:

@@ -35,9 +35,9 @@ MAX_FRAME = 12 * MAX_TEXT + MAX_STATE * 12 + (1 << 12)  # a character is 12 byte
 OWN = ("reset", "get_reward", "get_turn_reward")  # methods that are no tools
 
 
-def _beside(folder: str, name: str) -> types.ModuleType:
-  """A module of the library without its package, which would import much more."""
-  path = os.path.join(os.path.dirname(os.path.abspath(__file__)), folder, name + ".py")
+def _beside(name: str) -> types.ModuleType:
+  """A module next to this one, without its package, which would import much more."""
+  path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
   found = sys.modules.get("_rl_llm_" + name)
   if found is not None:
     return found
@@ -96,7 +96,7 @@ def prepare(config: dict) -> tuple[dict, Callable]:
     config: of the server; "location" and "class" (or ""), "functions": pairs of file and name,
       "argument": what the class's `_prepare` gets once, if it has one.
   """
-  schema = _beside(".", "schema")
+  schema = _beside("schema")
   sys.setrecursionlimit(1000)
   made = _named(config["location"], config["class"]) if config["class"] else None
   functions = [_named(path, name) for path, name in config["functions"]]

@@ -8,6 +8,7 @@ to the header of the assistant's next turn. That needs a template which keeps wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,13 +61,13 @@ def describe_tools(tools: Sequence[Mapping[str, Any]], protocol: str) -> str:
   """
   first = tools[0]["function"]
   names = list(first["parameters"].get("properties", {}))
-  arguments = {name: "..." for name in names}
-  plain = "..." if len(names) == 1 else str(arguments).replace("'", '"')
+  arguments = json.dumps({name: "..." for name in names}, ensure_ascii=False)
+  plain = "..." if len(names) == 1 else arguments
   form = {
     "text": f"call {first['name']}: {plain}",
     "hermes": f'<tool_call>{{"name": "{first["name"]}", "arguments": {arguments}}}</tool_call>',
     "llama3": f'{{"name": "{first["name"]}", "parameters": {arguments}}}',
-  }[protocol].replace("'", '"')
+  }[protocol]
   lines = ["You may call a tool: write a line such as", form, "and read the answer."]
   for tool in tools:
     function = tool["function"]
