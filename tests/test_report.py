@@ -379,6 +379,13 @@ def test_the_header_says_before_and_after(tmp_path):
   assert "270" not in text and "4m" in text  # 3 x 90 s = 4.5 minutes
 
 
+@pytest.mark.parametrize("seconds, shown", [(0.18, "0.18s"), (9.0, "9s"), (42.4, "42s")])
+def test_a_quick_step_does_not_take_0_seconds(seconds, shown, tmp_path):
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    writer.write(1, {"entropy": 1.0, "time/step": seconds})
+  assert f"{shown} a step on average" in report_of(tmp_path)
+
+
 def test_changed_settings_come_first(page):
   rows = re.findall(r"<tr><td><code>(.*?)</code></td><td><code>(.*?)</code></td>(.*?)</tr>", page)
   assert rows[0] == ("seed", "3", "<td><code>0</code></td>")

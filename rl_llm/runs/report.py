@@ -22,7 +22,7 @@ from typing import Any
 
 from rl_llm.files import locked
 from rl_llm.runs import metrics as metrics_lib
-from rl_llm.runs.formatting import duration
+from rl_llm.runs.formatting import duration, number
 from rl_llm.runs.origin import missing_steps
 from rl_llm.runs.report_figures import curves, step_seconds
 from rl_llm.runs.report_page import escaped, finite, page, section
@@ -134,7 +134,9 @@ def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any], comma
       cards.append(_accuracy_card(how, evaluated))
   steps = max((row["step"] for row in rows), default=0)
   seconds = sum(step_seconds(row) for row in rows)
-  cards.append(_card("Steps", str(steps), f"{duration(seconds / max(steps, 1))} a step on average"))
+  each = seconds / max(steps, 1)
+  pace = duration(each) if each >= 10 else f"{number(each, 2)}s"
+  cards.append(_card("Steps", str(steps), f"{pace} a step on average"))
   cards.append(_card("Time", duration(seconds), "compiling, sampling, updating, evaluating"))
   line = f"<p>{escaped(', '.join(what), 300)}</p>" if what else ""
   line += f"<p><code>{escaped(command, 1500)}</code></p>" if command else ""
