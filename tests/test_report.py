@@ -433,6 +433,12 @@ def test_model_text_is_shown_and_never_markup(tmp_path):
   assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", page)
 
 
+def test_a_phase_whose_name_has_no_encoding_is_drawn(tmp_path):
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    writer.write(1, {"entropy": 1.0, "time/\ud800": 1.0})
+  assert r'<span class="key k0">\ud800</span>' in report_of(tmp_path)
+
+
 @settings(max_examples=20, deadline=None)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=())), min_size=4, max_size=4))
 def test_no_text_breaks_the_page(texts, tmp_path_factory):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rl_llm.runs.formatting import number
-from rl_llm.runs.report_page import counted, finite
+from rl_llm.runs.report_page import counted, escaped, finite
 from rl_llm.runs.report_plots import PLOTS, Plot, several_rewards
 from rl_llm.runs.speed import phases_of
 
@@ -112,7 +111,7 @@ def _frame(axes: _Axes, unit: str) -> str:
 
 def _figure(title: str, names: Sequence[str], drawing: str, caption: str) -> str:
   legend = "".join(
-    f'<span class="key k{i % 8}">{html.escape(name)}</span>' for i, name in enumerate(names)
+    f'<span class="key k{i % 8}">{escaped(name)}</span>' for i, name in enumerate(names)
   )
   legend = f'<div class="legend">{legend}</div>' if len(names) > 1 else ""
   return (
@@ -204,7 +203,7 @@ def _line(
     if not dashed and (len(points) <= 60 or len(piece) == 1):
       parts += [
         f'<circle class="f{color}" cx="{axes.x(step):.1f}" cy="{axes.y(value):.1f}" r="2.6">'
-        f"<title>step {step}, {html.escape(name)}: {number(value, 4)}</title></circle>"
+        f"<title>step {step}, {escaped(name)}: {number(value, 4)}</title></circle>"
         for step, value in piece
       ]
   return "".join(parts)
@@ -234,7 +233,7 @@ def _time_figure(phases: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> st
         top, bottom = axes.y(base + seconds), axes.y(base)
         drawing += (
           f'<rect class="f{i % 8}" x="{left:.1f}" width="{right - left:.1f}" y="{top:.2f}" '
-          f'height="{bottom - top:.2f}"><title>step {rows_[0]["step"]}, {html.escape(name)}: '
+          f'height="{bottom - top:.2f}"><title>step {rows_[0]["step"]}, {escaped(name)}: '
           f"{number(seconds)} s</title></rect>"
         )
       base += seconds
