@@ -23,6 +23,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -144,7 +145,7 @@ def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -
   os.close(writing)
   try:
     limit = grading.reply_limit(len(request["completions"]))
-    reply = read_frame(lambda count: os.read(reading, count), limit)
+    reply = read_frame(lambda count: read_from(child, reading, count), limit)
   finally:
     os.close(reading)
   status = end_call(child, confined)
@@ -159,6 +160,16 @@ def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -
   if os.WIFSIGNALED(status):
     return {"died": f"killed by {signal.Signals(os.WTERMSIG(status)).name}"}
   return {"died": f"exited with code {os.WEXITSTATUS(status)} and no reward"}
+
+
+def read_from(child: int, reading: int, count: int) -> bytes:
+  """Reads what a child writes; nothing once it has ended, even if a fork of it holds the pipe."""
+  ended = False
+  while not select.select([reading], [], [], 0 if ended else memory.PERIOD)[0]:
+    if ended:
+      return b""
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+  return os.read(reading, count)
 
 
 def end_call(child: int, confined: Confinement) -> int:

@@ -100,6 +100,7 @@ def behaves(prompts, completions, **columns):
     if text == "raise": raise KeyError("a" * 9999)
     if text == "hang": time.sleep(1e9)
     if text == "die": os._exit(3)
+    if text == "die before a fork of it": os.fork() and os._exit(3) or time.sleep(1e9)
     if text == "leave": open("left", "w").close()
   return [float(len(seen) + os.listdir(".").count("left"))] * len(completions)
 
@@ -177,6 +178,7 @@ def test_each_call_has_a_fresh_process(path):
     ("raise", "raised", "KeyError"),
     ("hang", "timed_out", "a call of 2 responses took over 0.5 s and was killed"),
     ("die", "died", "code 3"),
+    ("die before a fork of it", "died", "code 3"),  # which holds the pipe of the answer
   ],
 )
 def test_a_call_that_fails_is_the_failure_of_all_its_responses(path, text, status, detail):
