@@ -24,6 +24,7 @@ import pytest
 from experiments import grpo, ppo
 from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read
+from rl_llm.runs.report import write_report
 from tests.experiments.helpers import outcome
 from tests.representatives import mostly_slow
 
@@ -102,6 +103,19 @@ def test_an_old_run_goes_on(name, tmp_path):
   for path, leaf in state.items():
     atol = 1e-5 * scales[kind(path)]
     np.testing.assert_allclose(found.state[path], leaf, rtol=0, atol=atol, err_msg=path)
+
+
+def test_a_report_reads_an_old_record_of_skipped_updates(tmp_path):
+  """Rows of commit 10a5d9f say it twice: a share of the step, `update_skipped`, and a count."""
+  with tarfile.open(RUNS / "grpo.tar.gz") as archive:
+    archive.extractall(tmp_path, filter="data")
+  record = tmp_path / "stopped" / "metrics.jsonl"
+  rows = [json.loads(line) for line in record.read_text().splitlines()]
+  assert {"update_skipped", "updates_skipped"} <= rows[-1].keys()
+  assert "were skipped" not in write_report(record.parent).read_text()
+  rows[-1] |= {"update_skipped": 1.0, "updates_skipped": 2}
+  record.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  assert "2 updates were skipped" in write_report(record.parent).read_text()
 
 
 def kind(path):
