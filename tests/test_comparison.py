@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import pytest
 
@@ -69,6 +70,13 @@ def test_curves_lie_over_one_another_with_a_legend(runs):
   assert "MFU of the update" not in drawn  # It changes in no run.
 
 
+def test_a_curve_under_another_one_shows_between_its_dashes(runs, tmp_path):
+  shutil.copytree(runs[0], tmp_path / "again")
+  page = write_comparison([runs[0], tmp_path / "again"], tmp_path / "x.html").read_text()
+  lines = list(figures(page)["Entropy"].iter("polyline"))
+  assert [line.get("class") for line in lines] == ["line s0", "line dashed s1"]
+
+
 def test_the_table_of_settings_has_those_that_differ_and_no_other(runs):
   page = write_comparison(runs).read_text(encoding="utf-8")
   (section,) = re.findall("<h2>Settings that differ</h2>.*?</section>", page, re.S)
@@ -77,6 +85,17 @@ def test_the_table_of_settings_has_those_that_differ_and_no_other(runs):
     ["model", "smollm2", "smollm2", "other"],
     ["learning_rate", "0.0001", "0.0003", "0.0001"],
   ]
+
+
+def test_a_setting_that_only_some_runs_know_is_named_and_is_no_difference(tmp_path):
+  """A run of an older version has no such setting, and it may be at the default elsewhere."""
+  paths = [answers(tmp_path / name, [1, 0]) for name in "ab"]
+  for path, more in zip(paths, ({"env": "", "data": ""}, {"data": "x.jsonl"}), strict=True):
+    (path / "config.json").write_text(json.dumps({"seed": 0} | more))
+  page = write_comparison(paths).read_text(encoding="utf-8")
+  (section,) = re.findall("<h2>Settings that differ</h2>.*?</section>", page, re.S)
+  assert re.findall("<td>(.*?)</td>", section) == ["data", "(empty)", "x.jsonl"]
+  assert "Not every run knows these settings" in section and "wrote it: env.</p>" in section
 
 
 def answers(folder, correct, step=9):

@@ -295,6 +295,10 @@ def test_the_largest_advantages_are_shown_once_a_problem_and_step():
   found = [(r["step"], r["problem"], r["advantage"]) for r in surprising(rows, count=9)]
   assert found == [(1, "a", -3.0), (2, "a", 1.0), (1, "b", 0.5)]
   assert len(surprising(rows, count=2)) == 2
+  # Where nearly all is right, wrong answers pull hardest; those that pull upwards are shown too.
+  late = [row(step, "a", -5.0) for step in range(9)] + [row(step, "b", 0.3) for step in range(3)]
+  assert [r["advantage"] for r in surprising(late, count=4)] == [-5.0, -5.0, 0.3, 0.3]
+  assert [r["advantage"] for r in surprising(late, count=8)] == 5 * [-5.0] + 3 * [0.3]
 
 
 def pixels(figure, tag="polyline"):
@@ -302,6 +306,17 @@ def pixels(figure, tag="polyline"):
     [tuple(map(float, pair.split(","))) for pair in shape.get("points").split()]
     for shape in figure.iter(tag)
   ]
+
+
+def test_labels_of_an_axis_leave_its_name_its_place(tmp_path):
+  """Six digits end where the rotated name of the axis begins."""
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    for step in range(3):
+      writer.write(step, {"speed/generated_tokens_per_second": 60_000.0 * step})
+  figure = figures(report_of(tmp_path))["Tokens a second"]
+  labels = [text.text for text in figure.iter("text") if text.get("text-anchor") == "end"]
+  assert labels == ["0", "20k", "40k", "60k", "80k", "100k", "120k"]
+  assert [report_figures._label(x) for x in (2000, 1.5e6, -3e4)] == ["2000", "1.5M", "-30k"]
 
 
 def test_a_curve_is_drawn_where_its_axis_says(tmp_path):

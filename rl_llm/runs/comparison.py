@@ -242,17 +242,27 @@ def _differences(runs: Sequence[_Run]) -> str:
 
 
 def _settings(runs: Sequence[_Run]) -> str:
+  """Settings of which two runs have different values; one that only some runs know is named."""
   keys = list(dict.fromkeys(key for run in runs for key in run.config if key != "workdir"))
-  missing = object()
-  lines = []
+  lines, unknown = [], []
   for key in keys:
-    values = [run.config.get(key, missing) for run in runs]
+    values = [run.config[key] for run in runs if key in run.config]
     if any(value != values[0] for value in values):
-      shown = [
-        "-" if v is missing else v if isinstance(v, str) else number_or_text(v) for v in values
-      ]
-      lines.append([key, *shown])
-  return _table(["setting", *(run.name for run in runs)], lines) if lines else "<p>None.</p>"
+      lines.append([key, *(_value(run.config[key]) if key in run.config else "-" for run in runs)])
+    elif len(values) < len(runs):
+      unknown.append(key)
+  table = _table(["setting", *(run.name for run in runs)], lines) if lines else "<p>None.</p>"
+  if unknown:
+    table += (
+      "<p>Not every run knows these settings, since another command or another version wrote it: "
+      f"{escaped(', '.join(unknown), 1500)}.</p>"
+    )
+  return table
+
+
+def _value(value: Any) -> str:
+  text = value if isinstance(value, str) else number_or_text(value)
+  return text or "(empty)"
 
 
 def number_or_text(value: Any) -> str:

@@ -139,7 +139,8 @@ def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any], comma
   cards.append(_card("Steps", str(steps), f"{pace} a step on average"))
   cards.append(_card("Time", duration(seconds), "compiling, sampling, updating, evaluating"))
   line = f"<p>{escaped(', '.join(what), 300)}</p>" if what else ""
-  line += f"<p><code>{escaped(command, 1500)}</code></p>" if command else ""
+  words = [f"<span>{escaped(word)}</span>" for word in command[:1500].split(" ")]
+  line += f'<p><code class="command">{" ".join(words)}</code></p>' if command else ""
   if missing := missing_steps((row["step"] for row in rows), steps):
     line += f"<p>metrics.jsonl has lost the lines of steps {missing}</p>"
   return f'<header><h1>{escaped(name)}</h1>{line}<div class="cards">{"".join(cards)}</div></header>'

@@ -88,6 +88,14 @@ def _step_ticks(axes: _Axes) -> list[float]:
   return [value for value in inside if last - value > room] + [last]
 
 
+def _label(value: float) -> str:
+  """A tick's number, short enough to leave the axis's name its place: 20k, 1.5M."""
+  for size, letter in ((1e6, "M"), (1e3, "k")):
+    if abs(value) >= max(size, 1e4):
+      return number(value / size) + letter
+  return number(value)
+
+
 def _frame(axes: _Axes, unit: str) -> str:
   """Grid, ticks and axis names."""
   parts = []
@@ -95,7 +103,7 @@ def _frame(axes: _Axes, unit: str) -> str:
   for value in ticks(axes.y_low, axes.y_high):
     y = axes.y(value)
     parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    label = number(round(value, 12) + 0.0)
+    label = _label(round(value, 12) + 0.0)
     parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
   for value in _step_ticks(axes):
     x = axes.x(value)
@@ -147,7 +155,7 @@ def _line_figure(plot: Plot, curves: Sequence[tuple[str, str]], rows: Sequence[M
     # Where two curves are one, the later is dashed, so that both colours can be seen.
     hidden = any(points[key] == points[other] for other, _ in curves[:i])
     drawing += _line(axes, points[key], i, name, dashed=hidden)
-  caption = plot.caption
+  caption = plot.caption + (" Bands are 95 % intervals." if any(bands.values()) else "")
   values = [(row["step"], row[key]) for row in rows for key, _ in curves if key in row]
   # None means that a step had nothing to measure, as when every group agreed: not a fault.
   empty = {step for step, value in values if value is None}
@@ -175,7 +183,8 @@ def overlay(
   axes = _axes(steps, drawn, plot.low, plot.high)
   drawing = _frame(axes, plot.unit)
   for i, (name, points) in enumerate(lines.items()):
-    drawing += _line(axes, points, i % 8, name, dashed=i % 16 >= 8)
+    hidden = any(points == earlier for earlier in list(lines.values())[:i])
+    drawing += _line(axes, points, i % 8, name, dashed=hidden or i % 16 >= 8)
   return _figure(plot.title, list(lines), drawing, plot.caption)
 
 

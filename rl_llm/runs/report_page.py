@@ -72,6 +72,7 @@ th, td { padding: 6px 10px; border-bottom: 1px solid var(--rule); vertical-align
 tr:last-child td { border-bottom: 0; }
 code, .text { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .text, code { white-space: pre-wrap; overflow-wrap: anywhere; }
+.command span { display: inline-block; max-width: 100%; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .plots + details { margin-top: 16px; } .plots + .plots { margin-top: 16px; }
 .box { background: var(--paper); border: 1px solid var(--rule); border-left: 5px solid var(--right);

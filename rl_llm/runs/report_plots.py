@@ -28,8 +28,8 @@ PLOTS = (
       ("eval/greedy_accuracy", "greedy"),
       ("eval/pair_accuracy", "pairs"),
     ),
-    "The curve that counts, on problems that training never draws, with 95 % bands: a reward that"
-    " rises while it stays flat means that the model learns the grader's weaknesses.",
+    "The curve that counts, on problems that training never draws: a reward that rises while it"
+    " stays flat means that the model learns the grader's weaknesses.",
     0.0,
     1.0,
   ),
@@ -237,7 +237,7 @@ PLOTS = (
     "MFU of the update",
     "fraction of the peak",
     (("speed/mfu", "MFU"),),
-    f"{MFU_MEANS}. What is missing to 1 is waiting, moving data, and work on padding.",
+    f"MFU is {MFU_MEANS}. What is missing to 1 is waiting, moving data, and work on padding.",
     0.0,
   ),
 )

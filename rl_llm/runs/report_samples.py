@@ -116,9 +116,11 @@ def _pairs_table(pairs: Sequence[tuple[Mapping, Mapping]]) -> str:
 
 
 def surprising(samples: Iterable[Mapping[str, Any]], *, count: int) -> list[Mapping[str, Any]]:
-  """The training samples that pulled hardest: those with the largest advantages, either way.
+  """The training samples that pulled hardest: half of them upwards and half downwards.
 
-  One sample a problem and step, and the newest first where advantages are equal:
+  Once nearly all is right, the largest advantages are all of wrong answers; those that pull upwards
+  say what is being learned. One sample a problem and step, the newest first where advantages are
+  equal:
 
   >>> rows = [{"step": step, "problem": "2+2", "response": text, "advantage": advantage}
   ...         for step, text, advantage in ((1, "5", -0.4), (1, "4", 2.5), (2, "7", -2.5))]
@@ -140,7 +142,11 @@ def surprising(samples: Iterable[Mapping[str, Any]], *, count: int) -> list[Mapp
       best[key] = (rank, len(rows))
     rows.append(row)
   ordered = sorted(best.values(), reverse=True)
-  return [rows[index] for _, index in ordered[:count]]
+  up = [found for found in ordered if finite(rows[found[1]]["advantage"]) > 0]
+  down = [found for found in ordered if finite(rows[found[1]]["advantage"]) < 0]
+  half = count // 2
+  kept = up[: max(count - half, count - len(down))] + down[: max(half, count - len(up))]
+  return [rows[index] for _, index in sorted(kept, reverse=True)]
 
 
 def surprises_section(samples: Sequence[Mapping[str, Any]]) -> str:
