@@ -285,6 +285,79 @@ def test_problems_learned_by_heart_are_told_from_a_grader_with_a_hole():
   assert verdicts(wide, CONFIG) == []  # Few held-out problems cannot tell.
 
 
+# Every fourth step of two runs of the tiny model on `copy`, 32 prompts a step, 60 steps:
+# (reward, entropy, share cut); not one response was right.
+ONE_TOKEN = (  # --max_new_tokens=1
+  (0.0008, 5.544, 0.996),
+  (0.0014, 5.55, 0.996),
+  (0.0012, 5.544, 0.996),
+  (0.0034, 5.531, 0.992),
+  (0.0033, 5.506, 0.996),
+  (0.0048, 5.454, 0.992),
+  (0.007, 5.36, 1.0),
+  (0.0164, 5.156, 1.0),
+  (0.0169, 4.851, 1.0),
+  (0.0371, 4.469, 1.0),
+  (0.0548, 4.007, 1.0),
+  (0.0654, 3.414, 0.996),
+  (0.0867, 3.197, 1.0),
+  (0.1012, 2.465, 0.992),
+  (0.1237, 1.845, 1.0),
+)
+NEGATIVE_BONUS = (  # --loss.entropy_coef=-0.5
+  (0.0028, 5.544, 0.988),
+  (0.0049, 5.529, 0.992),
+  (0.0055, 5.491, 0.988),
+  (0.0088, 5.396, 0.992),
+  (0.0132, 5.224, 1.0),
+  (0.0146, 4.946, 1.0),
+  (0.0176, 4.559, 1.0),
+  (0.0244, 4.106, 1.0),
+  (0.0236, 3.664, 1.0),
+  (0.0381, 3.303, 1.0),
+  (0.0516, 3.04, 1.0),
+  (0.0677, 2.787, 1.0),
+  (0.0869, 2.477, 1.0),
+  (0.1068, 2.09, 1.0),
+  (0.1196, 1.65, 1.0),
+)
+
+
+def recorded(steps):
+  """Rows of a run in which nothing was right."""
+  keys = ("reward_mean", "entropy", "truncated_fraction")
+  rows = [dict(zip(keys, values, strict=True)) for values in steps]
+  fixed = {"accuracy": 0.0, "frac_zero_std": 0.2, "rewards_ok": 128, "updates_skipped": 0}
+  return [{"step": 4 * i} | fixed | row for i, row in enumerate(rows)]
+
+
+def test_a_run_that_ended_before_anything_was_right_is_told_to_go_further():
+  """One token of three: at this entropy, 2.5 nats, nothing tells it from a run that will learn."""
+  config = CONFIG | {"steps": 57, "max_new_tokens": 1}
+  (found,) = verdicts(recorded(ONE_TOKEN), config)
+  assert found.name == "unfinished" and found.advice == "Try --steps=114"
+  assert verdicts(recorded(ONE_TOKEN), config | {"steps": 200}) == []  # It is still running.
+  assert verdicts(record(accuracy=lambda s: 0.4 * s), CONFIG) == []  # Much is right already.
+
+
+def test_parts_of_answers_do_not_excuse_a_limit_that_cuts_all():
+  """Once the policy is decided, below 1.5 nats, it is the limit that keeps answers from ending."""
+  decided = [row | {"entropy": row["entropy"] / 4} for row in recorded(ONE_TOKEN)]
+  (found,) = verdicts(decided, CONFIG | {"max_new_tokens": 1})
+  assert found.name == "cut_short" and found.advice == "Try --max_new_tokens=2"
+  some = [row | {"accuracy": 0.01 * i} for i, row in enumerate(decided)]
+  assert verdicts(some, CONFIG | {"max_new_tokens": 1}) == []
+
+
+def test_a_bonus_for_certainty_is_said_from_the_tenth_step():
+  """0.5 x 5.5 nats = 2.8 is over the advantages' scale; 0.1 x 5.5 = 0.55 is not."""
+  rows = recorded(NEGATIVE_BONUS)
+  (found,) = verdicts(rows[:10], CONFIG | {"loss.entropy_coef": -0.5})
+  assert found.name == "bonus_negative" and "0.5 x 5.5 nats" in found.says
+  assert found.advice == "Try --loss.entropy_coef=0.017"
+  assert verdicts(rows[:10], CONFIG | {"loss.entropy_coef": -0.1}) == []
+
+
 def test_examples_learned_by_heart():
   def rows(turned):
     return [

@@ -188,7 +188,9 @@ def _cut(record: Evidence) -> Verdict | None:
   falling = not newest or statistics.fmean(newest) < 0.9 * max(record.late("truncated_fraction"))
   noise = record.mean("entropy") > _NOISE
   right_though_cut = record.mean("accuracy") > 1 - share + 0.05
-  if share < _CUT or falling or noise or right_though_cut or record.rising():
+  # A reward that rises by parts of an answer, of which none is ever whole, is no way out.
+  learns = record.rising() and max(record.series("accuracy"), default=1.0) > 0
+  if share < _CUT or falling or noise or right_though_cut or learns:
     return None
   limit = int(finite(record.config.get("max_new_tokens")) or 0)
   return Verdict(
@@ -206,11 +208,17 @@ def _cut_before_any_answer(record: Evidence) -> Verdict | None:
 
 
 def _bonus(record: Evidence) -> Verdict | None:
-  bonus = (finite(record.config.get("loss.entropy_coef")) or 0.0) * record.mean("entropy")
+  coefficient = finite(record.config.get("loss.entropy_coef")) or 0.0
   first = (record.series("entropy") or [0.0])[0]
-  if bonus <= 1 or record.mean("entropy") < 0.9 * first:
+  if -coefficient * first > 1:
+    return Verdict(
+      "bonus_negative",
+      f"The entropy bonus is negative: certainty earns up to {number(-coefficient)} x "
+      f"{number(first, 2)} nats, against advantages of about 1.",
+      attempt(record, ("loss.entropy_coef", -coefficient / 30)),
+    )
+  if coefficient * record.mean("entropy") <= 1 or record.mean("entropy") < 0.9 * first:
     return None
-  coefficient = record.config["loss.entropy_coef"]
   return Verdict(
     "bonus_outweighs",
     f"The entropy bonus outweighs the reward: {number(coefficient)} x "
@@ -323,6 +331,21 @@ def _by_heart(record: Evidence, held_out: tuple[float, float, float]) -> Verdict
   )
 
 
+def _unfinished(record: Evidence) -> Verdict | None:
+  """A run that was over before anything was right, although its reward still rose."""
+  right = record.late("accuracy")
+  if record.share_done() < 1 or not record.rising() or not right or max(right) > _FEW:
+    return None
+  rise, _ = trend(record.late("reward_mean"), parts=2)
+  steps = int(finite(record.config.get("steps")) or len(record.rows))
+  return Verdict(
+    "unfinished",
+    f"The run ended while its reward was still rising, by {number(rise, 2)} in the last quarter, "
+    f"and at most {max(right):.0%} of a step's responses were right.",
+    attempt(record, ("steps", 2 * steps)),
+  )
+
+
 _BROKEN = (_skipped, _grader_failed, cold, never_ends, _constant, _first_updates)
 _LEARNING = (
   _bonus,
@@ -335,4 +358,5 @@ _LEARNING = (
   _groups_agree,
   _small_groups,
   unmoved,
+  _unfinished,
 )
