@@ -35,6 +35,19 @@ class Environments:
   episode_tokens: int = option(
     512, "tokens of an episode: the model's, and those of what its environment says", min=2
   )
+  tool_protocol: Literal["auto", "hermes", "llama3", "text"] = option(
+    "auto",
+    "how calls are written: hermes = <tool_call>{json}</tool_call>, llama3 = {json}, text = call "
+    "NAME: ARGUMENT; auto = as the model's chat template says, else text",
+  )
+  tool_deadline: float = option(10.0, "seconds that a call of a tool may take", above=0)
+  tool_answer_chars: int = option(
+    2000, "characters of an answer that the model is given to read; the rest is cut", min=1
+  )
+  episode_deadline: float = option(
+    60.0, "seconds that all calls of an episode may take together", above=0
+  )
+  episode_memory_mb: int = option(1024, "MB that the processes of an episode may hold", min=256)
 
   @property
   def given(self) -> bool:
@@ -105,7 +118,7 @@ def data_name(config: Any) -> str:
 @functools.cache
 def load(options: Environments) -> environments.Environment:
   """The environment that the flags name, imported once to describe its tools."""
-  return environments.load(options.env, options.tools)
+  return environments.load(options.env, options.tools, protocol=options.tool_protocol)
 
 
 @contextlib.contextmanager
@@ -118,6 +131,7 @@ def opened(
   prompt_format: str,
   weak: bool,
   say: Callable[[str], None],
+  timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   mesh: jax.sharding.Mesh | None,
   gather: Literal["step", "token"],
 ) -> Iterator[episodes.Episodic | None]:
@@ -136,6 +150,7 @@ def opened(
     turn_tokens=turn_tokens,
     episode_tokens=options.episode_tokens,
     say=say,
+    timed=timed,
     mesh=mesh,
     gather=gather,
   )
@@ -149,5 +164,12 @@ def opened(
     return turn_text.observation_ids(tokenizer, observation.answers, layout=prompt_format)
 
   decode = functools.partial(turn_text.decode_turn, tokenizer)
-  with environments.Episodes(environment, allow_weak_sandbox=weak) as processes:
+  with environments.Episodes(
+    environment,
+    deadline=options.tool_deadline,
+    episode_deadline=options.episode_deadline,
+    memory_mb=options.episode_memory_mb,
+    answer_chars=options.tool_answer_chars,
+    allow_weak_sandbox=weak,
+  ) as processes:
     yield episodes.Episodic(begin, processes, opening, decode, observation_ids, options.max_turns)

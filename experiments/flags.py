@@ -531,7 +531,10 @@ class Sampling(Drawing):
 
   min_new_tokens: int = option(0, "no end of sequence before this many tokens", min=0)
   parts: int = option(
-    1, "parts of a step's problems, each graded while the next is sampled; for slow graders", min=1
+    1,
+    "parts of a step's problems: one is graded, or its tools run, while another is sampled; for "
+    "slow graders and tools",
+    min=1,
   )
   allow_truncated: bool = option(
     False, "train on top-k or top-p samples although they come from another distribution"

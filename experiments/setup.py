@@ -406,6 +406,7 @@ def open_sampler(
     prompt_format=encode.keywords["prompt_format"],
     weak=group.reward_sandbox == "weak",
     say=run.console.say,
+    timed=run.console.timed,
     mesh=mesh,
     gather=config.mesh.gather,
   )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import time
 import types
 from typing import NamedTuple
 
@@ -14,15 +15,16 @@ import numpy as np
 import pytest
 
 from rl_llm.losses import llds_loss
+from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import load_model
 from rl_llm.rewards import RewardResult
-from rl_llm.rollout import STOP_EOS, STOP_LENGTH, response_logprobs
+from rl_llm.rollout import STOP_EOS, STOP_LENGTH, response_logprobs, turns
 from rl_llm.rollout.collect import Sampler, response_batch
 from rl_llm.rollout.drawing import encode_problems
 from rl_llm.rollout.episodes import EpisodeError, Episodic, collect_episodes
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
-from rl_llm.rollout.turns import NO_TURN, make_begin
+from rl_llm.rollout.turns import NO_TURN, Running, make_begin
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.tasks import Problem, Task
 from rl_llm.text.tokenizers import ByteTokenizer
@@ -194,6 +196,83 @@ def test_one_part_decodes_while_the_tools_of_another_run(tiny):
   found = collected(tiny, Slow(turns=2), parts=2)
   assert waited == [True]
   assert_same(found, collected(tiny, Echo(turns=2)))
+
+
+def test_slow_tools_cost_no_time_where_another_part_decodes(tiny):
+  """Decoding and tools sleep equally long: in two parts, one hides the other."""
+  policy, params = tiny
+  seconds, slept = 0.4, []
+
+  def sleep():
+    time.sleep(seconds)
+    slept.append(seconds)
+
+  class Slow(Echo):
+    def turn(self, texts):
+      sleep()
+      return super().turn(texts)
+
+  def slowly(begin):
+    def run(*args):
+      state, resume = begin(*args)
+
+      def resume_slowly(*args):
+        sleep()
+        return resume(*args)
+
+      return Running(state, resume_slowly)
+
+    return run
+
+  def wall(environments, wrapped):
+    sampler = sampler_for(policy, environments)
+    episodic = sampler.episodic
+    begin = (lambda params: slowly(episodic.begin(params))) if wrapped else episodic.begin
+    sizes = {"prompts": PROMPTS, "responses": GROUP, "sampling": SamplingConfig(1.0), "parts": 2}
+    begun = time.monotonic()
+    sampler = sampler._replace(episodic=episodic._replace(begin=begin))
+    found = collect_episodes(sampler, params, 0, 0, PhaseClock(), **sizes)
+    return time.monotonic() - begun, found
+
+  wall(Echo(), wrapped=False)  # compiles
+  quick, expected = wall(Echo(), wrapped=False)
+  slow, found = wall(Slow(), wrapped=True)
+  assert_same(found, expected)
+  decoding, tools = 6 * seconds, 8 * seconds  # Of two parts: three turns after the first, four.
+  assert len(slept) == 14
+  print(f"{slow - quick:.2f} s for {decoding:.1f} s of decoding and {tools:.1f} s of tools")
+  # The first and the last part's tools have nothing to run next to.
+  assert slow - quick < max(decoding, tools) + 0.6 * min(decoding, tools)
+
+
+def test_each_part_has_the_shape_of_the_others(tiny):
+  programs = turns.start, turns.decode_turns, turns.append
+  sizes = {"episode_tokens": 43, "turn_tokens": 5}  # A length that no other test has.
+  before = [program._cache_size() for program in programs]
+  for step in range(2):
+    collected(tiny, Echo(turns=3), parts=2, step=step, **sizes)
+  grown = [program._cache_size() - size for program, size in zip(programs, before, strict=True)]
+  assert grown == [1, 1, 1]
+
+
+def test_weights_are_rounded_once_for_all_turns_and_parts(tiny):
+  policy = make_policy(tiny_config(259), dtype=jnp.bfloat16)
+  params = jax.jit(policy.init)(jax.random.key(0))
+  found = []
+
+  read = turns.append
+
+  def append(params, *args, **how):
+    found.append(params)
+    return read(params, *args, **how)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(turns, "append", append)
+    collected((policy, params), Echo(turns=3), parts=2)
+  assert len(found) >= 4 and all(params is found[0] for params in found)
+  leaves = jax.tree_util.tree_leaves_with_path(found[0])
+  kinds = {leaf.dtype for path, leaf in leaves if path[-1].key != "scale"}
+  assert kinds == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_an_episode_ends_by_its_environment_or_is_truncated_by_a_limit(tiny):

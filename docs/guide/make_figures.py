@@ -160,7 +160,7 @@ def played(prompt, call, answer, last) -> tuple[ResponseBatch, list[str]]:
   )
   prompts = PromptBatch(np.array([[ids[word] for word in prompt]]), np.array([len(prompt)]))
   params, keys = {"table": jnp.asarray(table)}, jax.random.split(jax.random.key(0), 1)
-  state, resume = begin(params, prompts, keys, SamplingConfig(1.0), 1)
+  state, resume = begin(params)(prompts, keys, SamplingConfig(1.0), 1)
   state = jax.device_get(resume(state, {0: [ids[word] for word in answer]}))
   sampled = Rollout(
     state.tokens, state.mask, state.logprobs, state.entropies, state.length, np.array([STOP_EOS])

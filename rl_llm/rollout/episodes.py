@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -115,12 +115,12 @@ def play(
   first = [*_of_all("the environments' first words", begun, Observation).values()]
   problems, prompts = _as_begun(sampler, problems, first, group)
   batch = pad_prompts(prompts, pad_id=sampler.tokenizer.pad_id, columns=columns)
+  begin = episodic.begin(params)
 
   def of_part(part: int, pool: ThreadPoolExecutor) -> Generator:
     chosen, of_rows = slice(part * size, (part + 1) * size), slice(part * rows, (part + 1) * rows)
     temperature = jnp.asarray(sampling.temperature)[of_rows]
-    running = episodic.begin(
-      params,
+    running = begin(
       PromptBatch(batch.tokens[chosen], batch.lengths[chosen]),
       keys[of_rows],
       dataclasses.replace(sampling, temperature=temperature),
@@ -210,10 +210,12 @@ def _in_turn(parts: list[Generator], check: Callable[[], None]) -> list[Any]:
     advance(number)
   while waiting:
     check()
-    # Several processes must keep to one order, since they compute and exchange answers together.
-    ready = [n for n, (_, tools) in enumerate(waiting) if tools is not None and tools.done()]
     decoding = [n for n, (_, tools) in enumerate(waiting) if tools is None]
-    chosen = 0 if hosts.count() > 1 else [*ready, *decoding, 0][0]
+    if not decoding and hosts.count() == 1:
+      wait([tools for _, tools in waiting], return_when=FIRST_COMPLETED)
+    ready = [n for n, (_, tools) in enumerate(waiting) if tools is not None and tools.done()]
+    # Several processes must keep to one order, since they compute and exchange answers together.
+    chosen = 0 if hosts.count() > 1 else [*ready, *decoding][0]
     number, _ = waiting[chosen]
     del waiting[chosen]
     advance(number)

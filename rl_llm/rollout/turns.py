@@ -14,8 +14,10 @@ hidden from all that follows (segment -1), and its own next token overwrites it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -76,8 +78,9 @@ class Running(NamedTuple):
   resume: Callable[[TurnState, Mapping[int, Sequence[int]]], TurnState]
 
 
-# (params, prompts, keys, sampling, responses_per_prompt) -> Running
-Begin = Callable[[Any, PromptBatch, jax.Array, SamplingConfig, int], Running]
+# (params) -> ((prompts, keys, sampling, responses_per_prompt) -> Running): the weights are gathered
+# and rounded once, for all turns and parts of a rollout.
+Begin = Callable[[Any], Callable[[PromptBatch, jax.Array, SamplingConfig, int], Running]]
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -254,10 +257,11 @@ def make_begin(
   turn_tokens: int,
   episode_tokens: int,
   say: Callable[[str], None],
+  timed: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
   mesh: jax.sharding.Mesh | None = None,
   gather: Literal["step", "token"] = "step",
 ) -> Begin:
-  """The three pieces for one model.
+  """The three pieces for one model; it announces each shape that it compiles for.
 
   Args:
     policy: the model's functions.
@@ -265,17 +269,19 @@ def make_begin(
     turn_tokens: the most tokens of a turn.
     episode_tokens: T, of an episode, what its environment says included.
     say: shows a line.
+    timed: opens a block in which a line is shown, such as `Console.timed`.
     mesh, gather: as for `rl_llm.rollout.generation.sampling_layout`.
   """
   announce = functools.cache(say)
   policy, mesh, before = sampling_layout(policy, mesh, gather=gather)
 
-  def begin(params, prompts, keys, sampling, group):
+  def begin(params):
+    return functools.partial(run, cast_weights(before(params), policy.dtype))
+
+  def run(params, prompts, keys, sampling, group):
     (count, columns), rows = prompts.tokens.shape, len(keys)
-    announce(f"compiling the episodes: {count} prompts of up to {columns} tokens x {group} rows")
     if beyond := policy.config.length_note(int(max(prompts.lengths)) + episode_tokens):
       announce(beyond)
-    params = before(params)
     decoding = Decoding(policy, group, episode_tokens, tokenizer.eos_ids, rows)
     settings = TurnDecoding(decoding, turn_tokens, tokenizer.pad_id, mesh)
     requests = requests_of(np.asarray(prompts.lengths), keys, sampling, group)
@@ -289,11 +295,13 @@ def make_begin(
       for row, ids in said.items():
         observations[row, : len(ids)], lengths[row], continues[row] = ids, len(ids), True
       read = shard_rows((observations, lengths, continues), mesh)
-      state = append(params, state, requests, *read, settings=settings)
+      with timed(f"compiling the reading of answers: {rows} rows of up to {width} tokens"):
+        state = append(params, state, requests, *read, settings=settings)
       return decode_turns(params, state, requests, settings=settings)
 
-    state = start(params, *of_prompts, requests, settings=settings)
-    state = decode_turns(params, state, requests, settings=settings)
+    with timed(f"compiling the episodes: {count} prompts of up to {columns} tokens x {group} rows"):
+      state = start(params, *of_prompts, requests, settings=settings)
+      state = decode_turns(params, state, requests, settings=settings)
     return Running(state, resume)
 
   return begin

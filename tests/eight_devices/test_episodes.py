@@ -36,7 +36,7 @@ def played(mesh):
   prompts = pad_prompts([[65 + i] * (1 + i % 5) for i in range(PROMPTS)], pad_id=256)
   keys = row_keys(jax.random.key(3), PROMPTS, GROUP)
   sampling = SamplingConfig(jnp.ones(PROMPTS * GROUP))
-  state, resume = begin(params, prompts, keys, sampling, GROUP)
+  state, resume = begin(params)(prompts, keys, sampling, GROUP)
   rng = np.random.default_rng(0)
   for turn in range(3):
     answers = [rng.integers(0, 256, size=rng.integers(0, 7)).tolist() for _ in keys]

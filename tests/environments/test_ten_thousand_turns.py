@@ -69,7 +69,10 @@ class Writer:
     self.heard: list[list[int]] = [[] for _ in range(ROWS)]
     self.count = 0
 
-  def begin(self, params, prompts, keys, sampling, group):
+  def begin(self, params):
+    return self.start
+
+  def start(self, prompts, keys, sampling, group):
     none = np.zeros(ROWS, np.int32)
     state = TurnState(
       None, none, none, none - 1, none, none > 0, none > 0,

@@ -14,6 +14,7 @@ from rl_llm.runs.config import check, replace
 from rl_llm.runs.metrics import read
 from rl_llm.runs.signals import Interrupted, StopSignals
 from rl_llm.tasks import Problem
+from rl_llm.text.tokenizers import ByteTokenizer
 from rl_llm.training import loop
 from tests.experiments import helpers
 from tests.experiments.helpers import equal, outcome
@@ -187,3 +188,85 @@ def test_a_prompt_shows_the_tools_of_its_own_environment(prompt_format):
       [message], names = episodic.opening(problem, "Go.")
       assert message["content"].endswith("Find it.\nGo.") and names == {}
       assert (f"({kind}" in message["content"].replace(": ", "(")) == (prompt_format == "chat")
+
+
+LIMITED = '''
+import time
+
+class Limited:
+  """Takes time, memory and words."""
+
+  def reset(self, **columns) -> str | None:
+    return None
+
+  def wait(self, seconds: float) -> str:
+    """Waits.
+
+    Args:
+      seconds: How long.
+    """
+    time.sleep(seconds)
+    return "waited"
+
+  def hold(self, megabytes: int) -> str:
+    """Holds memory.
+
+    Args:
+      megabytes: How much.
+    """
+    return f"held {len(bytes(megabytes << 20)) >> 20}"
+
+  def say(self, count: int) -> str:
+    """Says many words.
+
+    Args:
+      count: How many.
+    """
+    return "word " * count
+'''
+
+
+@pytest.mark.parametrize(
+  "limit, calls, without, within",
+  [
+    ({"tool_deadline": 0.5}, ["wait: 1"], ["waited"], ["a call took over 0.5 s"]),
+    (
+      {"episode_deadline": 1.5},
+      ["wait: 0.8", "wait: 0.9"],
+      ["waited", "waited"],
+      ["waited", "all its calls took over 1.5 s"],
+    ),
+    ({"episode_memory_mb": 256}, ["hold: 400"], ["held 400"], ["error: "]),
+    ({"tool_answer_chars": 8}, ["say: 4"], ["word word word word "], ["word wor\n[12 more"]),
+  ],
+)
+def test_a_limit_of_episodes_is_that_of_its_flag(tmp_path, limit, calls, without, within):
+  path = tmp_path / "limited.py"
+  path.write_text(LIMITED)
+  how = {"turn_tokens": 8, "prompt_format": "plain", "weak": False, "say": print}
+  for flags, expected in (({}, without), (limit, within)):
+    options = replace(agents.Environments(), {"env": f"{path}:Limited"} | flags)
+    with agents.opened(options, None, ByteTokenizer(), **how, mesh=None, gather="step") as episodic:
+      episodic.environments.start([{}])
+      for call, text in zip(calls, expected, strict=True):
+        said = episodic.environments.turn({0: f"call {call}"})[0]
+        assert text in said.text
+
+
+def test_calls_are_written_as_the_flag_says():
+  how = {"turn_tokens": 8, "prompt_format": "chat", "weak": False, "say": print}
+  problem = Problem([{"role": "user", "content": "Find it."}], {}, "0")
+  for protocol, call in (
+    ("auto", "call guess: 5"),
+    ("text", "call guess: 5"),
+    ("hermes", '<tool_call>{"name": "guess", "arguments": {"number": 5}}</tool_call>'),
+    ("llama3", '{"name": "guess", "parameters": {"number": 5}}'),
+  ):
+    options = agents.Environments(env="guess", tool_protocol=protocol)
+    with agents.opened(
+      options, None, loaded("zephyr"), **how, mesh=None, gather="step"
+    ) as episodic:
+      [message], _ = episodic.opening(problem, "")
+      assert call.partition("5")[0].partition(": ")[0].partition("{")[0] in message["content"]
+      episodic.environments.start([{"secret": 5}])
+      assert episodic.environments.turn({0: call})[0].text == "correct"

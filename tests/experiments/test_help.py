@@ -43,7 +43,8 @@ SAMPLED |= {
   *("entropy.high", "clip.controller", "clip.target", "clip.delta", "clip.high"),
   *("kl.refresh", "kl.keep", "dynamic.groups", "dynamic.max_rounds", "laps"),
 }
-EPISODES = {"env", "tools", "max_turns", "episode_tokens"}
+EPISODES = {"env", "tools", "max_turns", "episode_tokens", "episode_deadline", "episode_memory_mb"}
+EPISODES |= {"tool_protocol", "tool_deadline", "tool_answer_chars"}
 SAMPLED |= EPISODES
 OPTIMIZER = {"optimizer.name", "optimizer.decayed"}
 OPTIMIZER |= {"optimizer.spike_sigma", "optimizer.spike_window"}

@@ -91,7 +91,13 @@ _EXPERTS: dict[str, Callable[..., Expert]] = {
 
 
 def demonstrate(
-  env: str, tokenizer: Tokenizer, *, count: int, seed: int = 0, step: int = 0
+  env: str,
+  tokenizer: Tokenizer,
+  *,
+  count: int,
+  seed: int = 0,
+  step: int = 0,
+  protocol: str = "auto",
 ) -> list[dict[str, Any]]:
   """Episodes of an environment that ships, played by a program: one row each for `--data`.
 
@@ -101,6 +107,7 @@ def demonstrate(
     count: how many.
     seed: of the problems.
     step: of the problems; those that training will see first are of step 0.
+    protocol: how calls are written, as `--tool_protocol` in training.
 
   Returns:
     Rows with `messages` (and `tools`, where the template shows them). None is of a held-out
@@ -119,7 +126,7 @@ def demonstrate(
       "has, such as --model=smollm2"
     )
   turn_text.check_prefix(tokenizer)
-  environment = load(env)
+  environment = load(env, protocol=protocol)
   protocol = turn_text.choose_protocol(environment.protocol, tokenizer)
   environment = environment._replace(protocol=protocol)
   problems = default_task(environment).sample(seed, step, count)
@@ -162,13 +169,17 @@ def add_demonstrations(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--model", default="smollm2", help="whose chat template lays out the calls")
   parser.add_argument("--rows", type=int, default=500, help="how many episodes")
   parser.add_argument("--seed", type=int, default=0, help="of the problems")
+  parser.add_argument(
+    "--tool_protocol", default="auto", help="how calls are written, as in training"
+  )
   parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .jsonl file")
 
 
 def write_demonstrations(given: argparse.Namespace) -> str:
   """Writes the file; gives a line that says so."""
   tokenizer = load_tokenizer(given.model)
-  rows = demonstrate(given.env, tokenizer, count=given.rows, seed=given.seed)
+  how = {"seed": given.seed, "protocol": given.tool_protocol}
+  rows = demonstrate(given.env, tokenizer, count=given.rows, **how)
   text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
   write_atomically(given.out, text.encode())
   return f"demonstrations: {given.out}, {len(rows)} episodes of {given.env}"
