@@ -24,7 +24,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from experiments import flags, setup
+from experiments import agents, flags, setup
 from rl_llm import evaluation, tasks
 from rl_llm.errors import ConfigError
 from rl_llm.parallel import hosts
@@ -112,7 +112,7 @@ def measure(config: Config, workdir: str) -> dict[str, Any]:
     )
     result = {
       "model": config.model.model,
-      "task": config.task.task,
+      "task": agents.data_name(config),
       "split": config.split,
       "problems": len(drawn.problems),
       "samples": config.samples,

@@ -136,6 +136,13 @@ def test_an_evaluation_plays_episodes(counting, tmp_path):
   assert {len(row["turns"]) for row in read(tmp_path / "run" / "samples.jsonl")} == {1, 2, 3}
 
 
+def test_what_brings_the_problems_names_a_result():
+  own = {"env": "calculator", "task": "env"}
+  assert agents.data_name(replace(evaluate.Config(), own)) == "calculator"
+  given = {"env": "calculator", "task": "copy"}
+  assert agents.data_name(replace(evaluate.Config(), given)) == "copy"
+
+
 class Killed(BaseException):
   """As if the process had ended here: nothing is saved, only what was open is closed."""
 
