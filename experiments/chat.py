@@ -6,7 +6,8 @@
 
 A model with a chat template reads the whole conversation, as its template lays it out; one without
 reads each line alone. /new begins another conversation. Ctrl-C ends an answer, Ctrl-D the program.
-Where the input is no terminal, it is a line a turn, and answers are all that is printed.
+The tiny model of a `copy` run answers prompts of that task, such as abc>. Where the input is no
+terminal, it is a line a turn, and answers are all that is printed.
 """
 
 from __future__ import annotations

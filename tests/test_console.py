@@ -20,7 +20,7 @@ from rich.cells import cell_len
 
 from rl_llm.runs import console as console_lib
 from rl_llm.runs import formatting
-from rl_llm.runs.console import Console
+from rl_llm.runs.console import Console, telling
 from rl_llm.runs.formatting import printable
 
 ROOT = str(Path(console_lib.__file__).parents[1])
@@ -61,7 +61,7 @@ METRICS = {
 
 
 def test_doctests():
-  assert doctest.testmod(formatting).failed == 0
+  assert doctest.testmod(formatting).failed == doctest.testmod(console_lib).failed == 0
 
 
 def test_a_step_is_one_plain_line_where_there_is_no_terminal():
@@ -154,6 +154,25 @@ def test_samples_show_at_most_the_count_asked_for():
   assert "samples of step 7" in out and "answer1" in out and "answer2" not in out
 
 
+def test_samples_show_the_group_whose_rewards_differ_by_its_best_and_its_worst():
+  def group(problem, rewards):
+    rows = [{"problem": problem, "response": f"{problem}{i}"} for i in range(len(rewards))]
+    return [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)]
+
+  rows = [*group("a", [0, 0, 0, 0]), *group("b", [1, None, 0, 0.5, 1]), *group("c", [0, 1])]
+
+  def named(count):
+    return [row["response"] for row in telling(rows, count=count)]
+
+  assert named(4) == ["b0", "b1", "b2", "b4"]  # 1, failed, 0 and 1; in their order.
+  assert named(1) == ["b0"] and named(0) == []
+  assert named(7) == ["b0", "b1", "b2", "b3", "b4", "c0", "c1"]
+  assert named(9) == [*named(7), "a0", "a1"]
+  assert named(99) == [*named(7), "a0", "a1", "a2", "a3"]
+  out = shown(lambda c: c.samples(1, [sample(prompt="p", **row) for row in rows]))
+  assert "b0" in out and "a0" not in out
+
+
 def test_credentials_are_redacted():
   secret = "hf_" + "a1B2" * 8
   out = shown(
@@ -192,7 +211,7 @@ def test_a_terminal_shows_a_bar_with_the_latest_figures_and_gets_its_cursor_back
 
 PROGRAM = """
 import os, signal, sys
-from rl_llm.runs.console import Console
+from rl_llm.runs.console import Console, telling
 with Console(total_steps=5) as console:
   for step in range(1, 4):
     console.step(step, {"reward_mean": 0.5})

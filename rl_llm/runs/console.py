@@ -48,14 +48,16 @@ def timed(line: str, say: Callable[[str], Any], *, every: float = 30.0) -> Itera
   Args:
     line: what happens in the block.
     say: called with each line, from another thread too.
-    every: seconds between two lines.
+    every: seconds between two lines; after four of them twice as many, since minutes are whole.
   """
   say(line)
   elapsed, ended = _Elapsed(line), threading.Event()
 
   def tell() -> None:
-    while not ended.wait(every):
+    said = 0
+    while not ended.wait(every if said < 4 else 2 * every):
       say(f"{elapsed} so far")
+      said += 1
 
   teller = threading.Thread(target=tell, daemon=True)
   teller.start()
@@ -64,6 +66,45 @@ def timed(line: str, say: Callable[[str], Any], *, every: float = 30.0) -> Itera
   finally:
     ended.set()
     teller.join()
+
+
+def telling(rows: Iterable[Mapping[str, Any]], *, count: int) -> list[Mapping[str, Any]]:
+  """The samples of a step to show: first the problems whose responses earned differently.
+
+  A group in which all earned the same teaches nothing, and shows nothing of what is learned. A
+  group that is too long is shown by its best and its worst responses, in their order:
+
+  >>> earned = [("a", 0), ("a", 0), ("b", 0), ("b", 0), ("b", 1), ("b", 0)]
+  >>> rows = [{"problem": problem, "reward": reward} for problem, reward in earned]
+  >>> [(row["problem"], row["reward"]) for row in telling(rows, count=3)]
+  [('b', 0), ('b', 1), ('b', 0)]
+
+  Args:
+    rows: of samples.jsonl, of one step.
+    count: how many at most.
+  """
+  groups: dict[str, list[Mapping[str, Any]]] = {}
+  for row in rows:
+    groups.setdefault(str(row.get("problem", row.get("prompt"))), []).append(row)
+  kept: list[Mapping[str, Any]] = []
+  for group in sorted(groups.values(), key=lambda group: not _differ(group)):
+    room = count - len(kept)
+    if len(group) > room and _differ(group):
+      best_first = sorted(range(len(group)), key=lambda i: _earned(group[i]), reverse=True)
+      ends = best_first[: room - room // 2] + best_first[len(group) - room // 2 :]
+      group = [group[i] for i in sorted(ends)]
+    kept += group[:room]
+  return kept
+
+
+def _earned(row: Mapping[str, Any]) -> float:
+  """The reward; a response whose grade failed is below all."""
+  reward = row.get("reward")
+  return reward if isinstance(reward, (int, float)) else float("-inf")
+
+
+def _differ(group: Iterable[Mapping[str, Any]]) -> bool:
+  return len({row.get("reward") for row in group}) > 1
 
 
 def _notebook(stream: TextIO) -> Callable[[str, float], None] | None:
@@ -209,7 +250,7 @@ class Console:
     self.say("\n".join(f"  {name:<{width}}  {value}" for name, value in values.items()))
 
   def samples(self, step: int, rows: Iterable[Mapping[str, Any]], *, count: int = 4) -> None:
-    """Shows what the model wrote: prompt, response, reward, advantage.
+    """Shows what the model wrote: prompt, response, reward, advantage, of a group with spread.
 
     Args:
       step: the step they were sampled in.
@@ -223,7 +264,7 @@ class Console:
         row["status"] if row.get("reward") is None else row["reward"],
         row.get("advantage"),
       )
-      for row in list(rows)[:count]
+      for row in telling(rows, count=count)
     ]
     self.table(f"samples of step {step}", ("prompt", "response", "reward", "advantage"), cells)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rl_llm.runs.console import telling
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import counted, escaped, finite, section
 from rl_llm.runs.transcripts import is_episode, parts
@@ -164,7 +165,10 @@ def surprises_section(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
-  """The samples of training, step by step; of a long run, those of steps at equal distances."""
+  """The samples of training, step by step; of a long run, those of steps at equal distances.
+
+  Problems whose responses earned differently come first.
+  """
   by_step: dict[int, list[Mapping]] = {}
   for row in samples:
     if row.get("split") != "eval":
@@ -176,8 +180,8 @@ def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
   folds = []
   for step in steps:
     rows = by_step[step]
-    lines = "".join(_sample_line(row) for row in rows[:_ROWS_SHOWN])
-    more = f", the first {_ROWS_SHOWN} shown" if len(rows) > _ROWS_SHOWN else ""
+    lines = "".join(_sample_line(row) for row in telling(rows, count=_ROWS_SHOWN))
+    more = f", {_ROWS_SHOWN} of them shown" if len(rows) > _ROWS_SHOWN else ""
     folds.append(
       f"<details{' open' if step == steps[-1] else ''}><summary>step {step}: "
       f"{counted(len(rows), 'sample')}{more}</summary>{_table(lines)}</details>"
