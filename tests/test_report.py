@@ -401,6 +401,13 @@ def test_a_quick_step_does_not_take_0_seconds(seconds, shown, tmp_path):
   assert f"{shown} a step on average" in report_of(tmp_path)
 
 
+def test_a_run_at_its_first_step_has_no_average(tmp_path):
+  with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    writer.write(0, {"reward_mean": 0.5, "time/rollout": 97.0, "time/step": 97.0})
+  page = report_of(tmp_path)
+  assert "on average" not in page and "the first one is on record" in page
+
+
 def test_changed_settings_come_first(page):
   rows = re.findall(r"<tr><td><code>(.*?)</code></td><td><code>(.*?)</code></td>(.*?)</tr>", page)
   assert rows[0] == ("seed", "3", "<td><code>0</code></td>")

@@ -136,7 +136,8 @@ def _header(name: str, rows: Sequence[Mapping], config: Mapping[str, Any], comma
   seconds = sum(step_seconds(row) for row in rows)
   each = seconds / max(steps, 1)
   pace = duration(each) if each >= 10 else f"{number(each, 2)}s"
-  cards.append(_card("Steps", str(steps), f"{pace} a step on average"))
+  note = f"{pace} a step on average" if steps else "the first one is on record"
+  cards.append(_card("Steps", str(steps), note))
   cards.append(_card("Time", duration(seconds), "compiling, sampling, updating, evaluating"))
   line = f"<p>{escaped(', '.join(what), 300)}</p>" if what else ""
   words = [f"<span>{escaped(word)}</span>" for word in command[:1500].split(" ")]

@@ -11,7 +11,7 @@ from rl_llm.runs.report_page import counted, escaped, finite
 from rl_llm.runs.report_plots import PLOTS, Plot, several_rewards
 from rl_llm.runs.speed import phases_of
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 62, 18, 10, 38
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 70, 18, 10, 38
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
