@@ -129,7 +129,7 @@ $(VENV)/run-$(VERSION): $(VENV)/python-$(VERSION) setup.py
 
 $(VENV)/test-$(VERSION): $(VENV)/run-$(VERSION) setup.py
 	@echo "Installing what the tests need."
-	@$(PIP) install -q -e '.[hf,gguf,tasks,math,search,optuna,plot,dev]'
+	@$(PIP) install -q -e '.[hf,gguf,tasks,math,search,openenv,optuna,plot,dev]'
 	@touch $@
 
 clean:

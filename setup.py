@@ -17,6 +17,8 @@ EXTRAS = {
   "math": ["math-verify>=0.8"],
   # `--env=search:DIR`.
   "search": ["bm25s>=0.2"],
+  # `--env=openenv:URL`.
+  "openenv": ["websockets>=15"],
   # Data sets in Parquet files.
   "parquet": ["pyarrow>=18"],
   # `--track=`.

@@ -35,6 +35,9 @@ class Environments:
   episode_tokens: int = option(
     512, "tokens of an episode: the model's, and those of what its environment says", min=2
   )
+  env_network: Literal["off", "allow"] = option(
+    "off", "allow = speak to the servers that --env=openenv:URL names; they are not confined"
+  )
   tool_protocol: Literal["auto", "hermes", "llama3", "text"] = option(
     "auto",
     "how calls are written: hermes = <tool_call>{json}</tool_call>, llama3 = {json}, text = call "
@@ -118,7 +121,8 @@ def data_name(config: Any) -> str:
 @functools.cache
 def load(options: Environments) -> environments.Environment:
   """The environment that the flags name, imported once to describe its tools."""
-  return environments.load(options.env, options.tools, protocol=options.tool_protocol)
+  how = {"protocol": options.tool_protocol, "network": options.env_network == "allow"}
+  return environments.load(options.env, options.tools, **how)
 
 
 @contextlib.contextmanager

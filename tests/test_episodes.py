@@ -337,6 +337,36 @@ def test_what_an_environment_says_first_is_in_the_prompt_of_its_whole_group(tiny
     collected(tiny, Echo(first=lambda columns: str(next(told))))
 
 
+class Beginning(Echo):
+  """Of which these rows do not begin."""
+
+  def __init__(self, lost, **how):
+    super().__init__(**how)
+    self.lost = lost
+
+  def start(self, rows):
+    begun = super().start(rows)
+    for row in self.lost:
+      begun[row] = Heard("", True, status="tool_error", answers=("reset: full",))
+    return begun
+
+  def finish(self, indices):
+    return [
+      RewardResult(None, "raised", "reset: full") if index in self.lost else result
+      for index, result in zip(indices, super().finish(indices), strict=True)
+    ]
+
+
+def test_an_episode_that_does_not_begin_leaves_its_group(tiny):
+  found = collected(tiny, Beginning({0, 5}, turns=1, first=lambda columns: "!"))
+  assert found.drawn.prompts == [list(f"{'x' * (1 + i)}!".encode()) for i in range(PROMPTS)]
+  assert np.flatnonzero(~found.scores.ok.reshape(-1)).tolist() == [0, 5]
+  with pytest.raises(
+    EpisodeError, match="reset failed in 5 of 8 episodes, .* reset: full; mend it"
+  ):
+    collected(tiny, Beginning({0, 1, 2, 3, 4}))
+
+
 def test_metrics_count_turns_calls_and_what_was_read(tiny):
   found = collected(tiny, Echo(turns=2))
   turns = [turn for sample in found.samples for turn in sample["turns"]]

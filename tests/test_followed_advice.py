@@ -849,6 +849,21 @@ def follow_environments_without_problems(said, path):
   assert begun(*({"word": "a", "environment": name} for name in names)) == {"a", "A"}
 
 
+def follow_servers_of_environments(said, path):
+  """One of OpenEnv: no network is allowed; and it is given tools, although it has its own."""
+  served = importlib.import_module("tests.environments.test_openenv")
+  file = path / "own.py"
+  file.write_text('def go() -> str:\n  """Goes."""\n')
+  with served.serving(served.Guessing) as running:
+    message = refused(said, environments.load, running.url)
+    given = re.findall(r"--(\w+)=(\w+)", message)
+    config = configured(grpo, {"env": running.url, "task": f"jsonl:{path}/rows.jsonl"}, given)
+    assert agents.load(config.agents).owns_reward
+    with_tools = replace(config.agents, {"tools": f"{file}:go"})
+    assert "leave --tools out" in refused(said, agents.load, with_tools)
+    assert agents.load(replace(with_tools, {"tools": ""})).owns_reward
+
+
 def follow_programs_of_a_model(said, path, monkeypatch):
   """On a system that cannot confine them: an environment that runs some, where that is allowed."""
   monkeypatch.setattr(layers, "REQUIRED", (*layers.REQUIRED, "moon"))
@@ -866,7 +881,10 @@ def follow_programs_of_a_model(said, path, monkeypatch):
 
 def follow_prompts_with_what_environments_add(said, path):
   """They are within the limit alone, and not with an environment's first words."""
-  problem, first = tasks.Problem("Find it.", {}, "0"), [types.SimpleNamespace(text="7 guesses.")]
+  problem, first = (
+    tasks.Problem("Find it.", {}, "0"),
+    [types.SimpleNamespace(text="7 guesses.", status="ok")],
+  )
 
   def begun(limit):
     how = {"prompt_format": "plain", "max_prompt_tokens": limit, "overlong": "drop"}

@@ -238,17 +238,29 @@ def _of_all(what: str, own: Mapping[int, Any], kind: type) -> dict[int, Any]:
 def _as_begun(
   sampler: Sampler, problems: Sequence[Problem], first: Sequence[Any], group: int
 ) -> tuple[list[Problem], list[Sequence[int]]]:
-  """The problems and their prompts, with their tools and what their environments said first."""
+  """The problems and their prompts, with their tools and what their environments said first.
+
+  An episode that could not begin leaves its group, and has the prompt of those that could.
+  """
+  lost = [observation for observation in first if observation.status != "ok"]
+  if 2 * len(lost) > len(first):
+    raise EpisodeError(
+      f"reset failed in {len(lost)} of {len(first)} episodes, of the first by "
+      f"{lost[0].status}: {' '.join(lost[0].answers)}; mend it, or sample fewer episodes at once"
+    )
+  said_first = []
   for number, problem in enumerate(problems):
-    texts = {observation.text for observation in first[number * group : (number + 1) * group]}
+    of_group = first[number * group : (number + 1) * group]
+    texts = {observation.text for observation in of_group if observation.status == "ok"}
+    said_first.append(next(iter(texts), ""))
     if len(texts) > 1:
       raise EpisodeError(
         f"the environment began problem {problem.key!r} in {len(texts)} ways; its episodes are "
         "compared, so reset must return the same text for the same columns"
       )
   opened = [
-    (problem, *sampler.episodic.opening(problem, first[number * group].text))
-    for number, problem in enumerate(problems)
+    (problem, *sampler.episodic.opening(problem, said))
+    for problem, said in zip(problems, said_first, strict=True)
   ]
   drawn = sampler.encode(
     [

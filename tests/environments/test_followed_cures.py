@@ -6,9 +6,11 @@ sees that the environment works; the last test holds what was said against the s
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import resource
+import socket
 import sys
 import types
 
@@ -150,6 +152,22 @@ def follow_searches(said, path, monkeypatch):
     (path / "texts" / name).write_text(name)
     assert prepared(path / "texts")[1][-1] == name
   assert Own._names == ["a.txt", "b.md"]
+
+
+def follow_servers(said, path, monkeypatch):
+  """The package is missing; nothing answers; then a server is there, with tools of its own."""
+  served = importlib.import_module("tests.environments.test_openenv")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    env = f"openenv:http://127.0.0.1:{free.getsockname()[1]}"
+  with monkeypatch.context() as patch:
+    patch.setitem(sys.modules, "websockets.sync.client", None)
+    message = refused(said, load, env, network=True)
+  extra, package = re.search(r"rl_llm\[(\w+)\]' \(or pip install (\w+)\)", message).groups()
+  assert [package] == [re.split("[><=]", wanted)[0] for wanted in extras()[extra]]
+  assert "start it, and give its address" in refused(said, load, env, network=True)
+  with served.serving(served.Guessing) as running:
+    assert names(load(running.url, network=True)) == ["step"]
 
 
 def follow_sums(said, path):

@@ -44,7 +44,7 @@ SAMPLED |= {
   *("kl.refresh", "kl.keep", "dynamic.groups", "dynamic.max_rounds", "laps"),
 }
 EPISODES = {"env", "tools", "max_turns", "episode_tokens", "episode_deadline", "episode_memory_mb"}
-EPISODES |= {"tool_protocol", "tool_deadline", "tool_answer_chars"}
+EPISODES |= {"env_network", "tool_protocol", "tool_deadline", "tool_answer_chars"}
 SAMPLED |= EPISODES
 OPTIMIZER = {"optimizer.name", "optimizer.decayed"}
 OPTIMIZER |= {"optimizer.spike_sigma", "optimizer.spike_window"}

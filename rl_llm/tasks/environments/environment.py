@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from rl_llm.rewards.paths import import_path, readable_paths
 from rl_llm.rewards.server import Server
 from rl_llm.tasks.environments import process
 from rl_llm.tasks.environments.calls import PROTOCOLS
+from rl_llm.tasks.environments.openenv import Remote
 
 _BUILTIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "builtin")
 
@@ -36,7 +38,9 @@ BUILTIN = {
 }
 _RUN_TEXT = ("python", "reasoning_gym")  # Some of that package's scorers run the answer.
 _REST = {"search": "DIR", "reasoning_gym": "name"}
+_OPENENV = "openenv:"
 FORMS = (*(f"{n}:<{_REST[n]}>" if n in _REST else n for n in BUILTIN), "FILE.py:<Class>")
+FORMS += ("openenv:<URL>",)
 
 
 class EnvironmentError(UserError, ValueError):
@@ -55,6 +59,7 @@ class Kind(NamedTuple):
     tools: JSON schemas.
     owns_reward: whether the class has `get_reward`.
     runs_text: whether it runs what a model wrote as a program.
+    url: of the OpenEnv server that it is; "" where it runs here.
   """
 
   name: str
@@ -65,10 +70,18 @@ class Kind(NamedTuple):
   tools: tuple[dict[str, Any], ...] = ()
   owns_reward: bool = False
   runs_text: bool = False
+  url: str = ""
 
   @contextmanager
-  def server(self, **limits: Any) -> Iterator[Server]:
-    """The server of its processes, which has imported it."""
+  def server(self, **limits: Any) -> Iterator[Server | Remote]:
+    """The server of its processes, which has imported it, or the OpenEnv server that it is."""
+    if self.url:
+      remote = _reached(Remote, self.url)
+      try:
+        yield remote
+      finally:
+        remote.close()
+      return
     first = self.location or self.functions[0][0]
     source = RewardSource(first, self.made)
     paths = import_path(source) + [os.path.dirname(path) for path, _ in self.functions]
@@ -91,19 +104,25 @@ class Kind(NamedTuple):
         "idle_period": 0.25,
         "episode_deadline": 60.0,
       } | limits
-      try:
-        server = Server(
-          f"environment {self.name}",
-          config,
-          directory=str(directory),
-          start_deadline=config["start_deadline"],
-        )
-      except RewardError as error:
-        raise EnvironmentError(str(error)) from None
+      server = _reached(
+        Server,
+        f"environment {self.name}",
+        config,
+        directory=str(directory),
+        start_deadline=config["start_deadline"],
+      )
       try:
         yield server
       finally:
         server.close()
+
+
+def _reached(make: Callable[..., Any], *args: Any, **how: Any) -> Any:
+  """A server that was started or found."""
+  try:
+    return make(*args, **how)
+  except RewardError as error:
+    raise EnvironmentError(str(error)) from None
 
 
 class Environment(NamedTuple):
@@ -137,7 +156,7 @@ class Environment(NamedTuple):
       return self.kinds[0]
     name = columns.get("environment")
     for kind in self.kinds:
-      if name in (kind.name, kind.made):
+      if name and name in (kind.name, kind.made):
         return kind
     known = ", ".join(kind.made or kind.name for kind in self.kinds)
     raise EnvironmentError(
@@ -145,7 +164,9 @@ class Environment(NamedTuple):
     )
 
 
-def load(env: str, tools: str = "", *, protocol: str = "auto") -> Environment:
+def load(
+  env: str, tools: str = "", *, protocol: str = "auto", network: bool = False
+) -> Environment:
   """What `--env` and `--tools` name, imported once in a process of its own to describe its tools.
 
   >>> environment = load("calculator")
@@ -156,6 +177,7 @@ def load(env: str, tools: str = "", *, protocol: str = "auto") -> Environment:
     env: names of `BUILTIN`, or FILE.py:Class; several are separated by commas. "": tools alone.
     tools: FILE.py:function; several are separated by commas.
     protocol: how calls are written, of `calls.PROTOCOLS`; "auto" leaves it to the template.
+    network: whether this process may speak to the OpenEnv servers that `env` names.
 
   Raises:
     EnvironmentError: there is no such file, class, function or name, a tool has no type hints or
@@ -168,6 +190,16 @@ def load(env: str, tools: str = "", *, protocol: str = "auto") -> Environment:
   if not kinds and not functions:
     raise EnvironmentError(f"env={env!r}: must be one of {', '.join(FORMS)}")
   kinds = kinds or [Kind(tools, "", "", functions)]
+  for kind in kinds:
+    if kind.url and not network:
+      raise EnvironmentError(
+        f"env={kind.name}: speaks to a server, and no network is allowed; allow it with "
+        "--env_network=allow"
+      )
+    if kind.url and functions:
+      raise EnvironmentError(
+        f"tools={tools}: {kind.name} has the tools of its server; leave --tools out"
+      )
   described = []
   for kind in kinds:
     with kind.server() as server:
@@ -189,6 +221,13 @@ def _listed(text: str) -> list[str]:
 
 def _kind(text: str, functions: tuple[tuple[str, str], ...]) -> Kind:
   """What one name of `--env` means."""
+  if text.startswith(_OPENENV):
+    url = text.removeprefix(_OPENENV)
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+      raise EnvironmentError(
+        f"env={text!r}: must be openenv:http://HOST:PORT or openenv:https://HOST"
+      )
+    return Kind(text, "", "", functions, url=url)
   if ".py" in text.rpartition(":")[0] or text.endswith(".py"):
     path, name = _file_and_name("env", text)
     return Kind(text, path, name, functions)

@@ -114,7 +114,8 @@ class Episodes:
         same random numbers from Python's `random`.
 
     Returns:
-      N observations: `text` goes to the end of the last user message.
+      N observations: `text` goes to the end of the last user message; of one whose `status` is not
+      "ok", `answers` says why.
 
     Raises:
       EnvironmentError: a row names no environment, or one would run a model's programs without the
@@ -137,7 +138,8 @@ class Episodes:
       text, seconds = self._reset_text(episode, asked[index]), asked[index].seconds
       done = episode.status != "ok" or bool((asked[index].reply or {}).get("done"))
       status = {"raised": "tool_error"}.get(episode.status, episode.status)
-      found.append(Observation(text, done, status, 0, seconds))
+      said = (episode.detail,) if episode.detail else ()
+      found.append(Observation(text, done, status, 0, seconds, answers=said))
     return found
 
   def _check_barriers(self, kinds: Sequence[Kind]) -> None:
