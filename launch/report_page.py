@@ -53,7 +53,8 @@ def overlays(view: View) -> str:
   left = sum(any(row.curve for row in group.rows) for group in view.groups) - len(lines)
   caption = "The mean over seeds, at the steps that all of a setting's trials have reached."
   caption += f" The best {_OVERLAID}; {left} settings are left out." if left else ""
-  return overlay(_plot(view.metric, "All settings", caption), lines)
+  values = [value for curve in lines.values() for _, value in curve]
+  return overlay(_plot(view.metric, "All settings", caption, (min(values), max(values))), lines)
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
@@ -104,7 +105,7 @@ def parallel(paths: Sequence[str], groups: Sequence[Group], metric: str) -> str:
     (path, [group.settings[path] for group in groups]) for path in paths
   ]
   columns.append((metric.removeprefix("eval/"), [group.mean for group in groups]))
-  places, parts = [], []
+  places, parts, marked = [], [], []
   for i, (name, column) in enumerate(columns):
     x = 70 + i * (width - 140) / (len(columns) - 1)
     last = i == len(columns) - 1
@@ -122,9 +123,10 @@ def parallel(paths: Sequence[str], groups: Sequence[Group], metric: str) -> str:
     parts.append(f'<text x="{x:.1f}" y="14" text-anchor="middle">{html.escape(name)}</text>')
     marks = dict(zip(map(shown, column), ys, strict=True))
     if last:
-      marks = {number(min(column)): height - bottom, number(max(column)): top}
-    parts += [
-      f'<text x="{x + 5:.1f}" y="{y + 4:.1f}">{html.escape(mark)}</text>'
+      marks = {number(max(column)): top, number(min(column)): end}  # Where all are equal: below.
+    side = f'x="{x + 5:.1f}"' if last else f'x="{x - 6:.1f}" text-anchor="end"'
+    marked += [
+      f'<text class="mark" {side} y="{y + 4:.1f}">{html.escape(mark)}</text>'
       for mark, y in marks.items()
     ]
   means = [group.mean for group in groups]
@@ -138,6 +140,7 @@ def parallel(paths: Sequence[str], groups: Sequence[Group], metric: str) -> str:
       f'<polyline points="{line}" fill="none" stroke="{_color(share)}" stroke-width="2" '
       f'opacity="0.75"><title>{html.escape(title)}: {number(group.mean)}</title></polyline>'
     )
+  parts += marked  # Over the lines, each with a rim of the page's colour.
   return (
     f'<figure><svg viewBox="0 0 {width} {height}" role="img" '
     f'aria-label="settings and {html.escape(metric)}">{"".join(parts)}</svg><figcaption>A line per '

@@ -73,9 +73,10 @@ def _axes(steps: Sequence[float], values: Sequence[float], low=None, high=None) 
   """Axes that cover all values, and at least low to high; widened if they would have no extent."""
   ends = [*values, *(end for end in (low, high) if end is not None)] or [0.0]
   bottom, top = min(ends), max(ends)
-  pad = (top - bottom) * 0.06 or abs(top) * 0.1 or 1.0
+  extent = top - bottom
+  pad = extent * 0.06 or abs(top) * 0.1 or 1.0
   bottom = bottom if bottom == low else bottom - pad
-  top = top if top == high else top + pad
+  top = top if top == high and extent else top + pad
   first, last = min(steps, default=0), max(steps, default=0)
   return _Axes(first, last if last > first else first + 1, bottom, top)
 

@@ -56,6 +56,7 @@ figcaption { color: var(--soft); font-size: 13px; line-height: 1.42; margin-top:
 figcaption strong { color: var(--wrong); }
 svg { width: 100%; height: auto; display: block; margin-top: auto; }
 svg text { fill: var(--soft); font-size: 12px; }
+svg .mark { paint-order: stroke; stroke: var(--paper); stroke-width: 5px; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--soft); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .dashed { stroke-dasharray: 6 6; } .band { opacity: .16; }

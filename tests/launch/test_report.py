@@ -143,6 +143,16 @@ def test_the_metric_is_chosen_on_the_page(tmp_path):
   assert "#t1:checked ~ .t1 { display: block; }" in text
 
 
+def test_a_sweep_in_which_nothing_was_right_has_figures_too(tmp_path):
+  """All values are 0: the axes that all figures share have no extent of their own."""
+  for number in range(2):
+    trial(tmp_path, number, value=0.0, rate=number)
+  write(tmp_path)
+  figures = re.findall("<figure>.*?</figure>", (tmp_path / "report.html").read_text(), re.S)
+  labels = [re.findall('text-anchor="end">(.*?)<', figure) for figure in figures[1:]]
+  assert labels == 3 * [["0", "0.2", "0.4", "0.6", "0.8", "1"]]
+
+
 def rows(values, *, half=None, rewards=None):
   rewards = rewards or [None] * len(values)
   return [
