@@ -13,9 +13,11 @@ import jax
 from rl_llm.errors import ConfigError
 from rl_llm.policy import Policy
 from rl_llm.rollout import episodes, turns
+from rl_llm.runs import functions
 from rl_llm.runs.config import option
 from rl_llm.tasks import Problem, environments
 from rl_llm.tasks.environments import turn_text
+from rl_llm.tasks.environments.problems import owned_by_environment
 from rl_llm.text.tokenizers import Tokenizer
 
 OWN_TASK = "env"  # --task: the problems that an environment brings
@@ -116,6 +118,14 @@ def data_name(config: Any) -> str:
   """What a run is named after: its task, or the environment that brings its problems."""
   own = config.task.task == OWN_TASK and hasattr(config, "agents")
   return config.agents.env or "tools" if own else config.task.task
+
+
+def reward_instead(config: Any) -> str:
+  """The grader of rows that need none, since their environments give the rewards; else "task"."""
+  options = getattr(config, "agents", None)
+  if options is None or not options.given or not load(options).owns_reward:
+    return "task"
+  return functions.Function.of("reward", owned_by_environment)
 
 
 @functools.cache

@@ -324,8 +324,10 @@ def load_task(config: Any) -> tasks.Task | None:
   else:
     family = tasks.task_family(group.task)
     options = vars(getattr(group.families, family)) if family else {}
-    how = group.reward_isolation, getattr(group, "reward", "task")
-    task = tasks.load_task(group.task, *how, **options)
+    reward = getattr(group, "reward", "task")
+    if family == "jsonl" and not options["reward_file"] and reward == "task":
+      reward = agents.reward_instead(config)
+    task = tasks.load_task(group.task, group.reward_isolation, reward, **options)
   if hasattr(config, "eval") and config.eval.every:
     tasks.check_held_out(task, otherwise="--eval.every=0")
   return task

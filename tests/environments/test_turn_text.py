@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -120,13 +122,17 @@ def test_the_environment_of_docs_agents(tmp_path):
   found = re.search(r"^```python\n# (countdown\.py)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
   assert len(found[2].strip().splitlines()) <= 20
   (tmp_path / found[1]).write_text(found[2])
-  rows = re.search(r"^echo '(.*)' > rows.jsonl", text, re.MULTILINE)[1]
+  program = re.search(r"^```python\n# rows\.py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
+  written = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
+  rows = [json.loads(line) for line in written.splitlines()]
+  assert len({row["prompt"] for row in rows}) > 150
+  row, (first, second, *_) = rows[0], rows[0]["numbers"]
   with Episodes(load(f"{tmp_path}/countdown.py:Countdown", protocol="text")) as episodes:
     assert episodes.environment.owns_reward
-    begun = episodes.start([json.loads(rows)] * 2)
-    assert begun[0].text == "Reach 7 with [3, 4, 5]."
-    seen = episodes.turn({0: "call add: 3", 1: "call add: 9"})
-    assert seen[0].text == "total 3, left [4, 5]" and not seen[0].done
+    begun = episodes.start([row] * 2)
+    assert begun[0].text == "Each number may be used once."
+    seen = episodes.turn({0: f"call add: {first}", 1: "call add: 10"})
+    assert seen[0].text == f"total {first}, left {row['numbers'][1:]}" and not seen[0].done
     assert seen[1].text == "error: ValueError: list.remove(x): x not in list"
-    assert episodes.turn({0: "call add: 4"})[0].done
+    assert episodes.turn({0: f"call add: {second}"})[0].done
     assert [result.value for result in episodes.finish([0, 1])] == [1.0, 0.0]

@@ -7,13 +7,14 @@ import signal
 import numpy as np
 import pytest
 
-from experiments import agents, evaluate, grpo, ppo, reinforce
+from experiments import agents, evaluate, grpo, ppo, reinforce, setup
 from rl_llm.errors import UserError
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.config import check, replace
 from rl_llm.runs.metrics import read
 from rl_llm.runs.signals import Interrupted, StopSignals
 from rl_llm.tasks import Problem
+from rl_llm.tasks.environments.problems import owned_by_environment
 from rl_llm.text.tokenizers import ByteTokenizer
 from rl_llm.training import loop
 from tests.experiments import helpers
@@ -277,3 +278,24 @@ def test_calls_are_written_as_the_flag_says():
       assert call.partition("5")[0].partition(": ")[0].partition("{")[0] in message["content"]
       episodic.environments.start([{"secret": 5}])
       assert episodic.environments.turn({0: call})[0].text == "correct"
+
+
+def test_rows_need_no_grader_where_the_environment_gives_the_rewards(tmp_path):
+  path, rows = tmp_path / "counter.py", tmp_path / "rows.jsonl"
+  path.write_text(COUNTER)
+  rows.write_text("".join(f'{{"prompt": "Count {i}."}}\n' for i in range(40)))
+  own = {"env": f"{path}:Counter", "task": f"jsonl:{rows}"}
+  grader = tmp_path / "grade.py"
+  grader.write_text(
+    "def reward(prompts, completions, **columns): return [1.0] * len(completions)\n"
+  )
+
+  def reward(changes):
+    return setup.load_task(replace(grpo.Config(), changes)).reward
+
+  assert reward(own) is owned_by_environment
+  assert reward(own | {"jsonl.reward_file": str(grader)}).location == str(grader)
+  assert reward(own | {"reward": f"{grader}:reward"}).location == str(grader)
+  for env in ("", "calculator"):
+    with pytest.raises(UserError, match="without jsonl.reward_file"):
+      reward(own | {"env": env})
