@@ -33,6 +33,9 @@ from collections.abc import Callable, Sequence
 MAX_REPLY = 1 << 16  # bytes of a reply, plus this many for each response that was graded:
 MAX_EXTRA = 1 << 13  # what `log_extra` may keep of one, as JSON
 MAX_DETAIL = 2000  # characters of an exception that are kept
+MAX_METRICS = 64  # names that `log_metric` may be called with: each is a column of the record
+MAX_NAME = 100  # characters of such a name
+MAX_METRIC = 1e30  # its largest value: the mean of many is still a number
 MAX_ABSOLUTE = 1e6  # of a reward
 NO_NETWORK = "; a grader has no network"
 
@@ -105,9 +108,13 @@ class Log:
   def metric(self, name: str, value: float) -> None:
     """Keeps a number of the whole call; the mean counts where there are several."""
     value = float(value)
-    if not math.isfinite(value):
-      raise ValueError(f"log_metric({name!r}): {value}; must be finite")
+    if not abs(value) <= MAX_METRIC:
+      raise ValueError(f"log_metric({name!r}): {value}; must be finite and at most {MAX_METRIC:g}")
     self.values.setdefault(str(name), []).append(value)
+    if len(self.values) > MAX_METRICS or len(str(name)) > MAX_NAME:
+      raise ValueError(
+        f"log_metric: at most {MAX_METRICS} names, of {MAX_NAME} characters; use fewer or shorter"
+      )
 
   def reply(self) -> dict:
     """Its part of the answer, without what is empty."""

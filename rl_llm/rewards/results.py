@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -168,7 +167,9 @@ def _logged(reply: dict, count: int) -> tuple[list[dict[str, Any] | None], dict[
   if (
     not fits
     or not isinstance(metrics, dict)
-    or not all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+    or len(metrics) > grading.MAX_METRICS
+    or not all(len(name) <= grading.MAX_NAME for name in metrics)
+    or not all(isinstance(v, float) and abs(v) <= grading.MAX_METRIC for v in metrics.values())
   ):
     raise ValueError("the worker sent something else than log_extra and log_metric take")
   extras = [{name: values[row] for name, values in columns.items()} or None for row in range(count)]

@@ -12,6 +12,7 @@ import numpy as np
 from rl_llm.parallel import hosts
 from rl_llm.parallel.sharding import row_owners
 from rl_llm.rewards import RewardPool, RewardResult, to_arrays
+from rl_llm.rewards.grading import MAX_METRICS
 from rl_llm.rollout.drawing import prompt_text
 from rl_llm.rollout.generation import STOP_EOS, Rollout
 from rl_llm.tasks import Problem
@@ -127,12 +128,17 @@ def reward_parts(results: Sequence[RewardResult]) -> dict[str, float | None]:
 
 
 def logged_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
-  """The mean over responses of the values passed to `log_metric`, as "reward/NAME"."""
+  """The mean over responses of the values passed to `log_metric`, as "reward/NAME".
+
+  Of more than `MAX_METRICS` names the first count: responses that forge what their grader logs,
+  each under other names, must not fill the disk with a record of them.
+  """
   found: dict[str, list[float]] = {}
   for result in results:
     for name, value in (result.metrics or {}).items():
-      found.setdefault(f"reward/{name}", []).append(value)
-  return {name: float(np.mean(values)) for name, values in found.items()}
+      if name in found or len(found) < MAX_METRICS:
+        found.setdefault(name, []).append(value)
+  return {f"reward/{name}": float(np.mean(values)) for name, values in found.items()}
 
 
 def sample_rows(

@@ -14,6 +14,8 @@ import time
 import pytest
 
 from rl_llm.rewards import RewardError, RewardPool, RewardResult, RewardSource, grading, isolated
+from rl_llm.rewards.results import read_reply
+from rl_llm.rollout.grading import logged_metrics
 
 GRADERS = """
 import asyncio, functools, json, os, time
@@ -59,6 +61,10 @@ def logs_badly(completions, how, log_extra, log_metric, **columns):
   if how[0] == "many":
     for number in range(4): log_extra(str(number), ["a" * 3000] * len(completions))
   if how[0] == "nan": log_metric("x", float("nan"))
+  if how[0] == "large": log_metric("x", 1e31)
+  if how[0] == "names":
+    for number in range(65): log_metric(str(number), 1)
+  if how[0] == "long name": log_metric("x" * 101, 1)
   return [1.0] * len(completions)
 
 async def waits(prompts, completions, seconds, **columns):
@@ -320,7 +326,10 @@ def test_what_a_function_logs_comes_with_its_rewards(path):
     ("few", r"log_extra('x'): 1 values for 2 completions; give one each"),
     ("long", r"log_extra('x'): over 8192 bytes a response; log less"),
     ("many", r"log_extra('2'): over 8192 bytes a response; log less"),
-    ("nan", r"log_metric('x'): nan; must be finite"),
+    ("nan", r"log_metric('x'): nan; must be finite and at most 1e+30"),
+    ("large", r"log_metric('x'): 1e+31; must be finite and at most 1e+30"),
+    ("names", r"log_metric: at most 64 names, of 100 characters; use fewer or shorter"),
+    ("long name", r"log_metric: at most 64 names, of 100 characters; use fewer or shorter"),
   ],
 )
 def test_what_cannot_be_logged_is_said(path, how, said):
@@ -511,3 +520,24 @@ def test_the_advice_of_a_run_that_ends_can_be_followed(path):
   for cure in ({"deadline": 5.0}, {"isolation": "sample", "deadline": 0.8}):
     found = graded(path, "sequential", ["a"] * 4, slow, group_size=4, **cure)
     assert values(found) == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+  "metrics",
+  [{str(n): 1.0 for n in range(65)}, {"x" * 101: 1.0}, {"x": 1.7e308}, {"x": float("inf")}],
+  ids=["many", "long", "large", "infinite"],
+)
+def test_forged_metrics_are_bounded(metrics):
+  """Each name is a column of the record, and the mean of two numbers near the largest is none."""
+  reply = {"values": [1.0], "metrics": {"a": 1e30} | {str(n): 1.0 for n in range(63)}}
+  assert read_reply(reply, 1, (0.0, 1.0))[0].status == "ok"
+  assert read_reply({"values": [1.0], "metrics": metrics}, 1, (0.0, 1.0))[0].status == "invalid"
+
+
+def test_a_batch_has_no_more_metrics_than_a_call():
+  """Else 64 responses of 64 names each would be 4,096 columns of the record, others each step."""
+  found = [RewardResult(1.0, "ok", metrics={f"{r}": float(r), f"own {r}": 1.0}) for r in range(64)]
+  found += [RewardResult(1.0, "ok", metrics={"0": 4.0, "late": 1.0})]
+  logged = logged_metrics(found)
+  assert len(logged) == 64 and logged["reward/0"] == 2.0 and "reward/late" not in logged
+  assert logged["reward/31"] == 31.0 and "reward/32" not in logged
