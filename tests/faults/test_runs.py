@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from experiments import dpo, evaluate, grpo, ppo, reinforce, reward_model, sft
 from rl_llm.data.jsonl import DataError
 from rl_llm.errors import UserError
+from rl_llm.rewards import memory
 from rl_llm.runs import config as configs
 from rl_llm.runs.checkpoint import CheckpointError
 from rl_llm.tasks import load_task
@@ -267,10 +269,14 @@ def test_credentials_are_nowhere_in_what_a_run_leaves(tmp_path, record_property)
 
 
 def held(pid):
-  """(MB resident, open files and sockets, processes started) of a process."""
+  """(MB resident, open files, sockets, processes started) of a process."""
   pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-  children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-  return pages * 4096 / 1e6, len(os.listdir(f"/proc/{pid}/fd")), len(children)
+  opened = []
+  for each in os.scandir(f"/proc/{pid}/fd"):
+    with contextlib.suppress(OSError):  # it was closed just now
+      opened.append(os.readlink(each.path))
+  sockets = sum(name.startswith("socket:") for name in opened)
+  return pages * 4096 / 1e6, len(opened) - sockets, sockets, memory.descendants(pid)
 
 
 @pytest.mark.skipif(not FULL, reason="5,000 steps: RL_LLM_FULL=1")
@@ -294,11 +300,15 @@ def test_five_thousand_steps_grow_little_and_leave_nothing(tmp_path):
     time.sleep(0.2)
   assert process.returncode == 0, out.read_text()[-2000:]
   points = list(seen.items())
-  print("step: MB, open files, processes:", {n: (round(mb), *rest) for n, (mb, *rest) in points})
+  print("step: MB, open files, sockets, processes:")
+  print({step: (round(mb), *opened, len(own)) for step, (mb, *opened, own) in points})
   (first, before), (last, after) = points[0], points[-1]
   growth = (after[0] - before[0]) * 1000 / (last - first)
   print(f"{growth:.2f} MB for each 1,000 steps")
+  assert growth < 8
   # A file may be open for a moment; one that each of the saves had left would be hundreds.
-  assert growth < 8 and after[1] < before[1] + 10 and after[2] == before[2]
+  assert after[1] < before[1] + 10 and after[2] == before[2]
+  assert len(after[3]) == len(before[3]) > 0
+  assert not [pid for _, (*_, own) in points for pid in own if memory.status_of(pid)]
   assert os.listdir(tmp_path / "tmp") == []
   assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
