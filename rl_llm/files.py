@@ -7,9 +7,7 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,45 +129,3 @@ def locked(path: str | os.PathLike) -> Iterator[bool]:
       yield False
       return
     yield True
-
-
-@contextlib.contextmanager
-def scratch(prefix: str) -> Iterator[Path]:
-  """A new temporary directory while the body runs; removes those that killed processes left.
-
-  The process holds a lock on its directory, which ends with it, however it ends: one without a lock
-  belongs to nobody.
-
-  Args:
-    prefix: of the directory's name; those of the same prefix and user are looked at.
-  """
-  for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-    with contextlib.suppress(OSError):
-      if left.stat(follow_symlinks=False).st_uid == os.getuid():
-        with _locked_directory(left) as free:
-          # One that is being made has no lock yet.
-          if free and time.time() - left.stat().st_mtime > _BEING_MADE:
-            shutil.rmtree(left, ignore_errors=True)
-  directory = Path(tempfile.mkdtemp(prefix=prefix))
-  try:
-    with _locked_directory(directory):
-      yield directory
-  finally:
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-_BEING_MADE = 60  # seconds
-
-
-@contextlib.contextmanager
-def _locked_directory(path: Path) -> Iterator[bool]:
-  descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-  try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      yield False
-    else:
-      yield True
-  finally:
-    os.close(descriptor)

@@ -40,34 +40,58 @@ def descendants(process: int) -> list[int]:
   return found
 
 
+def status_of(process: int) -> dict[str, str]:
+  """The kernel's rows about a process that has memory, by name; none once it has ended.
+
+  Its first thread may end while others run: it then seems dead, and to hold nothing.
+  """
+  folder = f"/proc/{process}/task"
+  try:
+    for thread in os.listdir(folder):
+      with open(f"{folder}/{thread}/status") as file:
+        rows = dict(line.split(":", 1) for line in file)
+      if "VmSize" in rows:
+        return rows
+  except OSError:  # it ends in this moment
+    pass
+  return {}
+
+
 def held(process: int) -> int:
   """Bytes in memory that a process does not share with a file; 0 where it has ended."""
-  try:
-    with open(f"/proc/{process}/status") as file:
-      rows = dict(line.split(":", 1) for line in file)
-  except OSError:
-    return 0
-  sizes = (rows.get(name, "0 kB") for name in ("RssAnon", "RssShmem", "VmSwap"))
+  rows = status_of(process)
+  sizes = (rows.get(name, "0 kB") for name in ("RssAnon", "RssShmem", "VmSwap", "HugetlbPages"))
   return sum(int(size.split()[0]) for size in sizes) << 10
+
+
+def started_beside(worker: int) -> list[int]:
+  """All that this process's child, and what this has started, have started: also as its parent."""
+  return [each for each in descendants(os.getpid()) if each != worker]
 
 
 def watch(worker: int, megabytes: int, *, idle_period: float = PERIOD) -> None:
   """Waits for the end of a child, and kills its descendants whenever they hold too much.
 
+  It kills until none of them is left: a fork made between the look and the kill holds what its
+  parent held.
+
   Args:
-    worker: the child; it is idle at first.
-    megabytes: what all of its descendants may hold together.
+    worker: the only child; it is idle at first.
+    megabytes: what all of its descendants may hold together, with what it holds more than at first.
     idle_period: seconds between two looks while it has no descendants.
   """
-  shared = None
+  shared = first = held(worker)
   while os.waitpid(worker, os.WNOHANG) == (0, 0):
-    processes = descendants(worker)
+    processes = started_beside(worker)
     if not processes:
       shared = held(worker)
-    elif sum(max(0, held(each) - (shared or 0)) for each in processes) > megabytes << 20:
-      for each in processes:
-        try:
-          os.kill(each, signal.SIGKILL)
-        except OSError:  # it has ended
-          pass
+    else:
+      own = max(0, held(worker) - first)
+      if own + sum(max(0, held(each) - shared) for each in processes) > megabytes << 20:
+        while living := [each for each in started_beside(worker) if status_of(each)]:
+          for each in living:
+            try:
+              os.kill(each, signal.SIGKILL)
+            except OSError:  # it has ended
+              pass
     time.sleep(PERIOD if processes else idle_period)

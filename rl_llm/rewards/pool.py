@@ -17,9 +17,9 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from rl_llm.files import scratch
 from rl_llm.rewards import grading, layers, memory
 from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls, responses_per_call
+from rl_llm.rewards.directories import scratch
 from rl_llm.rewards.paths import import_path, readable_paths
 from rl_llm.rewards.results import (
   FAILED,

@@ -8,7 +8,7 @@ on a small root in memory (`pivot_root`):
     <prefix>/bin <prefix>/lib     the interpreter and its packages, read-only; of the directories
                                   above them (say, a home) only the names on the way
     <reward file> ...             the file and the modules it has imported, read-only
-    /dev/null zero full random    the devices that change nothing
+    /dev/null full random urandom the devices that change nothing
     /proc                         its own process namespace, read-only; where the kernel permits
     /tmp                          its own, in memory, of bounded size
 
@@ -34,7 +34,8 @@ _MOUNT_SETATTR, _PIVOT_ROOT = 442, {"x86_64": 155}.get(os.uname().machine, 41)
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+# Not /dev/zero: mapped, it is shared memory of no file, which nothing shows to be anyone's.
+_DEVICES = ("null", "full", "random", "urandom")
 _SPARE = "/.tmp"  # where /tmp is made, before it covers what the root shows below /tmp
 
 

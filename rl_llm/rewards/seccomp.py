@@ -7,7 +7,7 @@ a text could attack. So the process installs a filter (seccomp), which nothing c
     architecture not this one          -> the process is killed (32-bit calls have other numbers)
     a number of x86-64's x32 calls,
     or newer than `_NEWEST`            -> ENOSYS, as on a kernel that has no such call
-    `REFUSED`, `_CONDITIONS`           -> EPERM
+    `REFUSED`, `_CONDITIONS`, `_BITS`  -> EPERM
     clone3, memfd_create               -> ENOSYS: libraries then use clone and files
     everything else                    -> runs
 
@@ -52,7 +52,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
   "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
   "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
   "mq_open": (240, 180), "mq_unlink": (241, 181), "memfd_create": (319, 279),
-  "memfd_secret": (447, 447),
+  "memfd_secret": (447, 447), "mmap": (9, 222),
   # Ways past this filter or past paths, and wide parts of the kernel that no grader needs.
   "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
   "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "userfaultfd": (323, 282),
@@ -71,6 +71,8 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
   "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
   "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
   "removexattrat": (466, 466), "truncate": (76, 45), "inotify_add_watch": (254, 27),
+  # Directories that their owner may not list, and so not delete.
+  "mkdir": (83, None), "mkdirat": (258, 34), "umask": (95, 166),
   # Signals (see `refuse_signals`).
   "kill": (62, 129), "tgkill": (234, 131), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138),
   "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
@@ -80,6 +82,7 @@ METADATA = (
   "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat", "utime",
   "utimes", "futimesat", "utimensat", "setxattr", "lsetxattr", "fsetxattr", "setxattrat",
   "removexattr", "lremovexattr", "fremovexattr", "removexattrat", "truncate", "inotify_add_watch",
+  "mkdir", "mkdirat", "umask",
 )  # fmt: skip
 SIGNALS = ("kill", "tgkill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal")
 _MISSING = ("clone3", "memfd_create")  # answered with ENOSYS
@@ -95,6 +98,9 @@ _CONDITIONS = {
   "sched_setattr": ((0, 0xFFFFFFFF, 0),),
   "setpriority": ((0, 0xFFFFFFFF, 0), (1, 0xFFFFFFFF, 0)),
   "ioprio_set": ((0, 0xFFFFFFFF, 1), (1, 0xFFFFFFFF, 0)),
+  "mkdir": ((1, 0o700, 0o700),),
+  "mkdirat": ((2, 0o700, 0o700),),
+  "umask": ((0, 0o700, 0),),
 }
 # Refused where an argument has one of these values.
 _VALUES = {
@@ -102,8 +108,14 @@ _VALUES = {
   "fcntl": (1, (8, 15, 1024)),
   "ioctl": (1, (0x5412, 0x541C, 0x8901, 0x8902)),  # TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP
 }
+# Refused where an argument has all of these bits. Memory that is shared and belongs to no file
+# (MAP_SHARED | MAP_ANONYMOUS) lives on where nothing shows who holds it: in a process that has
+# mapped it and not touched it.
+_BITS = {"mmap": (3, 0x21)}
 REFUSED = tuple(
-  name for name in _NUMBERS if name not in {*METADATA, *SIGNALS, *_MISSING, *_CONDITIONS, *_VALUES}
+  name
+  for name in _NUMBERS
+  if name not in {*METADATA, *SIGNALS, *_MISSING, *_CONDITIONS, *_VALUES, *_BITS}
 )
 
 _LOAD, _AND, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
@@ -134,6 +146,9 @@ def _rule(name: str) -> list[Instruction]:
     rule.append(_argument(index))
     for value in values:
       rule += [(_EQUAL, 0, 1, value), _refuse(errno.EPERM)]
+  if name in _BITS:
+    index, bits = _BITS[name]
+    rule += [_argument(index), (_AND, 0, 0, bits), (_EQUAL, 0, 1, bits), _refuse(errno.EPERM)]
   return rule + [(_RETURN, 0, 0, _ALLOW)] if rule else [_refuse(errno.EPERM)]
 
 

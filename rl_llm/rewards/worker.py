@@ -24,7 +24,6 @@ import json
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -45,12 +44,12 @@ def load_file(path: str, name: str) -> types.ModuleType:
 
 if __name__ == "__main__":  # run as a file, where no package is importable yet
   _FOLDER = os.path.dirname(os.path.abspath(__file__))
-  grading, memory, root, sandbox, seccomp = (
+  directories, grading, memory, root, sandbox, seccomp = (
     load_file(os.path.join(_FOLDER, name + ".py"), "_rl_llm_" + name)
-    for name in ("grading", "memory", "root", "sandbox", "seccomp")
+    for name in ("directories", "grading", "memory", "root", "sandbox", "seccomp")
   )
 else:
-  from rl_llm.rewards import grading, memory, root, sandbox, seccomp
+  from rl_llm.rewards import directories, grading, memory, root, sandbox, seccomp
 
 COMMAND = struct.Struct(">cQ")  # b"S" (start, with a socket) or b"E" (end), and the worker's number
 
@@ -151,8 +150,7 @@ def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -
   status = end_call(child, confined)
   if os.stat(".").st_mode & 0o700 != 0o700:  # which the child may change where it can change modes
     os.chmod(".", 0o700)
-  for name in set(os.listdir(".")).difference(confined.kept):
-    shutil.rmtree(name) if os.path.isdir(name) and not os.path.islink(name) else os.unlink(name)
+  directories.empty(".", confined.kept)
   if reply is not None:
     return reply
   if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
@@ -193,9 +191,20 @@ def end_call(child: int, confined: Confinement) -> int:
 
 def end_orphans(children: Callable[[], list[int]], spared: Container[int] = ()) -> None:
   """Kills what the dead have left to this process, and what that leaves, until nothing is left."""
-  while orphans := [child for child in children() if child not in spared]:
-    for orphan in orphans:
-      os.kill(orphan, signal.SIGKILL)
+
+  def left() -> list[int]:
+    return [child for child in children() if child not in spared]
+
+  def ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+  while orphans := left():
+    # The dead are kept until all are dead: they count as processes, so one that forks faster than
+    # it is killed comes to its limit.
+    while living := [orphan for orphan in orphans if not ended(orphan)]:
+      for orphan in living:
+        os.kill(orphan, signal.SIGKILL)
+      orphans = left()
     for orphan in orphans:
       os.waitpid(orphan, 0)
 
@@ -251,7 +260,7 @@ def work(
   sandbox.no_tracing()
   if sandbox.no_new_privileges():
     layers.append("no new privileges")
-  devices = ["/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
+  devices = ["/dev/full", "/dev/random", "/dev/urandom"]
   if sandbox.only_files(readable + devices, [directory, "/dev/null"]) or kept is not None:
     layers.append("files")
   sandbox.drop_capabilities(reading="files" in layers)
@@ -287,6 +296,8 @@ def start_worker(
     # Of each worker. The calls of one need none of their own: the filter refuses them all of it.
     sandbox.own_keyring()
     sandbox.no_shared_names()
+    sandbox.adopt_orphans()
+    children = sandbox.children_list()
     alone = sandbox.next_child_is_init()
     worker = os.fork()
     if worker == 0:
@@ -297,6 +308,8 @@ def start_worker(
         os.waitpid(worker, 0)
       else:
         memory.watch(worker, config["memory_mb"], idle_period=config["idle_period"])
+      # They would keep the worker's connection open, and the trainer wait for its deadline.
+      end_orphans(children)
   finally:
     os._exit(0)
 
@@ -354,6 +367,8 @@ def serve(control: socket.socket) -> None:
           pass
       os.waitpid(minder, 0)
       end_orphans(children, minders.values())
+      # What a call that was ended has left there, before many such fill the disk.
+      directories.remove(os.path.join(config["directory"], str(number)))
 
 
 if __name__ == "__main__":

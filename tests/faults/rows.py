@@ -245,7 +245,7 @@ ROWS = (
   ),
   Row(
     "F25",
-    "160 hostile responses in each situation of docs/security.md",
+    "166 hostile responses in each situation of docs/security.md",
     "nothing gets through a layer that is there",
     of(
       ESCAPES,

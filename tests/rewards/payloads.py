@@ -70,6 +70,8 @@ for name, code in {
 }.items():
   PAYLOADS.append((f"{name} of a key", NAMES, code.format("P['key']") + "; return True"))
 
+PAYLOADS.append(("map /dev/zero", FILES, "return os.open('/dev/zero', os.O_RDONLY) >= 0"))
+
 # Sockets.
 _CONNECT = "s = socket.socket({}, {}); s.settimeout(1); s.connect({}); return True"
 for name, code in {
@@ -107,6 +109,9 @@ for name, code in {
   "mq_open": "return call('mq_open', b'rl', 0o102, 0o600, 0) >= 0",
   "memfd_create": "return call('memfd_create', b'x', 0) >= 0",
   "memfd_secret": "return call('memfd_secret', 0) >= 0",
+  "shared memory of no file": "return len(__import__('mmap').mmap(-1, 4096)) > 0",
+  "mmap shared": "return libc.syscall(ctypes.c_long(NUMBERS['mmap']), None, ctypes.c_long(4096), 3,"
+  " 0x23, -1, ctypes.c_long(0)) != -1",
   "io_uring": "return call('io_uring_setup', 1, bytes(120)) >= 0",
   "userfaultfd": "return call('userfaultfd', 1) >= 0",
   "perf": "return call('perf_event_open', b'\\1\\0\\0\\0\\x80' + bytes(123), 0, -1, -1, 0) >= 0",
@@ -167,6 +172,18 @@ _ORPHAN = """if os.fork() == 0:
 PAIRS = {
   "a file": ("open('left', 'w').close()", "return 'left' in os.listdir('.')"),
   "a deep tree": ("os.makedirs('d/' * 40 + 'e')", "return 'd' in os.listdir('.')"),
+  "a tree deeper than Python recurses": (
+    "for _ in range(1100): os.mkdir('d'); os.chdir('d')",
+    "return 'd' in os.listdir('.')",
+  ),
+  "a directory that may not be listed": (
+    "os.mkdir('u', 0o300); open('u/x', 'w').close()",
+    "return 'u' in os.listdir('.')",
+  ),
+  "a directory made under a mask": (
+    "os.umask(0o477); os.mkdir('m'); open('m/x', 'w').close()",
+    "return 'm' in os.listdir('.')",
+  ),
   "a closed directory": ("os.mkdir('c'); os.chmod('.', 0)", "return 'c' in os.listdir('.')"),
   "shared memory": ("open(P['shared'], 'w').close()", "return os.path.exists(P['shared'])"),
   "a module": ("import json; json.left = 1", "import json; return hasattr(json, 'left')"),

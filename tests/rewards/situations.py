@@ -2,7 +2,8 @@
 
 Enters the situation, runs all of `payloads` against a pool there, and prints as JSON what the pool
 says of its layers, which payloads got through, and what the outside saw. Exits with 77 and one line
-where this machine does not allow the situation. Everything that is attacked is made here.
+where this machine does not allow the situation. Everything that is attacked is made here. With the
+name of another module, it runs that there: `python -m MODULE FOLDER`.
 
 A process enters a user namespace only while it has one thread, so this is entered first, and what
 starts threads (numpy) is imported after an exec, which also gives the capabilities that the
@@ -229,5 +230,6 @@ def attack(folder):
 if __name__ == "__main__":
   if len(sys.argv) > 2:
     enter(sys.argv[2])
-    os.execv(sys.executable, [sys.executable, "-m", "tests.rewards.situations", sys.argv[1]])
+    module = sys.argv[3] if len(sys.argv) > 3 else "tests.rewards.situations"
+    os.execv(sys.executable, [sys.executable, "-m", module, sys.argv[1]])
   attack(pathlib.Path(sys.argv[1]))

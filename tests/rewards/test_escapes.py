@@ -23,9 +23,10 @@ SLOW = (
 )
 
 
-def attacked(situation, folder):
+def attacked(situation, folder, *module):
+  """What a module printed in a situation, or why that cannot be had here."""
   folder.chmod(0o777)
-  command = [sys.executable, "-m", "tests.rewards.situations", str(folder), situation]
+  command = [sys.executable, "-m", "tests.rewards.situations", str(folder), situation, *module]
   done = subprocess.run(
     command, capture_output=True, text=True, timeout=PATIENCE, cwd=situations.ROOT, check=False
   )

@@ -12,23 +12,33 @@ from rl_llm.rewards import RewardPool, RewardSource, memory
 from tests.processes import PATIENCE
 
 FORKS = """
-import mmap, os, time
-kept = []
+import ctypes, os, platform, threading, time
+libc, kept = ctypes.CDLL(None), []
+EXIT = {"x86_64": 60, "aarch64": 93}[platform.machine()]
+
+def hold():
+  kept.append(bytearray(100 << 20))
+  kept[0][:: 4096] = b"x" * (100 << 8)
+  time.sleep(60)
+
+def hold_later():
+  time.sleep(0.2)
+  hold()
 
 def reward(completions, **columns):
   kind = completions[0]
   for _ in range(40):
-    if kind in ("private", "shared"):
+    if kind != "idle" and kind != "fine":
       if os.fork() == 0:
         os.setsid()
-        size = 100 << 20
-        kept.append(bytearray(size) if kind == "private" else mmap.mmap(-1, size))
-        kept[0][:: 4096] = b"x" * (size // 4096)
-        time.sleep(60)
+        if kind == "no first thread":
+          threading.Thread(target=hold_later).start()
+          libc.syscall(EXIT, 0)
+        hold()
       time.sleep(0.05)
     if kind == "idle" and os.fork() == 0:
       time.sleep(60)
-  time.sleep(0.3)
+  time.sleep(2 if kind == "no first thread" else 0.3)
   return [1.0]
 """
 
@@ -44,9 +54,12 @@ def source(tmp_path):
   return RewardSource(str(file))
 
 
-@pytest.mark.parametrize("kind", ["private", "shared"])
+@pytest.mark.parametrize("kind", ["ordinary", "no first thread"])
 def test_forks_are_counted_together(source, kind):
-  """40 of 100 MB each, where 512 MB are allowed: none is over the limit of its own."""
+  """40 of 100 MB each, where 512 MB are allowed: none is over the limit of its own.
+
+  One whose first thread has ended seems to be a dead process, which holds nothing.
+  """
   if not has_lists_of_children():
     pytest.skip("this kernel does not list a process's children")
   most, done = 0, threading.Event()
@@ -109,3 +122,39 @@ def test_graders_die_before_the_trainer(source):
     processes = [pool._server.pid, *memory.descendants(pool._server.pid)]
     assert [score(process) for process in processes] == [1000] * len(processes)
   assert score(os.getpid()) < 1000
+
+
+SPAWNS = """
+import os, sys, time
+from rl_llm.rewards import memory, sandbox
+sandbox.adopt_orphans()  # as the minder is
+worker = os.fork()
+if worker == 0:
+  sandbox.adopt_orphans()
+  for _ in range(200):  # which take a while to look at
+    if os.fork() == 0:
+      time.sleep(1000)
+  if os.fork() == 0:
+    kept = bytearray(b"x") * (60 << 20)
+    while True:
+      if os.fork() == 0:
+        del kept
+        time.sleep(1000)
+      time.sleep(0.001)
+  time.sleep(3)
+  os._exit(0)
+memory.watch(worker, 40)
+left = [each for each in memory.descendants(os.getpid()) if memory.status_of(each)]
+print(len(left), flush=True)
+for each in left:
+  os.kill(each, 9)
+"""
+
+
+def test_what_forks_between_the_look_and_the_kill_is_killed_too():
+  """Its forks give back what it held, so they alone are never too much."""
+  if not has_lists_of_children():
+    pytest.skip("this kernel does not list a process's children")
+  command = [sys.executable, "-c", SPAWNS]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+  assert done.stdout == "0\n", done.stderr[-2000:]

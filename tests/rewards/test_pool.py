@@ -100,7 +100,9 @@ def reward(prompts, completions, **columns):
 """
 DEADLINE = 1.0
 # What runs in a bare interpreter.
-WORKER_FILES = ("worker.py", "grading.py", "memory.py", "root.py", "sandbox.py", "seccomp.py")
+WORKER_FILES = [
+  f"{name}.py" for name in "worker directories grading memory root sandbox seccomp".split()
+]
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,16 @@ class TestProgram:
     assert self.asked(machine, "setpriority", 2, 0) == refused  # of the whole user
     assert self.asked(machine, "fcntl", 3, 4) == ALLOW
     assert self.asked(machine, "fcntl", 3, 8) == refused
+    private, shared, either, anonymous = 2, 1, 3, 0x20
+    assert self.asked(machine, "mmap", 0, 4096, 3, private | anonymous, -1) == ALLOW
+    assert self.asked(machine, "mmap", 0, 4096, 3, shared, 5) == ALLOW  # a file's
+    assert self.asked(machine, "mmap", 0, 4096, 3, shared | anonymous, -1) == refused
+    assert self.asked(machine, "mmap", 0, 4096, 3, either | anonymous, -1) == refused
+    assert self.asked(machine, "umask", 0o077) == ALLOW
+    assert self.asked(machine, "umask", 0o400) == refused
+    assert self.asked(machine, "umask", 0o400, metadata=False) == ALLOW
+    assert self.asked(machine, "mkdirat", 3, 0, 0o700) == ALLOW
+    assert self.asked(machine, "mkdirat", 3, 0, 0o300) == refused
     assert self.asked(machine, "ioctl", 0, 0x5412) == refused
     assert self.asked(machine, "ioctl", 0, 0x5401) == ALLOW
 
@@ -219,7 +229,8 @@ os.kill(os.getpid(), 9)
       pytest.skip("int 0x80 is an instruction of x86")
     body = """
 import mmap
-page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+flags, prot = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7
+page = mmap.mmap(-1, 4096, flags=flags, prot=prot)
 page.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20 (i386's getpid); int 0x80; ret
 address = ctypes.addressof(ctypes.c_char.from_buffer(page))
 print("before", flush=True)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from rl_llm.errors import UserError
-from rl_llm.files import scratch
 from rl_llm.rewards import RewardError, RewardSource
+from rl_llm.rewards.directories import scratch
 from rl_llm.rewards.paths import import_path, readable_paths
 from rl_llm.rewards.server import Server
 from rl_llm.tasks.environments import process
