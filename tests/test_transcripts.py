@@ -10,6 +10,7 @@ from rl_llm.__main__ import main
 from rl_llm.errors import UserError
 from rl_llm.runs.console import Console
 from rl_llm.runs.metrics import MetricsWriter
+from rl_llm.runs.report_figures import curves
 from rl_llm.runs.report_samples import samples_section
 from rl_llm.runs.transcripts import find, parts, show
 
@@ -113,3 +114,12 @@ def test_turns_are_written_and_read(tmp_path):
       writer.write(3, {"turns": [{"tokens": [1]}]})
   found = find(tmp_path)
   assert found["turns"] == TURNS and found["reward"] == 0.5
+
+
+def test_turns_and_calls_are_drawn_where_there_are_episodes():
+  rows = [{"step": step, "episode/turns": 1 + step, "reward_mean": step} for step in range(4)]
+  drawn = curves([row | {"episode/malformed": 3 - row["step"]} for row in rows])
+  for name in ("Turns and calls", "turns</span>", "malformed calls</span>"):
+    assert name in drawn
+  assert "tool errors" not in drawn
+  assert "Turns" not in curves([{"step": row["step"], "reward_mean": row["step"]} for row in rows])

@@ -119,6 +119,20 @@ PLOTS = (
     0.0,
   ),
   Plot(
+    "Turns and calls",
+    "per episode",
+    (
+      ("episode/turns", "turns"),
+      ("episode/tool_calls", "calls"),
+      ("episode/malformed", "malformed calls"),
+      ("episode/tool_errors", "tool errors"),
+    ),
+    "Calls that rise without accuracy are a reward for calling, and calls that fall to none a tool"
+    " that does not pay. Malformed ones should go first: until a call can be read, no answer of the"
+    " environment teaches anything.",
+    0.0,
+  ),
+  Plot(
     "Entropy",
     "nats per token",
     (("entropy", "entropy"),),

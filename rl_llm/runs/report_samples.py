@@ -72,7 +72,8 @@ def _response_cell(row: Mapping[str, Any]) -> str:
     f"{escaped(part.text, _TEXT_SHOWN)}</span>"
     for part in parts(row)[1:]
   )
-  return _text_cell("", row.get("correct")).removesuffix("</td>") + f"{said}</td>"
+  mark = _text_cell("", row.get("correct")).removesuffix("</td>")
+  return f"{mark}\n{said}</td>"
 
 
 def pairs_section(pairs: Sequence[tuple[Mapping, Mapping]]) -> str:
