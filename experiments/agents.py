@@ -8,10 +8,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import jax
-
 from rl_llm.errors import ConfigError
-from rl_llm.policy import Policy
 from rl_llm.rollout import episodes, turns
 from rl_llm.runs import functions
 from rl_llm.runs.config import option
@@ -138,19 +135,22 @@ def load(options: Environments) -> environments.Environment:
 @contextlib.contextmanager
 def opened(
   options: Environments | None,
-  policy: Policy,
   tokenizer: Tokenizer,
+  make_begin: Callable[..., turns.Begin],
   *,
-  turn_tokens: int,
   prompt_format: str,
   weak: bool,
-  say: Callable[[str], None],
-  timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
-  mesh: jax.sharding.Mesh | None,
-  gather: Literal["step", "token"],
 ) -> Iterator[episodes.Episodic | None]:
   """What a sampler plays episodes with, and the processes of their environments, while a `with`
-  lasts; None where responses are one turn."""
+  lasts; None where responses are one turn.
+
+  Args:
+    options: None, of a script without environments.
+    tokenizer: the model's.
+    make_begin: `rl_llm.rollout.turns.make_begin` but for `episode_tokens`.
+    prompt_format: as `--prompt_format`.
+    weak: run a model's programs even where files or network stay open to them.
+  """
   if options is None or not options.given:
     yield None
     return
@@ -158,16 +158,7 @@ def opened(
   environment = load(options)
   protocol = turn_text.choose_protocol(environment.protocol, tokenizer, layout=prompt_format)
   environment = environment._replace(protocol=protocol)
-  begin = turns.make_begin(
-    policy,
-    tokenizer,
-    turn_tokens=turn_tokens,
-    episode_tokens=options.episode_tokens,
-    say=say,
-    timed=timed,
-    mesh=mesh,
-    gather=gather,
-  )
+  begin = make_begin(episode_tokens=options.episode_tokens)
 
   def opening(problem: Problem, said: str) -> tuple[Any, dict[str, Any]]:
     tools = environment.kind_of(problem.columns).tools

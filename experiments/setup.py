@@ -25,7 +25,7 @@ from rl_llm.errors import ConfigError
 from rl_llm.parallel import sharding
 from rl_llm.policy import load as models
 from rl_llm.rewards import InProcess, RewardPool, RewardSource, Several, describe
-from rl_llm.rollout import ResponseBatch, collect, drawing, episodes, judge, refill, shaping
+from rl_llm.rollout import ResponseBatch, collect, drawing, episodes, judge, refill, shaping, turns
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, code, compile_cache, keywords
 from rl_llm.runs.config import changed, volatile
@@ -382,16 +382,10 @@ def open_sampler(
   """
   policy, tokenizer, mesh, _ = model
   model, prompts, group = None, config.prompts, config.task  # The opener frees its weights.
-  generate = collect.make_generate(
-    policy,
-    tokenizer,
-    max_new_tokens=prompts.max_new_tokens,
-    slots=slots,
-    say=run.console.say,
-    timed=run.console.timed,
-    mesh=mesh,
-    gather=config.mesh.gather,
-  )
+  longest, told = prompts.max_new_tokens, {"say": run.console.say, "timed": run.console.timed}
+  how = told | {"mesh": mesh, "gather": config.mesh.gather}
+  generate = collect.make_generate(policy, tokenizer, max_new_tokens=longest, slots=slots, **how)
+  make_begin = functools.partial(turns.make_begin, policy, tokenizer, turn_tokens=longest, **how)
   encode = drawing.make_encode(
     tokenizer,
     prompt_format=prompts.layout.prompt_format,
@@ -402,15 +396,10 @@ def open_sampler(
   judged = judge.make_judge(reward, tokenizer, rows_per_batch=rows_at_once, mesh=mesh)
   played = agents.opened(
     getattr(config, "agents", None),
-    policy,
     tokenizer,
-    turn_tokens=prompts.max_new_tokens,
+    make_begin,
     prompt_format=encode.keywords["prompt_format"],
     weak=group.reward_sandbox == "weak",
-    say=run.console.say,
-    timed=run.console.timed,
-    mesh=mesh,
-    gather=config.mesh.gather,
   )
   with open_grader(group, task, run.console.say) as pool, played as episodic:
     further, steps = (pool, judged, mesh, run.stop.check), getattr(config.run, "steps", 1)

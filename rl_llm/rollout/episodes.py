@@ -120,12 +120,9 @@ def play(
   def of_part(part: int, pool: ThreadPoolExecutor) -> Generator:
     chosen, of_rows = slice(part * size, (part + 1) * size), slice(part * rows, (part + 1) * rows)
     temperature = jnp.asarray(sampling.temperature)[of_rows]
-    running = begin(
-      PromptBatch(batch.tokens[chosen], batch.lengths[chosen]),
-      keys[of_rows],
-      dataclasses.replace(sampling, temperature=temperature),
-      group,
-    )
+    own_sampling = dataclasses.replace(sampling, temperature=temperature)
+    own_prompts = PromptBatch(batch.tokens[chosen], batch.lengths[chosen])
+    running = begin(own_prompts, keys[of_rows], own_sampling, group)
     places = {row - of_rows.start: number for number, row in enumerate(own)}
     return _episodes(episodic, running, places, pool)
 

@@ -295,8 +295,8 @@ def test_what_does_not_answer_as_a_server_is_named():
 def test_a_run_opens_it_as_other_environments():
   with serving(Guessing) as served:
     options = agents.Environments(env=served.url, env_network="allow")
-    how = {"turn_tokens": 8, "prompt_format": "plain", "weak": False, "say": print}
-    with agents.opened(options, None, ByteTokenizer(), **how, mesh=None, gather="step") as episodic:
+    how = {"make_begin": dict, "prompt_format": "plain", "weak": False}
+    with agents.opened(options, ByteTokenizer(), **how) as episodic:
       assert episodic.environments.start([{"secret": 1}])[0].status == "ok"
 
 

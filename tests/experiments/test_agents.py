@@ -189,8 +189,8 @@ def test_a_run_killed_within_episodes_ends_as_one_that_was_not(counting, tmp_pat
 @pytest.mark.parametrize("prompt_format", ["chat", "plain"])
 def test_a_prompt_shows_the_tools_of_its_own_environment(prompt_format):
   options = agents.Environments(env="guess,wordle")
-  how = {"turn_tokens": 8, "prompt_format": prompt_format, "weak": False, "say": print}
-  with agents.opened(options, None, loaded("zephyr"), **how, mesh=None, gather="step") as episodic:
+  how = {"make_begin": dict, "prompt_format": prompt_format, "weak": False}
+  with agents.opened(options, loaded("zephyr"), **how) as episodic:
     for name, kind in (("guess", "integer"), ("wordle", "string")):
       problem = Problem([{"role": "user", "content": "Find it."}], {"environment": name}, name)
       [message], names = episodic.opening(problem, "Go.")
@@ -251,10 +251,10 @@ class Limited:
 def test_a_limit_of_episodes_is_that_of_its_flag(tmp_path, limit, calls, without, within):
   path = tmp_path / "limited.py"
   path.write_text(LIMITED)
-  how = {"turn_tokens": 8, "prompt_format": "plain", "weak": False, "say": print}
+  how = {"make_begin": dict, "prompt_format": "plain", "weak": False}
   for flags, expected in (({}, without), (limit, within)):
     options = replace(agents.Environments(), {"env": f"{path}:Limited"} | flags)
-    with agents.opened(options, None, ByteTokenizer(), **how, mesh=None, gather="step") as episodic:
+    with agents.opened(options, ByteTokenizer(), **how) as episodic:
       episodic.environments.start([{}])
       for call, text in zip(calls, expected, strict=True):
         said = episodic.environments.turn({0: f"call {call}"})[0]
@@ -262,7 +262,7 @@ def test_a_limit_of_episodes_is_that_of_its_flag(tmp_path, limit, calls, without
 
 
 def test_calls_are_written_as_the_flag_says():
-  how = {"turn_tokens": 8, "prompt_format": "chat", "weak": False, "say": print}
+  how = {"make_begin": dict, "prompt_format": "chat", "weak": False}
   problem = Problem([{"role": "user", "content": "Find it."}], {}, "0")
   for protocol, call in (
     ("auto", "call guess: 5"),
@@ -271,9 +271,7 @@ def test_calls_are_written_as_the_flag_says():
     ("llama3", '{"name": "guess", "parameters": {"number": 5}}'),
   ):
     options = agents.Environments(env="guess", tool_protocol=protocol)
-    with agents.opened(
-      options, None, loaded("zephyr"), **how, mesh=None, gather="step"
-    ) as episodic:
+    with agents.opened(options, loaded("zephyr"), **how) as episodic:
       [message], _ = episodic.opening(problem, "")
       assert call.partition("5")[0].partition(": ")[0].partition("{")[0] in message["content"]
       episodic.environments.start([{"secret": 5}])
