@@ -3,6 +3,7 @@
   python -m benchmarks.gpu                     on the GPU that is here
   python -m benchmarks.gpu --predict=h100      compiled for one that is not (pip install ".[cuda]")
   python -m benchmarks.gpu --torch_python=P    and PyTorch with transformers, on the same GPU
+  python -m benchmarks.gpu --trace=DIR         and where the time of each goes
 
 Weights are random, arithmetic is in bfloat16, weights and moments are float32. Three things:
 
@@ -17,16 +18,30 @@ Weights are random, arithmetic is in bfloat16, weights and moments are float32. 
            weights, the last with adapters of rank 16; layers in a loop, and computed twice. Each in
            a process of its own.
 
+Each figure is measured in a process of its own, and PyTorch's in another one once ours has ended,
+so that none holds memory that another needs. It is printed as soon as it is there; a failure is one
+line. Where PyTorch's update runs out of memory, it is made again with recomputation.
+
+--trace=DIR writes, for update and decode, a trace of one more run and DIR/PART/kernels.md: time by
+kind of kernel and by name (benchmarks/gpu_kernels.py).
+
 Predicted means that the same programs are compiled for a GPU that is not there. Memory is what the
-compiler reports. Time lies between two figures from the operations and bytes that the compiler
-counts, at the maker's rates: the longer of both, if everything overlaps, and their sum, if nothing
-does. Real products reach 60 to 80 % of the peak, so measured MFU will be lower.
+compiler reports. Time is the sum over kinds of kernels, each at the rate that it reached on an
+H200; next to it, for the update, what the maker's rates allow: the longer of the operations and the
+bytes that the compiler counts, to their sum.
 
-Not run on a GPU yet. Predicted for an H100 by --predict=h100 (JAX 0.10.2):
+Measured on an H200 on 2026-11-29 (JAX 0.11.2, CUDA 13; before vocabulary products were in bfloat16
+the update took 0.378 s), and not since:
 
-  update, 17,408 tokens at once, 168 TFLOP: 0.170 to 0.301 s, MFU 57 to 100 %
-  decode,  64 rows: at least 1.29 ms a token; 1.74 to 1.95 ms, 66 to 74 % of the bound
-  decode, 256 rows: at least 2.39 ms a token; 3.80 to 4.64 ms, 52 to 63 % of the bound
+  update, 17,408 tokens at once, 168 TFLOP: 0.359 s, MFU 47 %
+  decode,  64 rows: at least 0.90 ms a token; 2.57 ms, 35 % of the bound
+  decode, 256 rows: at least 1.67 ms a token; 5.54 ms, 30 % of the bound
+  PyTorch 2.11, transformers 5.17: update of 16 rows with recomputation 0.788 s, 2 x 8 rows 0.66 s;
+  `generate`, 64 rows: 57 ms a token
+
+Predicted for an H100 (bytes as counted by --predict=h100, JAX 0.10.2), not measured:
+
+  update 0.390 s, MFU 44 %; decode 3.77 ms a token of 64 rows, 7.28 of 256
   memory: 0.5 billion weights 11.6 GB, 1.5 billion 34.1 GB, 7 billion with adapters 58.3 GB of 80
 """
 
@@ -38,12 +53,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.gpu_kernels import predict_decode, predict_update, read_trace, table, touches_logits
 from benchmarks.timing import seconds_of, spread
 from experiments import grpo, setup
 from experiments.flags import Lora, SamplingMesh
@@ -62,6 +79,7 @@ from rl_llm.runs.flops import forward_flops
 
 GROUP = 8  # responses a prompt
 SHORT, LONG = 32, 288  # tokens of the two rollouts whose difference is timed
+ONE = r"update:1|decode:\d+|memory:.+:\d+"  # one figure, which a process of its own measures
 MODELS = (("qwen2.5-0.5b", 0), ("qwen2.5-1.5b", 0), ("qwen2.5-7b", 16))  # and adapters' rank
 
 
@@ -79,7 +97,11 @@ class Config:
   rows: tuple[int, ...] = option((64, 256), "decoded at once", min=GROUP)
   remat: bool = option(False, "compute activations twice instead of holding them")
   runs: int = option(5, "timed, after one that is not", min=1)
-  part: str = option("all", "all, update, decode, memory, or memory:MODEL:RANK for one of them")
+  part: str = option(
+    "all",
+    "all, update, decode, memory; or one figure as JSON: update:1, decode:ROWS, memory:MODEL:RANK",
+  )
+  trace: str = option("", "directory for traces of update and decode; empty = none")
   torch_python: str = option("", "an interpreter with torch and transformers; empty = ours alone")
 
 
@@ -177,7 +199,20 @@ def timed_update(config: Config, devices: list) -> list[float]:
       lambda s=state: jax.block_until_ready(compiled(s, batch, hparams, 1, frozen))
     )
     seconds.append(taken)
+  traced(config, "update", compiled, lambda: compiled(state, batch, hparams, 1, frozen))
   return seconds[1:]
+
+
+def traced(config: Config, part: str, compiled: Any, call: Callable[[], Any]) -> None:
+  """Runs it once more under the profiler, if asked, and writes what its kernels took."""
+  if not config.trace:
+    return
+  directory = Path(config.trace, part)
+  with jax.profiler.trace(str(directory)):
+    jax.block_until_ready(call())
+  vocabulary = find_model(config.model).vocab_size
+  events, logits = read_trace(directory), touches_logits(compiled.as_text(), vocabulary)
+  (directory / "kernels.md").write_text(table(events, logits))
 
 
 def update_cost(config: Config, devices: list) -> Cost:
@@ -229,6 +264,8 @@ def timed_decode(config: Config, rows: int, devices: list) -> list[float]:
       for _ in range(config.runs + 1)
     ]
     found.append(runs[1:])
+    if length == LONG:
+      traced(config, f"decode-{rows}", compiled, lambda: compiled(*arguments))  # noqa: B023
   return [(long - short) / (LONG - SHORT) for short, long in zip(*found, strict=True)]
 
 
@@ -296,69 +333,92 @@ def measured_memory(config: Config, model: str, rank: int, devices: list) -> flo
 # What is printed.
 
 
-def report_update(config: Config, devices: list, chip: Chip) -> list[str]:
-  flops, prompts = update_flops(config, find_model(config.model)), update_prompts(config)
+def alone(config: Config, part: str) -> tuple[dict[str, Any], str]:
+  """What `--part=PART` prints, from a process of its own; or {}, and why there is nothing."""
+  flags = [f"--{name}={text(value)}" for name, value in dataclasses.asdict(config).items()]
+  words = [sys.executable, "-m", "benchmarks.gpu", *flags, f"--part={part}"]
+  return last_line(words)
+
+
+def text(value: Any) -> str:
+  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
+
+def last_line(words: list[Any]) -> tuple[dict[str, Any], str]:
+  """The JSON that a command prints last; or {}, and the line that says why it failed."""
+  done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+  if done.returncode == 0:
+    return json.loads(done.stdout.splitlines()[-1]), ""
+  said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no output"]
+  memory = [line for line in said if re.search("out of memory|RESOURCE_EXHAUSTED", line, re.I)]
+  return {}, f"failed, exit code {done.returncode}: {(memory or said)[-1][:200]}"
+
+
+def report_update(config: Config, devices: list, chip: Chip) -> Iterator[str]:
+  shape, prompts = find_model(config.model), update_prompts(config)
+  flops = update_flops(config, shape)
   tokens = prompts * (config.prompt_tokens + GROUP * config.new_tokens)
   what = f"update, {tokens:,} tokens at once, {flops / 1e12:.0f} TFLOP"
   if config.predict:
     found = update_cost(config, devices)
     # A fused kernel's products are not among those counted.
-    found = found._replace(flops=max(found.flops, flops))
-    least, most = found.seconds(chip)
-    low, high = (100 * flops / chip.flops / seconds for seconds in (most, least))
-    return [
-      f"{what}: predicted {least:.3f} to {most:.3f} s, MFU {low:.0f} to {high:.0f} %; the compiler "
-      f"counts {found.flops / 1e12:.0f} TFLOP and {found.bytes / 1e9:.0f} GB"
-    ]
-  seconds = timed_update(config, devices)
-  shares = [100 * flops / chip.flops / each for each in seconds]
-  lines = [f"{what}: {spread(seconds, digits=3)} s, MFU {spread(shares, digits=0)} %"]
-  return lines + against_torch(config, "update", rows=prompts * GROUP, seconds=seconds)
+    least, most = found._replace(flops=max(found.flops, flops)).seconds(chip)
+    lengths = [config.prompt_tokens] * prompts, [config.new_tokens] * (prompts * GROUP)
+    seconds = predict_update(shape, *lengths, found.bytes, chip)
+    yield (
+      f"{what}: predicted {seconds:.3f} s, MFU {100 * flops / chip.flops / seconds:.0f} %; at the "
+      f"maker's rates {least:.3f} to {most:.3f} s; the compiler counts {found.flops / 1e12:.0f} "
+      f"TFLOP and {found.bytes / 1e9:.0f} GB"
+    )
+    return
+  found, failure = alone(config, "update:1")
+  if failure:
+    yield f"{what}: {failure}"
+    return
+  shares = [100 * flops / chip.flops / each for each in found["seconds"]]
+  yield f"{what}: {spread(found['seconds'], digits=3)} s, MFU {spread(shares, digits=0)} %"
+  yield from against_torch(config, "update", rows=prompts * GROUP, seconds=found["seconds"])
 
 
-def report_decode(config: Config, devices: list, chip: Chip) -> list[str]:
-  lines = []
+def report_decode(config: Config, devices: list, chip: Chip) -> Iterator[str]:
+  shape = find_model(config.model)
   for rows in config.rows:
-    bound = decode_bound(config, find_model(config.model), rows, chip)
+    bound = decode_bound(config, shape, rows, chip)
     what = f"decode, {rows} rows: at least {1e3 * bound:.2f} ms a token"
     if config.predict:
       found = decode_cost(config, rows, devices)
-      least, most = found.seconds(chip)
-      lines.append(
-        f"{what}; predicted {1e3 * least:.2f} to {1e3 * most:.2f} ms, {100 * bound / most:.0f} to "
-        f"{100 * bound / least:.0f} % of the bound; the compiler counts {found.bytes / 1e9:.2f} GB"
+      seconds = predict_decode(shape, config.prompt_tokens + (SHORT + LONG) // 2, rows, chip)
+      yield (
+        f"{what}; predicted {1e3 * seconds:.2f} ms, {100 * bound / seconds:.0f} % of the bound; "
+        f"the compiler counts {found.bytes / 1e9:.2f} GB"
       )
       continue
-    seconds = timed_decode(config, rows, devices)
-    shares = [100 * bound / each for each in seconds]
-    taken = spread([1e3 * each for each in seconds])
-    lines.append(f"{what}; {taken} ms, {spread(shares, digits=0)} % of the bound")
-    lines += against_torch(config, "decode", rows=rows, seconds=seconds)
-  return lines
+    found, failure = alone(config, f"decode:{rows}")
+    if failure:
+      yield f"{what}; {failure}"
+      continue
+    shares = [100 * bound / each for each in found["seconds"]]
+    taken = spread([1e3 * each for each in found["seconds"]])
+    yield f"{what}; {taken} ms, {spread(shares, digits=0)} % of the bound"
+    yield from against_torch(config, "decode", rows=rows, seconds=found["seconds"])
 
 
-def report_memory(config: Config, chip: Chip) -> list[str]:
-  lines = []
+def report_memory(config: Config, chip: Chip) -> Iterator[str]:
   for model, rank in MODELS:
-    flags = [
-      f"--{name}={getattr(config, name)}" for name in ("predict", "prompt_tokens", "new_tokens")
-    ]
-    words = [sys.executable, "-m", "benchmarks.gpu", f"--part=memory:{model}:{rank}", *flags]
-    found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     how = f"rank {rank}" if rank else "all weights"
     said = "predicted " if config.predict else ""
-    if found.returncode:
-      lines.append(f"memory, {model}, {how}: failed, exit code {found.returncode}")
-      continue
-    largest = json.loads(found.stdout.splitlines()[-1])["bytes"]
-    lines.append(f"memory, {model}, {how}: {said}{largest / 1e9:.1f} of {chip.hbm / 1e9:.0f} GB")
-  return lines
+    found, failure = alone(config, f"memory:{model}:{rank}")
+    largest = failure or f"{said}{found['bytes'] / 1e9:.1f} of {chip.hbm / 1e9:.0f} GB"
+    yield f"memory, {model}, {how}: {largest}"
 
 
-def against_torch(config: Config, part: str, *, rows: int, seconds: list[float]) -> list[str]:
-  """How long PyTorch and transformers take for it, in a process of their own."""
+def against_torch(config: Config, part: str, *, rows: int, seconds: list[float]) -> Iterator[str]:
+  """How long PyTorch and transformers take for it, in a process of their own.
+
+  An update that does not fit is made again with recomputation.
+  """
   if not config.torch_python:
-    return []
+    return
   shape = find_model(config.model)
   job = {
     "part": part,
@@ -371,13 +431,31 @@ def against_torch(config: Config, part: str, *, rows: int, seconds: list[float])
     "remat": config.remat,
   }
   script = Path(__file__).with_name("gpu_torch.py")
-  words = [config.torch_python, script, json.dumps(job)]
-  found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-  theirs = json.loads(found.stdout.splitlines()[-1])
+  theirs, failure = last_line([config.torch_python, script, json.dumps(job)])
+  if "out of memory" in failure.lower() and part == "update" and not config.remat:
+    yield f"  PyTorch without recomputation: {failure}"
+    job["remat"] = True
+    theirs, failure = last_line([config.torch_python, script, json.dumps(job)])
+  if failure:
+    yield f"  PyTorch: {failure}"
+    return
   ratio = [a / b for a, b in zip(sorted(theirs["seconds"]), sorted(seconds), strict=True)]
   scale, unit = (1, "s") if part == "update" else (1e3, "ms a token")
   taken = spread([scale * each for each in theirs["seconds"]], digits=3)
-  return [f"  {theirs['versions']}: {taken} {unit}, {spread(ratio)} times as long as ours"]
+  how = " with recomputation" if job["remat"] else ""
+  yield f"  {theirs['versions']}{how}: {taken} {unit}, {spread(ratio)} times as long as ours"
+
+
+def one_figure(config: Config, devices: list) -> dict[str, Any] | None:
+  """What `--part=update:1`, `decode:ROWS` or `memory:MODEL:RANK` prints; None if it is none."""
+  if config.part == "update:1" and not config.predict:
+    return {"seconds": timed_update(config, devices)}
+  if (found := re.fullmatch(r"decode:(\d+)", config.part)) and not config.predict:
+    return {"seconds": timed_decode(config, int(found[1]), devices)}
+  if found := re.fullmatch(r"memory:(.+):(\d+)", config.part):
+    largest = predicted_memory if config.predict else measured_memory
+    return {"bytes": largest(config, found[1], int(found[2]), devices)}
+  return None
 
 
 def find_gpu(config: Config) -> tuple[list, str]:
@@ -409,23 +487,27 @@ def main(config: Config) -> None:
     if rows % GROUP:
       raise ConfigError("rows", rows, f"multiples of {GROUP}")
   parts = ("all", "update", "decode", "memory")
-  one = re.fullmatch(r"memory:(.+):(\d+)", config.part)
-  if config.part not in parts and not one:
+  if config.part not in parts and not re.fullmatch(ONE, config.part):
     raise ConfigError("part", config.part, f"{', '.join(parts)} or memory:MODEL:RANK")
+  if config.trace and config.predict:
+    raise ConfigError("trace", config.trace, "given where kernels run, so without --predict")
   devices, kind = find_gpu(config)
   chip = GPUS[kind]
-  if one:
-    largest = predicted_memory if config.predict else measured_memory
-    print(json.dumps({"bytes": largest(config, one[1], int(one[2]), devices)}))
+  if (figure := one_figure(config, devices)) is not None:
+    print(json.dumps(figure))
     return
   how = "compiled for, not run" if config.predict else devices[0].device_kind
   print(f"{kind} ({how}), {config.model}, bfloat16 with float32 weights, jax {jax.__version__}")
-  if config.part in ("all", "update"):
-    print(*report_update(config, devices, chip), sep="\n", flush=True)
-  if config.part in ("all", "decode"):
-    print(*report_decode(config, devices, chip), sep="\n", flush=True)
-  if config.part in ("all", "memory"):
-    print(*report_memory(config, chip), sep="\n", flush=True)
+  reports = {
+    "update": lambda: report_update(config, devices, chip),
+    "decode": lambda: report_decode(config, devices, chip),
+    "memory": lambda: report_memory(config, chip),
+  }
+  for part, report in reports.items():
+    for line in report() if config.part in ("all", part) else ():
+      print(line, flush=True)
+  if config.trace:
+    print(f"kernels by time: {config.trace}/*/kernels.md")
 
 
 if __name__ == "__main__":

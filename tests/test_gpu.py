@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -83,20 +84,85 @@ def test_memory_is_that_of_the_larger_program(short):
 
 
 def test_a_report_says_what_was_predicted_and_what_was_measured(short, monkeypatch):
-  chip = GPUS["h100"]
+  chip, asked = GPUS["h100"], []
   monkeypatch.setattr(gpu, "update_cost", lambda *_: Cost(2e12, 1e9))
+  monkeypatch.setattr(gpu, "predict_update", lambda *_: 0.25)
   predicted = dataclasses.replace(SMALL, predict="h100")
   (line,) = gpu.report_update(predicted, jax.devices(), chip)
-  assert "76 tokens at once" in line and "predicted 0.002 to 0.002 s, MFU" in line
-  monkeypatch.setattr(gpu, "timed_update", lambda *_: [0.5, 1.0, 2.0])
+  assert "76 tokens at once" in line and "predicted 0.250 s, MFU 0 %; at the maker's" in line
+  assert "rates 0.002 to 0.002 s" in line
+  monkeypatch.setattr(gpu, "decode_cost", lambda *_: Cost(1.0, 3.35e9))
+  monkeypatch.setattr(gpu, "predict_decode", lambda *_: 3e-3)
+  (line,) = gpu.report_decode(predicted, jax.devices(), chip)
+  assert "predicted 3.00 ms" in line and "counts 3.35 GB" in line
+
+  found = {"update:1": {"seconds": [0.5, 1.0, 2.0]}, "decode:8": {"seconds": [1e-3, 2e-3, 4e-3]}}
+  monkeypatch.setattr(gpu, "alone", lambda _, part: asked.append(part) or (found[part], ""))
   (line,) = gpu.report_update(SMALL, jax.devices(), chip)
   assert "1.000 (0.500 to 2.000) s" in line and "predicted" not in line
-  monkeypatch.setattr(gpu, "decode_cost", lambda *_: Cost(1.0, 3.35e9))
-  (line,) = gpu.report_decode(predicted, jax.devices(), chip)
-  assert "predicted 1.00 to 1.00 ms" in line
-  monkeypatch.setattr(gpu, "timed_decode", lambda *_: [1e-3, 2e-3, 4e-3])
   (line,) = gpu.report_decode(SMALL, jax.devices(), chip)
-  assert "2.00 (1.00 to 4.00) ms" in line
+  assert "2.00 (1.00 to 4.00) ms" in line and asked == ["update:1", "decode:8"]
+
+
+def test_what_fails_is_one_line_and_the_rest_is_measured(monkeypatch):
+  failing = [sys.executable, "-c", "import sys; print('a'); sys.exit('RuntimeError: no\\nlast')"]
+  assert gpu.last_line(failing) == ({}, "failed, exit code 1: last")
+  failing[-1] = "import sys; sys.exit('torch.OutOfMemoryError: CUDA out of memory. Tried\\nlast')"
+  assert "CUDA out of memory" in gpu.last_line(failing)[1]
+  printing = [sys.executable, "-c", "print('text'); print('{\"bytes\": 7}')"]
+  assert gpu.last_line(printing) == ({"bytes": 7}, "")
+  answers = iter([({}, "failed, exit code 1: no"), ({"seconds": [1e-3]}, "")])
+  monkeypatch.setattr(gpu, "alone", lambda *_: next(answers))
+  config = dataclasses.replace(SMALL, rows=(8, 16))
+  one, other = gpu.report_decode(config, jax.devices(), GPUS["h100"])
+  assert one.endswith("failed, exit code 1: no") and "1.00" in other
+
+
+def test_our_figure_is_printed_before_the_peer_runs_and_a_peer_that_is_full_computes_twice(
+  monkeypatch,
+):
+  jobs = []
+
+  def peer(words):
+    jobs.append(json.loads(words[-1]))
+    if jobs[-1]["remat"]:
+      return {"seconds": [2.0, 3.0, 4.0], "versions": "torch 9"}, ""
+    return {}, "failed, exit code 1: torch.OutOfMemoryError: CUDA out of memory"
+
+  monkeypatch.setattr(gpu, "last_line", peer)
+  monkeypatch.setattr(gpu, "alone", lambda *_: ({"seconds": [0.5, 1.0, 2.0]}, ""))
+  config = dataclasses.replace(SMALL, torch_python="python")
+  lines = gpu.report_update(config, jax.devices(), GPUS["h100"])
+  assert "1.000 (0.500 to 2.000) s" in next(lines) and not jobs
+  full, twice = lines
+  assert "without recomputation: failed" in full and "out of memory" in full
+  assert "torch 9 with recomputation: 3.000" in twice and [job["remat"] for job in jobs] == [0, 1]
+  _, decode = gpu.report_decode(config, jax.devices(), GPUS["h100"])
+  assert "PyTorch: failed" in decode and len(jobs) == 3, "only an update recomputes"
+
+
+def test_a_figure_is_made_by_a_process_that_is_told_all_settings(monkeypatch):
+  told = []
+  monkeypatch.setattr(gpu, "last_line", lambda words: told.append(words) or ({}, ""))
+  gpu.alone(dataclasses.replace(SMALL, rows=(8, 16), trace="/tmp/t"), "decode:8")
+  assert (
+    told[0][:3] == [sys.executable, "-m", "benchmarks.gpu"] and told[0][-1] == "--part=decode:8"
+  )
+  assert {"--rows=8,16", "--trace=/tmp/t", "--remat=false", "--prompt_tokens=6"} < {*told[0]}
+
+
+@pytest.mark.slow
+def test_a_trace_is_written_by_kind_of_kernel(short, tmp_path):
+  config = dataclasses.replace(SMALL, trace=str(tmp_path), runs=1)
+  assert len(gpu.one_figure(dataclasses.replace(config, part="update:1"), jax.devices())["seconds"])
+  assert len(gpu.one_figure(dataclasses.replace(config, part="decode:8"), jax.devices())["seconds"])
+  for part in ("update", "decode-8"):
+    written = (tmp_path / part / "kernels.md").read_text()
+    kinds = re.findall(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) % \| (\d+) \|$", written, re.M)
+    found = {name: float(share) for name, _, share, _ in kinds}
+    assert found["vocabulary"] > 0 and found["element-wise"] > 0, written
+    shares = written.split("| kernel |")[0]
+    assert sum(map(float, re.findall(r"([\d.]+) %", shares))) == pytest.approx(100, abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +172,7 @@ def test_a_report_says_what_was_predicted_and_what_was_measured(short, monkeypat
     ({}, "here is no GPU that is known, but cpu"),
     ({"rows": (8, 12)}, "--rows=12: must be multiples of 8"),
     ({"part": "nothing"}, "--part=nothing: must be all, update, decode, memory or memory:MODEL"),
+    ({"trace": "d", "predict": "h100"}, "--trace=d: must be given where kernels run"),
   ],
 )
 def test_what_cannot_be_measured_is_told(changes, said):
