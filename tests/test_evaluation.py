@@ -362,3 +362,24 @@ def test_evaluate_grades_every_problem_once_greedily_and_by_samples():
   assert found.metrics["eval/sampled_accuracy"] == 3 / 5
   assert found.metrics["eval/sampled_low"] == proportion_interval([2, 0, 2, 0, 2], 2)[1]
   assert found.metrics["eval/failed_grades"] == 0
+
+
+def test_all_batches_of_an_evaluation_have_the_shape_that_is_compiled():
+  """Prompts of 3 and of 20 tokens, in batches of two."""
+  tokenizer, task, shapes = ByteTokenizer(), load_task("copy"), []
+  prompts = [tokenizer.encode("a" * count) for count in (3, 3, 20, 3, 3)]
+  drawn = Drawn(list(task.held_out[:5]), prompts, 0)
+
+  def generate(params, prompts, keys, sampling, group):
+    shapes.append(prompts.tokens.shape)
+    wanted = [[97] * length for length in prompts.lengths]
+    assert [list(row[row != tokenizer.pad_id]) for row in prompts.tokens] == wanted
+    ones = np.ones((len(keys), 1), np.int32)
+    ended = np.full(len(keys), STOP_EOS, np.int32)
+    return Rollout(97 * ones, ones == 1, ones * 0.0, ones * 0.0, ones[:, 0], ended)
+
+  with RewardPool(RewardSource("rl_llm.tasks.copy_text", own_grader=True), workers=1) as pool:
+    encode = make_encode(tokenizer, max_prompt_tokens=99)
+    sampler = Sampler(task, tokenizer, encode, generate, pool)
+    evaluate(sampler, "weights", drawn, samples=1, prompts_per_batch=2)
+  assert shapes == [(2, 24)] * 3

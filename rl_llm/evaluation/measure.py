@@ -57,6 +57,7 @@ def evaluate(
   """Answers every problem once greedily and `samples` times at temperature 1, and grades it all.
 
   Both kinds share one compiled program: the temperature is an argument, and it may differ by row.
+  All batches share it too: each is as wide as the longest prompt.
   The random keys are the same in every call, so two evaluations differ only by the weights. A
   response whose grade failed counts as not correct; `eval/failed_grades` says how many there are,
   and `eval/timed_out_fraction` says what share of the grades timed out. A response on which the
@@ -77,6 +78,7 @@ def evaluate(
   """
   group = samples + 1
   temperature = jnp.tile(jnp.array([0.0] + [1.0] * samples), prompts_per_batch)
+  columns = max(map(len, drawn.prompts), default=0)
   graded: list[dict[str, Any]] = []
   for start in range(0, len(drawn.problems), prompts_per_batch):
     sampler.check()
@@ -88,6 +90,7 @@ def evaluate(
       row_keys(jax.random.fold_in(jax.random.key(0), start), prompts_per_batch, group),
       SamplingConfig(temperature),
       group_size=group,
+      columns=columns,
       step=step,
     )
   correct = correctness(graded, group)
