@@ -2,6 +2,7 @@
 # make test   the quick tests, minutes;  make test-slow  the slow ones: whole trainings, several processes, eight devices
 # make test-full  both, and the long trials (about an hour);  make lint
 # make test-slurm  an array of trials on a real Slurm, which it installs (Debian) and starts on this machine alone
+# make test-gpu  on one GPU: models, log-probs, sampling, rollout, updates, checkpoints, cuDNN, the benchmark; minutes
 # make test-site  every page of the site in Chromium, at a phone's width and a screen's; apt-get installs what it needs
 # make faults  what a run must survive, F1 to F40, with all trials, up to two hours; docs/results/faults.*; ROWS=F1,F8: some
 # make bench  all benchmarks, docs/results/performance.md; TRL and Tunix get virtual environments of their own
@@ -25,7 +26,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-slow test-full faults test-slurm test-site lint bench bench-peers compare parity docs site clean
+.PHONY: run test test-slow test-full test-gpu faults test-slurm test-site lint bench bench-peers compare parity docs site clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run-$(VERSION)
@@ -39,6 +40,14 @@ test-slow: $(VENV)/test-$(VERSION)
 
 test-full: $(VENV)/test-$(VERSION)
 	RL_LLM_FULL=1 $(BIN)/python -m pytest -q tests
+
+# Float32 is multiplied in float32 and XLA's programs are those of users: tests/conftest.py. GPU=cuda13 for CUDA 13.
+GPU ?= cuda
+GPU_TESTS := tests/test_on_a_gpu.py $(addprefix tests/policy/test_,transformer.py attention.py) $(addprefix tests/test_, \
+  logprobs.py sampling.py rollout.py turns.py update.py value_network.py background_saves.py chips.py gpu.py)
+test-gpu: $(VENV)/test-$(VERSION)
+	@$(PIP) install -q -e '.[$(GPU)]'
+	RL_LLM_GPU=1 $(BIN)/python -m pytest -q -rs $(GPU_TESTS)
 
 faults: $(VENV)/test-$(VERSION)
 	$(BIN)/python -m tests.faults --rows=$(ROWS)

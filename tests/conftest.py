@@ -11,9 +11,15 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
+import pytest
 from hypothesis import HealthCheck, settings
 
+ON_A_GPU = os.environ.get("RL_LLM_GPU") == "1"  # `make test-gpu`
 # Read when JAX is imported, which no test has done yet.
+if ON_A_GPU:  # The GPU's own kernels, and bounds that are float32's: TF32 has ten bits.
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+  os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older way to make a loop of a fusion takes less time to compile; later versions lack it. And
 # a small program that is cut into 32 parts, for as many threads, takes half as long again.
@@ -34,3 +40,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A machine that is busy, or compiles on a first call, is not a failing test.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+def pytest_runtest_setup(item):
+  """Skips what is marked for another platform than the one that is here."""
+  wanted = {name for name in ("cpu", "gpu") if item.get_closest_marker(name)}
+  if wanted or ON_A_GPU:
+    import jax  # Here, so that the settings above come first.
+
+    here = jax.default_backend()
+    if ON_A_GPU and here != "gpu":
+      pytest.skip(f"make test-gpu needs a GPU; here is {here}")
+    if wanted and here not in wanted:
+      pytest.skip(f"needs a {' or '.join(wanted).upper()}; here is {here}")

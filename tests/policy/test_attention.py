@@ -21,7 +21,7 @@ from rl_llm.policy.attention import (
 )
 from tests.policy.make_goldens import family_model
 
-SPLASH = find_kernel("splash", dtype=jnp.float32)  # On a CPU: step by step.
+SPLASH = Kernel("splash", True, None, True)  # Step by step, as on a CPU.
 
 
 def by_hand(query, keys, values, seen, scale, cap):
@@ -56,6 +56,7 @@ def seen_by(query_segments, key_segments, first_column, window):
 @pytest.mark.parametrize(
   ("window", "cap", "first_column"), [(None, None, 0), (None, 2.0, 9), (5, 2.0, 9)]
 )
+@pytest.mark.cpu
 def test_splash_attention_is_attention_by_hand(window, cap, first_column):
   rows, length, heads, kv_heads, head_dim = 2, 20, 4, 2, 8
   n_keys = length + first_column
@@ -94,6 +95,7 @@ def packed_rows(vocabulary, length=24):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "scan_layers"), [("gemma2", False), ("gemma3", True)])
+@pytest.mark.cpu
 def test_a_model_reads_packed_rows_alike_with_and_without_the_kernel(family, scan_layers):
   config, params = family_model(family)
   rows = packed_rows(config.vocab_size)
@@ -117,6 +119,7 @@ def test_a_model_reads_packed_rows_alike_with_and_without_the_kernel(family, sca
 
 
 @pytest.mark.slow
+@pytest.mark.cpu
 def test_prompts_shared_by_their_responses_are_read_alike_with_and_without_the_kernel():
   config, params = family_model("qwen2")
   random = np.random.default_rng(3)
@@ -146,6 +149,7 @@ def test_prompts_shared_by_their_responses_are_read_alike_with_and_without_the_k
     assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted) + 1e-6
 
 
+@pytest.mark.cpu
 def test_a_prefix_that_others_see_is_not_silently_left_out():
   config = tiny_config(32)
   policy = make_policy(config, attention="splash")
@@ -170,8 +174,10 @@ def test_short_rows_go_by_plain_attention_unless_the_kernel_is_asked_for():
   assert takes(SPLASH, query, 64, 2, cap=None)
 
 
+@pytest.mark.cpu
 def test_what_the_platform_lacks_is_named():
-  assert find_kernel("auto", dtype=jnp.bfloat16) is None  # On a CPU.
+  assert find_kernel("auto", dtype=jnp.bfloat16) is None
+  assert find_kernel("splash", dtype=jnp.float32) == SPLASH
   assert find_kernel("xla", dtype=jnp.bfloat16) is None
   with pytest.raises(ValueError, match="attention: cudnn is for gpu, here is cpu"):
     find_kernel("cudnn", dtype=jnp.bfloat16)
@@ -180,6 +186,7 @@ def test_what_the_platform_lacks_is_named():
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.cpu
 def test_what_cudnn_cannot_do_is_an_error_where_it_was_asked_for_and_plain_otherwise(cap):
   query = jnp.zeros((2, 64, 4, 8), jnp.bfloat16)
   check = functools.partial(takes, cap=cap)

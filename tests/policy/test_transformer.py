@@ -123,6 +123,7 @@ def test_times_transposed_against_numpy_values_and_gradients(rows):
   assert times_transposed(*narrow, dtype=jnp.float32).dtype == jnp.float32
 
 
+@pytest.mark.cpu
 def test_times_transposed_puts_the_matrix_first_for_few_rows_on_a_cpu_alone():
   def lowered(rows: int, platform: str) -> str:
     traced = jax.jit(times_transposed).trace(jnp.ones((rows, 24)), jnp.ones((40, 24)))
