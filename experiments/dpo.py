@@ -18,9 +18,10 @@ of a file's pairs are computed once and kept on disk.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
-Measured with the first command, --steps=16 --pairs_per_step=12, seeds 0, 1 and 2, on 2 cores: of
-100 held-out sums, right at temperature 1 from 0.20 to 0.84, 0.81 and 0.83, greedily from 0.69 to
-0.88, 0.86 and 0.93; 18 s a step, 380 to 450 s with evaluations.
+Measured with the first command, --pairs_per_step=12, seeds 0, 1 and 2, on 2 cores, and the question
+"What is {a} {op} {b}? Reply with just the number.": of 100 held-out sums, right at temperature 1
+from 0.20 to 0.84, 0.81 and 0.83, greedily from 0.69 to 0.88, 0.86 and 0.93; 18 s a step, 380 to
+450 s with evaluations.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class Run(Record):
   """The run: how long, where, and what it leaves."""
 
   steps: int = option(
-    24,
+    16,
     "training steps; each takes a batch and updates the weights with it",
     min=1,
     # A falling learning rate depends on where it is to end.

@@ -17,9 +17,10 @@ It only needs a grader. The baseline of a reward removes noise without changing 
 The KL to the reference is part of the reward here, token by token; --kl.place=loss moves it.
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
-Measured with the first command, --steps=16 --prompts_per_step=12, seeds 0, 1 and 2, on 2 cores: of
-100 held-out sums, right at temperature 1 from 0.20 to 0.92, 0.95 and 0.93, greedily from 0.69 to
-0.91, 0.95 and 0.92; 16 s a step, 350 to 480 s with evaluations.
+Measured with the first command, --prompts_per_step=12, seeds 0, 1 and 2, on 2 cores, and the
+question "What is {a} {op} {b}? Reply with just the number.": of 100 held-out sums, right at
+temperature 1 from 0.20 to 0.92, 0.95 and 0.93, greedily from 0.69 to 0.91, 0.95 and 0.92; 16 s a
+step, 350 to 480 s with evaluations.
 """
 
 from __future__ import annotations

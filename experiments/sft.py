@@ -16,10 +16,11 @@ grades the model before, during and after training; the held-out loss is always 
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
-Measured with the first command, --eval.samples=2, seeds 0, 1 and 2, on 2 cores: of 100 held-out
-sums, right at temperature 1 from 0.22 to 0.51, 0.55 and 0.57; 7 to 8 s a step, 380 to 460 s with
-evaluations. Greedily it falls, from 0.69 to 0.48, 0.58 and 0.57: every answer is now a bare number,
-as it was shown, where the model used to write the sum out first. docs/results/sft.md has GSM8K.
+Measured with the first command, --eval.samples=2, seeds 0, 1 and 2, on 2 cores, and the question
+"What is {a} {op} {b}? Reply with just the number.": of 100 held-out sums, right at temperature 1
+from 0.22 to 0.51, 0.55 and 0.57; 7 to 8 s a step, 380 to 460 s with evaluations. Greedily it falls,
+from 0.69 to 0.48, 0.58 and 0.57: every answer is now a bare number, as it was shown, where the
+model used to write the sum out first. docs/results/sft.md has GSM8K.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class ArithmeticOptions:
     default=100, metadata={"help": "problems kept for evaluation, at least; a+b and b+a together"}
   )
   question: str = field(
-    default="What is {a} {op} {b}? Reply with just the number.",
+    default="What is {a} {op} {b}? Give one number as the answer.",
     metadata={"help": "the prompt, with {a}, {op} and {b}"},
   )
 
@@ -142,8 +142,8 @@ def named_number(completion: str, expression: str) -> Decimal | None:
   """The one number a completion commits to; None where there is none, or two that differ.
 
   Accepting any right number in the text rewards listing guesses, so a completion must name exactly
-  one. It may repeat the question (as asked, or swapped for + and *) and the answer, but may not
-  name a second number.
+  one, as the default question asks. It may repeat the question (as asked, or swapped for + and *)
+  and the answer, but may not name a second number.
 
   >>> named_number("7 + 5 = 12.", "7 + 5")
   Decimal('12')

@@ -106,8 +106,8 @@ CASES = {
     ["--sampling.top_k=5", "--sampling.allow_truncated"],
   ),
   "warm-up without end": (
-    ["--optimizer.schedule=cosine", "--optimizer.warmup_steps=24"],
-    ["--optimizer.warmup_steps=24", "less than steps (24)"],
+    ["--optimizer.schedule=cosine", "--optimizer.warmup_steps=16"],
+    ["--optimizer.warmup_steps=16", "less than steps (16)"],
   ),
   "unknown task": (["--model=tiny", "--task=aritmetic"], ["aritmetic", "arithmetic"]),
   "task option": ([*TINY, "--copy.max_length=0"], ["copy.max_length=0", "at least min_length=3"]),

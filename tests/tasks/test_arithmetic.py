@@ -53,7 +53,7 @@ def test_problem_says_what_the_columns_say():
     (message,) = problem.prompt
     a, op, b = problem.columns["expression"].split(" ")
     assert message == {
-      "role": "user", "content": f"What is {a} {op} {b}? Reply with just the number."
+      "role": "user", "content": f"What is {a} {op} {b}? Give one number as the answer."
     }  # fmt: skip
     assert int(problem.columns["answer"]) == APPLY[op](int(a), int(b))
 
