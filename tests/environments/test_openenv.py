@@ -199,7 +199,7 @@ def test_tools_of_an_mcp_server_are_tools():
 def test_what_goes_wrong_on_the_server_is_a_status():
   with serving(Guessing) as served:
     environment = load(served.url, protocol="text", network=True)
-    with Episodes(environment, deadline=0.5) as episodes:
+    with Episodes(environment, deadline=3.0) as episodes:
       episodes.start([{"secret": 5}] * 4)
       seen = episodes.turn({0: "call step: 14", 1: "call step: 15", 2: "call step: 5"})
       assert (seen[0].status, seen[0].done) == ("timed_out", True)

@@ -33,6 +33,7 @@ from rl_llm.rewards import RewardError
 from rl_llm.rewards import worker as protocol
 
 SECONDS = 10.0  # that connecting, and each answer about the tools, may take
+_CLOSING = 2.0  # seconds that a server may take to end a session
 _MAX_BYTES = 1 << 20  # of one answer
 _OWN = ("done", "reward", "metadata")  # fields of each observation that say nothing to a model
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -56,7 +57,7 @@ class Remote:
   """
 
   def __init__(self, url: str):
-    self._url, self._sessions = url.rstrip("/"), {}
+    self._url, self._sessions, self._threads = url.rstrip("/"), {}, []
     self.name = f"OpenEnv server {self._url}"
     try:
       from websockets.sync.client import connect
@@ -65,7 +66,8 @@ class Remote:
         f"{self.name}: needs the package websockets: pip install 'rl_llm[openenv]' (or pip install "
         "websockets)"
       ) from None
-    how = {"ping_interval": None, "open_timeout": SECONDS, "max_size": _MAX_BYTES, "logger": _QUIET}
+    how = {"ping_interval": None, "open_timeout": SECONDS, "close_timeout": _CLOSING}
+    how |= {"max_size": _MAX_BYTES, "logger": _QUIET}
     how |= {"proxy": None} if _is_local(url) else {}
     self._connect = functools.partial(connect, f"ws{self._url[4:]}/ws", **how)
     try:
@@ -86,8 +88,7 @@ class Remote:
       session.result("reset", {}, SECONDS)
       found = session.result("step", {"type": "list_tools"}, SECONDS)["observation"]["tools"]
     finally:
-      session.end()
-      session.close()
+      session.leave()
     if not found:
       raise ValueError("it lists no tools")
     return found
@@ -100,7 +101,9 @@ class Remote:
     """A connection to an episode of its own, known by this number."""
     ours, theirs = socket.socketpair()
     session = self._sessions[number] = Session(self._connect, self._write)
-    threading.Thread(target=_pass_on, args=(session, theirs), daemon=True).start()
+    thread = threading.Thread(target=_pass_on, args=(session, theirs), daemon=True)
+    thread.start()
+    self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
     ours.setblocking(False)
     return ours
 
@@ -113,6 +116,9 @@ class Remote:
     """Ends all episodes."""
     for number in list(self._sessions):
       self.end(number)
+    until = time.monotonic() + _CLOSING
+    for thread in self._threads:  # A server that does not say goodbye is left without.
+      thread.join(max(0.0, until - time.monotonic()))
 
 
 class Session:
@@ -126,6 +132,7 @@ class Session:
   def __init__(self, connect: Callable[[], Any], write: Callable[[str, dict], dict]):
     self._connect, self._write = connect, write
     self._held, self._socket = contextlib.ExitStack(), None
+    self._waits, self._ended = False, False
     self._lost, self._over, self._paid = "", False, False
 
   def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,9 +163,7 @@ class Session:
       except _Refused as error:
         if "CAPACITY" not in str(error) or time.monotonic() > until:
           raise
-        self.end()
-        self.close()
-        self._socket = None
+        self.leave()
         time.sleep(0.2)
 
   def _reply(self, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,24 +180,33 @@ class Session:
     """Asks for one thing; without `seconds` whoever waits for the answer ends the wait."""
     if self._socket is None:
       self._socket = self._held.enter_context(self._connect())
+    self._waits = True
+    if self._ended:
+      raise ConnectionAbortedError("the episode has ended")
     message = json.dumps({"type": kind, "data": dict(data)})
     with contextlib.suppress(Exception):  # It may have closed, after it has said why.
       self._socket.send(message)
     reply = json.loads(self._socket.recv(timeout=seconds))
+    self._waits = False
     if reply["type"] == "error":
       raise _Refused(f"{reply['data'].get('code', 'error')}: {reply['data'].get('message', '')}")
     return reply["data"]
 
-  def close(self) -> None:
-    """Frees what the connection held, in its own thread."""
-    with contextlib.suppress(Exception):
-      self._held.close()
-
-  def end(self) -> None:
-    """Leaves the server, from any thread."""
+  def leave(self) -> None:
+    """Says that the session is over, and waits a moment for the server to say so too."""
     if self._socket is not None:
       with contextlib.suppress(Exception):  # It may have gone already.
         self._socket.send('{"type": "close"}')
+        self._socket.recv(timeout=_CLOSING)  # Raises once the server has closed.
+    with contextlib.suppress(Exception):
+      self._held.close()
+    self._socket = None
+
+  def end(self) -> None:
+    """Ends a wait for the server, from another thread; whoever waits then leaves it."""
+    self._ended = True
+    if self._waits:
+      with contextlib.suppress(Exception):
         self._socket.socket.shutdown(socket.SHUT_RDWR)
 
 
@@ -201,8 +215,7 @@ def _pass_on(session: Session, connection: socket.socket) -> None:
   with connection, contextlib.suppress(OSError):
     while (request := protocol.read_frame(connection.recv)) is not None:
       protocol.write_frame(connection.sendall, {"n": request["n"]} | session.answer(request))
-  session.end()
-  session.close()
+  session.leave()
 
 
 def text_of(observation: Mapping[str, Any]) -> tuple[str, bool]:
