@@ -36,7 +36,6 @@ TOKEN_WEIGHTINGS = Literal["token_mean", "sequence_mean", "sequence_sum", "promp
 Agents, Environments, of_episodes = agents.Agents, agents.Environments, agents.overrides
 PRESETS = Literal["none", *presets.SOURCES, *presets.REFUSED]
 
-
 # What every run has.
 
 
@@ -147,6 +146,11 @@ class Record:
   )
   distributed: Distributed = Distributed()
 
+  def check(self, config: Any) -> None:
+    """Refuses the address of a bucket as the run's directory."""
+    if "://" in self.workdir:
+      raise ConfigError("workdir", self.workdir, bucket.NO_DIRECTORY, "give --workdir=DIR")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run(Record):
@@ -182,6 +186,10 @@ class Run(Record):
 
   def check(self, config: Any) -> None:
     """Refuses moments of no run, or of adapters that are merged, and a tracker without package."""
+    if bucket.is_address(self.workdir):
+      fix = f"give --workdir=DIR --checkpoint.copy_to={self.workdir}"
+      raise ConfigError("workdir", self.workdir, bucket.NO_DIRECTORY, fix)
+    super().check(config)
     tracking.check_installed(self.track)
     if self.init_moments and not self.init_from:
       raise ConfigError("init_moments", "true", "left out without --init_from=RUN")

@@ -33,6 +33,7 @@ from launch.progress import Progress
 from launch.sweep import Trial, described, load, plan
 from rl_llm.errors import ConfigError, redact
 from rl_llm.files import write_atomically
+from rl_llm.runs import bucket
 from rl_llm.runs.config import flatten, option, run
 from rl_llm.runs.signals import Interrupted
 
@@ -88,6 +89,8 @@ def check(config: Config) -> None:
   """Refuses settings that would do nothing, or cannot be met."""
   if not config.sweep:
     raise ConfigError("sweep", "", "a file", "such as --sweep=launch/sweeps/grpo_tiny.py")
+  if "://" in config.workdir:
+    raise ConfigError("workdir", config.workdir, bucket.NO_DIRECTORY, "give --workdir=DIR")
   values, defaults = flatten(config), flatten(Config())
 
   def refuse(names: Iterable[str], where: str) -> None:

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import pytest
 from absl import logging
 
-from experiments import grpo
+from experiments import evaluate, grpo, sft
+from launch import run
 from rl_llm.errors import ConfigError
 from rl_llm.runs import bucket
+from rl_llm.runs import config as configs
 from rl_llm.runs.bucket import Bucket, BucketError
 from rl_llm.runs.checkpoint import Checkpointer, CheckpointError
 from rl_llm.runs.config import replace
@@ -129,6 +131,17 @@ def test_addresses_are_checked(address, files):  # noqa: F811
     bucket.parse(address)
   with pytest.raises(ConfigError, match="--checkpoint.copy_to="):
     grpo.check(replace(grpo.Config(), {"checkpoint.copy_to": address}))
+
+
+@pytest.mark.parametrize("address", ["gs://mine/a", "s3://mine", "hdfs://host/a"])
+def test_no_bucket_is_the_directory_of_a_run(address, files):  # noqa: F811
+  """As a path it would be a directory called "gs:", here."""
+  why = f"--workdir={address}: must be a directory on a disk: .*; give --workdir=DIR"
+  for module in (grpo, sft, evaluate):
+    with pytest.raises(ConfigError, match=why):
+      getattr(module, "check", configs.check)(replace(module.Config(), {"workdir": address}))
+  with pytest.raises(ConfigError, match=why):
+    run.check(run.Config(sweep="mine.py", workdir=address))
 
 
 @pytest.mark.slow

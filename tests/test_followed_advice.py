@@ -172,6 +172,8 @@ SETTINGS = [
   (reward_model, {}, {"data": "pairs.jsonl"}),
   (grpo, {"checkpoint.best": True, "eval.every": 0}, {"eval.every": 16}),
   (grpo, {"optimizer.spike_sigma": 3.0}, {"optimizer.spike_window": 10}),
+  (grpo, {"workdir": "gs://mine/a"}, {"workdir": "a", "checkpoint.copy_to": "gs://mine/a"}),
+  (evaluate, {"workdir": "hdfs://mine"}, {"workdir": "a"}),
   (evaluate, {"k": (1, 16)}, None),
   (kto, {**LABELLED, "loss": "aot_unpaired_loss", "microbatch_rows": 8}, {"microbatch_rows": 32}),
   (kto, {**LABELLED, "loss.decay": 0.5}, {"loss": "bco_unpaired_loss"}),
@@ -514,6 +516,9 @@ def follow_directories(said, path):
   (path / "model/config.json").write_text("{}")
   rows = write(path / "rows.jsonl", {"prompt": "q"})
   config = replace(grpo.Config(), {"task": f"jsonl:{rows}"})
+  several = run.Config(sweep="mine.py", workdir="gs://mine/a")
+  refused(said, run.check, several)
+  run.check(dataclasses.replace(several, workdir=str(path)))
   opened = functools.partial(run_directory.open_run, volatile=configs.volatile(config))
   assert "goes to --model" in refused(said, opened, path / "model", config)
   opened(path / "run", config)

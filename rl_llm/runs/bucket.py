@@ -20,6 +20,11 @@ from rl_llm.errors import UserError
 
 MANIFEST = "manifest.json"
 _ADDRESS = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,221})((?:/[^/\s?#]+)*)/?")
+# What `ConfigError` says of an address given as a directory.
+NO_DIRECTORY = (
+  "a directory on a disk: an object store cannot add a line to a record, rename a whole "
+  "checkpoint, or lock a run"
+)
 _SECONDS = 600  # for one file, of at most 256 MB
 _RETRIES = {"max_retries": 4, "initial_delay": "500ms", "max_delay": "10s"}
 
