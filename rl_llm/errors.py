@@ -19,8 +19,10 @@ _TOKEN = re.compile(
   r")(?![A-Za-z0-9])"
   # A private key to its end; the line ends may be written as in JSON.
   r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[A-Za-z0-9+/=:,.\\\s-]*"
-  r"|(?<=://hooks\.slack\.com/)[\w/-]+|(?<=/api/webhooks/)\d+/[\w-]+"
-  r"|(?<=://)[^\s/:@\"']*:[^\s/@\"']+(?=@)"  # user:password of an address.
+  r"|(?<=:/hooks\.slack\.com/)[\w/-]+|(?<=//hooks\.slack\.com/)[\w/-]+"
+  r"|(?<=/api/webhooks/)\d+/[\w-]+"
+  # user:password of an address, also of one that was taken for a path and so lost a slash.
+  r"|(?:(?<=://)|(?<=:/))[^\s/:@\"']*:[^\s/@\"']+(?=@)"
 )
 _SECRET_NAME = re.compile(
   r"(API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SECRET_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE"
@@ -60,6 +62,8 @@ def redact(text: str, *, environ: Mapping[str, str] | None = None) -> str:
   'password [redacted]'
   >>> redact("postgres://me:pw@host/db and tokens", environ={"API_TOKEN": "token"})
   'postgres://[redacted]@host/db and tokens'
+  >>> redact("no such file: postgres:/me:pw@host/db, https:/hooks.slack.com/services/T0/B0/X")
+  'no such file: postgres:/[redacted]@host/db, https:/hooks.slack.com/[redacted]'
 
   Args:
     text: any text about to be printed or written.

@@ -97,11 +97,13 @@ def scratch(prefix: str) -> Iterator[Path]:
   belongs to nobody.
 
   Args:
-    prefix: of the directory's name; those of the same prefix and user are looked at.
+    prefix: of the directory's name; those of the same prefix and user, for root of all users, are
+      looked at.
   """
   for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
     with contextlib.suppress(OSError):
-      if left.stat(follow_symlinks=False).st_uid == os.getuid():
+      # Those of root belong to the id that its graders had.
+      if os.getuid() in (0, left.stat(follow_symlinks=False).st_uid):
         with _locked_directory(left) as free:
           # One that is being made has no lock yet.
           if free and time.time() - left.stat().st_mtime > _BEING_MADE:

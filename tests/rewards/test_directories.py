@@ -127,6 +127,8 @@ def test_directories_of_killed_processes_are_swept_and_no_others(tmp_path, monke
     path.mkdir()
   link.symlink_to(other)
   deep(dead, 1100)
+  if os.getuid() == 0:  # graders have become another user, and their directory is theirs
+    os.chown(dead, 65534, 65534)
   for path in (alive, dead, other):
     os.utime(path, (0, 0))
   with directories.scratch("own_") as path:
