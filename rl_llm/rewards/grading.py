@@ -11,6 +11,9 @@ It answers (`rl_llm.rewards.results` judges that) with one of
      "extra": {name: [n]}, "metrics": {name: number}, "unreadable": why, if it was}
     {"raised": why}    {"died": why}    {"broken": what the function may not return}
 
+A frame may hold several calls that need no process of their own, `{"each": [call]}`, and is
+answered by `{"each": [JSON text of an answer]}`.
+
 A text that its grader runs can write such an answer too, so `decode_reply` reads it as what it may
 be: a forgery. It can set the reward of its own call, within the range that the grader's module
 states as `REWARD_RANGE = (lowest, highest)`, and nothing else.

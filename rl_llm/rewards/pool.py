@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from rl_llm.rewards import grading, layers, memory
-from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls, responses_per_call
+from rl_llm.rewards.calls import Call, Prompt, RewardSource, make_calls, packed, responses_per_call
 from rl_llm.rewards.directories import scratch
 from rl_llm.rewards.paths import import_path, readable_paths
 from rl_llm.rewards.results import (
@@ -26,7 +26,7 @@ from rl_llm.rewards.results import (
   RewardError,
   RewardResult,
   failure_share,
-  read_reply,
+  read_replies,
   too_many_failures,
 )
 from rl_llm.rewards.server import Server, Worker
@@ -200,6 +200,8 @@ class RewardPool:
     responses = responses_per_call(self._source.unit, *batch, group_size=group_size)
     numbers = {"responses": responses, "step": step, "steps": steps}
     calls = make_calls(*batch, **numbers)
+    if self._source.shares_process:
+      calls = packed(calls)
     try:
       results = [result for call in self._grade(calls) for result in call]
     except BaseException:
@@ -326,7 +328,7 @@ class RewardPool:
     """The results of each call, whichever worker made it."""
     results: list[list[RewardResult]] = [[] for _ in calls]
     waiting = collections.deque(range(len(calls)))
-    failed_starts, broken = 0, []
+    failed_starts, broken, again = 0, [], []
     while waiting or any(worker.call is not None for worker in self._live):
       if self._server.poll() is not None:
         waiting.extend(self._restart())
@@ -338,7 +340,8 @@ class RewardPool:
           self._send(worker, number, calls[number])
       for worker, reply in self._listen(self._patience(bool(waiting), slow_after)):
         if worker.call is not None:
-          results[worker.call] = read_reply(reply, worker.count, self._range)
+          results[worker.call] = read_replies(reply, worker.count, self._range)
+          again += [worker.call] if reply is None and calls[worker.call].apart else []
           broken += [worker.call] if reply is not None and "broken" in reply else []
           self._durations.append(time.monotonic() - worker.since)
           worker.call, failed_starts = None, 0
@@ -348,6 +351,7 @@ class RewardPool:
       for worker in list(self._live):
         if worker.call is not None and now - worker.since > self._deadline:
           results[worker.call] = [self._timed_out(worker.count)] * worker.count
+          again += [worker.call] if calls[worker.call].apart else []
           self._forget(worker)
         elif not worker.ready and now - worker.since > self._start_deadline:
           failed_starts += 1
@@ -360,6 +364,8 @@ class RewardPool:
       self._start_worker()
     if calls and len(broken) == len(calls):  # All: a single one may be what the text has forged.
       raise RewardError(f"reward function {self._name} {results[0][0].detail}")
+    for number in again:
+      results[number] = [result for one in self._grade([*calls[number].apart]) for result in one]
     return results
 
   def _restart(self) -> list[int]:

@@ -141,6 +141,15 @@ def read_reply(reply: dict | None, count: int, within: tuple[float, float]) -> l
   ]
 
 
+def read_replies(reply: dict | None, count: int, within: tuple[float, float]) -> list[RewardResult]:
+  """Judges a worker's answer to one call, or to `count` calls of one response in a frame."""
+  each = None if reply is None else reply.get("each")
+  if not isinstance(each, list) or len(each) != count:
+    return read_reply(reply, count, within)
+  replies = [grading.decode_reply(str(text).encode("utf-8", "replace")) for text in each]
+  return [result for one in replies for result in read_reply(one, 1, within)]
+
+
 def _result(value: Any, low: float, high: float) -> RewardResult:
   """Judges one reward of a worker's answer."""
   if value is None:

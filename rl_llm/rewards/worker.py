@@ -17,6 +17,7 @@ config as `program`: `rl_llm/tasks/environments/process.py` is one.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import importlib.util
@@ -230,8 +231,13 @@ def prepare_grader(config: dict) -> tuple[dict, Live]:
       return grade_in_child(grade, request, confined)
 
     isolated = grade if config["shared"] else apart
+    if config["own_grader"]:
+      isolated = functools.partial(grading.grade_text, isolated)
     while (request := read_frame(connection.recv)) is not None:
-      reply = grading.grade_text(isolated, request) if config["own_grader"] else isolated(request)
+      if "each" in request:
+        reply = {"each": [json.dumps(isolated(each)) for each in request["each"]]}
+      else:
+        reply = isolated(request)
       write_frame(connection.sendall, reply)
 
   return {"range": rewards}, live

@@ -14,7 +14,8 @@ import time
 import pytest
 
 from rl_llm.rewards import RewardError, RewardPool, RewardResult, RewardSource, grading, isolated
-from rl_llm.rewards.results import read_reply
+from rl_llm.rewards.calls import make_calls, packed
+from rl_llm.rewards.results import read_replies, read_reply
 from rl_llm.rollout.grading import logged_metrics
 
 GRADERS = """
@@ -116,6 +117,14 @@ def opinions(completions, **columns):
 
 def runs(completions, **columns):
   return [float(eval(text)) for text in completions]
+
+def one_by_one(completions, **columns):
+  (text,) = completions
+  if text == "hang":
+    while True: pass
+  if text == "die": os._exit(1)
+  if text == "raise": raise ValueError("not read")
+  return [float(len(text))]
 
 def forges(completions, **columns):
   # As a text might that this runs as a program: answers in its place, by every pipe there is.
@@ -541,3 +550,31 @@ def test_a_batch_has_no_more_metrics_than_a_call():
   logged = logged_metrics(found)
   assert len(logged) == 64 and logged["reward/0"] == 2.0 and "reward/late" not in logged
   assert logged["reward/31"] == 31.0 and "reward/32" not in logged
+
+
+def test_calls_that_share_a_process_share_frames(path):
+  """One that hangs or dies costs the others of its frame nothing: they are sent on their own."""
+  texts = ["a", "hang", "bb", "die", "raise", *("c" * n for n in range(1, 30))]
+  batch = ["p"] * len(texts), texts, [{}] * len(texts), None
+  calls = make_calls(*batch, responses=1, step=0, steps=1)
+  frames = packed(calls)
+  assert [call.count for call in frames] == [16, 16, 2] and packed(calls[:1]) == calls[:1]
+  assert [one for frame in frames for one in frame.apart] == calls
+  assert json.loads(frames[2].frame[4:]) == {"each": [json.loads(c.frame[4:]) for c in calls[32:]]}
+  source = RewardSource(path, "one_by_one", own_grader=True)
+  with RewardPool(source, workers=2, deadline=1.5, max_failure_rate=1.0) as pool:
+    found = pool.score(*batch[:3])
+    alone = [pool.score(["p"], [text], [{}])[0] for text in texts[:5]]
+  others = [result for number, result in enumerate(found) if number not in (1, 3, 4)]
+  assert [r.value for r in others] == [1.0, 2.0, *(float(n) for n in range(1, 30))]
+  assert [r.status for r in found[:5]] == ["ok", "timed_out", "ok", "died", "ok"]
+  assert found[:5] == alone and found[4].unreadable and "not read" in found[4].detail
+
+
+def test_an_answer_to_several_calls_is_judged_one_by_one():
+  ok, wrong = '{"values": [0.5]}', '{"values": [7.0]}'
+  found = read_replies({"each": [ok, "[", wrong, '{"raised": "x"}', 3]}, 5, (0.0, 1.0))
+  assert [r.status for r in found] == ["ok", "died", "invalid", "raised", "died"]
+  for reply in ({"each": [ok]}, {"each": 5}, {"each": {}}):
+    assert {r.status for r in read_replies(reply, 5, (0.0, 1.0))} == {"invalid"}
+  assert [r.status for r in read_replies(None, 2, (0.0, 1.0))] == ["died"] * 2
