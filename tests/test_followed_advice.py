@@ -131,8 +131,8 @@ SETTINGS = [
   ),
   (
     grpo,
-    {"optimizer.schedule": "linear", "optimizer.warmup_steps": 24},
-    {"optimizer.warmup_steps": 23},
+    {"optimizer.schedule": "linear", "optimizer.warmup_steps": 16},
+    {"optimizer.warmup_steps": 15},
   ),
   (grpo, {"loss": "reinforce_loss", "epochs": 2}, None),
   (grpo, {"sampling.top_k": 5}, {"sampling.allow_truncated": True}),
