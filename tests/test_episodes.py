@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl_llm.data.prompts import bucket
 from rl_llm.losses import llds_loss
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import load_model
@@ -253,6 +255,27 @@ def test_each_part_has_the_shape_of_the_others(tiny):
     collected(tiny, Echo(turns=3), parts=2, step=step, **sizes)
   grown = [program._cache_size() - size for program, size in zip(programs, before, strict=True)]
   assert grown == [1, 1, 1]
+
+
+def test_compiling_is_shown_while_it_lasts(tiny):
+  policy, params = tiny
+  under_way, shown = [], []
+
+  @contextlib.contextmanager
+  def timed(line):
+    under_way.append(line)
+    yield
+    shown.append(under_way.pop())
+
+  sizes = {"turn_tokens": 6, "episode_tokens": 40, "say": print}
+  begin = make_begin(policy, Tokenizer(), **sizes, timed=timed)
+  sampler = sampler_for(policy, Echo(turns=3))
+  sampler = sampler._replace(episodic=sampler.episodic._replace(begin=begin))
+  how = {"prompts": PROMPTS, "responses": GROUP, "sampling": SamplingConfig(1.0)}
+  collect_episodes(sampler, params, 0, 0, PhaseClock(), **how)
+  columns, width = bucket(PROMPTS), bucket(4)  # Prompts of 1 to 4 tokens, answers of 0 to 4.
+  assert shown[0] == f"compiling the episodes: {PROMPTS} prompts of up to {columns} tokens x 2 rows"
+  assert set(shown[1:]) == {f"compiling the reading of answers: 8 rows of up to {width} tokens"}
 
 
 def test_weights_are_rounded_once_for_all_turns_and_parts(tiny):
