@@ -17,7 +17,7 @@ ERROR, OVER, DIED, OK = "tool_error", "timed_out", "died", "ok"
 HOSTILE = {
   "fork_bomb": ("while True: os.fork()", {ERROR, OVER, DIED}),
   "forks_and_returns": ("os.fork(); return 'twice'", {OK}),
-  "endless_answer": ("return 'x' * 10**8", {OK}),
+  "endless_answer": ("return 'x' * 10**7", {OK}),  # 150 times what leaves the process
   "endless_number": ("return 10 ** 10**7", {ERROR, OVER}),
   "endless_iterator": ("return list(iter(int, 1))", {ERROR, OVER, DIED}),
   "endless_print": ("while True: print('x' * 10**6)", {OVER}),
