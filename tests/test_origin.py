@@ -218,7 +218,9 @@ def test_too_small_a_disk_is_refused_at_the_start(tmp_path, capsys):
     with mock.patch.object(shutil, "disk_usage", return_value=free):
       with pytest.raises(ConfigError, match=rf"another {needed} MB of.*lower --checkpoint\.keep"):
         loop.say_room(run, shapes)
-  assert "at most 12 MB of disk for 2 checkpoints" in run.console.say.call_args[0][0]
+  said = run.console.say.call_args[0][0]
+  assert "at most 12 MB of disk for 2 checkpoints" in said
+  assert said.endswith("; 4 MB of memory while one is being written")
 
 
 def test_a_manifest_of_another_kind_is_damage(tmp_path):

@@ -66,8 +66,9 @@ class Checkpointer:
   """The checkpoints of one run, in one directory that belongs to it.
 
   Nothing is cached and nothing stays open: once `save` returns, the step is on disk, and every call
-  reads the directory again. In a run of several processes, all of them make the same calls on one
-  shared directory.
+  reads the directory again. `start_save` leaves the writing to a thread, of one save at a time, and
+  every later call waits for it. In a run of several processes, all of them make the same calls on
+  one shared directory.
 
   >>> import tempfile
   >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
@@ -103,6 +104,7 @@ class Checkpointer:
     self._best: int | None = None
     self._copies = Bucket(copy_to) if copy_to and hosts.is_main() else None
     self._reported: set[int] = set()  # damaged steps, so that each is reported once
+    self._writer, self._saving = ThreadPoolExecutor(1), None
     python_logging.getLogger("absl").addFilter(_quiet_orbax)
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
@@ -115,8 +117,14 @@ class Checkpointer:
   def __enter__(self) -> Checkpointer:
     return self
 
-  def __exit__(self, *unused: Any) -> None:
-    """Nothing to wait for: a save is finished when `save` returns."""
+  def __exit__(self, kind: type[BaseException] | None, *unused: Any) -> None:
+    """Waits for a save that has been started; its error is logged if another one is on its way."""
+    try:
+      self.wait()
+    except CheckpointError as error:
+      if kind is None:
+        raise
+      logging.error("%s", error)
 
   def save(self, step: int, state: Any, extra: dict | None = None) -> None:
     """Writes one step; on return it is on disk, and the oldest steps beyond `keep` are gone.
@@ -137,6 +145,50 @@ class Checkpointer:
       TypeError: a leaf is not a jax array, or JSON cannot hold `extra`.
       ValueError: step is not an int >= 0.
     """
+    self._write(step, *self._checked(step, state, extra))
+
+  def start_save(self, step: int, state: Any, extra: dict | None = None) -> None:
+    """`save`, but the step is written while the caller computes; `wait` ends when it is on disk.
+
+    On return the state is checked and copied to the host's memory, so the caller may donate its
+    arrays. The next call of any method waits first, and raises what went wrong with this save.
+    With several processes it is `save`: they write one checkpoint together.
+
+    >>> import tempfile
+    >>> update = jax.jit(lambda w: w + 1, donate_argnums=0)
+    >>> w = jnp.zeros(3)
+    >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+    ...   checkpointer.start_save(0, {"w": w})
+    ...   w = update(w)
+    ...   checkpointer.restore({"w": w})[1]["w"].tolist(), w.tolist()
+    ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+
+    Args:
+      step, state, extra: as for `save`.
+
+    Raises:
+      CheckpointError: as for `save`, or that an earlier save could not be written.
+      TypeError, ValueError: as for `save`.
+    """
+    leaves, extra = self._checked(step, state, extra)
+    if hosts.count() > 1:
+      self._write(step, leaves, extra)
+    else:
+      self._saving = self._writer.submit(self._write, step, _on_host(leaves), extra)
+
+  def wait(self) -> None:
+    """Returns once the save that `start_save` began, if any, is on disk.
+
+    Raises:
+      CheckpointError: it could not be written; raised once.
+    """
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      saving.result()
+
+  def _checked(self, step: int, state: Any, extra: dict | None) -> tuple[dict[str, Any], dict]:
+    """The state's leaves by name, and `extra` as JSON has it, if they may be saved as this step."""
+    self.wait()
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
       raise ValueError(f"step is {step!r}; it must be an int >= 0 (for an array: int(step))")
     leaves = _named_leaves(_of_all_processes(state))
@@ -148,13 +200,17 @@ class Checkpointer:
         )
     extra = _checked_extra(extra)
     _refuse_nonfinite(step, leaves)
-    final, aside = self.directory / str(step), self.directory / f"{_SAVING}{step}"
     taken = hosts.is_main() and step in self.steps() and bool(self._sound(step))
     if hosts.broadcast(f"the checkpoint of step {step}", taken):
       raise CheckpointError(
-        f"{final} holds a sound checkpoint already; save under another number, or move that "
-        "directory away first"
+        f"{self.directory / str(step)} holds a sound checkpoint already; save under another "
+        "number, or move that directory away first"
       )
+    return leaves, extra
+
+  def _write(self, step: int, leaves: dict[str, Any], extra: dict) -> None:
+    """Writes a step that has been checked, deletes the oldest ones, and copies it to the bucket."""
+    final, aside = self.directory / str(step), self.directory / f"{_SAVING}{step}"
     first = hosts.is_main()
     try:
       if first:
@@ -189,8 +245,8 @@ class Checkpointer:
         ) from None
       raise
     if first:
-      self._drop_from_cache(step)
       try:
+        self._drop_from_cache(step)
         if self._sound(step):  # Else the older ones are still needed.
           self._prune(step)
       except OSError as error:
@@ -202,7 +258,7 @@ class Checkpointer:
     try:
       if self._copies is not None:
         self._copies.upload(self.directory, step)
-        for old in set(self._copies.steps()) - set(self.steps()):
+        for old in set(self._copies.steps()) - set(_steps_in(self.directory)):
           self._copies.delete(old)
     except BucketError as error:
       where = self.directory / str(step)
@@ -273,6 +329,7 @@ class Checkpointer:
       CheckpointError: there is no such step, it does not verify, or the trees differ (up to ten
         leaves are listed).
     """
+    self.wait()
     if step is None:
       manifest = self._newest()
       if manifest is None:
@@ -323,6 +380,7 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     """The numbers of the steps that lie there, sound or not, in order."""
+    self.wait()
     return _steps_in(self.directory)
 
   def protect(self, step: int) -> None:
@@ -340,6 +398,7 @@ class Checkpointer:
     Args:
       step: one that has been saved.
     """
+    self.wait()
     self._best = step
     if hosts.is_main() and (steps := self.steps()):
       self._prune(steps[-1])
@@ -380,7 +439,7 @@ class Checkpointer:
 
   def _prune(self, step: int) -> None:
     """Deletes all but the newest `keep` up to `step` and the best; no damaged one is kept."""
-    older = [s for s in self.steps() if s < step and s != self._best]
+    older = [s for s in _steps_in(self.directory) if s < step and s != self._best]
     kept = sorted(set(older) - self._reported, reverse=True)[: self.keep - 1]
     self._delete([old for old in older if old not in kept])
 
@@ -527,6 +586,25 @@ def _bytes(leaf: Any) -> int:
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
   first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return getattr(leaf, "sharding", None) or first
+
+
+def _on_host(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Copies of the leaves in the host's memory, which no donation touches.
+
+  They are arrays of the CPU backend, so that a checkpoint's files are those of `save`, or NumPy's
+  where JAX_PLATFORMS leaves out the CPU. On a CPU, JAX may return a replicated array's own buffer
+  for its copy, and never one device's: so one of the replicas is copied.
+  """
+  leaves = {
+    name: leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    for name, leaf in leaves.items()
+  }
+  try:
+    cpu = jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    is_key = {name: jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for name, x in leaves.items()}
+    return {name: jnp.copy(x) if is_key[name] else np.array(x) for name, x in leaves.items()}
+  return jax.block_until_ready(jax.device_put(leaves, cpu, may_alias=False))
 
 
 @jax.jit

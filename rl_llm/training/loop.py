@@ -268,7 +268,8 @@ def train_loop(
     Diverged: `record` returned a reason.
   """
   saved, best = start, _best_so_far(run, start)
-  with compile_clock() as compiled, trimmed(), _tracer(run, start, schedule) as trace:
+  tracer = _tracer(run, start, schedule)
+  with run.checkpoints, compile_clock() as compiled, trimmed(), tracer as trace:
     try:
       for step in range(start, schedule.steps + 1):
         with trace(step):
@@ -307,6 +308,7 @@ def train_loop(
     except Interrupted as interruption:
       if step > saved:
         save(run, step, state)
+      run.checkpoints.wait()
       where = f"step {step} of {schedule.steps}"
       run.console.say(f"{interruption}: saved at {where}; the same command resumes from it")
       raise
@@ -336,13 +338,14 @@ def _new_best(run: Run, best: Best | None, step: int, metrics: Mapping[str, Any]
 
 
 def save(run: Run, step: int, state: Any) -> None:
-  """Saves the state before a step, and with it what the run's directory holds by then."""
+  """Begins to save the state before a step, and with it what the run's directory holds by now."""
   recorded = origin.recorded(run.workdir, step) if hosts.is_main() else {}
-  run.checkpoints.save(step, state, {**run.origin, **recorded})
+  run.checkpoints.start_save(step, state, {**run.origin, **recorded})
 
 
 def say_room(run: Run, shapes: Any) -> None:
-  """Says how much disk the checkpoints of such a state take at most, and refuses too small a disk.
+  """Says how much disk the checkpoints of such a state take at most, and the host's memory for the
+  copy that is written while the next step computes; refuses too small a disk.
 
   Raises:
     ConfigError: less is free than the checkpoints to come need.
@@ -361,7 +364,8 @@ def say_room(run: Run, shapes: Any) -> None:
       f"{data_size(free)} are free: free some, lower --checkpoint.keep, or give a --workdir "
       "on another disk",
     )
-  run.console.say(f"{directory}: at most {peak}; {data_size(free)} are free")
+  copy = "" if hosts.count() > 1 else f"; {data_size(size)} of memory while one is being written"
+  run.console.say(f"{directory}: at most {peak}; {data_size(free)} are free{copy}")
 
 
 def _tracer(run: Run, start: int, schedule: Schedule) -> StepTracer:

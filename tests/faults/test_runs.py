@@ -70,6 +70,8 @@ def robbed(tmp_path, files, monkeypatch, rob):  # noqa: F811
   def wrap(sample):
     def sample_and_rob(state, step, clock):
       if step == 3:
+        while not (tmp_path / "run" / "checkpoints" / "2").exists():  # It is being written.
+          time.sleep(0.01)
         rob(tmp_path / "run")
       steps.append(step)
       return sample(state, step, clock)
