@@ -434,7 +434,7 @@ class TrainedTask(Task):
   """The task, and its grader."""
 
   laps: bool = option(
-    False, "take the rows of a task's file in turn, each once a lap; else every step draws anew"
+    False, "take the rows of a task's file in turn, each once a lap; else each step draws from all"
   )
 
   def check(self, config: Any) -> None:
@@ -760,7 +760,7 @@ class Weighting:
 
   name: Literal[WEIGHTINGS] = option("token_mean", "a function of rl_llm.weighting")
   length: int = option(0, "the length that constant_length divides by; 0 = max_new_tokens", min=0)
-  power: float = option(0.5, "of length_power: 0 = sequence_mean, 1 = token_mean", min=0)
+  power: float = option(0.5, "power of length_power: 0 = sequence_mean, 1 = token_mean", min=0)
   top_entropy: float = option(
     1.0, "share of tokens that the surrogate counts, those of the highest entropy", above=0, max=1
   )

@@ -50,7 +50,7 @@ class Value:
     "own", "a copy of the policy's trunk, or the policy's itself; see above"
   )
   learning_rate: float = configs.option(
-    1e-4, "of the value network, or its head on a shared trunk; same schedule", above=0
+    1e-4, "learning rate of the value network, or of a shared trunk's head; same schedule", above=0
   )
   coef: float = configs.option(0.1, "factor of the value loss on a shared trunk", above=0)
   clip: float | None = configs.option(

@@ -63,7 +63,7 @@ def group_relative(
     rewards: [P, G], G responses to each of P prompts; integers are converted to float.
     scale: "std" divides by the group's standard deviation + `eps`, "batch" by that of all rewards,
       "leave_one_out" by that of the *other* responses, where they differ (NeMo), "none" not at all.
-    ddof: of the standard deviation: 1 divides by G - 1, 0 by G.
+    ddof: degrees of freedom of the standard deviation: 1 divides by G - 1, 0 by G.
     eps: added to the standard deviation, > 0.
     baseline: "mean" of the group, or "leave_one_out", the mean of the *other* responses (RLOO).
     singleton: what a group of one gets, "zero" or "raw", its reward (verl, SkyRL).
@@ -233,7 +233,8 @@ def gpg(
 
   Args:
     rewards: [P, G], G responses to each of P prompts.
-    alpha: "informative" as above, or "nonzero": N / (number of rewards that are not 0) (verl).
+    alpha: "informative" divides by the share of responses in groups with spread, "nonzero" by that
+      of rewards that are not 0 (verl).
     singleton: what a group of one gets, "zero" or "raw", alpha * R (verl).
     where: None, or [P, G] bool; False marks a reward that failed. It counts in neither number.
 

@@ -82,7 +82,7 @@ def discounted_returns(rewards, mask, *, discount=1.0) -> Array:
   Args:
     rewards: [B, T], such as from `token_rewards`.
     mask: [B, T] bool; tokens outside it are skipped, and t + 1 is the next one inside.
-    discount: between 0 and 1.
+    discount: discount factor per token, between 0 and 1.
 
   Returns:
     [B, T] float32; 0 outside the mask.
@@ -130,7 +130,7 @@ def gae(
     rewards: [B, T], such as from `token_rewards`.
     values: [B, T] float, the value network's expectation before token t is chosen.
     mask: [B, T] bool; tokens outside it are skipped, and t + 1 is the next one inside.
-    discount: between 0 and 1.
+    discount: discount factor per token, between 0 and 1.
     gae_lambda: between 0 and 1; a scalar, or [B] such as from `length_adaptive_lambda`.
     bootstrap: None, or [B] float, the value after the last token, for responses that were cut off
       rather than ended. None is 0.
@@ -228,7 +228,7 @@ def reinforce_plus_plus(rewards, mask, *, discount=1.0, ddof=1, eps=1e-8) -> Arr
   Args:
     rewards: [B, T], such as from `token_rewards`, with the KL in it.
     mask: [B, T] bool; tokens outside it are skipped.
-    discount: between 0 and 1.
+    discount: discount factor per token, between 0 and 1.
     ddof: of the variance; OpenRLHF has 0, most others 1.
     eps: added to the variance, > 0.
 

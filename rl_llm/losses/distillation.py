@@ -65,8 +65,8 @@ def gkd_loss(
     logits: [B, T, V] float, of the student, before division by the temperature.
     teacher_logits: [B, T, V] float, of the teacher; a constant.
     weights: [B, T] float, from `rl_llm.weighting`: how much each token counts; a constant.
-    beta: between 0 (forward KL) and 1 (reverse KL).
-    temperature: of both distributions, > 0.
+    beta: the divergence, between 0 (forward KL) and 1 (reverse KL).
+    temperature: divides the logits of both models, > 0.
 
   Returns:
     The scalar loss, at least float32, and metrics {"divergence"}: per token, unweighted. Where the
@@ -211,7 +211,7 @@ def minillm_advantages(
     logprobs: [B, T] float, the student's log-probs of the tokens it sampled, in nats; a constant.
     teacher_logprobs: [B, T] float, the teacher's, at the same temperature; a constant.
     mask: [B, T] bool, the tokens the student produced.
-    discount: between 0 and 1.
+    discount: discount factor per token, between 0 and 1.
     length_normalize: take the discounted mean of the terms still to come, not the sum.
 
   Returns:

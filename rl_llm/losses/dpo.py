@@ -98,7 +98,7 @@ def dpo_loss(
     beta: reward per nat of log-ratio, > 0: how strongly the reference holds.
     label_smoothing: the share of wrong labels, between 0 and 1.
     divergence: "reverse_kl", "forward_kl", "js" or "alpha".
-    alpha: of the divergence "alpha", > 0.
+    alpha: order of the divergence "alpha", > 0.
 
   Returns:
     The scalar loss, at least float32, and metrics {"accuracy", "margin", "chosen_reward",

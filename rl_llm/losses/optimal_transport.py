@@ -112,7 +112,7 @@ def aot_unpaired_loss(
     weights: [B] float, how much each row counts; a constant. A row of weight 0 leaves out both of
       its answers; where weights differ, that of the row with the good answer counts.
     beta: reward per nat of log-ratio, > 0.
-    label_smoothing: as in `dpo_loss`.
+    label_smoothing: the share of wrong labels, between 0 and 1.
 
   Returns:
     The scalar loss, at least float32, and the metrics of `dpo_loss`, of rows as given.

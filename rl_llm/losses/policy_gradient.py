@@ -102,8 +102,9 @@ def ppo_loss(
       `weights != 0`.
     clip_low: lower clip range, > 0: ratios below 1 - clip_low are clipped.
     clip_high: upper clip range, > 0; larger than `clip_low` is DAPO's clip-higher.
-    dual_clip: None, or the c above, > 1; 3 is usual.
-    delta: None, or the d above, > 1; keep it above 1 + `clip_high`, or it also limits good tokens.
+    dual_clip: None, or c, > 1: a bad token's loss is at most c * |A|; 3 is usual.
+    delta: None, or d, > 1: the largest ratio of a bad token; keep it above 1 + `clip_high`, or it
+      also limits good tokens.
 
   Returns:
     The scalar loss, at least float32, and metrics {"ratio", "approx_kl", "clip_low_fraction",

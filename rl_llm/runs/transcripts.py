@@ -126,7 +126,7 @@ def find(run: Path, *, step: int | None = None, count: int = 1) -> Mapping[str, 
 def add_episode(parser: argparse.ArgumentParser) -> None:
   """The arguments of `python -m rl_llm episode`."""
   parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
-  parser.add_argument("--step", type=int, help="of which step; by default the last on record")
+  parser.add_argument("--step", type=int, help="the step to show; by default the last on record")
   parser.add_argument(
     "--count", type=int, default=1, help="which of the step's episodes, from 1 on"
   )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,18 @@ def test_flags_are_what_they_were(name):
     # More of them may come, but neither may all texts become allowed nor a list appear.
     assert set(choices) <= set(now["choices"]) and bool(choices) == bool(now["choices"]), flag
     assert {key: now[key] for key in before} == before, flag
+
+
+TRANSLATED = r"^of\b|\bgo(es|ing)? on\b|\bbeside\b|\balike\b|\bfor ever\b|\bso many\b|\bas above\b"
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_a_help_text_is_plain_and_says_more_than_the_flag(name):
+  """It starts with what the flag is, and needs no text around it."""
+  for leaf in _leaves(scripts()[name].Config):
+    assert not re.search(TRANSLATED, leaf.help), (leaf.path, leaf.help)
+    text = leaf.help.partition(" [")[0]
+    assert len(text.split()) > 1 and text != leaf.path.split(".")[-1], (leaf.path, leaf.help)
 
 
 def test_every_script_is_looked_at():

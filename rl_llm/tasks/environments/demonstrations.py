@@ -168,7 +168,7 @@ def add_demonstrations(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--env", required=True, help="an environment that ships, such as calculator")
   parser.add_argument("--model", default="smollm2", help="whose chat template lays out the calls")
   parser.add_argument("--rows", type=int, default=500, help="how many episodes")
-  parser.add_argument("--seed", type=int, default=0, help="of the problems")
+  parser.add_argument("--seed", type=int, default=0, help="random seed of the problems")
   parser.add_argument(
     "--tool_protocol", default="auto", help="how calls are written, as in training"
   )
