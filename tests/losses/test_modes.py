@@ -72,7 +72,12 @@ def test_widths_may_be_mixed(name):
     jax.eval_shape(modes.with_gradients(case), *modes.split(arrays))
 
 
-@pytest.mark.parametrize("name", [name for name in modes.PUBLIC if name not in battery.PUBLIC])
+OTHERS = [name for name in modes.PUBLIC if name not in battery.PUBLIC]
+FIRST = {modes.PUBLIC[name].__module__: place for place, name in reversed([*enumerate(OTHERS)])}
+
+
+# Each operation is a program of its own, so that one function of each module is enough at first.
+@pytest.mark.parametrize("name", mostly_slow(OTHERS, quick=FIRST.values()))
 def test_no_nan_on_the_way(name):
   """With `jax_debug_nans` any operation that makes a nan raises, even one that no result shows.
 
