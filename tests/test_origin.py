@@ -15,10 +15,10 @@ import pytest
 from rl_llm.errors import ConfigError
 from rl_llm.evaluation import Evaluation
 from rl_llm.parallel.sharding import make_mesh
-from rl_llm.runs import checkpoint
+from rl_llm.runs import checkpoint, origin
 from rl_llm.runs.checkpoint import Checkpointer, CheckpointError
 from rl_llm.runs.config import option
-from rl_llm.runs.metrics import read
+from rl_llm.runs.metrics import PhaseClock, read
 from rl_llm.training import loop
 
 
@@ -231,3 +231,26 @@ def test_a_manifest_of_another_kind_is_damage(tmp_path):
     (tmp_path / "1" / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="manifest.json"):
       Checkpointer(tmp_path).restore(jnp.ones(3), 1)
+
+
+def test_the_record_waits_for_the_disk_before_a_checkpoint_and_not_at_each_step(
+  tmp_path, monkeypatch
+):
+  synced, fsync = [], os.fsync
+
+  def watched(descriptor):
+    synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", watched)
+  monkeypatch.setattr(loop, "write_report", lambda *_, **__: None)
+  run = mock.Mock(workdir=tmp_path)
+  with loop.open_record(run, 0, samples_every=0, max_skipped=1) as record:
+    synced.clear()
+    for step in range(3):
+      record(loop.Step(step, PhaseClock()))
+    assert synced == [] and len(read(tmp_path / "metrics.jsonl")) == 3
+    assert origin.recorded(tmp_path, 3)["bytes"]["metrics.jsonl"] > 0
+    assert sorted(synced) == ["metrics.jsonl", "samples.jsonl"]
+    synced.clear()
+  assert sorted(synced) == ["metrics.jsonl", "samples.jsonl"]

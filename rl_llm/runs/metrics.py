@@ -40,8 +40,9 @@ class MetricsWriter:
   {"step": 1, "loss": 0.5}
   {"step": 2, "loss": 0.125}
 
-  Each call is one write, flushed and synced, so a crash loses at most the call in progress. Write a
-  step's rows before its checkpoint, so that every step in a checkpoint is on record. A line has
+  Each call is one write, so a kill loses at most the call in progress; with `sync` it is on disk
+  when the call returns, so the same holds where the machine dies. Write a step's rows before its
+  checkpoint, so that every step in a checkpoint is on record. A line has
   "step" first and the other keys sorted. Floats read back exactly; JSON has no non-finite numbers,
   so they are written as the strings "nan", "inf" and "-inf", which `float` reads back. Credentials
   in texts are redacted.
@@ -51,13 +52,17 @@ class MetricsWriter:
       the record.
     resume_step: the step of the checkpoint that the run resumes from: rows of later steps are
       dropped. None begins a new record and drops all rows.
+    sync: whether each call waits for the disk. If not, `close` does, and whoever saves a checkpoint
+      does it before (`rl_llm.runs.origin.recorded`): rows after it are written again anyway.
 
   Raises:
     RecordError: a line before the last is not a JSON object with an int "step".
   """
 
-  def __init__(self, path: str | os.PathLike | None, *, resume_step: int | None = None):
-    kept, self._file, self._last_step = [], None, None
+  def __init__(
+    self, path: str | os.PathLike | None, *, resume_step: int | None = None, sync: bool = True
+  ):
+    kept, self._file, self._last_step, self._sync = [], None, None, sync
     if path is None:
       return
     self.path = Path(path)
@@ -90,12 +95,14 @@ class MetricsWriter:
     with writing(self.path):
       while left:  # A disk that gets full takes a part.
         left = left[self._file.write(left) :]
-      os.fsync(self._file.fileno())
+      if self._sync:
+        os.fsync(self._file.fileno())
 
   def close(self) -> None:
-    """Closes the file; everything written is already on disk."""
-    if self._file is not None:
-      self._file.close()
+    """Closes the file; everything written is on disk."""
+    if self._file is not None and not self._file.closed:
+      with self._file, writing(self.path):
+        os.fsync(self._file.fileno())
 
   def __enter__(self) -> MetricsWriter:
     return self

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_llm.errors import redact
+from rl_llm.files import writing
 from rl_llm.runs.config import flatten
 from rl_llm.runs.metrics import extent
 
@@ -49,11 +50,18 @@ def origin(workdir: Path, config: Any, *, volatile: Iterable[str]) -> dict[str, 
 def recorded(workdir: Path, step: int) -> dict[str, Any]:
   """The part of `extra` that says how far the record was when the checkpoint was made.
 
+  The record is on disk when this returns: the checkpoint will say that these steps are done.
+
   Args:
     workdir: the run's directory.
     step: the checkpoint's: steps 0 .. step - 1 are on record.
   """
-  sizes = {name: os.path.getsize(workdir / name) for name in RECORDS if (workdir / name).exists()}
+  sizes = {}
+  for name in RECORDS:
+    if (workdir / name).exists():
+      with writing(workdir / name), open(workdir / name, "rb") as file:
+        os.fsync(file.fileno())
+        sizes[name] = os.fstat(file.fileno()).st_size
   return {"recorded": step - 1, "bytes": sizes}
 
 

@@ -401,7 +401,9 @@ def open_record(
   """
   names = ("metrics.jsonl", "samples.jsonl")
   metrics_file, samples_file = (
-    MetricsWriter(run.workdir / name if hosts.is_main() else None, resume_step=start - 1)
+    MetricsWriter(
+      run.workdir / name if hosts.is_main() else None, resume_step=start - 1, sync=False
+    )
     for name in names
   )
 
