@@ -115,7 +115,8 @@ def machine() -> str:
   name = model[1].strip() if model else platform.machine()
   cores = len(os.sched_getaffinity(0))
   system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
-  return f"{name}, {cores} cores, {system}, Python {platform.python_version()}"
+  counted = f"{cores} core{'s' * (cores > 1)}"
+  return f"{name}, {counted}, {system}, Python {platform.python_version()}"
 
 
 def read(path: str) -> str:
