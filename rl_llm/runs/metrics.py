@@ -101,8 +101,11 @@ class MetricsWriter:
   def close(self) -> None:
     """Closes the file; everything written is on disk."""
     if self._file is not None and not self._file.closed:
-      with self._file, writing(self.path):
-        os.fsync(self._file.fileno())
+      try:
+        with writing(self.path):
+          os.fsync(self._file.fileno())
+      finally:
+        self._file.close()
 
   def __enter__(self) -> MetricsWriter:
     return self
