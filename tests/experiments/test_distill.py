@@ -17,7 +17,8 @@ from rl_llm.runs.config import replace
 from rl_llm.text.tokenizers import ByteTokenizer
 from tests.experiments import helpers
 from tests.experiments.helpers import equal, run, wrap_seams
-from tests.experiments.test_sft import STOPS, stopped
+from tests.experiments.test_sft import KILL_OR_ALL, stopped
+from tests.representatives import mostly_slow
 
 P, G, T, V = 2, 2, 5, 16
 
@@ -27,19 +28,26 @@ def settings(files, teacher, **changes):
   return base | {"optimizer.learning_rate": 0.01} | changes
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  return tmp_path_factory.mktemp("teacher") / "run"
+
+
 @pytest.fixture
-def teacher(tmp_path, small):
-  """A run of another seed: its model is not the student's."""
+def teacher(place, small):
+  """A run of another seed, trained by the first test that asks: its model is not the student's."""
   changes = {"model": "tiny", "task": "copy", "steps": 1, "eval.every": 0, "seed": 5}
-  run(sft, tmp_path / "teacher", changes | {"prompt_format": "plain"})
-  return tmp_path / "teacher"
+  if not place.exists():
+    run(sft, place, changes | {"prompt_format": "plain"})
+  return place
 
 
 def models():
   """Student and teacher: other widths, and a teacher with more rows than the student's."""
   student = make_policy(tiny_config(V))
   teacher = make_policy(dataclasses.replace(tiny_config(V + 4), width=32, mlp_width=64))
-  return [(each, each.init(jax.random.key(n))) for n, each in enumerate((student, teacher))]
+  pair = enumerate((student, teacher))
+  return [(each, jax.jit(each.init)(jax.random.key(n))) for n, each in pair]
 
 
 def batch():
@@ -123,24 +131,27 @@ def test_the_held_out_kl_of_a_two_layer_student_falls(name, share, tmp_path):
     assert last["eval/forward_kl"] < share * first["eval/forward_kl"]
 
 
-def test_a_killed_run_resumes_bit_for_bit(files, small, teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stops", KILL_OR_ALL, ids=len)
+def test_a_killed_run_resumes_bit_for_bit(stops, files, small, teacher, tmp_path, monkeypatch):
   """With right answers in about half of the steps."""
   changes = settings(files, teacher, steps=6, own_share=0.5, task="copy")
   changes |= {"checkpoint.every": 2, "eval.every": 4, "epochs": 2}
   straight = run(distill, tmp_path / "straight", changes)
-  cut = stopped(monkeypatch, distill, tmp_path / "cut", changes, STOPS)
+  cut = stopped(monkeypatch, distill, tmp_path / "cut", changes, stops)
   assert cut.metrics == straight.metrics and cut.samples == straight.samples
   assert equal(cut.state, straight.state)
   assert {row.get("own_texts") for row in straight.metrics[:-1]} == {0, 1}
 
 
-def test_microbatches_add_up_to_the_whole(files, small, teacher, tmp_path):
-  for name in ("gkd_loss", "on_policy_distillation_loss"):
-    changes = settings(files, teacher, **{"loss.name": name, "eval.every": 0})
-    whole = run(distill, tmp_path / f"{name} whole", changes)
-    parts = run(distill, tmp_path / f"{name} parts", changes | {"microbatch_prompts": 1})
-    for one, two in zip(whole.metrics[:-1], parts.metrics[:-1], strict=True):
-      assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize(
+  "name", mostly_slow(["gkd_loss", "on_policy_distillation_loss"], quick=[0])
+)
+def test_microbatches_add_up_to_the_whole(name, files, small, teacher, tmp_path):
+  changes = settings(files, teacher, **{"loss.name": name, "eval.every": 0})
+  whole = run(distill, tmp_path / "whole", changes)
+  parts = run(distill, tmp_path / "parts", changes | {"microbatch_prompts": 1})
+  for one, two in zip(whole.metrics[:-1], parts.metrics[:-1], strict=True):
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-6)
 
 
 def test_a_text_without_a_grade_is_learned_from_all_the_same(

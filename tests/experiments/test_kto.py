@@ -140,7 +140,7 @@ def test_a_killed_run_resumes_bit_for_bit(data, tmp_path, monkeypatch):
   assert shifts[0] == 0 and len({*shifts}) == 6  # Nothing has moved at first; then it averages.
 
 
-def test_microbatches_and_packing_add_up_to_the_whole(data, tmp_path):
+def test_microbatches_and_packing_add_up_to_the_whole(data, small, tmp_path):
   whole = run(kto, tmp_path / "whole", settings(data, steps=2))
   parts = run(kto, tmp_path / "parts", settings(data, steps=2, microbatch_rows=2))
   packed = run(kto, tmp_path / "packed", settings(data, steps=2, packing=32))
@@ -151,7 +151,7 @@ def test_microbatches_and_packing_add_up_to_the_whole(data, tmp_path):
           assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-5)
 
 
-def test_the_reference_is_computed_once(data, tmp_path, monkeypatch):
+def test_the_reference_is_computed_once(data, small, tmp_path, monkeypatch):
   changes = settings(data, reference_cache=str(tmp_path / "kept"), steps=1, **{"eval.every": 0})
   first = run(kto, tmp_path / "run", changes)
   counts, original = [], reference_cache.compute_logprobs
@@ -196,7 +196,7 @@ def test_kto_needs_two_prompts(tmp_path):
     run(kto, tmp_path / "run", changes | {"eval.every": 0})
 
 
-def test_pairs_are_taken_apart(tmp_path):
+def test_pairs_are_taken_apart(small, tmp_path):
   rows = [{"prompt": f"{chr(97 + n)}?", "chosen": "yy", "rejected": "n"} for n in range(20)]
   path = write(tmp_path / "pairs.jsonl", rows)
   found = run(kto, tmp_path / "run", settings(path, steps=1, balanced=True))

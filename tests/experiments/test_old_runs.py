@@ -68,7 +68,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", mostly_slow(CASES, quick=[list(CASES).index("grpo")]))
-def test_an_old_run_goes_on(name, tmp_path):
+def test_an_old_run_resumes(name, tmp_path):
   experiment, settings = CASES[name]
   with tarfile.open(RUNS / f"{name}.tar.gz") as archive:
     archive.extractall(tmp_path, filter="data")

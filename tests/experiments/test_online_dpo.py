@@ -18,7 +18,8 @@ from rl_llm.rollout.grading import as_scores
 from rl_llm.runs.config import replace
 from tests.experiments import helpers
 from tests.experiments.helpers import equal, run
-from tests.experiments.test_sft import STOPS, stopped
+from tests.experiments.test_sft import KILL_OR_ALL, stopped
+from tests.representatives import mostly_slow
 
 P, G, T = 2, 2, 4
 
@@ -87,7 +88,9 @@ def test_objective(name, monkeypatch):
   assert float(total) == pytest.approx(1.7) and int(count) == 3
 
 
-@pytest.mark.parametrize("name", ["dpo_loss", "xpo_loss", "nash_md_loss", "astar_po_loss"])
+@pytest.mark.parametrize(
+  "name", mostly_slow(["dpo_loss", "xpo_loss", "nash_md_loss", "astar_po_loss"], quick=[0, 1, 2])
+)
 def test_the_opponent_is_who_it_should_be_and_samples_otherwise(
   name, files, small, tmp_path, monkeypatch
 ):
@@ -136,11 +139,12 @@ def test_the_two_sides_lie_next_to_each_other(files, small, tmp_path, monkeypatc
         assert made.mask[row].sum() == mask.sum()
 
 
-@pytest.mark.parametrize("name", ["xpo_loss", "nash_md_loss"])
-def test_a_killed_run_resumes_bit_for_bit(name, files, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stops", KILL_OR_ALL, ids=len)
+@pytest.mark.parametrize("name", mostly_slow(["xpo_loss", "nash_md_loss"], quick=[1]))
+def test_a_killed_run_resumes_bit_for_bit(name, stops, files, small, tmp_path, monkeypatch):
   changes = settings(files, steps=6, **{"loss.name": name, "checkpoint.every": 2, "eval.every": 4})
   straight = run(online_dpo, tmp_path / "straight", changes)
-  cut = stopped(monkeypatch, online_dpo, tmp_path / "cut", changes, STOPS)
+  cut = stopped(monkeypatch, online_dpo, tmp_path / "cut", changes, stops)
   assert cut.metrics == straight.metrics and cut.samples == straight.samples
   assert equal(cut.state, straight.state)
 

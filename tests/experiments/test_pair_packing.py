@@ -44,7 +44,7 @@ def test_loss_and_gradient_are_those_of_a_row_each(small):
   """In one piece and as two microbatches, of which the last place is empty."""
   pairs = ragged_pairs(3)
   config = replace(dpo.Config(), {"loss.beta": 0.5, "loss.sft_coef": 0.25})
-  params = small.init(jax.random.key(0))
+  params = jax.jit(small.init)(jax.random.key(0))
   rng = np.random.default_rng(0)
   known = [-rng.uniform(0.1, 2, len(s.tokens)) * np.array(s.mask) for s in flat(pairs)]
   loss_fn = dpo.make_loss(config, small)

@@ -17,7 +17,7 @@ from rl_llm.runs.config import replace
 from rl_llm.training import credit
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, settings
-from tests.experiments.test_sft import STOPS, stopped
+from tests.experiments.test_sft import KILL_OR_ALL, stopped
 
 run = functools.partial(helpers.run, reinforce)
 
@@ -128,7 +128,7 @@ def test_remembered_baselines_come_off_their_problem_s_rewards(name):
 def test_the_optimal_token_baseline_reads_whole_distributions():
   """Squared probabilities from all logits, at the temperature, against the passes of the run."""
   policy = make_policy(dataclasses.replace(tiny_config(12), width=32, n_layers=1))
-  params, rng = policy.init(jax.random.key(2)), np.random.default_rng(2)
+  params, rng = jax.jit(policy.init)(jax.random.key(2)), np.random.default_rng(2)
   mask = np.arange(4) < np.array([4, 2, 3, 1])[:, None]
   batch = ResponseBatch(
     prompts=np.int32([[1, 2], [0, 3]]),
@@ -163,8 +163,9 @@ def test_the_optimal_token_baseline_reads_whole_distributions():
   ],
   ids=["track_values", "role_baseline"],
 )
+@pytest.mark.parametrize("stops", KILL_OR_ALL, ids=len)
 def test_a_remembered_baseline_is_of_the_steps_before_and_survives_a_stop(
-  changes, tmp_path, small, files, monkeypatch
+  changes, stops, tmp_path, small, files, monkeypatch
 ):
   changes = settings(files, steps=6, **{"checkpoint.every": 2, "eval.every": 4}, **changes)
   changes |= {"optimizer.learning_rate": 0.01}
@@ -172,7 +173,7 @@ def test_a_remembered_baseline_is_of_the_steps_before_and_survives_a_stop(
   first, *later = found.metrics[:-1]
   assert first["baseline"] == (0.5 if "track" in changes["advantage.name"] else 0)
   assert len({row["baseline"] for row in later}) == 5
-  cut = stopped(monkeypatch, reinforce, tmp_path / "cut", changes, STOPS)
+  cut = stopped(monkeypatch, reinforce, tmp_path / "cut", changes, stops)
   assert cut.metrics == found.metrics and cut.samples == found.samples
   assert equal(cut.state, found.state)
 

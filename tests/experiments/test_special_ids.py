@@ -101,11 +101,9 @@ def test_what_is_trained_as_the_end_is_where_the_sampler_stops(trained):
   assert from_hf(exported).eos_ids == (0, 2)
 
 
-@pytest.fixture(scope="module")
-def padded(trained, tmp_path_factory):
-  """The trained model, whose tokenizer got "[PAD]" and "<think>" afterwards; not so its weights."""
-  model = tmp_path_factory.mktemp("padded") / "model"
-  shutil.copytree(trained[0] / "model", model)
+def with_more_tokens(source, model):
+  """A copy of a model whose tokenizer gets "[PAD]" and "<plan>"; not so its weights."""
+  shutil.copytree(source, model)
   backend = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
   backend.add_special_tokens(["[PAD]"])
   backend.add_tokens(["<plan>"])
@@ -117,7 +115,8 @@ def padded(trained, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_padding_beyond_the_embedding_changes_nothing(files, trained, padded, tmp_path):
+def test_padding_beyond_the_embedding_changes_nothing(files, trained, tmp_path):
+  padded = with_more_tokens(trained[0] / "model", tmp_path / "model")
   plain = measured(files, trained[0] / "model", tmp_path / "plain")
   found = measured(files, padded, tmp_path / "padded")
   assert found[0] == plain[0] == 1
@@ -125,9 +124,8 @@ def test_padding_beyond_the_embedding_changes_nothing(files, trained, padded, tm
   assert {row["stop_reason"] for row in found[1] if row["greedy"]} == {"eos"}
 
 
-def test_any_other_id_beyond_it_is_refused_before_anything_compiles(
-  files, padded, tmp_path, capsys
-):
+def test_any_other_id_beyond_it_is_refused_before_anything_compiles(files, tmp_path, capsys):
+  padded = with_more_tokens(files / "base", tmp_path / "model")
   rows = tmp_path / "planned.jsonl"
   rows.write_text(json.dumps({"prompt": "a", "completion": "<plan>x"}) + "\n")
   changes = {"model": str(padded), "data": str(rows), "held_out_fraction": 0.0} | task(files)
