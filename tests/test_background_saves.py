@@ -253,6 +253,7 @@ KILLS = """
     place, kills = Path(sys.argv[1]), int(sys.argv[2])
     changes = {"model": "tiny", "task": "copy", "prompts_per_step": 2, "responses_per_prompt": 2}
     changes |= {"microbatch_prompts": 2, "max_new_tokens": 4, "eval.every": 0}
+    changes |= {"loss.entropy_coef": 0.01}  # Weights move where no response is rewarded.
     changes |= {"checkpoint.every": 1, "steps": 8 * (kills + 1)}
 
     def start(name):
@@ -316,5 +317,6 @@ def test_killed_while_it_saves_each_step_a_run_ends_as_one_that_was_not(tmp_path
   assert [row["step"] for row in straight.metrics] == list(range(8 * (kills + 1) + 1))
   assert cut.metrics == straight.metrics and cut.samples == straight.samples
   assert straight.state.keys() == cut.state.keys() and helpers.equal(straight.state, cut.state)
+  assert any(np.any(leaf) for path, leaf in straight.state.items() if "/mu/" in path)
   assert "DAMAGED" not in said
   record_property("F1", kills)
