@@ -308,8 +308,9 @@ def test_five_thousand_steps_grow_little_and_leave_nothing(tmp_path):
   growth = (after[0] - before[0]) * 1000 / (last - first)
   print(f"{growth:.2f} MB for each 1,000 steps")
   assert growth < 8
-  # A file may be open for a moment; one that each of the saves had left would be hundreds.
-  assert after[1] < before[1] + 10 and after[2] == before[2]
+  # Some are open for a moment, as six sockets are during a save; one that each of the 300 saves had
+  # left would be hundreds.
+  assert after[1] < before[1] + 10 and after[2] < before[2] + 10
   assert len(after[3]) == len(before[3]) > 0
   assert not [pid for _, (*_, own) in points for pid in own if memory.status_of(pid)]
   assert os.listdir(tmp_path / "tmp") == []
