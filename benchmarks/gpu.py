@@ -39,7 +39,8 @@ the update took 0.378 s), and not since:
   PyTorch 2.11, transformers 5.17: update of 16 rows with recomputation 0.788 s, 2 x 8 rows 0.66 s;
   `generate`, 64 rows: 57 ms a token
 
-Predicted for an H100 (bytes as counted by --predict=h100, JAX 0.10.2), not measured:
+Predicted for an H100, not measured (JAX 0.10.2; the update's 439 GB of memory traffic are found
+from the time that an earlier --predict=h100 printed, not counted again):
 
   update 0.390 s, MFU 44 %; decode 3.77 ms a token of 64 rows, 7.28 of 256
   memory: 0.5 billion weights 11.6 GB, 1.5 billion 34.1 GB, 7 billion with adapters 58.3 GB of 80

@@ -68,8 +68,7 @@ class RewardPool:
   the worker itself.)
 
   A worker that exceeds the deadline is killed with everything it started, and replaced. While some
-  calls take much longer than others, spare workers grade the rest, so a batch of 64 calls with 8
-  that hang takes about one deadline, not four.
+  calls are slow, spare workers grade the rest: 64 calls, of which 8 hang, take about one deadline.
 
   Where the kernel allows (Linux; no root needed) a worker has no network, sees no other processes,
   and has a file system of its own: Python, system libraries, the reward file and the modules it has
@@ -92,12 +91,10 @@ class RewardPool:
       invalid) before `score` gives up on the function; 1 never does. Samples on which the function
       has no opinion do not count.
     start_deadline: seconds that importing the function may take.
-    allow_weak_sandbox: grade with a function that runs model text even where files or network stay
-      open to it.
+    allow_weak_sandbox: let a function that runs model text reach files or a network left open.
 
   Raises:
-    RewardError: the function cannot be imported, or it runs model text and the barriers it needs
-      are missing.
+    RewardError: the function cannot be imported, or runs model text without the barriers it needs.
     ValueError: an argument is out of range.
   """
 
