@@ -34,7 +34,7 @@ from rl_llm.losses import action_ids_of
 from rl_llm.parallel import hosts, sharding
 from rl_llm.policy import make_policy, save_hf, tiny_config
 from rl_llm.policy.scalar_head import normal_head, with_head
-from rl_llm.rewards import RewardPool, RewardSource, layers, terms
+from rl_llm.rewards import RewardPool, RewardSource, grading, layers, terms
 from rl_llm.rollout import demonstrations, generate, row_keys
 from rl_llm.rollout.reward_model import load_reward_model, save_reward_model
 from rl_llm.rollout.sampling import SamplingConfig
@@ -65,6 +65,19 @@ def follow_masks(said, path):
   wanted = re.search("pass `(.+)`", message)[1]
   assert wanted == "mask != 0"
   assert action_ids_of(ones != 0).tolist() == [[-1, 0, 0, -1, 1]]
+
+
+def follow_names_that_a_grader_logs(said, path):
+  fewer, shorter = grading.Log(1), grading.Log(1)
+  for number in range(64):
+    fewer.metric(str(number), 1.0)
+  message = refused(said, fewer.metric, "64", 1.0)
+  refused(said, shorter.metric, "x" * 101, 1.0)
+  most, longest = map(int, re.search("at most ([0-9]+) names, of ([0-9]+)", message).groups())
+  followed = grading.Log(1)
+  for number in range(most):
+    followed.metric(str(number).zfill(longest), 1.0)
+  assert len(followed.reply()["metrics"]) == most
 
 
 def follow_several_processes(said, path, monkeypatch):

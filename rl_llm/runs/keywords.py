@@ -160,7 +160,7 @@ def described(function: Callable, keyword: str, *, see_others: bool = False) -> 
 
   >>> from rl_llm.losses import ppo_loss
   >>> described(ppo_loss, "dual_clip")
-  'None, or the c above, > 1; 3 is usual'
+  "None, or c, > 1: a bad token's loss is at most c * |A|; 3 is usual"
   """
   section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
   # `clip_low, clip_high: text` describes both.

@@ -34,7 +34,11 @@ class ArithmeticOptions:
   )
   question: str = field(
     default="What is {a} {op} {b}? Give one number as the answer.",
-    metadata={"help": "the prompt, with {a}, {op} and {b}"},
+    metadata={
+      "help": "the prompt, with {a}, {op} and {b}",
+      # Its default has changed, which is nothing to an old run of another task.
+      "volatile": lambda config: config.task.task != "arithmetic",
+    },
   )
 
   def __post_init__(self):

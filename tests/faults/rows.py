@@ -95,7 +95,7 @@ ROWS = (
       "format_1_still_loads",
       "a_later_format_is_refused_in_one_line_and_not_passed_over",
     )
-    + of("experiments/test_old_runs.py", "an_old_run_goes_on"),
+    + of("experiments/test_old_runs.py", "an_old_run_resumes"),
     1,
   ),
   Row(
