@@ -24,9 +24,12 @@ from rl_llm.training import loop
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+  NOTED = ("rate",)
+
   steps: int = option(6, "how many", volatile=True)
   seed: int = option(0, "where randomness begins")
   data: str = option("", "a file")
+  rate: float = option(0.5, "how fast")
 
 
 class Counted(NamedTuple):
@@ -86,7 +89,7 @@ def test_a_checkpoint_says_of_which_run_it_is(tmp_path):
   data.write_text("x")
   killed(tmp_path / "run", Config(seed=7, data=str(data)))
   extra = extra_of(tmp_path / "run", 4)
-  assert extra["settings"] == {"seed": 7, "data": str(data)}
+  assert extra["settings"] == {"seed": 7, "data": str(data), "rate": 0.5}
   assert list(extra["files"]) == ["data"] and extra["recorded"] == 3
   lines = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines(keepends=True)
   assert extra["bytes"]["metrics.jsonl"] == sum(map(len, lines[:4]))
@@ -152,6 +155,15 @@ def test_without_config_json_other_settings_are_refused_and_its_own_resume(tmp_p
   with pytest.raises(ConfigError, match="--seed=3: must be 0, as in the run whose checkpoint is"):
     train(tmp_path, Config(seed=3))
   assert train(tmp_path)[1] == 6
+
+
+def test_without_config_json_a_setting_that_may_change_is_said_to_have(tmp_path, capsys):
+  killed(tmp_path)
+  os.unlink(tmp_path / "config.json")
+  capsys.readouterr()
+  train(tmp_path, Config(rate=0.25))
+  assert "other settings from step 4 on: rate 0.5 -> 0.25" in capsys.readouterr().out
+  assert read(tmp_path / "changes.jsonl")[-1]["settings"] == {"rate": [0.5, 0.25]}
 
 
 def test_without_inputs_json_another_file_is_refused(tmp_path):

@@ -75,7 +75,6 @@ def option(
   below: float | None = None,
   choices: Iterable[Any] | None = None,
   volatile: bool | Callable[[Any], bool] = False,
-  noted: bool = False,
 ) -> Any:
   """A dataclass field with its help and bounds, so that the range stands next to the default.
 

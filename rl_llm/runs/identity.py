@@ -5,7 +5,8 @@ steps must be as it was; what decides little may change from a step on, which ch
 
     may not differ    settings; data files; the experiment's own module; Python files that settings
                       name (these two unless --code=changed)
-    is noted          settings declared `noted`; modules that experiments share, this library's too
+    is noted          settings in `NOTED` of their class; modules that experiments share, and this
+                      library's
     may differ        settings declared `volatile`
 """
 
@@ -174,7 +175,9 @@ def compare(
       settings = differences(json_object(known), config, flatten(config).keys() - noted(config))
     _refuse_other_files(holder, before, now, config, volatile, new_code=new_code)
   told = _refuse_other_checkpoints(workdir, now, config, volatile)
-  if begun and not (known.exists() or told):
+  if told is not None and not known.exists():
+    settings = differences(told, config, flatten(config).keys() - noted(config))
+  if begun and told is None and not known.exists():
     raise ConfigError(
       "workdir",
       str(workdir),
@@ -246,17 +249,17 @@ def _refuse_other_files(
 
 def _refuse_other_checkpoints(
   workdir: Path, now: Mapping[str, Any], config: Any, volatile: set[str]
-) -> bool:
-  """Refuses checkpoints of another run; whether any says of which run it is.
+) -> Mapping[str, Any] | None:
+  """Refuses checkpoints of another run; gives the settings that the last says it was made with.
 
   Code is left to inputs.json: it may have changed between two checkpoints.
   """
-  told = False
+  told = None
   for step, extra in extras(workdir / "checkpoints").items():
     holder = f"the run whose checkpoint is {workdir / 'checkpoints' / str(step)}"
     if "settings" in extra:
-      told = True
-      _refuse_other_settings(holder, extra["settings"], config, volatile)
+      told = extra["settings"]
+      _refuse_other_settings(holder, told, config, volatile)
       files = extra.get("files", {})
       data = {name: hash for name, hash in files.items() if not is_code(name, config)}
       _refuse_other_files(holder, data, now, config, volatile, new_code=False)
