@@ -161,13 +161,18 @@ def grade_in_child(grade: grading.Grade, request: dict, confined: Confinement) -
   return {"died": f"exited with code {os.WEXITSTATUS(status)} and no reward"}
 
 
+def has_ended(child: int) -> bool:
+  """Whether a child has ended; it is left to be waited for."""
+  return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def read_from(child: int, reading: int, count: int) -> bytes:
   """Reads what a child writes; nothing once it has ended, even if a fork of it holds the pipe."""
   ended = False
   while not select.select([reading], [], [], 0 if ended else memory.PERIOD)[0]:
     if ended:
       return b""
-    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    ended = has_ended(child)
   return os.read(reading, count)
 
 
@@ -196,13 +201,10 @@ def end_orphans(children: Callable[[], list[int]], spared: Container[int] = ()) 
   def left() -> list[int]:
     return [child for child in children() if child not in spared]
 
-  def ended(child: int) -> bool:
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
   while orphans := left():
     # The dead are kept until all are dead: they count as processes, so one that forks faster than
     # it is killed comes to its limit.
-    while living := [orphan for orphan in orphans if not ended(orphan)]:
+    while living := [orphan for orphan in orphans if not has_ended(orphan)]:
       for orphan in living:
         os.kill(orphan, signal.SIGKILL)
       orphans = left()
