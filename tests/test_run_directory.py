@@ -111,7 +111,7 @@ def test_other_settings_are_refused_and_change_nothing(tmp_path, config, said):
 
 def test_any_text_may_stand_where_a_file_might(tmp_path):
   open_run(tmp_path, Config(prompt="x" * 5000), volatile=())
-  with pytest.raises(ConfigError, match="--prompt=a b: must be text"):
+  with pytest.raises(ConfigError, match=r"--prompt=a b: must be text.*holds a NUL"):
     open_run(tmp_path, Config(prompt="a\0b"), volatile=())
   assert json.loads((tmp_path / "inputs.json").read_text()).keys() == {"program"}
 

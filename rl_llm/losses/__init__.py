@@ -19,7 +19,8 @@ hosts. An objective is their sum, written out by the caller:
 [[-0.5, -0.5]]
 
 Importing this package loads jax, numpy and chex, and nothing else. To add a loss, write it in a
-file of its family, and name it below, where `POLICY_LOSSES` says what that does.
+file of its family, and name it in `__all__` and at `POLICY_LOSSES` below; docs/design.md, "How to
+add", has the rest (its row in tests/losses/battery.py, the index of the docs).
 """
 
 from rl_llm.losses.anchored import apo_down_loss, apo_zero_loss, bco_loss, nca_loss, sppo_loss
@@ -60,10 +61,10 @@ from rl_llm.losses.unpaired import (
 )
 
 # To offer a loss in the experiments, add it here: --loss= knows its name, and its keywords are
-# flags (`rl_llm.runs.keywords`). The first is the default. All of a tuple have one interface:
-# (logprobs, old_logprobs, advantages, weights, *, mask=None, ...), but for REINFORCE, which has no
-# old policy. A loss that is not 0 where the advantage is 0 must also be named in
-# `policy_term_only` of experiments/flags.py, which leaves such responses out.
+# flags (`rl_llm.runs.keywords`). The first is the default. All losses of a tuple share one
+# signature, (logprobs, old_logprobs, advantages, weights, *, mask=None, ...); the exception is
+# `reinforce_loss`, which takes no `old_logprobs`. A loss that is not 0 where the advantage is 0
+# must also be named in `policy_term_only` of experiments/flags.py, which leaves such responses out.
 POLICY_LOSSES = (
   grpo_loss,
   ppo_loss,

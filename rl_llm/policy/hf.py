@@ -178,7 +178,8 @@ def load_hf(
   Args:
     directory: holds config.json and model.safetensors, or its index and shards.
     layout: as for `assemble`.
-    say: reports a line wherever something was not read as config.json or the files' names say.
+    say: called with one line for each thing that is not read as config.json or the files' names
+      say.
 
   Returns:
     The config, and the weights as float32 (from float32, float16 or bfloat16).

@@ -14,8 +14,9 @@ A step is written to a temporary directory, flushed to disk, described by its ma
 line is a hash of the rest), and only then renamed to its number. It is read only after every file
 has been hashed again and the tree of leaves compared with the one asked for.
 
-What is in `state`: `rl_llm.training.train_state.TrainState`, or an experiment's `State` that holds
-one (experiments/ppo.py, reinforce.py). What is in `extra`: `rl_llm/runs/origin.py`. When it is
+What is in `state`: `rl_llm.training.train_state.TrainState` (the weights, the optimiser's moments,
+counts of updates, controllers, a refreshed reference), or an experiment's `State` that holds one
+(experiments/ppo.py, reinforce.py). What is in `extra`: `rl_llm/runs/origin.py`. When it is
 written, and why a kill loses nothing: docs/design.md, "What a checkpoint holds".
 """
 
@@ -270,7 +271,8 @@ class Checkpointer:
     Its files are not verified here: `latest` and `restore` do that, as for every step.
 
     Args:
-      origin: what `extra` of this run's steps says; what it says otherwise there is another run's.
+      origin: entries of `extra` that this run's steps have; a copy with other values is another
+        run's.
 
     Raises:
       BucketError: it cannot be read, or is another run's.

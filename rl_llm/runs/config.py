@@ -280,9 +280,9 @@ def _check(leaf: _Leaf, value: Any) -> Any:
       near = difflib.get_close_matches(str(item), map(str, leaf.choices), n=1)
       elsewhere = peer_names.CHOICES.get(str(item).lower())
       near = [elsewhere] if elsewhere in leaf.choices else near
-      raise ConfigError(
-        leaf.path, value, _allowed(leaf), f"did you mean {near[0]}?" if near else ""
-      )
+      note = f"did you mean {near[0]}?" if near else ""
+      note = "it holds a NUL character" if type(item) is str and "\0" in item else note
+      raise ConfigError(leaf.path, value, _allowed(leaf), note)
   return tuple(items) if leaf.is_tuple else items[0]
 
 
@@ -728,7 +728,7 @@ def run(
 
 
 def _in_full(argument: str, config_class: type) -> str:
-  """Expands a group's flag to that of its first field: --loss=ppo_loss to --loss.name=ppo_loss,
+  """Expands a group's flag to its field `name` or `on`: --loss=ppo_loss to --loss.name=ppo_loss,
   --distributed to --distributed.on. Everything else stays unchanged."""
   flag, equals, value = argument.partition("=")
   names = {f"--{leaf.path}" for leaf in _leaves(config_class)}

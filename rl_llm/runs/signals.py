@@ -29,8 +29,10 @@ class StopSignals:
 
   A signal in the middle of an update must not lose the update, and a signal during a write must not
   leave half a file. So the handler only remembers the signal, and the loop calls `check` between
-  phases. A second signal has its usual effect: it ends the process at once, and only the last
-  checkpoint remains. A terminal that closes sends SIGHUP, which `nohup` ignores and so does this.
+  phases (`rl_llm.training.loop.train_loop`): after a signal while a step samples, its responses are
+  dropped; while it learns, the step is finished and recorded first. Then the state is saved. A
+  second signal has its usual effect: it ends the process at once, and only the last checkpoint
+  remains. A terminal that closes sends SIGHUP, which `nohup` ignores and so does this.
 
       with StopSignals() as stop:
         while ...:
