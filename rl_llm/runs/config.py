@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import math
@@ -163,7 +164,7 @@ def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
       raise TypeError(f"{where}.{field.name} needs a default, since defaults live here alone")
   default = config_class() if default is None else default
-  hints = typing.get_type_hints(config_class)
+  hints = _hints(config_class)
   leaves = []
   for field in dataclasses.fields(config_class):
     hint, value = hints[field.name], getattr(default, field.name)
@@ -172,6 +173,12 @@ def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_
     else:
       leaves.append(_leaf(prefix + field.name, hint, value, field.metadata, config_class))
   return leaves
+
+
+@functools.cache  # Each hint is a text to evaluate, and a command asks for them many times.
+def _hints(config_class: type) -> dict[str, Any]:
+  """The types of a config class's fields, by name."""
+  return typing.get_type_hints(config_class)
 
 
 def _prefix(field: dataclasses.Field, prefix: str) -> str:
@@ -595,7 +602,7 @@ def to_flags(config: Any, paths: Iterable[str]) -> list[str]:
 
 
 def _build(config_class: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-  hints = typing.get_type_hints(config_class)
+  hints = _hints(config_class)
   return config_class(
     **{
       field.name: _build(hints[field.name], values, _prefix(field, prefix))
