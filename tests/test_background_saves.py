@@ -20,6 +20,7 @@ from rl_llm.runs.checkpoint import Checkpointer, CheckpointError
 from tests import processes
 from tests.experiments import helpers
 from tests.experiments.conftest import files, small  # noqa: F401  fixtures
+from tests.representatives import mostly_slow
 from tests.test_checkpoint import W, run_python
 
 
@@ -75,6 +76,7 @@ def test_it_holds_the_state_before_its_arrays_were_donated(tmp_path, slow, monke
   assert (jax.random.key_data(state["key"]) == jax.random.key_data(key)).all()
 
 
+@pytest.mark.slow
 def test_it_holds_arrays_of_every_layout(tmp_path):
   """Of a replicated array, JAX gives out the first device's own buffer as its copy there."""
   done = run_python(
@@ -217,7 +219,7 @@ def test_the_next_step_is_taken_while_a_checkpoint_is_written(
   assert helpers.equal(*saved)
 
 
-@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("at", mostly_slow([2, 4], quick=[1]))
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(
   tmp_path,
   small,  # noqa: F811

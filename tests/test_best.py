@@ -18,6 +18,7 @@ from rl_llm.runs.config import check, replace
 from rl_llm.training import loop
 from tests.experiments import helpers
 from tests.experiments.conftest import files, small  # noqa: F401  fixtures
+from tests.representatives import mostly_slow
 from tests.test_origin import Config, Counted, Drawn
 
 ACCURACIES = {0: 0.9, 2: 0.2, 4: 0.8, 6: 0.5, 8: 0.8, 10: 0.1, 12: 0.3}
@@ -63,7 +64,7 @@ def test_the_best_stays_next_to_the_newest(tmp_path, capsys):
   assert float(state.restore(Counted(jnp.float32(0)), 4)[1].steps) == 4
 
 
-@pytest.mark.parametrize("until", range(3, 12))
+@pytest.mark.parametrize("until", mostly_slow(range(3, 12), quick=[2, 5]))
 def test_killed_at_any_step_it_keeps_the_same(tmp_path, until):
   with pytest.raises(KeyboardInterrupt):
     train(tmp_path, until=until)

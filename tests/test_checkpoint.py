@@ -36,6 +36,7 @@ from rl_llm.parallel import hosts
 from rl_llm.runs import checkpoint
 from rl_llm.runs.checkpoint import Checkpointer, CheckpointError
 from tests import processes
+from tests.representatives import mostly_slow
 
 FULL = os.environ.get("RL_LLM_FULL") == "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,7 @@ def test_an_empty_directory_has_no_latest(tmp_path):
     checkpointer.restore(W, 7)
 
 
+@pytest.mark.slow
 def test_restores_onto_other_devices(tmp_path):
   """F5: 1 device to 4 and back."""
   value = np.arange(32, dtype=np.float32).reshape(8, 4)
@@ -221,6 +223,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_checkpoint_together(tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -542,7 +545,7 @@ KILLS = """
 """
 
 
-@pytest.mark.parametrize("save", ["save", "start_save"])
+@pytest.mark.parametrize("save", mostly_slow(["save", "start_save"], quick=[1]))
 def test_sigkill_inside_a_save_loses_nothing_finished(tmp_path, save, record_property):
   """F2: the step last acknowledged, or the one under way, is there and loads, each time."""
   kills = 30 if FULL else 5
@@ -647,6 +650,7 @@ def test_an_interrupted_save_leaves_nothing_and_can_be_repeated(two_steps, monke
   assert checkpointer.latest() == 3
 
 
+@pytest.mark.slow
 def test_saving_again_and_again_does_not_grow(tmp_path, record_property):
   """F14. A leak of one state per save would add 16 times 16 MB, or 180 times 50 MB."""
 

@@ -32,6 +32,7 @@ from rl_llm.tasks import Problem, Task
 from rl_llm.text.tokenizers import ByteTokenizer
 from rl_llm.training import credit
 from rl_llm.training.value_network import turn_gae
+from tests.representatives import mostly_slow
 
 PROMPTS, GROUP = 4, 2
 
@@ -176,7 +177,7 @@ def test_rows_are_what_was_sampled_and_what_was_said(tiny):
     assert not rollout.mask[row, column:].any()
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", mostly_slow([2, 4], quick=[0]))
 def test_parts_change_nothing(tiny, parts):
   together = collected(tiny, Echo(turns=3))
   assert max(len(sample["turns"]) for sample in together.samples) >= 3

@@ -81,8 +81,9 @@ def test_a_run_learns_from_episodes(counting, tmp_path):
 
 
 def test_credit_by_turn_is_another_update(counting, tmp_path):
+  once = counting | {"steps": 1, "sampling.parts": 2, "eval.every": 0}
   by = {
-    credit: helpers.run(grpo, tmp_path / credit, counting | {"credit": credit, "steps": 1})
+    credit: helpers.run(grpo, tmp_path / credit, once | {"credit": credit})
     for credit in ("trajectory", "turn")
   }
   assert by["turn"].samples != by["trajectory"].samples  # Their advantages.

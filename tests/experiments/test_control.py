@@ -39,16 +39,13 @@ def test_the_entropy_bonus_grows_while_the_entropy_is_too_low(tmp_path, small, f
   assert low == {True, False}
 
 
-def test_the_upper_clip_follows_the_entropy(tmp_path, small, files):
+def test_the_upper_clip_follows_the_entropy_while_a_bonus_falls(tmp_path, small, files):
+  """The bonus in a line, to its last coefficient."""
   changes = {"clip.controller": "adaptive", "clip.target": 100.0, "clip.delta": 0.5, "epochs": 2}
+  changes |= {"entropy.controller": "linear", "loss.entropy_coef": 0.3, "entropy.final": 0.0}
   found = run(tmp_path, settings(files, **FAST) | changes | {"loss.clip_low": 0.5}).metrics
   # 1 / (1 - 0.5) - 1 = 1, and half more at each step.
   assert [row["clip_high"] for row in found[:4]] == pytest.approx([1.0, 1.5, 2.0, 2.5])
-
-
-def test_a_linear_bonus_ends_at_its_last_coefficient(tmp_path, small, files):
-  changes = {"entropy.controller": "linear", "loss.entropy_coef": 0.3, "entropy.final": 0.0}
-  found = run(tmp_path, settings(files, **FAST) | changes).metrics
   assert [row["entropy_coef"] for row in found[:4]] == pytest.approx([0.3, 0.2, 0.1, 0.0])
 
 

@@ -65,7 +65,7 @@ def batch():
 
 def logits(policy, params, made):
   """[B, T, rows]: what the model says at each place, without sharing prompts or chunks."""
-  hidden = rollout.response_hidden(params, made, policy=policy)
+  hidden = jax.jit(rollout.response_hidden, static_argnames="policy")(params, made, policy=policy)
   return np.asarray(hidden @ policy.unembed(params).T, np.float64)
 
 
@@ -81,7 +81,7 @@ def test_gkd_compares_the_two_distributions_over_the_student_s_vocabulary(beta):
   programs = distill.make_programs(config, student, teacher, None)
   taken = programs.take(programs.read(teacher_params, batch()), jnp.arange(P))
   hparams = {"loss": {"beta": beta}, "teacher_unembedding": teacher.unembed(teacher_params)[:V]}
-  loss, found = distill.make_loss(config, student, teacher)(params, taken, hparams)
+  loss, found = jax.jit(distill.make_loss(config, student, teacher))(params, taken, hparams)
   q = softmax(logits(student, params, batch()))
   p = softmax(logits(teacher, teacher_params, batch())[..., :V])
   m = beta * p + (1 - beta) * q

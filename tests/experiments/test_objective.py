@@ -102,15 +102,17 @@ def test_the_overlong_penalty_grows_over_the_last_tokens_before_the_limit(tmp_pa
   changes = {"overlong.cache": 4, "overlong.limit": 7, "overlong.coef": 2.0, "steps": 1}
   changes |= {"eval.every": 0}
   found = run(tmp_path, settings(files, **changes))
-  plain = run(tmp_path / "plain", settings(files, steps=1, **{"eval.every": 0}))
-  lengths, rewards = column(found, "length"), column(plain, "reward")
+  said = [row["response"] for row in trained_rows(found)]
+  grades = np.array([sum(map(ord, text)) % 8 / 8 for text in said])  # As `fraction` has them.
+  lengths, rewards = column(found, "length"), grades.reshape(4, 4)
   penalties = 2 * np.clip((7 - 4 - lengths) / 4, -1, 0)
   assert len(np.unique(penalties)) > 3
   np.testing.assert_allclose(column(found, "reward"), rewards + penalties, atol=1e-6)
-  row, before = found.metrics[0], plain.metrics[0]
+  row = found.metrics[0]
   assert row["overlong_penalty"] == pytest.approx(penalties.mean(), abs=1e-6)
-  assert row["reward_mean"] == pytest.approx(before["reward_mean"] + penalties.mean(), abs=1e-5)
-  assert row["accuracy"] == before["accuracy"] and row["grade_mean"] == before["reward_mean"]
+  assert row["reward_mean"] == pytest.approx(grades.mean() + penalties.mean(), abs=1e-5)
+  assert row["accuracy"] == (grades == 1).mean()
+  assert row["grade_mean"] == pytest.approx(grades.mean(), abs=1e-6)
 
 
 @pytest.mark.slow
