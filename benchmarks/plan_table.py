@@ -53,6 +53,9 @@ decode step reads it for one token a row: a rollout gathers all weights before i
 token (`--mesh.gather=token`) and waits for the network, longer than the update takes.
 `--mesh.tensor` divides what is gathered ([parallelism.md](../parallelism.md)).
 
+Without a compiler, `launch.plan` goes by formula (`launch/estimate.py`). Its peaks are 0.78 to 1.24
+times those of this table, which its factors were chosen on.
+
 | model | slice | mesh | program | arguments | temporaries | resident | peak of \
 | binds | compiling | fits |
 |---|---|---|---|---|---|---|---|---|---|---|

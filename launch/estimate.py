@@ -1,8 +1,9 @@
 """Estimates by formula what a run needs of a chip: where there is no compiler, and for the search.
 
 The formulas know the large arrays and nothing of what a compiler adds or saves. They are good for
-ranking: which of two meshes is better, and whether a run can fit at all. `launch.plan` says next to
-each figure where it comes from.
+ranking: which of two meshes is better, and whether a run can fit at all. Of the programs in
+docs/results/plan.md, the compiler's peak is 0.8 to 1.3 times the formula's. `launch.plan` says next
+to each figure where it comes from.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
 
       arguments     4 N / S weights, 8 N / S moments
       temporaries   4 N / S gradient, as much again to add microbatches up, 2 N / S cast weights
-                    n D 2 layers    what remat keeps, plus twice the arrays of one layer
+                    n D 2 layers    what remat keeps, plus twice the arrays of one layer and once
+                    its attention scores
                     logits of the update's `CHUNK_SIZE` tokens, three times
+      a rollout's   the cache 1.4 times, and the vocabulary's matrices once more
       network       along fsdp the weights, forward and backward, and their float32 gradient once;
                     along tensor activations, twice a layer and pass; along data the gradient
 
@@ -84,11 +87,12 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   wide = 4 * shape.width + (3 * shape.mlp_width + 4 * heads * shape.head_dim * sizes.tensor) / (
     sizes.tensor
   )
-  # Scores in float32 before and after the mask, and their softmax in the arithmetic's dtype.
-  inside = tokens * wide * size + rows * heads * new * columns * (8 + size)
-  kept = tokens * shape.width * size * shape.n_layers + 2 * inside
+  inside = tokens * wide * size
+  # In float32 before and after the mask, and their softmax in the arithmetic's dtype.
+  scores = rows * heads * new * columns * (8 + size)
+  kept = tokens * shape.width * size * shape.n_layers + 2 * inside + scores
   if not config.remat:
-    kept = inside * shape.n_layers
+    kept = (inside + scores) * shape.n_layers
   gradient = 4 * trained / slices * (2 if microbatches > 1 else 1) + size * trained / slices
   cast = size * total / slices + 2 * size * layer / sizes.tensor
   logits = 3 * 4 * chunk * shape.vocab_size / sizes.tensor
@@ -121,13 +125,15 @@ def estimate(config: Config, shape: TransformerConfig, sizes: Sizes) -> list[Est
   rows = config.prompts_per_step * config.responses_per_prompt / shards
   token = cache_bytes(config, shape) / min(sizes.tensor, shape.n_kv_heads)
   steps = config.max_new_tokens
+  vocabulary = total - shape.n_layers * layer  # Embedding, the head if it has its own.
   once = config.mesh.gather == "step" and sizes.fsdp > 1
   found.append(
     Estimate(
       "rollout",
       1,
       gathered if once else weights,
-      2 * rows * columns * token
+      1.4 * rows * columns * token
+      + size * vocabulary / sizes.tensor
       + 2 * size * layer / sizes.tensor
       + 2 * 4 * rows * shape.vocab_size / sizes.tensor,
       weights + moments if once else moments,

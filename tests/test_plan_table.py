@@ -6,9 +6,14 @@ import json
 import pathlib
 
 import pytest
+from absl import flags
 
 from benchmarks import plan_table
-from launch.plan import Program
+from launch import estimate
+from launch.models import find_model
+from launch.plan import Program, by_formula
+from launch.plan_flags import Config
+from rl_llm.runs.config import define_flags, from_flags
 
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 FIRST, SECOND, *REST = plan_table.ROWS
@@ -61,3 +66,17 @@ def test_a_row_without_figures_is_not_kept(tmp_path, monkeypatch):
   plan_table.main(plan_table.Config(out=str(tmp_path), limit=1))
   assert not (tmp_path / "plan.json").exists()
   assert "| not compiled |" in (tmp_path / "plan.md").read_text()
+
+
+@pytest.mark.parametrize("row", plan_table.ROWS, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_the_formula_is_within_30_percent_of_the_compiler(row):
+  command = plan_table.command(*row)
+  values = flags.FlagValues()
+  define_flags(Config, flag_values=values)
+  values(command.split()[2:])
+  config = estimate.settled(from_flags(Config, flag_values=values))
+  shape = find_model(config.model, vocab_size=config.vocab_size)
+  found = json.loads((RESULTS / "plan.json").read_text())[command]["programs"]
+  compiled = {fields["name"]: Program(**fields).peak for fields in found}
+  for program in by_formula(config, shape):
+    assert program.peak == pytest.approx(compiled[program.name], rel=0.3), program.name
