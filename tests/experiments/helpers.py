@@ -62,6 +62,9 @@ def alike(prompts, completions, **columns):
 def short(prompts, completions, **columns):
   return [float(len(text) < 4) for text in completions]
 
+def near_a(prompts, completions, **columns):
+  return [max(1 - abs(ord(text[0]) - 97) / 128, 0) if text else 0.0 for text in completions]
+
 def hopeless(prompts, completions, **columns):
   raise ValueError("always")
 """

@@ -39,6 +39,21 @@ def test_the_entropy_bonus_grows_while_the_entropy_is_too_low(tmp_path, small, f
   assert low == {True, False}
 
 
+@pytest.mark.slow
+def test_the_entropy_is_held_where_it_would_fall(tmp_path, small, files):
+  """One byte is best and its neighbours nearly as good: without a bonus only that one is left."""
+  changes = {"steps": 60, "eval.every": 0, "max_new_tokens": 1, "responses_per_prompt": 16}
+  changes |= {"jsonl.reward_function": "near_a", "advantage.scale": "none"}
+  changes |= {"optimizer.learning_rate": 0.01, "optimizer.schedule": "linear", "optimizer.b1": 0.5}
+  held = {"entropy.controller": "target", "entropy.target": 0.5}
+  plain, found = (
+    [row["entropy"] for row in run(tmp_path / name, settings(files) | changes | own).metrics[:60]]
+    for name, own in (("plain", {}), ("held", held))
+  )
+  assert max(plain[-20:]) < 0.2
+  assert np.all(np.abs(np.array(found[-20:]) - 0.5) < 0.1)
+
+
 def test_the_upper_clip_follows_the_entropy_while_a_bonus_falls(tmp_path, small, files):
   """The bonus in a line, to its last coefficient."""
   changes = {"clip.controller": "adaptive", "clip.target": 100.0, "clip.delta": 0.5, "epochs": 2}

@@ -40,6 +40,8 @@ FLAGS = [
   {"weighting.name": "prompt_mean"},
   {"weighting.name": "constant_length"},
   {"weighting.name": "constant_length", "weighting.length": 3},
+  {"weighting.name": "length_power"},
+  {"weighting.name": "length_power", "weighting.power": 0.2},
   {"weighting.truncated": "zero"},
   {"weighting.truncated": "drop"},
   {"loss.name": "cispo_loss"},
@@ -68,9 +70,12 @@ FLAGS = [
   {"optimizer.spike_window": 2, "optimizer.spike_sigma": 0.1},
 ]
 # Equal where another is: the old name of a flag, and what is reported and not differentiated.
+POWER = {"weighting.name": "length_power"}
 SAME = [
   ({"weighting.drop_truncated": True}, {"weighting.truncated": "zero"}),
   ({"kl.value": "k1"}, {}),
+  (POWER | {"weighting.power": 0.0}, {"weighting.name": "sequence_mean"}),
+  (POWER | {"weighting.power": 1.0}, {}),
 ]
 
 
