@@ -228,7 +228,8 @@ def learn(
   score, update = programs
   outcomes, known = outcomes_of(config, drawn.own, drawn.other)
   weights = np.where(known, 1 / max(known.sum(), 1), 0).astype(np.float32)
-  rows = sharding.shard_rows(duels.duel_batch(drawn.own, drawn.other), model.mesh)
+  both = duels.duel_batch(drawn.own, drawn.other)
+  rows = sharding.shard_rows(both, model.mesh)
   with clock("logprobs"):
     ref, _ = jax.block_until_ready(score(model.weights.reference, rows))
   batch = Batch(
@@ -240,9 +241,8 @@ def learn(
   with clock("update"):
     hparams = jax.tree.map(jnp.float32, hparams)
     state, found = update(state, batch, hparams, config.pairs.microbatches, model.weights.frozen)
-  everything = [np.arange(len(rows.prompts))]
-  mine, theirs = (setup.step_work(model, side, everything) for side in (drawn.own, drawn.other))
-  work = loop.Work(*(sum(both) for both in zip(mine, theirs, strict=True)))
+  sides = [setup.step_work(model, side, []) for side in (drawn.own, drawn.other)]
+  work = loop.Work(*map(sum, zip(*sides, setup.work_on_responses(model, both), strict=True)))
   worth = outcomes if config.loss.name == "astar_po_loss" else 2 * outcomes - 1
   return state, loop.Learned(found, worth.reshape(drawn.own.scores.rewards.shape), work)
 

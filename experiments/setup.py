@@ -29,7 +29,7 @@ from rl_llm.rollout import ResponseBatch, collect, drawing, episodes, judge, ref
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs import chips, code, compile_cache, keywords
 from rl_llm.runs.config import changed, volatile
-from rl_llm.runs.flops import Work, text_work, update_passes
+from rl_llm.runs.flops import Work, response_work, text_work, update_passes
 from rl_llm.runs.identity import find_run, json_object
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.runs.run_directory import Run, default_workdir, found_workdir, opened
@@ -586,6 +586,15 @@ def work_on_texts(model: Model, examples: Sequence[Any], *, predicts: bool = Tru
   """What an update on whole texts, or pairs of them, trained on."""
   passes = update_passes(adapters=model.weights.frozen is not None)
   return text_work(model.policy.config, encoding.flat(examples), passes=passes, predicts=predicts)
+
+
+def work_on_responses(model: Model, batch: ResponseBatch) -> Work:
+  """What an update on all responses of a batch trained on; the batch on the host."""
+  passes = update_passes(adapters=model.weights.frozen is not None)
+  lengths, everything = np.sum(batch.mask, axis=1), [np.arange(len(batch.prompts))]
+  read = model.policy.config, batch.prompt_lengths, lengths, lengths
+  found = response_work(*read, everything, passes=passes)
+  return found._replace(generated_tokens=0, rollout_flops=0)
 
 
 # Updates.

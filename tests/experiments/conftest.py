@@ -22,7 +22,7 @@ from tests.experiments.helpers import REWARD, Chatty
 
 @pytest.fixture
 def small(monkeypatch):
-  """In every experiment `--model=tiny` is one narrow layer and `Chatty`.
+  """`--model=tiny` is one narrow layer and `Chatty` everywhere; "another" has other weights.
 
   Reports are not drawn, and the peak of the CPU is not measured: that takes longer than a step.
   """
@@ -38,9 +38,9 @@ def small(monkeypatch):
   init = jax.jit(policy.init)
 
   def load(name, *, seed, dtype=jnp.float32, mesh=None, **settings):
-    if name != "tiny":
+    if name not in ("tiny", "another"):
       return load_model(name, seed=seed, dtype=dtype, mesh=mesh, **settings)
-    params = init(jax.random.key(seed))
+    params = init(jax.random.key(seed + (name == "another")))
     params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
     found = make_policy(config, dtype=dtype)
     return LanguageModel(found, params if mesh is None else shard(params, mesh), Chatty())

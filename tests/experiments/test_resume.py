@@ -1,8 +1,8 @@
 """Every experiment, stopped three times and started again, ends as if nothing had happened.
 
 Interrupted at one of its own safe points, a run saves what it has; killed there, it has what its
-last checkpoint holds. The tests of GRPO, PPO, DPO and SFT each do the same on their own, so these
-are stopped here, at the same points as the others, in the long trials alone.
+last checkpoint holds. The tests of most experiments each do the same on their own, so these are
+stopped here, at the same points as the others, in the long trials alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import dpo, grpo, kto, ppo, reinforce, reward_model, sft
+from experiments import distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model, sft
 from rl_llm.runs.checkpoint import Checkpointer
 from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read
@@ -64,10 +64,15 @@ def data(tmp_path_factory):
 
 
 def sampling(files, **changes):
-  """What experiments with a rollout have in common: several updates a step, and a reference."""
-  common = {"epochs": 2, "kl.coef": 0.1, "optimizer.learning_rate": 0.01, "steps": STEPS}
+  """What experiments with a rollout have in common."""
+  common = {"optimizer.learning_rate": 0.01, "steps": STEPS}
   common |= {"eval.every": 4, "checkpoint.every": 2}
   return settings(files) | common | changes
+
+
+def policy_gradient(files, **changes):
+  """Several updates a step, and a reference."""
+  return sampling(files, **{"epochs": 2, "kl.coef": 0.1}, **changes)
 
 
 def on_data(path, **changes):
@@ -78,12 +83,14 @@ def on_data(path, **changes):
 
 
 CASES = {
-  "grpo": lambda files, data: (grpo, sampling(files)),
+  "grpo": lambda files, data: (grpo, policy_gradient(files)),
   "reinforce": lambda files, data: (
     reinforce,
-    sampling(files, **{"loss.name": "ppo_loss", "advantage.name": "moving_average"}),
+    policy_gradient(files, **{"loss.name": "ppo_loss", "advantage.name": "moving_average"}),
   ),
-  "ppo": lambda files, data: (ppo, sampling(files, **{"kl.controller": "adaptive"})),
+  "ppo": lambda files, data: (ppo, policy_gradient(files, **{"kl.controller": "adaptive"})),
+  "distill": lambda files, data: (distill, sampling(files, teacher="another", epochs=2)),
+  "online_dpo": lambda files, data: (online_dpo, sampling(files)),
   "sft": lambda files, data: (
     sft,
     on_data(

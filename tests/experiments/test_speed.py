@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import dpo, grpo, ppo, reinforce, reward_model, sft
+from experiments import distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model, sft
 from rl_llm.runs.config import replace, volatile
 from rl_llm.runs.flops import forward_flops, text_flops, trunk_flops
 from rl_llm.runs.metrics import read
@@ -20,7 +20,7 @@ from tests.experiments import helpers
 from tests.experiments.helpers import settings
 from tests.representatives import mostly_slow
 
-EXPERIMENTS = [dpo, grpo, ppo, reinforce, reward_model, sft]
+EXPERIMENTS = [distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model, sft]
 
 
 def first_step(experiment, workdir, changes):
@@ -71,8 +71,9 @@ def trunk(shape, found):
     pytest.param(reinforce, {"loss.entropy_coef": 0.1}, marks=pytest.mark.slow),
     pytest.param(ppo, {"value.trunk": "own"}, marks=pytest.mark.slow),
     pytest.param(ppo, {"value.trunk": "shared"}, marks=pytest.mark.slow),
+    pytest.param(distill, {"teacher": "another", "epochs": 2}, marks=pytest.mark.slow),
   ],
-  ids=["grpo", "reinforce", "ppo own", "ppo shared"],
+  ids=["grpo", "reinforce", "ppo own", "ppo shared", "distill"],
 )
 def test_all_responses_are_sampled_once_and_trained_on_in_each_epoch(
   tmp_path, small, files, experiment, changes
@@ -182,14 +183,45 @@ def test_pairs_of_the_models_own_answers_are_sampled_first(tmp_path, small, file
   )
 
 
+@pytest.mark.slow
+def test_both_answers_of_a_duel_are_sampled_and_trained_on(tmp_path, small, files, monkeypatch):
+  drawn = []
+
+  def wrap(sample):
+    def noting(state, step, clock):
+      drawn.append(sample(state, step, clock))
+      return drawn[-1]
+
+    return noting
+
+  helpers.wrap_seams(monkeypatch, sample=wrap)
+  row, samples = first_step(online_dpo, tmp_path / "run", settings(files))
+  own, other = groups(samples), drawn[0].other.rollout.mask.sum(axis=1).reshape(4, 4)
+  # The update reads a prompt once for both sides; each side's sampling reads it too.
+  sides = own, [(p, r, list(n)) for (p, r, _), n in zip(own, other, strict=True)]
+  both = [(p, r, [*one, *two]) for (p, r, one), (_, _, two) in zip(*sides, strict=True)]
+  tokens = sum(sum(x) for _, _, x in both)
+  assert tokens > sum(sum(x) for _, _, x in own)
+  assert work(row) == pytest.approx(
+    {
+      "generated_tokens": tokens,
+      "rollout_flops": sum(forward(small.config, side) for side in sides),
+      "trained_tokens": tokens,
+      "update_flops": 3 * forward(small.config, both),
+    }
+  )
+
+
 # Four updates in each of two steps, with all that is compared with.
-MANY = {"epochs": 2, "minibatches": 2, "microbatch_prompts": 1, "kl.coef": 0.1}
+UPDATES = {"epochs": 2, "minibatches": 2, "microbatch_prompts": 1}
+MANY = UPDATES | {"kl.coef": 0.1}
 SAMPLING = {
   "grpo": (grpo, MANY),
   "reinforce": (reinforce, MANY | {"loss.name": "ppo_loss"}),
   "ppo": (ppo, MANY | {"kl.controller": "adaptive"}),
+  "distill": (distill, UPDATES | {"teacher": "another", "eval.every": 0}),
 }
-NAMES = ["grpo", *(pytest.param(x, marks=pytest.mark.slow) for x in ("reinforce", "ppo"))]
+NAMES = ["grpo", *(pytest.param(x, marks=pytest.mark.slow) for x in list(SAMPLING)[1:])]
 
 
 @pytest.mark.parametrize("name", NAMES)
