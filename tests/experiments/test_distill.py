@@ -109,6 +109,48 @@ def test_minillm_charges_each_token_for_what_follows(discount):
   np.testing.assert_allclose(np.where(batch().mask, wanted, 0), read.advantages, rtol=1e-4)
 
 
+def every_text(length):
+  """All texts of so many tokens, as answers to one prompt."""
+  tokens = np.indices((V,) * length).reshape(length, -1).T.astype(np.int32)
+  mask = np.ones(tokens.shape, bool)
+  return rollout.ResponseBatch(np.int32([[1, 2, 3]]), np.int32([3]), tokens, mask, mask)
+
+
+@pytest.mark.parametrize("name", ["on_policy_distillation_loss", "minillm_advantages"])
+def test_the_expected_gradient_is_that_of_the_kl(name):
+  """Over all texts of two tokens, each as often as the student writes it at this temperature."""
+  (student, params), (teacher, teacher_params) = models()
+  changes = {"teacher": "x", "loss.name": name, "sampling.temperature": 0.7}
+  config, made = replace(distill.Config(), changes), every_text(2)
+
+  def said(policy, params):
+    hidden = rollout.response_hidden(params, made, policy=policy)
+    rows = jax.nn.log_softmax(hidden @ policy.unembed(params).T / 0.7, axis=-1)
+    return jnp.take_along_axis(rows, made.tokens[..., None], axis=-1)[..., 0]
+
+  theirs = said(teacher, teacher_params)
+
+  def kl_of_whole_texts(params):
+    own = said(student, params)
+    return jnp.sum(jnp.exp(own.sum(1)) * (own - theirs).sum(1))
+
+  def kl_at_each_token(params):
+    """The first tokens are what they are: each of them is followed by V others."""
+    own = said(student, params)
+    first, second = (jnp.exp(own[:, t]) * (own - theirs)[:, t] for t in range(2))
+    return jnp.sum(first) / V + jnp.sum(jax.lax.stop_gradient(jnp.exp(own[:, 0])) * second)
+
+  own = said(student, params)
+  read = distill.make_programs(config, student, teacher, None).read
+  batch = read(teacher_params, made._replace(sampler_logprobs=own))
+  batch = batch._replace(weights=jnp.exp(own.sum(1, keepdims=True)) * made.mask)
+  loss = distill.make_loss(config, student, teacher)
+  found, _ = jax.grad(loss, has_aux=True)(params, batch, {"loss": {}})
+  kl = kl_of_whole_texts if name == "minillm_advantages" else kl_at_each_token
+  for one, two in zip(*map(jax.tree.leaves, (found, jax.grad(kl)(params))), strict=True):
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * np.abs(two).max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "share"),
