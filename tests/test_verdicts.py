@@ -93,7 +93,10 @@ FAULTS = {
     "--optimizer.learning_rate=1e-6",
   ),
   "step_kl": (record(approx_kl=0.5, accuracy=lambda s: 0.2 + 0.2 * s), "--epochs"),
-  "far": (record(kl_ref=lambda s: 4 * s, accuracy=lambda s: 0.2 + 0.2 * s), "--kl.coef=0.05"),
+  "far": (
+    record(kl_ref=lambda s: 4 * s, accuracy=lambda s: 0.2 + 0.2 * min(s, 0.5)),
+    "--kl.coef=0.05",
+  ),
 }
 
 
@@ -191,6 +194,31 @@ def test_a_reward_that_the_policy_has_no_part_in_is_the_grader_s():
   rows = record(accuracy=flat, frac_zero_std=0.0, entropy=lambda s: 1.2 - 0.4 * s)
   (found,) = verdicts(rows, CONFIG)
   assert found.name == "unlearnable" and "--jsonl.reward_file=mine.py" in found.advice
+
+
+def flipped(chances, steps=40, problems=16, responses=8):
+  """Steps in which responses to each problem are right with a probability drawn from `chances`."""
+  rng = random.Random(1)
+  rows = []
+  for step in range(steps):
+    drawn = [rng.choice(chances) for _ in range(problems)]
+    groups = [sum(rng.random() < chance for _ in range(responses)) for chance in drawn]
+    right = sum(groups) / (problems * responses)
+    agree = sum(count in (0, responses) for count in groups) / problems
+    row = {"reward_mean": right, "accuracy": right, "frac_zero_std": agree, "entropy": 5.5}
+    rows.append({"step": step, "rewards_ok": problems * responses} | row)
+  return rows
+
+
+def test_a_grader_that_flips_a_coin_is_told_from_one_whose_problems_differ():
+  """By chance 2 * 0.5^8 = 0.8 % of groups agree; half of them do at 0.05 and 0.95."""
+  config = CONFIG | {"steps": 40}
+  (found,) = verdicts(flipped([0.5]), config)
+  assert found.name == "unlearnable" and "a chance of 5" in found.says
+  assert "--jsonl.reward_file=mine.py" in found.advice
+  for chances in ([0.05, 0.95], [0.2, 0.5, 0.8]):
+    (found,) = verdicts(flipped(chances), config)
+    assert found.name == "unmoved"
 
 
 def test_a_reward_that_falls_is_said_with_what_undoes_it():
@@ -439,6 +467,22 @@ def test_a_bonus_for_certainty_is_said_from_the_tenth_step():
   assert found.name == "bonus_negative" and "0.5 x 5.5 nats" in found.says
   assert found.advice == "Try --loss.entropy_coef=0.017"
   assert verdicts(rows[:10], CONFIG | {"loss.entropy_coef": -0.1}) == []
+
+
+def test_a_policy_far_from_its_reference_is_no_fault_while_its_reward_still_rises():
+  """The tiny model begins with noise: whatever it learns is far from that."""
+  rows = record(accuracy=lambda s: 0.6 * s**4, kl_ref=lambda s: 4 * s)
+  assert verdicts(rows, CONFIG) == []
+
+
+def test_examples_that_became_certain_are_not_called_samples():
+  """Where answers are given, a low entropy means that they are known, and none was sampled."""
+  known = [
+    {"step": step, "loss": 5 * math.exp(-step / 8), "entropy": 5 * math.exp(-step / 8)}
+    | ({"eval/token_loss": 1 + abs(step - 20) / 40} if step % 10 == 0 else {})
+    for step in range(61)
+  ]
+  assert [verdict.name for verdict in verdicts(known, {})] == ["memorised"]
 
 
 def test_examples_learned_by_heart():

@@ -229,7 +229,7 @@ def _bonus(record: Evidence) -> Verdict | None:
 
 def _entropy_gone(record: Evidence) -> Verdict | None:
   entropies = record.series("entropy")
-  if not entropies:
+  if not entropies or not record.series("reward_mean"):  # Given answers may be certain.
     return None
   bound = max(_ENTROPY_SHARE * entropies[0], _ENTROPY_NATS)
   since = record.since(lambda row: (finite(row.get("entropy")) or 0.0) <= bound)

@@ -20,6 +20,8 @@ _DEAR, _DECAY = 0.5, 0.3
 _ERRORS, _LOST = 4.0, 0.1
 # The policy has "moved" where its entropy changed by this share.
 _MOVED = 0.1
+# Outside these shares of right responses, groups agree whoever grades.
+_RARE, _USUAL = 0.1, 0.9
 
 
 def cold(record: Evidence) -> Verdict | None:
@@ -75,6 +77,25 @@ def fell(record: Evidence) -> Verdict | None:
   )
 
 
+def by_chance(record: Evidence) -> bool:
+  """Whether right responses are spread over the groups as the heads of one coin are.
+
+  Problems differ in difficulty, so the responses to one agree more often than by chance:
+
+      p^G + (1 - p)^G, where each of the G is right with the same probability p
+  """
+  config, right = record.config, record.mean("reward_mean")
+  both = zip(record.late("reward_mean"), record.late("accuracy"), strict=False)
+  all_or_nothing = record.late("accuracy") and all(abs(a - b) < 1e-6 for a, b in both)
+  group = int(finite(config.get("responses_per_prompt")) or 8)
+  groups = sum(record.late("rewards_ok")) / group
+  if not all_or_nothing or not groups or not _RARE < right < _USUAL:
+    return False
+  chance = right**group + (1 - right) ** group
+  error = (chance * (1 - chance) / groups) ** 0.5
+  return record.mean("frac_zero_std") <= chance + _ERRORS * error
+
+
 def unmoved(record: Evidence) -> Verdict | None:
   """The reward is what it was, within its noise: because of a setting, the grader, or the rate."""
   rewards, known = record.series("reward_mean"), truth(record)
@@ -101,6 +122,13 @@ def unmoved(record: Evidence) -> Verdict | None:
       "unlearnable",
       f"{said}, although the policy has (entropy {number(first, 2)} to "
       f"{number(record.mean('entropy'), 2)}): what the grader pays for does not depend on it.",
+      f"Check the grader ({grader(record)}): equal responses should earn the same",
+    )
+  if by_chance(record):
+    return Verdict(
+      "unlearnable",
+      f"{said}, and every problem is solved equally often: the groups differ as if each response "
+      f"had a chance of {record.mean('reward_mean'):.0%}, whatever it says.",
       f"Check the grader ({grader(record)}): equal responses should earn the same",
     )
   given = finite(config.get("optimizer.learning_rate")) or 1e-5

