@@ -17,6 +17,7 @@ from rl_llm.parallel import binding, hosts, sharding, stderr_filter
 from rl_llm.runs.config import replace, run, volatile
 from rl_llm.runs.run_directory import started_with
 from tests import processes
+from tests.representatives import mostly_slow
 
 # A program of two processes: joins, runs the body, and ends as an experiment does.
 PROGRAM = """
@@ -263,11 +264,14 @@ LOOPBACK, ALL = "0" * 16 + "FFFF0000" + "0100007F", "0" * 32  # As IPv6 has them
 
 @pytest.mark.parametrize(
   "coordinator, bind, address, said",
-  [
-    ("127.0.0.1", "", LOOPBACK, False),
-    ("192.0.2.1", "", ALL, True),
-    ("192.0.2.1", "127.0.0.1", LOOPBACK, False),
-  ],
+  mostly_slow(
+    [
+      ("127.0.0.1", "", LOOPBACK, False),
+      ("192.0.2.1", "", ALL, True),
+      ("192.0.2.1", "127.0.0.1", LOOPBACK, False),
+    ],
+    quick=[1, 2],
+  ),
 )
 def test_the_first_process_listens_where_it_says(coordinator, bind, address, said):
   """One process alone: it meets itself at the address that it listens on."""

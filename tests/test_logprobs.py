@@ -155,6 +155,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_chunked_forms_are_the_same_under_sharding_of_batch_and_vocabulary():
   """On four devices, so in a process that was started with them."""
   environment = os.environ | {

@@ -23,6 +23,7 @@ from rl_llm.training.pairs import (
   margins,
   pair_logprobs,
 )
+from tests.representatives import mostly_slow
 
 VOCABULARY = 40
 TEMPERATURE = 0.7
@@ -70,7 +71,8 @@ def logprobs_of(model, batch):
 
 
 @pytest.mark.parametrize(
-  ("packing", "shares"), [(0, 1), (0, 3), (11, 1), (24, 1), (24, 2), (24, 3), (24, 6)]
+  ("packing", "shares"),
+  mostly_slow([(0, 1), (0, 3), (11, 1), (24, 1), (24, 2), (24, 3), (24, 6)], quick=[1, 2, 5]),
 )
 def test_both_answers_have_the_log_probs_that_each_has_alone(model, pairs, alone, packing, shares):
   batch, _ = make_pair_batch(pairs, pad_id=3, rows=6, packing=packing, shares=shares)

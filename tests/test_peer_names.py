@@ -11,6 +11,7 @@ import pytest
 from rl_llm.errors import ConfigError
 from rl_llm.runs import peer_names
 from rl_llm.runs.config import flatten, replace
+from tests.representatives import mostly_slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = (
@@ -70,12 +71,15 @@ def test_a_field_of_another_system(script, typed, said):
 
 @pytest.mark.parametrize(
   "flag, said",
-  [
-    ("--num_generations=16", "did you mean --responses_per_prompt?"),
-    ("--report_to=wandb", "did you mean --track?"),
-    ("--logging_steps=1", "metrics.jsonl has every step"),
-    ("--advantage=rloo", "did you mean leave_one_out?"),
-  ],
+  mostly_slow(
+    [
+      ("--num_generations=16", "did you mean --responses_per_prompt?"),
+      ("--report_to=wandb", "did you mean --track?"),
+      ("--logging_steps=1", "metrics.jsonl has every step"),
+      ("--advantage=rloo", "did you mean leave_one_out?"),
+    ],
+    quick=[1, 2],
+  ),
 )
 def test_a_command_line_of_another_system(flag, said):
   command = [sys.executable, "-m", "experiments.grpo", flag]

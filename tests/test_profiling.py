@@ -11,6 +11,7 @@ import pytest
 
 from rl_llm.runs.metrics import PhaseClock
 from rl_llm.runs.profiling import StepTracer, compile_clock
+from tests.representatives import mostly_slow
 
 double = jax.jit(lambda x: x * 2)
 
@@ -48,7 +49,9 @@ def test_the_steps_asked_for_are_traced_with_their_phases_by_name(tmp_path):
   assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1  # What xprof reads.
 
 
-@pytest.mark.parametrize("stop_in, told", [(1, "a part of step 1:"), (2, "step 1:")])
+@pytest.mark.parametrize(
+  "stop_in, told", mostly_slow([(1, "a part of step 1:"), (2, "step 1:")], quick=[0])
+)
 def test_what_ends_the_run_ends_the_trace_and_another_can_follow(tmp_path, stop_in, told):
   said = []
   for name in ("one", "two"):

@@ -34,6 +34,7 @@ from rl_llm.rollout import (
 )
 from rl_llm.rollout.sampling import Sample, SamplingConfig
 from rl_llm.rollout.teacher_forcing import teacher_forced_logprobs
+from tests.representatives import mostly_slow
 
 PAD = 256
 # Every seventh id ends a response, so that about one token in seven does.
@@ -236,7 +237,7 @@ def requests_for(lengths, temperatures):
   return Requests(jnp.repeat(lengths, GROUP), keys_for(), sampling)
 
 
-@pytest.mark.parametrize("slots", [9, 4])
+@pytest.mark.parametrize("slots", mostly_slow([9, 4], quick=[1]))
 def test_prefill_draws_first_tokens_from_the_last_column_of_each_prompt(tiny, slots):
   policy, params = tiny
   tokens, lengths = left_pad(PROMPTS, 6)
@@ -648,7 +649,7 @@ def window_model():
   return policy, params | {"embed": jax.tree.map(lambda x: 15 * x, params["embed"])}
 
 
-@pytest.mark.parametrize("slots", [2, 16])
+@pytest.mark.parametrize("slots", mostly_slow([2, 16], quick=[0]))
 def test_a_slot_goes_to_the_next_that_waits(tiny, slots):
   """The steps taken are those of an explicit schedule; 16 slots wait until two are free."""
   model, calls = counted(tiny)

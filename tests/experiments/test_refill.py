@@ -9,6 +9,7 @@ import pytest
 from experiments import grpo
 from tests.experiments import helpers
 from tests.experiments.helpers import equal, settings
+from tests.representatives import mostly_slow
 
 run = functools.partial(helpers.run, grpo)
 
@@ -41,7 +42,9 @@ def test_a_step_is_refilled_with_groups_that_teach(tmp_path, small, files):
   assert teaching and all([r["response"] for r in group] in said for group in teaching)
 
 
-@pytest.mark.parametrize(("function", "mean"), [("alike", 0.5), ("lonely", 1.0)])
+@pytest.mark.parametrize(
+  ("function", "mean"), mostly_slow([("alike", 0.5), ("lonely", 1.0)], quick=[1])
+)
 def test_what_lacks_is_counted_and_filled(tmp_path, small, files, function, mean):
   """Nor does a group teach in which the responses that have a reward all have the same one."""
   changes = {"jsonl.reward_function": function, "dynamic.max_rounds": 2, "steps": 1}

@@ -24,6 +24,7 @@ from rl_llm.runs.config import replace
 from rl_llm.runs.signals import Interrupted
 from rl_llm.tasks import TaskError
 from tests.experiments.helpers import FULL, equal, run, wrap_seams
+from tests.representatives import mostly_slow
 
 
 def write(path, rows):
@@ -239,13 +240,16 @@ def talk(n):
 
 @pytest.mark.parametrize(
   ("save", "row", "chat", "answers"),
-  [  # What is trained on, any number of a for one; in chat with the header, which no prompt holds
-    (write, lambda n: {"prompt": f"{n}?", "completion": "a" * n}, False, "a"),
-    (zipped, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
-    (parquet, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
-    (write, lambda n: {"text": "a" * (n + 1)}, True, "a"),  # "auto" knows bare text.
-    (write, lambda n: {"text": f"\n\nHuman: {n}\n\nAssistant: {'a' * n}"}, True, "a:a~"),
-  ],
+  mostly_slow(
+    [  # What is trained on, any number of a for one; in chat with the header, which no prompt holds
+      (write, lambda n: {"prompt": f"{n}?", "completion": "a" * n}, False, "a"),
+      (zipped, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
+      (parquet, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
+      (write, lambda n: {"text": "a" * (n + 1)}, True, "a"),  # "auto" knows bare text.
+      (write, lambda n: {"text": f"\n\nHuman: {n}\n\nAssistant: {'a' * n}"}, True, "a:a~"),
+    ],
+    quick=[0, 2, 3],
+  ),
 )
 def test_formats(tmp_path, small, monkeypatch, save, row, chat, answers):
   path = tmp_path / "data"
