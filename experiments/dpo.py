@@ -14,7 +14,8 @@ losses see only the difference, and often both answers become less likely.
 problems, and pairs the best with the worst where the grader tells them apart. `--data=FILE` reads
 pairs from JSONL (plain or gzip) or Parquet: chosen and rejected, with a prompt column or a shared
 beginning, as text or messages. The reference is the model that training starts from. Its log-probs
-of a file's pairs are computed once and kept on disk.
+of a file's pairs are computed once and kept on disk. --reference.refresh=512 --reference.keep=0.4
+lets it follow the policy (TR-DPO); figures of held-out pairs still compare with the first one.
 
 Rerunning the same command resumes from the last checkpoint; so does it after Ctrl-C or a kill.
 
@@ -82,6 +83,7 @@ class Config:
   task: flags.JudgedTask = configs.inline(flags.JudgedTask())
   prompts: flags.Prompts = configs.inline(flags.Prompts())
   held_out_examples: int = configs.option(256, "held-out pairs to evaluate on; 0 = all", min=0)
+  reference: flags.Reference = flags.Reference()
   reference_cache: str = flags.reference_cache()
   responses_per_prompt: int = configs.option(8, "G, responses a problem, on policy", min=2)
   sampling: flags.Sampling = flags.Sampling()
@@ -124,6 +126,9 @@ def check(config: Config) -> None:
   if config.task.reward != "task" and not on_policy:
     allowed = "task with a file of pairs, which says itself what is better"
     raise configs.ConfigError("reward", config.task.reward, allowed, "--data=on_policy samples")
+  if config.reference.refresh and not needs_reference(loss):
+    allowed = f"0 with --loss={loss.name}, which has no reference"
+    raise configs.ConfigError("reference.refresh", config.reference.refresh, allowed)
   if loss.shift and loss.name != "bco_loss":
     allowed = f"left out with --loss={loss.name}"
     raise configs.ConfigError("loss.shift", loss.shift, allowed, "bco_loss has it")
@@ -207,7 +212,7 @@ class Drawn(typing.NamedTuple):
   """The pairs of a step."""
 
   pairs: list[encoding.Pair]
-  ref_logprobs: list[np.ndarray]  # of both answers of each pair; empty without a reference
+  ref_logprobs: list[np.ndarray]  # of both answers of each pair; empty without a fixed reference
   metrics: dict[str, typing.Any]
   samples: abc.Sequence[dict[str, typing.Any]] = ()
   work: loop.Work = loop.Work()  # what was sampled for them
@@ -253,10 +258,10 @@ def learn(
   batch, padding = make_batch(pairs, pad_id=model.tokenizer.pad_id, **sizes)
   lengths = np.sum(batch.pairs.sequences.mask, axis=1)[: 2 * len(pairs)]
   with clock("logprobs"):
-    flat, params = encoding.flat(pairs), model.weights.whole(state.params)
-    batch, given = with_constants(
-      config.loss, batch, drawn.ref_logprobs, lambda: score(params, flat)
-    )
+    flat, params, refs = encoding.flat(pairs), model.weights.whole(state.params), drawn.ref_logprobs
+    if state.reference is not None:
+      refs = score(model.weights.whole(state.reference), flat)
+    batch, given = with_constants(config.loss, batch, refs, lambda: score(params, flat))
     if config.loss.wpo:
       half = config.sampling.temperature / 2
       both = score(params, flat), score(params, flat, temperature=half)
@@ -395,13 +400,15 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       update = make_update(config, model.policy, mesh)
       init = functools.partial(states.init_state, optimizer=setup.make_optimizer(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
-      known = known_logprobs(config, run, model, loaded.training + held_out)
-      if dataset:
+      # What a moving reference says of the pairs of a step is computed in that step.
+      training = [] if config.reference.refresh else loaded.training
+      known = known_logprobs(config, run, model, training + held_out)
+      if dataset or config.reference.refresh:
         model = model._replace(weights=model.weights._replace(reference=None))
-        sample = functools.partial(of_file, config, loaded, known)
-      else:
-        sample = functools.partial(on_policy, model, problems, checked)
-      known_held_out = known[2 * len(loaded.training) :]
+      sample = functools.partial(on_policy, model, problems, checked)
+      if dataset:
+        sample = functools.partial(of_file, config, loaded, known[: 2 * len(training)])
+      known_held_out = known[2 * len(training) :]
 
       def evaluate(params: typing.Any, step: int) -> evaluation.Evaluation:
         own = (config.loss, held_out, known_held_out, checked, pad_id)

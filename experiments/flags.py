@@ -750,6 +750,27 @@ class Duels:
 
 # The objective.
 
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """What DPO's policy is compared with."""
+
+  refresh: int = option(
+    0, "steps between refreshes of the reference, from the policy; 0 = never", min=0
+  )
+  keep: float = option(
+    0.0,
+    "share of the old reference that a refresh keeps; 0 = it becomes the policy; TR-DPO has 0.4",
+    min=0,
+    below=1,
+  )
+
+  def check(self, config: Any) -> None:
+    """Refuses a share of nothing."""
+    if self.keep and not self.refresh:
+      raise ConfigError("reference.keep", self.keep, "left out without --reference.refresh")
+
+
 Baseline = terms.Baseline  # of REINFORCE
 Gae = terms.Gae  # of PPO
 
@@ -821,6 +842,12 @@ class KL:
       if self.place == "reward" and getattr(self, name) != getattr(KL(), name):
         allowed = "left out with --kl.place=reward"
         raise ConfigError(f"kl.{name}", getattr(self, name), allowed)
+
+
+def moving_reference(config: Any) -> KL | Reference | None:
+  """The settings by which the reference follows the policy; None where it does not."""
+  found = getattr(config, "kl", None) or getattr(config, "reference", None)
+  return found if found and found.refresh else None
 
 
 def _of_tokens(config: Any, name: str) -> np.ndarray:

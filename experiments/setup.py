@@ -105,13 +105,13 @@ def begin(
   config: Any, run: Run, model: Model, init: Callable[[Any], Any]
 ) -> tuple[tuple[int, Any], Model]:
   """((step, state) to begin with, the model without the weights that the state has now)."""
-  weights, kl, steering = model.weights, getattr(config, "kl", None), flags.steering(config)
+  weights, steering = model.weights, flags.steering(config)
 
   def begin_with(trained: Any) -> Any:
     state, own = init(trained), {}
     if steering != control.Steering():
       own["controls"] = control.init_controls(steering, coef=config.loss.entropy_coef)
-    if kl and kl.refresh:
+    if flags.moving_reference(config):
       own["reference"] = jax.tree.map(jnp.copy, loop.policy_state(state).params)
     return loop.with_policy(state, **own) if own else state
 
@@ -149,7 +149,7 @@ def train_loop(
   def whole(state: Any) -> Any:
     return model.weights.whole(loop.policy_state(state).params)
 
-  steering, kl = flags.steering(config), getattr(config, "kl", None)
+  steering, moving = flags.steering(config), flags.moving_reference(config)
 
   def learn_at_a_rate(state: Any, drawn: Any, step: int, clock: PhaseClock) -> Any:
     rate, entropy = {"learning_rate": learning_rate(config, step)}, drawn.metrics.get("entropy")
@@ -164,9 +164,9 @@ def train_loop(
     state, learned = learn(state, drawn, step, clock)
     if controls is not None:
       state = loop.with_policy(state, controls=controls)
-    if kl and kl.refresh and (step + 1) % kl.refresh == 0:
+    if moving and (step + 1) % moving.refresh == 0:
       policy = loop.policy_state(state)
-      fresh = update.moved_towards(policy.reference, policy.params, keep=kl.keep)
+      fresh = update.moved_towards(policy.reference, policy.params, keep=moving.keep)
       state = loop.with_policy(state, reference=fresh)
     return state, learned._replace(metrics=learned.metrics | rate)
 

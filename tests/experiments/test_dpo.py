@@ -23,6 +23,7 @@ from rl_llm.training import reference_cache
 from rl_llm.training.pairs import PairBatch
 from tests.experiments.helpers import FULL, equal, run, settings
 from tests.experiments.test_sft import nll, stopped, write
+from tests.representatives import mostly_slow
 
 
 @pytest.fixture
@@ -357,6 +358,30 @@ def test_the_reference_is_scored_once_and_kept(tmp_path, small, data, monkeypatc
 
 
 @pytest.mark.slow
+def margins(found):
+  return np.array([abs(row["margin"]) for row in found.metrics if "margin" in row])
+
+
+@pytest.mark.parametrize("source", mostly_slow(["file", "on policy"], quick=[0]))
+def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path, small, data, files, source):
+  """The margin of a policy over itself is 0; held-out pairs are compared with the first weights."""
+  base = offline(data) if source == "file" else online(files, **{"eval.every": 0})
+  found = run(dpo, tmp_path, base | {"steps": 5, "reference.refresh": 2})
+  assert max(margins(found)[0::2]) < 1e-5 < min(margins(found)[1::2])
+  if source == "file":
+    assert found.metrics[0]["eval/margin"] == 0 != found.metrics[-1]["eval/margin"]
+
+
+@pytest.mark.slow
+def test_a_reference_goes_part_of_the_way(tmp_path, small, data):
+  never, half = (
+    margins(run(dpo, tmp_path / str(n), offline(data, steps=3, **changes)))
+    for n, changes in enumerate([{}, {"reference.refresh": 2, "reference.keep": 0.5}])
+  )
+  np.testing.assert_allclose(half[:2], never[:2], atol=1e-6)
+  assert 1e-5 < half[2] < never[2]
+
+
 def test_conversations_and_pairs_that_begin_alike(tmp_path, small):
   def talk(answer):
     return [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": answer}]
@@ -484,6 +509,8 @@ def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
       r"--microbatch_pairs=2: must be at least pairs_per_step \(4\) with --loss=aot_loss",
     ),
     ({"sampling.top_k": 3}, r"--sampling\.top_k=3"),
+    ({"reference.keep": 0.5}, "--reference.keep=0.5: must be left out without --reference.refresh"),
+    ({"reference.refresh": 2, "loss.name": "simpo_loss"}, "0 with --loss=simpo_loss, which has no"),
   ],
 )
 def test_settings_that_do_not_fit(data, changes, message):
@@ -518,11 +545,13 @@ STOPS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["file", "on_policy"])
+@pytest.mark.parametrize("source", ["file", "file, moving reference", "on_policy"])
 def test_a_run_stopped_three_times_ends_as_one_that_was_not(
   tmp_path, small, data, files, monkeypatch, source
 ):
-  changes = offline(data) if source == "file" else online(files)
+  changes = online(files) if source == "on_policy" else offline(data)
+  if source == "file, moving reference":
+    changes |= {"reference.refresh": 2, "reference.keep": 0.4}
   changes |= {"steps": 7, "microbatch_pairs": 2, "checkpoint.every": 3, "eval.every": 3}
   straight = run(dpo, tmp_path / "straight", changes)
   cut = stopped(monkeypatch, dpo, tmp_path / "cut", changes, STOPS)

@@ -54,7 +54,7 @@ ADDED: dict[str, set[str]] = {
   "chat": {"fetch"},
   "dpo": {
     *("data_format", "loss.tail_weight", "loss.wpo", "max_rows", "reward", "reward_isolation"),
-    "laps",
+    *("laps", "reference.refresh", "reference.keep"),
   },
   "evaluate": {"reward_isolation"} | EPISODES,
   "grpo": {
