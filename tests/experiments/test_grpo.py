@@ -48,14 +48,12 @@ run = functools.partial(helpers.run, grpo)
 # The first update.
 
 
-@pytest.fixture
-def first_step(tmp_path, small, files):
+def test_first_update_is_on_policy_and_fractional_rewards_survive_end_to_end(
+  tmp_path, small, files
+):
   """One update at temperature 0.7 with a KL term, from the weights that the reference has."""
   changes = {"steps": 1, "sampling.temperature": 0.7, "kl.coef": 0.1}
-  return run(tmp_path, settings(files, **changes))
-
-
-def test_first_update_is_on_policy(first_step):
+  first_step = run(tmp_path, settings(files, **changes))
   row = first_step.metrics[0]
   assert row["response_length_mean"] < 7  # ragged
   # Sampler and trainer agree, so the ratio is 1 to within the requirement's 1e-4 ...
@@ -64,8 +62,6 @@ def test_first_update_is_on_policy(first_step):
   assert 0 <= row["kl_ref"] < 1e-8
   assert row["clip_low_fraction"] == row["clip_high_fraction"] == 0
 
-
-def test_fractional_rewards_survive_end_to_end(first_step):
   rows = [row for row in first_step.samples if row["split"] == "train"]
   rewards = np.array([row["reward"] for row in rows])
   assert rewards.tolist() == [sum(map(ord, row["response"])) % 8 / 8 for row in rows]
@@ -169,10 +165,13 @@ def test_a_response_alone_in_its_group_counts_only_where_asked(tmp_path, small, 
 
 @pytest.mark.parametrize(
   "name, formula",
-  [
-    ("leave_one_out", lambda reward, mean: (reward - mean) * 4 / 3),
-    ("maxrl", lambda reward, mean: (reward - mean) / (mean + 1e-6)),
-  ],
+  mostly_slow(
+    [
+      ("leave_one_out", lambda reward, mean: (reward - mean) * 4 / 3),
+      ("maxrl", lambda reward, mean: (reward - mean) / (mean + 1e-6)),
+    ],
+    quick=[1],
+  ),
 )
 def test_advantages_chosen_by_name_are_those_of_their_formula(
   tmp_path, small, files, name, formula

@@ -24,6 +24,7 @@ from rl_llm.training import loop
 from rl_llm.training.value_network import response_values
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, outcome, settings
+from tests.representatives import mostly_slow
 
 run = functools.partial(helpers.run, ppo)
 
@@ -496,7 +497,7 @@ def test_a_reward_model_is_trained_on_and_the_grader_still_grades(
     ("model:{judge}", ConfigError, "a reward model over the policy's vocabulary"),
   ],
 )
-@pytest.mark.parametrize("experiment", [grpo, reinforce, ppo])
+@pytest.mark.parametrize("experiment", mostly_slow([grpo, reinforce, ppo], quick=[0]))
 def test_a_reward_that_cannot_be_used_is_refused_before_a_rollout(
   tmp_path, small, files, monkeypatch, judge_directory, experiment, reward, error, message
 ):
