@@ -125,10 +125,10 @@ def grpo(name: str) -> Recipe:
   | skyrl | 0.3.0 | skyrl/train/config/config.py; ppo_utils.py, worker.py |
 
   `verl` and `trl` are tested against numbers from those systems' own functions (docs/parity.md).
-  For the other six, the functions for advantages and KL, and nexrl's and simply's for the loss,
-  were run once and agreed to 1e-6. Those numbers are not kept; the tests have the formulas. No
-  whole program was run. `grpo`, `dr_grpo` and `dapo` follow the papers, not a program. We know of
-  no clip range that DeepSeekMath states: 0.2 is PPO's.
+  For the other six, the functions for advantages and KL, and those of nexrl, nemo and simply for
+  the loss, were run once and agreed to 1e-6. Those numbers are not kept; the tests have the
+  formulas. No whole program was run. `grpo`, `dr_grpo` and `dapo` follow the papers, not a program.
+  We know of no clip range that DeepSeekMath states: 0.2 is PPO's.
 
   Not part of a recipe: limits that only act once training has failed (some cut log-ratios and KL
   estimates at +-10 or +-20; here log-ratios at +-20), corrections for the sampler, and means over
