@@ -181,6 +181,12 @@ def test_a_reward_that_rises_while_nothing_is_ever_right_is_one_for_something_el
     ({"kl.coef": 100.0}, "held_back", "Try --kl.coef=0.01"),
     ({"kl.coef": 0.05}, "unmoved", "Try --optimizer.learning_rate=0.0001, or more steps"),
     ({"sampling.temperature": 5.0}, "hot", "Try --sampling.temperature=1"),
+    ({"optimizer.warmup_steps": 6000}, "warming_up", "Try --optimizer.warmup_steps=6"),
+    (
+      {"optimizer.warmup_steps": 10},
+      "unmoved",
+      "Try --optimizer.learning_rate=0.0001, or more steps",
+    ),
     ({}, "unmoved", "Try --optimizer.learning_rate=0.0001, or more steps"),
   ],
 )
@@ -196,7 +202,7 @@ def test_a_reward_that_the_policy_has_no_part_in_is_the_grader_s():
   assert found.name == "unlearnable" and "--jsonl.reward_file=mine.py" in found.advice
 
 
-def flipped(chances, steps=40, problems=16, responses=8):
+def flipped(chances, steps=40, problems=32, responses=8):
   """Steps in which responses to each problem are right with a probability drawn from `chances`."""
   rng = random.Random(1)
   rows = []
@@ -219,6 +225,9 @@ def test_a_grader_that_flips_a_coin_is_told_from_one_whose_problems_differ():
   for chances in ([0.05, 0.95], [0.2, 0.5, 0.8]):
     (found,) = verdicts(flipped(chances), config)
     assert found.name == "unmoved"
+  unknown = [{key: row[key] for key in row if key != "frac_zero_std"} for row in flipped([0.5])]
+  few_groups = flipped([0.5], problems=16)
+  assert [verdicts(rows, config)[0].name for rows in (unknown, few_groups)] == ["unmoved"] * 2
 
 
 def test_a_reward_that_falls_is_said_with_what_undoes_it():

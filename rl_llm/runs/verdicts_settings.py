@@ -22,6 +22,8 @@ _ERRORS, _LOST = 4.0, 0.1
 _MOVED = 0.1
 # Outside these shares of right responses, groups agree whoever grades.
 _RARE, _USUAL = 0.1, 0.9
+# Groups that show how often they agree: if none of this many does, under 1.5 % of all do.
+_GROUPS = 200
 
 
 def cold(record: Evidence) -> Verdict | None:
@@ -77,7 +79,7 @@ def fell(record: Evidence) -> Verdict | None:
   )
 
 
-def by_chance(record: Evidence) -> bool:
+def _by_chance(record: Evidence) -> bool:
   """Whether right responses are spread over the groups as the heads of one coin are.
 
   Problems differ in difficulty, so the responses to one agree more often than by chance:
@@ -89,11 +91,34 @@ def by_chance(record: Evidence) -> bool:
   all_or_nothing = record.late("accuracy") and all(abs(a - b) < 1e-6 for a, b in both)
   group = int(finite(config.get("responses_per_prompt")) or 8)
   groups = sum(record.late("rewards_ok")) / group
-  if not all_or_nothing or not groups or not _RARE < right < _USUAL:
+  told = all_or_nothing and record.series("frac_zero_std") and groups >= _GROUPS
+  if not told or not _RARE < right < _USUAL:
     return False
   chance = right**group + (1 - right) ** group
   error = (chance * (1 - chance) / groups) ** 0.5
   return record.mean("frac_zero_std") <= chance + _ERRORS * error
+
+
+def _held(record: Evidence, said: str) -> Verdict | None:
+  """A setting that keeps the policy, or what it samples, from changing."""
+  config = record.config
+  price = finite(config.get("kl.coef")) or 0.0
+  if price >= _DEAR:
+    held = f"{said}: a KL that costs {number(price)} a nat holds the policy where it began."
+    return Verdict("held_back", held, attempt(record, ("kl.coef", min(price / 30, 0.01))))
+  temperature = finite(config.get("sampling.temperature")) or 1.0
+  if temperature >= _HOT:
+    hot = f"{said}: at temperature {number(temperature)} the samples are noise."
+    return Verdict("hot", hot, attempt(record, ("sampling.temperature", 1.0)))
+  warmup, steps = (finite(config.get(key)) or 0.0 for key in ("optimizer.warmup_steps", "steps"))
+  if warmup > steps > 0:
+    return Verdict(
+      "warming_up",
+      f"{said}: the warm-up of {warmup:.0f} steps outlasts the run, so the learning rate stays "
+      f"below {steps / warmup:.1%} of what was set.",
+      attempt(record, ("optimizer.warmup_steps", int(steps / 10))),
+    )
+  return None
 
 
 def unmoved(record: Evidence) -> Verdict | None:
@@ -107,14 +132,8 @@ def unmoved(record: Evidence) -> Verdict | None:
     return None
   said = f"The reward has not moved in {len(rewards)} steps"
   config = record.config
-  price = finite(config.get("kl.coef")) or 0.0
-  temperature = finite(config.get("sampling.temperature")) or 1.0
-  if price >= _DEAR:
-    held = f"{said}: a KL that costs {number(price)} a nat holds the policy where it began."
-    return Verdict("held_back", held, attempt(record, ("kl.coef", min(price / 30, 0.01))))
-  if temperature >= _HOT:
-    hot = f"{said}: at temperature {number(temperature)} the samples are noise."
-    return Verdict("hot", hot, attempt(record, ("sampling.temperature", 1.0)))
+  if found := _held(record, said):
+    return found
   change, _ = trend(record.series("entropy") or [0.0])
   first = (record.series("entropy") or [0.0])[0]
   if record.mean("frac_zero_std") < 0.5 and abs(change) > _MOVED * first > 0:
@@ -124,7 +143,7 @@ def unmoved(record: Evidence) -> Verdict | None:
       f"{number(record.mean('entropy'), 2)}): what the grader pays for does not depend on it.",
       f"Check the grader ({grader(record)}): equal responses should earn the same",
     )
-  if by_chance(record):
+  if _by_chance(record):
     return Verdict(
       "unlearnable",
       f"{said}, and every problem is solved equally often: the groups differ as if each response "
