@@ -76,7 +76,6 @@ def test_it_holds_the_state_before_its_arrays_were_donated(tmp_path, slow, monke
   assert (jax.random.key_data(state["key"]) == jax.random.key_data(key)).all()
 
 
-@pytest.mark.slow
 def test_it_holds_arrays_of_every_layout(tmp_path):
   """Of a replicated array, JAX gives out the first device's own buffer as its copy there."""
   done = run_python(
