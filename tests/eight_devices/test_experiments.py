@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import dpo, grpo, kto, ppo, reinforce, reward_model, sft
+from experiments import distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model, sft
 from rl_llm.parallel import sharding
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.policy.load import LanguageModel
@@ -23,7 +23,8 @@ from tests.experiments.helpers import FULL, Chatty
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 TRIALS = [(grpo, (2, 2, 2))]
 if FULL:
-  TRIALS = list(itertools.product([grpo, ppo, dpo, kto, reinforce, sft, reward_model], MESHES))
+  everything = [grpo, ppo, dpo, kto, reinforce, sft, reward_model, distill, online_dpo]
+  TRIALS = list(itertools.product(everything, MESHES))
 
 
 class Padded(Chatty):
@@ -37,11 +38,11 @@ POLICY = make_policy(dataclasses.replace(tiny_config(Padded.vocab_size), n_layer
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-  """`--model=tiny` is one layer over `Padded`."""
+  """`--model=tiny` is one layer over `Padded`; `--teacher=another` has other weights."""
 
   def load(name, *, seed, mesh, **_):
     assert seed == 0
-    params = first_params()
+    params = first_params() if name == "tiny" else first_params(seed=1)
     return LanguageModel(POLICY, params if mesh is None else sharding.shard(params, mesh), Padded())
 
   monkeypatch.setattr("rl_llm.policy.load.load_model", load)
@@ -66,6 +67,7 @@ def settings(experiment, files, sizes, **changes):  # noqa: F811
     reward_model: {"pairs_per_step": 8, "microbatch_pairs": 8},
     dpo: {"pairs_per_step": 8, "microbatch_pairs": 8, "responses_per_prompt": 4},
     ppo: {"kl.coef": 0.1, "prompts_per_step": 16},
+    distill: {"teacher": "another", "responses_per_prompt": 4},
     # At temperature 1 one draw lies within rounding of the border between two tokens.
     grpo: {"kl.coef": 0.1, "sampling.temperature": 0.9},
   }.get(experiment, {})
@@ -74,9 +76,9 @@ def settings(experiment, files, sizes, **changes):  # noqa: F811
 
 
 @functools.cache
-def first_params():
+def first_params(seed=0):
   """The weights that every run begins with."""
-  params = jax.jit(POLICY.init)(jax.random.key(0))
+  params = jax.jit(POLICY.init)(jax.random.key(seed))
   params["embed"] = jax.tree.map(lambda x: 10 * x, params["embed"])
   return params
 
