@@ -154,6 +154,22 @@ def test_samples_that_are_cold_from_the_start_are_the_cause_of_no_reward():
   assert verdicts(rows, CONFIG)[0].name == "never_rewarded"
 
 
+def test_samples_that_are_cold_where_nothing_tells_how_groups_agree():
+  """PPO compares no group: that its rewards differ is not to be taken from a missing key."""
+  zero = {"reward_mean": 0.0, "accuracy": lambda s: 0.0, "grad_norm": lambda s: float(s < 0.1)}
+  rows = record(**zero, entropy=lambda s: 0.3 if s < 0.02 else 1e-9)
+  rows[0]["reward_mean"] = 0.01  # Then the reward is not the same in all steps.
+  rows = [{key: row[key] for key in row if key != "frac_zero_std"} for row in rows]
+  (found,) = verdicts(rows, CONFIG | {"sampling.temperature": 0.01})
+  assert found.name == "cold"
+  assert [verdict.name for verdict in verdicts(rows, CONFIG)] == ["entropy_gone"]
+
+
+def test_a_task_learned_from_cold_samples_is_no_fault():
+  rows = record(accuracy=lambda s: min(1.0, 0.2 + 1.2 * s), frac_zero_std=1.0, entropy=1e-3)
+  assert verdicts(rows, CONFIG | {"sampling.temperature": 0.2}) == []
+
+
 def test_what_never_ends_is_told_of_the_setting_that_keeps_it_from_ending():
   rows = record(truncated_fraction=1.0, accuracy=lambda s: 0.0, reward_mean=lambda s: 0.1 + s)
   rows = [row | {"accuracy": 0.0} for row in rows]
@@ -476,6 +492,16 @@ def test_a_bonus_for_certainty_is_said_from_the_tenth_step():
   assert found.name == "bonus_negative" and "0.5 x 5.5 nats" in found.says
   assert found.advice == "Try --loss.entropy_coef=0.017"
   assert verdicts(rows[:10], CONFIG | {"loss.entropy_coef": -0.1}) == []
+
+
+def test_a_weight_decay_that_takes_more_than_it_leaves():
+  """60 steps at 1e-2 * 2: 0.98^60 = 30 % is left. At 1e-2 * 0.1 it is 0.999^60 = 94 %."""
+  rows = record(accuracy=lambda s: 0.2 + 0.2 * s, learning_rate=1e-2)
+  (found,) = verdicts(rows, CONFIG | {"optimizer.weight_decay": 2.0})
+  assert found.name == "decayed" and "left 30% of" in found.says
+  assert found.advice == "Try --optimizer.weight_decay=0.01"
+  assert verdicts(rows, CONFIG | {"optimizer.weight_decay": 0.1}) == []
+  assert verdicts(record(learning_rate=1e-2), CONFIG | {"optimizer.weight_decay": 2.0}) == []
 
 
 def test_a_policy_far_from_its_reference_is_no_fault_while_its_reward_still_rises():

@@ -134,11 +134,17 @@ def _grader_failed(record: Evidence) -> Verdict | None:
   )
 
 
+def _differ(record: Evidence) -> bool:
+  """Whether the newest rewards differ within groups; where none says so, from step to step."""
+  if record.series("frac_zero_std"):
+    return record.mean("frac_zero_std") < 0.95
+  return len({*record.late("reward_mean")}) > 1
+
+
 def _first_updates(record: Evidence) -> Verdict | None:
   """Updates that broke the network before it learned anything."""
   norms, entropies = record.series("grad_norm"), record.series("entropy")
-  apart = 1 - record.mean("frac_zero_std")
-  if len(norms) > _EARLY and max(norms[-_EARLY:]) <= _DEAD * norms[0] and apart > 0.05:
+  if len(norms) > _EARLY and max(norms[-_EARLY:]) <= _DEAD * norms[0] and _differ(record):
     since = record.since(lambda row: (finite(row.get("grad_norm")) or 0.0) <= _DEAD * norms[0])
     said = f"the gradient has been 0 since step {since}, although the rewards differ."
   else:

@@ -29,8 +29,10 @@ _GROUPS = 200
 def cold(record: Evidence) -> Verdict | None:
   """Samples so cold that all of a group are the same from the first step on."""
   temperature = finite(record.config.get("sampling.temperature")) or 1.0
-  agree, entropies = record.mean("frac_zero_std") >= _AGREE, record.series("entropy")
-  if temperature > _COLD or len(entropies) < 5 or not agree or max(entropies[-5:]) > _NATS:
+  apart = record.series("frac_zero_std") and record.mean("frac_zero_std") < _AGREE
+  entropies = record.series("entropy")
+  warm = temperature > _COLD or len(entropies) < 5 or max(entropies[-5:]) > _NATS
+  if warm or apart or record.solved():
     return None
   return Verdict(
     "cold",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from rl_llm.runs.evidence import Evidence, Verdict, attempt, lower_rate, nearer, trend
@@ -14,6 +15,8 @@ _ENOUGH = 20
 _GROWN = 10.0
 # Nats per token: one step's updates, and the distance to the reference model.
 _STEP_KL, _FAR = 0.1, 1.0
+# Weight decay is too large once it has left less than this share of the weights.
+_LEFT = 0.5
 # A held-out loss this share over its minimum has turned.
 _TURNED = 0.05
 
@@ -42,6 +45,20 @@ def _step_kl(record: Evidence) -> Verdict | None:
     f"One step's updates move the policy by {number(record.mean('approx_kl'), 2)} nats per token "
     f"(over {_STEP_KL}), so its batch no longer describes it.",
     attempt(record, lower_rate(record), ("epochs", 1)),
+  )
+
+
+def _decayed(record: Evidence) -> Verdict | None:
+  """Decay that took more of the weights than it left: (1 - rate * decay) of them stay in a step."""
+  decay = finite(record.config.get("optimizer.weight_decay")) or 0.0
+  left = math.prod(max(1 - rate * decay, 0.0) for rate in record.series("learning_rate"))
+  if left >= _LEFT:
+    return None
+  return Verdict(
+    "decayed",
+    f"A weight decay of {number(decay)} has left {left:.0%} of the weights that training began "
+    "with.",
+    attempt(record, ("optimizer.weight_decay", 0.01)),
   )
 
 
@@ -76,4 +93,4 @@ def memorised(record: Evidence) -> Verdict | None:
   return None
 
 
-UPDATES = (_exploding, _step_kl, _far)
+UPDATES = (_exploding, _decayed, _step_kl, _far)
