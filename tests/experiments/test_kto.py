@@ -46,6 +46,19 @@ def settings(file, **changes):
   } | changes
 
 
+def steps_points(monkeypatch):
+  """A list to which each step of training will add the shift of its own answers."""
+  points, point_of = [], kto.point_of
+
+  def recorded(options, score, params, drawn):
+    point = point_of(options, score, params, drawn)
+    points.extend([point] * (len(drawn.rows) == 8))  # An evaluation has more answers.
+    return point
+
+  monkeypatch.setattr(kto, "point_of", recorded)
+  return points
+
+
 def sigmoid(x):
   return 1 / (1 + math.exp(-x))
 
@@ -134,12 +147,18 @@ def test_a_killed_run_resumes_bit_for_bit(stops, data, small, tmp_path, monkeypa
   """With BCO's running shift, which is a part of the state, and with packed rows."""
   changes = settings(data, steps=6, packing=32, **{"loss.name": "bco_unpaired_loss"})
   changes |= {"checkpoint.every": 2, "eval.every": 4}
+  points = steps_points(monkeypatch)
   straight = run(kto, tmp_path / "straight", changes)
+  of_steps = [*points]
   cut = stopped(monkeypatch, kto, tmp_path / "cut", changes, stops)
   assert cut.metrics == straight.metrics and equal(cut.state, straight.state)
   shifts = [row["shift"] for row in straight.metrics[:-1]]
-  # Nothing has moved at first, but for rounding; then it averages.
-  assert abs(shifts[0]) < 1e-6 and len({*shifts}) == 6
+  # Nothing has moved at first, but for rounding. Then it is the mean of all steps so far, in which
+  # each counts 0.9 times what the next one does.
+  assert abs(shifts[0]) < 1e-6 and len({*shifts}) == len(of_steps) == 6
+  for step, shift in enumerate(shifts):
+    shares = 0.9 ** np.arange(step, -1.0, -1.0)
+    assert shift == pytest.approx(np.average(of_steps[: step + 1], weights=shares), rel=1e-4)
 
 
 def test_microbatches_and_packing_add_up_to_the_whole(data, small, tmp_path):
