@@ -246,6 +246,16 @@ def test_a_grader_that_flips_a_coin_is_told_from_one_whose_problems_differ():
   assert [verdicts(rows, config)[0].name for rows in (unknown, few_groups)] == ["unmoved"] * 2
 
 
+def test_a_policy_that_is_thrown_about_is_not_blamed_on_the_grader():
+  """Entropy moves in either case; only updates that are too large move it 1.5 nats in one step."""
+  calm = record(accuracy=flat, frac_zero_std=0.1, entropy=lambda s: 5.5 - s)
+  thrown = record(accuracy=flat, frac_zero_std=0.1, entropy=lambda s: 5.5 if s < 0.03 else 4.0 - s)
+  (found,) = verdicts([calm[0] | {"reward_mean": 0.0}, *thrown[1:]], CONFIG)
+  assert found.name == "first_updates" and "1.5 nats" in found.says
+  assert found.advice == "Try --optimizer.learning_rate=1e-6"
+  assert [verdict.name for verdict in verdicts(calm, CONFIG)] == ["unlearnable"]
+
+
 def test_a_reward_that_falls_is_said_with_what_undoes_it():
   rows = record(accuracy=lambda s: 0.5 - 0.4 * s)
   (found,) = verdicts(rows, CONFIG)

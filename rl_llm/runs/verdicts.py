@@ -27,7 +27,7 @@ from rl_llm.runs.evidence import (
 )
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
-from rl_llm.runs.verdicts_settings import cold, fell, never_ends, unmoved
+from rl_llm.runs.verdicts_settings import JUMP, cold, fell, never_ends, unmoved
 from rl_llm.runs.verdicts_updates import UPDATES, memorised
 
 # Fewer steps say nothing of a trend.
@@ -40,8 +40,6 @@ _SMALL, _SMALL_AGREE = 4, 0.6
 _ENTROPY_SHARE, _ENTROPY_NATS = 0.02, 0.005
 # A policy this undecided, in nats per token, writes noise: that it never ends says nothing.
 _NOISE = 1.5
-# A change of the entropy in one step, in nats per token, that only too large an update makes.
-_JUMP = 1.0
 # Updates are "early" up to this step.
 _EARLY = 5
 # Shares of responses.
@@ -149,7 +147,7 @@ def _first_updates(record: Evidence) -> Verdict | None:
     said = f"the gradient has been 0 since step {since}, although the rewards differ."
   else:
     early = zip(entropies[:_EARLY], entropies[1 : _EARLY + 1], strict=False)
-    jumps = [i for i, (before, after) in enumerate(early) if abs(after - before) > _JUMP]
+    jumps = [i for i, (before, after) in enumerate(early) if abs(after - before) > JUMP]
     rewards = record.series("reward_mean")
     recovered = bool(rewards) and record.mean("reward_mean") > rewards[0]
     if not jumps or recovered or record.solved():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 from rl_llm.runs.evidence import Evidence, Verdict, attempt, grader, lower_rate, trend, truth
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
+# A change of the entropy in one step, in nats per token, that only too large an update makes.
+JUMP = 1.0
 # Steps that a trend takes.
 _ENOUGH = 20
 # Responses of which not one has ended: with fewer, a model of noise may just have been unlucky.
@@ -123,6 +127,43 @@ def _held(record: Evidence, said: str) -> Verdict | None:
   return None
 
 
+def _thrown(record: Evidence, said: str) -> Verdict | None:
+  """Updates after which the policy is another one each time."""
+  entropies = record.series("entropy")
+  jump = max((abs(b - a) for a, b in itertools.pairwise(entropies)), default=0.0)
+  if jump <= JUMP:
+    return None
+  return Verdict(
+    "first_updates",
+    f"{said}, but the entropy changed by {number(jump, 2)} nats per token in one: the updates are "
+    "too large.",
+    attempt(record, lower_rate(record)),
+  )
+
+
+def _unlearnable(record: Evidence, said: str) -> Verdict | None:
+  """A reward that comes out alike whatever the policy does."""
+  entropies = record.series("entropy") or [0.0]
+  first, (change, _) = entropies[0], trend(entropies)
+  if record.mean("frac_zero_std") < 0.5 and abs(change) > _MOVED * first > 0:
+    why = (
+      f"although the policy has (entropy {number(first, 2)} to {number(record.mean('entropy'), 2)})"
+      ": what the grader pays for does not depend on it."
+    )
+  elif _by_chance(record):
+    why = (
+      "and every problem is solved equally often: the groups differ as if each response had a "
+      f"chance of {record.mean('reward_mean'):.0%}, whatever it says."
+    )
+  else:
+    return None
+  return Verdict(
+    "unlearnable",
+    f"{said}, {why}",
+    f"Check the grader ({grader(record)}): equal responses should earn the same",
+  )
+
+
 def unmoved(record: Evidence) -> Verdict | None:
   """The reward is what it was, within its noise: because of a setting, the grader, or the rate."""
   rewards, known = record.series("reward_mean"), truth(record)
@@ -133,26 +174,10 @@ def unmoved(record: Evidence) -> Verdict | None:
   if moved or (known and known[-1][1] > known[0][2]):
     return None
   said = f"The reward has not moved in {len(rewards)} steps"
-  config = record.config
-  if found := _held(record, said):
-    return found
-  change, _ = trend(record.series("entropy") or [0.0])
-  first = (record.series("entropy") or [0.0])[0]
-  if record.mean("frac_zero_std") < 0.5 and abs(change) > _MOVED * first > 0:
-    return Verdict(
-      "unlearnable",
-      f"{said}, although the policy has (entropy {number(first, 2)} to "
-      f"{number(record.mean('entropy'), 2)}): what the grader pays for does not depend on it.",
-      f"Check the grader ({grader(record)}): equal responses should earn the same",
-    )
-  if _by_chance(record):
-    return Verdict(
-      "unlearnable",
-      f"{said}, and every problem is solved equally often: the groups differ as if each response "
-      f"had a chance of {record.mean('reward_mean'):.0%}, whatever it says.",
-      f"Check the grader ({grader(record)}): equal responses should earn the same",
-    )
-  given = finite(config.get("optimizer.learning_rate")) or 1e-5
+  for why in (_held, _thrown, _unlearnable):
+    if found := why(record, said):
+      return found
+  given = finite(record.config.get("optimizer.learning_rate")) or 1e-5
   return Verdict(
     "unmoved",
     f"{said}: {number(rise, 2)} from the first quarter to the last, within its noise.",
