@@ -112,7 +112,7 @@ def overrides(config: Config) -> dict[str, typing.Any]:
 def check(config: Config) -> None:
   """Refuses settings that do not fit together, before anything is loaded or compiled."""
   configs.check(config)
-  loss, part = config.loss, config.pairs.microbatch_pairs
+  loss, moving, part = config.loss, config.reference, config.pairs.microbatch_pairs
   sampled = config.prompts.max_prompt_tokens + config.prompts.max_new_tokens
   on_policy = config.data.data == "on_policy"
   config.data.check_fits(sampled if on_policy else config.data.max_tokens)
@@ -124,9 +124,12 @@ def check(config: Config) -> None:
   if config.task.reward != "task" and not on_policy:
     allowed = "task with a file of pairs, which says itself what is better"
     raise configs.ConfigError("reward", config.task.reward, allowed, "--data=on_policy samples")
-  if config.reference.refresh and not needs_reference(loss):
+  if moving.keep and not moving.refresh:
+    allowed = "left out without --reference.refresh"
+    raise configs.ConfigError("reference.keep", moving.keep, allowed)
+  if moving.refresh and not needs_reference(loss):
     allowed = f"0 with --loss={loss.name}, which has no reference"
-    raise configs.ConfigError("reference.refresh", config.reference.refresh, allowed)
+    raise configs.ConfigError("reference.refresh", moving.refresh, allowed)
   if loss.shift and loss.name != "bco_loss":
     allowed = f"left out with --loss={loss.name}"
     raise configs.ConfigError("loss.shift", loss.shift, allowed, "bco_loss has it")
@@ -395,8 +398,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       update = make_update(config, model.policy, mesh)
       init = functools.partial(states.init_state, optimizer=setup.make_optimizer(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
-      # What a moving reference says of the pairs of a step is computed in that step.
-      training = [] if config.reference.refresh else loaded.training
+      training = [] if config.reference.refresh else loaded.training  # A moving one: in each step.
       known = known_logprobs(config, run, model, training + held_out)
       if dataset or config.reference.refresh:
         model = model._replace(weights=model.weights._replace(reference=None))

@@ -765,11 +765,6 @@ class Reference:
     below=1,
   )
 
-  def check(self, config: Any) -> None:
-    """Refuses a share of nothing."""
-    if self.keep and not self.refresh:
-      raise ConfigError("reference.keep", self.keep, "left out without --reference.refresh")
-
 
 Baseline = terms.Baseline  # of REINFORCE
 Gae = terms.Gae  # of PPO
@@ -844,7 +839,7 @@ class KL:
         raise ConfigError(f"kl.{name}", getattr(self, name), allowed)
 
 
-def moving_reference(config: Any) -> KL | Reference | None:
+def moving_reference(config: Any) -> Any:
   """The settings by which the reference follows the policy; None where it does not."""
   found = getattr(config, "kl", None) or getattr(config, "reference", None)
   return found if found and found.refresh else None

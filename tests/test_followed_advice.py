@@ -165,6 +165,8 @@ SETTINGS = [
   (dpo, {"loss": "aot_loss", "microbatch_pairs": 4}, {"microbatch_pairs": 16}),
   (dpo, {"loss": "ipo_loss", "loss.shift": "batch"}, {"loss": "bco_loss"}),
   (dpo, {"loss.alpha": 0.5}, {"loss.divergence": "alpha"}),
+  (dpo, {"loss": "simpo_loss", "reference.refresh": 2}, {"reference.refresh": 0}),
+  (dpo, {"reference.keep": 0.4}, {"reference.refresh": 2}),
   (dpo, {"task": "none"}, {"task": "copy"}),
   (sft, {"task": "none"}, {"data": "rows.jsonl"}),
   (sft, {"task": "none", "data": "rows.jsonl", "held_out_fraction": 0.0}, None),
