@@ -46,6 +46,25 @@ def settings(file, **changes):
   } | changes
 
 
+def test_rounding_is_no_reward():
+  """The policy is the reference, and its log-probs were computed in other batches."""
+  desirable, ref = np.array([True, False] * 4), np.full(8, -3.0, np.float32)
+  held_out = unpaired.Answers(list(range(8)), desirable, ref, [], np.float32([]))
+  rounding = 1e-6 * np.where(desirable, 1, -1)
+
+  def score(params, rows):
+    return [np.array([-3.0 + rounding[row]]) for row in rows]
+
+  aot = kto.Loss(name="aot_unpaired_loss")
+  figures = kto.answer_figures(aot, held_out, score, 0, None)
+  assert figures["eval/label_auc"] == 0.5
+
+  def moved(params, rows):
+    return [np.array([-3.0 + 1e3 * rounding[row]]) for row in rows]
+
+  assert kto.answer_figures(aot, held_out, moved, 0, None)["eval/label_auc"] == 1.0
+
+
 def steps_points(monkeypatch):
   """A list to which each step of training will add the shift of its own answers."""
   points, point_of = [], kto.point_of
