@@ -751,19 +751,27 @@ class Duels:
 # The objective.
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-  """What DPO's policy is compared with."""
+def _refresh() -> Any:
+  """The option of a reference that follows the policy."""
+  return option(0, "steps between refreshes of the reference, from the policy; 0 = never", min=0)
 
-  refresh: int = option(
-    0, "steps between refreshes of the reference, from the policy; 0 = never", min=0
-  )
-  keep: float = option(
+
+def _keep() -> Any:
+  """The option that makes such a reference follow slowly."""
+  return option(
     0.0,
-    "share of the old reference that a refresh keeps; 0 = it becomes the policy; TR-DPO has 0.4",
+    "share of the old reference that a refresh keeps; 0 = it becomes the policy",
     min=0,
     below=1,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """What DPO's policy is compared with; in TR-DPO a refresh keeps 0.4 of it."""
+
+  refresh: int = _refresh()
+  keep: float = _keep()
 
 
 Baseline = terms.Baseline  # of REINFORCE
@@ -804,15 +812,8 @@ class KL:
   """The price of leaving the model that training began with."""
 
   coef: float = option(0.0, "0 keeps no reference model", min=0)
-  refresh: int = option(
-    0, "steps between refreshes of the reference, from the policy; 0 = never", min=0
-  )
-  keep: float = option(
-    0.0,
-    "share of the old reference that a refresh keeps; 0 = it becomes the policy",
-    min=0,
-    below=1,
-  )
+  refresh: int = _refresh()
+  keep: float = _keep()
   place: Literal["loss", "reward"] = option(
     "loss", "a term of the loss, or taken off the reward of each token"
   )

@@ -142,7 +142,7 @@ def _thrown(record: Evidence, said: str) -> Verdict | None:
 
 
 def _unlearnable(record: Evidence, said: str) -> Verdict | None:
-  """A reward that comes out alike whatever the policy does."""
+  """A reward that does not depend on what the policy does."""
   entropies = record.series("entropy") or [0.0]
   first, (change, _) = entropies[0], trend(entropies)
   if record.mean("frac_zero_std") < 0.5 and abs(change) > _MOVED * first > 0:

@@ -110,7 +110,7 @@ def test_minillm_charges_each_token_for_what_follows(discount):
 
 
 def every_text(length):
-  """All texts of so many tokens, as answers to one prompt."""
+  """All texts of that length, as answers to one prompt."""
   tokens = np.indices((V,) * length).reshape(length, -1).T.astype(np.int32)
   mask = np.ones(tokens.shape, bool)
   return rollout.ResponseBatch(np.int32([[1, 2, 3]]), np.int32([3]), tokens, mask, mask)
