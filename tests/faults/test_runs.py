@@ -108,9 +108,8 @@ FILLED = """
     from rl_llm.runs.checkpoint import Checkpointer
     from rl_llm.runs.config import replace
     place = Path(sys.argv[1])
-    record = place / "run" / "metrics.jsonl"
-    def fill():
-      while not record.exists() or record.read_bytes().count(b"\\n") < 4:
+    def fill():  # Once there is a checkpoint to resume from, which follows the record's lines.
+      while Checkpointer(place / "run" / "checkpoints").latest() is None:
         time.sleep(0.01)
       try:
         with open(place / "filled", "wb", buffering=0) as file:
