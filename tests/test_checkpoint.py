@@ -589,6 +589,30 @@ SMALL_DISK = """
 """
 
 
+def test_writes_that_end_after_a_failed_save_print_nothing(tmp_path, monkeypatch):
+  """Orbax has closed its loop by then; its error is ours already. Others are printed as ever."""
+
+  class Ends:
+    def __init__(self, error):
+      self.error = error
+
+    def __del__(self):  # Python has nowhere to raise what fails here.
+      raise self.error
+
+  printed = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda found: printed.append(str(found.exc_value)))
+  before, checkpointer = sys.unraisablehook, Checkpointer(tmp_path)
+  checkpointer.save(1, {"w": jnp.ones(3)})
+  assert sys.unraisablehook is before
+  with mock.patch.object(checkpoint.ocp, "save", side_effect=OSError(28, "No space left")):
+    with pytest.raises(CheckpointError, match="No space left"):
+      checkpointer.save(2, {"w": jnp.ones(3)})
+  for error in (RuntimeError("Event loop is closed"), RuntimeError("else"), ValueError("other")):
+    ends = Ends(error)
+    del ends
+  assert printed == ["else", "other"]
+
+
 def test_full_and_read_only_disks_leave_the_earlier_steps(tmp_path):
   """F11, F12: in a mount namespace of its own, which ends with the process."""
   space = ["unshare", "--user", "--map-root-user", "--mount"]

@@ -22,12 +22,14 @@ written, and why a kill loses nothing: docs/design.md, "What a checkpoint holds"
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging as python_logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -221,7 +223,7 @@ class Checkpointer:
       # Orbax refuses empty arrays; the manifest already holds their shapes and dtypes.
       stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
       if stored:
-        with _orbax_context():
+        with _orbax_context(), _quiet_after_failure():
           ocp.save(aside / _STATE, _nested(stored))
       if first:
         _write_manifest(aside, step, leaves, extra)
@@ -356,7 +358,7 @@ class Checkpointer:
     path = self.directory / str(manifest["step"]) / _STATE
     if stored:
       try:
-        with _orbax_context(partial=bool(below)):
+        with _orbax_context(partial=bool(below)), _quiet_after_failure():
           arrays |= _named_leaves(ocp.load(path, _nested(stored)))
       except Exception as error:
         raise CheckpointError(
@@ -820,6 +822,25 @@ def _quiet_orbax(record: python_logging.LogRecord) -> bool:
   """Drops Orbax's log lines and tracebacks: we raise its errors and report them in one line."""
   ours = f"{os.sep}orbax{os.sep}" not in record.pathname
   return ours or (record.levelno >= python_logging.WARNING and not record.exc_info)
+
+
+@contextlib.contextmanager
+def _quiet_after_failure():
+  """Drops the traceback of each read or write that is on its way when another has failed.
+
+  Orbax closes its event loop at the first that fails, and Python prints "Event loop is closed"
+  for each that ends after it. We raise the first; so after a failure this stays in place.
+  """
+  print_unraisable = sys.unraisablehook
+
+  def print_others(unraisable: Any) -> None:
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+      print_unraisable(unraisable)
+
+  sys.unraisablehook = print_others
+  yield
+  sys.unraisablehook = print_unraisable
 
 
 def _brief(error: Exception) -> str:
