@@ -49,6 +49,7 @@ class Config:
     4, "to count to", min=1, volatile=lambda config: config.optimizer.schedule == "constant"
   )
   seconds: float = option(0.0, "of each step", min=0)
+  gate: str = option("", "a file without which step 2 does not begin", volatile=True)
   journal: str = option("", "a file for all trials: a line per event", volatile=True)
   fault: Literal["none", "raise", "hang", "killed", "deaf", "settings"] = option("none", "what")
   fault_at: int = option(1, "step", min=0)
@@ -86,6 +87,9 @@ def main(config):
       for step in range(begin, config.steps):
         stop.check()
         fail(config, workdir, step)
+        while config.gate and step == 2 and not os.path.exists(config.gate):
+          stop.check()
+          time.sleep(0.01)
         time.sleep(config.seconds)
         figure = config.optimizer.learning_rate * step + 0.01 * config.seed
         with open(record, "a") as file:

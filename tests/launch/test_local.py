@@ -257,23 +257,27 @@ def test_a_failure_is_remembered_by_the_next_launcher(tmp_path):
   assert [event for _, event, _ in sweep.events()[trial]].count("begin") == 2
 
 
+def at_the_gate(sweep):
+  """How many trials have taken the two steps before it: they stay there."""
+  return sum(lines[-1][1:] == ("step", 1) for lines in sweep.events().values())
+
+
 @pytest.mark.slow
 def test_ctrl_c_lets_trials_save_and_the_same_command_goes_on(tmp_path):
-  sweep = Sweep(tmp_path, {"seed": [0, 1]}, steps=50, seconds=0.05)
+  gate = tmp_path / "gate"
+  sweep = Sweep(tmp_path, {"seed": [0, 1]}, steps=6, gate=str(gate))
   launcher = sweep.start("--parallel=2")
-  wait_for(
-    lambda: all(len(lines) > 2 for lines in sweep.events().values()) and len(sweep.events()) == 2,
-    "two trials under way",
-  )
+  wait_for(lambda: at_the_gate(sweep) == 2, "two trials under way")
   launcher.send_signal(signal.SIGINT)
   assert launcher.wait(timeout=PATIENCE) == 130
   assert "the same command resumes" in sweep.output()
   assert [lines[-1][1] for lines in sweep.events().values()] == ["stopped"] * 2
   assert {status["status"] for status in sweep.status().values()} == {"stopped"}
   assert not any(status.get("failures") for status in sweep.status().values())
+  gate.touch()
   code, _ = sweep.run("--parallel=2")
   assert code == 0
-  check_done_once(sweep, 2, 50)
+  check_done_once(sweep, 2, 6)
 
 
 @pytest.mark.slow
@@ -290,9 +294,9 @@ def test_a_trial_dies_with_its_launcher(tmp_path):
 
 @pytest.mark.slow
 def test_a_trial_stopped_from_outside_has_not_failed_and_is_left_alone(tmp_path):
-  sweep = Sweep(tmp_path, {"seed": [0]}, steps=200, seconds=0.02)
+  sweep = Sweep(tmp_path, {"seed": [0]}, gate=str(tmp_path / "gate"))
   launcher = sweep.start()
-  wait_for(lambda: sweep.lines() > 3, "a trial under way")
+  wait_for(lambda: at_the_gate(sweep) == 1, "a trial under way")
   os.kill(next(iter(sweep.events().values()))[0][0], signal.SIGTERM)
   assert launcher.wait(timeout=PATIENCE) == 143
   ((_, status),) = sweep.status().items()
@@ -301,14 +305,17 @@ def test_a_trial_stopped_from_outside_has_not_failed_and_is_left_alone(tmp_path)
 
 @pytest.mark.slow
 def test_a_directory_in_which_somebody_trains_is_waited_for(tmp_path):
-  sweep = Sweep(tmp_path, {"seed": [0]}, steps=60, seconds=0.05)
+  gate = tmp_path / "gate"
+  sweep = Sweep(tmp_path, {"seed": [0]}, gate=str(gate))
   code, output = sweep.run("--dry_run")
   assert code == 0
   by_hand = subprocess.Popen(output.splitlines()[-1], shell=True, cwd=ROOT)
-  wait_for(lambda: sweep.lines() > 3, "a trial under way")
-  code, _ = sweep.run()
-  assert (code, by_hand.wait()) == (0, 0)
-  check_done_once(sweep, 1, 60)
+  wait_for(lambda: at_the_gate(sweep) == 1, "a trial under way")
+  launcher = sweep.start()
+  wait_for(lambda: [*sweep.workdir.glob("*/leases/*")], "the launcher to have tried")
+  gate.touch()
+  assert (launcher.wait(timeout=PATIENCE), by_hand.wait()) == (0, 0)
+  check_done_once(sweep, 1, 4)
 
 
 def test_a_dry_run_writes_nothing(tmp_path):
@@ -453,11 +460,13 @@ def test_twelve_real_trials_and_ten_kills(tmp_path):
 
 @pytest.mark.slow
 def test_a_trial_whose_directory_is_deleted_ends_alone(tmp_path):
-  sweep = Sweep(tmp_path, {"seed": range(3)}, steps=6, seconds=0.3)
+  gate = tmp_path / "gate"
+  sweep = Sweep(tmp_path, {"seed": range(3)}, steps=6, gate=str(gate))
   launcher = sweep.start("--parallel=3", "--retries=2")
-  wait_for(lambda: sweep.lines() >= 6, "three trials that run")
+  wait_for(lambda: at_the_gate(sweep) == 3, "three trials that run")
   gone = next(sweep.workdir.glob("*/metrics.jsonl")).parent
   shutil.rmtree(gone)
+  gate.touch()
   assert launcher.wait(timeout=PATIENCE) == 1
   others = [p.name for p in sweep.workdir.glob("*") if (p / "trial.json").exists()]
   assert sorted(sweep.status()) == sorted(others) and gone.name not in others
