@@ -35,7 +35,7 @@ def reward(completions, **columns):
           threading.Thread(target=hold_later).start()
           libc.syscall(EXIT, 0)
         hold()
-      time.sleep(0.05)
+      time.sleep(0.15)  # three times as long as the minder sleeps
     if kind == "idle" and os.fork() == 0:
       time.sleep(60)
   time.sleep(2 if kind == "no first thread" else 0.3)
@@ -141,7 +141,13 @@ if worker == 0:
         del kept
         time.sleep(1000)
       time.sleep(0.001)
-  time.sleep(3)
+  until = time.monotonic() + 60
+  while time.monotonic() < until:
+    try:
+      os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:  # All have been killed.
+      break
+    time.sleep(0.001)
   os._exit(0)
 memory.watch(worker, 40)
 left = [each for each in memory.descendants(os.getpid()) if memory.status_of(each)]

@@ -50,8 +50,7 @@ def reward(prompts, completions, **columns):
   if text == "exit": raise SystemExit(0)
   if text == "loop":
     while True: pass
-  if text == "work":
-    while time.process_time() < 0.3: pass
+  if text == "slow": time.sleep(1.2)
   if text == "sleep": time.sleep(1e9)
   if text == "power": return [9 ** 9 ** 9]
   if text == "regex": re.match(r"(a+)+$", "a" * 40 + "b")
@@ -226,10 +225,22 @@ def test_hangs_cost_no_other_sample(source, record_property):
 
 
 def test_spares_do_not_crowd_out_a_grader_that_is_slow_on_every_sample(source):
-  """0.3 s of processor time each: 12 at once would need 1.8 s each on two cores."""
-  with RewardPool(source, deadline=1.5) as made:
-    results = made.score(["p"] * 12, ["work"] * 12, [{}] * 12)
-    assert [r.status for r in results] == ["ok"] * 12
+  """Each call is slow before the first has ended, but calls in no more spares than workers.
+
+  All 8 at once would have the cores of two, and each would take four times as long.
+  """
+  at_once = []
+  with RewardPool(source, deadline=3.0) as made:
+    send = made._send
+
+    def send_and_count(*args):
+      send(*args)
+      at_once.append(sum(worker.call is not None for worker in made._live))
+
+    made._send = send_and_count
+    results = made.score(["p"] * 8, ["slow"] * 8, [{}] * 8)
+    assert [r.status for r in results] == ["ok"] * 8
+  assert len(at_once) == 8 and max(at_once) <= 4, at_once
 
 
 def test_with_spares_hangs_cost_one_deadline_and_without_one_after_another(source):
@@ -591,8 +602,10 @@ def test_without_the_kernels_help_hangs_still_end(source, tmp_path, monkeypatch)
     statuses = ["ok", "timed_out", "died", "raised", "timed_out", "ok"]
     assert [r.status for r in results] == statuses
     one(made, "fine")
-  time.sleep(0.3)
-  assert not any(str(tmp_path) in command for command in _commands())
+  until = time.monotonic() + PATIENCE
+  while any(str(tmp_path) in command for command in _commands()):
+    assert time.monotonic() < until, "a worker is left"
+    time.sleep(0.02)
 
 
 def _commands():
