@@ -191,18 +191,18 @@ def test_each_call_has_a_fresh_process(path):
   "text, status, detail",
   [
     ("raise", "raised", "KeyError"),
-    ("hang", "timed_out", "a call of 2 responses took over 0.5 s and was killed"),
+    ("hang", "timed_out", "a call of 2 responses took over 1.5 s and was killed"),
     ("die", "died", "code 3"),
     ("die before a fork of it", "died", "code 3"),  # which holds the pipe of the answer
   ],
 )
 def test_a_call_that_fails_is_the_failure_of_all_its_responses(path, text, status, detail):
   texts = ["a", "b", text, "c", "d", "e"]
-  found = graded(path, "behaves", texts, group_size=2, deadline=0.5)
+  found = graded(path, "behaves", texts, group_size=2, deadline=1.5)
   assert [result.status for result in found] == ["ok"] * 2 + [status] * 2 + ["ok"] * 2
   for result in found[2:4]:
     assert detail in result.detail and len(result.detail) <= 2000 and result.value is None
-  alone = graded(path, "behaves", texts, group_size=2, deadline=0.5, isolation="sample")
+  alone = graded(path, "behaves", texts, group_size=2, deadline=1.5, isolation="sample")
   assert [result.status for result in alone] == ["ok"] * 2 + [status] + ["ok"] * 3
 
 
@@ -287,7 +287,7 @@ def test_functions_may_be_asynchronous(path):
   assert values(graded(path, "partial", ["a", "bb"], group_size=2)) == [1.0, 2.0]
   failed = graded(path, "waits", ["a", "raise"], {"seconds": 0}, group_size=2)
   assert all(re.fullmatch(r"ValueError: asynchronous \(mine\.py:\d+\)", r.detail) for r in failed)
-  late = graded(path, "waits", ["a", "b"], {"seconds": 60}, group_size=2, deadline=0.5)
+  late = graded(path, "waits", ["a", "b"], {"seconds": 60}, group_size=2, deadline=1.5)
   assert [result.status for result in late] == ["timed_out"] * 2
 
 

@@ -113,7 +113,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def graders(source):
-  with RewardPool(source, deadline=DEADLINE, max_failure_rate=1.0) as made:
+  """Their deadline is for a grader that hangs: none of what they are given does."""
+  with RewardPool(source, deadline=PATIENCE, max_failure_rate=1.0) as made:
     yield made
 
 
@@ -256,7 +257,7 @@ def test_with_spares_hangs_cost_one_deadline_and_without_one_after_another(sourc
 
 def test_fork_bomb_and_orphans_end_with_their_sample(graders):
   needs(graders, "processes")
-  assert one(graders, "fork bomb").status in ("raised", "timed_out")
+  assert one(graders, "fork bomb").status == "raised"
   assert one(graders, "orphan").status == "ok"
   deadline = time.monotonic() + PATIENCE
   while (left := _descendants(graders._server.pid)) and time.monotonic() < deadline:
@@ -595,7 +596,7 @@ def test_without_the_kernels_help_hangs_still_end(source, tmp_path, monkeypatch)
     text = re.sub(r"(?m)^_libc = .*", "_libc = None", text)
     (tmp_path / name).write_text(text.replace('sys.platform == "linux"', "False"))
   monkeypatch.setattr(server.protocol, "__file__", str(tmp_path / "worker.py"))
-  with RewardPool(source, deadline=0.5, max_failure_rate=1.0) as made:
+  with RewardPool(source, deadline=DEADLINE, max_failure_rate=1.0) as made:
     assert made.active_layers() == ("limits",)
     texts = ["fine", "loop", "os exit", "4 GB", "sleep", "fine"]
     results = made.score(["p"] * 6, texts, [{}] * 6)
