@@ -27,8 +27,18 @@ from rl_llm.runs.evidence import (
 )
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
-from rl_llm.runs.verdicts_settings import JUMP, cold, fell, never_ends, unmoved
-from rl_llm.runs.verdicts_updates import UPDATES, memorised
+from rl_llm.runs.verdicts_examples import EXAMPLES, by_heart, memorised, nothing_left
+from rl_llm.runs.verdicts_settings import (
+  JUMP,
+  cold,
+  fell,
+  never_ends,
+  other_part,
+  prompts_cut,
+  unmoved,
+  unreadable,
+)
+from rl_llm.runs.verdicts_updates import UPDATES
 
 # Fewer steps say nothing of a trend.
 _ENOUGH = 10
@@ -53,6 +63,10 @@ _STILL = 0.05
 # A grader "pays in full" from this share of the greatest reward; "few" responses are right up to
 # this share.
 _PAID, _FEW = 0.7, 0.1
+# A policy that is right more often than this is not lost, however certain it is.
+_HALF = 0.5
+# Groups of noise agree as well: they are told from this share of the run on.
+_BEGUN = 0.5
 
 _FAILURES = ("raised", "timed_out", "died", "invalid")
 
@@ -86,9 +100,10 @@ def verdicts(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> li
       return [found]
   found = []
   if len(trained) >= _ENOUGH and not record.solved():
-    chains = (_LEARNING, UPDATES)
+    chains = (_LEARNING, UPDATES, (memorised, *EXAMPLES))
     found = [next((v for rule in chain if (v := rule(record))), None) for chain in chains]
-  found.append(memorised(record))
+  if not any(found):  # Also of what is right in training alone, or was from the start.
+    found = [next((v for rule in _SOLVED if (v := rule(record))), None)]
   return [verdict for verdict in found if verdict]
 
 
@@ -194,6 +209,7 @@ def _cut(record: Evidence) -> Verdict | None:
   right_though_cut = record.mean("accuracy") > 1 - share + 0.05
   # A reward that rises by parts of an answer, of which none is ever whole, is no way out.
   learns = record.rising() and max(record.series("accuracy"), default=1.0) > 0
+  learns = learns or _more_right(record)
   if share < _CUT or falling or noise or right_though_cut or learns:
     return None
   limit = int(finite(record.config.get("max_new_tokens")) or 0)
@@ -204,6 +220,16 @@ def _cut(record: Evidence) -> Verdict | None:
     + ", so most never come to their answer.",
     attempt(record, ("max_new_tokens", 2 * limit) if limit else "a higher limit"),
   )
+
+
+def _more_right(record: Evidence) -> bool:
+  """Whether a run in progress has more right responses than it began with, beyond chance."""
+  rights, count = record.series("accuracy"), sum(record.late("rewards_ok"))
+  if not rights or not count or record.share_done() >= 1:
+    return False
+  rise, _ = trend(rights)
+  right = record.mean("accuracy")
+  return rise > _ERRORS * ((right + 1 / count) / count) ** 0.5
 
 
 def _cut_before_any_answer(record: Evidence) -> Verdict | None:
@@ -237,7 +263,7 @@ def _entropy_gone(record: Evidence) -> Verdict | None:
     return None
   bound = max(_ENTROPY_SHARE * entropies[0], _ENTROPY_NATS)
   since = record.since(lambda row: (finite(row.get("entropy")) or 0.0) <= bound)
-  if since is None or max(entropies[-5:]) > bound:
+  if since is None or max(entropies[-5:]) > bound or record.mean("accuracy") > _HALF:
     return None
   coefficient = finite(record.config.get("loss.entropy_coef")) or 0.0
   bonus = 2 * coefficient if coefficient else (0.1 if entropies[0] > _NOISE else 0.01)
@@ -254,7 +280,8 @@ def _entropy_gone(record: Evidence) -> Verdict | None:
 
 def _groups_agree(record: Evidence) -> Verdict | None:
   since = record.since(lambda row: (finite(row.get("frac_zero_std")) or 0.0) >= _AGREE)
-  if since is None or record.mean("frac_zero_std") < _AGREE:
+  early = record.share_done() < _BEGUN or record.rising()
+  if since is None or early or record.mean("frac_zero_std") < _AGREE:
     return None
   group = int(finite(record.config.get("responses_per_prompt")) or 8)
   return Verdict(
@@ -272,7 +299,7 @@ def _groups_agree(record: Evidence) -> Verdict | None:
 def _small_groups(record: Evidence) -> Verdict | None:
   group = int(finite(record.config.get("responses_per_prompt")) or 8)
   share = record.mean("frac_zero_std")
-  if group > _SMALL or share < _SMALL_AGREE:
+  if group > _SMALL or share < _SMALL_AGREE or record.share_done() < _BEGUN:
     return None
   return Verdict(
     "small_groups",
@@ -291,7 +318,7 @@ def _overlooked(record: Evidence) -> Verdict | None:
   still, _ = trend(record.late("reward_mean"), parts=2)
   fell = known[-1][2] < known[0][0]
   plateau = still <= _STILL * rise and record.share_done() >= 0.5
-  flat = known[-1][1] <= known[0][2] and plateau
+  flat = known[-1][1] <= known[0][2] and plateau and not _more_right(record)
   graded = str(record.config.get("reward", "task")) == "task"
   scale = full_reward(record) if graded else 0.0  # A reward model has no scale of its own.
   if rise <= max(_ERRORS * error, 0.1 * scale, 1e-9) or not (fell or flat):
@@ -352,11 +379,14 @@ def _unfinished(record: Evidence) -> Verdict | None:
 
 _BROKEN = (_skipped, _grader_failed, cold, never_ends, _constant, _first_updates)
 _LEARNING = (
+  prompts_cut,
   _bonus,
+  other_part,
   _paid_in_full,
   _cut_before_any_answer,
   _entropy_gone,
   _cut,
+  unreadable,
   _overlooked,
   fell,
   _groups_agree,
@@ -364,3 +394,4 @@ _LEARNING = (
   unmoved,
   _unfinished,
 )
+_SOLVED = (memorised, by_heart, nothing_left)

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
-from rl_llm.runs.evidence import Evidence, Verdict, attempt, grader, lower_rate, trend, truth
+from rl_llm.runs.evidence import (
+  Evidence,
+  Verdict,
+  attempt,
+  full_reward,
+  grader,
+  lower_rate,
+  trend,
+  truth,
+)
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
@@ -18,6 +28,18 @@ _RESPONSES = 2000
 _COLD, _AGREE, _NATS = 0.3, 0.9, 0.05
 # A temperature from this on samples noise.
 _HOT = 2.0
+# This share of prompts cut at their beginning is told.
+_CUT_PROMPTS = 0.2
+# "Few" responses are right up to this share.
+_FEW = 0.1
+# What other parts of a reward pay is "large" from this share of a right answer's reward.
+_LARGE = 0.5
+# Responses of a step with which its mean reward is noise.
+_STEP_RESPONSES = 16
+# Clipping takes nearly all of a gradient of this many times its limit.
+_CLIPPED = 1000.0
+# Values this much worse than one number for all mislead.
+_BLIND = -0.5
 # A price of the KL, in reward per nat, and a weight decay, that hold a policy where it is.
 _DEAR, _DECAY = 0.5, 0.3
 # A reward has "fallen" by this many standard errors, and this share of what it was.
@@ -26,6 +48,7 @@ _ERRORS, _LOST = 4.0, 0.1
 _MOVED = 0.1
 # Outside these shares of right responses, groups agree whoever grades.
 _RARE, _USUAL = 0.1, 0.9
+_PROMPTS = ("prompts_per_step", "max_prompt_tokens")
 # Groups that show how often they agree: if none of this many does, under 1.5 % of all do.
 _GROUPS = 200
 
@@ -43,6 +66,74 @@ def cold(record: Evidence) -> Verdict | None:
     f"At temperature {number(temperature)} all samples of a problem are the same "
     f"({number(record.mean('entropy'), 2)} nats per token), so nothing tells a better one.",
     attempt(record, ("sampling.temperature", 1.0)),
+  )
+
+
+def prompts_cut(record: Evidence) -> Verdict | None:
+  """Prompts that begin somewhere in their middle."""
+  config = record.config
+  problems, limit = (int(finite(config.get(key)) or 0) for key in _PROMPTS)
+  share = min(record.mean("overlong_prompts") / problems, 1.0) if problems else 0.0
+  if config.get("overlong_prompt") != "truncate_left" or share < _CUT_PROMPTS:
+    return None
+  return Verdict(
+    "prompts_cut",
+    f"{share:.0%} of the prompts are longer than {limit} tokens and have lost their beginning: the "
+    "model is not shown what it is asked.",
+    attempt(record, ("max_prompt_tokens", 4 * limit)),
+  )
+
+
+def other_part(record: Evidence) -> Verdict | None:
+  """A sum of rewards that rises, but hardly by what says which responses are right."""
+  total, penalties = record.series("reward_mean"), record.series("overlong_penalty")
+  terms = str(record.config.get("reward", "task")).split(",")
+  names = [term.split("*")[0].rsplit(":", 1)[-1] for term in terms]
+  graded = record.series(f"reward_{names[0]}") if len(names) > 1 else []
+  if not graded and penalties and len(penalties) == len(total):
+    graded = [whole - part for whole, part in zip(total, penalties, strict=True)]
+  if len(total) < _ENOUGH or len(graded) != len(total) or record.share_done() < 0.5:
+    return None
+  (rise, error), (of_grade, _) = trend(total), trend(graded)
+  paid = record.mean("reward_mean")
+  grade = statistics.fmean(graded[-len(graded) // 4 :])
+  mostly = rise > _ERRORS * error and of_grade <= 0.5 * rise
+  large = paid - grade >= max(_LARGE * full_reward(record), 2 * grade)
+  if not (mostly or large) or record.mean("accuracy") > _FEW:
+    return None
+  others = " and ".join(names[1:]) if len(names) > 1 else "the penalty for length"
+  option = ",".join([terms[0], *(_weaker(term) for term in terms[1:])])
+  weaker = ("reward", option) if len(names) > 1 else ("overlong.cache", 0.0)
+  return Verdict(
+    "other_part",
+    f"Of the reward, {number(paid, 2)}, the grader itself pays {number(grade, 2)}: the policy "
+    f"follows {others}, and {record.mean('accuracy'):.0%} of its responses are right.",
+    attempt(record, weaker),
+  )
+
+
+def _weaker(term: str) -> str:
+  """A reward with a tenth of its weight.
+
+  >>> _weaker("style.py:short*0.2"), _weaker("style.py:short")
+  ('style.py:short*0.02', 'style.py:short*0.1')
+  """
+  name, _, weight = term.partition("*")
+  return f"{name}*{number(float(weight or 1) / 10, 2)}"
+
+
+def unreadable(record: Evidence) -> Verdict | None:
+  """Answers in another form than the grader reads."""
+  graded = sum(record.late("rewards_ok"))
+  share = sum(record.late("rewards_unreadable")) / graded if graded else 0.0
+  if share < 0.5 or record.rising():
+    return None
+  return Verdict(
+    "unreadable",
+    f"The grader cannot read {share:.0%} of the newest responses: they are not in the form that it "
+    "expects.",
+    attempt(record, "an instruction that says how to give the answer")
+    + (" (--reasoning_gym.instruction)" if "reasoning_gym.instruction" in record.config else ""),
   )
 
 
@@ -127,6 +218,50 @@ def _held(record: Evidence, said: str) -> Verdict | None:
   return None
 
 
+def _small_steps(record: Evidence, said: str) -> Verdict | None:
+  """An optimizer that takes next to nothing of each gradient."""
+  config = record.config
+  norm, limit = record.mean("grad_norm"), finite(config.get("optimizer.max_grad_norm")) or 0.0
+  if config.get("optimizer.name") != "sgd":
+    return None
+  if limit and norm > _CLIPPED * limit:
+    said = f"{said}: gradients of norm {number(norm, 2)} are scaled down to {number(limit)}."
+    return Verdict("clipped", said, attempt(record, ("optimizer.max_grad_norm", 1.0)))
+  given = finite(config.get("optimizer.learning_rate")) or 1e-5
+  return Verdict(
+    "sgd",
+    f"{said}: plain gradient steps of {number(given)} times a norm of {number(norm, 2)} are short; "
+    "Adam's do not depend on that norm.",
+    attempt(record, ("optimizer.name", "adamw"), ("optimizer.learning_rate", 100 * given)),
+  )
+
+
+def _misled(record: Evidence, said: str) -> Verdict | None:
+  """Values that are worse than none."""
+  told = record.mean("explained_variance")
+  if told > _BLIND:
+    return None
+  rate = (finite(record.config.get("value.learning_rate")) or 1e-4) / 10
+  return Verdict(
+    "misled",
+    f"{said}, and the value network predicts it worse than one number would (explained variance "
+    f"{number(told, 2)}).",
+    attempt(record, ("value.learning_rate", rate)),
+  )
+
+
+def _few_responses(record: Evidence, said: str) -> Verdict | None:
+  """Steps of so few responses that nothing can be seen in them."""
+  responses = record.mean("rewards_ok")
+  if not 0 < responses <= _STEP_RESPONSES:
+    return None
+  return Verdict(
+    "noisy",
+    f"{said}: a step has only {responses:.0f} responses, and their mean is mostly noise.",
+    attempt(record, ("prompts_per_step", 16)),
+  )
+
+
 def _thrown(record: Evidence, said: str) -> Verdict | None:
   """Updates after which the policy is another one each time."""
   entropies = record.series("entropy")
@@ -174,7 +309,7 @@ def unmoved(record: Evidence) -> Verdict | None:
   if moved or (known and known[-1][1] > known[0][2]):
     return None
   said = f"The reward has not moved in {len(rewards)} steps"
-  for why in (_held, _thrown, _unlearnable):
+  for why in (_held, _small_steps, _thrown, _misled, _unlearnable, _few_responses):
     if found := why(record, said):
       return found
   given = finite(record.config.get("optimizer.learning_rate")) or 1e-5

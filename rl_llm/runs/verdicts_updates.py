@@ -1,11 +1,11 @@
-"""Rules of `rl_llm.runs.verdicts` about updates of the wrong size, and too many of them."""
+"""Rules of `rl_llm.runs.verdicts` about updates of the wrong size."""
 
 from __future__ import annotations
 
 import math
 import statistics
 
-from rl_llm.runs.evidence import Evidence, Verdict, attempt, lower_rate, nearer, trend
+from rl_llm.runs.evidence import Evidence, Verdict, attempt, lower_rate, nearer
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
@@ -17,8 +17,6 @@ _GROWN = 10.0
 _STEP_KL, _FAR = 0.1, 1.0
 # Weight decay is too large once it has left less than this share of the weights.
 _LEFT = 0.5
-# A held-out loss this share over its minimum has turned.
-_TURNED = 0.05
 
 
 def _exploding(record: Evidence) -> Verdict | None:
@@ -71,26 +69,6 @@ def _far(record: Evidence) -> Verdict | None:
     f"(over {number(_FAR)}), and few responses are right.",
     attempt(record, nearer(record)),
   )
-
-
-def memorised(record: Evidence) -> Verdict | None:
-  """The held-out loss of examples turned, while the training loss fell."""
-  for key in ("eval/token_loss", "eval/pair_loss", "eval/answer_loss"):
-    losses = [(row["step"], finite(row.get(key))) for row in record.evaluated]
-    losses = [(step, loss) for step, loss in losses if loss is not None]
-    if len(losses) < 3:
-      continue
-    step, least = min(losses, key=lambda pair: pair[1])
-    fell, error = trend(record.series("loss") or [0.0])
-    if losses[-1][1] > least + _TURNED * abs(least) and step < losses[-2][0] and fell < -error:
-      return Verdict(
-        "memorised",
-        f"The held-out loss was least at step {step} ({number(least)}, now "
-        f"{number(losses[-1][1])}) while the training loss fell: the model learns its examples by "
-        "heart.",
-        attempt(record, ("steps", max(step, 1)), "more data", lower_rate(record)),
-      )
-  return None
 
 
 UPDATES = (_exploding, _decayed, _step_kl, _far)

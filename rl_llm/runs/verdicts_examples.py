@@ -1,0 +1,212 @@
+"""Rules of `rl_llm.runs.verdicts` about what is learned from: examples, pairs, labels, a teacher.
+
+The loss says whether they are learned, the task's held-out problems whether that was any use.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from rl_llm.runs.evidence import Evidence, Verdict, attempt, flag, lower_rate, trend, truth
+from rl_llm.runs.formatting import number
+from rl_llm.runs.report_page import finite
+
+# A held-out loss this share over its minimum has turned, and one this share off the first has
+# moved.
+_TURNED, _MOVED = 0.05, 0.02
+# Steps that a trend takes, and the standard errors that are no noise.
+_ENOUGH, _ERRORS = 20, 4.0
+# "Few" responses are right up to this share.
+_FEW = 0.1
+# A student "is" its teacher below these: nats per token, and share of the first.
+_NEAR, _NEAR_SHARE = 0.1, 0.1
+# Labels are "one-sided" where fewer than this share are of the other kind.
+_OTHER_KIND = 0.05
+# Problems are known by heart where this much more of them is right than of held-out ones, at most.
+_GAP = 0.2
+# From this share of right answers before training on, nothing is left to learn.
+_DONE = 0.9
+
+_LOSSES = ("eval/token_loss", "eval/pair_loss", "eval/answer_loss")
+
+
+def _losses(record: Evidence, *keys: str) -> list[tuple[int, float]]:
+  """(step, held-out loss) of each evaluation."""
+  for key in keys:
+    found = [(row["step"], finite(row.get(key))) for row in record.evaluated]
+    found = [(step, loss) for step, loss in found if loss is not None]
+    if len(found) > 1:
+      return found
+  return []
+
+
+def _data(record: Evidence) -> str:
+  """The flag that says where the examples are from."""
+  return flag(record, "data", record.config["data"]) if "data" in record.config else "the data"
+
+
+def _held_more(record: Evidence) -> tuple[str, float]:
+  """A reference that holds more strongly."""
+  return "loss.beta", 5 * (finite(record.config.get("loss.beta")) or 0.1)
+
+
+def memorised(record: Evidence) -> Verdict | None:
+  """The held-out loss of examples turned, while the training loss fell."""
+  losses = _losses(record, *_LOSSES)
+  if len(losses) < 3:
+    return None
+  step, least = min(losses, key=lambda pair: pair[1])
+  fell, error = trend(record.series("loss") or [0.0])
+  if losses[-1][1] <= least + _TURNED * abs(least) or step >= losses[-2][0] or fell >= -error:
+    return None
+  ends = f"({number(least)}, now {number(losses[-1][1])}) while the training loss fell"
+  if step == losses[0][0]:
+    return Verdict(
+      "no_signal",
+      f"The held-out loss never fell {ends}: what is learned of the training examples does not "
+      "hold for others.",
+      f"Check the labels, or which answer is the better one ({_data(record)}). "
+      + attempt(record, "more data", lower_rate(record)),
+    )
+  return Verdict(
+    "memorised",
+    f"The held-out loss was least at step {step} {ends}: the model learns its examples by heart.",
+    attempt(record, ("steps", step), "more data", lower_rate(record)),
+  )
+
+
+def one_sided(record: Evidence) -> Verdict | None:
+  """Labels that are nearly all the same."""
+  wanted = record.series("desirable_fraction")
+  share = statistics.fmean(wanted) if wanted else 0.5
+  if _OTHER_KIND <= share <= 1 - _OTHER_KIND:
+    return None
+  kind, other = ("wanted", "unwanted") if share > 0.5 else ("unwanted", "wanted")
+  return Verdict(
+    "one_sided",
+    f"{max(share, 1 - share):.0%} of the answers are {kind} ones: there is next to nothing to tell "
+    "them from.",
+    attempt(record, f"more {other} answers in {_data(record)}", ("balanced", "true")),
+  )
+
+
+def worse(record: Evidence) -> Verdict | None:
+  """A held-out loss that is higher than before training, and was so at the evaluation before."""
+  losses = _losses(record, *_LOSSES, "eval/reverse_kl")
+  fell, error = trend(record.series("loss") or [0.0])
+  if len(losses) < 3 or fell < -error:
+    return None
+  first = losses[0][1]
+  if min(loss for _, loss in losses[-2:]) <= first + _TURNED * abs(first):
+    return None
+  return Verdict(
+    "worse",
+    f"The held-out loss rose from {number(first)} to {number(losses[-1][1])}: the updates are too "
+    "large.",
+    attempt(record, lower_rate(record)),
+  )
+
+
+def taught_else(record: Evidence) -> Verdict | None:
+  """The data is learned, and the task is not, or is forgotten."""
+  losses, known = _losses(record, *_LOSSES), truth(record)
+  if not losses or not known or losses[-1][1] >= losses[0][1] - _MOVED * abs(losses[0][1]):
+    return None
+  forgot = known[-1][2] < known[0][0]
+  late, whole = trend(record.late("loss"), parts=2)[0], trend(record.series("loss"))[0]
+  plateau = abs(late) <= 0.1 * abs(whole) and record.share_done() >= 0.5
+  never = plateau and known[-1][1] <= min(known[0][2], _FEW)
+  if not forgot and not never:
+    return None
+  before, after = (number(ends[1], 2) for ends in (known[0], known[-1]))
+  pairs = bool(record.series("pair_accuracy"))
+  check = f"Check that the chosen answers are the better ones ({_data(record)})"
+  if not pairs:
+    check = f"Check that its answers are those that the task calls right ({_data(record)})"
+  option = _held_more(record) if pairs else lower_rate(record)
+  return Verdict(
+    "taught_else",
+    f"The held-out loss fell from {number(losses[0][1])} to {number(losses[-1][1])} while held-out "
+    f"accuracy went from {before} to {after}: the data teaches something else than the task "
+    "grades.",
+    check + (". " + attempt(record, option) if forgot else ""),
+  )
+
+
+def like_its_teacher(record: Evidence) -> Verdict | None:
+  """A student that is its teacher, and still wrong."""
+  far, known = _losses(record, "eval/reverse_kl"), truth(record)
+  if not far or not known or record.share_done() < 0.5 or known[-1][1] > known[0][2]:
+    return None
+  first, last = far[0][1], far[-1][1]
+  if last > min(_NEAR, _NEAR_SHARE * first):
+    return None
+  return Verdict(
+    "like_its_teacher",
+    f"The student writes as its teacher does (KL {number(first, 2)} to {number(last, 2)} nats per "
+    f"token), and {known[-1][1]:.0%} of its answers are right: the teacher knows no better.",
+    attempt(record, "a teacher that solves the task (--teacher)"),
+  )
+
+
+def loss_unmoved(record: Evidence) -> Verdict | None:
+  """Given examples whose loss is what it was."""
+  losses, trained = _losses(record, *_LOSSES, "eval/reverse_kl"), record.series("loss")
+  if record.series("reward_mean") or len(trained) < _ENOUGH or record.share_done() < 0.5:
+    return None
+  if not losses:
+    return None
+  rise, error = trend(trained)
+  first, last = losses[0][1], losses[-1][1]
+  if rise < -max(_ERRORS * error, _MOVED * abs(first)) or last < first - _MOVED * abs(first):
+    return None
+  given = finite(record.config.get("optimizer.learning_rate")) or 1e-5
+  return Verdict(
+    "unmoved",
+    f"The loss has not moved in {len(trained)} steps: held out it was {number(first, 4)} and is "
+    f"{number(last, 4)}.",
+    attempt(record, ("optimizer.learning_rate", 10 * given), "more steps"),
+  )
+
+
+def by_heart(record: Evidence) -> Verdict | None:
+  """Right answers to the problems of training alone."""
+  known = truth(record)
+  if len(record.rows) < _ENOUGH or not known or not record.series("accuracy"):
+    return None
+  if record.evaluated[-1]["step"] < record.rows[-1]["step"]:  # Training has moved on since.
+    return None
+  right, (_, accuracy, high) = record.mean("accuracy"), known[-1]
+  if right - high < _GAP:
+    return None
+  temperature = finite(record.config.get("sampling.temperature")) or 1.0
+  said = f"Of the training problems {right:.0%} are right, of the held-out ones {accuracy:.0%}"
+  if temperature < 1:
+    return Verdict(
+      "other_samples",
+      f"{said}: those of training were sampled at temperature {number(temperature)}, and these at "
+      "1.",
+      attempt(record, ("sampling.temperature", 1.0)),
+    )
+  return Verdict(
+    "by_heart",
+    f"{said}: the model learns its problems by heart.",
+    "Try more problems, or fewer steps",
+  )
+
+
+def nothing_left(record: Evidence) -> Verdict | None:
+  """A task that the model could do before training."""
+  first = record.evaluated[0] if record.evaluated else {}
+  low, right = (finite(first.get(f"eval/sampled_{end}")) for end in ("low", "accuracy"))
+  if first.get("step") != 0 or low is None or low < _DONE:
+    return None
+  return Verdict(
+    "nothing_left",
+    f"{right:.0%} of the held-out answers were right before training: there is hardly anything to "
+    "learn.",
+    "Try harder problems",
+  )
+
+
+EXAMPLES = (one_sided, worse, taught_else, like_its_teacher, loss_unmoved)
