@@ -141,11 +141,12 @@ def like_its_teacher(record: Evidence) -> Verdict | None:
   first, last = far[0][1], far[-1][1]
   if last > min(_NEAR, _NEAR_SHARE * first):
     return None
+  teacher = flag(record, "teacher", record.config.get("teacher")) or "this one"
   return Verdict(
     "like_its_teacher",
     f"The student writes as its teacher does (KL {number(first, 2)} to {number(last, 2)} nats per "
     f"token), and {known[-1][1]:.0%} of its answers are right: the teacher knows no better.",
-    attempt(record, "a teacher that solves the task (--teacher)"),
+    attempt(record, f"a teacher that solves the task, in the place of {teacher}"),
   )
 
 
