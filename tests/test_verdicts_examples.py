@@ -128,6 +128,21 @@ def test_a_student_that_is_its_teacher_and_no_better():
   assert verdicts(examples(right=lambda s: 0.1, **near)[:31], CONFIG) == []
 
 
+def test_a_student_that_begins_as_its_teacher():
+  same = {"eval/reverse_kl": lambda s: 0.005 * s, "eval/token_loss": None}
+  assert name_and_advice(examples(right=lambda s: 0.1, **same))[0] == "like_its_teacher"
+  far = {"eval/reverse_kl": lambda s: 4 - s, "eval/token_loss": None}
+  assert verdicts(examples(right=lambda s: 0.1, **far), CONFIG) == []
+
+
+def test_pairs_that_are_told_apart_are_not_learned_by_heart():
+  """The loss is of how sure a model is; 0.95 of the held-out pairs are in order."""
+  turned = {"eval/pair_loss": lambda s: 0.05 + abs(s - 0.3) / 10, "eval/token_loss": None}
+  for share, names in ((0.95, []), (0.7, ["memorised"])):
+    rows = examples(**turned, **{"eval/pair_accuracy": share})
+    assert [verdict.name for verdict in verdicts(rows, CONFIG)] == names
+
+
 def test_prompts_that_lost_their_beginning():
   rows = sampled(overlong_prompts=8)
   name, advice = name_and_advice(rows, overlong_prompt="truncate_left")
@@ -334,6 +349,42 @@ PAUSES_HELD_OUT = (
   (125, 0.465, 0.604, 0.727),
   (150, 0.621, 0.761, 0.861),
 )
+# Every fourth step of the same DPO on pairs in the right order, with 100 times its learning rate:
+# (step, loss, share of pairs in order); (step, held-out loss, low, accuracy, high).
+TOO_LARGE = (
+  (0, 0.693, 0.406),
+  (4, 0.69, 0.375),
+  (8, 0.539, 0.5),
+  (12, 0.845, 0.531),
+  (16, 0.642, 0.469),
+  (20, 0.776, 0.406),
+  (24, 0.594, 0.5),
+  (28, 0.627, 0.562),
+  (32, 0.73, 0.438),
+  (36, 0.697, 0.344),
+  (40, 0.529, 0.531),
+  (44, 0.48, 0.656),
+  (48, 0.655, 0.469),
+  (52, 0.637, 0.438),
+  (56, 0.795, 0.25),
+  (60, 0.594, 0.531),
+  (64, 0.639, 0.531),
+  (68, 0.729, 0.406),
+  (72, 0.714, 0.312),
+  (76, 0.789, 0.344),
+  (80, 0.653, 0.469),
+  (84, 0.641, 0.5),
+  (88, 0.626, 0.5),
+  (92, 0.675, 0.375),
+  (96, 0.569, 0.5),
+)
+TOO_LARGE_HELD_OUT = (
+  (0, 0.693, 0.401, 0.457, 0.513),
+  (25, 0.796, 0.0, 0.0, 0.037),
+  (50, 0.8, 0.0, 0.0, 0.037),
+  (75, 0.809, 0.0, 0.0, 0.037),
+  (100, 0.813, 0.0, 0.0, 0.037),
+)
 
 
 def joined(trained, keys, held_out, held_out_keys):
@@ -352,6 +403,13 @@ def test_a_recorded_run_on_swapped_pairs():
   rows = joined(SWAPPED, ("loss", "pair_accuracy"), SWAPPED_HELD_OUT, ("eval/pair_loss", *ENDS))
   name, advice = name_and_advice(rows, steps=100)
   assert name == "taught_else" and "chosen answers are the better ones (--data=" in advice
+
+
+def test_a_recorded_run_of_too_large_updates_is_not_blamed_on_its_pairs():
+  """Of 0.693 the training loss keeps 0.67: not even the training pairs were learned."""
+  rows = joined(TOO_LARGE, ("loss", "pair_accuracy"), TOO_LARGE_HELD_OUT, ("eval/pair_loss", *ENDS))
+  found = name_and_advice(rows, **{"steps": 100, "optimizer.learning_rate": 3e-2})
+  assert found == ("worse", "Try --optimizer.learning_rate=0.001")
 
 
 def test_a_recorded_run_that_pauses_gets_no_sentence_at_any_evaluation():

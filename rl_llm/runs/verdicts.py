@@ -14,6 +14,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rl_llm.runs import verdicts_examples as examples
+from rl_llm.runs import verdicts_settings as settings
 from rl_llm.runs.evidence import (
   Evidence,
   Verdict,
@@ -27,17 +29,6 @@ from rl_llm.runs.evidence import (
 )
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
-from rl_llm.runs.verdicts_examples import EXAMPLES, by_heart, memorised, nothing_left
-from rl_llm.runs.verdicts_settings import (
-  JUMP,
-  cold,
-  fell,
-  never_ends,
-  other_part,
-  prompts_cut,
-  unmoved,
-  unreadable,
-)
 from rl_llm.runs.verdicts_updates import UPDATES
 
 # Fewer steps say nothing of a trend.
@@ -100,7 +91,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> li
       return [found]
   found = []
   if len(trained) >= _ENOUGH and not record.solved():
-    chains = (_LEARNING, UPDATES, (memorised, *EXAMPLES))
+    chains = (_LEARNING, UPDATES, (examples.memorised, *examples.EXAMPLES))
     found = [next((v for rule in chain if (v := rule(record))), None) for chain in chains]
   if not any(found):  # Also of what is right in training alone, or was from the start.
     found = [next((v for rule in _SOLVED if (v := rule(record))), None)]
@@ -162,7 +153,7 @@ def _first_updates(record: Evidence) -> Verdict | None:
     said = f"the gradient has been 0 since step {since}, although the rewards differ."
   else:
     early = zip(entropies[:_EARLY], entropies[1 : _EARLY + 1], strict=False)
-    jumps = [i for i, (before, after) in enumerate(early) if abs(after - before) > JUMP]
+    jumps = [i for i, (before, after) in enumerate(early) if abs(after - before) > settings.JUMP]
     rewards = record.series("reward_mean")
     recovered = bool(rewards) and record.mean("reward_mean") > rewards[0]
     if not jumps or recovered or record.solved():
@@ -377,21 +368,22 @@ def _unfinished(record: Evidence) -> Verdict | None:
   )
 
 
-_BROKEN = (_skipped, _grader_failed, cold, never_ends, _constant, _first_updates)
+_BROKEN = (_skipped, _grader_failed, settings.cold, settings.never_ends, _constant, _first_updates)
 _LEARNING = (
-  prompts_cut,
+  settings.prompts_cut,
+  examples.like_its_teacher,
   _bonus,
-  other_part,
+  settings.other_part,
   _paid_in_full,
   _cut_before_any_answer,
   _entropy_gone,
   _cut,
-  unreadable,
+  settings.unreadable,
   _overlooked,
-  fell,
+  settings.fell,
   _groups_agree,
   _small_groups,
-  unmoved,
+  settings.unmoved,
   _unfinished,
 )
-_SOLVED = (memorised, by_heart, nothing_left)
+_SOLVED = (examples.memorised, examples.by_heart, examples.nothing_left)

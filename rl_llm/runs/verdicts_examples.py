@@ -14,12 +14,19 @@ from rl_llm.runs.report_page import finite
 # A held-out loss this share over its minimum has turned, and one this share off the first has
 # moved.
 _TURNED, _MOVED = 0.05, 0.02
+# Training examples are learned once their loss is this share below the first.
+_LEARNED = 0.1
+# No rise of a held-out loss is this small, in nats.
+_NATS = 0.01
 # Steps that a trend takes, and the standard errors that are no noise.
 _ENOUGH, _ERRORS = 20, 4.0
 # "Few" responses are right up to this share.
 _FEW = 0.1
-# A student "is" its teacher below these: nats per token, and share of the first.
-_NEAR, _NEAR_SHARE = 0.1, 0.1
+# A student "is" its teacher below this many nats per token, if that is this share of the first;
+# or below this many anyway.
+_NEAR, _NEAR_SHARE, _SAME = 0.1, 0.1, 0.01
+# Held-out pairs and labels are told apart from this share on, whatever their loss is.
+_TOLD = 0.9
 # Labels are "one-sided" where fewer than this share are of the other kind.
 _OTHER_KIND = 0.05
 # Problems are known by heart where this much more of them is right than of held-out ones, at most.
@@ -40,6 +47,20 @@ def _losses(record: Evidence, *keys: str) -> list[tuple[int, float]]:
   return []
 
 
+def _fell(record: Evidence) -> bool:
+  """Whether the training loss fell, from the first quarter to the last and from the first step."""
+  losses = record.series("loss") or [0.0]
+  fell, error = trend(losses)
+  return fell < -error and record.mean("loss") < losses[0] - _LEARNED * abs(losses[0])
+
+
+def _told(record: Evidence) -> bool:
+  """Whether held-out pairs, or labels, are told apart."""
+  last = record.evaluated[-1] if record.evaluated else {}
+  shares = (finite(last.get(f"eval/{key}")) or 0.0 for key in ("pair_accuracy", "label_auc"))
+  return max(shares) >= _TOLD
+
+
 def _data(record: Evidence) -> str:
   """The flag that says where the examples are from."""
   return flag(record, "data", record.config["data"]) if "data" in record.config else "the data"
@@ -56,8 +77,8 @@ def memorised(record: Evidence) -> Verdict | None:
   if len(losses) < 3:
     return None
   step, least = min(losses, key=lambda pair: pair[1])
-  fell, error = trend(record.series("loss") or [0.0])
-  if losses[-1][1] <= least + _TURNED * abs(least) or step >= losses[-2][0] or fell >= -error:
+  turned = losses[-1][1] > least + _TURNED * abs(least) and step < losses[-2][0]
+  if not turned or not _fell(record) or _told(record):
     return None
   ends = f"({number(least)}, now {number(losses[-1][1])}) while the training loss fell"
   if step == losses[0][0]:
@@ -93,11 +114,10 @@ def one_sided(record: Evidence) -> Verdict | None:
 def worse(record: Evidence) -> Verdict | None:
   """A held-out loss that is higher than before training, and was so at the evaluation before."""
   losses = _losses(record, *_LOSSES, "eval/reverse_kl")
-  fell, error = trend(record.series("loss") or [0.0])
-  if len(losses) < 3 or fell < -error:
+  if len(losses) < 3 or _fell(record):
     return None
   first = losses[0][1]
-  if min(loss for _, loss in losses[-2:]) <= first + _TURNED * abs(first):
+  if min(loss for _, loss in losses[-2:]) <= first + max(_TURNED * abs(first), _NATS):
     return None
   return Verdict(
     "worse",
@@ -139,7 +159,7 @@ def like_its_teacher(record: Evidence) -> Verdict | None:
   if not far or not known or record.share_done() < 0.5 or known[-1][1] > known[0][2]:
     return None
   first, last = far[0][1], far[-1][1]
-  if last > min(_NEAR, _NEAR_SHARE * first):
+  if last > max(min(_NEAR, _NEAR_SHARE * first), _SAME):
     return None
   teacher = flag(record, "teacher", record.config.get("teacher")) or "this one"
   return Verdict(
@@ -159,7 +179,7 @@ def loss_unmoved(record: Evidence) -> Verdict | None:
     return None
   rise, error = trend(trained)
   first, last = losses[0][1], losses[-1][1]
-  if rise < -max(_ERRORS * error, _MOVED * abs(first)) or last < first - _MOVED * abs(first):
+  if rise < -max(_ERRORS * error, _MOVED * abs(first)) or abs(last - first) > _MOVED * abs(first):
     return None
   given = finite(record.config.get("optimizer.learning_rate")) or 1e-5
   return Verdict(
@@ -210,4 +230,4 @@ def nothing_left(record: Evidence) -> Verdict | None:
   )
 
 
-EXAMPLES = (one_sided, worse, taught_else, like_its_teacher, loss_unmoved)
+EXAMPLES = (one_sided, worse, taught_else, loss_unmoved)
