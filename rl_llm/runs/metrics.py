@@ -7,19 +7,22 @@ when it opens: it drops a line cut in the middle, and the steps that the resumed
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rl_llm.errors import UserError, redact
+from rl_llm.errors import UserError, redact, secrets
 from rl_llm.files import write_atomically, writing
+
+_encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class RecordError(UserError, ValueError):
@@ -91,7 +94,9 @@ class MetricsWriter:
     self._last_step = step
     if self._file is None:
       return
-    left = memoryview("".join(_line(step, row) + "\n" for row in rows).encode("ascii"))
+    # A step's texts repeat: each prompt in its group, "ok" and "eos" in every line.
+    clean = functools.cache(functools.partial(redact, environ=secrets()))
+    left = memoryview("".join(_line(step, row, clean) + "\n" for row in rows).encode("ascii"))
     with writing(self.path):
       while left:  # A disk that gets full takes a part.
         left = left[self._file.write(left) :]
@@ -114,13 +119,13 @@ class MetricsWriter:
     self.close()
 
 
-def _line(step: int, row: Mapping[str, Any]) -> str:
+def _line(step: int, row: Mapping[str, Any], clean: Callable[[str], str]) -> str:
   if "step" in row:
     raise ValueError('a row has its own "step"; the step is the first argument of write')
-  return json.dumps({"step": step} | plain(row), allow_nan=False)
+  return _encode({"step": step} | plain(row, clean=clean))
 
 
-def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain(row: Mapping[str, Any], *, clean: Callable[[str], str] = redact) -> dict[str, Any]:
   """A row as a record holds it: sorted, its numbers such as JSON has, its texts redacted.
 
   >>> plain({"loss": np.float32(0.5), "key": "hf_abcdefghijklmnopqrstuvwx", "kl": float("inf")})
@@ -128,26 +133,27 @@ def plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
   Args:
     row: as for `MetricsWriter.write`.
+    clean: redacts a text.
 
   Raises:
     TypeError: a value is not a scalar; the message names its key.
   """
-  return {key: _value(key, row[key]) for key in sorted(row)}
+  return {key: _value(key, row[key], clean) for key in sorted(row)}
 
 
-def _value(key: str, value: Any) -> Any:
+def _value(key: str, value: Any, clean: Callable[[str], str]) -> Any:
   """A scalar, or a list of dicts of scalars."""
   if isinstance(value, list) and all(isinstance(each, dict) for each in value):
-    return [{name: _scalar(f"{key}, {name}", each[name]) for name in each} for each in value]
-  return _scalar(key, value)
+    return [{name: _scalar(f"{key}, {name}", each[name], clean) for name in each} for each in value]
+  return _scalar(key, value, clean)
 
 
-def _scalar(key: str, value: Any) -> Any:
+def _scalar(key: str, value: Any, clean: Callable[[str], str]) -> Any:
   """The value as an equal one that JSON can hold."""
   if value is None or isinstance(value, bool):
     return value
   if isinstance(value, str):
-    return redact(value)
+    return clean(value)
   if not isinstance(value, (int, float)):
     array = np.asarray(value)
     if array.ndim or array.dtype == object:
