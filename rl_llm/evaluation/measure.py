@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rl_llm.data.prompts import PromptTooLong, pad_prompts
@@ -77,7 +76,7 @@ def evaluate(
     the grader has no opinion on any response.
   """
   group = samples + 1
-  temperature = jnp.tile(jnp.array([0.0] + [1.0] * samples), prompts_per_batch)
+  temperature = np.tile(np.array([0.0] + [1.0] * samples, np.float32), prompts_per_batch)
   columns = max(map(len, drawn.prompts), default=0)
   graded: list[dict[str, Any]] = []
   for start in range(0, len(drawn.problems), prompts_per_batch):
@@ -219,7 +218,7 @@ def record_responses(
   size = -(-count // (batches * parts)) * parts
   columns = max(map(len, drawn.prompts))
   keys = row_keys(jax.random.key(seed), batches * size, group)
-  tiled = jnp.tile(jnp.array(temperatures, jnp.float32), size)
+  tiled = np.tile(np.array(temperatures, np.float32), size)
   sampling = dataclasses.replace(sampling, temperature=tiled)
 
   weights = fingerprint(params)[:16]

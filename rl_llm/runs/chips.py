@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Chip(NamedTuple):
@@ -122,7 +123,7 @@ def product_flops(device: Any, dtype: Any, *, size: int = 768, seconds: float = 
     size: of their sides: large enough to use all cores, small enough that many products fit.
     seconds: to spend after compiling; at least one product is computed.
   """
-  square = jax.device_put(jnp.ones((size, size), dtype), device)
+  square = jax.device_put(np.ones((size, size), jnp.dtype(dtype)), device)
   multiply = jax.jit(jnp.matmul)
   multiply(square, square).block_until_ready()
   best, until = float("inf"), time.perf_counter() + seconds

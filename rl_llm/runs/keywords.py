@@ -11,6 +11,7 @@ new keyword of an existing loss, becomes a flag without another line of code.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import types
@@ -140,6 +141,7 @@ def arrays(group: Any) -> list[str]:
   return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
 
 
+@functools.cache  # Read-only to all callers; a run asks for the same few at every step.
 def settings(function: Callable) -> dict[str, tuple[Any, Any]]:
   """The keywords that are settings, not arrays: name -> (type, default)."""
   hints = typing.get_type_hints(function)
