@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grpo, ppo
+from experiments import grpo, ppo, setup
 from rl_llm.data.prompts import bucket
 from rl_llm.errors import ConfigError
 from rl_llm.files import locked
@@ -497,6 +497,29 @@ def test_one_compilation_a_shape_over_ragged_steps(tmp_path, small, files, caplo
   assert compiled["update"] == compiled["take"] == len(shapes)
   assert compiled["group_advantages"] == 1
   record_property("F40", steps)
+
+
+def test_all_evaluations_of_a_run_share_what_the_first_compiles(
+  tmp_path, small, files, monkeypatch, caplog
+):
+  """Three evaluations of 7 problems, in batches of 4 and of 3, with groups unlike training's."""
+  evaluate, compiled = setup.evaluation.evaluate, []
+
+  def counted(*args, **keywords):
+    before = len(caplog.records)
+    found = evaluate(*args, **keywords)
+    compiled.append(compiled_in(caplog.records[before:]))
+    return found
+
+  monkeypatch.setattr(setup.evaluation, "evaluate", counted)
+  changes = {"eval.every": 1, "eval.problems": 7, "eval.samples": 5, "max_new_tokens": 7}
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    found = run(tmp_path, settings(files, **changes))
+  asked = [row["prompt"] for row in found.samples if row["split"] == "eval"]
+  assert len(asked) == 3 * 7 and len(set(asked)) == 7
+  first, *later = compiled
+  assert first.count("generate") == 1
+  assert later == [[], []]
 
 
 # Interruptions, in processes of their own.
