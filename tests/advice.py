@@ -237,17 +237,13 @@ def unsaid(found: tuple[Text, ...], said: list[str]) -> list[str]:
 
 
 def follow(
-  cases: Mapping[str, Callable],
-  directory: Callable[[str], Path],
-  *,
-  prepare: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
+  cases: Mapping[str, Callable], directory: Callable[[str], Path]
 ) -> tuple[list[str], dict[str, BaseException]]:
   """Runs cases that provoke errors and do what they say.
 
   Args:
     cases: name -> (said, path) or (said, path, monkeypatch); the texts of errors go to `said`.
     directory: (name) -> an empty directory.
-    prepare: called before each case.
 
   Returns:
     All that was said, and by case what went wrong.
@@ -255,7 +251,6 @@ def follow(
   said, failed = [], {}
   for name, case in cases.items():
     with pytest.MonkeyPatch.context() as patch:
-      prepare(patch)
       further = [patch] if "monkeypatch" in inspect.signature(case).parameters else []
       try:
         case(said, directory(name), *further)

@@ -51,9 +51,14 @@ def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
   >>> leaf_shapes(tiny_config(32))["layers_0/attention/key/weight"]
   (32, 64)
   """
+  return dict(_leaf_shapes(config))
+
+
+@functools.lru_cache(maxsize=32)  # Tracing takes as long as reading or writing a small model.
+def _leaf_shapes(config: TransformerConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
   init = make_policy(config).init
   abstract = jax.eval_shape(lambda: init(jax.random.key(0)))
-  return {path: leaf.shape for path, leaf in _leaves(abstract)}
+  return tuple((path, leaf.shape) for path, leaf in _leaves(abstract))
 
 
 def check_layers(config: TransformerConfig, shapes: Mapping[str, Any], source: str) -> None:

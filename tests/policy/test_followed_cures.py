@@ -50,8 +50,6 @@ CONFIG = dataclasses.replace(
   policy.tiny_config(32), width=32, n_layers=1, n_heads=2, n_kv_heads=1, mlp_width=64
 )
 INDEX, CONFIG_FILE = "model.safetensors.index.json", "config.json"
-# Every reading asks for them, and they take longer than the rest of it.
-SHAPES = functools.cache(leaf_shapes)
 
 
 def refused(said, call, *arguments, **keywords):
@@ -66,7 +64,7 @@ def refused(said, call, *arguments, **keywords):
 def weights(config=CONFIG):
   """Random ones, by a model's paths; made without a compiler."""
   rng, params = np.random.default_rng(0), {}
-  for path, shape in SHAPES(config).items():
+  for path, shape in leaf_shapes(config).items():
     *parents, leaf = path.split("/")
     node = params
     for parent in parents:
@@ -367,7 +365,7 @@ def follow_damaged_gguf_files(said, path):
   write_gguf(path / "small.gguf", CONFIG, weights(), "llama", per_file=5)
   parts = sorted(path.glob("small-*.gguf"))
   whole = [part.read_bytes() for part in parts]
-  key, total = b"llama.block_count", len(SHAPES(CONFIG))
+  key, total = b"llama.block_count", len(leaf_shapes(CONFIG))
   assert len(parts) == 3
   at = whole[0].index(key) + len(key) + 4  # Behind the kind of the number.
   many = whole[0][:at] + (999).to_bytes(4, "little") + whole[0][at + 4 :]
@@ -507,12 +505,7 @@ CASES = {name: case for name, case in list(globals().items()) if name.startswith
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
   """What was said in all cases, and by case what went wrong."""
-
-  def prepare(patch):
-    for module in ("rl_llm.policy.hf", "rl_llm.policy.gguf", "tests.policy.test_weights"):
-      patch.setattr(f"{module}.leaf_shapes", SHAPES)
-
-  return advice.follow(CASES, tmp_path_factory.mktemp, prepare=prepare)
+  return advice.follow(CASES, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("name", CASES)

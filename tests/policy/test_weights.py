@@ -107,6 +107,14 @@ def test_config_without_an_architecture_names_what_would_be_lost(tiny):
     config_to_hf(odd)
 
 
+def test_shapes_are_each_callers_own():
+  """They are kept, since tracing takes long, and a reward model takes one away from its own."""
+  shapes = leaf_shapes(family_model("llama")[0])
+  kept = dict(shapes)
+  shapes.clear()
+  assert leaf_shapes(family_model("llama")[0]) == kept
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_load_bit_equal(tmp_path, family):
   config, params = family_model(family)
