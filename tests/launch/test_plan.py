@@ -60,15 +60,27 @@ def by_name(config):
   [
     ("qwen2.5-0.5b", 0.494),
     ("qwen2.5-1.5b", 1.54),
-    pytest.param("qwen2.5-7b", 7.62, marks=pytest.mark.slow),
-    pytest.param("qwen2.5-32b", 32.8, marks=pytest.mark.slow),
-    pytest.param("qwen2.5-72b", 72.7, marks=pytest.mark.slow),
+    ("qwen2.5-7b", 7.62),
+    ("qwen2.5-32b", 32.8),
+    ("qwen2.5-72b", 72.7),
     ("llama-3.1-8b", 8.03),
-    pytest.param("llama-3.1-70b", 70.6, marks=pytest.mark.slow),
+    ("llama-3.1-70b", 70.6),
   ],
 )  # As their model cards count them.
 def test_models_have_as_many_parameters_as_they_say(name, billions):
   assert estimate.count_parameters(MODELS[name])[0] / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_parameters_are_counted_of_one_layer_for_all():
+  assert estimate.count_parameters(TINY)[0] == count()
+  sliding = dataclasses.replace(
+    TINY, n_layers=3, layer_types=("sliding", "full", "sliding"), sliding_window=2
+  )
+  shapes = jax.eval_shape(make_policy(sliding).init, jax.random.key(0))
+  assert estimate.count_parameters(sliding) == (
+    parameter_count(shapes),
+    parameter_count(shapes["layers_2"]),
+  )
 
 
 def test_collectives_in_loops_count_as_often_as_these_run():
