@@ -64,10 +64,12 @@ def alone(model, pairs):
   return found
 
 
+score_pairs = jax.jit(pair_logprobs, static_argnames=("policy", "temperature"))
+
+
 def logprobs_of(model, batch):
   policy, params = model
-  score = functools.partial(pair_logprobs, policy=policy, temperature=TEMPERATURE)
-  return np.asarray(jax.jit(score)(params, batch))
+  return np.asarray(score_pairs(params, batch, policy=policy, temperature=TEMPERATURE))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rl_llm.rollout.decoding import Decoding, requests_of
 from rl_llm.rollout.sampling import SamplingConfig
 from rl_llm.runs.flops import forward_flops, prediction_flops
 
+score = jax.jit(response_logprobs, static_argnames="policy")
 PAD = 256
 # Every third id ends a turn, so that about one token in three does.
 EOS = tuple(range(0, 259, 3))
@@ -122,7 +123,7 @@ def test_the_trainer_scores_what_was_sampled(tiny, seed):
   state, written = episode(tiny, settings, answers, width=8, seed=seed)
   assert state.turn.max() >= 3 and len(set(state.length.tolist())) >= 4
   assert {0} < {len(ids) for ids in written.values()}  # empty ones and others
-  logprobs, entropies = response_logprobs(params, batch_of(state), policy=policy)
+  logprobs, entropies = score(params, batch_of(state), policy=policy)
   np.testing.assert_allclose(state.logprobs, logprobs, rtol=0, atol=1e-5)
   np.testing.assert_allclose(state.entropies, entropies, rtol=0, atol=1e-5)
   assert np.ptp(state.logprobs[state.mask]) > 1  # likely and unlikely tokens
@@ -151,12 +152,12 @@ def test_what_the_environment_wrote_lies_where_it_said_it_and_is_not_sampled(tin
 def test_a_row_does_not_see_the_others_wait(tiny):
   """A row that goes on alone, after the others, draws what it draws among them."""
   policy, params = tiny
-  settings = settings_for(policy, tokens=32, turn_tokens=6)
+  settings = settings_for(policy, tokens=48, turn_tokens=6)
   said = [[65, 66], [67], [], [68, 69, 70], [71], [72]] * 2
-  together, _ = episode(tiny, settings, [said], width=4)
+  together, _ = episode(tiny, settings, [said], width=8)
   first = [ids if row % 2 else None for row, ids in enumerate(said)]
   later = [None if row % 2 else ids for row, ids in enumerate(said)]
-  apart, _ = episode(tiny, settings, [first, later], width=4)
+  apart, _ = episode(tiny, settings, [first, later], width=8)
   for row in range(0, ROWS, 2):  # Those that waited while the others had a turn of their own.
     np.testing.assert_array_equal(apart.tokens[row], together.tokens[row])
     np.testing.assert_allclose(apart.logprobs[row], together.logprobs[row], rtol=0, atol=1e-5)
@@ -172,14 +173,15 @@ def test_limits_end_a_turn_without_its_end(tiny):
 
 
 def test_a_minimum_length_counts_in_each_turn(tiny):
-  settings = settings_for(tiny[0], tokens=40, turn_tokens=6)
+  settings = settings_for(tiny[0], tokens=48, turn_tokens=6)
   answers = random_answers(3, rounds=3, width=3)
-  state, _ = episode(tiny, settings, answers, width=4, min_new_tokens=3)
+  state, _ = episode(tiny, settings, answers, width=8, min_new_tokens=3)
   assert state.turn.max() >= 2
   for row in range(ROWS):
     assert np.bincount(state.turns[row, state.mask[row]]).min() >= 4
 
 
+@pytest.mark.slow  # test_episodes.py counts the programs of two steps.
 def test_programs_compile_once_a_shape(tiny):
   programs = turns.start, turns.decode_turns, turns.append
   settings = settings_for(tiny[0], tokens=41, turn_tokens=5)  # A length that no other test has.
