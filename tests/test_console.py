@@ -130,7 +130,7 @@ def test_model_text_is_shown_literally_and_acts_on_nothing(text, terminal):
   rest.encode("utf-8")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
   text=st.text(st.characters(exclude_categories=()), max_size=400), prompt=st.text(max_size=100)
 )

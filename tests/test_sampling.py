@@ -10,6 +10,7 @@ import pytest
 
 from rl_llm.rollout.sampling import SamplingConfig, _invert
 from rl_llm.rollout.sampling import sample as eager_sample
+from tests.representatives import mostly_slow
 
 sample = jax.jit(eager_sample)
 invert = jax.jit(_invert, static_argnums=2)
@@ -41,9 +42,11 @@ def assert_distribution(counts, probabilities):
   assert statistic <= freedom + 5 * math.sqrt(2 * freedom), (statistic, freedom)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
-@pytest.mark.parametrize("vocab", [7, 256, 1000])
-def test_draws_follow_the_tempered_softmax(temperature, vocab):
+@pytest.mark.parametrize(
+  ("vocab", "temperature"),
+  mostly_slow(itertools.product((7, 256, 1000), (0.7, 1.0, 2.0)), quick=[1, 3, 8]),
+)
+def test_draws_follow_the_tempered_softmax(vocab, temperature):
   logits = np.random.default_rng(vocab).normal(size=vocab) * 0.7
   counts, _ = draw(logits, SamplingConfig(temperature=temperature), n=20_000)
   exact = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
