@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import doctest
+import io
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -359,3 +363,74 @@ def test_error_text_of_a_template_cannot_drive_the_terminal():
 def test_docstrings():
   result = doctest.testmod(chat_template)
   assert result.attempted > 3 and result.failed == 0
+
+
+# The child's side, called here.
+
+
+def served(monkeypatch, *requests):
+  """The child's answers to these, and the processor limits that it gave itself."""
+  import resource
+
+  limits, given = [], "".join(json.dumps(request) + "\n" for request in requests).encode()
+  said = types.SimpleNamespace(buffer=io.BytesIO())
+  monkeypatch.setattr(resource, "setrlimit", lambda which, both: limits.append((which, both)))
+  monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(given)))
+  monkeypatch.setattr(sys, "stdout", said)
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  chat_template._serve("/nowhere")
+  ready, *answers = map(json.loads, said.buffer.getvalue().splitlines())
+  assert ready == {"ready": "yes"}
+  return answers, [both for which, both in limits if which == resource.RLIMIT_CPU]
+
+
+def request(template, *, max_chars=100, **context):
+  context = {"messages": USER} | context
+  return {"template": template, "context": context, "timeout": 3.0, "max_chars": max_chars}
+
+
+def test_the_child_answers_each_line_with_text_or_an_error(monkeypatch):
+  called = "{{ raise_exception('roles must alternate') }}"
+  marked = "{% generation %}{{ 'a<' | tojson }}{% endgeneration %}"
+  answers, _ = served(
+    monkeypatch,
+    request("{{ messages[0].role }}{{ bos }}", bos="<s>"),
+    request("{{ 'é' * 101 }}"),
+    request(called),
+    request("{% if %}"),
+    request("{{ none.x.y }}"),
+    request(marked),
+    request("{{ strftime_now('%Y') | length }}"),
+  )
+  assert answers == [
+    {"text": "user<s>"},
+    {"error": "the chat template gave more than 100 characters"},
+    {"error": "the chat template refuses these messages: roles must alternate"},
+    {"error": answers[3]["error"]},
+    {"error": "the chat template failed: UndefinedError: 'None' has no attribute 'x'"},
+    {"text": '"a<"'},
+    {"text": "4"},
+  ]
+  assert re.fullmatch("the chat template is not valid Jinja: .*, line 1", answers[3]["error"])
+
+
+def test_the_child_has_seconds_for_each_line_beyond_those_it_has_used(monkeypatch):
+  """Its parent may be gone: whole seconds, at least those that the line may take."""
+  used = iter([0.4, 7.9])
+  import resource
+
+  usage = lambda who: types.SimpleNamespace(ru_utime=next(used), ru_stime=0.2)  # noqa: E731
+  monkeypatch.setattr(resource, "getrusage", usage)
+  answers, limits = served(monkeypatch, request("a"), request("b"))
+  assert answers == [{"text": "a"}, {"text": "b"}]
+  hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+  assert limits == [(3 + 2, hard), (8 + 3 + 2, hard)]
+
+
+def test_too_much_memory_is_an_error_of_the_template(monkeypatch):
+  def compile_nothing(template):
+    raise MemoryError
+
+  monkeypatch.setattr(chat_template, "_compile", compile_nothing)
+  answers, _ = served(monkeypatch, request("a"))
+  assert answers == [{"error": "the chat template needs more than 512 MB of memory"}]
