@@ -290,7 +290,9 @@ def _groups_agree(record: Evidence) -> Verdict | None:
 def _small_groups(record: Evidence) -> Verdict | None:
   group = int(finite(record.config.get("responses_per_prompt")) or 8)
   share = record.mean("frac_zero_std")
-  if group > _SMALL or share < _SMALL_AGREE or record.share_done() < _BEGUN:
+  newest = statistics.fmean(record.series("frac_zero_std")[-5:] or [0.0])
+  early = record.share_done() < _BEGUN or record.mean("accuracy") > _HALF
+  if group > _SMALL or min(share, newest) < _SMALL_AGREE or early:
     return None
   return Verdict(
     "small_groups",

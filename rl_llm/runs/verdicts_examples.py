@@ -25,6 +25,9 @@ _FEW = 0.1
 # A student "is" its teacher below this many nats per token, if that is this share of the first;
 # or below this many anyway.
 _NEAR, _NEAR_SHARE, _SAME = 0.1, 0.1, 0.01
+# A policy has moved where held-out answers earn this much; it tells nothing where the share in
+# order is this close to a coin's.
+_EARNED, _COIN = 0.02, 0.05
 # Held-out pairs and labels are told apart from this share on, whatever their loss is.
 _TOLD = 0.9
 # Labels are "one-sided" where fewer than this share are of the other kind.
@@ -135,6 +138,7 @@ def taught_else(record: Evidence) -> Verdict | None:
   forgot = known[-1][2] < known[0][0]
   late, whole = trend(record.late("loss"), parts=2)[0], trend(record.series("loss"))[0]
   plateau = abs(late) <= 0.1 * abs(whole) and record.share_done() >= 0.5
+  plateau = plateau and record.evaluated[-1]["step"] >= record.rows[-1]["step"]
   never = plateau and known[-1][1] <= min(known[0][2], _FEW)
   if not forgot and not never:
     return None
@@ -167,6 +171,23 @@ def like_its_teacher(record: Evidence) -> Verdict | None:
     f"The student writes as its teacher does (KL {number(first, 2)} to {number(last, 2)} nats per "
     f"token), and {known[-1][1]:.0%} of its answers are right: the teacher knows no better.",
     attempt(record, f"a teacher that solves the task, in the place of {teacher}"),
+  )
+
+
+def told_by_chance(record: Evidence) -> Verdict | None:
+  """A policy that has moved, and tells held-out answers apart as a coin would."""
+  last = record.evaluated[-1] if record.evaluated else {}
+  keys = ("desirable_reward", "undesirable_reward", "chosen_reward", "rejected_reward")
+  earned = max(abs(finite(last.get(f"eval/{key}")) or 0.0) for key in keys)
+  shares = (finite(last.get(f"eval/{key}")) for key in ("label_auc", "pair_accuracy"))
+  share = next((share for share in shares if share is not None), None)
+  if share is None or abs(share - 0.5) > _COIN or earned < _EARNED or record.share_done() < 0.5:
+    return None
+  return Verdict(
+    "no_signal",
+    f"The policy has moved, and of held-out answers it puts {share:.0%} in the right order, as a "
+    "coin would: what is learned does not hold for others.",
+    f"Check the labels, or which answer is the better one ({_data(record)}). Try more data",
   )
 
 
@@ -230,4 +251,4 @@ def nothing_left(record: Evidence) -> Verdict | None:
   )
 
 
-EXAMPLES = (one_sided, worse, taught_else, loss_unmoved)
+EXAMPLES = (one_sided, worse, taught_else, told_by_chance, loss_unmoved)

@@ -15,6 +15,8 @@ _ENOUGH = 20
 _GROWN = 10.0
 # Nats per token: one step's updates, and the distance to the reference model.
 _STEP_KL, _FAR = 0.1, 1.0
+# Clipping takes the gradient of this share of tokens where updates go too far.
+_CLIPPED = 0.3
 # Weight decay is too large once it has left less than this share of the weights.
 _LEFT = 0.5
 
@@ -46,6 +48,20 @@ def _step_kl(record: Evidence) -> Verdict | None:
   )
 
 
+def _clipped(record: Evidence) -> Verdict | None:
+  """Updates of one batch of which many have no gradient any more."""
+  share = record.mean("clip_low_fraction") + record.mean("clip_high_fraction")
+  epochs = int(finite(record.config.get("epochs")) or 1)
+  if share < _CLIPPED or epochs < 2:
+    return None
+  return Verdict(
+    "clipped_tokens",
+    f"{share:.0%} of the tokens are clipped: after {epochs} passes over a batch the policy has "
+    "left what sampled it.",
+    attempt(record, ("epochs", max(epochs // 8, 1)), lower_rate(record)),
+  )
+
+
 def _decayed(record: Evidence) -> Verdict | None:
   """Decay that took more of the weights than it left: (1 - rate * decay) of them stay in a step."""
   decay = finite(record.config.get("optimizer.weight_decay")) or 0.0
@@ -71,4 +87,4 @@ def _far(record: Evidence) -> Verdict | None:
   )
 
 
-UPDATES = (_exploding, _decayed, _step_kl, _far)
+UPDATES = (_exploding, _decayed, _step_kl, _clipped, _far)
