@@ -17,10 +17,7 @@ from tests.policy.make_goldens import family_model, family_tokens
 from tests.representatives import mostly_slow
 
 # Full layers alone; QK norm; full and sliding layers by turns, with another RoPE, and with caps.
-KINDS = (
-  *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "qwen3", "gemma2")),
-  "gemma3",
-)
+KINDS = ("llama", "qwen3", "gemma2", "gemma3")
 # Two rows of two packed sequences, and padding.
 SEGMENTS = np.array([[1] * 11 + [2] * 10 + [-1] * 3, [-1] * 2 + [0] * 6 + [1] * 8 + [2] * 8])
 POSITIONS = np.array([[*range(11), *range(10), 0, 0, 0], [0, 0, *range(22)]])
@@ -59,7 +56,8 @@ def assert_close(found, wanted, limit=1e-5):
     assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("apply", mostly_slow([hidden_of, responses_of], quick=[1]))
+@pytest.mark.slow  # The next test has the quick one: a loop with remat against layers without.
+@pytest.mark.parametrize("apply", [hidden_of, responses_of])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loop_has_the_states_and_gradients_of_layers_one_by_one(kind, apply):
   config, params = family_model(kind)
@@ -67,7 +65,7 @@ def test_a_loop_has_the_states_and_gradients_of_layers_one_by_one(kind, apply):
   assert_close(found, value_and_gradient(apply, params, config=config))
 
 
-@pytest.mark.parametrize("apply", mostly_slow([hidden_of, responses_of], quick=[0]))
+@pytest.mark.parametrize("apply", mostly_slow([hidden_of, responses_of], quick=[1]))
 @pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_so_it_is_with_remat(apply, scan_layers):
   config, params = family_model("gemma3")
