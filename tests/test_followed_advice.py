@@ -95,9 +95,14 @@ def refused(said, call, *arguments, **keywords):
   return said[-1]
 
 
+@functools.cache
+def leaves_of(config_class):
+  return {leaf.path: leaf for leaf in _leaves(config_class)}
+
+
 def configured(module, settings, advised=()):
   """The script's config with these settings, and with flags as an error writes them."""
-  leaves = {leaf.path: leaf for leaf in _leaves(module.Config)}
+  leaves = leaves_of(module.Config)
   full = {path: path for path in leaves}
   full |= {path.removesuffix(".name"): path for path in leaves if path.endswith(".name")}
   changes = {full[name]: value for name, value in settings.items()}
@@ -348,7 +353,7 @@ def follow_lengths(said, path):
   assert "raise the limit, or choose another --overlong_prompt" in message
   limit(limit=3, overlong="error")
   for module in (grpo, evaluate, make_preferences):
-    leaf = {leaf.path: leaf for leaf in _leaves(module.Config)}["overlong_prompt"]
+    leaf = leaves_of(module.Config)["overlong_prompt"]
     for overlong in set(leaf.choices) - {"error"}:
       limit(limit=2, overlong=overlong)
   rows = ({"prompt": f"{n:02}", "completion": "b" * (9 * (n == 3)) + "a"} for n in range(12))
