@@ -107,7 +107,19 @@ def blocks(text):
   return dict(found)
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=name)
+# Pages whose examples take the longest; what they call has its own examples and tests.
+LONG = {f"docs/{page}.md" for page in ("design", "algorithms", "estimators")} | {
+  f"docs/guide/{page}.md" for page in ("collapse", "entropy", "ppo")
+}
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    pytest.param(path, id=name(path), marks=[pytest.mark.slow] if name(path) in LONG else [])
+    for path in GUIDES
+  ],
+)
 def test_examples(path):
   result = doctest.testfile(str(path), module_relative=False, parser=Parser())
   written = re.findall(r"^ *>>>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)

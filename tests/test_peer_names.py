@@ -78,7 +78,7 @@ def test_a_field_of_another_system(script, typed, said):
       ("--logging_steps=1", "metrics.jsonl has every step"),
       ("--advantage=rloo", "did you mean leave_one_out?"),
     ],
-    quick=[1, 2],
+    quick=[2],
   ),
 )
 def test_a_command_line_of_another_system(flag, said):

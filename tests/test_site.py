@@ -51,6 +51,7 @@ def site(tmp_path_factory):
   return path, pages
 
 
+@pytest.mark.slow
 def test_every_page_is_there_in_both_languages(site):
   path, pages = site
   for source in DOCS.rglob("*.md"):
@@ -61,6 +62,7 @@ def test_every_page_is_there_in_both_languages(site):
   assert english == {each.relative_to(path / "ja") for each in pages if "ja" in each.parts}
 
 
+@pytest.mark.slow
 def test_the_switch_stays_on_the_page(site):
   path, pages = site
   for each, page in pages.items():
@@ -69,18 +71,21 @@ def test_the_switch_stays_on_the_page(site):
     assert targets == {"en": path / name, "ja": path / "ja" / name}, each
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_another_host(site):
   for each, page in site[1].items():
     hosts = [url for url in page.loads if urllib.parse.urlsplit(url).netloc]
     assert hosts == [], each
 
 
+@pytest.mark.slow
 def test_what_the_style_asks_for_is_there(site):
   style = (site[0] / "site.css").read_text(encoding="utf-8")
   asked = re.findall(r"url\(\"([^\"]+)\"\)", style)
   assert asked and all((site[0] / name).is_file() for name in asked)
 
 
+@pytest.mark.slow
 def test_no_link_or_anchor_is_broken(site):
   for each, page in site[1].items():
     for address in [*page.links, *page.loads]:
@@ -95,6 +100,7 @@ def test_no_link_or_anchor_is_broken(site):
         assert fragment in site[1][target].anchors, (each, address)
 
 
+@pytest.mark.slow
 def test_a_line_break_is_no_space_in_japanese(site):
   wide = r"[\u3000-\u9fff\uff00-\uffef]"
   texts = [each.read_text(encoding="utf-8") for each in site[1] if "ja" in each.parts]

@@ -79,6 +79,7 @@ def test_operations_of_a_point_are_those_of_every_product():
   assert found == read + predicted
 
 
+@pytest.mark.slow
 def test_scaling_runs_and_prints_a_line_a_point(capsys):
   scaling.main(
     scaling.Config(

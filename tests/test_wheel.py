@@ -12,7 +12,6 @@ import zipfile
 
 import pytest
 
-from tests.representatives import mostly_slow
 from tests.test_importing import PROGRAMS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -92,9 +91,8 @@ def test_nothing_else_can_be_imported_from_it(installed, tmp_path):
     assert f"No module named '{name}'" in said.stderr
 
 
-@pytest.mark.parametrize(
-  "name, program, printed", mostly_slow(PROGRAMS, quick=[0]), ids=[p[0] for p in PROGRAMS]
-)
+@pytest.mark.slow  # test_importing.py runs them in this clone.
+@pytest.mark.parametrize("name, program, printed", PROGRAMS, ids=[p[0] for p in PROGRAMS])
 def test_the_import_page_runs_against_it(installed, tmp_path, name, program, printed):
   del name
   said = run(installed, program, tmp_path / "empty")

@@ -13,6 +13,7 @@ from rl_llm.rollout.grading import is_correct, reward_parts
 from rl_llm.runs import identity, report_figures, report_plots
 from tests.experiments.conftest import files, small  # noqa: F401  (fixtures)
 from tests.experiments.helpers import run, settings
+from tests.representatives import mostly_slow
 
 
 def test_what_a_setting_lists():
@@ -121,7 +122,7 @@ def test_gdpo_refuses_what_it_has_no_use_for():
   grpo.check(grpo.Config(model="tiny", task="copy", advantage="gdpo", reward=reward))
 
 
-@pytest.mark.parametrize("advantage", ["group_relative", "gdpo"])
+@pytest.mark.parametrize("advantage", mostly_slow(["group_relative", "gdpo"], quick=[1]))
 def test_a_run_with_two_rewards(advantage, tmp_path, small, files):  # noqa: F811
   path = files / "reward.py"
   reward = f"{path}:fraction*1.0,{path}:lonely*0.2"

@@ -23,7 +23,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def pool(task):
-  with RewardPool(task.reward, workers=2, max_failure_rate=1.0) as made:
+  with RewardPool(task.reward, workers=1, max_failure_rate=1.0) as made:
     yield made
 
 
