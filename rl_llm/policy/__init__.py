@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from rl_llm.policy.cache import Cache
 from rl_llm.policy.configs import (
   RopeScaling,
   TransformerConfig,
@@ -25,7 +26,7 @@ from rl_llm.policy.modules import Params
 from rl_llm.policy.peft import load_adapter, save_adapter
 from rl_llm.policy.population import PopulationPolicy, population_policy
 from rl_llm.policy.scalar_head import apply_head, normal_head, with_head, zero_head
-from rl_llm.policy.transformer import Cache, Policy, make_policy
+from rl_llm.policy.transformer import Policy, make_policy
 
 
 def load_weights(

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 
+from rl_llm.policy.cache import Cache
 from rl_llm.policy.lora import join
 from rl_llm.policy.modules import Params
-from rl_llm.policy.transformer import Cache, Policy
+from rl_llm.policy.transformer import Policy
 
 # (what all members share, or None; what each has, with the members along a new first axis)
 Population = tuple[Params | None, Params]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from rl_llm.parallel.sharding import constrain, constrain_rows, copy_to_rows, row_shards
 from rl_llm.policy.attention import AttentionName, Kernel, find_kernel, softcap
+from rl_llm.policy.cache import Cache, written
 from rl_llm.policy.configs import TransformerConfig
 from rl_llm.policy.layer_stack import Layer, run_layers
 from rl_llm.policy.modules import (
@@ -32,21 +33,6 @@ from rl_llm.policy.modules import (
 )
 from rl_llm.policy.positions import make_geometry
 from rl_llm.policy.shared_prefix import Fork
-
-
-class Cache(NamedTuple):
-  """What has been read, so that a decode step computes one token: S columns, `cursor` written.
-
-  Every leaf but a scalar `cursor` has the batch first, so rows can be repeated or gathered with
-  `jax.tree.map`. Keys and values are stored in the order in which a decode step multiplies them:
-  with heads after columns, or keys with columns first, a CPU rearranges the whole cache per token.
-  """
-
-  keys: tuple[chex.Array, ...]  # one a layer, [B, K, H, S] in the compute dtype, rotated
-  values: tuple[chex.Array, ...]  # one a layer, [B, K, S, H] in the compute dtype
-  segment_ids: chex.Array  # [B, S] int32, -1 = padding or not yet written
-  positions: chex.Array  # [B, S] int32
-  cursor: chex.Array  # int32, the column the next token goes to: of all rows, or [B] of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +185,8 @@ def hidden(
   key_segments, key_positions, cursor, cached = segment_ids, positions, 0, None
   if cache is not None:
     cursor, cached = cache.cursor, list(zip(cache.keys, cache.values, strict=True))
-    key_segments = _written(cache.segment_ids, segment_ids, cursor, axis=1)
-    key_positions = _written(cache.positions, positions, cursor, axis=1)
+    key_segments = written(cache.segment_ids, segment_ids, cursor, axis=1)
+    key_positions = written(cache.positions, positions, cursor, axis=1)
   geometry = make_geometry(
     setup.config, segment_ids, key_segments, positions, key_positions, cursor
   )
@@ -318,18 +304,6 @@ def _final_norm(setup: Setup, params: Params, x: chex.Array) -> chex.Array:
   return RMSNorm(setup.config).apply({"params": params["final_norm"]}, x)
 
 
-def _written(kept: chex.Array, new: chex.Array, cursor: chex.Array, *, axis: int) -> chex.Array:
-  """A cache's array with `new` in the columns from `cursor` on, along `axis`."""
-  if jnp.ndim(cursor) == 0:
-    return jax.lax.dynamic_update_slice_in_dim(kept, new, cursor, axis=axis)
-  columns = cursor[:, None] + jnp.arange(new.shape[axis])
-
-  def of_row(kept: chex.Array, new: chex.Array, columns: chex.Array) -> chex.Array:
-    return kept.at[(slice(None),) * (axis - 1) + (columns,)].set(new, mode="drop")
-
-  return jax.vmap(of_row)(kept, new, columns)
-
-
 def _layers(
   setup: Setup, params: Params, cached: list[tuple[chex.Array, chex.Array]] | None = None
 ) -> list[Layer]:
@@ -373,8 +347,8 @@ def _cached_layer(
     if cached is None:
       return attend_layer(query, key, value, visible), None
     keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-    keys = _written(cached[0], keys, cursor, axis=3)
-    values = _written(cached[1], values, cursor, axis=2)
+    keys = written(cached[0], keys, cursor, axis=3)
+    values = written(cached[1], values, cursor, axis=2)
     if keys.shape[-1] == query.shape[1]:  # Nothing was read before.
       return attend_layer(query, key, value, visible), (keys, values)
     out = rematerialized_attention(query, keys, values, visible.mask, config=setup.config)
