@@ -132,3 +132,14 @@ def test_a_row_draws_the_same_whatever_its_neighbours():
   together = sample(keys, logits, SamplingConfig()).token
   alone = [sample(keys[i : i + 1], logits[i : i + 1], SamplingConfig()).token[0] for i in range(6)]
   assert together.tolist() == [int(token) for token in alone]
+
+
+def test_what_finds_the_likeliest_token_reads_the_logits_and_nothing_made_of_them():
+  """An array that a branch reads is written to memory first, as large as the logits."""
+  keys, logits = jax.random.split(jax.random.key(0), 3), jnp.zeros((3, 500))
+  traced = jax.make_jaxpr(lambda *x: eager_sample(*x, SamplingConfig(jnp.ones(3))))(
+    keys, logits
+  ).jaxpr
+  (branch,) = (e for e in traced.eqns if e.primitive.name == "cond")
+  large = [v for v in branch.invars if getattr(v.aval, "shape", ()) == logits.shape]
+  assert large == [traced.invars[1]]

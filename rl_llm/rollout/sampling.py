@@ -113,13 +113,17 @@ def sample(
     masses = exponentials
   else:  # Re-centre, since the likeliest tokens may be suppressed.
     masses = jnp.exp(candidates - jnp.max(candidates, axis=-1, keepdims=True))
+
+  def likeliest() -> chex.Array:
+    allowed = logits if suppress is None else jnp.where(suppress, -jnp.inf, logits)
+    return jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+
   uniform = jax.vmap(lambda key: jax.random.uniform(key))(keys)
   token = _invert(masses, uniform).astype(jnp.int32)
-  # On a CPU, argmax takes longer than all of the above.
+  # On a CPU, argmax takes longer than all of the above. It is taken of the logits: what a branch
+  # reads must lie in memory, so `candidates` would be written out at every token.
   token = jax.lax.cond(
-    jnp.any(greedy),
-    lambda: jnp.where(greedy, jnp.argmax(candidates, axis=-1).astype(jnp.int32), token),
-    lambda: token,
+    jnp.any(greedy), lambda: jnp.where(greedy, likeliest(), token), lambda: token
   )
   logprob = jnp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0] - log_total
   return Sample(token, logprob, entropy)
