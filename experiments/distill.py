@@ -210,7 +210,8 @@ def make_programs(config: Config, policy: Policy, teacher: Policy, mesh: Any) ->
 
   optimizer, count = setup.make_optimizer(config.optimizer), config.batches.microbatches
   loss_fn = make_loss(config, policy, teacher)
-  update = updates.make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
+  how = {"microbatches": count, "mesh": mesh, "cast": policy.cast}
+  update = updates.make_update(loss_fn, optimizer, **how)
   taken = minibatches.make_programs(policy, update, temperature=temperature, weigh=weigh, mesh=mesh)
   return Programs(read, taken.take, update, divergence)
 

@@ -199,8 +199,9 @@ def make_loss(config: Config, policy: setup.policy.Policy):
 
 def make_update(config: Config, policy: setup.policy.Policy, mesh):
   """The compiled update on a batch of pairs."""
-  loss_fn, optimizer = make_loss(config, policy), setup.make_optimizer(config.optimizer)
-  return updates.make_update(loss_fn, optimizer, microbatches=config.pairs.microbatches, mesh=mesh)
+  further = {"microbatches": config.pairs.microbatches, "mesh": mesh, "cast": policy.cast}
+  optimizer = setup.make_optimizer(config.optimizer)
+  return updates.make_update(make_loss(config, policy), optimizer, **further)
 
 
 def make_batch(pairs: abc.Sequence[encoding.Pair], **sizes: int) -> tuple[Batch, float]:
@@ -395,7 +396,6 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         reference.compute_logprobs, **statics, pad_id=pad_id, rows_per_batch=2 * size.per_step
       )
       checked = functools.partial(score, check=run.stop.check)
-      update = make_update(config, model.policy, mesh)
       init = functools.partial(states.init_state, optimizer=setup.make_optimizer(config.optimizer))
       begun, model = setup.begin(config, run, model, init)
       training = [] if config.reference.refresh else loaded.training  # A moving one: in each step.
@@ -413,7 +413,7 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
         graded = problems.evaluate(params, step) if problems else evaluation.Evaluation({}, [])
         return graded._replace(metrics=figures | graded.metrics)
 
-      update = loop.announced(update, run)
+      update = loop.announced(make_update(config, model.policy, mesh), run)
       learning = functools.partial(learn, config, model, score, update)
       state = setup.train_loop(
         config, run, model, begun, sample=sample, learn=learning, evaluate=evaluate

@@ -366,7 +366,8 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       score = functools.partial(reference.compute_logprobs, **statics)
       checked = functools.partial(score, check=run.stop.check)
       optimizer, loss_fn = setup.make_optimizer(config.optimizer), make_loss(config, model.policy)
-      update = updates.make_update(loss_fn, optimizer, microbatches=max(1, size // part), mesh=mesh)
+      how = {"microbatches": max(1, size // part), "mesh": mesh, "cast": model.policy.cast}
+      update = updates.make_update(loss_fn, optimizer, **how)
       init = functools.partial(init_kto, optimizer=optimizer)
       begun, model = setup.begin(config, run, model, init)
       draw = functools.partial(

@@ -275,7 +275,8 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
       }
       setup.show_sizes(config, run, model.weights, sizes)
       optimizer, loss_fn = setup.make_optimizer(config.optimizer), make_loss(config, model.policy)
-      update = updates.make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
+      how = {"microbatches": size.microbatches, "mesh": mesh, "cast": model.policy.cast}
+      update = updates.make_update(loss_fn, optimizer, **how)
       statics = {"policy": model.policy, "temperature": config.sampling.temperature}
       score = jax.jit(functools.partial(rollout.response_logprobs, **statics))
       init = functools.partial(init_state, optimizer=optimizer)

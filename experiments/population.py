@@ -335,9 +335,8 @@ def make_programs(config: grpo.Config, policy: Policy, tokenizer: Any, mesh: Any
   # Of all members on a device, as many logits exist at once as of one run alone.
   chunk_size = max(1, CHUNK_SIZE // (count // mesh.size))
   loss_fn, size = grpo.make_loss(config, policy, chunk_size=chunk_size), config.updates
-  update = make_update(
-    loss_fn, setup.make_optimizer(config.optimizer), microbatches=size.microbatches
-  )
+  optimizer = setup.make_optimizer(config.optimizer)
+  update = make_update(loss_fn, optimizer, microbatches=size.microbatches, cast=policy.cast)
   return population.make_programs(
     policy,
     tokenizer,

@@ -262,10 +262,11 @@ def make_programs(config: Config, policy: policies.Policy, mesh: jax.sharding.Me
   """The compiled functions that a step calls after its rollout."""
   value_loss_fn, adamw = make_value_loss(config, policy), setup.make_optimizer(config.optimizer)
   of_policy, count = (make_loss(config, policy), policy_optimizer(config)), config.updates
+  how = {"microbatches": count.microbatches, "mesh": mesh, "cast": policy.cast}
   return Programs(
     setup.make_programs(config, policy, mesh, *of_policy),
     make_before(config, policy),
-    update.make_update(value_loss_fn, adamw, microbatches=count.microbatches, mesh=mesh),
+    update.make_update(value_loss_fn, adamw, **how),
   )
 
 

@@ -212,7 +212,8 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
     }
     setup.show_sizes(config, run, model.weights, sizes)
     optimizer, loss_fn = setup.make_optimizer(config.optimizer), make_loss(config, model.policy)
-    update = updates.make_update(loss_fn, optimizer, microbatches=size.microbatches, mesh=mesh)
+    how = {"microbatches": size.microbatches, "mesh": mesh, "cast": model.policy.cast}
+    update = updates.make_update(loss_fn, optimizer, **how)
     width, seed = model.policy.config.width, config.run.seed
     statics = {"policy": model.policy, "pad_id": model.tokenizer.pad_id, "mesh": mesh}
     score = functools.partial(

@@ -685,7 +685,8 @@ def make_programs(
 ) -> responses.Programs:
   """`minibatches.make_programs` of a loss on responses; None: the optimiser that flags describe."""
   optimizer, count = optimizer or make_optimizer(config.optimizer), config.updates.microbatches
-  updates = update.make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
+  how = {"microbatches": count, "mesh": mesh, "cast": policy.cast}
+  updates = update.make_update(loss_fn, optimizer, **how)
   temperature = config.sampling.temperature
   return responses.make_programs(
     policy, updates, temperature=temperature, weigh=weigh(config), mesh=mesh

@@ -260,7 +260,8 @@ def train(config: Config, workdir: str) -> dict[str, typing.Any]:
       setup.show_sizes(config, run, model.weights, sizes)
       optimizer = setup.make_optimizer(config.optimizer)
       loss_fn, count = make_loss(config, model.policy), max(1, size // part)
-      update = updates.make_update(loss_fn, optimizer, microbatches=count, mesh=mesh)
+      how = {"microbatches": count, "mesh": mesh, "cast": model.policy.cast}
+      update = updates.make_update(loss_fn, optimizer, **how)
       init = functools.partial(states.init_state, optimizer=optimizer)
       begun, model = setup.begin(config, run, model, init)
       dropped = {f"data_{name}": count for name, count in source.counts.items()}

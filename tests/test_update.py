@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from rl_llm.policy import make_policy, split_lora, tiny_config
 from rl_llm.runs.metrics import add_metrics, finalize
 from rl_llm.training.train_state import init_state, parameter_count
 from rl_llm.training.update import make_optimizer, make_update, moved_towards, name_nonfinite
@@ -68,6 +69,59 @@ def test_microbatches_left_out_are_not_computed_and_nothing_recompiles():
     np.testing.assert_allclose(metrics["grad_norm"][0], optax.tree.norm(exact), rtol=1e-5)
     assert metrics["error"][1] == rows
   assert update._cache_size() == 1
+
+
+def narrow(params):
+  return {"m": params["m"].astype(jnp.bfloat16), "v": params["v"]}
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_weights_are_cast_once_an_update_and_gradients_are_summed_in_float32(microbatches):
+  """1 and 3 times 2^-8 are numbers of bfloat16, their sum is not: it would be 1."""
+
+  def loss(params, batch, hparams):
+    assert (params["m"].dtype, params["v"].dtype) == (jnp.bfloat16, jnp.float32)
+    return jnp.sum(params["m"] * batch["x"].astype(jnp.bfloat16)).astype(jnp.float32), {}
+
+  params, hparams = {"m": jnp.zeros(2), "v": jnp.zeros(3)}, {"learning_rate": jnp.float32(1)}
+  parts = np.array([1, 2.0**-8, 2.0**-8, 2.0**-8], np.float32)
+  batch = {"x": jnp.array(parts if microbatches == 4 else parts[:1])[:, None] * jnp.ones(2)}
+  update = make_update(loss, optax.identity(), microbatches=microbatches, cast=narrow)
+  state, _ = update(init_state(params, optax.identity()), batch, hparams)
+  assert state.params["m"].dtype == jnp.float32
+  np.testing.assert_array_equal(state.params["m"], np.full(2, -batch["x"][:, 0].sum()))
+
+
+def test_on_one_device_nothing_keeps_gradients_from_being_added_up_as_they_are():
+  params, batch, hparams = make_problem()
+  for devices, kept in ((1, False), (2, True)):
+    mesh = jax.sharding.AbstractMesh((1, devices, 1), ("data", "fsdp", "tensor"))
+    update = make_update(regression_loss, optax.identity(), microbatches=2, mesh=mesh)
+    traced = jax.make_jaxpr(update)(init_state(params, optax.identity()), batch, hparams)
+    assert ("optimization_barrier" in str(traced)) == kept
+
+
+def test_no_microbatch_casts_a_layers_weights():
+  """Nor those that are frozen; the scales stay, and so does the table of embeddings."""
+  config, read = tiny_config(vocab_size=32), []
+  policy = make_policy(config, dtype=jnp.bfloat16)
+  params = policy.init(jax.random.key(0))
+  frozen, trained = split_lora(params, jax.random.key(1), rank=2, alpha=4.0)
+
+  def loss(params, batch, hparams):
+    read.append(
+      jax.tree.map_with_path(lambda path, x: (jax.tree_util.keystr(path), x.dtype), params)
+    )
+    positions = jnp.broadcast_to(jnp.arange(batch.shape[1]), batch.shape)
+    return jnp.sum(policy.hidden(params, batch, positions)[0].astype(jnp.float32)), {}
+
+  update = make_update(loss, optax.identity(), microbatches=2, cast=policy.cast)
+  for state, base in ((params, None), (trained, frozen)):
+    arguments = init_state(state, optax.identity()), jnp.ones((4, 3), jnp.int32)
+    jax.eval_shape(update, *arguments, {"learning_rate": jnp.float32(1)}, 2, base)
+    for name, dtype in jax.tree.leaves(read.pop(), is_leaf=lambda x: isinstance(x, tuple)):
+      wide = "scale" in name.split("[")[-1] and "lora" not in name or name.startswith("['embed']")
+      assert dtype == (jnp.float32 if wide else jnp.bfloat16), name
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])

@@ -20,7 +20,7 @@ from rl_llm.parallel.sharding import constrain, constrain_rows, copy_to_rows, ro
 from rl_llm.policy.attention import AttentionName, Kernel, find_kernel, softcap
 from rl_llm.policy.cache import Cache, written
 from rl_llm.policy.configs import TransformerConfig
-from rl_llm.policy.layer_stack import Layer, run_layers
+from rl_llm.policy.layer_stack import Layer, cast_weights, run_layers
 from rl_llm.policy.modules import (
   Block,
   Mix,
@@ -70,6 +70,10 @@ class Policy:
   init_cache: Callable[[int, int], Cache]
   # logits(params, hidden [..., D]) -> [..., V] float32, soft-capped where the model is
   logits: Callable[[Params, chex.Array], chex.Array]
+  # cast(params) -> the weights that every pass would cast to the compute dtype, cast, for a caller
+  #   that makes several passes: all but norms' scales, which are used in float32, and the table of
+  #   embeddings, in whose gradient all of a token's places are summed
+  cast: Callable[[Params], Params]
   # number of devices over which the rows of a batch lie: a limit per device is this many times as
   # large in total
   row_shards: int = 1
@@ -156,6 +160,7 @@ def _make_policy(setup: Setup) -> Policy:
     unembed=bind(unembed),
     init_cache=bind(init_cache),
     logits=bind(logits),
+    cast=bind(cast),
     row_shards=setup.row_shards,
     over=bind(over),
     dtype=setup.dtype,
@@ -266,6 +271,15 @@ def logits(setup: Setup, params: Params, hidden: chex.Array) -> chex.Array:
   table = unembed(setup, params).astype(hidden.dtype)
   scores = times_transposed(hidden.reshape(-1, hidden.shape[-1]), table, dtype=jnp.float32)
   return softcap(scores.reshape(*hidden.shape[:-1], -1), setup.config.final_softcap)
+
+
+def cast(setup: Setup, params: Params) -> Params:
+  if setup.scan_layers:  # Each pass casts as it stacks them: another copy would take memory.
+    return params
+  return {
+    name: part if name in ("embed", "head") else cast_weights(part, setup.dtype)
+    for name, part in params.items()
+  }
 
 
 def over(setup: Setup, mesh: jax.sharding.Mesh) -> Policy:

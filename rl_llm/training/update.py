@@ -117,6 +117,7 @@ def make_update(
   *,
   microbatches: int = 1,
   mesh: jax.sharding.Mesh | None = None,
+  cast: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[..., tuple[TrainState, dict[str, tuple[chex.Array, chex.Array]]]]:
   """Builds the jitted update `(state, batch, hparams) -> (state, metrics)`; the state is donated.
 
@@ -142,6 +143,9 @@ def make_update(
     mesh: the devices over which state and batch lie (`rl_llm.parallel.sharding`); None for a single
       device. Each microbatch takes rows of every device, gradients are summed directly into the
       slices of the state, and the new state has the layout of the old one.
+    cast: params -> what the loss reads of them, made once an update and not in each microbatch;
+      from `Policy.cast`. A microbatch's gradient is that of its result, and is summed in the
+      params' own dtypes.
 
   Returns:
     The update. `hparams` is a dict of scalars with at least "learning_rate"; the rest is for the
@@ -161,13 +165,24 @@ def make_update(
 
   differentiate = jax.value_and_grad(trained_loss, has_aux=True)
 
+  def once(params):
+    found = cast(params)
+    return found if mesh is None else constrain(found, mesh)
+
   def accumulate(params, frozen, batch, hparams, used):
+    dtypes = jax.tree.map(lambda p: p.dtype, params)
+    params, frozen = once(params), None if frozen is None else once(frozen)
+
     @jax.jit  # Traced once, though it is called for its shapes and again in the loop.
     def value_and_grad(params, frozen, batch, hparams):
       value, grads = differentiate(params, frozen, batch, hparams)
+      grads = jax.tree.map(lambda g, dtype: g.astype(dtype), grads, dtypes)
+      if mesh is None or mesh.size == 1:
+        return value, grads
       # The barrier keeps XLA from moving the sum over devices out of the loop: then every device
-      # would hold the whole running total, and libtpu fails when it tries.
-      return value, grads if mesh is None else jax.lax.optimization_barrier(constrain(grads, mesh))
+      # would hold the whole running total, and libtpu fails when it tries. On one device it would
+      # keep XLA from adding up gradients as they are, and write them out in float32 first.
+      return value, jax.lax.optimization_barrier(constrain(grads, mesh))
 
     if microbatches == 1:
       return value_and_grad(params, frozen, batch, hparams)
