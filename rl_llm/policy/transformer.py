@@ -106,8 +106,8 @@ def make_policy(
   Args:
     config: the model's shape.
     dtype: of the arithmetic between float32 islands (norms, RoPE, softmax, logits). Weights stay as
-      they are and are cast where they are used: a decode loop in bfloat16 wants them cast once,
-      before it.
+      they are and are cast where they are used: loops in bfloat16 want them cast once, before
+      (`Policy.cast`; to decode, all of them).
     remat: forget each layer's activations and compute them again in the backward pass: memory for
       about a third more time.
     scan_layers: compile one layer and loop over the stack of layers wherever several tokens of a
