@@ -177,12 +177,16 @@ def make_update(
     def value_and_grad(params, frozen, batch, hparams):
       value, grads = differentiate(params, frozen, batch, hparams)
       grads = jax.tree.map(lambda g, dtype: g.astype(dtype), grads, dtypes)
-      if mesh is None or mesh.size == 1:
+      if mesh is None:
         return value, grads
+      grads, barrier = constrain(grads, mesh), jax.lax.optimization_barrier
       # The barrier keeps XLA from moving the sum over devices out of the loop: then every device
-      # would hold the whole running total, and libtpu fails when it tries. On one device it would
-      # keep XLA from adding up gradients as they are, and write them out in float32 first.
-      return value, jax.lax.optimization_barrier(constrain(grads, mesh))
+      # would hold the whole running total, and libtpu fails when it tries.
+      if mesh.size > 1:
+        return value, barrier(grads)
+      # One accelerator adds up gradients in bfloat16 as they are, where a barrier has them written
+      # out in float32 first. On a CPU sums would be fused with products, and round differently.
+      return value, jax.lax.platform_dependent(grads, cpu=barrier, default=lambda grads: grads)
 
     if microbatches == 1:
       return value_and_grad(params, frozen, batch, hparams)
