@@ -17,14 +17,29 @@ from rl_llm.runs.chips import find_peak
 from rl_llm.runs.metric_keys import explained
 from rl_llm.text.tokenizers import ByteTokenizer
 from rl_llm.training import loop
+from tests.experiments import once
 from tests.experiments.helpers import REWARD, Chatty
 
 
+@pytest.fixture(scope="session")
+def programs():
+  """What the runs of this process have compiled."""
+  return {}
+
+
+@pytest.fixture(scope="module")
+def pool(files):
+  """Opens the graders of `helpers.REWARD` once for the runs of a module."""
+  with once.pools(str(files / "reward.py")) as opened:
+    yield opened
+
+
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, programs, pool):
   """`--model=tiny` is one narrow layer and `Chatty` everywhere; "another" has other weights.
 
-  Reports are not drawn, and the peak of the CPU is not measured: that takes longer than a step.
+  Reports are not drawn, and the peak of the CPU is not measured: that takes longer than a step. No
+  program is made twice, nor the processes of a grader: see `once`.
   """
   config = dataclasses.replace(
     tiny_config(ByteTokenizer.vocab_size),
@@ -46,6 +61,8 @@ def small(monkeypatch):
     return LanguageModel(found, params if mesh is None else shard(params, mesh), Chatty())
 
   monkeypatch.setattr("rl_llm.policy.load.load_model", load)
+  monkeypatch.setattr(jax, "jit", once.jit_of(programs))
+  monkeypatch.setattr("experiments.setup.RewardPool", pool)
   monkeypatch.setattr("rl_llm.training.loop.write_report", lambda workdir, live: None)
   quick = functools.partial(find_peak, measure=lambda device, dtype: 1e11)
   monkeypatch.setattr("rl_llm.runs.chips.find_peak", quick)

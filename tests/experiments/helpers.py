@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,12 +104,21 @@ def settings(files, **changes) -> dict[str, Any]:
   } | changes
 
 
-class Outcome(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Outcome:
   """All that a run leaves, timings aside."""
 
   metrics: list[dict]
   samples: list[dict]
-  state: dict[str, np.ndarray]  # by path, all that the newest checkpoint holds
+  checkpoint: Path  # the newest
+
+  @functools.cached_property
+  def state(self) -> dict[str, np.ndarray]:
+    """By path, all that the checkpoint holds; read without knowing what it is, once asked for."""
+    leaves = json.loads((self.checkpoint / "manifest.json").read_text())["leaves"]
+    abstract = {path: jax.ShapeDtypeStruct(shape, dtype) for path, dtype, shape in leaves}
+    saved = Checkpointer(self.checkpoint.parent).restore(abstract, int(self.checkpoint.name))[1]
+    return {path: np.asarray(leaf) for path, leaf in saved.items()}
 
   @property
   def params(self) -> dict[str, np.ndarray]:
@@ -126,17 +137,11 @@ def main(experiment, config) -> int:
 
 
 def outcome(workdir) -> Outcome:
-  """What a run left, read without knowing what its state is."""
+  """What a run left."""
   workdir = Path(workdir)
   newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
-  manifest = json.loads((newest / "manifest.json").read_text())
-  abstract = {path: jax.ShapeDtypeStruct(shape, dtype) for path, dtype, shape in manifest["leaves"]}
-  state = Checkpointer(workdir / "checkpoints").restore(abstract)[1]
-  return Outcome(
-    without_timings(read(workdir / "metrics.jsonl")),
-    read(workdir / "samples.jsonl"),
-    {path: np.asarray(leaf) for path, leaf in state.items()},
-  )
+  metrics = without_timings(read(workdir / "metrics.jsonl"))
+  return Outcome(metrics, read(workdir / "samples.jsonl"), newest)
 
 
 def wrap_seams(monkeypatch, **wrappers: Callable) -> None:

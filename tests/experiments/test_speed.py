@@ -23,6 +23,12 @@ from tests.representatives import mostly_slow
 EXPERIMENTS = [distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model, sft]
 
 
+@pytest.fixture(scope="module")
+def programs():
+  """Of these runs alone: what they say of the seconds that they compiled is looked at."""
+  return {}
+
+
 def first_step(experiment, workdir, changes):
   """The row of step 0, and its responses in their order."""
   experiment.train(replace(experiment.Config(), {**changes, "steps": 1}), str(workdir))
