@@ -63,9 +63,8 @@ def counting(tmp_path, small, files, monkeypatch):
   return helpers.settings(files) | episodes
 
 
-def test_a_run_learns_from_episodes(counting, tmp_path):
-  settings = counting | {"epochs": 2, "llds.coef": 0.1, "sampling.parts": 2, "eval.every": 2}
-  found = helpers.run(grpo, tmp_path / "run", settings)
+def test_a_run_learns_from_episodes_and_otherwise_by_turn(counting, tmp_path):
+  found = helpers.run(grpo, tmp_path / "run", counting | {"steps": 1})
   first = found.metrics[0]
   assert first["grad_norm"] > 0
   assert 1 < first["episode/turns"] < 3 and first["episode/environment_tokens"] > 1
@@ -78,8 +77,16 @@ def test_a_run_learns_from_episodes(counting, tmp_path):
     assert (row["reward"] - paid) % 1 < 1e-6  # get_reward's whole number, and what turns earned
   assert {row["split"] for row in found.samples} == {"train", "eval"}
   assert found.metrics[-1]["eval/failed_grades"] == 0
+  once = counting | {"steps": 1, "eval.every": 0, "credit": "turn"}
+  turn = helpers.run(grpo, tmp_path / "turn", once)
+  for row in (first, turn.metrics[0]):  # One update a step: trainer and sampler agree.
+    assert row["logprob_gap_mean"] < 1e-5
+  of = lambda rows, key: [row[key] for row in rows]  # noqa: E731
+  assert of(turn.samples, "reward") == of(train, "reward")
+  assert of(turn.samples, "advantage") != of(train, "advantage")
 
 
+@pytest.mark.slow
 def test_credit_by_turn_is_another_update(counting, tmp_path):
   once = counting | {"steps": 1, "sampling.parts": 2, "eval.every": 0}
   by = {

@@ -11,7 +11,6 @@ import pytest
 from experiments import grpo
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
-from rl_llm.runs.metrics import read
 from tests.experiments.helpers import settings
 
 
@@ -48,22 +47,6 @@ def test_a_copy_with_another_advantage_does_not_resume(tmp_path, small, files, m
   assert train(flipped, steps=2, code="changed")["steps"] == 2
   (note,) = map(json.loads, (tmp_path / "run/changes.jsonl").read_text().splitlines())
   assert note["step"] == 1 and note["code"] == ["mine"]
-
-
-def test_a_learning_rate_holds_from_the_step_that_a_run_resumes_at(tmp_path, small, files):
-  def train(**changes):
-    config = replace(grpo.Config(), settings(files, **changes))
-    return grpo.train(config, str(tmp_path / "run"))
-
-  train(steps=1, **{"optimizer.learning_rate": 0.01})
-  train(steps=2, **{"optimizer.learning_rate": 0.02, "eval.every": 1})
-  rows = read(tmp_path / "run/metrics.jsonl")
-  assert [row.get("learning_rate") for row in rows] == [0.01, 0.02, None]
-  (note,) = map(json.loads, (tmp_path / "run/changes.jsonl").read_text().splitlines())
-  assert note["step"] == 1 and note["settings"] == {
-    "optimizer.learning_rate": [0.01, 0.02],
-    "eval.every": [16, 1],
-  }
 
 
 @pytest.mark.slow

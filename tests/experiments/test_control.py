@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from experiments import grpo, ppo, reinforce
+from experiments import grpo, ppo, reinforce, setup
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
 from tests.experiments import helpers
@@ -19,7 +19,8 @@ run = functools.partial(helpers.run, grpo)
 FAST = {"optimizer.learning_rate": 0.03, "steps": 4, "eval.every": 0}
 
 
-@pytest.mark.parametrize("controller", mostly_slow(["target", "lagged"], quick=[1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("controller", ["target", "lagged"])
 def test_the_entropy_bonus_grows_while_the_entropy_is_too_low(tmp_path, small, files, controller):
   base = settings(files, **FAST)
   plain = run(tmp_path / "plain", base).metrics
@@ -54,6 +55,7 @@ def test_the_entropy_is_held_where_it_would_fall(tmp_path, small, files):
   assert np.all(np.abs(np.array(found[-20:]) - 0.5) < 0.1)
 
 
+@pytest.mark.slow
 def test_the_upper_clip_follows_the_entropy_while_a_bonus_falls(tmp_path, small, files):
   """The bonus in a line, to its last coefficient."""
   changes = {"clip.controller": "adaptive", "clip.target": 100.0, "clip.delta": 0.5, "epochs": 2}
@@ -78,17 +80,33 @@ def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path, small, files
 
 @pytest.mark.parametrize("experiment", mostly_slow([grpo, reinforce, ppo], quick=[0]))
 def test_what_controllers_know_and_the_reference_resume(tmp_path, small, files, experiment):
-  changes = {"entropy.controller": "lagged", "entropy.target": 100.0, "kl.coef": 0.1}
+  changes = {"entropy.controller": "lagged", "entropy.target": 100.0, "entropy.delta": 0.01}
+  changes |= {"loss.entropy_coef": 0.02, "kl.coef": 0.1}
   base = settings(files, **FAST) | changes | {"kl.refresh": 3, "kl.keep": 0.25}
   if experiment is not ppo:
     base["loss.name"] = "ppo_loss"
+  if experiment is grpo:
+    base |= {"clip.controller": "adaptive", "clip.target": 100.0, "clip.delta": 0.5}
+    base["loss.clip_low"] = 0.5
   straight = helpers.run(experiment, tmp_path / "straight", base)
+  if experiment is grpo:  # 1 / (1 - 0.5) - 1 = 1, and half more at each step.
+    assert [row["clip_high"] for row in straight.metrics[:4]] == pytest.approx([1, 1.5, 2, 2.5])
+  # The entropy is always below 100: the bonus grows, and each step applies what the last one left.
+  coefs = [row["entropy_coef"] for row in straight.metrics[:4]]
+  assert coefs == pytest.approx([0.02, 0.03, 0.04, 0.05], abs=1e-6)
   helpers.run(experiment, tmp_path / "stopped", base | {"steps": 2})
   (tmp_path / "stopped" / "result.json").unlink(missing_ok=True)
   resumed = helpers.run(experiment, tmp_path / "stopped", base)
   assert resumed.state.keys() == straight.state.keys()
   assert any("reference" in path for path in straight.state)
   assert equal(straight.state, resumed.state)
+
+
+def test_a_linear_bonus_falls_to_its_last_coefficient():
+  changes = {"entropy.controller": "linear", "loss.entropy_coef": 0.3, "entropy.final": 0.06}
+  config = replace(grpo.Config(), changes | {"steps": 4})
+  coefs = [setup.hyperparameters(config, step)["entropy_coef"] for step in range(4)]
+  np.testing.assert_allclose(coefs, [0.3, 0.22, 0.14, 0.06], rtol=1e-6)
 
 
 @pytest.mark.slow

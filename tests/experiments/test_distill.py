@@ -18,34 +18,20 @@ from rl_llm.text.tokenizers import ByteTokenizer
 from tests.experiments import helpers
 from tests.experiments.helpers import equal, run, wrap_seams
 from tests.experiments.test_sft import KILL_OR_ALL, stopped
-from tests.representatives import mostly_slow
 
 P, G, T, V = 2, 2, 5, 16
 
 
-def settings(files, teacher, **changes):
-  base = helpers.settings(files) | {"teacher": str(teacher), "responses_per_prompt": 4}
+def settings(files, **changes):
+  base = helpers.settings(files) | {"teacher": "another", "responses_per_prompt": 4}
   return base | {"optimizer.learning_rate": 0.01} | changes
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-  return tmp_path_factory.mktemp("teacher") / "run"
-
-
-@pytest.fixture
-def teacher(place, small):
-  """A run of another seed, trained by the first test that asks: its model is not the student's."""
-  changes = {"model": "tiny", "task": "copy", "steps": 1, "eval.every": 0, "seed": 5}
-  if not place.exists():
-    run(sft, place, changes | {"prompt_format": "plain"})
-  return place
 
 
 def models():
   """Student and teacher: other widths, and a teacher with more rows than the student's."""
-  student = make_policy(tiny_config(V))
-  teacher = make_policy(dataclasses.replace(tiny_config(V + 4), width=32, mlp_width=64))
+  student = make_policy(dataclasses.replace(tiny_config(V), n_layers=1))
+  sizes = {"n_layers": 1, "width": 32, "mlp_width": 64}
+  teacher = make_policy(dataclasses.replace(tiny_config(V + 4), **sizes))
   pair = enumerate((student, teacher))
   return [(each, jax.jit(each.init)(jax.random.key(n))) for n, each in pair]
 
@@ -81,7 +67,8 @@ def test_gkd_compares_the_two_distributions_over_the_student_s_vocabulary(beta):
   programs = distill.make_programs(config, student, teacher, None)
   taken = programs.take(programs.read(teacher_params, batch()), jnp.arange(P))
   hparams = {"loss": {"beta": beta}, "teacher_unembedding": teacher.unembed(teacher_params)[:V]}
-  loss, found = jax.jit(distill.make_loss(config, student, teacher))(params, taken, hparams)
+  loss_fn = jax.jit(distill.make_loss(config, student, teacher))
+  loss, found = loss_fn(params, taken, hparams)
   q = softmax(logits(student, params, batch()))
   p = softmax(logits(teacher, teacher_params, batch())[..., :V])
   m = beta * p + (1 - beta) * q
@@ -89,6 +76,10 @@ def test_gkd_compares_the_two_distributions_over_the_student_s_vocabulary(beta):
   each = {0.0: kl(p, q), 1.0: kl(q, p)}.get(beta, beta * kl(p, m) + (1 - beta) * kl(q, m))
   assert float(loss) == pytest.approx(each[batch().mask].mean(), rel=1e-4)
   assert int(found["divergence"][1]) == batch().mask.sum()
+  if beta == 1.0:  # As two microbatches.
+    halves = [jax.tree.map(lambda x, i=i: np.split(x, 2)[i], taken) for i in (0, 1)]
+    parts = [float(loss_fn(params, half, hparams)[0]) for half in halves]
+    assert sum(parts) == pytest.approx(float(loss), rel=1e-4) and all(parts)
   both = programs.divergence(params, teacher_params, batch())
   for name, value in (("forward", kl(p, q)), ("reverse", kl(q, p))):
     total, count = both[f"eval/{name}_kl"]
@@ -174,9 +165,9 @@ def test_the_held_out_kl_of_a_two_layer_student_falls(name, share, tmp_path):
 
 
 @pytest.mark.parametrize("stops", KILL_OR_ALL, ids=len)
-def test_a_killed_run_resumes_bit_for_bit(stops, files, small, teacher, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(stops, files, small, tmp_path, monkeypatch):
   """With right answers in about half of the steps."""
-  changes = settings(files, teacher, steps=6, own_share=0.5, task="copy")
+  changes = settings(files, steps=6, own_share=0.5, task="copy")
   changes |= {"checkpoint.every": 2, "eval.every": 4, "epochs": 2}
   straight = run(distill, tmp_path / "straight", changes)
   cut = stopped(monkeypatch, distill, tmp_path / "cut", changes, stops)
@@ -185,38 +176,40 @@ def test_a_killed_run_resumes_bit_for_bit(stops, files, small, teacher, tmp_path
   assert {row.get("own_texts") for row in straight.metrics[:-1]} == {0, 1}
 
 
-@pytest.mark.parametrize(
-  "name", mostly_slow(["gkd_loss", "on_policy_distillation_loss"], quick=[0])
-)
-def test_microbatches_add_up_to_the_whole(name, files, small, teacher, tmp_path):
-  changes = settings(files, teacher, **{"loss.name": name, "eval.every": 0})
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gkd_loss", "on_policy_distillation_loss"])
+def test_microbatches_add_up_to_the_whole(name, files, small, tmp_path):
+  changes = settings(files, **{"loss.name": name, "eval.every": 0})
   whole = run(distill, tmp_path / "whole", changes)
   parts = run(distill, tmp_path / "parts", changes | {"microbatch_prompts": 1})
   for one, two in zip(whole.metrics[:-1], parts.metrics[:-1], strict=True):
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-6)
 
 
-def test_a_text_without_a_grade_is_learned_from_all_the_same(
-  files, small, teacher, tmp_path, monkeypatch
-):
+class Sampled(Exception):
+  """A step has its texts."""
+
+
+def test_a_text_without_a_grade_is_learned_from_all_the_same(files, small, tmp_path, monkeypatch):
   masks = []
 
   def wrap(sample):
     def noting(state, step, clock):
       found = sample(state, step, clock)
       masks.append((found.batch.mask, found.batch.attended, found.metrics))
-      return found
+      raise Sampled
 
     return noting
 
   wrap_seams(monkeypatch, sample=wrap)
   changes = {"jsonl.reward_function": "lonely", "reward_isolation": "sample", "eval.every": 0}
-  run(distill, tmp_path / "run", settings(files, teacher, steps=1, **changes))
+  with pytest.raises(Sampled):
+    run(distill, tmp_path / "run", settings(files, steps=1, **changes))
   [(mask, attended, found)] = masks
   assert found["rewards_not_applicable"] > 0 and np.array_equal(mask, attended)
 
 
-def test_another_vocabulary_is_refused_in_one_line(files, small, teacher, tmp_path, monkeypatch):
+def test_another_vocabulary_is_refused_in_one_line(files, small, tmp_path, monkeypatch):
   class Other(ByteTokenizer):
     pass
 
@@ -229,7 +222,7 @@ def test_another_vocabulary_is_refused_in_one_line(files, small, teacher, tmp_pa
 
   monkeypatch.setattr(distill.setup, "load_teacher", other)
   with pytest.raises(ConfigError, match="a model with the vocabulary of tiny") as error:
-    run(distill, tmp_path / "run", settings(files, teacher))
+    run(distill, tmp_path / "run", settings(files))
   assert "\n" not in str(error.value)
 
 
@@ -246,4 +239,4 @@ def test_another_vocabulary_is_refused_in_one_line(files, small, teacher, tmp_pa
 )
 def test_refused(changes, says, files):
   with pytest.raises(ConfigError, match=says):
-    distill.check(replace(distill.Config(), settings(files, "somewhere") | changes))
+    distill.check(replace(distill.Config(), settings(files) | changes))

@@ -126,7 +126,7 @@ def ready(config, batch, ref_logprobs):
   return batch, {"loss": given, "sft_coef": jnp.float32(config.loss.sft_coef)}
 
 
-def objective(changes, monkeypatch):
+def objective(changes, monkeypatch, *, halved=False):
   """Loss, metrics, the gradient in each log-prob, and what went in: 3 pairs and a free place."""
   rng = np.random.default_rng(0)
   mask = np.arange(6) < rng.integers(2, 6, size=(8, 1))
@@ -142,14 +142,20 @@ def objective(changes, monkeypatch):
     np.asarray(weighting.token_mean(mask & is_chosen)),
   )
   batch, hparams = ready(config, batch, ref)
-  value_and_grad = jax.value_and_grad(dpo.make_loss(config, None), has_aux=True)
+  loss_fn = dpo.make_loss(config, None)
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
   (loss, metrics), gradient = value_and_grad(jnp.array(logprobs), batch, hparams)
+  if halved:  # Two microbatches add up to the whole.
+    halves = [jax.tree.map(lambda x, i=i: np.split(x, 2)[i], (logprobs, batch)) for i in (0, 1)]
+    parts = [float(loss_fn(jnp.array(of), part, hparams)[0]) for of, part in halves]
+    assert sum(parts) == pytest.approx(float(loss), rel=1e-5) and all(parts)
   return loss, metrics, np.asarray(gradient), (logprobs, ref, mask)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_each_loss_sees_the_right_answers_on_the_right_side(name, monkeypatch):
-  loss, metrics, _, (logprobs, ref, mask) = objective({"loss.name": name}, monkeypatch)
+  changes = {"loss.name": name, "loss.sft_coef": 0.5}
+  loss, metrics, _, (logprobs, ref, mask) = objective(changes, monkeypatch, halved=True)
   wanted, gaps = 0.0, []
   for pair in range(3):
     own, refs, sums = [], [], []
@@ -161,6 +167,8 @@ def test_each_loss_sees_the_right_answers_on_the_right_side(name, monkeypatch):
       sums.append(sum(map(float, logprobs[row][mask[row]])))
     gaps.append(sums)
     wanted += FORMULAS[name](own[0] - refs[0], own[1] - refs[1], *own) / 3
+  chosen = [-value for row in (0, 2, 4, 6) for value in logprobs[row][mask[row]]]
+  wanted += 0.5 * sum(chosen) / len(chosen)
   assert float(loss) == pytest.approx(wanted, rel=1e-4)
   for side, key in enumerate(("chosen_logprobs", "rejected_logprobs")):
     assert float(metrics[key][0]) == pytest.approx(sum(both[side] for both in gaps), rel=1e-5)
@@ -299,12 +307,9 @@ def test_every_other_flag_changes_the_weights_that_come_out(tmp_path, small, dat
     assert not same, (changes, ["base", *FLAGS][same[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "changes",
-  [
-    pytest.param({}, marks=pytest.mark.slow),
-    {"loss.name": "bco_loss", "loss.shift": "batch", "loss.sft_coef": 0.5},
-  ],
+  "changes", [{}, {"loss.name": "bco_loss", "loss.shift": "batch", "loss.sft_coef": 0.5}]
 )
 def test_microbatches_change_nothing(tmp_path, small, data, changes):
   # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.
@@ -357,7 +362,6 @@ def test_the_reference_is_scored_once_and_kept(tmp_path, small, data, monkeypatc
     run(dpo, tmp_path / "other", base | {"seed": 1})  # other weights are another reference
 
 
-@pytest.mark.slow
 def margins(found):
   return np.array([abs(row["margin"]) for row in found.metrics if "margin" in row])
 
@@ -366,10 +370,13 @@ def margins(found):
 def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path, small, data, files, source):
   """The margin of a policy over itself is 0; held-out pairs are compared with the first weights."""
   base = offline(data) if source == "file" else online(files, **{"eval.every": 0})
-  found = run(dpo, tmp_path, base | {"steps": 5, "reference.refresh": 2})
+  found = run(dpo, tmp_path / "run", base | {"steps": 4, "reference.refresh": 2})
   assert max(margins(found)[0::2]) < 1e-5 < min(margins(found)[1::2])
   if source == "file":
     assert found.metrics[0]["eval/margin"] == 0 != found.metrics[-1]["eval/margin"]
+    # Of the same pairs, most of which the policy would hardly have written, WPO learns less.
+    wpo = run(dpo, tmp_path / "wpo", base | {"steps": 1, "loss.wpo": True})
+    assert 0 < wpo.metrics[0]["grad_norm"] < found.metrics[0]["grad_norm"]
 
 
 @pytest.mark.slow
@@ -386,17 +393,18 @@ def test_conversations_and_pairs_that_begin_alike(tmp_path, small):
   def talk(answer):
     return [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": answer}]
 
-  start = "\n\nHuman: {n}?\n\nAssistant: ".format
+  # All of 17 to 24 tokens: a program for each width would take most of the time.
+  start = "\n\nHuman: {n} and 0?\n\nAssistant: ".format
   rows = {
     "messages": [
       {
-        "prompt": [{"role": "user", "content": f"{n}?"}],
+        "prompt": [{"role": "user", "content": f"{n} and 0?"}],
         "chosen": talk("4")[1:],
-        "rejected": talk("5" * n)[1:],
+        "rejected": talk("5" * (n % 3 + 1))[1:],
       }
       for n in range(1, 25)
     ],
-    "implicit": [{"chosen": f"{n}+0= {n}", "rejected": f"{n}+0= x"} for n in range(1, 25)],
+    "implicit": [{"chosen": f"{n} and 0= {n}", "rejected": f"{n} and 0= x"} for n in range(1, 25)],
     "transcripts": [
       {"chosen": start(n=n) + "yes", "rejected": start(n=n) + "no"} for n in range(1, 25)
     ],
@@ -578,12 +586,3 @@ def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them():
     means.append(np.mean(np.log(p[:, 0]) - np.log((p**2).sum(1))))
   wanted = [0.5 * min(1, np.exp(means[i] + means[i + 1])) for i in (0, 2)]
   np.testing.assert_allclose(found, [*wanted, 0], rtol=1e-5)
-
-
-def test_wpo_changes_what_is_learned(data, small, tmp_path):
-  base = offline(data, steps=1)
-  plain = run(dpo, tmp_path / "plain", base)
-  wpo = run(dpo, tmp_path / "wpo", base | {"loss.wpo": True})
-  # On the same pairs, most of which the policy would hardly have written: it moves less.
-  norms = [found.metrics[0]["grad_norm"] for found in (plain, wpo)]
-  assert norms[1] < norms[0]

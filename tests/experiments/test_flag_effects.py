@@ -102,11 +102,9 @@ def batch_of(config):
   return batch._replace(**setup.weigh(config)(batch))
 
 
-def trained(changes, monkeypatch):
-  """The log-probs [B, T] after four updates; an entropy is a log-prob's square.
-
-  The loss is differentiated once: the later gradients are multiples of the first.
-  """
+def differentiated(changes, monkeypatch):
+  """The log-probs [B, T] of a policy that has moved, and the objective's gradient by them; an
+  entropy is a log-prob's square."""
 
   def logprobs_of(params, batch, *, temperature, **_):
     return params / temperature, jnp.square(params)
@@ -116,26 +114,48 @@ def trained(changes, monkeypatch):
   batch = batch_of(config)
   log_ratio = -0.3 * np.cos(np.arange(P * G * T)).reshape(P * G, T)  # Ratios of 0.74 to 1.35.
   params = batch.old_logprobs + jnp.float32(log_ratio)
+  numbers = setup.hyperparameters(config, 0, kl_coef=config.kl.coef)
+  return params, jax.grad(grpo.make_loss(config, None), has_aux=True)(params, batch, numbers)[0]
+
+
+def trained(changes, params, gradient):
+  """The log-probs after four updates with multiples of this gradient."""
+  config = replace(grpo.Config(), BASE | changes)
   optimizer = setup.make_optimizer(config.optimizer)
   moments = optimizer.init(params)
-  numbers = [setup.hyperparameters(config, n, kl_coef=config.kl.coef) for n in range(len(FACTORS))]
-  gradient, _ = jax.grad(grpo.make_loss(config, None), has_aux=True)(params, batch, numbers[0])
-  for factor, number in zip(FACTORS, numbers, strict=True):
+  for step, factor in enumerate(FACTORS):
     direction, moments = optimizer.update(factor * gradient, moments, params)
-    params = params - number["learning_rate"] * direction
+    params = params - setup.hyperparameters(config, step)["learning_rate"] * direction
   return np.asarray(params)
 
 
 def test_every_flag_of_an_update_changes_it(monkeypatch):
   """Each against the base, and against each other: no two of these mean the same."""
-  found = [trained({}, monkeypatch)]
-  assert np.isfinite(found[0]).all()
-  for changes in FLAGS:
-    found.append(trained(changes, monkeypatch))
-    same = [i for i, other in enumerate(found[:-1]) if np.array_equal(other, found[-1])]
-    assert not same, (changes, ["base", *FLAGS][same[0]])
+  base = differentiated({}, monkeypatch)
+  config_of = lambda changes: replace(grpo.Config(), BASE | changes)  # noqa: E731
+  kinds = {
+    "optimizer.": lambda changes: trained(changes, *base),
+    "advantage.": lambda changes: np.asarray(batch_of(config_of(changes)).advantages),
+    "weighting.": lambda changes: np.asarray(batch_of(config_of(changes)).weights),
+    "": lambda changes: np.asarray(differentiated(changes, monkeypatch)[1]),
+  }
+  tried = []
+  for start, compute in kinds.items():
+    flags = [{}, *(x for x in FLAGS if x not in tried and all(n.startswith(start) for n in x))]
+    found = [compute({})]
+    assert np.isfinite(found[0]).all() and np.any(found[0])
+    if start in ("advantage.", "weighting."):  # They are what the gradient is of.
+      one = differentiated(flags[1], monkeypatch)[1]
+      assert not np.array_equal(one, base[1])
+    for changes in flags[1:]:
+      found.append(compute(changes))
+      same = [i for i, other in enumerate(found[:-1]) if np.array_equal(other, found[-1])]
+      assert not same, (changes, flags[same[0]])
+    tried += flags
+  assert len(tried) == len(FLAGS) + len(kinds)
 
 
 def test_what_means_the_same_computes_the_same(monkeypatch):
   for one, other in SAME:
-    np.testing.assert_array_equal(trained(one, monkeypatch), trained(other, monkeypatch))
+    found = [differentiated(changes, monkeypatch)[1] for changes in (one, other)]
+    np.testing.assert_array_equal(*found)

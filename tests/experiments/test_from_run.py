@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import grpo, ppo, setup
+from experiments import distill, grpo, ppo, setup
 from rl_llm.errors import ConfigError
 from rl_llm.runs.config import replace
 from rl_llm.runs.metrics import read
@@ -18,22 +19,37 @@ from tests.experiments.helpers import outcome, settings
 RATE = {"optimizer.learning_rate": 0.01}
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  return tmp_path_factory.mktemp("begun_with") / "earlier"
+
+
 @pytest.fixture
-def earlier(tmp_path, small, files):
-  """A run of two steps, both of which it has kept."""
-  changes = settings(files, **RATE) | {"checkpoint.every": 1}
-  helpers.run(grpo, tmp_path / "earlier", changes)
-  return tmp_path / "earlier"
+def earlier(place, small, files):
+  """A run of two steps, both of which it has kept; tests share it and leave it as it is."""
+  if not place.exists():
+    helpers.run(grpo, place, settings(files, **RATE) | {"checkpoint.every": 1})
+  return place
 
 
 def loaded(**changes):
   """The weights that a command with these settings would load."""
   run = types.SimpleNamespace(console=types.SimpleNamespace(say=lambda line: None))
-  found = setup.load_language_model(replace(grpo.Config(), changes), run, None)
-  return {
-    "/".join(str(key.key) for key in path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(found.params)
-  }
+  return leaves(setup.load_language_model(replace(grpo.Config(), changes), run, None).params)
+
+
+def teacher(name):
+  """The model that distillation would load as its teacher."""
+  run = types.SimpleNamespace(console=types.SimpleNamespace(say=lambda line: None))
+  config = replace(distill.Config(), {"model": "tiny", "teacher": name})
+  student = setup.load_language_model(config, run, None)
+  return setup.load_teacher(config, run, setup.Model(*student[::2], None, None))
+
+
+def leaves(params):
+  """{path: leaf} of a tree of dictionaries."""
+  found = jax.tree_util.tree_leaves_with_path(params)
+  return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in found}
 
 
 def saved(run, step):
@@ -58,6 +74,8 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, earlier, files):
   assert equal(loaded(model="tiny", init_from=str(earlier)), last)
   first = loaded(model=f"{earlier}@1")
   assert first.keys() == last.keys() and not equal(first, last)
+  for name, wanted in ((earlier, last), (f"{earlier}@1", first)):
+    assert equal(leaves(teacher(str(name)).params), wanted)
   changes = settings(files, steps=1, init_from=str(earlier), seed=5, **RATE)
   later = helpers.run(grpo, tmp_path / "later", changes)
   before = read(earlier / "metrics.jsonl")[-1]
@@ -117,7 +135,9 @@ def test_a_run_that_trains_on_meanwhile_is_not_the_one_that_another_began_with(
   tmp_path, earlier, files
 ):
   changes = settings(files, steps=1, init_from=str(earlier), **RATE)
+  own = shutil.copytree(earlier, tmp_path / "earlier")
+  changes["init_from"] = str(own)
   helpers.run(grpo, tmp_path / "later", changes)
-  helpers.run(grpo, earlier, settings(files, steps=3, **RATE) | {"checkpoint.every": 1})
+  helpers.run(grpo, own, settings(files, steps=3, **RATE) | {"checkpoint.every": 1})
   with pytest.raises(ConfigError, match="--init_from=.*as it was when"):
     helpers.run(grpo, tmp_path / "later", changes | {"steps": 2})

@@ -303,9 +303,8 @@ def test_presets_set_their_fields(files, preset):
   grpo.check(config)
 
 
-@pytest.mark.parametrize(
-  "preset", ["nemo", *(pytest.param(x, marks=pytest.mark.slow) for x in PRESETS if x != "nemo")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_run(tmp_path, small, files, preset):
   assert grpo.train(preset_config(files, preset), str(tmp_path))["steps"] == 1
 
@@ -661,10 +660,18 @@ def test_the_tiny_model_learns_to_copy(tmp_path, seed):
   assert result["after"]["eval/greedy_accuracy"] >= 0.9
 
 
-def test_laps_take_each_row_once(tmp_path, small, files):
+def test_laps_take_each_row_once_and_a_learning_rate_holds_from_the_step_of_a_resume(
+  tmp_path, small, files
+):
   """Over as many steps as a lap has, of a run that began anew in between."""
-  changes = settings(files, laps=True, steps=3, **{"jsonl.held_out_fraction": 0.3, "eval.every": 0})
-  run(tmp_path, changes | {"steps": 1})
-  found = run(tmp_path, changes)
+  changes = settings(files, laps=True, steps=3, **{"jsonl.held_out_fraction": 0.3})
+  run(tmp_path, changes | {"steps": 1, "optimizer.learning_rate": 0.01})
+  found = run(tmp_path, changes | {"optimizer.learning_rate": 0.02, "eval.every": 2})
+  assert [row.get("learning_rate") for row in found.metrics] == [0.01, 0.02, 0.02, None]
+  (note,) = map(json.loads, (tmp_path / "changes.jsonl").read_text().splitlines())
+  assert note["step"] == 1 and note["settings"] == {
+    "optimizer.learning_rate": [0.01, 0.02],
+    "eval.every": [16, 2],
+  }
   asked = [row["problem"] for row in found.samples if row["split"] == "train"][::4]
   assert len(asked) == len({*asked}) == 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rl_llm.training import reference_cache, unpaired
 from rl_llm.training.pairs import PairBatch
 from tests.experiments.helpers import equal, run
 from tests.experiments.test_sft import KILL_OR_ALL, stopped, write
+from tests.representatives import mostly_slow
 
 
 @pytest.fixture
@@ -125,10 +127,14 @@ def test_objective(name, monkeypatch):
   name_of = "rl_llm.training.pairs.teacher_forced_logprobs"
   monkeypatch.setattr(name_of, lambda params, *_, **__: (params, 0))
   config = replace(kto.Config(), {"loss.name": name})
-  loss, found = kto.make_loss(config, None)(jnp.asarray(logprobs), batch, {"loss": {}})
+  loss_fn = kto.make_loss(config, None)
+  loss, found = loss_fn(jnp.asarray(logprobs), batch, {"loss": {}})
   ratios = (logprobs.sum(1) - ref)[:6]
   if name in FORMULAS:
     terms = [FORMULAS[name](c, g, point) for c, g in zip(ratios, good, strict=False)]
+    halves = [jax.tree.map(lambda x, i=i: np.split(x, 2)[i], (logprobs, batch)) for i in (0, 1)]
+    parts = [float(loss_fn(jnp.asarray(of), part, {"loss": {}})[0]) for of, part in halves]
+    assert sum(parts) == pytest.approx(np.mean(terms), rel=1e-5) and all(parts)
   else:
     pairs = zip(np.sort(ratios[0::2]), np.sort(ratios[1::2]), strict=True)
     terms = [-math.log(sigmoid(0.1 * (a - b))) for a, b in pairs]
@@ -180,15 +186,19 @@ def test_a_killed_run_resumes_bit_for_bit(stops, data, small, tmp_path, monkeypa
     assert shift == pytest.approx(np.average(of_steps[: step + 1], weights=shares), rel=1e-4)
 
 
-def test_microbatches_and_packing_add_up_to_the_whole(data, small, tmp_path):
+@pytest.mark.parametrize(
+  "sizes",
+  mostly_slow(
+    [{"packing": 32, "microbatch_rows": 4}, {"packing": 32}, {"microbatch_rows": 2}], quick=[0]
+  ),
+)
+def test_microbatches_and_packing_add_up_to_the_whole(data, small, tmp_path, sizes):
   whole = run(kto, tmp_path / "whole", settings(data, steps=2))
-  parts = run(kto, tmp_path / "parts", settings(data, steps=2, microbatch_rows=2))
-  packed = run(kto, tmp_path / "packed", settings(data, steps=2, packing=32))
-  for other in (parts, packed):
-    for one, two in zip(whole.metrics, other.metrics, strict=True):
-      for key in ("loss", "baseline", "desirable_reward", "undesirable_logprobs"):
-        if key in one:
-          assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-5)
+  other = run(kto, tmp_path / "other", settings(data, steps=2, **sizes))
+  for one, two in zip(whole.metrics, other.metrics, strict=True):
+    for key in ("loss", "baseline", "desirable_reward", "undesirable_logprobs"):
+      if key in one:
+        assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-5)
 
 
 def test_the_reference_is_computed_once(data, small, tmp_path, monkeypatch):
@@ -237,7 +247,8 @@ def test_kto_needs_two_prompts(tmp_path):
 
 
 def test_pairs_are_taken_apart(small, tmp_path):
-  rows = [{"prompt": f"{chr(97 + n)}?", "chosen": "yy", "rejected": "n"} for n in range(20)]
+  # As wide as the other data, for which a program is compiled.
+  rows = [{"prompt": f"{chr(97 + n)}????", "chosen": "y" * 6, "rejected": "n"} for n in range(20)]
   path = write(tmp_path / "pairs.jsonl", rows)
   found = run(kto, tmp_path / "run", settings(path, steps=1, balanced=True))
   assert found.metrics[0]["desirable_fraction"] == 0.5

@@ -48,14 +48,17 @@ def settings(experiment, files, data):
   return given | {"model": "tiny", "prompt_format": "plain", "steps": 2} | LORA
 
 
-TRIALS = [grpo, *(pytest.param(x, marks=pytest.mark.slow) for x in (ppo, reward_model))]
-if FULL:
-  TRIALS += [reinforce, dpo, sft]
+TRIALS = [ppo, reward_model, *((grpo, reinforce, dpo, sft) if FULL else ())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", TRIALS)
 def test_adapters_alone_are_trained_and_saved(tmp_path, small, files, data, experiment):
   found = helpers.run(experiment, tmp_path, settings(experiment, files, data))
+  assert_adapters_alone_are_trained(experiment, found)
+
+
+def assert_adapters_alone_are_trained(experiment, found):
   kinds = {path.split("/")[-1] for path in found.params}
   heads = {"weight", "bias"} if experiment is ppo else {"weight"}  # The value's, or the reward's.
   assert kinds - heads == {"lora_a", "lora_b"}
@@ -79,6 +82,7 @@ def adapters_of(found):
 def test_the_model_written_is_the_merged_one_and_the_reference_stays(tmp_path, small, files):
   run = functools.partial(helpers.run, grpo)
   found = run(tmp_path, settings(grpo, files, None) | {"export": True, "kl.coef": 0.1, "steps": 3})
+  assert_adapters_alone_are_trained(grpo, found)
   assert abs(found.metrics[0]["kl_ref"]) < 1e-5 < abs(found.metrics[2]["kl_ref"])
   config, written = load_hf(tmp_path / "model")
   params = jax.jit(small.init)(jax.random.key(0))

@@ -71,9 +71,17 @@ def expected(workdir, *, samples=8):
   return found, counts
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  return tmp_path_factory.mktemp("made") / "run"
+
+
 @pytest.fixture
-def made(tmp_path, small, task):
-  return make(tmp_path / "run", task), tmp_path / "run"
+def made(place, small, task):
+  """The result and the directory of one run, which the tests share and leave as it is."""
+  if not (place / "result.json").exists():
+    make(place, task)
+  return json.loads((place / "result.json").read_text()), place
 
 
 def test_pairs_are_a_better_and_a_worse_answer_to_one_training_problem(made, task):

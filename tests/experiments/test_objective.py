@@ -140,7 +140,7 @@ def test_a_penalty_that_cannot_be_is_refused(changes, message):
 
 
 def shifted(monkeypatch, by):
-  """The sampler reports log-probs that are lower by this many nats than they were."""
+  """The sampler reports log-probs that are lower by these nats than they were."""
 
   def wrap(sample):
     def sample_and_shift(state, step, clock):
@@ -153,20 +153,31 @@ def shifted(monkeypatch, by):
   helpers.wrap_seams(monkeypatch, sample=wrap)
 
 
+FACTORS = [
+  ({"correction.name": "token"}, np.exp(0.5)),
+  ({"correction.name": "token", "correction.high": 1.25}, 1.25),
+  ({"correction.name": "geometric", "correction.high": 2.0}, 1.0),
+  ({"correction.name": "icepop", "correction.high": 1.25}, 0.0),
+  ({"correction.second_moment_mask": 0.2}, 0.0),
+  ({"correction.trust_region_mask": 0.2}, 1.0),  # k3 of 0.5 is 0.107, or 0.149 the other way.
+]
+
+
+@pytest.mark.parametrize(("changes", "factor"), FACTORS)
+def test_a_correction_weighs_tokens_as_told(changes, factor):
+  mask = np.arange(3) < np.array([3, 1])[:, None]
+  own, sampled = np.where(mask, -1.0, 0), np.where(mask, -1.5, 0)
+  batch = ResponseBatch(
+    np.zeros((1, 1), int), np.ones(1, int), mask.astype(int), mask, mask,
+    sampler_logprobs=sampled, old_logprobs=own, advantages=np.array([1.0, -1.0]),
+  )  # fmt: skip
+  found = setup.weigh(replace(grpo.Config(), changes))(batch)["factors"]
+  np.testing.assert_allclose(np.asarray(found)[mask], factor, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("changes", "factor"),
-  mostly_slow(
-    [
-      ({"correction.name": "token"}, np.exp(0.5)),
-      ({"correction.name": "token", "correction.high": 1.25}, 1.25),
-      ({"correction.name": "geometric", "correction.high": 2.0}, 1.0),
-      ({"correction.name": "icepop", "correction.high": 1.25}, 0.0),
-      ({"correction.second_moment_mask": 0.2}, 0.0),
-      ({"correction.trust_region_mask": 0.2}, 1.0),  # k3 of 0.5 is 0.107, or 0.149 the other way.
-      ({"weighting.top_entropy": 0.25}, 0.25),
-    ],
-    quick=[1, 4, 5, 6],
-  ),
+  mostly_slow([*FACTORS, ({"weighting.top_entropy": 0.25}, 0.25)], quick=[4, 6]),
 )
 def test_a_factor_is_what_was_asked_for(tmp_path, small, files, monkeypatch, changes, factor):
   """The trainer's probabilities are e^0.5 times those that the sampler reports."""
@@ -189,16 +200,16 @@ def test_shared_tokens_count_as_told():
 
 
 def test_responses_that_the_policy_has_left_are_dropped(tmp_path, small, files, monkeypatch):
-  """The sampler reports log-probs that are 1 above the policy's: all responses are left so far."""
-  shifted(monkeypatch, -1.0)
+  """The sampler reports log-probs above the policy's: every other response is left that far."""
+  left = np.arange(16) % 2 == 1
+  shifted(monkeypatch, np.where(left, -1.0, -0.2)[:, None])
   base = settings(files, steps=1, **{"eval.every": 0})
-  found = run(tmp_path / "half", base | {"correction.off_policy_mask": 0.5})
+  found = run(tmp_path, base | {"correction.off_policy_mask": 0.5})
   rows = trained_rows(found)
-  bad = sum(row["length"] for row in rows if row["advantage"] < 0)
-  share = bad / sum(row["length"] for row in rows)
+  bad = [row["length"] * (row["advantage"] < 0) for row in rows]
+  share = np.dot(bad, left) / sum(row["length"] for row in rows)
+  assert 0 < share and np.dot(bad, ~left) > 0
   assert found.metrics[0]["off_policy_fraction"] == pytest.approx(share, abs=1e-6)
-  kept = run(tmp_path / "two", base | {"correction.off_policy_mask": 2.0})
-  assert kept.metrics[0]["off_policy_fraction"] == 0
 
 
 # Further losses and terms.
@@ -248,7 +259,18 @@ def test_a_step_ends_once_the_policy_has_moved_far_enough(tmp_path, small, files
   assert updates == {0.0: 8, 1e-6: 4, 1e6: 8}
 
 
-@pytest.mark.parametrize("experiment", mostly_slow([grpo, reinforce], quick=[1]))
+def test_a_kl_in_the_loss_is_no_part_of_what_a_response_earns(tmp_path, small, files):
+  """Of `reinforce`, which has it in the reward by default: leave-one-out of the rewards alone."""
+  changes = {"kl.coef": 0.5, "kl.place": "loss", "kl.value": "k1", **BUSY}
+  found = helpers.run(reinforce, tmp_path, settings(files) | {"loss.name": "ppo_loss"} | changes)
+  assert abs(found.metrics[1]["kl_ref"]) > 1e-3
+  rewards, advantages = (column(found, key, step=1) for key in ("reward", "advantage"))
+  wanted = (rewards - rewards.mean(axis=1, keepdims=True)) * 4 / 3
+  np.testing.assert_allclose(advantages, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", [grpo, reinforce])
 def test_the_kl_is_in_the_loss_or_in_the_reward_of_any_script(tmp_path, small, files, experiment):
   """In the reward it is measured before the updates; in the loss it is a metric of each."""
   weights = []

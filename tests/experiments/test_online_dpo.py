@@ -63,7 +63,8 @@ def test_objective(name, monkeypatch):
   config = replace(online_dpo.Config(), {"loss.name": name, "loss.beta": 0.3})
   batch = online_dpo.Batch(rows, preferences, weights)
   hparams = {"beta": jnp.float32(0.3), "alpha": jnp.float32(0.2)}
-  loss, found = online_dpo.make_loss(config, None)(jnp.asarray(logprobs), batch, hparams)
+  loss_fn = online_dpo.make_loss(config, None)
+  loss, found = loss_fn(jnp.asarray(logprobs), batch, hparams)
   sums, refs = (x.sum(1).reshape(P, 2, G) for x in (logprobs, ref))
   wanted = 0.0
   for k in range(P * G):
@@ -82,6 +83,9 @@ def test_objective(name, monkeypatch):
     if name == "xpo_loss":
       wanted += 0.2 * weights[k] * other
   assert float(loss) == pytest.approx(wanted, rel=1e-5)
+  halves = [jax.tree.map(lambda x, i=i: np.split(x, 2)[i], (logprobs, batch)) for i in (0, 1)]
+  parts = [float(loss_fn(jnp.asarray(of), part, hparams)[0]) for of, part in halves]
+  assert sum(parts) == pytest.approx(wanted, rel=1e-5) and all(parts)
   if name == "astar_po_loss":
     return
   total, count = found["preference"]
@@ -149,6 +153,7 @@ def test_a_killed_run_resumes_bit_for_bit(name, stops, files, small, tmp_path, m
   assert equal(cut.state, straight.state)
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_to_the_whole(files, small, tmp_path):
   changes = settings(files, **{"loss.name": "xpo_loss", "loss.alpha": 0.1, "eval.every": 0})
   whole = run(online_dpo, tmp_path / "whole", changes)

@@ -52,8 +52,10 @@ def test_loss_and_gradient_are_those_of_a_row_each(small):
   def batch_of(**sizes):
     return ready(config, dpo.make_batch(pairs, rows=4, pad_id=0, **sizes)[0], known)
 
+  value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+
   def gradient_of(batch):
-    (loss, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, hparams)
+    (loss, _), gradient = value_and_grad(params, batch, hparams)
     return loss, gradient
 
   plain, hparams = batch_of()

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import reinforce, terms
+from experiments import reinforce, setup, terms
 from rl_llm.errors import ConfigError
 from rl_llm.policy import make_policy, tiny_config
 from rl_llm.rollout import ResponseBatch, response_hidden
@@ -17,7 +17,8 @@ from rl_llm.runs.config import replace
 from rl_llm.training import credit
 from tests.experiments import helpers
 from tests.experiments.helpers import FULL, equal, settings
-from tests.experiments.test_sft import KILL_OR_ALL, stopped
+from tests.experiments.test_sft import STOPS, stopped
+from tests.representatives import mostly_slow
 
 run = functools.partial(helpers.run, reinforce)
 
@@ -155,15 +156,17 @@ def test_the_optimal_token_baseline_reads_whole_distributions():
   np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+TRACKED = {"advantage.name": "track_values", "responses_per_prompt": 1}
+ROLES = {"advantage.name": "role_baseline", "advantage.role": "side", "advantage.rows": 8}
+
+
 @pytest.mark.parametrize(
-  "changes",
-  [
-    {"advantage.name": "track_values", "responses_per_prompt": 1},
-    {"advantage.name": "role_baseline", "advantage.role": "side", "advantage.rows": 8},
-  ],
-  ids=["track_values", "role_baseline"],
+  ("changes", "stops"),
+  mostly_slow(
+    [(ROLES, ()), (TRACKED, STOPS[1:2]), (ROLES, STOPS[1:2]), (TRACKED, STOPS), (ROLES, STOPS)],
+    quick=[0, 1],
+  ),
 )
-@pytest.mark.parametrize("stops", KILL_OR_ALL, ids=len)
 def test_a_remembered_baseline_is_of_the_steps_before_and_survives_a_stop(
   changes, stops, tmp_path, small, files, monkeypatch
 ):
@@ -173,6 +176,8 @@ def test_a_remembered_baseline_is_of_the_steps_before_and_survives_a_stop(
   first, *later = found.metrics[:-1]
   assert first["baseline"] == (0.5 if "track" in changes["advantage.name"] else 0)
   assert len({row["baseline"] for row in later}) == 5
+  if not stops:
+    return
   cut = stopped(monkeypatch, reinforce, tmp_path / "cut", changes, stops)
   assert cut.metrics == found.metrics and cut.samples == found.samples
   assert equal(cut.state, found.state)
@@ -287,6 +292,26 @@ def test_every_flag_changes_the_weights_that_come_out(tmp_path, small, files):
     assert not same, (changes, ["base", *FLAGS][same[0]])
 
 
+@pytest.mark.parametrize("name", ["reinforce_loss", "ppo_loss"])
+def test_the_gradient_of_one_update_is_that_of_the_log_probs_times_advantages(name, monkeypatch):
+  """With one update a step the ratio is 1, so PPO's surrogate has REINFORCE's gradient."""
+  monkeypatch.setattr(reinforce, "response_logprobs", lambda params, *_, **__: (params, params))
+  rng, mask = np.random.default_rng(0), np.arange(3) < np.array([3, 1, 2])[:, None]
+  weights, advantages = (np.float32(np.where(mask, rng.normal(size=(3, 3)), 0)) for _ in range(2))
+  batch = ResponseBatch(
+    np.zeros((3, 1), int), np.ones(3, int), mask.astype(int), mask, mask,
+    advantages=advantages, weights=weights,
+  )  # fmt: skip
+  config = replace(reinforce.Config(), {"loss.name": name})
+  loss_fn = reinforce.make_loss(config, None)
+  numbers = setup.hyperparameters(config, 0)
+  found, _ = jax.grad(loss_fn, has_aux=True)(
+    jax.numpy.float32(np.where(mask, -1.0, 0.0)), batch, numbers
+  )
+  np.testing.assert_allclose(found, -weights * advantages, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_without_a_ratio_a_step_is_the_gradient_of_the_first_update(tmp_path, small, files):
   """With one update a step the ratio is 1, so PPO's surrogate has REINFORCE's gradient."""
   # An eps that is not tiny: Adam else turns rounding of a gradient near 0 into a whole step.
@@ -347,10 +372,14 @@ def test_presets_set_weighting_and_loss(tmp_path):
   reinforce.check(replace(typed, changes))
 
 
-def test_a_run_with_the_optimal_token_baseline_moves_less_than_one_without(tmp_path, small, files):
+def test_a_run_with_the_optimal_token_baseline_has_less_to_learn_than_its_rewards(
+  tmp_path, small, files
+):
   """Its advantages are what is left of the returns: of less variance than the rewards alone."""
-  base = settings(files, steps=1, **{"eval.every": 0, "optimizer.max_grad_norm": 0.0})
-  names = "plain", "optimal_token_baseline"
-  plain, found = (run(tmp_path / n, base | {"advantage.name": n}).metrics[0] for n in names)
-  assert plain["reward_mean"] == found["reward_mean"]
-  assert 0 < found["grad_norm"] < plain["grad_norm"]
+  changes = {"advantage.name": "optimal_token_baseline", "steps": 1, "eval.every": 0}
+  found = run(tmp_path, settings(files, **changes))
+  rewards, advantages = (
+    np.array([row[key] for row in found.samples]) for key in ("reward", "advantage")
+  )
+  assert 0 < np.var(advantages) < np.var(rewards) and np.sum(advantages < 0) > 2
+  assert found.metrics[0]["grad_norm"] > 0

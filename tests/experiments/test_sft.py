@@ -173,18 +173,6 @@ def test_microbatches_and_packing_change_nothing(tmp_path, small, data):
       np.testing.assert_allclose(leaf, other.params[name], rtol=0, atol=1e-5)
 
 
-def test_a_step_packs_once(tmp_path, small, data, monkeypatch):
-  original, packed = batches.pack, []
-
-  def pack(sequences, **sizes):
-    packed.append(len(sequences))
-    return original(sequences, **sizes)
-
-  monkeypatch.setattr(batches, "pack", pack)
-  run(sft, tmp_path, settings(data, packing=24, weighting="sequence_mean"))
-  assert packed == [4] * 3
-
-
 def test_held_out_examples_bounds_what_is_evaluated_and_nothing_else(tmp_path, small, data):
   every = run(sft, tmp_path / "all", settings(data))
   one = run(sft, tmp_path / "one", settings(data, held_out_examples=1))
@@ -232,21 +220,30 @@ def zipped(path, rows):
 def talk(n):
   return [
     {"role": "user", "content": f"{n}?"},
-    {"role": "assistant", "content": "a" * n},
+    {"role": "assistant", "content": "a" * (n % 4 + 1)},
     {"role": "user", "content": "More?"},
     {"role": "assistant", "content": "Yes."},
   ]
+
+
+class Made(Exception):
+  """A step has its batch."""
 
 
 @pytest.mark.parametrize(
   ("save", "row", "chat", "answers"),
   mostly_slow(
     [  # What is trained on, any number of a for one; in chat with the header, which no prompt holds
-      (write, lambda n: {"prompt": f"{n}?", "completion": "a" * n}, False, "a"),
+      (write, lambda n: {"prompt": f"{n}?", "completion": "a" * (n % 4 + 1)}, False, "a"),
       (zipped, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
       (parquet, lambda n: {"messages": talk(n)}, True, "a:a~a:Yes.~"),
-      (write, lambda n: {"text": "a" * (n + 1)}, True, "a"),  # "auto" knows bare text.
-      (write, lambda n: {"text": f"\n\nHuman: {n}\n\nAssistant: {'a' * n}"}, True, "a:a~"),
+      (write, lambda n: {"text": "a" * (n % 4 + 2)}, True, "a"),  # "auto" knows bare text.
+      (
+        write,
+        lambda n: {"text": f"\n\nHuman: {n}\n\nAssistant: {'a' * (n % 4 + 1)}"},
+        True,
+        "a:a~",
+      ),
     ],
     quick=[0, 2, 3],
   ),
@@ -261,12 +258,17 @@ def test_formats(tmp_path, small, monkeypatch, save, row, chat, answers):
     for sequence in sequences:
       own = [t for t, m in zip(sequence.tokens, sequence.mask, strict=True) if m and t < 256]
       trained.append(bytes(own).decode())
+    if save is not write:
+      raise Made  # A program for each length of rows would take most of the time.
     return original(sequences, **keywords)
 
   monkeypatch.setattr(sft, "make_batch", make_batch)
-  found = run(sft, tmp_path / "run", settings(path, **changes))
+  try:
+    found = run(sft, tmp_path / "run", settings(path, **changes) | {"eval.every": 0})
+    assert math.isfinite(found.metrics[0]["loss"])
+  except Made:
+    pass
   assert len(trained) == 4 and {re.sub("a+", "a", text) for text in trained} == {answers}
-  assert math.isfinite(found.metrics[0]["loss"])
 
 
 BROKEN = ["{", '{"prompt": "a"}', '{"prompt": "a", "completion": ""}', '{"prompt": 1}']
@@ -370,11 +372,20 @@ KILL_OR_ALL = [STOPS[1:2], pytest.param(STOPS, marks=pytest.mark.slow)]
 
 
 def test_a_run_stopped_three_times_ends_as_one_that_was_not(tmp_path, small, data, monkeypatch):
-  changes = settings(data, steps=7, packing=24, microbatch_rows=2) | {
+  changes = settings(data, steps=7, packing=24, microbatch_rows=2, weighting="sequence_mean") | {
     "checkpoint.every": 3,
     "eval.every": 3,
   }
-  straight = run(sft, tmp_path / "straight", changes)
+  original, packed = batches.pack, []
+
+  def pack(sequences, **sizes):
+    packed.append(len(sequences))
+    return original(sequences, **sizes)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(batches, "pack", pack)
+    straight = run(sft, tmp_path / "straight", changes)
+  assert packed == [4] * 7  # Once a step.
   cut = stopped(monkeypatch, sft, tmp_path / "cut", changes, STOPS)
   assert [row["step"] for row in cut.metrics] == list(range(8))
   assert cut.metrics == straight.metrics
