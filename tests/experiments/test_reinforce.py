@@ -298,9 +298,10 @@ def test_the_gradient_of_one_update_is_that_of_the_log_probs_times_advantages(na
   monkeypatch.setattr(reinforce, "response_logprobs", lambda params, *_, **__: (params, params))
   rng, mask = np.random.default_rng(0), np.arange(3) < np.array([3, 1, 2])[:, None]
   weights, advantages = (np.float32(np.where(mask, rng.normal(size=(3, 3)), 0)) for _ in range(2))
+  logprobs = np.float32(np.where(mask, -1, 0))
   batch = ResponseBatch(
     np.zeros((3, 1), int), np.ones(3, int), mask.astype(int), mask, mask,
-    advantages=advantages, weights=weights,
+    sampler_logprobs=logprobs, advantages=advantages, weights=weights,
   )  # fmt: skip
   config = replace(reinforce.Config(), {"loss.name": name})
   loss_fn = reinforce.make_loss(config, None)
