@@ -21,21 +21,8 @@ from tests.experiments import once
 from tests.experiments.helpers import REWARD, Chatty
 
 
-@pytest.fixture(scope="session")
-def programs():
-  """What the runs of this process have compiled."""
-  return {}
-
-
-@pytest.fixture(scope="module")
-def pool(files):
-  """Opens the graders of `helpers.REWARD` once for the runs of a module."""
-  with once.pools(str(files / "reward.py")) as opened:
-    yield opened
-
-
 @pytest.fixture
-def small(monkeypatch, programs, pool):
+def small(monkeypatch):
   """`--model=tiny` is one narrow layer and `Chatty` everywhere; "another" has other weights.
 
   Reports are not drawn, and the peak of the CPU is not measured: that takes longer than a step. No
@@ -61,8 +48,8 @@ def small(monkeypatch, programs, pool):
     return LanguageModel(found, params if mesh is None else shard(params, mesh), Chatty())
 
   monkeypatch.setattr("rl_llm.policy.load.load_model", load)
-  monkeypatch.setattr(jax, "jit", once.jit_of(programs))
-  monkeypatch.setattr("experiments.setup.RewardPool", pool)
+  monkeypatch.setattr(jax, "jit", once.jit_of(once.PROGRAMS))
+  monkeypatch.setattr("experiments.setup.RewardPool", once.open_pool)
   monkeypatch.setattr("rl_llm.training.loop.write_report", lambda workdir, live: None)
   quick = functools.partial(find_peak, measure=lambda device, dtype: 1e11)
   monkeypatch.setattr("rl_llm.runs.chips.find_peak", quick)
@@ -76,7 +63,8 @@ def files(tmp_path_factory):
   (directory / "reward.py").write_text(REWARD)
   rows = [{"prompt": chr(97 + i) + "x" * (2 + 4 * (i % 6))} for i in range(24)]
   (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return directory
+  with once.pools_of(str(directory / "reward.py")):
+    yield directory
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""What the runs of tests have in common is made once: their programs, and a module's graders.
+"""What the runs of tests have in common is made once: their programs and their graders.
 
 Of a short run of a tiny model most of the time goes into what it makes anew from its config, though
 an earlier run has made the same: JAX traces and lowers every program, and a pool starts processes.
@@ -18,7 +18,9 @@ import jax
 
 from rl_llm.rewards import RewardPool, RewardSource
 
-Pools = dict[Hashable, RewardPool]
+PROGRAMS: dict[Hashable, Callable] = {}  # of this process
+POOLS: dict[Hashable, RewardPool] = {}
+SHARED: set[str] = set()
 OURS = "rl_llm.", "experiments."
 
 
@@ -109,20 +111,24 @@ class Kept(RewardPool):
 
 
 @contextlib.contextmanager
-def pools(*locations: str) -> Iterator[Callable[..., RewardPool]]:
-  """`RewardPool`, which gives the pool of an earlier run for graders at these places."""
-  known: Pools = {}
-
-  def opened(source: RewardSource, **how: Any) -> RewardPool:
-    if source.location not in locations:
-      return RewardPool(source, **how)
-    key = source, *sorted(how.items())
-    if key not in known:
-      known[key] = Kept(source, **how)
-    return known[key]
-
+def pools_of(location: str) -> Iterator[None]:
+  """While it lasts, `open_pool` gives the pool of an earlier run for graders at this place."""
+  SHARED.add(location)
   try:
-    yield opened
+    yield
   finally:
-    for pool in known.values():
+    SHARED.remove(location)
+    for pool in POOLS.values():
       pool.close()
+    POOLS.clear()
+
+
+def open_pool(source: RewardSource, **how: Any) -> RewardPool:
+  """`RewardPool`, which keeps the latest few of shared places."""
+  if source.location not in SHARED:
+    return RewardPool(source, **how)
+  key = source, *sorted(how.items())
+  POOLS[key] = POOLS.pop(key, None) or Kept(source, **how)
+  if len(POOLS) > 4:
+    POOLS.pop(next(iter(POOLS))).close()
+  return POOLS[key]

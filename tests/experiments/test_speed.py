@@ -16,17 +16,19 @@ from experiments import distill, dpo, grpo, kto, online_dpo, ppo, reinforce, rew
 from rl_llm.runs.config import replace, volatile
 from rl_llm.runs.flops import forward_flops, text_flops, trunk_flops
 from rl_llm.runs.metrics import read
-from tests.experiments import helpers
+from tests.experiments import helpers, once
 from tests.experiments.helpers import settings
 from tests.representatives import mostly_slow
 
 EXPERIMENTS = [distill, dpo, grpo, kto, online_dpo, ppo, reinforce, reward_model, sft]
 
 
-@pytest.fixture(scope="module")
-def programs():
-  """Of these runs alone: what they say of the seconds that they compiled is looked at."""
-  return {}
+@pytest.fixture(autouse=True, scope="module")
+def own_programs():
+  """What these runs say of the seconds that they compiled is looked at."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(once, "PROGRAMS", {})
+    yield
 
 
 def first_step(experiment, workdir, changes):
