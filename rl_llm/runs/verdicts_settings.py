@@ -128,12 +128,13 @@ def unreadable(record: Evidence) -> Verdict | None:
   share = sum(record.late("rewards_unreadable")) / graded if graded else 0.0
   if share < 0.5 or record.rising():
     return None
+  flag = "reasoning_gym.instruction"
   return Verdict(
     "unreadable",
     f"The grader cannot read {share:.0%} of the newest responses: they are not in the form that it "
     "expects.",
     attempt(record, "an instruction that says how to give the answer")
-    + (" (--reasoning_gym.instruction)" if "reasoning_gym.instruction" in record.config else ""),
+    + (f" (--{flag})" if flag in record.config else ""),
   )
 
 

@@ -188,7 +188,7 @@ def test_alpha_looks_ahead_over_a_share_of_the_response_and_values_learn_with_la
   alpha = 0.7
   found, returns = ppo.token_advantages(terms.Gae(alpha=alpha, whiten=False), *given)
   for row, n in enumerate(MASK.sum(axis=1)):
-    lam = max(0.0, 1 - 1 / (alpha * n))
+    lam = max(0.0, 1 - 1 / (alpha * max(n, 1)))
     alone, _ = ppo.token_advantages(terms.Gae(gae_lambda=lam, whiten=False), *given)
     np.testing.assert_allclose(found[row], alone[row], atol=1e-6)
   _, of_one = ppo.token_advantages(terms.Gae(gae_lambda=1.0, whiten=False), *given)
