@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from rl_llm import weighting
+from rl_llm.rewards.results import RewardResult
 from rl_llm.rollout import ResponseBatch
 from rl_llm.rollout.grading import Scores
 from rl_llm.training.credit import less_kl
@@ -111,6 +112,23 @@ def test_a_problem_whose_greedy_response_failed_compares_nothing():
   experience.greedy = greedy
   _, counted, _, baseline, _ = group_inputs(experience)
   assert counted.tolist() == [[True, False], [False, False]] and baseline.tolist() == [0.25, 0.0]
+
+
+def test_of_several_rewards_none_counts_of_a_response_that_lacks_one():
+  """A part without opinion leaves the sum; a part that failed leaves the response out whole."""
+  given = [({"a": 1.0, "b": 2.0}, "ok"), ({"a": 3.0, "b": None}, "ok")]
+  given += [({"a": 4.0, "b": None}, "raised"), ({"a": 5.0, "b": 6.0}, "invalid")]
+  results = [RewardResult(None, status, parts=parts) for parts, status in given]
+  ok = np.array([[status == "ok" for _, status in given]])
+  experience = types.SimpleNamespace(
+    rollout=types.SimpleNamespace(lengths=np.ones(4, np.int32)),
+    scores=Scores(np.zeros((1, 4), np.float32), ok, {}, results),
+    greedy=None,
+  )
+  values, counted, _, _, weights = group_inputs(experience, np.array([1.0, 0.2]))
+  assert counted.tolist() == [[[True, True], [True, False], [False, False], [False, False]]]
+  assert values.tolist() == [[[1.0, 2.0], [3.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]
+  np.testing.assert_allclose(weights, [1.0, 0.2])
 
 
 def test_a_microbatch_that_is_filled_in_part_is_computed():
