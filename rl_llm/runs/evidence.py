@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
-# A run with this share of right responses has learned its task.
-SOLVED = 0.9
+# A run with this share of right responses has learned its task; "few" are right up to this share.
+SOLVED, FEW = 0.9, 0.1
+# A trend of this many standard errors is no noise.
+ERRORS = 4.0
 
 HOW = ("sampled", "greedy")
 

@@ -17,6 +17,8 @@ from typing import Any
 from rl_llm.runs import verdicts_examples as examples
 from rl_llm.runs import verdicts_settings as settings
 from rl_llm.runs.evidence import (
+  ERRORS,
+  FEW,
   Evidence,
   Verdict,
   attempt,
@@ -47,13 +49,10 @@ _EARLY = 5
 _CUT, _FAILED = 0.5, 0.05
 # A gradient norm below this share of the first is no gradient.
 _DEAD = 1e-6
-# A reward has "moved" by this many standard errors.
-_ERRORS = 4.0
 # A reward is on a plateau if its last quarter rose by less than this share of its whole rise.
 _STILL = 0.05
-# A grader "pays in full" from this share of the greatest reward; "few" responses are right up to
-# this share.
-_PAID, _FEW = 0.7, 0.1
+# A grader "pays in full" from this share of the greatest reward.
+_PAID = 0.7
 # A policy that is right more often than this is not lost, however certain it is.
 _HALF = 0.5
 # Groups of noise agree as well: they are told from this share of the run on.
@@ -220,7 +219,7 @@ def _more_right(record: Evidence) -> bool:
     return False
   rise, _ = trend(rights)
   right = record.mean("accuracy")
-  return rise > _ERRORS * ((right + 1 / count) / count) ** 0.5
+  return rise > ERRORS * ((right + 1 / count) / count) ** 0.5
 
 
 def _cut_before_any_answer(record: Evidence) -> Verdict | None:
@@ -314,9 +313,9 @@ def _overlooked(record: Evidence) -> Verdict | None:
   flat = known[-1][1] <= known[0][2] and plateau and not _more_right(record)
   graded = str(record.config.get("reward", "task")) == "task"
   scale = full_reward(record) if graded else 0.0  # A reward model has no scale of its own.
-  if rise <= max(_ERRORS * error, 0.1 * scale, 1e-9) or not (fell or flat):
+  if rise <= max(ERRORS * error, 0.1 * scale, 1e-9) or not (fell or flat):
     return None
-  if (trend(record.series("accuracy")) if record.series("accuracy") else (0.0, 0.0))[0] > _FEW:
+  if (trend(record.series("accuracy")) if record.series("accuracy") else (0.0, 0.0))[0] > FEW:
     return _by_heart(record, known[-1])
   if not any([*record.series("accuracy"), *(ends[1] for ends in known)]):
     return Verdict(
@@ -339,7 +338,7 @@ def _paid_in_full(record: Evidence) -> Verdict | None:
   """Nearly the whole reward for answers of which hardly any is right: no collapse, but a way."""
   full = full_reward(record)
   paid = _PAID * full <= record.mean("reward_mean") <= full
-  return _overlooked(record) if paid and record.mean("accuracy") <= _FEW else None
+  return _overlooked(record) if paid and record.mean("accuracy") <= FEW else None
 
 
 def _by_heart(record: Evidence, held_out: tuple[float, float, float]) -> Verdict | None:
@@ -358,7 +357,7 @@ def _by_heart(record: Evidence, held_out: tuple[float, float, float]) -> Verdict
 def _unfinished(record: Evidence) -> Verdict | None:
   """A run that was over before anything was right, although its reward still rose."""
   right = record.late("accuracy")
-  if record.share_done() < 1 or not record.rising() or not right or max(right) > _FEW:
+  if record.share_done() < 1 or not record.rising() or not right or max(right) > FEW:
     return None
   rise, _ = trend(record.late("reward_mean"), parts=2)
   steps = int(finite(record.config.get("steps")) or len(record.rows))

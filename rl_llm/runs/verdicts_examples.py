@@ -7,7 +7,17 @@ from __future__ import annotations
 
 import statistics
 
-from rl_llm.runs.evidence import Evidence, Verdict, attempt, flag, lower_rate, trend, truth
+from rl_llm.runs.evidence import (
+  ERRORS,
+  FEW,
+  Evidence,
+  Verdict,
+  attempt,
+  flag,
+  lower_rate,
+  trend,
+  truth,
+)
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
@@ -18,10 +28,8 @@ _TURNED, _MOVED = 0.05, 0.02
 _LEARNED = 0.1
 # No rise of a held-out loss is this small, in nats.
 _NATS = 0.01
-# Steps that a trend takes, and the standard errors that are no noise.
-_ENOUGH, _ERRORS = 20, 4.0
-# "Few" responses are right up to this share.
-_FEW = 0.1
+# Steps that a trend takes.
+_ENOUGH = 20
 # A student "is" its teacher below this many nats per token, if that is this share of the first;
 # or below this many anyway.
 _NEAR, _NEAR_SHARE, _SAME = 0.1, 0.1, 0.01
@@ -139,7 +147,7 @@ def taught_else(record: Evidence) -> Verdict | None:
   late, whole = trend(record.late("loss"), parts=2)[0], trend(record.series("loss"))[0]
   plateau = abs(late) <= 0.1 * abs(whole) and record.share_done() >= 0.5
   plateau = plateau and record.evaluated[-1]["step"] >= record.rows[-1]["step"]
-  never = plateau and known[-1][1] <= min(known[0][2], _FEW)
+  never = plateau and known[-1][1] <= min(known[0][2], FEW)
   if not forgot and not never:
     return None
   before, after = (number(ends[1], 2) for ends in (known[0], known[-1]))
@@ -200,7 +208,7 @@ def loss_unmoved(record: Evidence) -> Verdict | None:
     return None
   rise, error = trend(trained)
   first, last = losses[0][1], losses[-1][1]
-  if rise < -max(_ERRORS * error, _MOVED * abs(first)) or abs(last - first) > _MOVED * abs(first):
+  if rise < -max(ERRORS * error, _MOVED * abs(first)) or abs(last - first) > _MOVED * abs(first):
     return None
   given = finite(record.config.get("optimizer.learning_rate")) or 1e-5
   return Verdict(

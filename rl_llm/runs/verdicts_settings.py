@@ -6,6 +6,8 @@ import itertools
 import statistics
 
 from rl_llm.runs.evidence import (
+  ERRORS,
+  FEW,
   Evidence,
   Verdict,
   attempt,
@@ -30,8 +32,6 @@ _COLD, _AGREE, _NATS = 0.3, 0.9, 0.05
 _HOT = 2.0
 # This share of prompts cut at their beginning is told.
 _CUT_PROMPTS = 0.2
-# "Few" responses are right up to this share.
-_FEW = 0.1
 # What other parts of a reward pay is "large" from this share of a right answer's reward.
 _LARGE = 0.5
 # Responses of a step with which its mean reward is noise.
@@ -42,8 +42,8 @@ _CLIPPED = 1000.0
 _BLIND = -0.5
 # A price of the KL, in reward per nat, and a weight decay, that hold a policy where it is.
 _DEAR, _DECAY = 0.5, 0.3
-# A reward has "fallen" by this many standard errors, and this share of what it was.
-_ERRORS, _LOST = 4.0, 0.1
+# A reward has "fallen" by `ERRORS` and by this share of what it was.
+_LOST = 0.1
 # The policy has "moved" where its entropy changed by this share.
 _MOVED = 0.1
 # Outside these shares of right responses, groups agree whoever grades.
@@ -97,9 +97,9 @@ def other_part(record: Evidence) -> Verdict | None:
   (rise, error), (of_grade, _) = trend(total), trend(graded)
   paid = record.mean("reward_mean")
   grade = statistics.fmean(graded[-len(graded) // 4 :])
-  mostly = rise > _ERRORS * error and of_grade <= 0.5 * rise
+  mostly = rise > ERRORS * error and of_grade <= 0.5 * rise
   large = paid - grade >= max(_LARGE * full_reward(record), 2 * grade)
-  if not (mostly or large) or record.mean("accuracy") > _FEW:
+  if not (mostly or large) or record.mean("accuracy") > FEW:
     return None
   others = " and ".join(names[1:]) if len(names) > 1 else "the penalty for length"
   option = ",".join([terms[0], *(_weaker(term) for term in terms[1:])])
@@ -165,7 +165,7 @@ def fell(record: Evidence) -> Verdict | None:
     return None
   rise, error = trend(rewards)
   first = sum(rewards[: len(rewards) // 4]) / (len(rewards) // 4)
-  if -rise <= max(_ERRORS * error, _LOST * abs(first), 1e-9):
+  if -rise <= max(ERRORS * error, _LOST * abs(first), 1e-9):
     return None
   decay = finite(record.config.get("optimizer.weight_decay")) or 0.0
   option = ("optimizer.weight_decay", 0.01) if decay >= _DECAY else lower_rate(record)
@@ -194,7 +194,7 @@ def _by_chance(record: Evidence) -> bool:
     return False
   chance = right**group + (1 - right) ** group
   error = (chance * (1 - chance) / groups) ** 0.5
-  return record.mean("frac_zero_std") <= chance + _ERRORS * error
+  return record.mean("frac_zero_std") <= chance + ERRORS * error
 
 
 def _held(record: Evidence, said: str) -> Verdict | None:
@@ -306,7 +306,7 @@ def unmoved(record: Evidence) -> Verdict | None:
   if len(rewards) < _ENOUGH or record.share_done() < 0.5:
     return None
   rise, error = trend(rewards)
-  moved = abs(rise) > max(_ERRORS * error, 0.02 * (max(rewards) - min(rewards)))
+  moved = abs(rise) > max(ERRORS * error, 0.02 * (max(rewards) - min(rewards)))
   if moved or (known and known[-1][1] > known[0][2]):
     return None
   said = f"The reward has not moved in {len(rewards)} steps"
