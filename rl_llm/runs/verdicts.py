@@ -31,7 +31,7 @@ from rl_llm.runs.evidence import (
 )
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
-from rl_llm.runs.verdicts_updates import UPDATES
+from rl_llm.runs.verdicts_updates import UPDATES, bonus
 
 # Fewer steps say nothing of a trend.
 _ENOUGH = 10
@@ -227,26 +227,6 @@ def _cut_before_any_answer(record: Evidence) -> Verdict | None:
   return _cut(record) if max(record.series("accuracy"), default=1.0) == 0 else None
 
 
-def _bonus(record: Evidence) -> Verdict | None:
-  coefficient = finite(record.config.get("loss.entropy_coef")) or 0.0
-  first = (record.series("entropy") or [0.0])[0]
-  if -coefficient * first > 1:
-    return Verdict(
-      "bonus_negative",
-      f"The entropy bonus is negative: certainty earns up to {number(-coefficient)} x "
-      f"{number(first, 2)} nats, against advantages of about 1.",
-      attempt(record, ("loss.entropy_coef", -coefficient / 30)),
-    )
-  if coefficient * record.mean("entropy") <= 1 or record.mean("entropy") < 0.9 * first:
-    return None
-  return Verdict(
-    "bonus_outweighs",
-    f"The entropy bonus outweighs the reward: {number(coefficient)} x "
-    f"{number(record.mean('entropy'), 2)} nats, against advantages of about 1.",
-    attempt(record, ("loss.entropy_coef", coefficient / 30)),
-  )
-
-
 def _entropy_gone(record: Evidence) -> Verdict | None:
   entropies = record.series("entropy")
   if not entropies or not record.series("reward_mean"):  # Given answers may be certain.
@@ -373,7 +353,7 @@ _BROKEN = (_skipped, _grader_failed, settings.cold, settings.never_ends, _consta
 _LEARNING = (
   settings.prompts_cut,
   examples.like_its_teacher,
-  _bonus,
+  bonus,
   settings.other_part,
   _paid_in_full,
   _cut_before_any_answer,

@@ -21,6 +21,27 @@ _CLIPPED = 0.3
 _LEFT = 0.5
 
 
+def bonus(record: Evidence) -> Verdict | None:
+  """An entropy bonus that outweighs the reward, or is negative."""
+  coefficient = finite(record.config.get("loss.entropy_coef")) or 0.0
+  first = (record.series("entropy") or [0.0])[0]
+  if -coefficient * first > 1:
+    return Verdict(
+      "bonus_negative",
+      f"The entropy bonus is negative: certainty earns up to {number(-coefficient)} x "
+      f"{number(first, 2)} nats, against advantages of about 1.",
+      attempt(record, ("loss.entropy_coef", -coefficient / 30)),
+    )
+  if coefficient * record.mean("entropy") <= 1 or record.mean("entropy") < 0.9 * first:
+    return None
+  return Verdict(
+    "bonus_outweighs",
+    f"The entropy bonus outweighs the reward: {number(coefficient)} x "
+    f"{number(record.mean('entropy'), 2)} nats, against advantages of about 1.",
+    attempt(record, ("loss.entropy_coef", coefficient / 30)),
+  )
+
+
 def _exploding(record: Evidence) -> Verdict | None:
   norms = record.series("grad_norm")
   if len(norms) < _ENOUGH:
