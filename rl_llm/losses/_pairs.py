@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from rl_llm.checks import Metrics, check_above
+from rl_llm.checks import Metrics, check_above, is_number
 from rl_llm.losses import _checks
 
 
@@ -40,6 +40,15 @@ def rewards(*pairs_weights_beta):
   (chosen, rejected), weights, mask = log_ratios(*pairs_weights_beta)
   beta = pairs_weights_beta[-1]
   return (beta * chosen, beta * rejected), weights, mask
+
+
+def check_smoothing(label_smoothing) -> None:
+  """Refuses a share of wrong labels from which a label says nothing, or the reverse."""
+  if is_number(label_smoothing) and not 0 <= float(label_smoothing) < 0.5:
+    raise ValueError(
+      f"label_smoothing is {label_smoothing}; it must be at least 0 and below 0.5, from which on a "
+      "label says nothing, or the reverse."
+    )
 
 
 def smoothed_logistic(margin, label_smoothing):

@@ -19,15 +19,20 @@ difference, and often both answers become less likely. Watch "chosen_reward".
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from rl_llm.checks import Array, Metrics, check_above, check_between, check_choice
+from rl_llm.checks import Array, Metrics, check_above, check_choice
 from rl_llm.losses import _checks
-from rl_llm.losses._pairs import log_ratios, pair_metrics, rewards, smoothed_logistic
+from rl_llm.losses._pairs import (
+  check_smoothing,
+  log_ratios,
+  pair_metrics,
+  rewards,
+  smoothed_logistic,
+)
 
 
 def dpo_loss(
@@ -96,7 +101,7 @@ def dpo_loss(
     ref_rejected_logprobs: [B] float, the same of the rejected answers; a constant.
     weights: [B] float, how much each pair counts, usually 1 / B; a constant. Made before any split.
     beta: reward per nat of log-ratio, > 0: how strongly the reference holds.
-    label_smoothing: the share of wrong labels, between 0 and 1.
+    label_smoothing: the share of wrong labels, at least 0 and below 1/2.
     divergence: "reverse_kl", "forward_kl", "js" or "alpha".
     alpha: order of the divergence "alpha", > 0.
 
@@ -115,7 +120,7 @@ def dpo_loss(
     https://ericmitchell.ai/cdpo.pdf; divergences: Wang et al., 2023, Beyond Reverse KL,
     https://arxiv.org/abs/2309.16240; RPO: Pang et al., 2024, https://arxiv.org/abs/2404.19733
   """
-  check_between("label_smoothing", label_smoothing, 0, 1)
+  check_smoothing(label_smoothing)
   check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
   check_above("alpha", alpha, 0)
   pair, weights, mask = log_ratios(
@@ -177,7 +182,7 @@ def robust_dpo_loss(
 
   Reference: Chowdhury et al., 2024, Provably Robust DPO, https://arxiv.org/abs/2403.00409
   """
-  check_between("label_smoothing", label_smoothing, 0, math.nextafter(0.5, 0))
+  check_smoothing(label_smoothing)
   (chosen, rejected), weights, mask = rewards(
     chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights, beta
   )

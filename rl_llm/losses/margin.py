@@ -7,14 +7,12 @@ target (IPO), the KL the other way round (EXO), or a form that a language model 
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from rl_llm.checks import Array, Metrics, check_above, check_between
+from rl_llm.checks import Array, Metrics, check_above
 from rl_llm.losses import _checks
-from rl_llm.losses._pairs import log_ratios, pair_metrics, rewards
+from rl_llm.losses._pairs import check_smoothing, log_ratios, pair_metrics, rewards
 
 
 def ipo_loss(
@@ -103,7 +101,7 @@ def exo_loss(
     ref_rejected_logprobs: [B] float, as in `dpo_loss`; a constant.
     weights: [B] float, how much each pair counts; a constant.
     beta: reward per nat of log-ratio, > 0.
-    label_smoothing: the e above, between 0 and 1, both excluded.
+    label_smoothing: the e above, above 0 and below 1/2.
 
   Returns:
     The scalar loss, at least float32, and the metrics of `dpo_loss`.
@@ -118,7 +116,7 @@ def exo_loss(
     https://arxiv.org/abs/2402.00856
   """
   check_above("label_smoothing", label_smoothing, 0)
-  check_between("label_smoothing", label_smoothing, 0, math.nextafter(1, 0))
+  check_smoothing(label_smoothing)
   (chosen, rejected), weights, mask = rewards(
     chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights, beta
   )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from rl_llm.checks import Array, Metrics, any_mesh, check_between
-from rl_llm.losses._pairs import log_ratios, pair_metrics, pairs, smoothed_logistic
+from rl_llm.checks import Array, Metrics, any_mesh
+from rl_llm.losses._pairs import check_smoothing, log_ratios, pair_metrics, pairs, smoothed_logistic
 
 # The losses that compare the rows of a batch with each other, so that no microbatch can compute its
 # share. An experiment that offers them checks:
@@ -64,7 +64,7 @@ def aot_loss(
   Reference: Melnyk et al., 2024, Distributional Preference Alignment of LLMs via Optimal Transport,
     https://arxiv.org/abs/2406.05882
   """
-  check_between("label_smoothing", label_smoothing, 0, 1)
+  check_smoothing(label_smoothing)
   logprobs, reference, weights, mask = pairs(
     chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights, beta
   )
@@ -112,7 +112,7 @@ def aot_unpaired_loss(
     weights: [B] float, how much each row counts; a constant. A row of weight 0 leaves out both of
       its answers; where weights differ, that of the row with the good answer counts.
     beta: reward per nat of log-ratio, > 0.
-    label_smoothing: the share of wrong labels, between 0 and 1.
+    label_smoothing: the share of wrong labels, at least 0 and below 1/2.
 
   Returns:
     The scalar loss, at least float32, and the metrics of `dpo_loss`, of rows as given.
@@ -126,7 +126,7 @@ def aot_unpaired_loss(
   Reference: Melnyk et al., 2024, Distributional Preference Alignment of LLMs via Optimal Transport,
     https://arxiv.org/abs/2406.05882
   """
-  check_between("label_smoothing", label_smoothing, 0, 1)
+  check_smoothing(label_smoothing)
   (chosen, rejected), weights, mask = log_ratios(
     chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights, beta
   )

@@ -510,7 +510,7 @@ def test_flags_of_sampling_change_the_weights(tmp_path, small, files):
     ({"loss.alpha": 0.5}, r"--loss\.alpha=0\.5: must be left out without .*divergence=alpha"),
     (
       {"loss.name": "robust_dpo_loss", "loss.label_smoothing": 0.6},
-      r"--loss\.label_smoothing=0\.6: must be between 0 and 0\.4",
+      r"--loss\.label_smoothing=0\.6: must be at least 0 and below 0\.5, from which on a label",
     ),
     (
       {"loss.name": "aot_loss", "microbatch_pairs": 2},

@@ -242,11 +242,19 @@ def test_far_from_the_reference_gradients_are_finite_and_push_the_right_way(name
   [
     (lambda f: f(*PAIRS, WEIGHTS, beta=0), "beta is 0; .*above 0"),
     (lambda f: f(*PAIRS, WEIGHTS, label_smoothing=1.5), "label_smoothing is 1.5"),
+    (lambda f: f(*PAIRS, WEIGHTS, label_smoothing=0.5), "label_smoothing is 0.5"),
+    (lambda f: f(*PAIRS, WEIGHTS, label_smoothing=-0.1), "label_smoothing is -0.1"),
+    (lambda f: losses.exo_loss(*PAIRS, WEIGHTS, label_smoothing=0.5), "label_smoothing is 0.5"),
+    (lambda f: losses.aot_loss(*PAIRS, WEIGHTS, label_smoothing=0.5), "label_smoothing is 0.5"),
+    (
+      lambda f: losses.aot_unpaired_loss(*PAIRS, WEIGHTS, label_smoothing=0.5),
+      "label_smoothing is 0.5",
+    ),
     (lambda f: f(*PAIRS, WEIGHTS, divergence="kl"), "divergence is 'kl'"),
     (lambda f: f(*PAIRS, WEIGHTS, divergence="alpha", alpha=0.0), "alpha is 0.0"),
     (
       lambda f: losses.robust_dpo_loss(*PAIRS, WEIGHTS, label_smoothing=0.5),
-      "label_smoothing is 0",
+      "label_smoothing is 0.5; it must be at least 0 and below 0.5, from which on a label says",
     ),
     (lambda f: losses.exo_loss(*PAIRS, WEIGHTS, label_smoothing=0.0), "label_smoothing is 0.0"),
     (lambda f: losses.discopop_loss(*PAIRS, WEIGHTS, temperature=0.0), "temperature is 0.0"),
