@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import typing
 from collections import abc
 
@@ -172,7 +173,7 @@ class Source(typing.NamedTuple):
   draw: abc.Callable[[int], list[encoding.Encoded]]  # (step) -> the step's
   held_out: list[encoding.Encoded]
   note: str
-  counts: dict[str, int]  # of rows that were dropped or cut
+  counts: dict[str, int]  # of all rows, and of those that were dropped or cut
 
 
 def open_source(
@@ -195,9 +196,12 @@ def open_source(
     def draw(step: int) -> list[encoding.Encoded]:
       return answers(task.sample(seed, step, size))
 
-    held_out = answers(task.held_out[kept])
+    held_out, limit = answers(task.held_out[kept]), config.data.max_tokens
+    lengths = [len(each.tokens) for each in answers(task.held_out[kept], limit=sys.maxsize)]
+    counts = {"rows": len(lengths), "overlong": sum(length > limit for length in lengths)}
+    counts |= {"dropped": len(lengths) - len(held_out)}
     drawing.assert_same_data(sequence.tokens for sequence in draw(0))
-    return Source(draw, held_out, f"right answers to {task.name}: {task.note}", {})
+    return Source(draw, held_out, f"right answers to {task.name}: {task.note}", counts)
   loaded = setup.load_data(config, run, model, dataset, encode, encoding.limit_sequences)
 
   def draw(step: int) -> list[encoding.Encoded]:

@@ -20,8 +20,8 @@ class Loaded(NamedTuple):
   Attributes:
     training: `Encoded` or `Pair`, in the file's order.
     held_out: the same, of other prompts.
-    counts: how many rows are broken, how many sequences are "overlong", and how many of those were
-      "dropped".
+    counts: how many sequences or pairs, "rows", the file has, how many of its rows are "broken",
+      how many sequences are "overlong", and how many of those were "dropped".
     note: the counts in words, for a person.
     training_columns: the other columns of each training example's row, by name.
     held_out_columns: the same of each held-out one.
@@ -169,4 +169,6 @@ def load_sequences(
         f"{path}: nothing is left to {kind} ({note})" + (f"; {errors[0]}" if errors else "")
       )
   columns = ([columns for _, columns in side] for side in kept)
-  return Loaded(training, held_out, {"broken": len(errors), **counts}, note, *columns)
+  rows = len(training) + len(held_out) + counts["dropped"]
+  counts = {"rows": rows, "broken": len(errors), **counts}
+  return Loaded(training, held_out, counts, note, *columns)

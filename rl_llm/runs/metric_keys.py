@@ -293,6 +293,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
       "rows",
       "Rows of the data that cannot be used, dropped with --data_errors=drop.",
     ),
+    Key("data_rows", "sequences", "Examples or pairs of the data; of a task's, those held out."),
     Key("data_overlong", "sequences", "Sequences longer than --max_tokens."),
     Key("data_dropped", "sequences", "Those of them that were dropped."),
   ),

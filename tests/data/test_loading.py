@@ -38,7 +38,7 @@ def test_sequences_stand_on_their_prompts_side_in_the_files_order(rows):
   for side, held in ((loaded.training, False), (loaded.held_out, True)):
     wanted = [e for e in dataset.examples if is_held_out(prompt_key(e), fraction=0.3) == held]
     assert side == [PLAIN(example) for example in wanted] and len(side) > 3
-  assert loaded.counts == {"broken": 0, "overlong": 0, "dropped": 0}
+  assert loaded.counts == {"rows": 30, "broken": 0, "overlong": 0, "dropped": 0}
   assert load(rows, held_out_fraction=0.0)[1].held_out == []
 
 
@@ -46,10 +46,10 @@ def test_long_sequences_stop_with_their_line_or_are_counted(rows):
   with pytest.raises(DataError, match=r"rows\.jsonl:\d+: \d+ tokens, over --max_tokens=20; raise"):
     load(rows, limit=20)
   _, loaded = load(rows, limit=20, overlong="drop")  # "1?" to "9?" take n + 3, others n + 4.
-  assert loaded.counts == {"broken": 0, "overlong": 14, "dropped": 14}
+  assert loaded.counts == {"rows": 30, "broken": 0, "overlong": 14, "dropped": 14}
   assert len(loaded.training) + len(loaded.held_out) == 16
   _, loaded = load(rows, limit=20, overlong="truncate_right")
-  assert loaded.counts == {"broken": 0, "overlong": 14, "dropped": 0}
+  assert loaded.counts == {"rows": 30, "broken": 0, "overlong": 14, "dropped": 0}
   assert "14 over 20 tokens, 0 of them dropped" in loaded.note
   with pytest.raises(DataError, match=r"rows\.jsonl: nothing is left to .*30 over 3 tokens"):
     load(rows, limit=3, overlong="drop")

@@ -35,6 +35,7 @@ ADDED = {
     "eval/no_opinion",
     "eval/timed_out_fraction",
     "eval/unreadable",
+    "data_rows",
   },
   "samples.jsonl": set(),
 }
