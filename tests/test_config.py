@@ -369,6 +369,10 @@ def test_write_config_records_the_config_its_defaults_and_its_flags(tmp_path):
   assert (
     config_lib.replace(config, json.loads((tmp_path / "defaults.json").read_text())) == Config()
   )
+  assert json.loads((tmp_path / "changed.json").read_text()) == {
+    "batch": Config().batch,
+    "buckets": list(Config().buckets),
+  }
   assert build(f"--flagfile={tmp_path / 'flags.txt'}") == config
 
 

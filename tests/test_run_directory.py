@@ -177,6 +177,7 @@ def test_a_result_is_the_proof_of_the_end(tmp_path):
   write_result(tmp_path, {"steps": 3, "after": {"accuracy": 0.5}})
   assert open_run(tmp_path, Config(), volatile=()) == {"steps": 3, "after": {"accuracy": 0.5}}
   assert sorted(path.name for path in tmp_path.iterdir()) == [
+    "changed.json",
     "config.json",
     "defaults.json",
     "flags.txt",

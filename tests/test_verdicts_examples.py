@@ -291,6 +291,17 @@ def test_a_task_that_the_model_could_do_before():
   assert verdicts(evaluated(rows, 0.92), CONFIG) == []  # It may have been 0.87.
 
 
+def test_a_grader_that_calls_everything_right():
+  """Few held-out problems leave room for doubt, and 5 steps of right responses none."""
+  rows = sampled(right=lambda s: 1.0)
+  name, advice = name_and_advice(evaluated(rows, 1.0, half=0.2))
+  assert (name, advice) == ("nothing_left", "Try harder problems")
+  (found,) = verdicts(evaluated(rows, 1.0), CONFIG | {"reward": "my.py:f"}, {"reward": "task"})
+  assert found.advice.startswith("Check that the grader refuses a wrong answer (--reward=my.py:f).")
+  once = [row | {"accuracy": 0.99} if row["step"] == 4 else row for row in rows]
+  assert verdicts(evaluated(once, 1.0, half=0.2), CONFIG) == []
+
+
 def test_early_groups_that_agree_are_no_fault_of_a_run_in_progress():
   """Noise hardly ever earns a reward."""
   rows = sampled(right=lambda s: 0.0 if s < 0.4 else s, frac_zero_std=lambda s: 0.97 - 0.7 * s**4)

@@ -17,7 +17,7 @@ from rl_llm.errors import UserError
 from rl_llm.files import write_atomically
 from rl_llm.runs.formatting import duration, number
 from rl_llm.runs.metrics import read
-from rl_llm.runs.report import read_settings
+from rl_llm.runs.report import read_changed, read_settings
 from rl_llm.runs.report_figures import overlay, step_seconds
 from rl_llm.runs.report_page import escaped, finite, page, section
 from rl_llm.runs.report_plots import PLOTS
@@ -35,6 +35,7 @@ class _Run(NamedTuple):
   directory: Path
   rows: list[dict[str, Any]]
   config: dict[str, Any]
+  changed: dict[str, Any]  # of it, with the defaults
   answers: dict[str, bool]  # held-out problem -> whether the newest greedy answer is right
 
 
@@ -155,7 +156,8 @@ def _read(directory: Path, name: str) -> _Run:
   for row in evaluated:
     if row["step"] == last and type(row.get("correct")) is bool:
       answers.setdefault(str(row.get("problem")), row["correct"])
-  return _Run(name, directory, read(record), read_settings(directory)[0], answers)
+  settings = read_settings(directory)[0], read_changed(directory)
+  return _Run(name, directory, read(record), *settings, answers)
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
@@ -205,7 +207,7 @@ def _results(runs: Sequence[_Run]) -> str:
   head = ["run", "steps", "time", *(f"accuracy, {name} (95 %)" for name in how), "what it says"]
   lines = []
   for run in runs:
-    said = [verdict.says for verdict in verdicts(run.rows, run.config)[:1]]
+    said = [verdict.says for verdict in verdicts(run.rows, run.config, run.changed)[:1]]
     steps = max((row["step"] for row in run.rows), default=0)
     seconds = duration(sum(map(step_seconds, run.rows)))
     shares = [_shown(_accuracy(run, name)) for name in how]

@@ -560,13 +560,24 @@ def changed(config: Any) -> dict[str, str]:
   >>> changed(replace(Config(), {"rate": 3e-4, "parts": (1, 2)}))
   {'rate': '0.0003', 'parts': '1,2'}
   """
-  defaults = flatten(replace(type(config)(), overrides_of(type(config))(config)))
+  defaults = flatten(_usual(config))
   leaves, hidden = _leaves(type(config), default=config), volatile(config)
   return {
     leaf.path: _text(leaf, leaf.default)
     for leaf in leaves
     if leaf.path not in hidden and leaf.default != defaults[leaf.path]
   }
+
+
+def usual_of_changed(config: Any) -> dict[str, Any]:
+  """The settings in `changed` -> what this model and preset make of their defaults."""
+  usual = flatten(_usual(config))
+  return {path: usual[path] for path in changed(config)}
+
+
+def _usual(config: Any) -> Any:
+  """What this model and preset make of the defaults."""
+  return replace(type(config)(), overrides_of(type(config))(config))
 
 
 def check(config: Any) -> None:
@@ -667,7 +678,9 @@ def _redacted(value: Any) -> Any:
 def write_config(config: Any, run_dir: str | os.PathLike) -> None:
   """Writes a run's config into its directory.
 
-  config.json and defaults.json are flat dictionaries, for programs; flags.txt reruns the config.
+  Flat dictionaries, for programs, are config.json, defaults.json and changed.json: the settings
+  that are not what the model and the preset make of the defaults, with what these would be.
+  flags.txt reruns the config.
 
   Args:
     config: an instance of a frozen dataclass.
@@ -679,6 +692,7 @@ def write_config(config: Any, run_dir: str | os.PathLike) -> None:
   for name, values in (
     ("config.json", flatten(config)),
     ("defaults.json", flatten(type(config)())),
+    ("changed.json", usual_of_changed(config)),
   ):
     values = {path: _redacted(value) for path, value in values.items()}
     write_atomically(run_dir / name, (json.dumps(values, indent=2) + "\n").encode("ascii"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rl_llm.runs.formatting import number
@@ -37,6 +38,7 @@ class Evidence(NamedTuple):
   rows: Sequence[Mapping[str, Any]]  # of steps that trained
   evaluated: Sequence[Mapping[str, Any]]
   config: Mapping[str, Any]
+  changed: Mapping[str, Any] = MappingProxyType({})  # setting -> the default it does not have
 
   def series(self, key: str) -> list[float]:
     """The finite values of a key, in the order of the steps."""
@@ -131,6 +133,11 @@ def grader(record: Evidence) -> str:
   if config.get("jsonl.reward_file") and str(config.get("task", "")).startswith("jsonl"):
     return flag(record, "jsonl.reward_file", config["jsonl.reward_file"])
   return flag(record, "task", config["task"]) if "task" in config else "of the task"
+
+
+def data(record: Evidence) -> str:
+  """The flag that says where the examples are from."""
+  return flag(record, "data", record.config["data"]) if "data" in record.config else "the data"
 
 
 def lower_rate(record: Evidence) -> tuple[str, float]:

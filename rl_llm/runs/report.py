@@ -7,20 +7,25 @@ script, so it can be mailed, archived or opened ten years later. It reads
     metrics.jsonl   one line per step; step 0 is the evaluation before training
     samples.jsonl   prompts, responses, rewards                         (may be missing)
     config.json     the config; defaults.json has the defaults          (may be missing)
+    changed.json    what differs from those of this model and preset    (may be missing)
 
 Everything a model or a user wrote is escaped, and the page also forbids scripts.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rl_llm.errors import ConfigError
 from rl_llm.files import locked
+from rl_llm.runs import config as configs
 from rl_llm.runs import metrics as metrics_lib
 from rl_llm.runs.formatting import duration, number
 from rl_llm.runs.origin import missing_steps
@@ -65,7 +70,7 @@ def write_report(run_dir: str | os.PathLike, *, live: bool = False) -> Path:
   config, defaults = read_settings(run_dir)
   sections = (
     _header(run_dir.resolve().name, rows, config, origin(run_dir, config, defaults)),
-    _says(rows, config, live=live),
+    _says(rows, config, read_changed(run_dir), live=live),
     _config(config, defaults),
     section("Curves", curves(rows)),
     pairs_section(before_after(samples)),
@@ -87,6 +92,30 @@ def read_settings(run_dir: str | os.PathLike) -> tuple[dict[str, Any], dict[str,
   """
   run_dir = Path(run_dir)
   return _read_json(run_dir / "config.json"), _read_json(run_dir / "defaults.json")
+
+
+def read_changed(run_dir: str | os.PathLike) -> dict[str, Any]:
+  """The settings of a run that its model and preset do not have by default -> what these would be.
+
+  Of a run that an earlier version began, by today's defaults of its experiment; {} if its settings
+  are not today's.
+
+  Raises:
+    ValueError: the file is broken; the message names it.
+  """
+  run_dir = Path(run_dir)
+  if (run_dir / "changed.json").exists():
+    return _read_json(run_dir / "changed.json")
+  program = _read_json(run_dir / "inputs.json").get("program")
+  name = str(program.get("module")) if isinstance(program, dict) else ""
+  if not re.fullmatch(r"experiments\.[a-z_]+", name):
+    return {}
+  try:
+    config = importlib.import_module(name).Config()
+    recorded = configs.replace(config, _read_json(run_dir / "config.json"))
+    return json.loads(json.dumps(configs.usual_of_changed(recorded)))
+  except (ImportError, AttributeError, ConfigError):
+    return {}
 
 
 def is_live(run_dir: str | os.PathLike) -> bool:
@@ -171,11 +200,13 @@ def _card(title: str, figure: str, note: str, kind: str = "") -> str:
   )
 
 
-def _says(rows: Sequence[Mapping], config: Mapping[str, Any], *, live: bool) -> str:
+def _says(
+  rows: Sequence[Mapping], config: Mapping[str, Any], changed: Mapping[str, Any], *, live: bool
+) -> str:
   """The box with what the record says, and how far the run is."""
-  found = verdicts(rows, config)
+  found = verdicts(rows, config, changed)
   lines = "".join(
-    f"<li>{escaped(verdict.says, 400)}<br><b>{escaped(verdict.advice, 400)}.</b></li>"
+    f"<li>{escaped(verdict.says, 600)}<br><b>{escaped(verdict.advice, 600)}.</b></li>"
     for verdict in found
   )
   said = f"<ul>{lines}</ul>" if found else f"<p>{NOTHING_WRONG}</p>"

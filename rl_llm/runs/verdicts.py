@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rl_llm.runs import verdicts_examples as examples
 from rl_llm.runs import verdicts_settings as settings
+from rl_llm.runs import verdicts_suspects as suspects
 from rl_llm.runs.evidence import (
   ERRORS,
   FEW,
@@ -31,7 +33,7 @@ from rl_llm.runs.evidence import (
 )
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
-from rl_llm.runs.verdicts_updates import UPDATES, bonus
+from rl_llm.runs.verdicts_updates import UPDATES, bonus, no_baseline
 
 # Fewer steps say nothing of a trend.
 _ENOUGH = 10
@@ -61,7 +63,11 @@ _BEGUN = 0.5
 _FAILURES = ("raised", "timed_out", "died", "invalid")
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[Verdict]:
+def verdicts(
+  rows: Sequence[Mapping[str, Any]],
+  config: Mapping[str, Any],
+  changed: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Verdict]:
   """What the record says, the cause first; nothing of a run that goes well.
 
   Twelve steps in which the grader gave 0 to everything:
@@ -76,25 +82,30 @@ def verdicts(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> li
   Args:
     rows: of metrics.jsonl.
     config: of config.json, dotted path -> value; {} if it is not known.
+    changed: of changed.json, the settings that are not the defaults -> what these would be.
 
   Returns:
     The verdicts; those of one chain of causes are one.
   """
   trained = [row for row in rows if any(key in row for key in ("loss", "reward_mean"))]
   evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
-  record = Evidence(trained, evaluated, config)
+  record = Evidence(trained, evaluated, config, changed)
   if not trained:
     return []
   for rule in _BROKEN:
     if found := rule(record):
-      return [found]
+      return [suspects.suspected(record, found)]
   found = []
   if len(trained) >= _ENOUGH and not record.solved():
-    chains = (_LEARNING, UPDATES, (examples.memorised, *examples.EXAMPLES))
+    chains = (_LEARNING, UPDATES, (examples.answers_cut, examples.memorised, *examples.EXAMPLES))
     found = [next((v for rule in chain if (v := rule(record))), None) for chain in chains]
   if not any(found):  # Also of what is right in training alone, or was from the start.
     found = [next((v for rule in _SOLVED if (v := rule(record))), None)]
-  return [verdict for verdict in found if verdict]
+  found = [verdict for verdict in found if verdict]
+  if found:
+    return [suspects.suspected(record, found[0]), *found[1:]]
+  poor = None if record.solved() else suspects.short_of(record)
+  return [poor] if poor else []
 
 
 # What is broken, whatever else the record says.
@@ -208,7 +219,7 @@ def _cut(record: Evidence) -> Verdict | None:
     f"{share:.0%} of the newest responses are cut at the limit"
     + (f" of {limit} tokens" if limit else "")
     + ", so most never come to their answer.",
-    attempt(record, ("max_new_tokens", 2 * limit) if limit else "a higher limit"),
+    attempt(record, settings.room(record)),
   )
 
 
@@ -349,7 +360,15 @@ def _unfinished(record: Evidence) -> Verdict | None:
   )
 
 
-_BROKEN = (_skipped, _grader_failed, settings.cold, settings.never_ends, _constant, _first_updates)
+_BROKEN = (
+  _skipped,
+  _grader_failed,
+  settings.cold,
+  settings.never_ends,
+  _constant,
+  no_baseline,
+  _first_updates,
+)
 _LEARNING = (
   settings.prompts_cut,
   examples.like_its_teacher,

@@ -13,7 +13,9 @@ from rl_llm.runs.evidence import (
   Evidence,
   Verdict,
   attempt,
+  data,
   flag,
+  grader,
   lower_rate,
   trend,
   truth,
@@ -42,7 +44,16 @@ _TOLD = 0.9
 _OTHER_KIND = 0.05
 # Problems are known by heart where this much more of them is right than of held-out ones, at most.
 _GAP = 0.2
-# From this share of right answers before training on, nothing is left to learn.
+# Examples over the limit are told from this share on, of a run with fewer right answers than half.
+_LONG, _HALF = 0.2, 0.5
+_LOST = {
+  "truncate_left": "have lost their beginning, so the model is not shown what it is asked",
+  "truncate_right": "have lost their end, so the model is not shown how an answer ends",
+  "drop": "are left out, so only short ones are learned",
+}
+# From this share of right answers before training on, nothing is left to learn; nor where all
+# responses of this many first steps are right.
+_FIRST = 5
 _DONE = 0.9
 
 _LOSSES = ("eval/token_loss", "eval/pair_loss", "eval/answer_loss")
@@ -72,14 +83,25 @@ def _told(record: Evidence) -> bool:
   return max(shares) >= _TOLD
 
 
-def _data(record: Evidence) -> str:
-  """The flag that says where the examples are from."""
-  return flag(record, "data", record.config["data"]) if "data" in record.config else "the data"
-
-
 def _held_more(record: Evidence) -> tuple[str, float]:
   """A reference that holds more strongly."""
   return "loss.beta", 5 * (finite(record.config.get("loss.beta")) or 0.1)
+
+
+def answers_cut(record: Evidence) -> Verdict | None:
+  """Examples that are not whole, or not there, for being too long."""
+  rows, long = (finite(record.rows[-1].get(f"data_{key}")) or 0.0 for key in ("rows", "overlong"))
+  lost = _LOST.get(str(record.config.get("overlong")))
+  known = truth(record)
+  poor = known[-1][1] < _HALF and known[-1][0] <= known[0][2] if known else long > _HALF * rows
+  if not lost or long < _LONG * rows or not long or not poor:
+    return None
+  limit = int(finite(record.config.get("max_tokens")) or 0)
+  return Verdict(
+    "answers_cut",
+    f"{min(long / rows, 1):.0%} of the examples are longer than {limit} tokens and {lost}.",
+    attempt(record, ("max_tokens", 4 * limit)),
+  )
 
 
 def memorised(record: Evidence) -> Verdict | None:
@@ -97,7 +119,7 @@ def memorised(record: Evidence) -> Verdict | None:
       "no_signal",
       f"The held-out loss never fell {ends}: what is learned of the training examples does not "
       "hold for others.",
-      f"Check the labels, or which answer is the better one ({_data(record)}). "
+      f"Check the labels, or which answer is the better one ({data(record)}). "
       + attempt(record, "more data", lower_rate(record)),
     )
   return Verdict(
@@ -118,7 +140,7 @@ def one_sided(record: Evidence) -> Verdict | None:
     "one_sided",
     f"{max(share, 1 - share):.0%} of the answers are {kind} ones: there is next to nothing to tell "
     "them from.",
-    attempt(record, f"more {other} answers in {_data(record)}", ("balanced", "true")),
+    attempt(record, f"more {other} answers in {data(record)}", ("balanced", "true")),
   )
 
 
@@ -152,9 +174,9 @@ def taught_else(record: Evidence) -> Verdict | None:
     return None
   before, after = (number(ends[1], 2) for ends in (known[0], known[-1]))
   pairs = bool(record.series("pair_accuracy"))
-  check = f"Check that the chosen answers are the better ones ({_data(record)})"
+  check = f"Check that the chosen answers are the better ones ({data(record)})"
   if not pairs:
-    check = f"Check that its answers are those that the task calls right ({_data(record)})"
+    check = f"Check that its answers are those that the task calls right ({data(record)})"
   option = _held_more(record) if pairs else lower_rate(record)
   return Verdict(
     "taught_else",
@@ -195,7 +217,7 @@ def told_by_chance(record: Evidence) -> Verdict | None:
     "no_signal",
     f"The policy has moved, and of held-out answers it puts {share:.0%} in the right order, as a "
     "coin would: what is learned does not hold for others.",
-    f"Check the labels, or which answer is the better one ({_data(record)}). Try more data",
+    f"Check the labels, or which answer is the better one ({data(record)}). Try more data",
   )
 
 
@@ -249,13 +271,16 @@ def nothing_left(record: Evidence) -> Verdict | None:
   """A task that the model could do before training."""
   first = record.evaluated[0] if record.evaluated else {}
   low, right = (finite(first.get(f"eval/sampled_{end}")) for end in ("low", "accuracy"))
-  if first.get("step") != 0 or low is None or low < _DONE:
+  every = right == 1 and len(record.rows) >= _FIRST and min(record.series("accuracy")[:_FIRST]) == 1
+  if first.get("step") != 0 or low is None or not (low >= _DONE or every):
     return None
+  own = {"reward", "jsonl.reward_file"} & {*record.changed}
+  check = f"Check that the grader refuses a wrong answer ({grader(record)}). " if own else ""
   return Verdict(
     "nothing_left",
     f"{right:.0%} of the held-out answers were right before training: there is hardly anything to "
     "learn.",
-    "Try harder problems",
+    check + "Try harder problems",
   )
 
 

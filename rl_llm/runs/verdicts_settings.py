@@ -138,22 +138,27 @@ def unreadable(record: Evidence) -> Verdict | None:
   )
 
 
+def room(record: Evidence) -> str | tuple[str, int]:
+  """What gives responses room to end: a limit that is higher, or that on their least length."""
+  limit = int(finite(record.config.get("max_new_tokens")) or 0)
+  least = int(finite(record.config.get("sampling.min_new_tokens")) or 0)
+  if least and least >= limit / 2:
+    return "sampling.min_new_tokens", 0
+  return ("max_new_tokens", 2 * limit) if limit else "a higher limit"
+
+
 def never_ends(record: Evidence) -> Verdict | None:
   """All responses cut, in all steps: not one was ever ended, and none was right."""
   cut, responses = record.series("truncated_fraction"), sum(record.series("rewards_ok"))
   if responses < _RESPONSES or min(cut, default=0.0) < 1 or max(record.series("accuracy") or [1.0]):
     return None
   limit = int(finite(record.config.get("max_new_tokens")) or 0)
-  least = int(finite(record.config.get("sampling.min_new_tokens")) or 0)
-  options = [("max_new_tokens", 2 * limit) if limit else "a higher limit"]
-  if least and least >= limit / 2:
-    options = [("sampling.min_new_tokens", 0)]
   return Verdict(
     "cut_short",
     f"No response ever ended by itself: all {responses:.0f} are cut at the limit"
     + (f" of {limit} tokens" if limit else "")
     + ", and none is right.",
-    attempt(record, *options)
+    attempt(record, room(record))
     + "; check that the model's end-of-sequence token is the one it knows",
   )
 

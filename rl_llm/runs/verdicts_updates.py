@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from rl_llm.runs.evidence import Evidence, Verdict, attempt, lower_rate, nearer
+from rl_llm.runs.evidence import Evidence, Verdict, attempt, full_reward, grader, lower_rate, nearer
 from rl_llm.runs.formatting import number
 from rl_llm.runs.report_page import finite
 
@@ -17,8 +17,32 @@ _GROWN = 10.0
 _STEP_KL, _FAR = 0.1, 1.0
 # Clipping takes the gradient of this share of tokens where updates go too far.
 _CLIPPED = 0.3
+# Rewards this many times their spread from 0 hide it.
+_OFFSET = 4.0
 # Weight decay is too large once it has left less than this share of the weights.
 _LEFT = 0.5
+
+
+def no_baseline(record: Evidence) -> Verdict | None:
+  """Rewards far from 0 for their spread, off which nothing is taken."""
+  means, counts = record.series("reward_mean"), record.series("rewards_ok")
+  if record.config.get("advantage.name") != "plain" or len(means) < _ENOUGH / 2 or not counts:
+    return None
+  first = max(len(means) // 4, 2)
+  # A mean of n rewards varies from step to step by their spread over the root of n.
+  mean, step_spread = statistics.fmean(means[:first]), statistics.stdev(means[:first])
+  spread = step_spread * statistics.fmean(counts[:first]) ** 0.5
+  usual = record.solved() and 0 <= mean <= full_reward(record)  # Most is right, and earns 1.
+  if usual or not spread or abs(mean) < _OFFSET * spread:
+    return None
+  sign = "praised" if mean > 0 else "blamed"
+  return Verdict(
+    "no_baseline",
+    f"Rewards are {number(mean, 2)} with a spread of {number(spread, 2)}, and the plain advantage "
+    f"takes nothing off them: every response is {sign} alike, good or bad.",
+    attempt(record, ("advantage.name", "leave_one_out"))
+    + f"; or have the grader give about 0 to a middling response ({grader(record)})",
+  )
 
 
 def bonus(record: Evidence) -> Verdict | None:

@@ -44,7 +44,7 @@ from rl_llm.runs.formatting import data_size, number
 from rl_llm.runs.heap import trimmed
 from rl_llm.runs.metrics import MetricsWriter, PhaseClock, finalize, read
 from rl_llm.runs.profiling import StepTracer, compile_clock
-from rl_llm.runs.report import read_settings, write_report
+from rl_llm.runs.report import read_changed, read_settings, write_report
 from rl_llm.runs.report_samples import before_after
 from rl_llm.runs.run_directory import Run, opened, write_result
 from rl_llm.runs.signals import Interrupted, StopSignals
@@ -666,7 +666,7 @@ def show_result(console: Console, workdir: Path, result: dict[str, Any]) -> None
     console.say(f"metrics.jsonl has lost the lines of steps {result['steps_missing']}")
   console.say(f"{result['steps']} steps in {result['seconds']:.0f} s")
   console.say(f"report: {workdir / 'report.html'}")
-  found = verdicts(rows, read_settings(workdir)[0])[:1]
+  found = verdicts(rows, read_settings(workdir)[0], read_changed(workdir))[:1]
   next_step = f"next: python -m rl_llm report {workdir} RUN compares it with another run"
   console.say(f"{found[0].says} {found[0].advice}." if found else next_step)
 
