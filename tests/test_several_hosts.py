@@ -210,8 +210,8 @@ config.run(functools.partial(setup.main, grpo.train), grpo.Config, overrides=grp
 def test_episodes_of_two_processes_are_those_of_one(tmp_path):
   """Each process has the environments of its own rows."""
   sizes = ("prompts_per_step", "responses_per_prompt", "microbatch_prompts")
-  settings = {name: SAMPLING[name] for name in sizes} | {"samples_every": 100, "eval.problems": 12}
-  settings |= {"env": "calculator", "eval.samples": 3, "max_new_tokens": 6, "max_turns": 3}
+  settings = {name: SAMPLING[name] for name in sizes} | {"samples_every": 100}
+  settings |= {"env": "calculator", "eval.every": 0, "max_new_tokens": 6, "max_turns": 3}
   settings |= {"episode_tokens": 48, "steps": 2, "sampling.parts": 2}
 
   def started(workdir, devices, further=()):
@@ -219,8 +219,8 @@ def test_episodes_of_two_processes_are_those_of_one(tmp_path):
     return processes.start(["-c", AGENT, *flags], devices=devices)
 
   port = processes.free_port()
-  found = [processes.ended(started("one", 8))]
-  both = [started("two", 4, processes.flags(me, port=port)) for me in (0, 1)]
+  found = [processes.ended(started("one", 4))]
+  both = [started("two", 2, processes.flags(me, port=port)) for me in (0, 1)]
   found += [processes.ended(process) for process in both]
   assert [process.code for process in found] == [0, 0, 0], found
   gap = largest_gap(records(tmp_path / "two"), records(tmp_path / "one"))
