@@ -28,7 +28,7 @@ kind of kernel and by name (benchmarks/gpu_kernels.py).
 Predicted means that the same programs are compiled for a GPU that is not there. Memory is what the
 compiler reports. Time is the sum over kinds of kernels, each at the rate that it reached on an
 H200; next to it, for the update, what the maker's rates allow: the longer of the operations and the
-bytes that the compiler counts, to their sum.
+bytes that the compiler counts, to their sum. `benchmarks.gpu_count` counts both kernel by kernel.
 
 Measured on an H200 on 2026-11-29 (JAX 0.11.2, CUDA 13; before vocabulary products were in bfloat16
 the update took 0.378 s), and not since:

@@ -162,13 +162,9 @@ class Program(NamedTuple):
 
   def flops(self, found: Instruction, computation: Computation) -> float:
     """Of a kernel's products, 2 for each multiply-add, masked scores among them."""
-    if found.op == "dot":
+    if found.op == "dot" or "__cublas" in found.rest:
       left = computation[found.operands[0]].shapes[0]
-      axes = numbers(r"lhs_contracting_dims=\{([\d,]*)\}", found.rest)
-      return 2.0 * found.shapes[0].size * math.prod(left.dims[axis] for axis in axes)
-    if "__cublas" in found.rest:
-      left = computation[found.operands[0]].shapes[0]
-      axes = numbers(r'"lhs_contracting_dimensions":\s*\[([\d",\s]*)\]', found.rest)
+      axes = numbers(r'lhs_contracting_dim(?:s=\{|ensions":\s*\[)([\d",\s]*)', found.rest)
       return 2.0 * found.shapes[0].size * math.prod(left.dims[axis] for axis in axes)
     if "$fmha" in found.rest:
       # Scores, and their product with the values; backward the scores again, and 4 gradients.
