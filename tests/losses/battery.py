@@ -417,8 +417,8 @@ def check_gradient_matches_finite_differences_in_float64(name):
       f = lambda x: PUBLIC[name](**arrays | {key: x}, **CONSISTENT.get(name, {}))[0]  # noqa: B023,E731
       x = arrays[key]
       steps = 1e-6 * np.eye(x.size).reshape(-1, *x.shape)
-      slope = lambda step: (f(x + step) - f(x - step)) / 2e-6  # noqa: B023,E731
-      found[key] = jax.vmap(slope)(steps).reshape(x.shape), jax.grad(f)(x)
+      above, below = jnp.split(jax.vmap(f)(jnp.concatenate([x + steps, x - steps])), 2)
+      found[key] = ((above - below) / 2e-6).reshape(x.shape), jax.grad(f)(x)
     return found
 
   if name in HOLDS_A_CONSTANT:
