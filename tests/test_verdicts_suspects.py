@@ -258,6 +258,7 @@ def test_a_run_that_ended_with_little_learned_and_an_unusual_setting():
   assert said(slow(0.2), **{"loss.name": ("sapo_loss", "grpo_loss")}) is None
   assert said(slow(0.4), **odd) is None  # At step 45 of 59, by 0.305.
   assert said(slow(0.2), config=CONFIG | {"steps": 100}, **odd) is None  # It is not over.
+  assert said(slow(0.2)[:9], config=CONFIG | {"steps": 9}, **odd) is None  # Too short to say.
   high = record(accuracy=lambda s: 0.55 + 0.1 * s)
   assert said(high, **odd) is None
 

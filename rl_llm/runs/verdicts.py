@@ -104,7 +104,7 @@ def verdicts(
   found = [verdict for verdict in found if verdict]
   if found:
     return [suspects.suspected(record, found[0]), *found[1:]]
-  poor = None if record.solved() else suspects.short_of(record)
+  poor = len(trained) >= _ENOUGH and not record.solved() and suspects.short_of(record)
   return [poor] if poor else []
 
 
