@@ -359,7 +359,7 @@ ROWS = (
     "F36",
     "the launcher of a sweep is killed ten times",
     "each trial runs to its end exactly once; one table",
-    of(LOCAL, "a_launcher_killed_ten_times_does_each_trial_exactly_once"),
+    of(LOCAL, "a_launcher_killed_again_and_again_does_each_trial_exactly_once"),
     10,
   ),
   Row(
