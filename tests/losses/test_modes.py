@@ -41,11 +41,15 @@ def test_the_exceptions_are_few():
   assert names == HIDES_NAN.keys() | DEFAULT_PRECISION and len(EXCEPTIONS) <= 8
 
 
-def dtypes(case, dtype=jnp.float32):
-  """Of the outputs that are floats, for arrays whose floats are of that dtype; nothing is run."""
-  arrays = battery.to(dtype, {k: jnp.asarray(x) for k, x in case.arrays.items()})
-  found = jax.eval_shape(case.function, **arrays)
+def floats(found):
+  """The dtypes of the outputs that are floats."""
   return {str(x.dtype) for x in jax.tree.leaves(found) if battery.is_float(x)}
+
+
+def dtypes(case, dtype=jnp.float32):
+  """`floats`, for arrays whose floats are of that dtype; nothing is run."""
+  arrays = battery.to(dtype, {k: jnp.asarray(x) for k, x in case.arrays.items()})
+  return floats(jax.eval_shape(case.function, **arrays))
 
 
 @every
@@ -53,11 +57,12 @@ def test_nothing_is_promoted_and_float32_stays_float32(name):
   """By rank or by dtype, whether or not 64 bits are on: importers may have set any of them."""
   with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
     for case in modes.cases(name):
-      jax.eval_shape(modes.with_gradients(case), *modes.split(case.arrays))
+      found, _ = jax.eval_shape(modes.with_gradients(case), *modes.split(case.arrays))
+      assert floats(found) <= {"float32"}, case.label
       with jax.enable_x64(True):
         assert dtypes(case) <= {"float32"}, case.label
     usual = modes.cases(name)[0]
-    assert dtypes(usual) <= {"float32"} and dtypes(usual, jnp.bfloat16) <= {"float32"}
+    assert dtypes(usual, jnp.bfloat16) <= {"float32"}
     with jax.enable_x64(True):
       dtypes(usual, jnp.float64)
 
