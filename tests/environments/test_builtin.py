@@ -108,6 +108,7 @@ def test_wordle():
     assert [each.value for each in episodes.finish([0, 1])] == [0.3, 1.0]
 
 
+@pytest.mark.slow
 @needs("reasoning_gym")
 def test_a_puzzle_may_be_answered_several_times():
   environment = load("reasoning_gym:leg_counting", protocol="text")

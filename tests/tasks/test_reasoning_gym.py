@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import runpy
 import signal
 import socket
 from datetime import date
@@ -11,7 +12,10 @@ import pytest
 
 from rl_llm.rewards import RewardPool, grading
 from rl_llm.tasks import ReasoningGymOptions, TaskError, load_task, reasoning_gym_task
+from rl_llm.tasks.environments import Environment, environment, process, schema
+from rl_llm.tasks.environments.problems import default_task, owned_by_environment
 from rl_llm.tasks.reasoning_gym import pack, unpack
+from tests.representatives import mostly_slow
 
 pytest.importorskip("reasoning_gym")
 
@@ -75,6 +79,8 @@ EVALUATING = (
   "string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "simple_integration",
   "intermediate_integration", "polynomial_multiplication", "puzzle24", "countdown",
 )  # fmt: skip
+# By `eval`, by SymPy's parser, and by what comes before it: each sample is a process of its own.
+of_evaluating = pytest.mark.parametrize("name", mostly_slow(EVALUATING, quick=[0, 4, 7]))
 
 
 def running(code):
@@ -82,7 +88,7 @@ def running(code):
   return f"[__import__('builtins').exec({code!r})]"
 
 
-@pytest.mark.parametrize("name", EVALUATING)
+@of_evaluating
 def test_payloads_stay_inside(pool, tmp_path, name, record_property):
   """These scorers run the response: it must reach no file, and no connection of any family."""
   missing = {"network", "files"} - set(pool.active_layers())
@@ -124,7 +130,7 @@ def test_payloads_stay_inside(pool, tmp_path, name, record_property):
   record_property("F24", len(payloads))
 
 
-@pytest.mark.parametrize("name", EVALUATING)
+@of_evaluating
 def test_a_payload_really_runs_there(pool, name):
   """Otherwise the test above would pass with a scorer that evaluates nothing."""
   problem = load_task(f"reasoning_gym:{name}", held_out=0).sample(0, 0, 1)[0]
@@ -201,6 +207,29 @@ def test_a_number_that_is_none_is_worth_nothing(text):
   assert [reply["values"] for reply in scored(problem, [text, problem.columns["answer"]])] == [
     [0.0], [1.0]
   ]  # fmt: skip
+
+
+def test_an_environment_takes_several_answers():
+  """test_builtin.py plays it in its processes, each of which imports the package anew."""
+  kind = environment._kind("reasoning_gym:leg_counting", ())
+  assert kind.runs_text
+  made = runpy.run_path(kind.location)[kind.made]
+  assert list(process.tools_of(made, [])) == ["answer"]
+  function = schema.tool_schema(made().answer, "answer")["function"]
+  assert list(function["parameters"]["properties"]) == ["text"]
+  task = default_task(Environment((kind,)))
+  assert task.reward is owned_by_environment
+  columns = task.held_out[0].columns
+  for answers, said, best in (
+    (["nonsense", columns["answer"]], ["wrong, 2 left", "right"], 1.0),
+    (["x", "y", "z"], ["wrong, 2 left", "wrong, 1 left", "wrong, 0 left"], 0.0),
+  ):
+    puzzle = made()
+    assert puzzle.reset(**columns) == "You may answer 3 times."
+    assert [puzzle.answer(f" {text}\n") for text in answers] == said and puzzle.done
+    assert puzzle.get_reward() == pytest.approx(best, abs=0.1)
+    with pytest.raises(ValueError, match="no try is left"):
+      puzzle.answer(columns["answer"])
 
 
 def test_pack_keeps_types():
