@@ -34,6 +34,7 @@ import functools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import shutil
@@ -153,8 +154,21 @@ class _Leaf(NamedTuple):
   functions: bool
 
 
-def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_Leaf]:
+def _leaves(config_class: type, default: Any = None) -> list[_Leaf]:
   """Every leaf of a config class, in order of definition; refuses what flags cannot represent."""
+  described = _described(config_class)
+  default = config_class() if default is None else default
+  leaves = []
+  for leaf, names in described:
+    value = functools.reduce(getattr, names, default)
+    _check(leaf, value)
+    leaves.append(leaf._replace(default=value))
+  return leaves
+
+
+@functools.cache  # A run asks for its leaves dozens of times, and only the values differ.
+def _described(config_class: type, prefix: str = "") -> list[tuple[_Leaf, tuple[str, ...]]]:
+  """`_leaves` without their defaults, each with the names that lead to its value."""
   where = config_class.__qualname__
   if not (dataclasses.is_dataclass(config_class) and config_class.__dataclass_params__.frozen):
     raise TypeError(
@@ -163,19 +177,20 @@ def _leaves(config_class: type, prefix: str = "", default: Any = None) -> list[_
   for field in dataclasses.fields(config_class):
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
       raise TypeError(f"{where}.{field.name} needs a default, since defaults live here alone")
-  default = config_class() if default is None else default
   hints = _hints(config_class)
-  leaves = []
+  found: list[tuple[_Leaf, tuple[str, ...]]] = []
   for field in dataclasses.fields(config_class):
-    hint, value = hints[field.name], getattr(default, field.name)
+    hint = hints[field.name]
     if dataclasses.is_dataclass(hint):
-      leaves += _leaves(hint, _prefix(field, prefix), value)
+      inner = _described(hint, _prefix(field, prefix))
+      found += [(leaf, (field.name, *names)) for leaf, names in inner]
     else:
-      leaves.append(_leaf(prefix + field.name, hint, value, field.metadata, config_class))
-  return leaves
+      leaf = _leaf(prefix + field.name, hint, field.metadata, config_class)
+      found.append((leaf, (field.name,)))
+  return found
 
 
-@functools.cache  # Each hint is a text to evaluate, and a command asks for them many times.
+@functools.cache  # Each hint is a text to evaluate.
 def _hints(config_class: type) -> dict[str, Any]:
   """The types of a config class's fields, by name."""
   return typing.get_type_hints(config_class)
@@ -186,7 +201,8 @@ def _prefix(field: dataclasses.Field, prefix: str) -> str:
   return prefix if field.metadata.get("inline") else f"{prefix}{field.name}."
 
 
-def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: type) -> _Leaf:
+def _leaf(path: str, hint: Any, metadata: Mapping, config_class: type) -> _Leaf:
+  """Its default is left out."""
   where = f"{config_class.__qualname__}.{path.rpartition('.')[2]}"
   if not metadata.get("help"):
     raise TypeError(f"{where} needs a help text: write option(default, 'help') for its field")
@@ -218,7 +234,7 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
   if hint not in _KIND_NAMES or any(type(choice) is not hint for choice in choices):
     raise unsupported
   bounds = {name: metadata[name] for name in ("min", "above", "max", "below") if name in metadata}
-  leaf = _Leaf(
+  return _Leaf(
     path,
     hint,
     is_tuple,
@@ -226,14 +242,12 @@ def _leaf(path: str, hint: Any, default: Any, metadata: Mapping, config_class: t
     choices,
     bounds,
     metadata["help"],
-    default,
+    None,
     _summary(config_class),
     metadata.get("volatile", getattr(config_class, "VOLATILE", False)),
     path.rpartition(".")[2] in getattr(config_class, "NOTED", ()),
     metadata.get("functions", False),
   )
-  _check(leaf, default)
-  return leaf
 
 
 def _summary(config_class: type) -> str:
@@ -257,6 +271,9 @@ def _allowed(leaf: _Leaf) -> str:
   return text + (", or none" if leaf.optional else "")
 
 
+_INSIDE = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
+
+
 def _check(leaf: _Leaf, value: Any) -> Any:
   """The value as its field stores it (a list as a tuple, an int as a float), or a ConfigError."""
   if value is None and leaf.optional:
@@ -269,19 +286,13 @@ def _check(leaf: _Leaf, value: Any) -> Any:
   if leaf.is_tuple and not isinstance(value, (tuple, list)):
     raise ConfigError(leaf.path, value, _allowed(leaf))
   items = [float(item) if leaf.kind is float and type(item) is int else item for item in items]
-  inside = {
-    "min": lambda item, bound: item >= bound,
-    "above": lambda item, bound: item > bound,
-    "max": lambda item, bound: item <= bound,
-    "below": lambda item, bound: item < bound,
-  }
   for item in items:
     fits = (
       type(item) is leaf.kind
       and (leaf.kind is not float or math.isfinite(item))
       and (leaf.kind is not str or "\0" not in item)  # No path and no argument can hold it.
       and (not leaf.choices or item in leaf.choices)
-      and all(inside[name](item, bound) for name, bound in leaf.bounds.items())
+      and all(_INSIDE[name](item, bound) for name, bound in leaf.bounds.items())
     )
     if not fits:
       near = difflib.get_close_matches(str(item), map(str, leaf.choices), n=1)
