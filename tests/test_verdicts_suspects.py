@@ -50,6 +50,11 @@ def test_a_setting_that_the_stock_advice_names_is_put_back_and_not_changed_furth
   assert found.advice == "Try --optimizer.learning_rate=0.0002, or more steps"
 
 
+def test_stock_advice_of_which_nothing_is_left_is_left_out():
+  fell = said(record(accuracy=lambda s: 0.5 - 0.4 * s), **{"optimizer.learning_rate": (1.0, 1e-5)})
+  assert (fell.name, fell.advice) == ("fell", "Try --optimizer.learning_rate=1e-5")
+
+
 def test_what_can_be_the_cause_of_a_symptom_comes_first():
   """A reward stands still where updates are small, and falls where they are large."""
   both = {"optimizer.eps": (1.0, 1e-8), "optimizer.weight_decay": (0.25, 0.0)}
