@@ -157,6 +157,12 @@ def test_a_setting_that_0_turns_off():
     assert [suspect.path[:14] for suspect in suspects(one)] == paths
 
 
+def test_a_limit_cuts_nothing_where_what_is_longer_is_an_error():
+  for overlong, paths in (("error", []), ("truncate_right", ["max_tokens"])):
+    one = Evidence([], [], {"max_tokens": 5, "overlong": overlong}, {"max_tokens": 512})
+    assert [suspect.path for suspect in suspects(one)] == paths
+
+
 def test_a_price_that_is_not_there_by_default():
   """A default of 0 counts as 0.01: ten times that is ordinary, more, or less than 0, is not."""
   for coefficient, names in ((0.1, []), (0.11, ["loss.entropy_coef"]), (1e-4, [])):
@@ -240,6 +246,8 @@ def test_a_grader_with_a_hole_is_a_setting_s_doing_only_if_it_says_what_is_right
   assert found.name == "overlooked"
   assert found.advice.startswith("Try --jsonl.max_reward=1. Check what it pays for")
   assert "eps" not in found.says + found.advice
+  of_own = {"jsonl.max_reward": 1.0, "jsonl.reward_file": ""}  # Who grades is no cause as yet.
+  assert verdicts(rows, config, of_own)[0].advice.startswith("Try --jsonl.max_reward=1. Check")
 
 
 def test_a_run_that_does_well_is_not_asked_what_it_changed():
