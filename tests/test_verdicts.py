@@ -246,6 +246,37 @@ def test_a_grader_that_flips_a_coin_is_told_from_one_whose_problems_differ():
   assert [verdicts(rows, config)[0].name for rows in (unknown, few_groups)] == ["unmoved"] * 2
 
 
+def alike(**changed):
+  """Steps of 16 groups whose eight responses have one reward each, half of the groups a right one.
+
+  A response has 4 tokens of 1.1 nats: two of its samples are hardly ever the same.
+  """
+  rows = record(20, accuracy=lambda share: 0.5, frac_zero_std=1.0, entropy=1.1, **changed)
+  return [{"response_length_mean": 4.0} | row for row in rows]
+
+
+def test_a_grader_that_looks_at_the_problem_alone_is_told_from_a_policy_that_says_one_thing():
+  for count in (10, 20):  # 160 groups, and 320.
+    (found,) = verdicts(alike()[:count], CONFIG)
+    assert found.name == "graded_alike" and "4.4 nats a response" in found.says
+    assert found.advice.endswith("(--jsonl.reward_file=mine.py)")
+  held_out = {"eval/sampled_low": 0.95, "eval/sampled_accuracy": 1.0, "eval/sampled_high": 1.0}
+  (found,) = verdicts([row | held_out for row in alike()], CONFIG)  # By the same grader.
+  assert found.name == "graded_alike"
+  others = [
+    verdicts(alike(response_length_mean=0.2), CONFIG),  # 0.22 nats: it always says the same.
+    *(verdicts(alike(), CONFIG | narrow) for narrow in NARROW),
+    verdicts(alike(), CONFIG | {"responses_per_prompt": 3}),
+    verdicts(alike()[:3], CONFIG),  # 48 groups.
+    verdicts([*alike()[:19], alike()[19] | {"frac_zero_std": 0.99}], CONFIG),
+    *(verdicts([row | {"accuracy": r} for row in alike()], CONFIG) for r in (0.05, 0.95)),
+  ]
+  assert "graded_alike" not in [verdict.name for found in others for verdict in found]
+
+
+NARROW = ({"sampling.temperature": 0.4}, {"sampling.top_p": 0.4}, {"sampling.top_k": 3})
+
+
 def test_a_policy_that_is_thrown_about_is_not_blamed_on_the_grader():
   """Entropy moves in either case; only updates that are too large move it 1.5 nats in one step."""
   calm = record(accuracy=flat, frac_zero_std=0.1, entropy=lambda s: 5.5 - s)

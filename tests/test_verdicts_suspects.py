@@ -250,6 +250,45 @@ def test_a_grader_with_a_hole_is_a_setting_s_doing_only_if_it_says_what_is_right
   assert verdicts(rows, config, of_own)[0].advice.startswith("Try --jsonl.max_reward=1. Check")
 
 
+def test_a_limit_that_cuts_is_raised_and_the_problems_are_left():
+  """Of what the problems are made of only what makes them hard, or few, is suspected."""
+  rows = record(accuracy=lambda s: 0.03, truncated_fraction=0.9)
+  made_of = {"copy.alphabet": ("ab", "abcd"), "loss.name": ("sapo_loss", "grpo_loss")}
+  assert said(rows, **made_of).advice == "Try --max_new_tokens=32"
+  found = said(rows, **made_of, **{"max_new_tokens": (4, 16)})
+  assert found.advice == "Try --max_new_tokens=16"
+
+
+def test_a_limit_that_cuts_nothing_is_no_suspect():
+  assert suspects(Evidence(record(), [], {"max_new_tokens": 4}, {"max_new_tokens": 16})) == []
+  cut = record(truncated_fraction=0.5)
+  (found,) = suspects(Evidence(cut, [], {"max_new_tokens": 4}, {"max_new_tokens": 16}))
+  assert found.path == "max_new_tokens" and found.effect
+  unknown = [{k: v for k, v in row.items() if k != "truncated_fraction"} for row in record()]
+  assert suspects(Evidence(unknown, [], {"max_new_tokens": 4}, {"max_new_tokens": 16}))
+
+
+def test_the_whole_reward_is_no_suspect_where_the_grader_pays_more_than_the_default():
+  whole = {"jsonl.max_reward": 10.0}, {"jsonl.max_reward": 1.0}
+  for paid, count in ((0.9, 1), (1.5, 0)):
+    assert len(suspects(Evidence([{"reward_mean": paid}], [], *whole))) == count
+
+
+def test_examples_of_one_s_own_that_teach_something_else_come_before_settings():
+  """They are learned: what they say is doubted first. Problems are not what is learned."""
+  losses = {"eval/pair_loss": lambda s: 0.69 - 0.4 * s, "pair_accuracy": 0.9}
+  rows = examples(right=lambda s: 0.4 - 0.4 * s, loss=lambda s: 0.69 - 0.4 * min(s, 0.7), **losses)
+  odd = {"optimizer.learning_rate": (1.0, 1e-5), "copy.held_out": (100, 20)}
+  own = {"data": ("pairs.jsonl", "on_policy")}
+  found = said(rows, config=OF_EXAMPLES, **odd, **own)
+  assert found.name == "taught_else" and found.advice.startswith("Check that the chosen answers")
+  assert found.advice.endswith("Failing that, try --optimizer.learning_rate=1e-5")
+  assert "likeliest" not in found.says
+  found = said(rows, config=OF_EXAMPLES, **odd)
+  assert found.name == "taught_else" and "; the likeliest cause is --" in found.says
+  assert "--optimizer.learning_rate=1 (" in found.says and "--copy.held_out=100 (" in found.says
+
+
 def test_a_run_that_does_well_is_not_asked_what_it_changed():
   odd = {path: 1e9 for path in {*ORDINARY} - {"loss.entropy_coef"}}  # It has a rule of its own.
   rows = record()

@@ -367,6 +367,7 @@ _BROKEN = (
   settings.never_ends,
   _constant,
   no_baseline,
+  settings.graded_alike,
   _first_updates,
 )
 _LEARNING = (

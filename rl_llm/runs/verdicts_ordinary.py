@@ -1,8 +1,8 @@
 """Settings, the values with which runs ordinarily learn, and what other values do to a run.
 
-The table of `rl_llm.runs.verdicts_suspects`. A bound is where a run of the tiny model, or common
-practice, begins to fail, with room to spare: a value outside is suspected only where a run does
-badly, so what is unusual and works costs nothing.
+The table of `rl_llm.runs.verdicts_suspects`. A bound is a judgement from common practice, with room
+to spare, and not a measured one: a value outside is suspected only where a run does badly, so what
+is unusual and works costs nothing.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ _RARE, _USUAL = 0.1, 0.9
 _PROMPTS = ("prompts_per_step", "max_prompt_tokens")
 # Groups that show how often they agree: if none of this many does, under 1.5 % of all do.
 _GROUPS = 200
+# Groups of which not one differs, and the nats of a response with which its samples do differ.
+_ALIKE, _OPEN = 50, 1.0
 
 
 def cold(record: Evidence) -> Verdict | None:
@@ -200,6 +202,32 @@ def _by_chance(record: Evidence) -> bool:
   chance = right**group + (1 - right) ** group
   error = (chance * (1 - chance) / groups) ** 0.5
   return record.mean("frac_zero_std") <= chance + ERRORS * error
+
+
+def graded_alike(record: Evidence) -> Verdict | None:
+  """Responses that differ, of which all to a problem have one reward: only some problems pay.
+
+  Eight responses of which each is right by a half are all alike in 2 * 0.5^8, 0.8 % of the groups.
+  """
+  shares, right = record.series("frac_zero_std"), record.mean("accuracy")
+  group = int(finite(record.config.get("responses_per_prompt")) or 8)
+  few = group <= 3 or sum(record.series("rewards_ok")) < _ALIKE * group
+  if few or min(shares, default=0.0) < 1 or not _RARE < right < _USUAL:
+    return None
+  nats = record.mean("entropy") * record.mean("response_length_mean")
+  sampling = [finite(record.config.get(f"sampling.{key}")) for key in ("temperature", "top_p")]
+  narrow = min(value or 1.0 for value in sampling) < 0.5
+  narrow = narrow or 0 < (finite(record.config.get("sampling.top_k")) or 0) < 4
+  if nats < _OPEN or narrow:
+    return None
+  return Verdict(
+    "graded_alike",
+    f"In all {len(shares)} steps the {group} responses to a problem had one reward, though they "
+    f"differ ({number(nats, 2)} nats a response) and {right:.0%} are right: what the grader pays "
+    "depends on the problem alone.",
+    f"Check that the grader reads the response, and keeps nothing from call to call "
+    f"({grader(record)})",
+  )
 
 
 def _held(record: Evidence, said: str) -> Verdict | None:

@@ -61,15 +61,17 @@ _NEVER = re.compile(
   r"|eval\..*|sampling\.(slots|parts|allow_truncated)|optimizer\.(mu_dtype|max_skipped)"
   r"|dynamic\..*|env_\w+|episode_(deadline|memory_mb)"
 )
+# Those that say what the problems are: suspected where the table knows what a value does.
+_PROBLEMS = re.compile(r"(arithmetic|copy|jsonl|gsm8k|reasoning_gym)\..*")
 # Those that decide what is shown, sampled and graded, and act before the first update.
-_ASKED = re.compile(
-  r"(sampling|arithmetic|copy|jsonl|gsm8k|reasoning_gym)\..*|system_prompt|prompt_format|max_.*"
-)
+_ASKED = re.compile(r"sampling\..*|system_prompt|prompt_format|max_.*")
+# A limit cuts nothing that matters where less than this share of responses reaches it.
+_CUT_SHARE = 0.2
 
 # Verdicts whose evidence is of the cause itself.
 _PROVEN = (
   *("grader_failed", "one_sided", "like_its_teacher", "nothing_left", "no_baseline"),
-  *("prompts_cut", "answers_cut", "other_part"),
+  *("prompts_cut", "answers_cut", "other_part", "graded_alike"),
 )
 # Those that say what happened, and guess why.
 _GUESSED = {
@@ -108,7 +110,7 @@ def suspects(record: Evidence) -> list[Suspect]:
   found = []
   for path, default in record.changed.items():
     value = record.config.get(path)
-    if _NEVER.fullmatch(path) or value == default:
+    if _NEVER.fullmatch(path) or value == default or _innocent(record, path):
       continue
     if effect := SWITCHED.get((path, value)):
       found.append(Suspect(path, value, default, effect, 1.0))
@@ -118,9 +120,21 @@ def suspects(record: Evidence) -> list[Suspect]:
       effect, outside = _compared(record, ordinary, float(value), default)
       if effect:
         found.append(Suspect(path, value, default, effect, outside))
-    else:
+    elif not _PROBLEMS.fullmatch(path):
       found.append(Suspect(path, value, default, None))
   return sorted(found, key=lambda suspect: (suspect.effect is None, -suspect.outside))
+
+
+def _innocent(record: Evidence, path: str) -> bool:
+  """Whether the record itself shows that a setting cannot be why."""
+  if path == "max_new_tokens":  # Hardly a response is cut.
+    return bool(record.series("truncated_fraction")) and (
+      record.mean("truncated_fraction") < _CUT_SHARE
+    )
+  if path == "jsonl.max_reward":  # The grader pays more than the default calls the whole.
+    return max(record.series("reward_mean"), default=0.0) > (finite(record.changed[path]) or 1.0)
+  # Problems are not what is learned where the examples are in a file.
+  return bool(_PROBLEMS.fullmatch(path)) and "data" in record.changed
 
 
 def _ordinary(record: Evidence, path: str, default: Any) -> Ordinary | None:
@@ -160,14 +174,17 @@ def suspected(record: Evidence, verdict: Verdict) -> Verdict:
   found = suspects(record)
   odd = [suspect for suspect in found if suspect.effect and suspect.effect.kind in kinds]
   odd = sorted(odd, key=lambda suspect: (kinds.index(suspect.effect.kind), -suspect.outside))
-  others = [s for s in found if not s.effect and (kinds != (BLIND,) or _ASKED.fullmatch(s.path))]
+  asked = kinds == (BLIND,) or verdict.name == "cut_short"
+  others = [s for s in found if not s.effect and (not asked or _ASKED.fullmatch(s.path))]
   named = (odd + (others if guessed else []))[:_NAMED]
   checks = _checks(record, verdict)
   if not named and not checks:
     return verdict
+  tries = ", or ".join(f"--{suspect.path}={_text(suspect.default)}" for suspect in named)
+  if verdict.name == "taught_else" and "data" in record.changed:  # They were learned as they are.
+    return verdict._replace(advice=f"{verdict.advice}. Failing that, try {tries}")
   says = verdict.says.removesuffix(".") + _says(named) + "."
-  tries = [f"--{suspect.path}={_text(suspect.default)}" for suspect in named]
-  first = ["Try " + ", or ".join(tries)] if tries else []
+  first = ["Try " + tries] if tries else []
   return Verdict(verdict.name, says, ". ".join([*first, *checks, *_rest(verdict, named)]))
 
 
