@@ -79,6 +79,7 @@ NO_ERRORS = {
   ("rl_llm.runs.metric_keys", "KEYS"),
   ("rl_llm.runs.report_page", "_PAGE"),
   ("rl_llm.runs.run_directory", "started_with"),
+  ("rl_llm.runs.verdicts_suspects", "_shown"),
   ("experiments.compare", "METHODS"),
   ("launch.backends.slurm", "lines"),
   ("launch.backends.tpu", "lines"),
