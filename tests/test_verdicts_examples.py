@@ -72,6 +72,21 @@ def test_examples_that_are_learned_get_no_sentence_at_any_evaluation():
   assert [verdicts(rows[: count + 1], CONFIG) for count in range(0, 61, 15)] == [[]] * 5
 
 
+def test_pairs_for_a_model_that_is_never_right():
+  """An untrained model tells pairs apart, and cannot write an answer. With a right one it is told
+  of the data."""
+  losses = {"eval/pair_loss": lambda s: 0.69 - 0.1 * s, "eval/token_loss": None}
+  learned = losses | {"loss": lambda s: 0.69 - 0.1 * min(s, 0.5), "pair_accuracy": 0.9}
+  name, advice = name_and_advice(examples(right=lambda s: 0.0, **learned), model="tiny")
+  assert name == "never_right"
+  assert advice.startswith("Try a model that is sometimes right")
+  assert "--model=tiny. Check that the chosen answers are the better ones (--data=" in advice
+  some = examples(right=lambda s: 0.02 - 0.02 * s, **learned)
+  assert name_and_advice(some, model="tiny")[0] == "taught_else"
+  answers = examples(right=lambda s: 0.0, loss=lambda s: 2 - min(s, 0.5))
+  assert name_and_advice(answers, model="tiny")[0] == "taught_else"
+
+
 def test_data_that_undoes_the_task():
   """Its loss falls, and held-out accuracy with it, beyond both intervals."""
   name, advice = name_and_advice(examples(right=lambda s: 0.6 - 0.5 * s))

@@ -254,8 +254,15 @@ def _entropy_gone(record: Evidence) -> Verdict | None:
   return Verdict(
     "entropy_gone",
     f"The entropy is gone since step {since} ({number(record.mean('entropy'), 2)} nats per token): "
-    "all samples of a problem are the same, and few are right.",
+    f"all samples of a problem are the same, and {_right(record)}.",
     advice,
+  )
+
+
+def _right(record: Evidence) -> str:
+  """How many of the newest responses are right, where that is recorded."""
+  return (
+    f"{record.mean('accuracy'):.0%} are right" if record.series("accuracy") else "few are right"
   )
 
 

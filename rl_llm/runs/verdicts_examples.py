@@ -178,6 +178,16 @@ def taught_else(record: Evidence) -> Verdict | None:
   if not pairs:
     check = f"Check that its answers are those that the task calls right ({data(record)})"
   option = _held_more(record) if pairs else lower_rate(record)
+  if pairs and known[0][1] == known[-1][1] == 0:
+    model = flag(record, "model", record.config.get("model")) or "this one"
+    return Verdict(
+      "never_right",
+      f"The held-out loss fell from {number(losses[0][1])} to {number(losses[-1][1])}, and not one "
+      "held-out answer was right, before or after: pairs teach a model which of its answers to "
+      "prefer, and this one has no right ones.",
+      f"Try a model that is sometimes right, by experiments.sft for instance, in the place of "
+      f"{model}. {check}",
+    )
   return Verdict(
     "taught_else",
     f"The held-out loss fell from {number(losses[0][1])} to {number(losses[-1][1])} while held-out "
