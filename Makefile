@@ -35,8 +35,9 @@ run: $(VENV)/run-$(VERSION)
 test: $(VENV)/test-$(VERSION)
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder -q -m "not slow" tests
 
+# A third worker, since many of these wait for processes that they started.
 test-slow: $(VENV)/test-$(VERSION)
-	$(BIN)/python -m pytest -n 2 --dist=worksteal -q -m slow tests
+	$(BIN)/python -m pytest -n 3 --dist=worksteal -q -m slow tests
 
 test-full: $(VENV)/test-$(VERSION)
 	RL_LLM_FULL=1 $(BIN)/python -m pytest -q tests
