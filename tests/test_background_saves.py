@@ -309,7 +309,7 @@ KILLS = """
 @pytest.mark.slow
 def test_killed_while_it_saves_each_step_a_run_ends_as_one_that_was_not(tmp_path, record_property):
   """F1, F2: bit for bit. RL_LLM_FULL=1 kills it 50 times."""
-  kills = 50 if helpers.FULL else 5
+  kills = 50 if helpers.FULL else 3
   done = run_python(KILLS, arguments=[str(tmp_path), str(kills)])
   said = "".join(path.read_text() for path in sorted(tmp_path.glob("*.txt")))
   assert done.returncode == 0, said[-3000:] + done.stderr[-2000:]
