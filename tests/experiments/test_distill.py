@@ -174,6 +174,8 @@ def test_a_killed_run_resumes_bit_for_bit(stops, files, small, tmp_path, monkeyp
   assert cut.metrics == straight.metrics and cut.samples == straight.samples
   assert equal(cut.state, straight.state)
   assert {row.get("own_texts") for row in straight.metrics[:-1]} == {0, 1}
+  held_out = [row["eval/reverse_kl"] for row in straight.metrics if "eval/reverse_kl" in row]
+  assert len(held_out) == 3 and min(held_out) > 0.01  # The teacher is another model.
 
 
 @pytest.mark.slow
