@@ -28,7 +28,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 import typing
 from collections import abc
 
@@ -194,14 +193,13 @@ def open_source(
     answers = functools.partial(demonstrations.encode_answers, encode=encode, **limits)
 
     def draw(step: int) -> list[encoding.Encoded]:
-      return answers(task.sample(seed, step, size))
+      return answers(task.sample(seed, step, size)).kept
 
-    held_out, limit = answers(task.held_out[kept]), config.data.max_tokens
-    lengths = [len(each.tokens) for each in answers(task.held_out[kept], limit=sys.maxsize)]
-    counts = {"rows": len(lengths), "overlong": sum(length > limit for length in lengths)}
-    counts |= {"dropped": len(lengths) - len(held_out)}
+    problems = task.held_out[kept]
+    held_out = answers(problems)
+    counts = {"rows": len(problems), "overlong": held_out.overlong, "dropped": held_out.dropped}
     drawing.assert_same_data(sequence.tokens for sequence in draw(0))
-    return Source(draw, held_out, f"right answers to {task.name}: {task.note}", counts)
+    return Source(draw, held_out.kept, f"right answers to {task.name}: {task.note}", counts)
   loaded = setup.load_data(config, run, model, dataset, encode, encoding.limit_sequences)
 
   def draw(step: int) -> list[encoding.Encoded]:

@@ -107,13 +107,15 @@ def encoded_answers(problems, **settings):
 
 
 def test_answers_as_tokens_without_those_that_are_dropped():
-  every = encoded_answers(PROBLEMS, limit=6, overlong="error")
+  every, *counts = encoded_answers(PROBLEMS, limit=6, overlong="error")
+  assert counts == [0, 0]
   assert [bytes(one.tokens[:-1]).decode() for one in every] == ["ab", "acd", "aefgh"]
   assert [one.mask for one in every] == [[False] + [True] * size for size in (2, 3, 5)]
-  assert encoded_answers(PROBLEMS, limit=5, overlong="drop") == every[:2]
-  cut = encoded_answers(PROBLEMS, limit=5, overlong="truncate_right")
+  assert encoded_answers(PROBLEMS, limit=5, overlong="drop") == (every[:2], 1, 1)
+  cut, *counts = encoded_answers(PROBLEMS, limit=5, overlong="truncate_right")
+  assert counts == [1, 0]
   assert cut[:2] == every[:2] and cut[2].tokens == every[2].tokens[:5]
-  assert encoded_answers([], limit=5, overlong="error") == []
+  assert encoded_answers([], limit=5, overlong="error") == ([], 0, 0)
 
 
 def test_answers_that_are_too_long():

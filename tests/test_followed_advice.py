@@ -376,7 +376,7 @@ def follow_lengths(said, path):
   for overlong in re.findall("drop|truncate_left|truncate_right", message):
     answers(limit=8, overlong=overlong)
   refused(said, answers, limit=2, overlong="drop")
-  assert len(answers(limit=10, overlong="drop")) == 40
+  assert len(answers(limit=10, overlong="drop").kept) == 40
 
 
 def follow_lengths_of_prompts(said, path):

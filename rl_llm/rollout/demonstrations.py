@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rl_llm.data import DataError, Demonstration
-from rl_llm.data.encoding import Encoded, Overlong, PromptFormat, limit_sequences
+from rl_llm.data.encoding import Encoded, Limited, Overlong, PromptFormat, limit_sequences
 from rl_llm.rollout.drawing import prompt_text
 from rl_llm.tasks import Problem, TaskError
 
@@ -63,14 +63,17 @@ def encode_answers(
   encode: Callable[[Demonstration], Encoded],
   limit: int,
   overlong: Overlong,
-) -> list[Encoded]:
-  """The right answers to problems as tokens, without those dropped as too long.
+) -> Limited:
+  """The right answers to problems as tokens, without those dropped as too long, and their counts.
 
   Args:
     problems: as for `demonstrations`.
     encode: `rl_llm.data.encoding.encode` with its settings, as a `functools.partial`.
     limit: the most tokens that a prompt with its answer may have.
     overlong: "error", "drop", "truncate_left" or "truncate_right".
+
+  Returns:
+    `Limited`, without a None in the place of one that was dropped.
 
   Raises:
     DataError: an answer is too long and `overlong` is "error", or all answers are too long.
@@ -89,4 +92,4 @@ def encode_answers(
   kept = [sequence for sequence in limited.kept if sequence is not None]
   if problems and not kept:
     raise DataError(f"all {len(problems)} examples are over --max_tokens={limit}; raise it")
-  return kept
+  return limited._replace(kept=kept)
