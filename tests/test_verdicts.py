@@ -246,6 +246,9 @@ def test_a_grader_that_flips_a_coin_is_told_from_one_whose_problems_differ():
   assert [verdicts(rows, config)[0].name for rows in (unknown, few_groups)] == ["unmoved"] * 2
 
 
+NARROW = ({"sampling.temperature": 0.4}, {"sampling.top_p": 0.4}, {"sampling.top_k": 3})
+
+
 def alike(**changed):
   """Steps of 16 groups whose eight responses have one reward each, half of the groups a right one.
 
@@ -272,9 +275,6 @@ def test_a_grader_that_looks_at_the_problem_alone_is_told_from_a_policy_that_say
     *(verdicts([row | {"accuracy": r} for row in alike()], CONFIG) for r in (0.05, 0.95)),
   ]
   assert "graded_alike" not in [verdict.name for found in others for verdict in found]
-
-
-NARROW = ({"sampling.temperature": 0.4}, {"sampling.top_p": 0.4}, {"sampling.top_k": 3})
 
 
 def test_a_policy_that_is_thrown_about_is_not_blamed_on_the_grader():

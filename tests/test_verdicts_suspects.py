@@ -268,6 +268,13 @@ def test_a_limit_that_cuts_nothing_is_no_suspect():
   assert suspects(Evidence(unknown, [], {"max_new_tokens": 4}, {"max_new_tokens": 16}))
 
 
+def test_a_setting_of_several_values_is_a_suspect_as_any():
+  """They are lists in a config.json, which have no hash."""
+  (found,) = suspects(Evidence(record(), [], {"mine.ends": ["a", "b"]}, {"mine.ends": ["a"]}))
+  assert (found.path, found.effect) == ("mine.ends", None)
+  assert "--mine.ends=a,b (default a)" in said(**{"mine.ends": (["a", "b"], ["a"])}).says
+
+
 def test_the_whole_reward_is_no_suspect_where_the_grader_pays_more_than_the_default():
   whole = {"jsonl.max_reward": 10.0}, {"jsonl.max_reward": 1.0}
   for paid, count in ((0.9, 1), (1.5, 0)):

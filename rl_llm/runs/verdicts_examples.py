@@ -53,8 +53,7 @@ _LOST = {
 }
 # From this share of right answers before training on, nothing is left to learn; nor where all
 # responses of this many first steps are right.
-_FIRST = 5
-_DONE = 0.9
+_DONE, _FIRST = 0.9, 5
 
 _LOSSES = ("eval/token_loss", "eval/pair_loss", "eval/answer_loss")
 

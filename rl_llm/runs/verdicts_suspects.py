@@ -112,7 +112,7 @@ def suspects(record: Evidence) -> list[Suspect]:
     value = record.config.get(path)
     if _NEVER.fullmatch(path) or value == default or _innocent(record, path):
       continue
-    if effect := SWITCHED.get((path, value)):
+    if effect := _switched(path, value):
       found.append(Suspect(path, value, default, effect, 1.0))
     elif str(record.config.get(_CUTS.get(path))) == "error":
       continue  # Nothing is longer.
@@ -123,6 +123,11 @@ def suspects(record: Evidence) -> list[Suspect]:
     elif not _PROBLEMS.fullmatch(path):
       found.append(Suspect(path, value, default, None))
   return sorted(found, key=lambda suspect: (suspect.effect is None, -suspect.outside))
+
+
+def _switched(path: str, value: Any) -> Effect | None:
+  """What an odd switch does; a value of any kind may be asked for, also one without a hash."""
+  return next((effect for switch, effect in SWITCHED.items() if switch == (path, value)), None)
 
 
 def _innocent(record: Evidence, path: str) -> bool:
@@ -180,7 +185,7 @@ def suspected(record: Evidence, verdict: Verdict) -> Verdict:
   checks = _checks(record, verdict)
   if not named and not checks:
     return verdict
-  tries = ", or ".join(f"--{suspect.path}={_text(suspect.default)}" for suspect in named)
+  tries = _put_back(named)
   if verdict.name == "taught_else" and "data" in record.changed:  # They were learned as they are.
     return verdict._replace(advice=f"{verdict.advice}. Failing that, try {tries}")
   says = verdict.says.removesuffix(".") + _says(named) + "."
@@ -218,6 +223,11 @@ def _says(named: list[Suspect]) -> str:
 
 def _shown(suspect: Suspect) -> str:
   return f"--{suspect.path}={_text(suspect.value)} (default {_text(suspect.default)})"
+
+
+def _put_back(named: list[Suspect]) -> str:
+  """The flags that put suspects back, any of which may help."""
+  return ", or ".join(f"--{suspect.path}={_text(suspect.default)}" for suspect in named)
 
 
 def _text(value: Any) -> str:
@@ -264,7 +274,7 @@ def short_of(record: Evidence) -> Verdict | None:
     f"At the end {last:.0%} of the answers are right, after {first:.0%} in the beginning"
     + _says(odd[:_NAMED])
     + ".",
-    "Try " + ", or ".join(f"--{s.path}={_text(s.default)}" for s in odd[:_NAMED]),
+    f"Try {_put_back(odd[:_NAMED])}",
   )
 
 
